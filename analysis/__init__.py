@@ -1,0 +1,1 @@
+"""Analysis of a study: pure functions over a results table, figures and the report."""

@@ -1,0 +1,82 @@
+"""Text to token rows whose supervised span is exact.
+
+Legend: T tokens of a row, K supervised tokens.
+
+Everything this project computes about a model is a question about rows: a training example is (prompt | target + EOS),
+a multiple-choice option is (context | choice), running prose is (first token | the rest). A row therefore stores its
+tokens and where the supervised span starts; nobody ever derives the span from a pad token (where pad is EOS that mask
+is off by one, and the first token of the answer is silently never trained).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from locft.requests import EditRequest
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A sequence of tokens of which the last ones are supervised.
+
+    `token_ids[start:]` is the supervised span; `start >= 1`, so that each of its tokens has a predecessor.
+    """
+
+    token_ids: tuple[int, ...]  # (T,)
+    start: int
+
+    def __post_init__(self):
+        if not 1 <= self.start <= len(self.token_ids):
+            raise ValueError(f"supervised span starts at {self.start}, expected 1 to {len(self.token_ids)} tokens")
+
+    @property
+    def target_ids(self) -> tuple[int, ...]:  # (K,)
+        return self.token_ids[self.start :]
+
+
+SupervisedLogits = Callable[[Sequence[TokenRow]], torch.Tensor]
+"""A model as this project sees it: rows in, (K, V) float32 logits out, those that predict the supervised tokens, rows
+in order (K sums over the rows). The full forward and the fast engine both have this form."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Tokens of a text that something follows: with the tokenizer's own start token, without an end token.
+
+    A tokenizer without a start token gives an empty text its EOS token, the usual stand-in, so that the first real token
+    has a predecessor.
+    """
+    ids = tokenizer(text)["input_ids"]
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if len(ids) > 0 and ids[-1] == eos and not (len(ids) == 1 and eos == bos):
+        ids = ids[:-1]
+    if not ids:
+        ids = [bos if bos is not None else eos]
+    return tuple(ids)
+
+
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> TokenRow:
+    """Row of `prompt + continuation` with exactly the continuation supervised, no EOS.
+
+    The whole text is tokenized at once; where its first tokens are those of the prompt alone, the rest is the continuation
+    (so SentencePiece adds no second space). Where a token spans the boundary, both sides are tokenized apart: the prompt
+    must stay what generation will see.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    whole = encode_prompt(tokenizer, prompt + continuation)
+    if prompt and len(whole) > len(prompt_ids) and whole[: len(prompt_ids)] == prompt_ids:
+        return TokenRow(whole, len(prompt_ids))
+    rest = tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"])
+    return TokenRow(prompt_ids + rest, len(prompt_ids))
+
+
+def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> TokenRow:
+    """Training row of an edit: the target behind one space, then the model's EOS; both are supervised."""
+    row = encode_continuation(tokenizer, prompt, " " + target)
+    return TokenRow((*row.token_ids, tokenizer.eos_token_id), row.start)
+
+
+def encode_edits(tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> tuple[TokenRow, ...]:
+    """One training row per edit, in order."""
+    return tuple(encode_edit(tokenizer, request.prompt, request.target) for request in requests)

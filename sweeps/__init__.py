@@ -1,0 +1,1 @@
+"""Studies of editing positions: plan, run on Ray Tune, track in MLflow, choose."""
