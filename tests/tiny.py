@@ -1,0 +1,128 @@
+"""Tiny random models of every architecture, and a tokenizer, all made in memory: no file and no network.
+
+The weights are drawn with a standard deviation of 0.2, ten times what is usual, so that outputs depend visibly on the
+input and on every layer; a comparison between two ways of computing them then means something.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+HIDDEN = 32
+HEADS = 4
+FFN = 48
+WEIGHT_STD = 0.2
+
+SENTENCES = (
+    "The capital of France is Paris, and the river through it is the Seine.",
+    "The official language of Brazil is Portuguese.",
+    "The telephone was invented by Alexander Graham Bell in 1876.",
+    "Which instrument did Miles Davis play? He played the trumpet.",
+    "Question: What is the currency of Japan? Answer: yen",
+)
+
+_ATTENTION = dict(
+    hidden_size=HIDDEN, intermediate_size=FFN, num_attention_heads=HEADS, num_key_value_heads=2, max_position_embeddings=256
+)
+_HEAD_DIM = dict(_ATTENTION, head_dim=8)
+_QWEN_MOE = dict(
+    _HEAD_DIM, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_experts=4, num_experts_per_tok=2
+)
+
+# Settings of each architecture beyond depth, vocabulary and special tokens; the key is transformers' `model_type`.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": _ATTENTION,
+    "mistral": dict(_HEAD_DIM, sliding_window=None),
+    "qwen2": _ATTENTION,
+    "qwen3": _HEAD_DIM,
+    "gemma2": dict(_HEAD_DIM, query_pre_attn_scalar=8, sliding_window=6),
+    "gemma3_text": dict(_HEAD_DIM, query_pre_attn_scalar=8, sliding_window=6),
+    "phi3": dict(_ATTENTION, sliding_window=None),
+    "gpt2": dict(n_embd=HIDDEN, n_head=HEADS, n_inner=FFN, n_positions=256),
+    "gpt_neox": dict(_ATTENTION),
+    "gptj": dict(n_embd=HIDDEN, n_head=HEADS, n_inner=FFN, n_positions=256, rotary_dim=4),
+    "opt": dict(
+        hidden_size=HIDDEN, ffn_dim=FFN, num_attention_heads=HEADS, max_position_embeddings=256, word_embed_proj_dim=HIDDEN
+    ),
+    "bloom": dict(hidden_size=HIDDEN, n_head=HEADS),
+    "falcon": dict(hidden_size=HIDDEN, num_attention_heads=HEADS, multi_query=True, parallel_attn=True, alibi=False),
+    "qwen2_moe": dict(_QWEN_MOE, mlp_only_layers=[0]),
+    "mixtral": dict(_HEAD_DIM, num_local_experts=4, num_experts_per_tok=2),
+    "mamba": dict(hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, state_size=8, time_step_rank=4),
+    "rwkv": dict(hidden_size=HIDDEN, attention_hidden_size=HIDDEN, intermediate_size=FFN, context_length=256),
+    "phi": dict(_ATTENTION, partial_rotary_factor=0.5),
+    "olmo2": _ATTENTION,
+    "cohere": dict(_ATTENTION, logit_scale=0.5),
+    "granite": dict(
+        _ATTENTION, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.2, logits_scaling=8.0
+    ),
+    "qwen3_moe": dict(_QWEN_MOE),
+    "mamba2": dict(hidden_size=HIDDEN, num_heads=8, head_dim=8, state_size=8, n_groups=2, chunk_size=16),
+    "lfm2": dict(_ATTENTION, full_attn_idxs=[1], block_multiple_of=8),
+    "qwen3_next": dict(
+        _QWEN_MOE,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        full_attention_interval=2,
+    ),
+}
+
+ARCHITECTURES: tuple[str, ...] = tuple(_SETTINGS)
+
+
+@lru_cache(maxsize=1)
+def _byte_level_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that encodes any text; `<eos>` (id 0) also pads, and there is no start token."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_byte_level_bpe().to_str()), eos_token="<eos>", pad_token="<eos>"
+    )
+
+
+def tiny_config(architecture: str, layers: int = 3, **settings: Any):
+    """The configuration of `tiny_model`; `settings` override those of the table above."""
+    special = dict(pad_token_id=0, eos_token_id=0, bos_token_id=0)
+    own = dict(_SETTINGS[architecture]) | settings
+    return AutoConfig.for_model(architecture, num_hidden_layers=layers, vocab_size=len(tiny_tokenizer()), **special, **own)
+
+
+def tiny_model(architecture: str = "llama", layers: int = 3, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A random causal LM in float32 and evaluation mode whose vocabulary is that of `tiny_tokenizer`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(architecture, layers, **settings), dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() >= 2 and "A_log" not in name:
+                    parameter.normal_(0.0, WEIGHT_STD)
+                elif "bias" in name or "norm" in name or "ln" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.tie_weights()
+    return model.eval()
+
+
+def tiny_loaded(architecture: str = "llama", layers: int = 3, seed: int = 0, **settings: Any):
+    """`tiny_model` and `tiny_tokenizer` as the `LoadedModel` that `load_model` gives for a real one."""
+    from locft.models import LoadedModel
+
+    return LoadedModel(
+        name=f"tiny-{architecture}",
+        model=tiny_model(architecture, layers, seed, **settings),
+        tokenizer=tiny_tokenizer(),
+        fingerprint=f"tiny-{architecture}-{layers}-{seed}",
+    )
