@@ -25,7 +25,11 @@ SENTENCES = (
 )
 
 _ATTENTION = dict(
-    hidden_size=HIDDEN, intermediate_size=FFN, num_attention_heads=HEADS, num_key_value_heads=2, max_position_embeddings=256
+    hidden_size=HIDDEN,
+    intermediate_size=FFN,
+    num_attention_heads=HEADS,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
 )
 _HEAD_DIM = dict(_ATTENTION, head_dim=8)
 _QWEN_MOE = dict(
@@ -45,14 +49,21 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": dict(_ATTENTION),
     "gptj": dict(n_embd=HIDDEN, n_head=HEADS, n_inner=FFN, n_positions=256, rotary_dim=4),
     "opt": dict(
-        hidden_size=HIDDEN, ffn_dim=FFN, num_attention_heads=HEADS, max_position_embeddings=256, word_embed_proj_dim=HIDDEN
+        hidden_size=HIDDEN,
+        ffn_dim=FFN,
+        num_attention_heads=HEADS,
+        max_position_embeddings=256,
+        word_embed_proj_dim=HIDDEN,
     ),
     "bloom": dict(hidden_size=HIDDEN, n_head=HEADS),
     "falcon": dict(hidden_size=HIDDEN, num_attention_heads=HEADS, multi_query=True, parallel_attn=True, alibi=False),
     "qwen2_moe": dict(_QWEN_MOE, mlp_only_layers=[0]),
     "mixtral": dict(_HEAD_DIM, num_local_experts=4, num_experts_per_tok=2),
     "mamba": dict(hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, state_size=8, time_step_rank=4),
-    "rwkv": dict(hidden_size=HIDDEN, attention_hidden_size=HIDDEN, intermediate_size=FFN, context_length=256),
+    # rescale_every > 0 makes a forward pass in evaluation mode rescale the weights in place.
+    "rwkv": dict(
+        hidden_size=HIDDEN, attention_hidden_size=HIDDEN, intermediate_size=FFN, context_length=256, rescale_every=0
+    ),
     "phi": dict(_ATTENTION, partial_rotary_factor=0.5),
     "olmo2": _ATTENTION,
     "cohere": dict(_ATTENTION, logit_scale=0.5),
@@ -74,6 +85,53 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 ARCHITECTURES: tuple[str, ...] = tuple(_SETTINGS)
 
+# Model types that share a row of the table with one of the above (or have one that no other test needs).
+_RELATED: dict[str, dict[str, Any]] = {
+    "ministral": dict(_HEAD_DIM, sliding_window=6),
+    "gemma": _HEAD_DIM,
+    "olmo": _ATTENTION,
+    "olmo3": dict(_ATTENTION, sliding_window=6),
+    "cohere2": dict(_ATTENTION, logit_scale=0.5, sliding_window=6),
+    "smollm3": _ATTENTION,
+    "stablelm": _ATTENTION,
+    "seed_oss": _HEAD_DIM,
+    "exaone4": dict(_ATTENTION, sliding_window=6),
+    "helium": _HEAD_DIM,
+    "arcee": _ATTENTION,
+    "nemotron": _ATTENTION,
+    "ernie4_5": _HEAD_DIM,
+    "hunyuan_v1_dense": _HEAD_DIM,
+    "glm": _HEAD_DIM,
+    "glm4": _HEAD_DIM,
+    "starcoder2": dict(_ATTENTION, sliding_window=None),
+    "olmoe": dict(_ATTENTION, num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": dict(_HEAD_DIM, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+    "deepseek_v3": dict(
+        _ATTENTION,
+        num_key_value_heads=HEADS,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "gpt_bigcode": dict(n_embd=HIDDEN, n_head=HEADS, n_inner=FFN, n_positions=256),
+    "gpt_neo": dict(
+        hidden_size=HIDDEN, num_heads=HEADS, intermediate_size=FFN, max_position_embeddings=256, window_size=6
+    ),
+    "falcon_mamba": dict(hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, state_size=8, time_step_rank=4),
+}
+_SETTINGS |= _RELATED
+
+RELATED: tuple[str, ...] = tuple(_RELATED)
+
 
 @lru_cache(maxsize=1)
 def _byte_level_bpe() -> Tokenizer:
@@ -81,7 +139,10 @@ def _byte_level_bpe() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     return tokenizer
@@ -96,9 +157,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(architecture: str, layers: int = 3, **settings: Any):
     """The configuration of `tiny_model`; `settings` override those of the table above."""
-    special = dict(pad_token_id=0, eos_token_id=0, bos_token_id=0)
     own = dict(_SETTINGS[architecture]) | settings
-    return AutoConfig.for_model(architecture, num_hidden_layers=layers, vocab_size=len(tiny_tokenizer()), **special, **own)
+    if architecture == "gpt_neo":
+        own["attention_types"] = [[["global", "local"], layers // 2], [["global"], layers % 2]]
+    common = dict(num_hidden_layers=layers, vocab_size=len(tiny_tokenizer()), pad_token_id=0, eos_token_id=0, bos_token_id=0)
+    return AutoConfig.for_model(architecture, **common, **own)
 
 
 def tiny_model(architecture: str = "llama", layers: int = 3, seed: int = 0, **settings: Any) -> PreTrainedModel:
