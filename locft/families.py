@@ -1,9 +1,9 @@
 """What is known about architectures, as one declarative table: where the blocks are and what their parts are called.
 
 A row covers the model types that share parameter names. A part is a path inside the block, a submodule
-("mlp.down_proj": its weight and, where it has one, its bias) or a parameter ("mlp.experts.down_proj"). Paths are compared
-whole, component by component; nothing is ever matched as a substring. Layers of one model may differ (dense and sparse,
-attention and convolution): a part that a layer lacks is a module that this layer does not have.
+("mlp.down_proj": its weight and, where it has one, its bias) or a parameter ("mlp.experts.down_proj"). Paths are
+compared whole, component by component; nothing is ever matched as a substring. Layers of one model may differ (dense
+and sparse, attention and convolution): a part that a layer lacks is a module that this layer does not have.
 
 To add an architecture: print the parameter names of one block (the error for an unknown one does it), add a row here,
 and add its model type with a tiny configuration to `tests/tiny.py`; the tests of positions and of the tail view then

@@ -37,7 +37,8 @@ class TuningPosition:
         layer, module = int(match[1]), match[2]
         if module not in MODULES:
             near = _did_you_mean(module, MODULES)
-            raise InputError(f"position {text!r}: there is no module {module!r}{near}; modules are {', '.join(MODULES)}")
+            known = ", ".join(MODULES)
+            raise InputError(f"position {text!r}: there is no module {module!r}{near}; modules are {known}")
         return cls(layer, module)
 
     def __str__(self) -> str:

@@ -43,9 +43,9 @@ EXPECTED = {
     **{
         name: LLAMA_LIKE
         for name in (
-            "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "cohere", "granite", "gemma",
-            "olmo", "olmo3", "cohere2", "smollm3", "stablelm", "seed_oss", "exaone4", "helium", "arcee", "nemotron",
-            "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "ministral",
+            "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "cohere", "granite",
+            "gemma", "olmo", "olmo3", "cohere2", "smollm3", "stablelm", "seed_oss", "exaone4", "helium", "arcee",
+            "nemotron", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "ministral",
         )
     },
     "gpt2": {
@@ -264,7 +264,7 @@ def test_malformed_position(text):
 
 
 def test_unknown_module_in_a_position():
-    with pytest.raises(InputError, match=r"there is no module 'mlp_dwon' \(nearest: mlp_down\); modules are mlp_down, "):
+    with pytest.raises(InputError, match=r"no module 'mlp_dwon' \(nearest: mlp_down\); modules are mlp_down, "):
         TuningPosition.parse("3.mlp_dwon")
 
 

@@ -130,6 +130,9 @@ _RELATED: dict[str, dict[str, Any]] = {
 }
 _SETTINGS |= _RELATED
 
+# Layers take turns: even ones see a window of 6 tokens, odd ones everything.
+_ALTERNATING = ("gemma2", "gemma3_text", "ministral", "olmo3", "cohere2", "exaone4", "gpt_oss")
+
 RELATED: tuple[str, ...] = tuple(_RELATED)
 
 
@@ -160,8 +163,11 @@ def tiny_config(architecture: str, layers: int = 3, **settings: Any):
     own = dict(_SETTINGS[architecture]) | settings
     if architecture == "gpt_neo":
         own["attention_types"] = [[["global", "local"], layers // 2], [["global"], layers % 2]]
-    common = dict(num_hidden_layers=layers, vocab_size=len(tiny_tokenizer()), pad_token_id=0, eos_token_id=0, bos_token_id=0)
-    return AutoConfig.for_model(architecture, **common, **own)
+    if architecture in _ALTERNATING:
+        own["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
+    common = dict(num_hidden_layers=layers, vocab_size=len(tiny_tokenizer()))
+    special = dict(pad_token_id=0, eos_token_id=0, bos_token_id=0)
+    return AutoConfig.for_model(architecture, **common, **special, **own)
 
 
 def tiny_model(architecture: str = "llama", layers: int = 3, seed: int = 0, **settings: Any) -> PreTrainedModel:
