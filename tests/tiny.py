@@ -191,7 +191,7 @@ def tiny_loaded(architecture: str = "llama", layers: int = 3, seed: int = 0, **s
 
     return LoadedModel(
         name=f"tiny-{architecture}",
-        model=tiny_model(architecture, layers, seed, **settings),
+        model=tiny_model(architecture, layers, seed, **settings).requires_grad_(False),  # frozen, as load_model does
         tokenizer=tiny_tokenizer(),
         fingerprint=f"tiny-{architecture}-{layers}-{seed}",
     )
