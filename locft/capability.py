@@ -1,0 +1,286 @@
+"""What a model can do, and what an edit costs it: accuracies, their paired change, drift and perplexity on prose.
+
+Legend: K supervised tokens of a batch, V vocabulary.
+
+A model comes in as `SupervisedLogits`, rows in and logits out, so that the full forward and anything faster are
+measured by the same code.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from locft.benchmark_layouts import CapabilityItem
+from locft.benchmarks import Suite
+from locft.encoding import SupervisedLogits, TokenRow, encode_continuation
+from locft.errors import InputError
+
+PROSE_WINDOW = 128
+"""Tokens of one row of prose."""
+PROSE_TOKENS = 2000
+"""About so many tokens of prose are measured."""
+BATCH_TOKENS = 2048
+"""Tokens of a batch with its padding; on a CPU larger batches are no faster and a full forward's logits grow with them."""
+SUPERVISED_PER_BATCH = 1024
+"""At most so many supervised tokens a batch: with a vocabulary of 256,000 their logits take 1 GB."""
+_TOKENS_AT_ONCE = 8
+"""Supervised tokens whose probabilities are computed at once: only the logits themselves are of (K, V), and slices that
+stay in the processor's cache take half the time of large ones."""
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """An item as one row per choice; the choice's tokens are supervised."""
+
+    item: CapabilityItem
+    rows: tuple[TokenRow, ...]
+
+
+@dataclass(frozen=True)
+class EncodedSuite:
+    """A suite in the tokens of one model."""
+
+    fingerprint: str
+    """Of the suite."""
+    tasks: dict[str, tuple[EncodedItem, ...]]
+    prose: tuple[TokenRow, ...]
+    """Windows of running text; every token but the first is supervised."""
+
+
+@dataclass(frozen=True)
+class SuiteScores:
+    """Which items a model gets right."""
+
+    fingerprint: str
+    """Of the suite: scores of different suites are not compared."""
+    correct: dict[str, tuple[bool, ...]]
+    """Per task, one per item in the suite's order."""
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        return {task: sum(correct) / len(correct) for task, correct in self.correct.items()}
+
+    @property
+    def capability(self) -> float:
+        """Mean of the tasks' accuracies: each task counts the same, however many items it has."""
+        return float(np.mean(list(self.accuracy.values())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: outcomes as a string of 0 and 1 per task."""
+        outcomes = {task: "".join("01"[right] for right in correct) for task, correct in self.correct.items()}
+        return {"fingerprint": self.fingerprint, "correct": outcomes}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "SuiteScores":
+        correct = {task: tuple(digit == "1" for digit in outcomes) for task, outcomes in value["correct"].items()}
+        return cls(value["fingerprint"], correct)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far an edited model has moved on prose. Infinite or NaN where its logits no longer are finite."""
+
+    kl: float
+    """Mean KL(unedited || edited) per supervised token, in nats."""
+    perplexity: float
+    """Of the edited model."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Capability of the edited model minus that of the unedited one on the same items, with a 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def encode_suite(
+    tokenizer: PreTrainedTokenizerBase, suite: Suite, prose_tokens: int = PROSE_TOKENS, prose_window: int = PROSE_WINDOW
+) -> EncodedSuite:
+    """Rows of all choices, and windows of prose of `prose_window` tokens.
+
+    Prose of more than `prose_tokens` tokens gives `prose_tokens // prose_window` whole windows, evenly spaced over it.
+    Rows longer than the tokenizer says its model can read lose tokens at their beginning.
+    """
+    tasks = {
+        task.name: tuple(
+            EncodedItem(
+                item,
+                tuple(_row(tokenizer, item.context, choice) for choice in item.choices),
+            )
+            for item in task.items
+        )
+        for task in suite.tasks
+    }
+    return EncodedSuite(suite.fingerprint, tasks, _prose_rows(tokenizer, suite.prose, prose_tokens, prose_window))
+
+
+def score_suite(logits: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS) -> SuiteScores:
+    """Right or wrong for every item. A batch has at most `batch_tokens` tokens with its padding.
+
+    An item is right when the right choice scores above every other one: a tie is wrong, wherever the right choice
+    stands, and so is a score that is not a number.
+    """
+    items = [encoded for task in suite.tasks.values() for encoded in task]
+    log_likelihoods, greedy = score_rows(logits, [row for encoded in items for row in encoded.rows], batch_tokens)
+    outcomes, at = [], 0
+    for encoded in items:
+        here = slice(at, at := at + len(encoded.rows))
+        outcomes.append(_is_right(encoded.item, log_likelihoods[here], greedy[here]))
+    correct, at = {}, 0
+    for name, task in suite.tasks.items():
+        correct[name] = tuple(outcomes[at : (at := at + len(task))])
+    return SuiteScores(suite.fingerprint, correct)
+
+
+def score_rows(
+    logits: SupervisedLogits, rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per row, in the given order: summed log-likelihood of its supervised tokens in nats, float64 (rows,); and whether
+    each of them is the most likely one, bool (rows,)."""
+    log_likelihoods = np.zeros(len(rows))
+    greedy = np.zeros(len(rows), dtype=bool)
+    for batch in _batches(rows, batch_tokens):
+        chosen = [rows[index] for index in batch]
+        targets = _targets(chosen)  # (K,)
+        of_token, is_top = [], []
+        for part, wanted in _slices(_call(logits, chosen), targets):
+            wanted = wanted.to(part.device)
+            of_token.append(part.log_softmax(-1).gather(-1, wanted[:, None])[:, 0].double().cpu())
+            is_top.append((part.argmax(-1) == wanted).cpu())
+        lengths = [len(row.target_ids) for row in chosen]
+        for index, values, tops in zip(batch, torch.cat(of_token).split(lengths), torch.cat(is_top).split(lengths)):
+            log_likelihoods[index] = float(values.sum())
+            greedy[index] = bool(tops.all())
+    return log_likelihoods, greedy
+
+
+def measure_perplexity(logits: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS) -> float:
+    """exp of the mean negative log-likelihood per supervised token of the prose."""
+    log_likelihoods, _ = score_rows(logits, suite.prose, batch_tokens)
+    return _perplexity(log_likelihoods.sum(), suite.prose)
+
+
+def measure_drift(
+    edited: SupervisedLogits, unedited: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS
+) -> Drift:
+    """Distance of the edited model from the unedited one on the prose, and its perplexity there.
+
+    Batch by batch in float64: a KL of 1e-8 nats is the small difference of large sums, and float32 would lose it.
+    """
+    divergence = log_likelihood = 0.0
+    for batch in _batches(suite.prose, batch_tokens):
+        chosen = [suite.prose[index] for index in batch]
+        targets = _targets(chosen)
+        for before, after, wanted in _slices(_call(unedited, chosen), _call(edited, chosen), targets):
+            log_p, log_q = before.double().log_softmax(-1), after.double().log_softmax(-1)  # (<= 8, V)
+            # A token that the unedited model rules out adds nothing; 0 * (-inf - -inf) would be NaN.
+            terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
+            divergence += float(terms.sum())
+            log_likelihood += float(log_q.gather(-1, wanted.to(log_q.device)[:, None]).sum())
+    kl = divergence / sum(len(row.target_ids) for row in suite.prose)
+    return Drift(0.0 if -1e-9 < kl < 0 else kl, _perplexity(log_likelihood, suite.prose))
+
+
+def capability_change(unedited: SuiteScores, edited: SuiteScores, *, resamples: int = 2000, seed: int = 0) -> Change:
+    """Paired change with the percentile interval of a bootstrap over items, stratified by task.
+
+    An item's change is -1, 0 or 1, so a resample of a task's items is a draw from the multinomial of these three
+    counts: the bootstrap exactly, without drawing items. Where no item changed, the interval is a point; it then says
+    nothing about changes too rare for so many items.
+
+    Raises ValueError when the scores are not of the same suite.
+    """
+    sizes = [{task: len(correct) for task, correct in scores.correct.items()} for scores in (unedited, edited)]
+    if unedited.fingerprint != edited.fingerprint or sizes[0] != sizes[1]:
+        raise ValueError(
+            f"scores of different suites: {unedited.fingerprint} with items {sizes[0]}, "
+            f"{edited.fingerprint} with items {sizes[1]}"
+        )
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros(resamples)
+    for task, size in sizes[0].items():
+        difference = np.array(edited.correct[task], dtype=int) - np.array(unedited.correct[task], dtype=int)
+        lost, won = (difference < 0).mean(), (difference > 0).mean()
+        counts = generator.multinomial(size, [lost, won, max(0.0, 1 - lost - won)], size=resamples)  # (resamples, 3)
+        drawn += (counts[:, 1] - counts[:, 0]) / size
+    low, high = np.percentile(drawn / len(sizes[0]), [2.5, 97.5])
+    return Change(edited.capability - unedited.capability, float(low), float(high))
+
+
+def _is_right(item: CapabilityItem, log_likelihoods: np.ndarray, greedy: np.ndarray) -> bool:
+    if item.rule == "exact":
+        return bool(greedy[item.answer] and np.isfinite(log_likelihoods[item.answer]))
+    scores = log_likelihoods
+    if item.rule == "mean":
+        scores = log_likelihoods / [len(choice.lstrip()) for choice in item.choices]
+    others = np.delete(scores, item.answer)
+    return bool((scores[item.answer] > others).all())
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> TokenRow:
+    row = encode_continuation(tokenizer, context, choice)
+    excess = max(0, min(len(row.token_ids) - tokenizer.model_max_length, row.start - 1))
+    return TokenRow(row.token_ids[excess:], row.start - excess) if excess else row
+
+
+def _prose_rows(
+    tokenizer: PreTrainedTokenizerBase, prose: Sequence[str], prose_tokens: int, window: int
+) -> tuple[TokenRow, ...]:
+    # A model that was trained behind a start token reads badly without: then it is the token that has no predecessor.
+    starts = tokenizer("a")["input_ids"][:1]
+    prefix = (tokenizer.bos_token_id,) if starts == [tokenizer.bos_token_id] else ()
+    step = window - len(prefix)
+    rows = []
+    for text in prose:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        rows += [prefix + tuple(ids[at : at + step]) for at in range(0, len(ids), step)]
+    rows = [TokenRow(row, 1) for row in rows if len(row) > 1]
+    wanted = max(1, prose_tokens // window)
+    if len(rows) > wanted:
+        whole = [row for row in rows if len(row.token_ids) == window] or rows
+        rows = [whole[index * len(whole) // wanted] for index in range(wanted)] if len(whole) > wanted else whole
+    if not rows:
+        raise InputError("prose: fewer than two tokens; drift and perplexity need some running text")
+    return tuple(rows)
+
+
+def _batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows, longest first: rows of a batch are of about one length, and memory runs out at once if ever."""
+    batch: list[int] = []
+    supervised = 0
+    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index].token_ids)):
+        count = len(rows[index].target_ids)
+        longest = len(rows[batch[0]].token_ids) if batch else 0
+        if batch and ((len(batch) + 1) * longest > batch_tokens or supervised + count > SUPERVISED_PER_BATCH):
+            yield batch
+            batch, supervised = [], 0
+        batch.append(index)
+        supervised += count
+    if batch:
+        yield batch
+
+
+def _call(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> torch.Tensor:
+    with torch.no_grad():
+        return logits(rows)
+
+
+def _targets(rows: Sequence[TokenRow]) -> torch.Tensor:
+    return torch.tensor([token for row in rows for token in row.target_ids])
+
+
+def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    for at in range(0, len(tensors[0]), _TOKENS_AT_ONCE):
+        yield tuple(tensor[at : at + _TOKENS_AT_ONCE] for tensor in tensors)
+
+
+def _perplexity(log_likelihood: float, rows: Sequence[TokenRow]) -> float:
+    mean = -log_likelihood / sum(len(row.target_ids) for row in rows)
+    return math.inf if mean > 700 else math.exp(mean)
