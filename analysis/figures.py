@@ -1,0 +1,297 @@
+"""The plots of a study, each in two steps: `*_info` reads the results table into a frozen record of what is to be seen,
+`*_figure` draws that record with plotly. Tests look at the info; the drawing has no logic of its own.
+
+Every mark's hover names its trial. User text is escaped, since plotly reads some HTML. The colours are those of
+`analysis.look`; loss curves, pipelines and parallel coordinates are in `analysis.curves` and named here as well.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis.curves import (
+    LossInfo,
+    ParallelInfo,
+    PipelineInfo,
+    loss_figure,
+    loss_info,
+    parallel_figure,
+    parallel_info,
+    pipeline_figure,
+    pipeline_info,
+)
+from analysis.look import ACCENT, INK, MUTED, TITLES, hover_text, styled_figure
+from analysis.pareto import DEFAULT_OBJECTIVES, comparable, pareto_front
+from analysis.table import by_setting
+from analysis.wording import escaped
+
+__all__ = [
+    "FrontInfo", "HeatmapInfo", "LossInfo", "ParallelInfo", "PipelineInfo", "HEATMAP_CAPTION", "front_figure",
+    "front_info", "heatmap_figure", "heatmap_info", "loss_figure", "loss_info", "parallel_figure", "parallel_info",
+    "pipeline_figure", "pipeline_info",
+]  # fmt: skip
+
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon", "cross", "x", "hexagon", "triangle-down", "hourglass")
+CHANGE_SCALE = ((0.0, "#b35806"), (0.25, "#f1a340"), (0.5, "#f7f7f7"), (0.75, "#67a9cf"), (1.0, "#2166ac"))
+"""Losses orange, gains blue."""
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    trial_id: str
+    position: str
+    module: str
+    depth: float
+    values: tuple[float, float]
+    """Of the two objectives, x and y."""
+    on_front: bool
+    hover: str
+
+
+@dataclass(frozen=True)
+class FrontInfo:
+    objectives: tuple[str, str]
+    points: tuple[FrontPoint, ...]
+    modules: tuple[str, ...]
+    """In order of first appearance: each has a symbol."""
+    step: tuple[tuple[float, float], ...]
+    """Corners of the front's line, from the left: what lies below and left of it is reached by some trial."""
+    pick: str | None
+    """trial_id of the marked point."""
+    unedited: float | None
+    """The unedited model's value of the second objective, a reference line."""
+
+
+def front_info(
+    results: pd.DataFrame,
+    *,
+    objectives: Sequence[str] = DEFAULT_OBJECTIVES,
+    baseline: Mapping[str, float] | None = None,
+    pick: str | None = None,
+) -> FrontInfo:
+    """The trade-off of two objectives over the settings (seeds averaged); diverged and unfinished ones are left out."""
+    x, y = objectives
+    settings = by_setting(results)
+    rows = comparable(settings, (x, y))
+    front = pareto_front(settings, (x, y))
+    marks = tuple(
+        FrontPoint(
+            trial_id=row["trial_id"],
+            position=f"{row['layer']}.{row['module']}",
+            module=row["module"],
+            depth=float(row["depth"]),
+            values=(float(row[x]), float(row[y])),
+            on_front=row["trial_id"] in front.trial_ids,
+            hover=hover_text(row),
+        )
+        for row in rows.to_dict("records")
+    )
+    corners: list[tuple[float, float]] = []
+    for point in sorted(set(front.points)):
+        if corners:
+            corners.append((corners[-1][0], point[1]))
+        corners.append(point)
+    if corners:  # from the left end of the plot, and down to its bottom
+        left, bottom = min(mark.values[0] for mark in marks), min(mark.values[1] for mark in marks)
+        corners = [(left, corners[0][1]), *corners, (corners[-1][0], bottom)]
+    unedited = float((baseline or {}).get(y, math.nan))
+    if y == "capability_change":
+        unedited = 0.0
+    return FrontInfo(
+        objectives=(x, y),
+        points=marks,
+        modules=tuple(dict.fromkeys(mark.module for mark in marks)),
+        step=tuple(corners),
+        pick=pick if any(mark.trial_id == pick for mark in marks) else None,
+        unedited=unedited if math.isfinite(unedited) and y.startswith("capability") else None,
+    )
+
+
+def front_figure(info: FrontInfo) -> go.Figure:
+    """Scatter coloured by relative depth, a symbol per module, the front as a step, the pick ringed."""
+    x, y = (TITLES.get(name, name) for name in info.objectives)
+    figure = styled_figure(height=520, xaxis={"title": {"text": x}}, yaxis={"title": {"text": y}})
+    if info.step:
+        figure.add_scatter(
+            x=[a for a, _ in info.step], y=[b for _, b in info.step], mode="lines", name="front", hoverinfo="skip",
+            line={"color": "#5b6675", "width": 1.5, "dash": "dot"}, showlegend=False,
+        )  # fmt: skip
+    for index, module in enumerate(info.modules):
+        marks = [mark for mark in info.points if mark.module == module]
+        figure.add_scatter(
+            x=[round(mark.values[0], 5) for mark in marks],
+            y=[round(mark.values[1], 5) for mark in marks],
+            mode="markers",
+            name=escaped(module),
+            customdata=[mark.trial_id for mark in marks],
+            text=[mark.hover for mark in marks],
+            hovertemplate="%{text}<extra></extra>",
+            marker={
+                "symbol": SYMBOLS[index % len(SYMBOLS)],
+                "size": [13 if mark.on_front else 9 for mark in marks],
+                "opacity": [1.0 if mark.on_front else 0.75 for mark in marks],
+                "color": [round(mark.depth, 4) for mark in marks],
+                "coloraxis": "coloraxis",
+                "line": {"width": [1.6 if mark.on_front else 0.6 for mark in marks], "color": INK},
+            },
+        )
+    figure.update_layout(
+        coloraxis={
+            "colorscale": "Cividis", "cmin": 0, "cmax": 1,
+            "colorbar": {
+                "title": {"text": "depth", "side": "right"}, "thickness": 10, "len": 0.8, "outlinewidth": 0,
+                "tickvals": [0, 0.5, 1], "ticktext": ["first", "middle", "last"],
+            },
+        }
+    )  # fmt: skip
+    if info.unedited is not None:
+        figure.add_hline(
+            y=info.unedited, line={"color": MUTED, "width": 1.5, "dash": "dash"},
+            annotation={"text": "unedited model", "font": {"color": "#5b6675"}, "xanchor": "left", "x": 0},
+            annotation_position="bottom left" if any(y > info.unedited for _, y in info.step) else "top left",
+        )  # fmt: skip
+    for mark in info.points:
+        if mark.trial_id == info.pick:
+            figure.add_scatter(
+                x=[mark.values[0]], y=[mark.values[1]], mode="markers", name="pick", hoverinfo="skip",
+                marker={"symbol": "circle-open", "size": 25, "color": ACCENT, "line": {"width": 3}},
+            )  # fmt: skip
+            left = mark.values[0] > sum(corner[0] for corner in info.step[:1] + info.step[-1:]) / 2
+            figure.add_annotation(
+                x=mark.values[0], y=mark.values[1], text=f"<b>{escaped(mark.position)}</b>", showarrow=True,
+                arrowhead=0, arrowcolor=ACCENT, ax=-46 if left else 46, ay=34, standoff=13, font={"color": ACCENT, "size": 15},
+                bgcolor="rgba(255,255,255,0.8)",
+            )  # fmt: skip
+    xs, ys = ([mark.values[axis] for mark in info.points] for axis in (0, 1))
+    ys += [info.unedited] if info.unedited is not None else []
+    figure.update_layout(
+        xaxis={"tickformat": ".0%", "range": _padded(xs, least=0.03)},
+        yaxis={"tickformat": _tickformat(ys), "range": _padded(ys, least=0.006)},
+    )
+    return figure
+
+
+def _padded(values: Sequence[float], least: float) -> list[float]:
+    """The range of an axis: all values, and 7% or at least `least` on both sides."""
+    if not values:
+        return [0.0, 1.0]
+    pad = max(0.07 * (max(values) - min(values)), least)
+    return [min(values) - pad, max(values) + pad]
+
+
+@dataclass(frozen=True)
+class HeatmapInfo:
+    metric: str
+    layers: tuple[int, ...]
+    """Columns."""
+    modules: tuple[str, ...]
+    """Rows."""
+    values: tuple[tuple[float | None, ...], ...]
+    """values[row][column]; None where nothing was measured."""
+    hover: tuple[tuple[str, ...], ...]
+    trial_ids: tuple[tuple[str | None, ...], ...]
+    limits: tuple[float, float]
+    """Of the colours. Symmetric about 0 for a change."""
+    pick: tuple[int, int] | None
+    """(row, column) of the cell that shows the picked trial; None when that is not among the best of its cell."""
+
+
+HEATMAP_CAPTION = (
+    "Each cell shows the best setting tried there: the highest reliability, then the highest capability. "
+    "The maps show the same setting in the same cell; an empty cell was not tried, failed or diverged."
+)
+
+
+def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: str | None = None) -> HeatmapInfo:
+    """A metric over layer and module, of the best setting (reliability, then capability; seeds averaged) in each cell.
+    The same settings whatever the metric, so that maps of several metrics can be read together."""
+    settings = by_setting(results)
+    tried = results[["layer", "module"]].drop_duplicates()
+    layers = tuple(sorted({int(layer) for layer in tried["layer"]}))
+    modules = tuple(dict.fromkeys(tried["module"]))
+    best: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in comparable(settings, ("reliability",)).to_dict("records"):
+        cell = (int(row["layer"]), row["module"])
+        if cell not in best or _better(row, best[cell]):
+            best[cell] = row
+    found = [[best.get((layer, module)) for layer in layers] for module in modules]
+
+    def value(row: dict[str, Any] | None) -> float | None:
+        return float(row[metric]) if row is not None and math.isfinite(row[metric]) else None
+
+    values = tuple(tuple(value(row) for row in line) for line in found)
+    flat = [x for line in values for x in line if x is not None]
+    if metric == "capability_change":
+        edge = max((abs(x) for x in flat), default=0.0) or 0.01
+        limits = (-edge, edge)
+    else:
+        limits = (0.0, 1.0) if metric in TITLES and "drift" not in metric else (min(flat, default=0.0), max(flat, default=1.0))
+    trial_ids = tuple(tuple(None if row is None else row["trial_id"] for row in line) for line in found)
+    cells = [(i, j) for i, line in enumerate(trial_ids) for j, trial in enumerate(line) if trial is not None]
+    return HeatmapInfo(
+        metric=metric,
+        layers=layers,
+        modules=modules,
+        values=values,
+        hover=tuple(
+            tuple(
+                hover_text(row) if row is not None else f"<b>{layer}.{escaped(module)}</b><br>no result"
+                for layer, row in zip(layers, line, strict=True)
+            )
+            for module, line in zip(modules, found, strict=True)
+        ),
+        trial_ids=trial_ids,
+        limits=limits,
+        pick=next(((i, j) for i, j in cells if trial_ids[i][j] == pick), None),
+    )
+
+
+def _better(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    def key(r: Mapping[str, Any]) -> tuple[float, float]:
+        return round(r["reliability"], 9), r["capability"] if math.isfinite(r["capability"]) else -math.inf
+
+    return key(row) > key(other)
+
+
+def heatmap_figure(info: HeatmapInfo) -> go.Figure:
+    """Layers from left to right, a row per module; a colour centred on 0 for a change."""
+    change = info.metric == "capability_change"
+    low, high = info.limits
+    figure = styled_figure(
+        height=96 + 34 * max(2, len(info.modules)),
+        xaxis={
+            "title": {"text": "layer"}, "showgrid": False, "type": "category", "tickangle": 0, "tick0": 0,
+            "dtick": max(1, math.ceil(len(info.layers) / 16)),
+        },
+        yaxis={"showgrid": False, "type": "category", "autorange": "reversed", "ticklabelstandoff": 6},
+        margin={"l": 10, "r": 10, "t": 10, "b": 44},
+    )  # fmt: skip
+    figure.add_heatmap(
+        x=[str(layer) for layer in info.layers],
+        y=[escaped(module) for module in info.modules],
+        z=[[None if x is None else round(100 * x if change else x, 4) for x in line] for line in info.values],
+        text=[list(line) for line in info.hover],
+        customdata=[list(line) for line in info.trial_ids],
+        hovertemplate="%{text}<extra></extra>",
+        hoverongaps=True,
+        colorscale=[list(stop) for stop in CHANGE_SCALE] if change else "Viridis",
+        zmin=100 * low if change else low, zmax=100 * high if change else high,
+        xgap=1, ygap=1,
+        colorbar={"thickness": 10, "outlinewidth": 0, "tickformat": "+.1~f" if change else ".0%", "nticks": 5},
+    )  # fmt: skip
+    figure.update_layout(plot_bgcolor="#eceef1")
+    if info.pick is not None:
+        row, column = info.pick
+        figure.add_shape(
+            type="rect", x0=column - 0.5, x1=column + 0.5, y0=row - 0.5, y1=row + 0.5, line={"color": ACCENT, "width": 3}
+        )
+    return figure
+
+
+def _tickformat(values: Sequence[float]) -> str:
+    """Decimals by the range to be read off."""
+    return ".1%" if values and max(values) - min(values) < 0.1 else ".0%"
