@@ -49,7 +49,7 @@ class Suite:
     prose: tuple[str, ...]
     """Running text for drift and perplexity."""
     fingerprint: str
-    """16 hexadecimal digits over all items and the prose."""
+    """16 hexadecimal digits over all items and the prose; where they were read from does not matter."""
 
 
 def load_suite(
@@ -289,5 +289,5 @@ def _spread(items: tuple[CapabilityItem, ...], limit: int | None) -> tuple[Capab
 
 
 def _fingerprint(tasks: tuple[Task, ...], text: str) -> str:
-    content = [[asdict(item) for item in task.items] for task in tasks], text
+    content = [[asdict(item) | {"id": None} for item in task.items] for task in tasks], text  # ids may name the file
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

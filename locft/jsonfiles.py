@@ -1,7 +1,7 @@
 """JSON and JSON Lines files to records that know their line, and one error with everything wrong in a file.
 
-Edit files and benchmark files come in both forms, often under the other one's ending, so the content decides: a text that
-begins with "[" is a list of records, anything else is one record a line.
+Edit files and benchmark files come in both forms, often under the other one's ending, so the content decides: a text
+that begins with "[" is a list of records, anything else is one record a line.
 """
 
 import difflib
@@ -30,10 +30,11 @@ class Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The objects of a JSON list or JSON Lines file, in order, at least one. Blank lines and a byte order mark are skipped.
+    """The objects of a JSON list or JSON Lines file, in order, at least one. Blank lines and a byte order mark are
+    skipped.
 
-    Raises InputError with every problem of the file: missing (with the nearest existing name), a folder, not UTF-8 (with
-    the byte), broken JSON (line and column), no list of records, a record that is no object, no records at all.
+    Raises InputError with every problem of the file: missing (with the nearest existing name), a folder, not UTF-8
+    (with the byte), broken JSON (line and column), no list of records, a record that is no object, no records at all.
     """
     text = read_text(path)
     begin = len(text) - len(text.lstrip(_BLANK))
@@ -75,9 +76,8 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         hint = "the file begins like UTF-16; " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise InputError(
-            f"{path}, line {line}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; {hint}save it as UTF-8"
-        ) from None
+        got = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+        raise InputError(f"{path}, line {line}: not UTF-8: {got}; {hint}save it as UTF-8") from None
 
 
 def missing_path(path: Path) -> str:

@@ -34,7 +34,7 @@ def item(task, number, context, choices, answer, rule):
 @pytest.fixture(scope="module")
 def suite():
     words = ["Paris", "the Seine", "Portuguese", "Alexander Graham Bell", "trumpet", "yen", "1876", "Miles Davis"]
-    contexts = ["The capital of France is", "He played the", "Which instrument did", "Question: What is the currency?\nAnswer:"]
+    contexts = ["The capital of France is", "He played the", "Which instrument did", "What currency?\nAnswer:"]
 
     def choices(start, count):
         return [" " + words[(start + step) % len(words)] for step in range(count)]
@@ -104,7 +104,8 @@ def test_batches_and_order_change_nothing(suite, models, batch_tokens):
     assert got == pytest.approx(expected[order], abs=1e-4)
     assert (greedy == expected_greedy[order]).all()
     assert score_suite(models[0], encoded, batch_tokens) == score_suite(models[0], encoded)
-    assert measure_drift(*models, encoded, batch_tokens).kl == pytest.approx(measure_drift(*models, encoded).kl, rel=1e-5)
+    expected_kl = measure_drift(*models, encoded).kl
+    assert measure_drift(*models, encoded, batch_tokens).kl == pytest.approx(expected_kl, rel=1e-5)
 
 
 def test_batches_keep_to_their_size(suite, models):
@@ -164,7 +165,8 @@ def test_tiny_drift_is_resolved():
     suite = encode_suite(tiny_tokenizer(), Suite((), (PROSE,), "x"))
 
     def moved(step):
-        return lambda rows: (logits.double() + step * direction.double()).expand(sum(len(r.target_ids) for r in rows), -1)
+        one = logits.double() + step * direction.double()
+        return lambda rows: one.expand(sum(len(row.target_ids) for row in rows), -1)
 
     small, half = (measure_drift(moved(step), moved(0.0), suite).kl for step in (1e-4, 5e-5))
     assert 1e-10 < small < 1e-7

@@ -113,7 +113,10 @@ json_values = st.recursive(
 
 
 @FUZZ
-@given(records=st.lists(st.dictionaries(st.text(), json_values, max_size=3), min_size=1, max_size=5), indent=st.sampled_from([None, 2]))
+@given(
+    records=st.lists(st.dictionaries(st.text(), json_values, max_size=3), min_size=1, max_size=5),
+    indent=st.sampled_from([None, 2]),
+)
 def test_both_forms_read_back(tmp_path, records, indent):
     as_list = write(tmp_path, "a.json", json.dumps(records, indent=indent))
     as_lines = write(tmp_path, "a.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
