@@ -78,15 +78,25 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"model {name!r}: the folder {folder} does not load: {_first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"model {name!r}: its tokenizer has no EOS token, which ends the target of an edit")
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model.eval().requires_grad_(False).to(target)
     if getattr(model.config, "rescale_every", 0):  # RWKV: a forward pass in evaluation mode would rewrite its weights
         model.config.rescale_every = 0
     return LoadedModel(name, model, tokenizer, folder_fingerprint(folder))
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone. InputError when there is none, or it has no EOS token."""
+    folder = model_folder(name, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model {name!r}: the tokenizer in {folder} does not load: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model {name!r}: its tokenizer has no EOS token, which ends the target of an edit")
+    return tokenizer
 
 
 def load_structure(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:

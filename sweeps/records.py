@@ -5,8 +5,10 @@ the settings, the fingerprints of model and data, the version of the method) and
 recognised wherever it is met again, and the same command resumes a study.
 """
 
+import base64
 import hashlib
 import json
+import zlib
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -93,3 +95,29 @@ class TrialResult:
             **self.metrics,
             "epoch_losses": list(self.epoch_losses),
         }
+
+
+def pack_result(result: TrialResult) -> str:
+    """A result as one short string: Ray keeps every reported value in the driver's memory and snapshots."""
+    parts = {
+        "config": result.config.to_dict(),
+        "status": result.status,
+        "error": result.error,
+        "metrics": result.metrics,
+        "epoch_losses": result.epoch_losses,
+        "outcomes": result.outcomes,
+    }
+    return base64.b85encode(zlib.compress(json.dumps(parts).encode())).decode()
+
+
+def unpack_result(packed: str) -> TrialResult:
+    """The inverse of `pack_result`."""
+    parts = json.loads(zlib.decompress(base64.b85decode(packed)))
+    return TrialResult(
+        TrialConfig(**parts["config"]),
+        parts["status"],
+        parts["error"],
+        parts["metrics"],
+        tuple(parts["epoch_losses"]),
+        tuple(parts["outcomes"]),
+    )

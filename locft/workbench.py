@@ -1,0 +1,160 @@
+"""One model, one set of edits, one capability suite: everything that any number of trials share.
+
+    bench = Workbench.prepare(load_model("smollm2-135m"), load_edits("atlas", limit=50), load_suite("probes"))
+    training = bench.train(TuningPosition.parse("22.mlp_down"), TrainingSettings(learning_rate=4e-3))
+    print(bench.measure(training.delta).metrics)
+
+The unedited model is measured once, before anything is edited, and the result can be handed to other processes.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from locft.benchmarks import Suite
+from locft.capability import (
+    PROSE_TOKENS,
+    EncodedSuite,
+    SuiteScores,
+    capability_change,
+    encode_suite,
+    measure_drift,
+    measure_perplexity,
+    score_suite,
+)
+from locft.delta import EditDelta, applied
+from locft.encoding import TokenRow, encode_edits
+from locft.evaluation import (
+    Answer,
+    Outcome,
+    Question,
+    ask,
+    edit_metrics,
+    edit_questions,
+    greedy_answers,
+    locality_prompts,
+)
+from locft.finetune import Training, TrainingSettings, finetune
+from locft.models import LoadedModel
+from locft.positions import TuningPosition
+from locft.reference import full_forward
+from locft.requests import EditSet
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The unedited model, measured once."""
+
+    locality_answers: tuple[Answer, ...]
+    """To the unrelated prompts of all edits, in order; an edit should leave them as they are."""
+    scores: SuiteScores | None
+    """On the capability suite."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """reliability, generalization (before any edit), capability, capability.<task>, perplexity."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        answers = [[answer.text, list(answer.token_ids)] for answer in self.locality_answers]
+        return {"answers": answers, "scores": self.scores and self.scores.to_dict(), "metrics": self.metrics}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Baseline":
+        answers = tuple(Answer(text, tuple(ids)) for text, ids in value["answers"])
+        return cls(answers, value["scores"] and SuiteScores.from_dict(value["scores"]), value["metrics"])
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What an edit did: finite metrics by name, and the answer to every question."""
+
+    metrics: dict[str, float]
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A model with tokenized edits, questions and capability items, ready for trials."""
+
+    loaded: LoadedModel
+    rows: tuple[TokenRow, ...]
+    """Training rows, one per edit."""
+    questions: tuple[Question, ...]
+    suite: EncodedSuite | None
+    baseline: Baseline
+
+    @classmethod
+    def prepare(
+        cls,
+        loaded: LoadedModel,
+        edits: EditSet,
+        suite: Suite | None,
+        prose_tokens: int = PROSE_TOKENS,
+        baseline: Baseline | None = None,
+    ) -> "Workbench":
+        """Tokenize everything; measure the unedited model unless its `baseline` is given."""
+        encoded = encode_suite(loaded.tokenizer, suite, prose_tokens) if suite else None
+        baseline = baseline or measure_unedited(loaded, edits, encoded)
+        questions = edit_questions(loaded.tokenizer, edits.requests, baseline.locality_answers)
+        return cls(loaded, encode_edits(loaded.tokenizer, edits.requests), questions, encoded, baseline)
+
+    def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
+        """Train the edits at a position; the model stays as it is."""
+        return finetune(self.loaded, self.rows, position, settings)
+
+    def measure(self, delta: EditDelta) -> Measurement:
+        """All metrics of the edited model, by the names of the results table."""
+        delta.require_base(self.loaded)
+        started = time.perf_counter()
+        edited = full_forward(self.loaded.model, delta.weights(self.loaded.model))
+        with applied(self.loaded, delta):
+            outcomes = ask(self.loaded, edited, self.questions)
+        metrics = {**edit_metrics(outcomes), "n_edits": float(len(self.rows)), "delta_norm": delta.norm}
+        metrics["evaluate_seconds"] = time.perf_counter() - started
+        if self.suite and self.baseline.scores:
+            started = time.perf_counter()
+            scores = score_suite(edited, self.suite)
+            change = capability_change(self.baseline.scores, scores)
+            metrics |= capability_metrics(scores)
+            metrics |= {
+                "capability_change": change.mean,
+                "capability_change_low": change.low,
+                "capability_change_high": change.high,
+            }
+            drift = measure_drift(edited, full_forward(self.loaded.model), self.suite)
+            metrics |= {"drift_kl": drift.kl, "perplexity": drift.perplexity}
+            metrics["capability_seconds"] = time.perf_counter() - started
+        return Measurement({name: value for name, value in metrics.items() if math.isfinite(value)}, outcomes)
+
+
+def measure_unedited(loaded: LoadedModel, edits: EditSet, suite: EncodedSuite | None) -> Baseline:
+    """Measure the model as it is. Call it before anything is edited; it answers from the model's own weights."""
+    logits = full_forward(loaded.model)
+    answers = tuple(greedy_answers(loaded, locality_prompts(edits.requests)))
+    questions = edit_questions(loaded.tokenizer, edits.requests, answers)
+    before = ask(loaded, logits, [question for question in questions if question.kind != "locality"])
+    metrics = {name: value for name, value in edit_metrics(before).items() if not name.endswith("_tf")}
+    scores = None
+    if suite:
+        scores = score_suite(logits, suite)
+        metrics |= capability_metrics(scores)
+        metrics["perplexity"] = measure_perplexity(logits, suite)
+    return Baseline(answers, scores, metrics)
+
+
+def capability_metrics(scores: SuiteScores) -> dict[str, float]:
+    """capability (the mean of the tasks) and capability.<task>."""
+    return {"capability": scores.capability, **{f"capability.{task}": mean for task, mean in scores.accuracy.items()}}
+
+
+def diverged_metrics(questions: Sequence[Question], baseline: Baseline) -> dict[str, float]:
+    """Finite worst values for a training that diverged: nothing learnt, nothing kept."""
+    kinds = {question.kind for question in questions}
+    metrics = {name: 0.0 for kind in kinds for name in (kind, f"{kind}_tf")}
+    if baseline.scores:
+        capability = baseline.metrics["capability"]
+        metrics |= {f"capability.{task}": 0.0 for task in baseline.scores.accuracy}
+        metrics |= {"capability": 0.0, "capability_change": -capability}
+        metrics |= {"capability_change_low": -capability, "capability_change_high": -capability}
+    return metrics

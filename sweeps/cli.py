@@ -1,0 +1,505 @@
+"""The `locft` command: reads arguments, calls the platform, prints. Exit code 0 done, 1 the work failed, 2 bad input.
+
+What a command says goes to standard output; progress, notices and errors go to standard error. With --json, standard
+output is one JSON object. Heavy libraries are imported by the commands that need them, so that --help answers at once.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from locft.errors import InputError
+
+if TYPE_CHECKING:
+    from locft.delta import EditDelta
+    from locft.workbench import Workbench
+    from sweeps.prepare import PreparedStudy
+    from sweeps.sweep import Answer, StudyState
+
+app = typer.Typer(
+    name="locft",
+    help="Where should a language model be edited, and what does the edit cost?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(soft_wrap=False)
+err = Console(stderr=True, soft_wrap=True)
+
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A ready study (quickstart, ...) or a study file.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, hub id, folder or .gguf file.")]
+EditsOption = Annotated[str, typer.Option("--edits", help="atlas, an edit file, or a data set's hub id.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="Use the first N edits.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: space.layer=[3,7]. Repeatable.")
+]
+UriOption = Annotated[
+    str | None,
+    typer.Option("--tracking-uri", help="MLflow store; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16, float16.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default all cores.")]
+RemoteCodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Off unless asked for.")
+]
+
+
+def main() -> None:
+    """Entry point: turns errors into one clear message and an exit code."""
+    _be_quiet()
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        _complain(error.problems)
+        code = 2
+    except KeyboardInterrupt:
+        _complain(["interrupted; what was finished is kept, and the same command goes on from there"])
+        code = 130
+    except Exception as error:
+        code = _unexpected(error)
+    sys.exit(code)
+
+
+@app.command()
+def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_code: RemoteCodeOption = False) -> None:
+    """List every tuning position of MODEL: layer, module, parameters, shapes, size."""
+    from locft.models import load_structure
+    from locft.positions import list_positions
+
+    found = list_positions(load_structure(model, trust_remote_code=trust_remote_code))
+    if as_json:
+        rows = [
+            {"position": str(p.position), "parameters": dict(zip(p.names, map(list, p.shapes), strict=True)), "size": p.size}
+            for p in found
+        ]
+        return _print_json({"model": model, "positions": rows})
+    table = _table(f"{model}: {len(found)} tuning positions", "position", "size", "parameter", "shape")
+    for info in found:
+        shapes = [" x ".join(map(str, shape)) for shape in info.shapes]
+        table.add_row(str(info.position), f"{info.size:,}", "\n".join(info.names), "\n".join(shapes))
+    _print_wide(table)
+
+
+@app.command()
+def plan(study: StudyArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show the trials of STUDY, their number and what they will take. Nothing is run or written."""
+    from analysis.wording import seconds
+    from sweeps.estimate import estimate
+
+    prepared = _prepared(study, overrides)
+    resources = prepared.study.resources
+    cores = os.cpu_count() or 1
+    concurrent = resources.concurrent if isinstance(resources.concurrent, int) else max(1, cores // resources.cpus)
+    expected = estimate(prepared.plan, prepared.facts, cpus=resources.cpus, concurrent=concurrent)
+    if as_json:
+        trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
+        return _print_json({"study": _about(prepared), "trials": trials, "estimate": asdict(expected)})
+    _say_study(prepared)
+    table = _table(None, "id", "position", "pipeline", "batch", "learning rate", "loss", "seed")
+    for t in prepared.plan.trials:
+        table.add_row(
+            t.id, t.position, t.pipeline, str(t.batch_size), f"{t.learning_rate:g}", t.loss_average, str(t.seed)
+        )
+    if prepared.plan.trials:
+        _print_wide(table)
+    else:
+        out.print(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
+    out.print(
+        f"{prepared.plan.count} trials, {concurrent} at a time: about {seconds(expected.seconds)} "
+        f"({seconds(expected.seconds_low)} to {seconds(expected.seconds_high)}), "
+        f"{expected.peak_memory_bytes / 2**30:.1f} GiB of memory"
+    )
+
+
+@app.command()
+def sweep(
+    study: StudyArgument,
+    overrides: SetOption = None,
+    tracking_uri: UriOption = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster: auto, or HOST:PORT. Default: this machine.")] = None,
+    report_file: Annotated[Path | None, typer.Option("--out", help="Dashboard file; default NAME.html here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run STUDY. The same command again runs only what is not done yet."""
+    from sweeps.progress import Progress
+    from sweeps.sweep import run_sweep
+    from sweeps.tracking import Tracker
+
+    prepared = _prepared(study, overrides)
+    report_file = _writable(report_file or Path(f"{prepared.study.name}.html"))
+    if not as_json:
+        _say_study(prepared)
+    tracker = Tracker.open(tracking_uri, prepared.study.name)
+
+    def show(state: "StudyState") -> Progress:
+        done = state.results[state.results["status"] == "done"]
+        return Progress(prepared.study.name, prepared.plan.count, done.to_dict("records"))
+
+    state, answer = run_sweep(prepared, tracker, address=address, show=show)
+    report_file.write_text(answer.report_html, encoding="utf-8")
+    _print_answer(state, answer, report_file, tracker.uri, as_json)
+    if state.done == 0:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False):
+    """Say how far STUDY is: done, failed (with causes), left."""
+    from collections import Counter
+
+    from sweeps.sweep import read_state
+    from sweeps.tracking import Tracker
+
+    prepared = _prepared(study, overrides)
+    state = read_state(prepared, Tracker.open(tracking_uri, prepared.study.name))
+    causes = Counter(state.results.loc[state.results["status"] == "failed", "error"])
+    if as_json:
+        numbers = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
+        return _print_json({"study": _about(prepared), **numbers, "causes": dict(causes)})
+    out.print(
+        f"{prepared.study.name}: {state.done} of {prepared.plan.count} done, {state.failed} failed, {state.left} left",
+        highlight=False,
+    )
+    for cause, count in causes.most_common():
+        out.print(Text(f"  {count} x {cause}"))
+
+
+@app.command()
+def report(
+    study: StudyArgument,
+    overrides: SetOption = None,
+    tracking_uri: UriOption = None,
+    report_file: Annotated[Path | None, typer.Option("--out", help="Default NAME.html here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
+    from sweeps.sweep import answer_of, read_state
+    from sweeps.tracking import Tracker
+
+    prepared = _prepared(study, overrides)
+    report_file = _writable(report_file or Path(f"{prepared.study.name}.html"))
+    tracker = Tracker.open(tracking_uri, prepared.study.name)
+    state = read_state(prepared, tracker)
+    if state.results.empty:
+        raise InputError(f"study {prepared.study.name!r}: nothing finished in {tracker.uri}; run `locft sweep {study}`")
+    answer = answer_of(state, tracker)
+    report_file.write_text(answer.report_html, encoding="utf-8")
+    _print_answer(state, answer, report_file, tracker.uri, as_json)
+
+
+@app.command()
+def edit(
+    model: ModelArgument,
+    edits: EditsOption,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the delta and its metrics.")],
+    position: Annotated[str | None, typer.Option("--position", help="LAYER.MODULE, such as 22.mlp_down.")] = None,
+    from_run: Annotated[str | None, typer.Option("--from-run", help="Take the settings of this trial's MLflow run.")] = None,
+    pipeline: Annotated[str | None, typer.Option(help="breadth_first (default) or depth_first.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Edits per step; default 32.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam; default 0.0005.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="At most so many; default 25.")] = None,
+    loss_average: Annotated[str | None, typer.Option(help="edit (default) or token.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the edits; default 0.")] = None,
+    limit: LimitOption = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), bfloat16 or float16.")] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    tracking_uri: UriOption = None,
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Make the edits at one position; write the delta and what it does."""
+    from locft.positions import TuningPosition, parameter_names
+    from sweeps.settings import edit_settings
+
+    given = {
+        "pipeline": pipeline,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "loss_average": loss_average,
+        "seed": seed,
+    }
+    chosen = edit_settings(position, given, dtype, from_run, tracking_uri)
+    _writable(folder / "edit.json")
+    bench = _workbench(model, edits, limit, chosen.dtype, device, threads, trust_remote_code)
+    if chosen.model_fingerprint not in (None, bench.loaded.fingerprint):
+        raise InputError(
+            f"--from-run {from_run}: that trial edited a model with fingerprint {chosen.model_fingerprint}, but {model!r} "
+            f"has {bench.loaded.fingerprint}"
+        )
+    where = TuningPosition.parse(chosen.position)
+    parameter_names(bench.loaded.model, where)
+    training = bench.train(where, chosen.training)
+    if training.diverged:
+        err.print(Text(f"the training diverged after {training.steps} steps: try a smaller --learning-rate"))
+        raise typer.Exit(1)
+    measured = bench.measure(training.delta)
+    file = training.delta.save(folder)
+    summary = {
+        "model": model,
+        "position": chosen.position,
+        "settings": dict(training.delta.settings),
+        "delta": str(file),
+        "seconds": round(training.seconds, 3),
+        "losses": list(training.losses),
+        "metrics": measured.metrics,
+        "unedited": bench.baseline.metrics,
+    }
+    (folder / "edit.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    outcomes = "".join(json.dumps(asdict(outcome), ensure_ascii=False) + "\n" for outcome in measured.outcomes)
+    (folder / "outcomes.jsonl").write_text(outcomes, encoding="utf-8")
+    if as_json:
+        return _print_json(summary)
+    out.print(f"{len(bench.rows)} edits at {chosen.position} in {training.seconds:.1f} s: {file}", highlight=False)
+    _print_metrics(measured.metrics, bench.baseline.metrics)
+
+
+@app.command()
+def apply(
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A delta file, or the folder `locft edit` wrote.")],
+    model: Annotated[str, typer.Option("--model", help="The unedited model it was trained on.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the edited model.")],
+    dtype: DtypeOption = "float32",
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Write the edited model: MODEL with DELTA merged into it."""
+    from locft.delta import EditDelta, merge
+    from locft.models import load_model
+
+    change = EditDelta.load(delta)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--out {folder}: the folder is not empty; name a new one")
+    _writable(folder / "config.json")
+    loaded = load_model(model, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+    merge(loaded, change, folder)
+    if as_json:
+        return _print_json({"model": model, "position": change.position, "folder": str(folder)})
+    out.print(f"{model} edited at {change.position}: {folder}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    edits: EditsOption,
+    delta: Annotated[Path | None, typer.Option("--delta", help="A delta to evaluate; default: the model as it is.")] = None,
+    limit: LimitOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Measure MODEL, or MODEL with a delta, on edits and capability probes."""
+    from locft.delta import EditDelta
+
+    change = EditDelta.load(delta) if delta else None
+    bench = _workbench(model, edits, limit, dtype, device, threads, trust_remote_code)
+    metrics = bench.measure(change).metrics if change else bench.baseline.metrics
+    if as_json:
+        where = change.position if change else None
+        return _print_json({"model": model, "position": where, "metrics": metrics, "unedited": bench.baseline.metrics})
+    _print_metrics(metrics, bench.baseline.metrics)
+
+
+@app.command()
+def ui(
+    tracking_uri: UriOption = None,
+    port: Annotated[int | None, typer.Option(help="Default 5000, or the next free port.")] = None,
+) -> None:
+    """Open MLflow on 127.0.0.1 and print the pages that matter. Ctrl-C stops it."""
+    from sweeps.tracking_lookup import list_studies
+    from sweeps.ui import serve
+
+    def announce(address: str) -> None:
+        out.print(f"MLflow: {address}", highlight=False)
+        for found in list_studies(address, base=address):
+            out.print(Text(f"\n{found['name']} ({found['status']})"))
+            for name, link in found["links"].items():
+                out.print(Text(f"  {name}: {link}"), soft_wrap=True)
+
+    serve(tracking_uri, port, announce)
+
+
+def _prepared(study: str, overrides: list[str] | None) -> "PreparedStudy":
+    from sweeps.prepare import prepare
+    from sweeps.study import load_study
+
+    return prepare(load_study(study, overrides or []))
+
+
+def _workbench(
+    model: str, edits: str, limit: int | None, dtype: str, device: str, threads: int | None, trust_remote_code: bool
+) -> "Workbench":
+    import torch
+
+    from locft.benchmarks import load_suite
+    from locft.models import load_model
+    from locft.requests import load_edits
+    from locft.workbench import Workbench
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    requests = load_edits(edits, limit=limit)
+    for sentence in requests.findings.sentences():
+        err.print(Text(sentence))
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return Workbench.prepare(loaded, requests, load_suite("probes"))
+
+
+def _about(prepared: "PreparedStudy") -> dict[str, Any]:
+    study = prepared.study
+    findings = asdict(prepared.edits.findings)
+    return {
+        "name": study.name,
+        "id": prepared.id,
+        "model": study.model,
+        "edits": {"source": study.edits.source, "count": len(prepared.edits.requests), **findings},
+        "capability": prepared.capability_source,
+    }
+
+
+def _say_study(prepared: "PreparedStudy") -> None:
+    study = prepared.study
+    err.print(Text(f"{study.name}: {study.model}, {len(prepared.edits.requests)} edits of {study.edits.source}"))
+    err.print(Text(f"capability: {prepared.capability_source}"))
+    for sentence in prepared.edits.findings.sentences():
+        err.print(Text(sentence))
+
+
+def _print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri: str, as_json: bool) -> None:
+    from analysis.wording import percent
+
+    pick = answer.recommendation
+    counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed}
+    by_id = {row["trial_id"]: row for row in state.results.to_dict("records")}
+    front = [by_id[trial_id] for trial_id in answer.front.trial_ids]
+    names = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
+    if as_json:
+        shown = ("trial_id", "layer", "module", "pipeline", "batch_size", "learning_rate", "seed", *names)
+        return _print_json(
+            {
+                "study": _about(state.prepared),
+                "trials": counts,
+                "front": [{key: _plain(row[key]) for key in shown} for row in front],
+                "hypervolume": answer.front.hypervolume,
+                "pick": asdict(pick) if pick else None,
+                "unedited": state.baseline,
+                "report": str(report_file),
+                "tracking_uri": uri,
+            }
+        )
+    table = _table("Pareto front of reliability against capability", "position", "setting", *names)
+    for row in front:
+        setting = f"{row['pipeline']} b{row['batch_size']} lr {row['learning_rate']:g} s{row['seed']}"
+        values = [percent(row[name]) if row[name] == row[name] else "-" for name in names[:-1]]
+        drift = f"{row['drift_kl']:.3f}" if row["drift_kl"] == row["drift_kl"] else "-"
+        chosen = "*" if pick and row["trial_id"] in (pick.trial_id, *pick.trial_ids) else ""
+        table.add_row(f"{row['layer']}.{row['module']}{chosen}", setting, *values, drift)
+    if front:
+        _print_wide(table)
+    if pick:
+        out.print(Text(f"\nEdit at {pick.position}.", style="bold"), Text(pick.rule))
+        for reason in pick.reasons:
+            out.print(Text(f"  {reason}"))
+        run = by_id[pick.trial_id].get("run_id")
+        model, source = state.prepared.study.model, state.prepared.study.edits.source
+        out.print(Text(f"Repeat it: locft edit {model} --edits {source} --from-run {run} --out edited"), soft_wrap=True)
+    out.print(f"{counts['done']} of {counts['planned']} trials done, {counts['failed']} failed", highlight=False)
+    out.print(Text(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
+
+
+def _print_metrics(metrics: dict[str, float], unedited: dict[str, float]) -> None:
+    from analysis.wording import number
+
+    table = _table(None, "metric", "edited", "unedited")
+    for name, value in metrics.items():
+        if not name.endswith("_seconds"):
+            table.add_row(name, number(value), number(unedited[name]) if name in unedited else "")
+    out.print(table)
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _print_wide(table: Table) -> None:
+    """On a terminal at its width; in a file or a pipe as wide as it wants to be."""
+    if out.is_terminal:
+        out.print(table)
+    else:
+        Console(width=Console(width=10_000).measure(table).maximum).print(table)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, default=_plain, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON for numpy and pandas scalars; NaN and NA become null."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, Path):
+        return str(value)
+    return None if value is None or value != value else value
+
+
+def _writable(file: Path) -> Path:
+    """The path, if a file can be made there; asked before the work, not after it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {file.parent}: {error.strerror}") from error
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(f"cannot write {file}: {'it is a folder' if file.is_dir() else 'no permission'}")
+    return file
+
+
+def _complain(problems: Any) -> None:
+    problems = list(problems)
+    if len(problems) > 1:
+        err.print(Text(f"error: {len(problems)} problems"))
+        for problem in problems:
+            err.print(Text(f"  {problem}"))
+    else:
+        err.print(Text(f"error: {problems[0]}"))
+
+
+def _unexpected(error: Exception) -> Literal[1, 2]:
+    """Typer's own complaints are bad input; anything else is work that failed, told in one line."""
+    if hasattr(error, "format_message") and hasattr(error, "show"):  # click's exceptions, which typer carries its copy of
+        error.show()
+        return 2
+    _complain([f"{type(error).__name__}: {error}"])
+    if os.environ.get("LOCFT_DEBUG"):
+        raise error
+    err.print(Text("(LOCFT_DEBUG=1 shows where)"))
+    return 1
+
+
+def _be_quiet() -> None:
+    """No telemetry, no progress bars or advice of libraries between our lines."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

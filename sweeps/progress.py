@@ -1,0 +1,107 @@
+"""What a person sees while a study runs: a table that updates on a terminal, plain lines elsewhere. On standard error."""
+
+import time
+from collections import Counter
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from analysis.pareto import pareto_front
+from analysis.table import results_frame
+from analysis.wording import percent, seconds
+from sweeps.records import TrialResult
+
+SHOWN = 6
+"""Lines of the front on the screen."""
+
+
+class Progress:
+    """Counts and the best front so far; a context manager, so that the screen is left tidy whatever happens."""
+
+    def __init__(self, name: str, planned: int, earlier: list[dict], console: Console | None = None):
+        """earlier: results-table rows of the study's trials that were finished before."""
+        self.console = console or Console(stderr=True)
+        self.name, self.planned = name, planned
+        self.rows = list(earlier)
+        self.resumed = len(earlier)
+        self.running = 0
+        self.failures: Counter[str] = Counter()
+        self.began = time.monotonic()
+        self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self._live.start()
+        elif self.resumed:
+            self._say(f"{self.name}: {self.resumed} of {self.planned} trials were finished before and are kept")
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def started(self, running: int) -> None:
+        self.running = running
+
+    def finished(self, result: TrialResult, running: int) -> None:
+        self.running = running
+        if result.status == "failed":
+            self.failures[result.error or "unknown"] += 1
+        else:
+            self.rows.append(result.to_row())
+        if not self.console.is_terminal:
+            left = self.seconds_left()
+            self._say(
+                f"[{self.done + self.failed}/{self.planned}] {result.config.position} {_setting(result)}: {_outcome(result)}"
+                + (f"; about {seconds(left)} left" if left else "")
+            )
+
+    @property
+    def done(self) -> int:
+        return len(self.rows)
+
+    @property
+    def failed(self) -> int:
+        return sum(self.failures.values())
+
+    def seconds_left(self) -> float | None:
+        """From the pace of this run so far; None before its first result and after its last."""
+        here = self.done + self.failed - self.resumed
+        open_ = self.planned - self.done - self.failed
+        return (time.monotonic() - self.began) / here * open_ if here and open_ > 0 else None
+
+    def _say(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+    def _table(self) -> Table:
+        left = self.seconds_left()
+        state = f"{self.done} done, {self.running} running, {self.failed} failed of {self.planned}"
+        table = Table(title=Text(f"{self.name}: {state}" + (f", about {seconds(left)} left" if left else "")))
+        for column in ("front so far", "setting", "reliability", "generalization", "locality", "capability"):
+            table.add_column(column, justify="left" if column in ("front so far", "setting") else "right")
+        results = results_frame(self.rows)
+        by_id = {row["trial_id"]: row for row in self.rows}
+        for trial_id in pareto_front(results).trial_ids[:SHOWN]:
+            row = by_id[trial_id]
+            setting = f"{row['pipeline']} b{row['batch_size']} lr {row['learning_rate']:g} s{row['seed']}"
+            shown = [percent(row[m]) if m in row else "-" for m in ("reliability", "generalization", "locality", "capability")]
+            table.add_row(f"{row['layer']}.{row['module']}", setting, *shown)
+        for cause, count in self.failures.most_common(3):
+            table.add_row(Text(f"{count} failed", style="red"), Text(cause[:80]))
+        return table
+
+
+def _setting(result: TrialResult) -> str:
+    config = result.config
+    return f"{config.pipeline} batch {config.batch_size} lr {config.learning_rate:g} seed {config.seed}"
+
+
+def _outcome(result: TrialResult) -> str:
+    if result.status == "failed":
+        return f"failed: {result.error}"
+    if result.metrics.get("diverged"):
+        return "diverged"
+    named = ("reliability", "generalization", "locality", "capability")
+    return ", ".join(f"{name} {percent(result.metrics[name])}" for name in named if name in result.metrics)

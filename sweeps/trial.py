@@ -1,0 +1,96 @@
+"""One trial: configuration in, result out. The only code of a study that runs on a Ray worker.
+
+A worker process keeps its model, its tokenized data and the unedited model's measurements between trials. Training reads
+the model and returns a delta; measuring puts every edited weight back. So a trial's result does not depend on what ran
+before it in the process.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from sweeps.records import TrialConfig, TrialResult
+
+if TYPE_CHECKING:
+    from locft.benchmarks import Suite
+    from locft.requests import EditSet
+    from locft.workbench import Baseline, Workbench
+
+
+@dataclass(frozen=True)
+class TrialInputs:
+    """Everything a worker needs besides a trial's configuration; the same for all trials of a study."""
+
+    model: str
+    dtype: str
+    device: str
+    edits: "EditSet"
+    suite: "Suite | None"
+    prose_tokens: int
+    """Of prose for drift and perplexity."""
+    threads: int
+    """CPU threads of torch in the worker."""
+
+    @property
+    def key(self) -> tuple:
+        """Tells whether a resident workbench can serve these inputs."""
+        suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
+        return (self.model, self.dtype, self.device, self.edits.fingerprint, suite)
+
+
+_resident: dict[tuple, "Workbench"] = {}
+
+
+def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) -> "Workbench":
+    """The process's workbench for these inputs; made on first use, replacing one for other inputs."""
+    import torch
+
+    from locft.models import load_model
+    from locft.workbench import Workbench
+
+    torch.set_num_threads(inputs.threads)
+    if inputs.key not in _resident:
+        _resident.clear()
+        loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device)
+        _resident[inputs.key] = Workbench.prepare(loaded, inputs.edits, inputs.suite, inputs.prose_tokens, baseline)
+    return _resident[inputs.key]
+
+
+def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
+    """Train and measure one configuration. A divergence is a result, with finite worst values and `diverged` = 1."""
+    import torch
+
+    from locft.finetune import TrainingSettings
+    from locft.positions import TuningPosition
+    from locft.workbench import diverged_metrics
+
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)  # nothing here draws from it; a model's own code might
+    settings = TrainingSettings(
+        pipeline=config.pipeline,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        epochs=config.epochs,
+        loss_average=config.loss_average,
+        skip_below=config.skip_below,
+        stop_below=config.stop_below,
+        seed=config.seed,
+    )
+    training = bench.train(TuningPosition(config.layer, config.module), settings)
+    if training.diverged:
+        metrics, outcomes = diverged_metrics(bench.questions, bench.baseline), ()
+        metrics["n_edits"] = float(len(bench.rows))
+    else:
+        measured = bench.measure(training.delta)
+        metrics, outcomes = measured.metrics, tuple(asdict(outcome) for outcome in measured.outcomes)
+    metrics |= {
+        "diverged": float(training.diverged),
+        "train_seconds": training.seconds,
+        "seconds_per_edit": training.seconds / len(bench.rows),
+        "steps": float(training.steps),
+        "epochs_run": float(len(training.losses)) if config.pipeline == "breadth_first" else 1.0,
+    }
+    if training.losses:
+        metrics["train_loss"] = training.losses[-1]
+    metrics["seconds"] = time.perf_counter() - started
+    return TrialResult(config, "done", None, metrics, training.losses, outcomes)
