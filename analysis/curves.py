@@ -44,7 +44,9 @@ def loss_info(results: pd.DataFrame, *, front: Sequence[str] = (), pick: str | N
     rows = done(results)
     rows = rows[rows["epoch_losses"].map(len).gt(0).astype(bool)]
     pipelines = set(rows["pipeline"])
-    pipeline = next((name for name in ("breadth_first", "depth_first", *sorted(map(str, pipelines))) if name in pipelines), None)
+    pipeline = next(
+        (name for name in ("breadth_first", "depth_first", *sorted(map(str, pipelines))) if name in pipelines), None
+    )
     rows = rows[rows["pipeline"] == pipeline] if pipeline is not None else rows
     rank = {trial: 1 for trial in front} | ({pick: 0} if pick is not None else {})
     order = sorted(range(len(rows)), key=lambda i: rank.get(rows["trial_id"].iloc[i], 2))
@@ -52,7 +54,8 @@ def loss_info(results: pd.DataFrame, *, front: Sequence[str] = (), pick: str | N
     for index in order[:MAX_CURVES]:
         row = rows.iloc[index]
         usable = tuple(float(f"{x:.4g}") if math.isfinite(x) and x > 0 else None for x in row["epoch_losses"])
-        label = f"{row['layer']}.{escaped(row['module'])}, batch {number(row['batch_size'])}, rate {number(row['learning_rate'])}"
+        settings = f"batch {number(row['batch_size'])}, rate {number(row['learning_rate'])}"
+        label = f"{row['layer']}.{escaped(row['module'])}, {settings}"
         kind = ("pick", "front", "other")[rank.get(row["trial_id"], 2)]
         curves.append(LossCurve(row["trial_id"], label, float(row["depth"]), usable, kind))
     return LossInfo(curves=tuple(curves), pipeline=pipeline, left_out=len(rows) - len(curves))
@@ -67,7 +70,11 @@ def loss_figure(info: LossInfo) -> go.Figure:
         yaxis={"title": {"text": "training loss"}, "type": "log", "dtick": 1, "tickformat": "~g"},
         hovermode="closest",
     )
-    looks = {"other": ("other settings", "#b3bac4", 0.8), "front": ("on the front", BLUE, 1.6), "pick": ("pick", ACCENT, 3.5)}
+    looks = {
+        "other": ("other settings", "#b3bac4", 0.8),
+        "front": ("on the front", BLUE, 1.6),
+        "pick": ("pick", ACCENT, 3.5),
+    }
     for kind, (name, colour, width) in looks.items():
         curves = [curve for curve in info.curves if curve.highlight == kind]
         if not curves:
@@ -125,13 +132,17 @@ def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> Pipelin
     pairs.sort(key=lambda pair: pair.batch_size)
     sizes = dict.fromkeys(pair.batch_size for pair in pairs)
     gaps = {size: [p.breadth_first - p.depth_first for p in pairs if p.batch_size == size] for size in sizes}
-    return PipelineInfo(metric, tuple(pairs), tuple((size, float(np.mean(gap)), len(gap)) for size, gap in gaps.items()))
+    return PipelineInfo(
+        metric, tuple(pairs), tuple((size, float(np.mean(gap)), len(gap)) for size, gap in gaps.items())
+    )
 
 
 def pipeline_figure(info: PipelineInfo) -> go.Figure:
     """A line per pair from depth-first to breadth-first, grouped by batch size."""
     sizes = list(dict.fromkeys(pair.batch_size for pair in info.pairs))
-    spread: dict[int, list[int]] = {size: [i for i, p in enumerate(info.pairs) if p.batch_size == size] for size in sizes}
+    spread: dict[int, list[int]] = {
+        size: [i for i, p in enumerate(info.pairs) if p.batch_size == size] for size in sizes
+    }
     where = {
         i: column + (0 if len(members) == 1 else 0.6 * (rank / (len(members) - 1) - 0.5))
         for column, members in enumerate(spread.values())
@@ -153,17 +164,21 @@ def pipeline_figure(info: PipelineInfo) -> go.Figure:
     figure.add_scatter(
         x=lines_x, y=lines_y, mode="lines", line={"color": "#c3c9d2", "width": 1.5}, hoverinfo="skip", showlegend=False
     )
-    for side, name, colour, symbol in (
-        ("breadth_first", "breadth-first", BLUE, "circle"),
-        ("depth_first", "depth-first", ACCENT, "diamond"),
+    for index, (side, colour, symbol) in enumerate(
+        (("breadth_first", BLUE, "circle"), ("depth_first", ACCENT, "diamond"))
     ):
+        name = side.replace("_", "-")
+        trials = [pair.trial_ids[index] for pair in info.pairs]
         figure.add_scatter(
             x=[where[i] for i in range(len(info.pairs))],
             y=[getattr(pair, side) for pair in info.pairs],
             mode="markers", name=name, marker={"color": colour, "symbol": symbol, "size": 10},
-            customdata=[pair.trial_ids[0 if side == "breadth_first" else 1] for pair in info.pairs],
-            text=[f"<b>{pair.label}</b>, batch {pair.batch_size}" for pair in info.pairs],
-            hovertemplate=f"%{{text}}<br>{name}: {title} %{{y:.1%}}<br>%{{customdata}}<extra></extra>",
+            customdata=trials,
+            text=[
+                f"<b>{pair.label}</b>, batch {pair.batch_size}<br>{escaped(trial)}"
+                for pair, trial in zip(info.pairs, trials, strict=True)
+            ],
+            hovertemplate=f"%{{text}}<br>{name}: {title} %{{y:.1%}}<extra></extra>",
         )  # fmt: skip
     return figure
 
@@ -214,7 +229,7 @@ def parallel_info(results: pd.DataFrame) -> ParallelInfo:
 
 
 def parallel_figure(info: ParallelInfo) -> go.Figure:
-    """Lines over parallel axes, coloured by reliability. Dragging along an axis keeps only the lines that cross there."""
+    """Lines over parallel axes, coloured by reliability. Dragging along an axis keeps the lines that cross there."""
     dimensions = []
     for axis in info.axes:
         dimension: dict = {"label": axis.label, "values": list(axis.values)}

@@ -35,7 +35,18 @@ __all__ = [
     "pipeline_figure", "pipeline_info",
 ]  # fmt: skip
 
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon", "cross", "x", "hexagon", "triangle-down", "hourglass")
+SYMBOLS = (
+    "circle",
+    "square",
+    "diamond",
+    "triangle-up",
+    "pentagon",
+    "cross",
+    "x",
+    "hexagon",
+    "triangle-down",
+    "hourglass",
+)
 CHANGE_SCALE = ((0.0, "#b35806"), (0.25, "#f1a340"), (0.5, "#f7f7f7"), (0.75, "#67a9cf"), (1.0, "#2166ac"))
 """Losses orange, gains blue."""
 
@@ -163,8 +174,8 @@ def front_figure(info: FrontInfo) -> go.Figure:
             left = mark.values[0] > sum(corner[0] for corner in info.step[:1] + info.step[-1:]) / 2
             figure.add_annotation(
                 x=mark.values[0], y=mark.values[1], text=f"<b>{escaped(mark.position)}</b>", showarrow=True,
-                arrowhead=0, arrowcolor=ACCENT, ax=-46 if left else 46, ay=34, standoff=13, font={"color": ACCENT, "size": 15},
-                bgcolor="rgba(255,255,255,0.8)",
+                arrowhead=0, arrowcolor=ACCENT, ax=-46 if left else 46, ay=34, standoff=13,
+                font={"color": ACCENT, "size": 15}, bgcolor="rgba(255,255,255,0.8)",
             )  # fmt: skip
     xs, ys = ([mark.values[axis] for mark in info.points] for axis in (0, 1))
     ys += [info.unedited] if info.unedited is not None else []
@@ -229,7 +240,11 @@ def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: st
         edge = max((abs(x) for x in flat), default=0.0) or 0.01
         limits = (-edge, edge)
     else:
-        limits = (0.0, 1.0) if metric in TITLES and "drift" not in metric else (min(flat, default=0.0), max(flat, default=1.0))
+        limits = (
+            (0.0, 1.0)
+            if metric in TITLES and "drift" not in metric
+            else (min(flat, default=0.0), max(flat, default=1.0))
+        )
     trial_ids = tuple(tuple(None if row is None else row["trial_id"] for row in line) for line in found)
     cells = [(i, j) for i, line in enumerate(trial_ids) for j, trial in enumerate(line) if trial is not None]
     return HeatmapInfo(
@@ -287,7 +302,12 @@ def heatmap_figure(info: HeatmapInfo) -> go.Figure:
     if info.pick is not None:
         row, column = info.pick
         figure.add_shape(
-            type="rect", x0=column - 0.5, x1=column + 0.5, y0=row - 0.5, y1=row + 0.5, line={"color": ACCENT, "width": 3}
+            type="rect",
+            x0=column - 0.5,
+            x1=column + 0.5,
+            y0=row - 0.5,
+            y1=row + 0.5,
+            line={"color": ACCENT, "width": 3},
         )
     return figure
 

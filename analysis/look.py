@@ -55,8 +55,20 @@ def styled_figure(height: int, **layout) -> go.Figure:
         paper_bgcolor="white",
         plot_bgcolor="white",
         margin=layout.pop("margin", {"l": 10, "r": 10, "t": 34, "b": 44}),
-        legend={"orientation": "h", "x": 0, "y": 1.01, "xanchor": "left", "yanchor": "bottom", "itemsizing": "constant"},
-        hoverlabel={"bgcolor": "white", "bordercolor": MUTED, "font": {"family": FONT, "size": 13, "color": INK}, "align": "left"},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1.01,
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "itemsizing": "constant",
+        },
+        hoverlabel={
+            "bgcolor": "white",
+            "bordercolor": MUTED,
+            "font": {"family": FONT, "size": 13, "color": INK},
+            "align": "left",
+        },
         **layout,
     )
     return figure

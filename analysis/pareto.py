@@ -61,6 +61,11 @@ class Recommendation:
     trial_ids: tuple[str, ...] = field(default=())
 
 
+def can_be_objective(name: str) -> bool:
+    """Whether this is a metric that is better when higher."""
+    return name in _REFERENCES or name.startswith("capability.")
+
+
 def check_objectives(objectives: Sequence[str]) -> tuple[str, ...]:
     """These objectives as a tuple.
 
@@ -68,7 +73,7 @@ def check_objectives(objectives: Sequence[str]) -> tuple[str, ...]:
         ValueError: fewer than two, one twice, or one that is not a metric that is better when higher.
     """
     names = tuple(objectives)
-    unknown = [name for name in names if name not in _REFERENCES and not name.startswith("capability.")]
+    unknown = [name for name in names if not can_be_objective(name)]
     if unknown or len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(
             f"objectives {list(names)}: expected two or more different ones of {', '.join(_REFERENCES)}"
@@ -95,7 +100,10 @@ def pareto_front(
     points = rows[list(names)].to_numpy("float64")  # (trials, objectives)
     best = moocore.is_nondominated(points, maximise=True, keep_weakly=True)
     front = sorted(
-        ((tuple(map(float, point)), str(trial)) for point, trial in zip(points[best], rows["trial_id"][best], strict=True)),
+        (
+            (tuple(map(float, point)), str(trial))
+            for point, trial in zip(points[best], rows["trial_id"][best], strict=True)
+        ),
         key=lambda pair: (tuple(-x for x in pair[0]), pair[1]),
     )
     return ParetoFront(
@@ -118,7 +126,8 @@ def comparable(results: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame
 
 def knee(front: ParetoFront) -> str | None:
     """The trial where the front bends most: the highest sum of the objectives, each scaled to [0, 1] over the front
-    (with two, the farthest from the line through the ends). The first trial (highest first objective) when nothing bends; None when empty.
+    (with two objectives that is the farthest from the line through the ends). The first trial (highest first
+    objective) when nothing bends; None when empty.
     """
     if not front.points:
         return None
@@ -158,16 +167,16 @@ def recommend(results: pd.DataFrame) -> Recommendation | None:
     )
     pick, second = (candidates + rest + [None])[:2]
     measured = bool(np.isfinite(settings["capability"]).any())
+    aim = "capability" if measured else "generalization (capability was not measured)"
     rule = (
-        f"Highest {'capability' if measured else 'generalization (capability was not measured)'} among the settings whose"
-        f" reliability is within one standard error ({points(error).lstrip('+')} points) of the best ({percent(best['reliability'])})."
+        f"Highest {aim} among the settings whose reliability is within one standard error"
+        f" ({points(error).lstrip('+')} points) of the best ({percent(best['reliability'])})."
     )
     return Recommendation(
         trial_id=pick["trial_id"],
         position=f"{pick['layer']}.{pick['module']}",
-        settings={
-            name: _plain(pick[name]) for name in SETTINGS_SHOWN if not pd.isna(pick[name])
-        } | {"seeds": pick["seeds"]},
+        settings={name: _plain(pick[name]) for name in SETTINGS_SHOWN if not pd.isna(pick[name])}
+        | {"seeds": pick["seeds"]},
         metrics=_metrics_of(pick),
         rule=rule,
         runner_up=None if second is None else second["trial_id"],
@@ -199,7 +208,13 @@ def _plain(value: Any) -> Any:
 
 
 def _metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
-    names = [*METRICS, *(name for name in row if name.startswith("capability.")), "reliability_se", "reliability_sd", "n_seeds"]
+    names = [
+        *METRICS,
+        *(name for name in row if name.startswith("capability.")),
+        "reliability_se",
+        "reliability_sd",
+        "n_seeds",
+    ]
     return {name: float(row[name]) for name in names if math.isfinite(row[name])}
 
 
@@ -209,8 +224,8 @@ def _reasons(pick: Mapping[str, Any], best: Mapping[str, Any], n_candidates: int
         reasons.append("It is the only setting with a result.")
     else:
         reasons.append(
-            f"{n_candidates} of {n_settings} settings {'is' if n_candidates == 1 else 'are'} within one standard error of"
-            " the best reliability."
+            f"{n_candidates} of {n_settings} settings {'is' if n_candidates == 1 else 'are'} within one standard error"
+            " of the best reliability."
         )
         if pick["reliability"] >= best["reliability"] - SAME:
             reasons.append("The pick has the best reliability as well.")
@@ -229,9 +244,10 @@ def _reasons(pick: Mapping[str, Any], best: Mapping[str, Any], n_candidates: int
             verdict = ": no change that these items could show" if inside else ": more than chance explains"
         reasons.append(f"Capability changed by {change}{verdict}.")
     if pick["n_seeds"] > 1:
+        spread = points(pick["reliability_sd"]).lstrip("+")
         reasons.append(
-            f"Mean of {plural(int(pick['n_seeds']), 'seed')}; reliability varies by {points(pick['reliability_sd']).lstrip('+')}"
-            " points (standard deviation) between them."
+            f"Mean of {plural(int(pick['n_seeds']), 'seed')}; reliability varies by {spread} points"
+            " (standard deviation) between them."
         )
     else:
         reasons.append("One seed only: how much another order of the edits would change is not known.")

@@ -25,7 +25,7 @@ def points(change: float) -> str:
 
 
 def change_with_interval(change: float, low: float, high: float) -> str:
-    """"−0.4 points [−1.2, +0.3]"; without brackets when the interval is absent."""
+    """ "−0.4 points [−1.2, +0.3]"; without brackets when the interval is absent."""
     interval = f" [{points(low)}, {points(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
     return f"{points(change)} points{interval}"
 
@@ -56,7 +56,7 @@ def seconds(value: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """"1 trial", "2 trials"."""
+    """ "1 trial", "2 trials"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from analysis.figures import (
     front_figure,
     front_info,
@@ -24,11 +25,23 @@ NAN = math.nan
 
 def row(trial_id, layer=0, module="mlp_down", reliability=0.9, capability=0.5, **others):
     base = {
-        "trial_id": trial_id, "status": "done", "layers": 11, "layer": layer, "module": module, "pipeline": "breadth_first",
-        "batch_size": 8, "learning_rate": 0.004, "seed": 0, "reliability": reliability, "capability": capability,
-        "generalization": 0.6, "capability_change": capability - 0.6, "n_edits": 100, "diverged": 0,
+        "trial_id": trial_id,
+        "status": "done",
+        "layers": 11,
+        "layer": layer,
+        "module": module,
+        "pipeline": "breadth_first",
+        "batch_size": 8,
+        "learning_rate": 0.004,
+        "seed": 0,
+        "reliability": reliability,
+        "capability": capability,
+        "generalization": 0.6,
+        "capability_change": capability - 0.6,
+        "n_edits": 100,
+        "diverged": 0,
         "epoch_losses": [4.0, 1.0, 0.25],
-    }  # fmt: skip
+    }
     return base | others
 
 
@@ -51,9 +64,21 @@ def drawn(figure):
 
 
 def test_hover_names_trial_position_settings_and_metrics():
-    one = results_frame([row("a1b2", 3, drift_kl=0.0125, capability_change_low=-0.12, capability_change_high=-0.08)]).iloc[0]
+    one = results_frame(
+        [row("a1b2", 3, drift_kl=0.0125, capability_change_low=-0.12, capability_change_high=-0.08)]
+    ).iloc[0]
     text = hover_text(one)
-    for part in ("3.mlp_down", "a1b2", "batch 8", "rate 0.004", "seed 0", "90.0%", "60.0%", "−10.0 points [−12.0, −8.0]", "0.0125"):
+    for part in (
+        "3.mlp_down",
+        "a1b2",
+        "batch 8",
+        "rate 0.004",
+        "seed 0",
+        "90.0%",
+        "60.0%",
+        "−10.0 points [−12.0, −8.0]",
+        "0.0125",
+    ):
         assert part in text, part
 
 
@@ -80,7 +105,12 @@ def test_front_averages_seeds_and_takes_other_objectives():
     assert len(info.points) == 1 and info.points[0].values == pytest.approx((0.9, -0.1))
     assert "seeds 0, 1" in info.points[0].hover
     assert (info.pick, info.unedited) == (None, 0.0)
-    assert front_info(results_frame(rows), objectives=("reliability", "generalization"), baseline={"generalization": 0.1}).unedited is None
+    assert (
+        front_info(
+            results_frame(rows), objectives=("reliability", "generalization"), baseline={"generalization": 0.1}
+        ).unedited
+        is None
+    )
 
 
 def test_front_figure_has_a_symbol_per_module_and_marks_pick_and_unedited():
@@ -120,13 +150,21 @@ def test_loss_curves_keep_the_pick_and_the_front_when_there_are_too_many(monkeyp
     monkeypatch.setattr("analysis.curves.MAX_CURVES", 3)
     rows = [row(f"t{i}", i % 11, seed=i, epoch_losses=[2.0, 1.0]) for i in range(9)]
     info = loss_info(results_frame(rows), front=("t7", "t8"), pick="t8")
-    assert [(curve.trial_id, curve.highlight) for curve in info.curves] == [("t8", "pick"), ("t7", "front"), ("t0", "other")]
+    assert [(curve.trial_id, curve.highlight) for curve in info.curves] == [
+        ("t8", "pick"),
+        ("t7", "front"),
+        ("t0", "other"),
+    ]
     assert info.left_out == 6
     assert [trace["name"] for trace in drawn(loss_figure(info))["data"]] == ["other settings", "on the front", "pick"]
 
 
 def test_loss_curves_of_one_pipeline_without_what_a_logarithm_cannot_show():
-    rows = [row("a", pipeline="depth_first"), row("b", epoch_losses=[1.0, math.inf, NAN, 0.0]), row("c", epoch_losses=[])]
+    rows = [
+        row("a", pipeline="depth_first"),
+        row("b", epoch_losses=[1.0, math.inf, NAN, 0.0]),
+        row("c", epoch_losses=[]),
+    ]
     info = loss_info(results_frame(rows))
     assert info.pipeline == "breadth_first"
     assert [(curve.trial_id, curve.losses) for curve in info.curves] == [("b", (1.0, None, None, None))]
@@ -194,9 +232,12 @@ def test_names_are_escaped_in_every_figure():
     ]
     results = results_frame(rows)
     figures = (
-        front_figure(front_info(results, pick="a")), heatmap_figure(heatmap_info(results)), loss_figure(loss_info(results)),
-        pipeline_figure(pipeline_info(results)), parallel_figure(parallel_info(results)),
-    )  # fmt: skip
+        front_figure(front_info(results, pick="a")),
+        heatmap_figure(heatmap_info(results)),
+        loss_figure(loss_info(results)),
+        pipeline_figure(pipeline_info(results)),
+        parallel_figure(parallel_info(results)),
+    )
     for figure in figures:
         text = json.dumps(drawn(figure))
         assert "<script" not in text and "&lt;script&gt;" in text

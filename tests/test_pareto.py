@@ -6,20 +6,42 @@ import math
 
 import pandas as pd
 import pytest
-from analysis.pareto import DEFAULT_OBJECTIVES, knee, pareto_front, recommend
-from analysis.table import COLUMNS, METRICS, SETTING_AXES, by_setting, done, failed, proportion_se, results_frame, wilson_interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from analysis.pareto import DEFAULT_OBJECTIVES, knee, pareto_front, recommend
+from analysis.table import (
+    COLUMNS,
+    METRICS,
+    SETTING_AXES,
+    by_setting,
+    done,
+    failed,
+    proportion_se,
+    results_frame,
+    wilson_interval,
+)
 
 INF, NAN = math.inf, math.nan
 
 
 def row(trial_id, reliability=NAN, capability=NAN, *, status="done", layer=0, **others):
     base = {
-        "trial_id": trial_id, "status": status, "error": None if status == "done" else "cause", "layers": 30, "layer": layer,
-        "module": "mlp_down", "pipeline": "breadth_first", "batch_size": 32, "learning_rate": 0.004, "seed": 0,
-        "reliability": reliability, "capability": capability, "n_edits": 100, "diverged": 0,
-    }  # fmt: skip
+        "trial_id": trial_id,
+        "status": status,
+        "error": None if status == "done" else "cause",
+        "layers": 30,
+        "layer": layer,
+        "module": "mlp_down",
+        "pipeline": "breadth_first",
+        "batch_size": 32,
+        "learning_rate": 0.004,
+        "seed": 0,
+        "reliability": reliability,
+        "capability": capability,
+        "n_edits": 100,
+        "diverged": 0,
+    }
     return base | others
 
 
@@ -88,7 +110,11 @@ def test_the_standard_error_is_the_usual_one_away_from_the_ends_and_never_zero()
     assert proportion_se(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
     assert proportion_se(0.9, 10_000) == pytest.approx(math.sqrt(0.09 / 10_000), rel=1e-3)
     assert proportion_se(1.0, 100) == pytest.approx(proportion_se(0.0, 100)) == pytest.approx(0.00966, abs=1e-4)
-    assert math.isnan(proportion_se(NAN, 100)) and math.isnan(proportion_se(0.5, NAN)) and math.isnan(proportion_se(0.5, 0))
+    assert (
+        math.isnan(proportion_se(NAN, 100))
+        and math.isnan(proportion_se(0.5, NAN))
+        and math.isnan(proportion_se(0.5, 0))
+    )
 
 
 def test_wilson_interval_known_values():
@@ -178,7 +204,9 @@ def test_an_empty_front():
 
 
 def test_other_objectives_and_references():
-    frame = results_frame([row("a", 0.5, 0.1, generalization=0.9, capability_change=-0.1), row("b", 0.6, 0.2, generalization=0.1)])
+    frame = results_frame(
+        [row("a", 0.5, 0.1, generalization=0.9, capability_change=-0.1), row("b", 0.6, 0.2, generalization=0.1)]
+    )
     assert pareto_front(frame, ("reliability", "generalization")).trial_ids == ("b", "a")
     three = pareto_front(frame, ("reliability", "capability", "generalization"))
     assert three.trial_ids == ("b", "a") and three.reference == (0.0, 0.0, 0.0)
@@ -227,7 +255,10 @@ def test_without_a_number_of_edits_only_ties_are_candidates():
     ("a", "b"),
     [
         ({"generalization": 0.4, "drift_kl": 0.1}, {"generalization": 0.5, "drift_kl": 0.9}),
-        ({"generalization": 0.5, "drift_kl": 0.2, "seconds_per_edit": 1}, {"generalization": 0.5, "drift_kl": 0.1, "seconds_per_edit": 9}),
+        (
+            {"generalization": 0.5, "drift_kl": 0.2, "seconds_per_edit": 1},
+            {"generalization": 0.5, "drift_kl": 0.1, "seconds_per_edit": 9},
+        ),
         ({"drift_kl": 0.1, "seconds_per_edit": 2}, {"drift_kl": 0.1, "seconds_per_edit": 1}),
         ({}, {"generalization": 0.0}),  # not measured loses against measured
         ({"reliability": 0.97}, {"reliability": 0.98}),
@@ -236,7 +267,10 @@ def test_without_a_number_of_edits_only_ties_are_candidates():
     ],
 )  # fmt: skip
 def test_ties_in_capability_are_broken_in_the_documented_order(a, b):
-    rows = [row("a", **({"reliability": 0.98, "capability": 0.5} | a)), row("b", **({"reliability": 0.98, "capability": 0.5} | b), layer=1)]
+    rows = [
+        row("a", **({"reliability": 0.98, "capability": 0.5} | a)),
+        row("b", **({"reliability": 0.98, "capability": 0.5} | b), layer=1),
+    ]
     assert recommend(results_frame(rows)).trial_id == "b"
     assert recommend(results_frame(rows[::-1])).trial_id == "b"
 
@@ -247,10 +281,19 @@ def test_the_pick_does_not_depend_on_the_order_of_rows():
 
 
 def test_seeds_count_as_one_setting_and_their_mean_decides():
-    rows = [row("lucky", 0.95, 0.9, layer=1, seed=0), row("unlucky", 0.95, 0.1, layer=1, seed=1), row("steady", 0.95, 0.6)]
+    rows = [
+        row("lucky", 0.95, 0.9, layer=1, seed=0),
+        row("unlucky", 0.95, 0.1, layer=1, seed=1),
+        row("steady", 0.95, 0.6),
+    ]
     assert recommend(results_frame(rows)).trial_id == "steady"
     pick = recommend(results_frame(rows[:2]))
-    assert (pick.trial_id, pick.trial_ids, pick.settings["seeds"], pick.runner_up) == ("lucky", ("lucky", "unlucky"), (0, 1), None)
+    assert (pick.trial_id, pick.trial_ids, pick.settings["seeds"], pick.runner_up) == (
+        "lucky",
+        ("lucky", "unlucky"),
+        (0, 1),
+        None,
+    )
     assert any("Mean of 2 seeds" in reason for reason in pick.reasons)
 
 

@@ -1,0 +1,116 @@
+"""The figures of the report, in reading order, with their titles and captions: those that the results can fill."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from markupsafe import Markup
+
+from analysis import figures
+from analysis.look import TITLES
+from analysis.pareto import comparable
+from analysis.table import by_setting, has_values
+from analysis.wording import plural, points
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the page."""
+
+    id: str
+    title: str
+    caption: str
+    description: str
+    """For a screen reader."""
+    data: Markup
+    """The figure as JSON, safe inside a script element."""
+    height: int
+    wide: bool = True
+    """Across the page; otherwise two share a row where there is room."""
+    scrolls: bool = False
+    """Needs more width than a phone has: scrolls inside its frame."""
+
+
+def gallery(
+    results: pd.DataFrame,
+    objectives: tuple[str, str],
+    baseline: Mapping[str, float],
+    front: tuple[str, ...],
+    pick: str | None,
+) -> list[Plot]:
+    """The figures that these results can fill, in reading order."""
+    plots: list[Plot] = []
+    x, y = (TITLES.get(name, name) for name in objectives)
+    if len(comparable(by_setting(results), objectives)):
+        info = figures.front_info(results, objectives=objectives, baseline=baseline, pick=pick)
+        plots.append(
+            _plot(
+                "front", f"{x.capitalize()} against {y}", figures.front_figure(info),
+                f"Each mark is a setting: its colour is the depth of the layer, its shape the module. Up and to the"
+                f" right is better. The dotted step is the front ({plural(len(front), 'setting')}), the ring the pick.",
+                f"Scatter of {x} and {y} of {plural(len(info.points), 'setting')}; the table of the front above holds"
+                " its best ones.",
+            )
+        )  # fmt: skip
+    maps = [name for name in ("reliability", "generalization", "capability_change") if has_values(results, name)]
+    for metric in maps if results[["layer", "module"]].drop_duplicates().shape[0] > 1 else ():
+        title = TITLES[metric].capitalize()
+        caption = figures.HEATMAP_CAPTION if metric == maps[0] else ""
+        caption = "In percentage points: blue is a gain, orange a loss." if metric == "capability_change" else caption
+        plots.append(
+            _plot(
+                f"map-{metric.replace('_', '-')}", f"{title} by layer and module",
+                figures.heatmap_figure(figures.heatmap_info(results, metric, pick=pick)), caption,
+                f"Heat map of {TITLES[metric]} over layers and modules; the table of all trials holds the values.",
+            )
+        )  # fmt: skip
+    losses = figures.loss_info(results, front=front, pick=pick)
+    if losses.curves:
+        caption = "Mean loss over the edits" + (
+            f" ({losses.pipeline.replace('_first', '-first')} trials)" if losses.pipeline else ""
+        )
+        caption += f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
+        plots.append(_plot("losses", "Training loss", figures.loss_figure(losses), caption, "Training loss by epoch."))
+    for metric in ("reliability", "capability"):
+        pairs = figures.pipeline_info(results, metric) if has_values(results, metric) else None
+        if pairs is None or not pairs.pairs:
+            continue
+        means = "; ".join(f"batch {size}: {points(gap)} points" for size, gap, _ in pairs.mean_difference)
+        plots.append(
+            _plot(
+                f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", figures.pipeline_figure(pairs),
+                f"Pairs that agree in everything else. Mean advantage of breadth-first: {means}.",
+                f"{metric.capitalize()} of {plural(len(pairs.pairs), 'pair')} of settings. Mean advantage of"
+                f" breadth-first: {means}.",
+                wide=False,
+            )
+        )  # fmt: skip
+    parallel = figures.parallel_info(results)
+    if len(parallel.trial_ids) > 1:
+        plots.append(
+            _plot(
+                "parallel", "Everything at once", figures.parallel_figure(parallel),
+                "A line is a setting, coloured by reliability. Drag along an axis to keep the lines that cross there;"
+                " click the axis to let go.",
+                "Parallel coordinates of settings and metrics; the table of all trials holds the values.",
+                scrolls=True,
+            )
+        )  # fmt: skip
+    return plots
+
+
+def _plot(id: str, title: str, figure: go.Figure, caption: str, description: str, **shape: bool) -> Plot:
+    text = json.dumps(
+        figure.to_plotly_json(), separators=(",", ":"), allow_nan=False, ensure_ascii=False, default=_jsonable
+    )
+    # "</script" would end the script element, "<!--" and "<script" confuse it; JSON has another way to write "<"
+    safe = Markup(re.sub("<(?=[/!sS])", r"\\u003c", text))
+    return Plot(id, title, caption, description, safe, int(figure.layout.height), **shape)
+
+
+def _jsonable(value: Any) -> Any:
+    return value.tolist()

@@ -1,0 +1,268 @@
+"""The report of a study: one self-contained HTML file that answers its owner's questions and works offline.
+
+Here the answers are put together as plain values; `report.html` lays them out (jinja2 with autoescape, so whatever a
+user wrote is text), and the figures ride along as JSON that a small script draws with the inlined plotly.js.
+"""
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from analysis.answers import certainty, edit_misses, headline
+from analysis.gallery import gallery
+from analysis.look import TITLES
+from analysis.pareto import (
+    DEFAULT_OBJECTIVES,
+    ParetoFront,
+    Recommendation,
+    can_be_objective,
+    knee,
+    pareto_front,
+    recommend,
+)
+from analysis.table import by_setting, done, failed, has_values, task_columns
+from analysis.wording import ABSENT, number, percent, plural, points, seconds
+
+MAX_TABLE_ROWS = 800
+"""Trials listed at most, the most reliable first, which keeps the file under 6 MB; the page says what is left out."""
+
+
+def render_report(
+    study: Mapping[str, Any],
+    results: pd.DataFrame,
+    *,
+    baseline: Mapping[str, float],
+    outcomes: pd.DataFrame | None = None,
+    plotly_js: bool = True,
+) -> str:
+    """The report as HTML.
+
+    Args:
+        study: name, model, edits_source, n_edits, findings (sentences), capability_source, n_items, trials_planned,
+            trials_done, trials_failed, started, finished (datetime or text), environment (dict), settings_yaml (text),
+            objectives. All but name and model may be absent.
+        results: the results table (`analysis.table.results_frame`).
+        baseline: metrics of the unedited model (capability, capability.TASK, perplexity, reliability, generalization).
+        outcomes: per prompt, of the picked trial at least: trial_id, edit_id, kind, prompt, expected, got, correct,
+            correct_tf.
+        plotly_js: inline plotly.js (4.8 MB). Without it the file is small, and figures are drawn only where the page
+            is put into one that has `Plotly`.
+    """
+    settings = by_setting(results)
+    objectives = _objectives(study, settings)
+    front = pareto_front(settings, objectives)
+    pick = recommend(results)
+    pick_id = pick.trial_id if pick else None
+    bend = knee(front) if len(set(front.points)) > 1 else None
+    plots = gallery(results, objectives, baseline, front.trial_ids, pick_id)
+    found = settings.set_index("trial_id", drop=False)
+    broken = failed(results)
+    causes = Counter(error if isinstance(error, str) and error else "no cause recorded" for error in broken["error"])
+    return _TEMPLATE.render(
+        name=str(study["name"]),
+        model=str(study["model"]),
+        settings_yaml=study.get("settings_yaml"),
+        facts=_facts(study, results, baseline),
+        findings=list(study.get("findings") or ()),
+        headline=headline(pick, baseline) if pick else None,
+        pick=pick,
+        command=_command(study, pick, found) if pick else None,
+        certainty=certainty(study, results, settings, pick) if pick else [],
+        front=[_front_row(found.loc[trial], trial == pick_id, trial == bend) for trial in front.trial_ids],
+        front_names=[TITLES.get(name, name) for name in objectives],
+        bend=_bend(found, front, pick),
+        hypervolume=number(front.hypervolume),
+        reference=", ".join(number(x) for x in front.reference),
+        plots=plots,
+        columns=[(name, title, note) for name, title, note, _ in _table_columns(results)],
+        common=_common(results),
+        rows=_trial_rows(results, pick.trial_ids if pick else ()),
+        n_trials=len(results),
+        misses=edit_misses(outcomes, pick) if pick else None,
+        causes=causes.most_common(),
+        n_failed=len(broken),
+        n_diverged=int((done(results)["diverged"] == 1).sum()),
+        environment={str(k): _readable(v) for k, v in (study.get("environment") or {}).items()},
+        plotly_js=Markup(_plotly_source()) if plotly_js and plots else None,
+    )
+
+
+def _objectives(study: Mapping[str, Any], settings: pd.DataFrame) -> tuple[str, str]:
+    """The study's first two objectives that are better when higher, if measured; else the usual ones, or what was."""
+    asked = study.get("objectives") or DEFAULT_OBJECTIVES
+    wanted = tuple(name for name in asked if can_be_objective(name))[:2]
+    if len(set(wanted)) == 2 and all(has_values(settings, name) for name in wanted):
+        return wanted
+    if all(has_values(settings, name) for name in DEFAULT_OBJECTIVES):
+        return DEFAULT_OBJECTIVES
+    return "reliability", "generalization"
+
+
+def _facts(study: Mapping[str, Any], results: pd.DataFrame, baseline: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(name, value) of what was asked."""
+    n_edits, n_items = study.get("n_edits"), study.get("n_items")
+    edits = " from ".join(
+        filter(None, (plural(int(n_edits), "edit") if n_edits else "", str(study.get("edits_source") or "")))
+    )
+    before = baseline.get("reliability")
+    if before is not None and edits:
+        edits += f"; the unedited model gives {percent(before)} of the new answers already"
+    items = [plural(int(n_items), "item")] if n_items else []
+    tasks = [name.removeprefix("capability.") for name in task_columns(results)]
+    capability = str(study.get("capability_source") or "")
+    if tasks or items:
+        capability += f": {' of '.join((*items, plural(len(tasks), 'task')) if tasks else items)}"
+        capability += f" ({', '.join(tasks)})" if tasks else ""
+    if "capability" in baseline:
+        capability += f"; the unedited model scores {percent(baseline['capability'])}"
+    planned = study.get("trials_planned")
+    n_done = int(study.get("trials_done", len(done(results))))
+    n_failed = int(study.get("trials_failed", len(failed(results))))
+    trials = f"{plural(n_done, 'trial')} done" + (f" of {int(planned):,} planned" if planned else "")
+    trials += f", {n_failed:,} failed" if n_failed else ""
+    when = " to ".join(filter(None, (_when(study.get("started")), _when(study.get("finished")))))
+    facts = [
+        ("Model", str(study.get("model", ABSENT))),
+        ("Edits", edits),
+        ("Capability", capability),
+        ("Trials", trials),
+    ]
+    return [(name, value) for name, value in (*facts, ("Run", when)) if value]
+
+
+def _when(value: Any) -> str:
+    return value.strftime("%Y-%m-%d %H:%M") if isinstance(value, datetime) else str(value or "")
+
+
+def _command(study: Mapping[str, Any], pick: Recommendation, found: pd.DataFrame) -> str:
+    """What to type to repeat the pick, quoted for a shell."""
+    run = found.loc[pick.trial_id, "run_id"] or pick.trial_id
+    model, edits = str(study.get("model", "MODEL")), str(study.get("edits_source") or "EDITS")
+    out = f"{model.rstrip('/').split('/')[-1]}-{pick.position}"
+    return f"locft edit {shlex.quote(model)} --edits {shlex.quote(edits)} --from-run {run} --out {shlex.quote(out)}"
+
+
+def _bend(found: pd.DataFrame, front: ParetoFront, pick: Recommendation | None) -> str | None:
+    """What the front's knee offers against the pick, in one sentence; None when it is the pick."""
+    bend = knee(front)
+    if bend is None or pick is None or bend == pick.trial_id:
+        return None
+    row, chosen = found.loc[bend], found.loc[pick.trial_id]
+    gains = [
+        f"{points(row[name] - chosen[name])} points of {TITLES.get(name, name)}"
+        for name in front.objectives
+        if math.isfinite(chosen[name])
+    ]
+    return f"It bends most at {row['layer']}.{row['module']}: {' and '.join(gains)} against the pick."
+
+
+def _front_row(row: pd.Series, is_pick: bool, is_knee: bool) -> dict[str, Any]:
+    values = {
+        "position": f"{row['layer']}.{row['module']}",
+        "settings": f"{str(row['pipeline']).replace('_first', '-first')}, batch {number(row['batch_size'])},"
+        f" rate {number(row['learning_rate'])}" + (f", {row['n_seeds']} seeds" if row["n_seeds"] > 1 else ""),
+        "reliability": percent(row["reliability"]),
+        "se": points(row["reliability_se"]).lstrip("+"),
+        "generalization": percent(row["generalization"]),
+        "capability": percent(row["capability"]),
+        "change": points(row["capability_change"]),
+        "interval": f"{points(row['capability_change_low'])}, {points(row['capability_change_high'])}",
+        "drift": number(row["drift_kl"]),
+        "seconds": seconds(row["seconds_per_edit"]),
+    }
+    if values["interval"] == f"{ABSENT}, {ABSENT}":
+        values["interval"] = ""
+    return values | {"trial_id": row["trial_id"], "pick": is_pick, "knee": is_knee}
+
+
+_TABLE_COLUMNS = (
+    # results column, heading, unit or note, how to write it
+    ("layer", "layer", "", number),
+    ("module", "module", "", str),
+    ("pipeline", "pipeline", "", lambda text: str(text).replace("_first", "-first")),
+    ("batch_size", "batch", "", number),
+    ("learning_rate", "rate", "", number),
+    ("seed", "seed", "", number),
+    ("reliability", "reliability", "", percent),
+    ("generalization", "generali\u00adzation", "", percent),
+    ("locality", "locality", "", percent),
+    ("capability", "capability", "", percent),
+    ("capability_change", "change", "points", points),
+    ("drift_kl", "drift", "nats", number),
+    ("seconds", "time", "", seconds),
+)
+
+
+_AXES = {"pipeline": "", "batch_size": "batch ", "learning_rate": "learning rate ", "seed": "seed "}
+"""Axes that are columns only where they vary, with what to say before their one value."""
+
+
+def _table_columns(results: pd.DataFrame) -> list[tuple]:
+    """The columns worth showing: those with values, and of `_AXES` those that vary."""
+    return [
+        column
+        for column in _TABLE_COLUMNS
+        if results[column[0]].notna().any() and (column[0] not in _AXES or results[column[0]].nunique(dropna=False) > 1)
+    ]
+
+
+def _common(results: pd.DataFrame) -> str:
+    """The axes that do not vary, in words."""
+    values = {name: list(results[name].unique()) for name in _AXES}
+    return ", ".join(
+        before + number(values[name][0]).replace("_first", "-first")
+        for name, before in _AXES.items()
+        if len(values[name]) == 1 and not pd.isna(values[name][0])
+    )
+
+
+def _trial_rows(results: pd.DataFrame, picked: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Every trial as (key, text) per column, the most reliable first, failed ones last."""
+    order = results.sort_values(["reliability", "capability"], ascending=False, na_position="last", kind="stable")
+    shown = _table_columns(results)
+    rows = []
+    for row in order.head(MAX_TABLE_ROWS).to_dict("records"):
+        cells = []
+        for name, _, _, write in shown:
+            value = row[name]
+            absent = value is None or pd.isna(value)
+            # what the page sorts by: the text, the number it reads from the text, or one it cannot read there
+            key = (
+                str(value)
+                if isinstance(value, str)
+                else float(f"{value:.4g}")
+                if name == "seconds" and not absent
+                else None
+            )
+            cells.append((key, ABSENT if absent else write(value)))
+        status = "diverged" if row["diverged"] == 1 else row["status"]
+        rows.append({"trial_id": row["trial_id"], "status": status, "cells": cells, "pick": row["trial_id"] in picked})
+    return rows
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_readable(item)}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _plotly_source() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()
+
+
+_TEMPLATE = jinja2.Environment(
+    loader=jinja2.PackageLoader("analysis", "."),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+).get_template("report.html")

@@ -1,0 +1,382 @@
+"""The report: what it says for small studies of every shape, that nothing a user wrote becomes markup, and, in a real
+browser, that it draws its figures offline and fits a phone."""
+
+import math
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from analysis.pareto import recommend
+from analysis.report import MAX_TABLE_ROWS, render_report
+from analysis.table import results_frame
+
+EVIL = "<script>alert('x')</script>\"&"
+
+STUDY = {
+    "name": "layer-sweep", "model": "tiny-model", "edits_source": "atlas", "n_edits": 100,
+    "findings": ["2 edits contradict each other, so at most 99% can be reached."], "capability_source": "probes",
+    "n_items": 640, "trials_planned": 5, "trials_done": 4, "trials_failed": 1, "started": "2026-03-02 09:14",
+    "finished": "2026-03-02 11:02", "environment": {"torch": "2.13.0", "hardware": {"cpus": 2}},
+    "settings_yaml": "name: layer-sweep\n", "objectives": ["reliability", "capability"],
+}  # fmt: skip
+BASELINE = {"capability": 0.62, "reliability": 0.02}
+
+
+def row(trial_id, layer=0, reliability=0.9, change=-0.01, **others):
+    base = {
+        "trial_id": trial_id,
+        "status": "done",
+        "layers": 30,
+        "layer": layer,
+        "module": "mlp_down",
+        "pipeline": "breadth_first",
+        "batch_size": 32,
+        "learning_rate": 0.004,
+        "seed": 0,
+        "epochs": 25,
+        "loss_average": "edit",
+        "run_id": f"run-{trial_id}",
+        "reliability": reliability,
+        "generalization": 0.7,
+        "locality": 0.8,
+        "n_edits": 100,
+        "diverged": 0,
+        "capability": 0.62 + change,
+        "capability_change": change,
+        "capability_change_low": change - 0.008,
+        "capability_change_high": change + 0.007,
+        "capability.world": 0.5,
+        "drift_kl": 0.01,
+        "seconds": 30.0,
+        "seconds_per_edit": 0.2,
+        "epoch_losses": [3.0, 1.0, 0.1],
+    }
+    return base | others
+
+
+def failure(trial_id, error="out of memory", **others):
+    kept = ("trial_id", "layers", "layer", "module", "pipeline", "batch_size", "learning_rate", "seed")
+    base = row(trial_id, **others)
+    return {name: base[name] for name in kept} | {"status": "failed", "error": error}
+
+
+def study_results():
+    return results_frame(
+        [
+            row("a", 22, 0.98, -0.004),
+            row("b", 23, 0.97, -0.02, module="mlp"),
+            row("c", 5, 0.50, 0.001),
+            row("d", 5, 1.0, 0.0, module="mlp", diverged=1),
+            failure("e", layer=7),
+        ]
+    )
+
+
+def study_outcomes(trial_id="a"):
+    rows = [
+        ("e1", "reliability", "The capital of Peru is", "Lyon", "Lima", False),
+        ("e2", "reliability", "The capital of Chile is", "Oslo", "Oslo", True),
+        ("e2", "generalization", "Chile's capital is", "Oslo", "Santiago", False),
+        ("e2", "locality", "The capital of Spain is", "Madrid", "Madrid", True),
+    ]
+    columns = ["edit_id", "kind", "prompt", "expected", "got", "correct"]
+    return pd.DataFrame(rows, columns=columns).assign(trial_id=trial_id, correct_tf=True)
+
+
+class Page(HTMLParser):
+    """The visible text, by section heading, and every tag opened."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sections, self.tags, self.ids, self.links, self._skip, self._heading = {"": ""}, [], [], [], 0, False
+        self._current = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+        self.links += [value for name, value in attributes if name in ("href", "src")]
+        self._skip += tag in ("script", "style")
+        if tag == "h2":
+            self._heading, self._current = True, ""
+
+    def handle_endtag(self, tag):
+        self._skip -= tag in ("script", "style")
+        if tag in ("td", "th"):
+            self.sections[self._current] += " "
+        if tag == "h2":
+            self._heading = False
+            self.sections[self._current] = ""
+
+    def handle_data(self, text):
+        if self._skip:
+            return
+        if self._heading:
+            self._current += text
+        else:
+            self.sections[self._current] += text
+
+    def __getitem__(self, heading):
+        return " ".join(self.sections[heading].split())
+
+
+def page(results=None, study=STUDY, **options):
+    options = {"baseline": BASELINE, "plotly_js": False} | options
+    return Page(render_report(study, study_results() if results is None else results, **options))
+
+
+def test_the_questions_are_answered_in_order():
+    got = page(outcomes=study_outcomes())
+    assert list(got.sections)[1:] == [
+        "What was asked", "What was found", "How sure", "What else is on the front", "Figures", "All trials",
+        "Which edits fail at 22.mlp_down", "What failed", "How it was made",
+    ]  # fmt: skip
+
+
+def test_what_was_asked_names_model_edits_findings_suite_and_trials():
+    asked = page()["What was asked"]
+    for part in (
+        "tiny-model", "100 edits from atlas", "unedited model gives 2.0% of the new answers",
+        "at most 99% can be reached",
+        "probes: 640 items of 1 task (world)", "scores 62.0%", "4 trials done of 5 planned, 1 failed",
+        "2026-03-02 09:14 to 2026-03-02 11:02",
+    ):  # fmt: skip
+        assert part in asked, part
+
+
+def test_the_pick_is_one_sentence_with_the_command_that_repeats_it():
+    found = page()["What was found"]
+    assert (
+        "Edit 22.mlp_down: reliability 98.0% ± 1.7, generalization 70.0%, locality 80.0%, capability change −0.4 points"
+        " [−1.2, +0.3]." in found
+    )
+    assert "breadth-first, batch 32, learning rate 0.004, loss by edit, 25 epochs at most" in found
+    assert "locft edit tiny-model --edits atlas --from-run run-a --out tiny-model-22.mlp_down" in found
+    assert recommend(study_results()).rule in found
+
+
+def test_the_command_is_safe_to_paste_and_works_without_a_tracked_run():
+    results = results_frame([row("a", run_id=None)])
+    found = page(results, STUDY | {"model": "/models/my model; rm -rf", "edits_source": "a'b.jsonl"})["What was found"]
+    assert (
+        "locft edit '/models/my model; rm -rf' --edits 'a'\"'\"'b.jsonl' --from-run a"
+        " --out 'my model; rm -rf-0.mlp_down'" in found
+    )
+
+
+def test_how_sure_says_rule_intervals_runner_up_and_seeds():
+    sure = page()["How sure"]
+    for part in (
+        "within one standard error (1.7 points) of the best (98.0%)", "a fraction of 100 edits", "95% interval",
+        "640 items", "zero is inside", "2 of 3 settings are within",
+        "23.mlp (batch 32, learning rate 0.004): reliability 97.0%",
+        "One seed only",
+    ):  # fmt: skip
+        assert part in sure, part
+
+
+def test_several_seeds_are_one_setting_on_front_and_in_the_pick():
+    got = page(results_frame([row("a", seed=0), row("b", seed=1, reliability=0.94)]))
+    assert "reliability 92.0%" in got["What was found"] and "Mean of 2 seeds" in got["How sure"]
+    assert "2 seeds" in got["What else is on the front"]
+
+
+def test_failures_are_counted_by_cause_and_diverged_ones_told_apart():
+    rows = [row("a"), row("d", 3, diverged=1), failure("e"), failure("f"), failure("g", "worker died")]
+    failed = page(results_frame(rows))["What failed"]
+    assert "2 out of memory 1 worker died" in failed and "1 further trial has diverged" in failed
+    assert page(results_frame([row("a")]))["What failed"] == "No trial failed."
+
+
+def test_edits_that_fail_at_the_pick_are_listed_with_what_the_model_says():
+    got = page(outcomes=pd.concat([study_outcomes("a"), study_outcomes("b")]))["Which edits fail at 22.mlp_down"]
+    assert "1 of 2 edit prompts not answered" in got and "The capital of Peru is Lyon Lima" in got
+    assert "1 of 1 rephrased prompts" in got and "None of 1 unrelated prompts" in got
+    assert "Chile is" not in got
+
+
+def test_one_trial_no_trial_and_no_result_at_all():
+    one = page(results_frame([row("a", 3)]))
+    assert "Edit 3.mlp_down" in one["What was found"] and "only setting" in one["How sure"]
+    for rows in ([], [failure("e")], [row("a", reliability=math.nan)]):
+        got = page(results_frame(rows), outcomes=study_outcomes())
+        assert "No trial gave a result" in got["What was found"]
+        assert "How sure" not in got.sections and "What else is on the front" not in got.sections
+
+
+def test_without_capability_it_speaks_of_what_there_is():
+    bare = {
+        name: math.nan
+        for name in ("capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl")
+    }
+    rows = [row("a", 3, **bare), row("b", 4, generalization=0.8, **bare)]
+    for item in rows:
+        del item["capability.world"]
+    got = page(results_frame(rows), STUDY | {"capability_source": None, "n_items": None}, baseline={})
+    assert "Edit 4.mlp_down" in got["What was found"] and "capability change" not in got["What was found"]
+    assert "Capability" not in got["What was asked"]
+    assert "beats one of these in reliability without losing in generalization" in got["What else is on the front"]
+
+
+def test_objectives_that_it_cannot_plot_give_way_to_the_usual_ones():
+    front = page(study=STUDY | {"objectives": ["reliability", "drift_kl"]})["What else is on the front"]
+    assert "in reliability without losing in capability" in front
+    front = page(study=STUDY | {"objectives": ["generalization", "capability"]})["What else is on the front"]
+    assert "in generalization without losing in capability" in front
+
+
+def test_only_name_and_model_are_needed():
+    got = page(study={"name": "n", "model": "m"}, baseline={})
+    assert "4 trials done, 1 failed" in got["What was asked"]
+
+
+def test_nothing_a_user_wrote_becomes_markup():
+    names = ("name", "model", "edits_source", "capability_source", "settings_yaml", "started", "finished")
+    study = STUDY | {name: EVIL for name in names} | {"findings": [EVIL], "environment": {EVIL: EVIL}}
+    rows = [
+        row("a" + EVIL, 3, module=EVIL, pipeline=EVIL, run_id="r"),
+        row("b", 4, **{"capability." + EVIL: 0.5}),
+        failure("c", EVIL),
+    ]
+    outcomes = pd.concat(
+        [study_outcomes(trial).assign(prompt=EVIL, expected=EVIL, got=EVIL) for trial in ("a" + EVIL, "b")]
+    )
+    text = render_report(study, results_frame(rows), baseline=BASELINE, outcomes=outcomes, plotly_js=False)
+    # outside of the data scripts no tag of theirs; inside nothing that ends them
+    assert "<script>alert" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.S)
+    clean = Page(render_report(STUDY, study_results(), baseline=BASELINE, outcomes=study_outcomes(), plotly_js=False))
+    kinds = {tag for tag, _ in clean.tags}
+    assert {tag for tag, _ in Page(text).tags} <= kinds
+    assert not any(name.startswith("on") for _, attributes in Page(text).tags for name in attributes)
+    scripts = re.findall(r"<script[^>]*>", text)
+    plots = text.count('<script type="application/json"')
+    assert len(scripts) == plots + 1
+    assert text.count("</script>") == len(scripts)
+    for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, flags=re.S):
+        assert not re.search("<[/!sS]", data)
+
+
+def test_the_page_is_one_file_that_loads_nothing():
+    text = render_report(STUDY, study_results(), baseline=BASELINE)
+    assert len(text.encode()) < 6_000_000
+    assert text.count("plotly.js v") == 1
+    got = Page(re.sub(r"<script>.*?</script>", "", text, flags=re.S))
+    assert got.links and all(link.startswith("#") for link in got.links)
+    assert {link[1:] for link in got.links} <= set(got.ids) and len(got.ids) == len(set(got.ids))
+    assert "@import" not in text.split("</style>")[0] and "url(" not in text.split("</style>")[0]
+
+
+def test_two_thousand_trials_stay_under_six_megabytes():
+    rows = [
+        row(
+            f"{i:016x}",
+            i % 20,
+            0.5 + (i % 97) / 200,
+            -(i % 89) / 1000,
+            batch_size=1 + i // 20 % 10,
+            learning_rate=1e-4 * (1 + i // 200),
+        )
+        for i in range(2000)
+    ]
+    text = render_report(STUDY, results_frame(rows), baseline=BASELINE)
+    assert len(text.encode()) < 6_000_000
+    assert f"The first {MAX_TABLE_ROWS} of 2,000" in text
+
+
+# in a browser
+
+
+def chromium():
+    found = os.environ.get("CHROMIUM") or next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if not found:
+        pytest.skip("no Chromium: set CHROMIUM to its path to run the browser tests")
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = chromium()
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    arguments = [
+        "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync",
+    ]  # fmt: skip
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a report at a width, offline, and holds what the console and the network said against it."""
+    contexts = []
+
+    def open_page(width):
+        rows = [row(f"t{i}", i % 30, 0.5 + i / 130, -i / 3000, module=("mlp_down", "attn")[i // 30]) for i in range(60)]
+        rows += [row(f"p{i}", i, batch_size=1, pipeline=("breadth_first", "depth_first")[i % 2]) for i in range(4)]
+        rows += [row(f"q{i}", i, batch_size=1, pipeline=("depth_first", "breadth_first")[i % 2]) for i in range(4)]
+        results = results_frame(rows)
+        outcomes = study_outcomes(recommend(results).trial_id).assign(prompt="An unusually long prompt " * 8)
+        file = tmp_path / "report.html"
+        file.write_text(render_report(STUDY, results, baseline=BASELINE, outcomes=outcomes), encoding="utf-8")
+        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.complaints = []
+        tab.on("console", lambda message: tab.complaints.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        tab.on(
+            "request", lambda request: tab.complaints.append(request.url) if request.url.startswith("http") else None
+        )
+        tab.goto(file.as_uri())
+        tab.wait_for_selector("body[data-figures]", state="attached", timeout=60_000)
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_draws_every_figure_offline_and_does_not_scroll_sideways(opened, width):
+    tab = opened(width)
+    assert tab.complaints == []
+    assert tab.locator("figure .main-svg").count() >= tab.locator("figure").count() == 8
+    assert tab.locator("#plot-front .scatterlayer .point").count() >= 60
+    assert tab.locator("#plot-map-reliability .hm image").count() == 1
+    assert tab.locator("#plot-losses .scatterlayer path.js-line").count() >= 2
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.browser
+def test_the_table_sorts_by_keyboard_with_absent_values_last(opened):
+    tab = opened(1280)
+    tab.locator("#trials + details > summary").click()
+    column = tab.locator("#all-trials thead th").filter(has_text="reliability")
+    index = column.evaluate("cell => cell.cellIndex")
+
+    def values():
+        cells = tab.locator(f"#all-trials tbody td:nth-child({index + 1})").all_inner_texts()
+        return [float(cell.rstrip("%")) for cell in cells]
+
+    column.locator("button").focus()
+    tab.keyboard.press("Enter")
+    assert column.get_attribute("aria-sort") == "descending" and values() == sorted(values(), reverse=True)
+    tab.keyboard.press("Enter")
+    assert column.get_attribute("aria-sort") == "ascending" and values() == sorted(values())
+
+
+@pytest.mark.browser
+def test_hovering_a_mark_names_its_trial(opened):
+    tab = opened(1280)
+    tab.locator("#plot-front").scroll_into_view_if_needed()
+    tab.evaluate("Plotly.Fx.hover('plot-front', [{curveNumber: 1, pointNumber: 0}])")
+    assert "0.mlp_down" in tab.locator("#plot-front .hovertext").first.text_content()
