@@ -1,0 +1,171 @@
+"""The address of the tracking store: read it, check at once that it answers, and never show its password.
+
+MLflow itself retries an unreachable store for minutes and then fails with a traceback. A study that cannot be recorded
+should not start, so everything here is found out within seconds and told as an `InputError`.
+"""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from locft.errors import InputError
+
+# Read by MLflow when it is imported, which happens inside the functions below.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+CHECK_SECONDS = 10
+"""How long a server may take to answer the check."""
+DATABASES = ("postgresql", "mysql", "mssql")
+ACCEPTED = "sqlite:///FILE.db, http(s)://HOST:PORT, or a database address (postgresql://, mysql://, mssql://)"
+
+
+def redact(text: str) -> str:
+    """`text` without the user names and passwords of the addresses in it."""
+    return re.sub(r"://[^/\s'\"]*@", "://***@", text)
+
+
+def resolve_uri(uri: str | None) -> str:
+    """The store's address: `uri`, else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with file paths made absolute.
+
+    Raises:
+        InputError: an address that MLflow 3 cannot write to, with the nearest one that it can.
+    """
+    given = (uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI).strip()
+    scheme = given.split(":", 1)[0].split("+", 1)[0].lower() if ":" in given else ""
+    if scheme in ("http", "https"):
+        if not urlsplit(given).hostname:
+            raise InputError(f"tracking address {redact(given)!r} names no host; expected for example http://HOST:5000")
+        return given.rstrip("/")
+    if scheme == "sqlite":
+        path = given.partition(":///")[2].partition("?")[0]
+        if not path or path == ":memory:":
+            raise InputError(f"tracking address {given!r} names no file; expected for example {DEFAULT_URI}")
+        return f"sqlite:///{Path(path).expanduser().absolute()}"
+    if scheme in DATABASES or given.startswith("databricks"):
+        return given
+    if scheme in ("", "file"):
+        path = Path(unquote(given.removeprefix("file:").removeprefix("//")))
+        file = path if path.suffix in (".db", ".sqlite", ".sqlite3") else path / "mlflow.db"
+        raise InputError(
+            f"tracking address {given!r} is a plain path, and MLflow no longer writes stores made of files;"
+            f" use the SQLite file sqlite:///{file} instead"
+        )
+    raise InputError(f"tracking address {redact(given)!r} has the unknown scheme {scheme!r}; expected {ACCEPTED}")
+
+
+def take_credentials(uri: str) -> str:
+    """Moves `user:password@` of an http address to MLflow's environment variables; returns the address without it.
+
+    MLflow reads them from there for every request, and an address without a password can be printed.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.username:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a resolved sqlite address, None for every other store."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Creates `folder` and a file in it (removed again), because only writing tells whether writing works.
+
+    Raises:
+        InputError: with the system's reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {what} in {folder}: {error.strerror or error}") from None
+
+
+def check_reachable(uri: str) -> None:
+    """Makes sure that the store at a resolved address answers and lets us in.
+
+    Raises:
+        InputError: what was tried, what happened, and what to do.
+    """
+    if (path := sqlite_path(uri)) is not None:
+        _check_sqlite(path)
+    elif uri.startswith("http"):
+        _check_server(uri)
+    elif uri.split(":", 1)[0].split("+", 1)[0] in DATABASES:
+        _check_database(uri)
+
+
+def _check_sqlite(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"tracking store {path} is a folder, expected an SQLite file such as {path / 'mlflow.db'}")
+    check_writable(path.parent, "the tracking store")
+    if not path.exists():
+        return
+    if not os.access(path, os.W_OK):
+        raise InputError(f"tracking store {path} is read-only; make it writable or give another --tracking-uri")
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start and start != b"SQLite format 3\0":
+        raise InputError(f"tracking store {path} is no SQLite file (it starts with {start!r}); give another file")
+
+
+def _check_server(uri: str) -> None:
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    tried = f"tracking server {redact(uri)}"
+    try:
+        answer = http_request(
+            get_default_host_creds(uri),
+            "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default",
+            "GET",
+            max_retries=0,
+            timeout=CHECK_SECONDS,
+            raise_on_status=False,
+        )
+    except Exception as error:
+        hint = "start it (locft ui, or mlflow server), or correct --tracking-uri"
+        raise InputError(f"{tried} cannot be reached ({_cause(error)}); {hint}") from None
+    if answer.status_code in (401, 403):
+        hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
+        if "host" in answer.text.lower():  # the server's own guard against foreign host names
+            hint = "start it with --allowed-hosts naming this address"
+        raise InputError(f"{tried} refuses access (HTTP {answer.status_code}: {answer.text.strip()[:120]}); {hint}")
+    try:
+        known = {"experiment", "error_code"} & set(answer.json())
+    except ValueError:
+        known = set()
+    if not known:
+        raise InputError(
+            f"{tried} answers (HTTP {answer.status_code}) but not as MLflow does; is the port or the path another one?"
+        )
+
+
+def _check_database(uri: str) -> None:
+    import sqlalchemy
+
+    # Both drivers call it so; MLflow's own attempt would retry for minutes without one.
+    wait = {} if uri.startswith("mssql") else {"connect_timeout": CHECK_SECONDS}
+    try:
+        engine = sqlalchemy.create_engine(uri, connect_args=wait)
+        engine.connect().close()
+        engine.dispose()
+    except ImportError as error:
+        raise InputError(f"tracking database {redact(uri)} needs the Python package {error.name!r}") from None
+    except Exception as error:
+        raise InputError(f"tracking database {redact(uri)} cannot be reached: {_cause(error)}") from None
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason in one line, without passwords."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    lines = redact(str(error)).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,72 @@
+"""A study in MLflow for the tests: results as trials make them, and a store of its own."""
+
+import dataclasses
+import random
+
+import pandas as pd
+
+from sweeps.records import TrialConfig, TrialResult
+from sweeps.tracking import DatasetRecord, ModelRecord, StudyInputs, Tracker
+
+STUDY = "study-1"
+
+
+def config(layer: int = 3, module: str = "mlp_down", **changes) -> TrialConfig:
+    base = TrialConfig(
+        model_fingerprint="f" * 64, data_fingerprint="d" * 64, layers=30, layer=layer, module=module,
+        pipeline="breadth_first", batch_size=10, learning_rate=0.004, seed=0, loss_average="edit", epochs=25,
+        skip_below=0.01, stop_below=0.01,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def result(trial: TrialConfig | None = None, *, edits: int = 20, epochs: int = 25) -> TrialResult:
+    """A result whose numbers depend on the trial alone."""
+    trial = trial or config()
+    draw = random.Random(trial.id)
+    reliability, capability = draw.uniform(0.2, 1), draw.uniform(0.4, 0.6)
+    metrics = {
+        "reliability": reliability, "generalization": reliability * 0.7, "locality": draw.random(),
+        "capability": capability, "capability_change": capability - 0.55, "capability.facts": draw.random(),
+        "drift_kl": draw.random(), "n_edits": float(edits), "train_loss": 0.01, "seconds": 31.4,
+        "seconds_per_edit": 0.314, "diverged": 0.0,
+    }  # fmt: skip
+    outcomes = tuple(
+        {
+            "edit_id": f"e{number}", "kind": kind, "prompt": f"The capital of <b>country</b> {number} is",
+            "expected": "Österby", "got": "Oslo" if number % 3 else "Österby", "correct": number % 3 == 0,
+            "correct_tf": True,
+        }
+        for number in range(edits)
+        for kind in ("reliability", "generalization", "locality")
+    )  # fmt: skip
+    losses = tuple(4 / (1 + epoch) + draw.random() / 10 for epoch in range(epochs))
+    return TrialResult(trial, "done", None, metrics, losses, outcomes)
+
+
+def failure(trial: TrialConfig, cause: str = "OutOfMemoryError: 3 GiB wanted") -> TrialResult:
+    return TrialResult(trial, "failed", cause)
+
+
+def open_study(tracker: Tracker, study_id: str = STUDY, name: str = "layer-sweep") -> tuple[str, StudyInputs]:
+    """The study's run and the inputs of its trials."""
+    run_id = tracker.open_study(
+        study_id, name, study_yaml="name: layer-sweep\nmodel: smollm2-135m\n", description="Layers of a small model.",
+        environment={"python": "3.11", "packages": {"torch": "2.13"}}, tags={"locft.version": "0.1"},
+    )  # fmt: skip
+    model = ModelRecord("HuggingFaceTB/SmolLM2-135M", "f" * 64, {"layers": 30, "dtype": "float32"})
+    data = [
+        DatasetRecord("atlas", "a" * 64, "atlas", "edits", {"edits": 20, "contradictions": 0}),
+        DatasetRecord("probes", "c" * 64, "probes", "capability", {"items": 640}),
+    ]
+    return run_id, tracker.create_inputs(study_id, model, data)
+
+
+def finish(tracker: Tracker, results: pd.DataFrame, html: str, study_id: str = STUDY) -> None:
+    best = results.sort_values("reliability").iloc[-1]
+    position = f"{best.layer}.{best.module}"
+    tracker.finish_study(
+        study_id, results, html, {"trial_ids": (best.trial_id,), "position": position, "why": "most reliable"},
+        {"best_reliability": best.reliability, "hypervolume": 0.31, "trials_done": len(results), "none": float("nan")},
+        "done", answer=f"**{position}** edits best.",
+    )  # fmt: skip
