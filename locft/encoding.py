@@ -67,8 +67,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, continu
     whole = encode_prompt(tokenizer, prompt + continuation)
     if prompt and len(whole) > len(prompt_ids) and whole[: len(prompt_ids)] == prompt_ids:
         return TokenRow(whole, len(prompt_ids))
-    rest = tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"])
-    return TokenRow(prompt_ids + rest, len(prompt_ids))
+    return TokenRow(prompt_ids + _apart(tokenizer, prompt_ids, continuation), len(prompt_ids))
 
 
 def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> TokenRow:
@@ -80,3 +79,18 @@ def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) ->
 def encode_edits(tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> tuple[TokenRow, ...]:
     """One training row per edit, in order."""
     return tuple(encode_edit(tokenizer, request.prompt, request.target) for request in requests)
+
+
+def _apart(tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], continuation: str) -> tuple[int, ...]:
+    """Tokens that say exactly `continuation` behind the prompt's: SentencePiece puts a space of its own before a text."""
+    said = _text(tokenizer, prompt_ids) + continuation
+    candidates = [
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (continuation, continuation.removeprefix(" "))
+    ]
+    exact = [rest for rest in candidates if _text(tokenizer, prompt_ids + rest) == said]
+    return (exact or candidates)[0]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
