@@ -20,13 +20,17 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from locft.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+HUB_EXTRAS = ["consolidated*", "*/*"]
+"""Second copies of the weights in other forms, which some repositories carry and nothing here reads."""
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises for a folder that does not hold what it should; each library below it has its own."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +78,27 @@ def load_model(
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     target = torch_device(device)
     folder = model_folder(name, trust_remote_code=trust_remote_code)
+    fingerprint = folder_fingerprint(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model {name!r}: the folder {folder} does not load: {_first_line(error)}") from error
+    except LOAD_ERRORS as error:
+        raise InputError(f"model {name!r}: the folder {folder} does not load: {_cause(error)}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them at random values and only warn
+        raise InputError(
+            f"model {name!r}: the folder {folder} lacks {len(missing)} of the weights that its config.json asks for: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+        )
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model.eval().requires_grad_(False).to(target)
     if getattr(model.config, "rescale_every", 0):  # RWKV: a forward pass in evaluation mode would rewrite its weights
         model.config.rescale_every = 0
-    return LoadedModel(name, model, tokenizer, folder_fingerprint(folder))
+    return LoadedModel(name, model, tokenizer, fingerprint)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -92,8 +106,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model {name!r}: the tokenizer in {folder} does not load: {_first_line(error)}") from error
+    except LOAD_ERRORS as error:
+        raise InputError(f"model {name!r}: the tokenizer in {folder} does not load: {_cause(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {name!r}: its tokenizer has no EOS token, which ends the target of an edit")
     return tokenizer
@@ -106,8 +120,10 @@ def load_structure(name: str, *, trust_remote_code: bool = False) -> PreTrainedM
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(_unavailable(name, _first_line(error))) from error
+    except LOAD_ERRORS as error:
+        if not _looks_like_hub_id(name):
+            raise InputError(f"model {name!r}: {source}/config.json: {_cause(error)}") from error
+        raise InputError(_unavailable(name, _cause(error))) from error
 
 
 def torch_device(device: str) -> torch.device:
@@ -118,8 +134,15 @@ def torch_device(device: str) -> torch.device:
         target = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r}: this machine has no GPU that torch can use; use auto or cpu")
+    try:
+        if torch.zeros(1, device=target).item() != 0:  # a device that torch knows by name need not be there
+            raise RuntimeError("it does not compute")
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        count = torch.cuda.device_count()
+        raise InputError(
+            f"device {device!r}: torch cannot use it here ({_cause(error)}); use auto or cpu"
+            + (f", or cuda:0 to cuda:{count - 1}" if count else "")
+        ) from error
     return target
 
 
@@ -148,28 +171,51 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
 
     patterns = [p for p in HUB_FILES if p != "*.py" or trust_remote_code]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=HUB_EXTRAS))
     except Exception as error:  # the hub client raises many unrelated types; each means the model cannot be had
-        raise InputError(_unavailable(name, _first_line(error))) from error
+        raise InputError(_unavailable(name, _cause(error))) from error
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Hash of the stored weights of a folder, whatever their sharding; remembered by the files' names, sizes and times."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"model folder {folder}: no .safetensors files in it (other weight formats are not read)")
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    """Hash of the weights that a folder's model is loaded from, whatever their sharding; remembered by the files' stats."""
+    files = weight_files(folder)
+    stats = [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f in files for s in [f.stat()]]
     note = cache_folder() / "fingerprints" / f"{_digest(json.dumps(stats))}.txt"
     if note.is_file():
         return note.read_text()
     digests = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():
-                digests[key] = tensor_digest(tensors.get_tensor(key))
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    digests[key] = tensor_digest(tensors.get_tensor(key))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"model file {file}: not readable as safetensors: {_cause(error)}") from error
     fingerprint = _digest(json.dumps(digests, sort_keys=True))
-    write_atomically(note, fingerprint)
+    try:
+        write_atomically(note, fingerprint)
+    except OSError:
+        pass  # a cache that cannot be written to costs the next process this computation, nothing else
     return fingerprint
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that transformers loads from a folder; others beside them (a delta, a copy) play no part."""
+    if (whole := folder / "model.safetensors").is_file():
+        return (whole,)
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise InputError(
+            f"model folder {folder}: expected model.safetensors or model.safetensors.index.json in it, found "
+            f"{', '.join(sorted(f.name for f in folder.iterdir())[:8]) or 'nothing'} (other weight formats are not read)"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: expected a JSON object with a weight_map: {_cause(error)}") from error
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise InputError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent[:4])}")
+    return tuple(folder / name for name in names)
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -205,6 +251,8 @@ def _once(key: str, make: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
+                for dead in folder.parent.glob(f"{key}.partial-*"):  # of a process that was killed: we hold the lock
+                    shutil.rmtree(dead, ignore_errors=True)
                 partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}.partial-"))
                 try:
                     make(partial)
@@ -247,8 +295,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
             gguf.parent, **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model file {gguf}: not readable as GGUF: {_first_line(error)}") from error
+    except (*LOAD_ERRORS, IndexError, AssertionError) as error:  # the reader meets arbitrary bytes
+        raise InputError(f"model file {gguf}: not readable as GGUF: {_cause(error)}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -275,5 +323,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _cause(error: Exception) -> str:
+    """The message in one line, without the long tail some have (a list of every architecture)."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} …"

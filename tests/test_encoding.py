@@ -195,9 +195,9 @@ def test_empty_text_gives_a_predecessor(tokenizer):
 
 def test_edits_are_encoded_in_order():
     tokenizer = TOKENIZERS["byte-level"]
-    requests = [EditRequest(str(i), "", p, t, None, (), ()) for i, (p, t) in enumerate(zip(PROMPTS, TARGETS, strict=True))]
-    rows = encode_edits(tokenizer, requests)
-    assert rows == tuple(encode_edit(tokenizer, p, t) for p, t in zip(PROMPTS, TARGETS, strict=True))
+    edits = list(zip(PROMPTS, TARGETS, strict=True))
+    rows = encode_edits(tokenizer, [EditRequest(str(i), "", *edit, None, (), ()) for i, edit in enumerate(edits)])
+    assert rows == tuple(encode_edit(tokenizer, *edit) for edit in edits)
 
 
 def test_a_row_refuses_a_span_without_a_predecessor():
