@@ -6,9 +6,12 @@ output is one JSON object. Heavy libraries are imported by the commands that nee
 
 import json
 import logging
+import math
 import os
 import sys
+import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,10 +24,13 @@ from rich.text import Text
 from locft.errors import InputError
 
 if TYPE_CHECKING:
-    from locft.delta import EditDelta
     from locft.workbench import Workbench
     from sweeps.prepare import PreparedStudy
+    from sweeps.schema import Capability, Edits
     from sweeps.sweep import Answer, StudyState
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 app = typer.Typer(
     name="locft",
@@ -39,8 +45,9 @@ err = Console(stderr=True, soft_wrap=True)
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A ready study (quickstart, ...) or a study file.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, hub id, folder or .gguf file.")]
-EditsOption = Annotated[str, typer.Option("--edits", help="atlas, an edit file, or a data set's hub id.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", help="Use the first N edits.")]
+EDITS = "atlas, an edit file, or a data set's hub id."
+EditsOption = Annotated[str, typer.Option("--edits", help=EDITS)]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: space.layer=[3,7]. Repeatable.")
 ]
@@ -65,11 +72,10 @@ def main() -> None:
     except InputError as error:
         _complain(error.problems)
         code = 2
-    except KeyboardInterrupt:
-        _complain(["interrupted; what was finished is kept, and the same command goes on from there"])
-        code = 130
     except Exception as error:
         code = _unexpected(error)
+    if code == INTERRUPTED:
+        err.print("interrupted; what was finished is kept, and the same command goes on from there")
     sys.exit(code)
 
 
@@ -136,22 +142,23 @@ def sweep(
     """Run STUDY. The same command again runs only what is not done yet."""
     from sweeps.progress import Progress
     from sweeps.sweep import run_sweep
-    from sweeps.tracking import Tracker
 
     prepared = _prepared(study, overrides)
     report_file = _writable(report_file or Path(f"{prepared.study.name}.html"))
-    if not as_json:
-        _say_study(prepared)
-    tracker = Tracker.open(tracking_uri, prepared.study.name)
+    _say_study(prepared)
 
     def show(state: "StudyState") -> Progress:
         done = state.results[state.results["status"] == "done"]
         return Progress(prepared.study.name, prepared.plan.count, done.to_dict("records"))
 
-    state, answer = run_sweep(prepared, tracker, address=address, show=show)
-    report_file.write_text(answer.report_html, encoding="utf-8")
-    _print_answer(state, answer, report_file, tracker.uri, as_json)
-    if state.done == 0:
+    done = run_sweep(prepared, tracking_uri, address=address, show=show)
+    _write(report_file, done.answer.report_html)
+    _print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json)
+    if done.ending == "same_failure":
+        err.print("stopped: the first trials all failed for the same reason, so the others would as well")
+    if done.ending == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+    if done.state.done == 0:
         raise typer.Exit(1)
 
 
@@ -160,11 +167,10 @@ def status(study: StudyArgument, overrides: SetOption = None, tracking_uri: UriO
     """Say how far STUDY is: done, failed (with causes), left."""
     from collections import Counter
 
-    from sweeps.sweep import read_state
-    from sweeps.tracking import Tracker
+    from sweeps.sweep import find_tracker, read_state
 
     prepared = _prepared(study, overrides)
-    state = read_state(prepared, Tracker.open(tracking_uri, prepared.study.name))
+    state = read_state(prepared, find_tracker(prepared, tracking_uri))
     causes = Counter(state.results.loc[state.results["status"] == "failed", "error"])
     if as_json:
         numbers = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
@@ -186,27 +192,28 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
-    from sweeps.sweep import answer_of, read_state
-    from sweeps.tracking import Tracker
+    from sweeps.sweep import answer_of, find_tracker, read_state
+    from sweeps.tracking_uri import redact, resolve_uri
 
     prepared = _prepared(study, overrides)
     report_file = _writable(report_file or Path(f"{prepared.study.name}.html"))
-    tracker = Tracker.open(tracking_uri, prepared.study.name)
+    tracker = find_tracker(prepared, tracking_uri)
     state = read_state(prepared, tracker)
-    if state.results.empty:
-        raise InputError(f"study {prepared.study.name!r}: nothing finished in {tracker.uri}; run `locft sweep {study}`")
+    if tracker is None or state.results.empty:
+        where = redact(resolve_uri(tracking_uri))
+        raise InputError(f"study {prepared.study.name!r}: nothing finished in {where}; run `locft sweep {study}`")
     answer = answer_of(state, tracker)
-    report_file.write_text(answer.report_html, encoding="utf-8")
+    _write(report_file, answer.report_html)
     _print_answer(state, answer, report_file, tracker.uri, as_json)
 
 
 @app.command()
 def edit(
     model: ModelArgument,
-    edits: EditsOption,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the delta and its metrics.")],
+    edits: Annotated[str | None, typer.Option("--edits", help=EDITS)] = None,
     position: Annotated[str | None, typer.Option("--position", help="LAYER.MODULE, such as 22.mlp_down.")] = None,
-    from_run: Annotated[str | None, typer.Option("--from-run", help="Take the settings of this trial's MLflow run.")] = None,
+    from_run: Annotated[str | None, typer.Option("--from-run", help="Repeat the trial of this MLflow run, but for other options given.")] = None,
     pipeline: Annotated[str | None, typer.Option(help="breadth_first (default) or depth_first.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Edits per step; default 32.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam; default 0.0005.")] = None,
@@ -215,13 +222,14 @@ def edit(
     seed: Annotated[int | None, typer.Option(help="Of the order of the edits; default 0.")] = None,
     limit: LimitOption = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), bfloat16 or float16.")] = None,
-    device: DeviceOption = "auto",
+    device: Annotated[str | None, typer.Option("--device", help="auto (default), cpu, cuda, cuda:N.")] = None,
     threads: ThreadsOption = None,
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Make the edits at one position; write the delta and what it does."""
+    from locft.models import load_structure
     from locft.positions import TuningPosition, parameter_names
     from sweeps.settings import edit_settings
 
@@ -233,16 +241,17 @@ def edit(
         "loss_average": loss_average,
         "seed": seed,
     }
-    chosen = edit_settings(position, given, dtype, from_run, tracking_uri)
-    _writable(folder / "edit.json")
-    bench = _workbench(model, edits, limit, chosen.dtype, device, threads, trust_remote_code)
-    if chosen.model_fingerprint not in (None, bench.loaded.fingerprint):
-        raise InputError(
-            f"--from-run {from_run}: that trial edited a model with fingerprint {chosen.model_fingerprint}, but {model!r} "
-            f"has {bench.loaded.fingerprint}"
-        )
+    if edits is None and limit is not None:
+        raise InputError("--limit: it says how many of --edits to take, which is not given")
+    named = None if edits is None else _edits(edits, limit)
+    chosen = edit_settings(position, given, dtype, named, from_run, tracking_uri)
     where = TuningPosition.parse(chosen.position)
-    parameter_names(bench.loaded.model, where)
+    _writable(folder / "edit.json")
+    parameter_names(load_structure(model, trust_remote_code=trust_remote_code), where)
+    threads, device = threads or chosen.threads, device or chosen.device
+    bench = _workbench(
+        model, chosen.edits, chosen.capability, chosen.dtype, device, threads, trust_remote_code, chosen.model_fingerprint
+    )
     training = bench.train(where, chosen.training)
     if training.diverged:
         err.print(Text(f"the training diverged after {training.steps} steps: try a smaller --learning-rate"))
@@ -251,6 +260,7 @@ def edit(
     file = training.delta.save(folder)
     summary = {
         "model": model,
+        "edits": {"source": chosen.edits.source, "count": len(bench.rows)},
         "position": chosen.position,
         "settings": dict(training.delta.settings),
         "delta": str(file),
@@ -259,9 +269,9 @@ def edit(
         "metrics": measured.metrics,
         "unedited": bench.baseline.metrics,
     }
-    (folder / "edit.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _write(folder / "edit.json", json.dumps(summary, indent=2) + "\n")
     outcomes = "".join(json.dumps(asdict(outcome), ensure_ascii=False) + "\n" for outcome in measured.outcomes)
-    (folder / "outcomes.jsonl").write_text(outcomes, encoding="utf-8")
+    _write(folder / "outcomes.jsonl", outcomes)
     if as_json:
         return _print_json(summary)
     out.print(f"{len(bench.rows)} edits at {chosen.position} in {training.seconds:.1f} s: {file}", highlight=False)
@@ -282,10 +292,11 @@ def apply(
     from locft.models import load_model
 
     change = EditDelta.load(delta)
+    _writable(folder / "config.json")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: the folder is not empty; name a new one")
-    _writable(folder / "config.json")
     loaded = load_model(model, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+    change.require_base(loaded)
     merge(loaded, change, folder)
     if as_json:
         return _print_json({"model": model, "position": change.position, "folder": str(folder)})
@@ -306,9 +317,11 @@ def evaluate(
 ) -> None:
     """Measure MODEL, or MODEL with a delta, on edits and capability probes."""
     from locft.delta import EditDelta
+    from sweeps.schema import Capability
 
     change = EditDelta.load(delta) if delta else None
-    bench = _workbench(model, edits, limit, dtype, device, threads, trust_remote_code)
+    base = change.base_fingerprint if change else None
+    bench = _workbench(model, _edits(edits, limit), Capability(), dtype, device, threads, trust_remote_code, base)
     metrics = bench.measure(change).metrics if change else bench.baseline.metrics
     if as_json:
         where = change.position if change else None
@@ -342,9 +355,25 @@ def _prepared(study: str, overrides: list[str] | None) -> "PreparedStudy":
     return prepare(load_study(study, overrides or []))
 
 
+def _edits(source: str, limit: int | None) -> "Edits":
+    from sweeps.schema import Edits
+
+    if not source.strip():
+        raise InputError(f"--edits: got nothing, expected {EDITS.rstrip('.')}")
+    return Edits(source=source, limit=limit)
+
+
 def _workbench(
-    model: str, edits: str, limit: int | None, dtype: str, device: str, threads: int | None, trust_remote_code: bool
+    model: str,
+    edits: "Edits",
+    capability: "Capability",
+    dtype: str,
+    device: str,
+    threads: int | None,
+    trust_remote_code: bool,
+    fingerprint: str | None,
 ) -> "Workbench":
+    """Everything loaded, and the unedited model measured. fingerprint: that of the model when it has to be a certain one."""
     import torch
 
     from locft.benchmarks import load_suite
@@ -353,11 +382,18 @@ def _workbench(
     from locft.workbench import Workbench
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    requests = load_edits(edits, limit=limit)
+    requests = load_edits(edits.source, limit=edits.limit, sample_seed=edits.sample_seed)
+    measured = capability.suite or capability.tasks
+    suite = load_suite(capability.suite, capability.tasks, capability.limit, capability.prose) if measured else None
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if fingerprint not in (None, loaded.fingerprint):
+        raise InputError(
+            f"model {model!r} has fingerprint {loaded.fingerprint}, but the edit was made on one with {fingerprint}; give the "
+            "model it was made on, unedited"
+        )
     for sentence in requests.findings.sentences():
         err.print(Text(sentence))
-    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return Workbench.prepare(loaded, requests, load_suite("probes"))
+    return Workbench.prepare(loaded, requests, suite, capability.prose_tokens)
 
 
 def _about(prepared: "PreparedStudy") -> dict[str, Any]:
@@ -382,6 +418,7 @@ def _say_study(prepared: "PreparedStudy") -> None:
 
 def _print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri: str, as_json: bool) -> None:
     from analysis.wording import percent
+    from sweeps.tracking_uri import resolve_uri
 
     pick = answer.recommendation
     counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed}
@@ -416,8 +453,9 @@ def _print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri:
         for reason in pick.reasons:
             out.print(Text(f"  {reason}"))
         run = by_id[pick.trial_id].get("run_id")
-        model, source = state.prepared.study.model, state.prepared.study.edits.source
-        out.print(Text(f"Repeat it: locft edit {model} --edits {source} --from-run {run} --out edited"), soft_wrap=True)
+        store = "" if uri == resolve_uri(None) else f" --tracking-uri {uri}"
+        repeat = f"locft edit {state.prepared.study.model} --from-run {run}{store} --out edited"
+        out.print(Text(f"Repeat it: {repeat}"), soft_wrap=True)
     out.print(f"{counts['done']} of {counts['planned']} trials done, {counts['failed']} failed", highlight=False)
     out.print(Text(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
 
@@ -448,31 +486,47 @@ def _print_wide(table: Table) -> None:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, default=_plain, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(_plain(value), allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
-    """JSON for numpy and pandas scalars; NaN and NA become null."""
+    """As JSON has it: numpy and pandas scalars as numbers, NaN, infinities and NA as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, Path):
-        return str(value)
-    return None if value is None or value != value else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else _text_or_null(value)
+
+
+def _text_or_null(value: Any) -> str | None:
+    return None if repr(value) == "<NA>" else str(value)
 
 
 def _writable(file: Path) -> Path:
-    """The path, if a file can be made there; asked before the work, not after it."""
+    """The path, if a file can be made there; asked before the work, not after it. Nothing is made yet."""
+    folder = next(parent for parent in file.absolute().parents if os.path.exists(parent))
+    if file.is_dir():
+        raise InputError(f"cannot write {file}: it is a folder")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            file.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()  # only writing tells whether writing works
     except OSError as error:
-        raise InputError(f"cannot make the folder {file.parent}: {error.strerror}") from error
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise InputError(f"cannot write {file}: {'it is a folder' if file.is_dir() else 'no permission'}")
+        raise InputError(f"cannot write {file}: {folder}: {error.strerror}") from error
     return file
 
 
-def _complain(problems: Any) -> None:
-    problems = list(problems)
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def _complain(problems: Sequence[str]) -> None:
     if len(problems) > 1:
         err.print(Text(f"error: {len(problems)} problems"))
         for problem in problems:
@@ -483,10 +537,16 @@ def _complain(problems: Any) -> None:
 
 def _unexpected(error: Exception) -> Literal[1, 2]:
     """Typer's own complaints are bad input; anything else is work that failed, told in one line."""
-    if hasattr(error, "format_message") and hasattr(error, "show"):  # click's exceptions, which typer carries its copy of
-        error.show()
+    if hasattr(error, "format_message"):  # click's exceptions, which typer carries its copy of
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return 2
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "locft"
+        _complain([f"{error.format_message().rstrip('.')} (`{command} --help` lists what it takes)"])
         return 2
-    _complain([f"{type(error).__name__}: {error}"])
+    lines = str(error).strip().splitlines() or [""]
+    _complain([f"{type(error).__name__}: {lines[0]}"])
     if os.environ.get("LOCFT_DEBUG"):
         raise error
     err.print(Text("(LOCFT_DEBUG=1 shows where)"))

@@ -2,6 +2,8 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -20,14 +22,14 @@ SHOWN = 6
 class Progress:
     """Counts and the best front so far; a context manager, so that the screen is left tidy whatever happens."""
 
-    def __init__(self, name: str, planned: int, earlier: list[dict], console: Console | None = None):
+    def __init__(self, name: str, planned: int, earlier: Sequence[dict[str, Any]], console: Console | None = None):
         """earlier: results-table rows of the study's trials that were finished before."""
         self.console = console or Console(stderr=True)
         self.name, self.planned = name, planned
-        self.rows = list(earlier)
-        self.resumed = len(earlier)
+        self.rows = {row["trial_id"]: row for row in earlier}  # by id: a trial whose worker died may be heard of twice
+        self.resumed = len(self.rows)
         self.running = 0
-        self.failures: Counter[str] = Counter()
+        self.failures: dict[str, str] = {}
         self.began = time.monotonic()
         self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2, transient=True)
 
@@ -48,9 +50,10 @@ class Progress:
     def finished(self, result: TrialResult, running: int) -> None:
         self.running = running
         if result.status == "failed":
-            self.failures[result.error or "unknown"] += 1
+            self.failures[result.config.id] = result.error or "unknown"
         else:
-            self.rows.append(result.to_row())
+            self.rows[result.config.id] = result.to_row()
+            self.failures.pop(result.config.id, None)
         if not self.console.is_terminal:
             left = self.seconds_left()
             self._say(
@@ -64,7 +67,7 @@ class Progress:
 
     @property
     def failed(self) -> int:
-        return sum(self.failures.values())
+        return len(self.failures)
 
     def seconds_left(self) -> float | None:
         """From the pace of this run so far; None before its first result and after its last."""
@@ -81,14 +84,13 @@ class Progress:
         table = Table(title=Text(f"{self.name}: {state}" + (f", about {seconds(left)} left" if left else "")))
         for column in ("front so far", "setting", "reliability", "generalization", "locality", "capability"):
             table.add_column(column, justify="left" if column in ("front so far", "setting") else "right")
-        results = results_frame(self.rows)
-        by_id = {row["trial_id"]: row for row in self.rows}
-        for trial_id in pareto_front(results).trial_ids[:SHOWN]:
-            row = by_id[trial_id]
+        rows = dict(self.rows)  # the screen is drawn by a thread of its own
+        for trial_id in pareto_front(results_frame(list(rows.values()))).trial_ids[:SHOWN]:
+            row = rows[trial_id]
             setting = f"{row['pipeline']} b{row['batch_size']} lr {row['learning_rate']:g} s{row['seed']}"
             shown = [percent(row[m]) if m in row else "-" for m in ("reliability", "generalization", "locality", "capability")]
             table.add_row(f"{row['layer']}.{row['module']}", setting, *shown)
-        for cause, count in self.failures.most_common(3):
+        for cause, count in Counter(self.failures.values()).most_common(3):
             table.add_row(Text(f"{count} failed", style="red"), Text(cause[:80]))
         return table
 

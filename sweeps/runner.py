@@ -5,11 +5,15 @@ Ray's own snapshots (after a killed driver those lag behind). So the same comman
 """
 
 import os
+import signal
+import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from locft.errors import InputError
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
 from sweeps.search import TrialSearch
 from sweeps.trial import TrialInputs, resident_workbench, run_trial
@@ -22,6 +26,11 @@ SAME_FAILURES = 3
 """So many first trials that all fail for one reason stop the study: the rest would fail for it too."""
 WORKER_RESTARTS = 2
 """A trial whose worker process died is tried so many times more."""
+CONNECT_SECONDS = 5
+"""How long a cluster may take to accept a connection."""
+
+Ending = Literal["complete", "same_failure", "interrupted"]
+"""Why no further trial is run: there is none, the first ones all failed for one reason, or Ctrl-C."""
 
 
 class Reporter(Protocol):
@@ -39,32 +48,57 @@ def worker_failure(config: TrialConfig, error: BaseException) -> TrialResult:
 
 
 @contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
+def ray_session(address: str | None, resources: "Resources") -> Iterator[int]:
     """Connect to the cluster at `address` (auto finds one), or start Ray on this machine and stop it afterwards.
 
-    A Ray that is already running in this process is used and left alone.
+    A Ray that is already running in this process is used and left alone. The value is the number of trials at a time.
+    Raises InputError when the cluster does not answer, or cannot hold a single trial.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is not None:
+        _check_reachable(address)
     import ray
 
-    from locft.errors import InputError
-
     if ray.is_initialized():
-        yield
+        yield concurrent_trials(resources, ray.cluster_resources())
         return
+    if address is None:  # told at once, not after Ray's seconds
+        import torch
+
+        concurrent_trials(resources, {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()})
     quiet = {"include_dashboard": False} if address is None else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"Ray cluster {address!r}: {str(error).strip().splitlines()[0]}; start one with `ray up ray_cluster.yaml` or "
-            "`ray start --head`, or leave --address away to run on this machine"
-        ) from error
+    except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(_no_cluster(address, cause)) from error
     try:
-        yield
+        yield concurrent_trials(resources, ray.cluster_resources())
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """InputError unless something listens at the address: Ray itself would try for minutes, or for ever."""
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt; what does not answer it is no Ray
+    given = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, _, port = given.rpartition("://")[2].rpartition(":")
+    if not given or not host or not port.isdigit():
+        return  # ray.init finds it, or says what is wrong with it
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(_no_cluster(given, f"nothing answers there ({error})")) from None
+
+
+def _no_cluster(address: str | None, cause: str) -> str:
+    if address is None:
+        return f"Ray does not start on this machine: {cause}"
+    return (
+        f"Ray cluster {address!r}: {cause.rstrip('.')}; start one with `ray up ray_cluster.yaml` or `ray start --head`, or "
+        "leave --address away to run on this machine"
+    )
 
 
 def compute_baseline(inputs: TrialInputs, cpus: float, gpus: float) -> "Baseline":
@@ -74,7 +108,11 @@ def compute_baseline(inputs: TrialInputs, cpus: float, gpus: float) -> "Baseline
     def measure() -> "Baseline":
         return resident_workbench(inputs).baseline
 
-    return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=WORKER_RESTARTS)(measure).remote())
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=WORKER_RESTARTS)(measure)
+    try:
+        return ray.get(task.remote())
+    except ray.exceptions.RayTaskError as error:  # its own text is the worker's whole traceback
+        raise error.cause from error
 
 
 def run_trials(
@@ -86,16 +124,17 @@ def run_trials(
     gpus: float,
     concurrent: int,
     reporter: Reporter,
-    minutes: float | None = None,
-) -> None:
+) -> Ending:
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
     source: the open trials, or a search that proposes them. A trial that raises is a failed result and the others go on;
-    when the first `SAME_FAILURES` results are failures with one cause, the rest is not started.
+    when the first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C the running
+    trials are given up; a second one raises KeyboardInterrupt at once.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end the run without telling us
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
@@ -103,14 +142,13 @@ def run_trials(
     search = {} if isinstance(source, list) else {"search_alg": source.as_searcher(), "num_samples": source.trials}
     space = {"trial": tune.grid_search([config.to_dict() for config in source])} if isinstance(source, list) else None
     trainable = tune.with_parameters(_trainable, inputs=inputs, baseline=baseline)
-    with tempfile.TemporaryDirectory(prefix="locft-ray-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="locft-ray-") as scratch, _on_interrupt(listener.stopper.interrupt):
         tune.Tuner(
             tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
             param_space=space,
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,  # a fresh process would load the model anew for every trial
-                time_budget_s=minutes * 60 if minutes else None,
                 trial_name_creator=lambda trial: trial.trial_id,
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 **search,
@@ -123,6 +161,26 @@ def run_trials(
                 failure_config=tune.FailureConfig(max_failures=WORKER_RESTARTS),
             ),
         ).fit()
+    return listener.stopper.ending
+
+
+@contextmanager
+def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C calls `stop`, and the next one does what it did before. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def first(number, frame) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop()
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _trainable(config: Mapping[str, Any], inputs: TrialInputs, baseline: "Baseline") -> None:
@@ -142,9 +200,15 @@ def _listener(reporter: Reporter):
     from ray import tune
     from ray.tune.stopper import Stopper
 
-    class StopOnSameFailure(Stopper):
+    class StudyStopper(Stopper):
+        """Asked by Ray Tune after every event whether the study ends here."""
+
         def __init__(self):
             self.causes: list[str | None] = []
+            self.interrupted = False
+
+        def interrupt(self) -> None:
+            self.interrupted = True
 
         def note(self, result: TrialResult) -> None:
             if len(self.causes) < SAME_FAILURES:
@@ -153,13 +217,20 @@ def _listener(reporter: Reporter):
         def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
             return False
 
-        def stop_all(self) -> bool:
+        @property
+        def ending(self) -> Ending:
+            if self.interrupted:
+                return "interrupted"
             first = self.causes[0] if self.causes else None
-            return first is not None and len(self.causes) == SAME_FAILURES and set(self.causes) == {first}
+            alike = first is not None and len(self.causes) == SAME_FAILURES and set(self.causes) == {first}
+            return "same_failure" if alike else "complete"
+
+        def stop_all(self) -> bool:
+            return self.ending != "complete"
 
     class Listener(tune.Callback):
         def __init__(self):
-            self.stopper = StopOnSameFailure()
+            self.stopper = StudyStopper()
 
         def __reduce__(self):
             """Ray writes its set-up to disk for a restore that never happens here; screen and client stay out of it."""
@@ -186,17 +257,12 @@ def _running(trials) -> int:
     return sum(trial.status == "RUNNING" for trial in trials)
 
 
-def concurrent_trials(resources: "Resources") -> int:
-    """Trials at a time that the running Ray can hold; InputError when it cannot hold one."""
-    import ray
-
-    from locft.errors import InputError
-
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+def concurrent_trials(resources: "Resources", have: Mapping[str, float]) -> int:
+    """Trials at a time that fit into the CPU and GPU there are; InputError when not even one does."""
+    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
     if resources.cpus > cpus or resources.gpus > gpus:
         raise InputError(
-            f"resources: a trial wants {resources.cpus:g} CPUs and {resources.gpus:g} GPUs, but Ray has {cpus:g} CPUs and "
+            f"resources: a trial wants {resources.cpus:g} CPUs and {resources.gpus:g} GPUs, but there are {cpus:g} CPUs and "
             f"{gpus:g} GPUs in all; ask for less, or give --address of a larger cluster"
         )
     fit = int(cpus // resources.cpus)

@@ -8,6 +8,7 @@ from locft.errors import InputError
 
 if TYPE_CHECKING:
     from locft.finetune import TrainingSettings
+    from sweeps.schema import Capability, Edits, Study
 
 CHOICES = {"pipeline": ("breadth_first", "depth_first"), "loss_average": ("edit", "token")}
 AT_LEAST = {"batch_size": 1, "epochs": 1, "seed": 0}
@@ -15,11 +16,16 @@ AT_LEAST = {"batch_size": 1, "epochs": 1, "seed": 0}
 
 @dataclass(frozen=True)
 class EditSettings:
-    """Where and how one edit is trained."""
+    """Where and how one edit is trained and measured."""
 
     position: str
     training: "TrainingSettings"
     dtype: str
+    edits: "Edits"
+    capability: "Capability"
+    device: str
+    threads: int | None
+    """CPU threads; None takes all cores. Another number can change the last digits of a result."""
     model_fingerprint: str | None
     """Of the model that the repeated trial edited; None when no trial is repeated."""
 
@@ -28,29 +34,61 @@ def edit_settings(
     position: str | None,
     given: Mapping[str, Any],
     dtype: str | None,
+    edits: "Edits | None",
     from_run: str | None,
     tracking_uri: str | None,
 ) -> EditSettings:
     """Options over the settings of a trial, over the defaults. `given` maps option names to values, None when not given.
 
-    Raises InputError with every bad option, or when neither a position nor a run is given.
+    edits: None takes those of the trial. Raises InputError with every bad option, or when there is neither a run nor a
+    position and edits.
     """
     from locft.finetune import TrainingSettings
+    from locft.positions import TuningPosition
+    from sweeps.schema import Capability
 
     problems = _problems(given)
     if position is None and from_run is None:
         problems.append("--position: expected LAYER.MODULE such as 22.mlp_down, or --from-run RUN_ID")
+    if edits is None and from_run is None:
+        problems.append("--edits: expected atlas, an edit file or a data set's hub id, or --from-run RUN_ID")
+    if position is not None:
+        try:
+            TuningPosition.parse(position)
+        except InputError as error:
+            problems += error.problems
     if problems:
         raise InputError(problems)
     options = {name: value for name, value in given.items() if value is not None}
     if from_run is None:
-        return EditSettings(str(position), TrainingSettings(**options), dtype or "float32", None)
+        training = TrainingSettings(**options)
+        return EditSettings(str(position), training, dtype or "float32", edits, Capability(), "auto", None, None)
     from sweeps.tracking_lookup import find_run
 
-    config = find_run(from_run, tracking_uri)["config"]
+    run = find_run(from_run, tracking_uri)
+    config = run["config"]
+    study = _study(run["study_yaml"])
+    if study is None and edits is None:
+        raise InputError(f"run {from_run!r}: the study it belongs to is gone, and with it which edits it made; add --edits")
     trained = {name: getattr(config, name) for name in TrainingSettings.__dataclass_fields__}
-    training = TrainingSettings(**{**trained, **options})
-    return EditSettings(position or config.position, training, dtype or config.dtype, config.model_fingerprint)
+    return EditSettings(
+        position or config.position,
+        TrainingSettings(**{**trained, **options}),
+        dtype or config.dtype,
+        edits or study.edits,
+        study.capability if study else Capability(),
+        study.device if study else "auto",
+        study.resources.cpus if study else None,
+        config.model_fingerprint,
+    )
+
+
+def _study(text: str | None) -> "Study | None":
+    """A study from its canonical text, as it is kept with the study's run."""
+    from sweeps.schema import Study
+    from sweeps.yaml_lines import parse_yaml
+
+    return None if text is None else Study.model_validate(parse_yaml(text).tree)
 
 
 def _problems(given: Mapping[str, Any]) -> list[str]:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
 from sweeps.records import TrialConfig, TrialResult
-from sweeps.runner import Reporter, compute_baseline, concurrent_trials, ray_session, run_trials
+from sweeps.runner import Ending, Reporter, compute_baseline, ray_session, run_trials
 from sweeps.search import OBJECTIVES, TrialSearch
 from sweeps.study import study_to_yaml
 from sweeps.tracking import DatasetRecord, ModelRecord, Tracker
+from sweeps.tracking_uri import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,8 +61,29 @@ class Answer:
     report_html: str = field(repr=False)
 
 
-def read_state(prepared: PreparedStudy, tracker: Tracker) -> StudyState:
-    """Everything finished so far, from the tracking store."""
+@dataclass(frozen=True)
+class Sweep:
+    """What a run of a study leaves."""
+
+    state: StudyState
+    answer: Answer
+    ending: Ending
+    tracking_uri: str
+    """Of the store, without a password."""
+
+
+def find_tracker(prepared: PreparedStudy, uri: str | None) -> Tracker | None:
+    """The study's tracking store; None when it is a file that does not exist yet (asking does not make it)."""
+    path = sqlite_path(resolve_uri(uri))
+    return None if path is not None and not path.exists() else Tracker.open(uri, prepared.study.name)
+
+
+def read_state(prepared: PreparedStudy, tracker: Tracker | None) -> StudyState:
+    """Everything finished so far, from the tracking store; None is one that does not exist yet."""
+    from analysis.table import results_frame
+
+    if tracker is None:
+        return StudyState(prepared, results_frame([]), {})
     results = tracker.load_results(prepared.id)
     if prepared.plan.trials:
         planned = {trial.id for trial in prepared.plan.trials}
@@ -72,22 +94,24 @@ def read_state(prepared: PreparedStudy, tracker: Tracker) -> StudyState:
 
 def run_sweep(
     prepared: PreparedStudy,
-    tracker: Tracker,
+    tracking_uri: str | None,
     *,
     address: str | None = None,
     show: Callable[[StudyState], AbstractContextManager[Reporter]],
-) -> tuple[StudyState, Answer]:
+) -> Sweep:
     """Run what is open of a study and return everything it knows then. The same call again runs only what is not done.
 
-    show: given the state at the start, a context manager whose value hears of every trial. Raises InputError before anything
-    is written when the cluster cannot be had or its resources do not suffice.
+    show: given the state at the start, a context manager whose value hears of every trial. Raises InputError before
+    anything is written when the store or the cluster cannot be had, or its resources do not suffice.
     """
     study = prepared.study
+    tracker = find_tracker(prepared, tracking_uri)
     state = read_state(prepared, tracker)
+    ending: Ending = "complete"
     with ExitStack() as stack:
         if state.left:
-            stack.enter_context(ray_session(address))
-            concurrent = concurrent_trials(study.resources)
+            concurrent = stack.enter_context(ray_session(address, study.resources))
+        tracker = tracker or Tracker.open(tracking_uri, study.name)
         description = f"Layer sweep of {study.model} on {study.edits.source} ({len(prepared.edits.requests)} edits)"
         tracker.open_study(
             prepared.id,
@@ -96,26 +120,21 @@ def run_sweep(
             description=description,
             environment=environment(),
         )
-        status: Literal["done", "stopped", "failed"] = "stopped"
         try:
             if state.left:
                 baseline = _baseline(prepared, tracker)
-                reporter = stack.enter_context(show(state))
-                logged = _Logged(reporter, prepared, tracker)
-                run_trials(
-                    _open_trials(prepared, state),
-                    prepared.inputs,
-                    baseline,
-                    cpus=study.resources.cpus,
-                    gpus=study.resources.gpus,
-                    concurrent=concurrent,
-                    reporter=logged,
-                )
-            status = "failed" if not read_state(prepared, tracker).done else "done"
-        finally:
+                with show(state) as reporter:
+                    ending = run_trials(
+                        _open_trials(prepared, state),
+                        prepared.inputs,
+                        baseline,
+                        cpus=study.resources.cpus,
+                        gpus=study.resources.gpus,
+                        concurrent=concurrent,
+                        reporter=_Logged(reporter, prepared, tracker),
+                    )
+        finally:  # also when it breaks off: the study's run shall show what is finished
             state = read_state(prepared, tracker)
-            if state.left and status == "done":
-                status = "stopped"
             answer = answer_of(state, tracker)
             tracker.finish_study(
                 prepared.id,
@@ -123,10 +142,16 @@ def run_sweep(
                 answer.report_html,
                 asdict(answer.recommendation) if answer.recommendation else {},
                 _summary(state, answer),
-                status,
+                _status(state, ending),
                 answer=answer_text(answer),
             )
-    return state, answer
+    return Sweep(state, answer, ending, tracker.uri)
+
+
+def _status(state: StudyState, ending: Ending) -> Literal["done", "stopped", "failed"]:
+    if state.left == 0:
+        return "done"
+    return "failed" if ending != "interrupted" and state.failed and not state.done else "stopped"
 
 
 def answer_of(state: StudyState, tracker: Tracker) -> Answer:

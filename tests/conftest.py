@@ -1,0 +1,60 @@
+"""What several test files share: a tiny model as a folder, one Ray for the whole session, MLflow stores made by copying."""
+
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # no test writes to the store of whoever runs it
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A random llama of three layers with its tokenizer, as a study or a command names it."""
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_running():
+    """One Ray for all tests that ask for it, with two CPUs; starting it takes seconds."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """An SQLite store with its tables and nothing in them; MLflow takes seconds to make them."""
+    from sweeps.tracking_store import connect
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    client, _ = connect(f"sqlite:///{file}")
+    client.search_experiments()
+    return file
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, empty_store) -> Path:
+    """The working directory of a test, with an empty store at MLflow's default place."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return tmp_path
