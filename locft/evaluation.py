@@ -5,6 +5,7 @@ when it equals the expected one after SQuAD-style normalisation. Teacher-forced 
 instead of it: teacher forcing hides the errors that follow the first one.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,8 @@ from locft.requests import EditRequest, normalise_answer
 Kind = Literal["reliability", "generalization", "locality"]
 NEW_TOKENS = 32
 BATCH = 64
+ONE_BY_ONE = ("rwkv",)
+"""Model types that transformers 5 decodes wrongly in batches: RWKV's one-token step mixes the states of the rows."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def ask(
     exact = exact_rows(logits, [question.row for question in questions])
     open_ = [question for question, right in zip(questions, exact, strict=True) if generate_all or not right]
     generated = iter(
-        greedy_answers(edited, [q.prompt for q in open_], [_dots(q) for q in open_], longest_answer(questions))
+        greedy_answers(edited, [q.prompt for q in open_], [_dots(q) for q in open_], [_tokens(q) for q in open_])
     )
     outcomes = []
     for question, right in zip(questions, exact, strict=True):
@@ -138,45 +141,53 @@ def exact_rows(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> list[bool]
 
 @torch.no_grad()
 def greedy_answers(
-    loaded: LoadedModel, prompts: Sequence[str], dots: Sequence[int] | None = None, new_tokens: int = NEW_TOKENS
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    dots: Sequence[int] | None = None,
+    new_tokens: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Greedy answers in batches with a KV cache, prompts padded on the left.
 
-    An answer ends at EOS, at a line end once something was said, or at the first full stop after `dots[i]` others (an
-    expected "St. Louis" has one inside). Models with a recurrent state are asked in batches of equal length, unpadded.
+    An answer ends at EOS, at a line end once something was said, at the first full stop after `dots[i]` others (an
+    expected "St. Louis" has one inside), or after `new_tokens[i]` tokens (32 unless told). It depends on nothing else that
+    is asked beside it. Models with a recurrent state are asked in batches of equal length, unpadded.
     """
     tokens = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts]
     allowed = list(dots) if dots is not None else [0] * len(prompts)
+    limits = list(new_tokens) if new_tokens is not None else [NEW_TOKENS] * len(prompts)
     answers: list[Answer | None] = [None] * len(prompts)
-    for batch in _generation_batches(tokens, equal_lengths=getattr(loaded.model, "_is_stateful", False)):
-        generated = _generate(loaded, [tokens[i] for i in batch], [allowed[i] for i in batch], new_tokens)
+    alone = loaded.model.config.model_type in ONE_BY_ONE
+    for batch in _generation_batches(tokens, 1 if alone else BATCH, getattr(loaded.model, "_is_stateful", False)):
+        generated = _generate(
+            loaded, [tokens[i] for i in batch], [allowed[i] for i in batch], [limits[i] for i in batch]
+        )
         for index, answer in zip(batch, generated, strict=True):
             answers[index] = answer
     return answers  # type: ignore[return-value]  # every index is in one batch
 
 
-def longest_answer(questions: Sequence[Question]) -> int:
-    """Tokens to generate at most: the usual 32, or more where an expected answer is longer."""
-    return max((NEW_TOKENS, *(len(question.row.target_ids) for question in questions if question.kind != "locality")))
+def _tokens(question: Question) -> int:
+    """Tokens to generate at most: the usual 32, or more where the expected answer is longer."""
+    return max(NEW_TOKENS, len(question.row.target_ids))
 
 
 def _dots(question: Question) -> int:
     return 0 if question.kind == "locality" else question.expected.count(".")
 
 
-def _generation_batches(tokens: Sequence[tuple[int, ...]], equal_lengths: bool) -> list[list[int]]:
+def _generation_batches(tokens: Sequence[tuple[int, ...]], size: int, equal_lengths: bool) -> list[list[int]]:
     batches: list[list[int]] = []
     for index in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
         last = batches[-1] if batches else []
         mixed = equal_lengths and last and len(tokens[last[0]]) != len(tokens[index])
-        if not last or len(last) == BATCH or mixed:
+        if not last or len(last) == size or mixed:
             batches.append([])
         batches[-1].append(index)
     return batches
 
 
 def _generate(
-    loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], dots: Sequence[int], new_tokens: int
+    loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], dots: Sequence[int], new_tokens: Sequence[int]
 ) -> list[Answer]:
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
@@ -185,10 +196,13 @@ def _generate(
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     ends = _end_tokens(loaded)
-    # a configuration of our own: the model's may ask for sampling or penalties
-    config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=ends[0])
-    stop = _AnswerEnds(loaded.tokenizer, width, dots)
-    out = loaded.model.generate(
+    config = GenerationConfig(do_sample=False, max_new_tokens=max(new_tokens), eos_token_id=ends, pad_token_id=ends[0])
+    # Whatever a call leaves open, `generate` takes from the model's own generation settings, and many models ship a
+    # repetition penalty there: ask a view of the model (same weights) that has no settings but ours.
+    model = copy.copy(loaded.model)
+    model.generation_config = config
+    stop = _AnswerEnds(loaded.tokenizer, width, ends, dots, new_tokens)
+    out = model.generate(
         input_ids.to(loaded.model.device),
         attention_mask=mask.to(loaded.model.device),
         generation_config=config,
@@ -196,22 +210,32 @@ def _generate(
     )
     answers = []
     for row, ids in enumerate(out[:, width:].tolist()):
-        eos = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-        kept = tuple(ids[: min(eos, stop.lengths[row] or len(ids))])
-        answers.append(Answer(_cut(_said(loaded.tokenizer, kept), dots[row]), kept))
+        kept = tuple(ids[: stop.lengths[row]])
+        answers.append(Answer(_cut(_said(loaded.tokenizer, kept, ends), dots[row]), kept))
     return answers
 
 
 class _AnswerEnds(StoppingCriteria):
     """Tells `generate` which rows have said their answer, and remembers after how many tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, dots: Sequence[int]):
-        self.tokenizer, self.start, self.dots = tokenizer, start, dots
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        start: int,
+        ends: Sequence[int],
+        dots: Sequence[int],
+        new_tokens: Sequence[int],
+    ):
+        self.tokenizer, self.start, self.ends, self.dots, self.new_tokens = tokenizer, start, ends, dots, new_tokens
         self.lengths: list[int | None] = [None] * len(dots)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         for row, ids in enumerate(input_ids[:, self.start :].tolist()):
-            if self.lengths[row] is None and _ended(_said(self.tokenizer, ids), self.dots[row]):
+            if self.lengths[row] is None and (
+                ids[-1] in self.ends
+                or len(ids) >= self.new_tokens[row]
+                or _ended(_said(self.tokenizer, ids, self.ends), self.dots[row])
+            ):
                 self.lengths[row] = len(ids)
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 
@@ -222,8 +246,9 @@ def _end_tokens(loaded: LoadedModel) -> list[int]:
     return list(dict.fromkeys([loaded.tokenizer.eos_token_id, *others]))
 
 
-def _said(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+def _said(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> str:
+    """The text so far; a stopping token is no part of it, even where the tokenizer does not know it as special."""
+    return tokenizer.decode(ids[:-1] if ids[-1] in ends else ids, skip_special_tokens=True).lstrip()
 
 
 def _ended(said: str, dots: int) -> bool:
