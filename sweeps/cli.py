@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -151,7 +152,8 @@ def sweep(
         done = state.results[state.results["status"] == "done"]
         return Progress(prepared.study.name, prepared.plan.count, done.to_dict("records"))
 
-    done = run_sweep(prepared, tracking_uri, address=address, show=show)
+    with redirect_stdout(sys.stderr):  # Ray prints there that a worker died
+        done = run_sweep(prepared, tracking_uri, address=address, show=show)
     _write(report_file, done.answer.report_html)
     _print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json)
     if done.ending == "same_failure":
@@ -562,4 +564,6 @@ def _be_quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("mlflow").setLevel(logging.ERROR)
+    if not os.environ.get("LOCFT_DEBUG"):  # a worker's death is told in one line; Ray adds a traceback of its own
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore")

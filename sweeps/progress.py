@@ -13,7 +13,7 @@ from rich.text import Text
 from analysis.pareto import pareto_front
 from analysis.table import results_frame
 from analysis.wording import percent, seconds
-from sweeps.records import TrialResult
+from sweeps.records import TrialConfig, TrialResult
 
 SHOWN = 6
 """Lines of the front on the screen."""
@@ -47,6 +47,9 @@ class Progress:
     def started(self, running: int) -> None:
         self.running = running
 
+    def retried(self, config: TrialConfig, cause: str) -> None:
+        self._say(f"{config.position} {_setting(config)}: its worker died and it is tried again ({cause})")
+
     def finished(self, result: TrialResult, running: int) -> None:
         self.running = running
         if result.status == "failed":
@@ -57,7 +60,7 @@ class Progress:
         if not self.console.is_terminal:
             left = self.seconds_left()
             self._say(
-                f"[{self.done + self.failed}/{self.planned}] {result.config.position} {_setting(result)}: {_outcome(result)}"
+                f"[{self.done + self.failed}/{self.planned}] {result.config.position} {_setting(result.config)}: {_outcome(result)}"
                 + (f"; about {seconds(left)} left" if left else "")
             )
 
@@ -95,8 +98,7 @@ class Progress:
         return table
 
 
-def _setting(result: TrialResult) -> str:
-    config = result.config
+def _setting(config: TrialConfig) -> str:
     return f"{config.pipeline} batch {config.batch_size} lr {config.learning_rate:g} seed {config.seed}"
 
 

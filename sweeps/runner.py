@@ -38,6 +38,8 @@ class Reporter(Protocol):
 
     def started(self, running: int) -> None: ...
 
+    def retried(self, config: TrialConfig, cause: str) -> None: ...
+
     def finished(self, result: TrialResult, running: int) -> None: ...
 
 
@@ -231,30 +233,45 @@ def _listener(reporter: Reporter):
     class Listener(tune.Callback):
         def __init__(self):
             self.stopper = StudyStopper()
+            self.done: set[str] = set()
 
         def __reduce__(self):
             """Ray writes its set-up to disk for a restore that never happens here; screen and client stay out of it."""
             return tune.Callback, ()
 
         def on_trial_start(self, iteration, trials, trial, **info):
-            reporter.started(_running(trials))
+            reporter.started(_others_running(trials, trial) + 1)
+
+        def on_trial_recover(self, iteration, trials, trial, **info):
+            reporter.retried(TrialConfig(**trial.config["trial"]), _death(trial))
 
         def on_trial_result(self, iteration, trials, trial, result, **info):
-            self._hear(unpack_result(result["result"]), trials)
+            self._hear(unpack_result(result["result"]), _others_running(trials, trial))
 
         def on_trial_error(self, iteration, trials, trial, **info):
-            error = RuntimeError(f"worker died: {str(trial.get_error() or 'no cause known').strip().splitlines()[-1]}")
-            self._hear(worker_failure(TrialConfig(**trial.config["trial"]), error), trials)
+            error = RuntimeError(f"worker died: {_death(trial)}")
+            self._hear(worker_failure(TrialConfig(**trial.config["trial"]), error), _others_running(trials, trial))
 
-        def _hear(self, result: TrialResult, trials) -> None:
+        def _hear(self, result: TrialResult, running: int) -> None:
+            if result.config.id in self.done:  # its worker died after the result, and Ray tried it again
+                return
+            if result.status == "done":
+                self.done.add(result.config.id)
             self.stopper.note(result)
-            reporter.finished(result, max(0, _running(trials) - 1))
+            reporter.finished(result, running)
 
     return Listener()
 
 
-def _running(trials) -> int:
-    return sum(trial.status == "RUNNING" for trial in trials)
+def _death(trial) -> str:
+    """Why Ray says a trial's worker died, in one line; advice that follows is left out."""
+    lines = str(trial.get_error() or "no cause known").strip().splitlines()
+    return lines[-1].partition(" Some common causes")[0].strip()
+
+
+def _others_running(trials, trial) -> int:
+    """The status of the trial itself is not reliable inside a callback: it is set before some and after others."""
+    return sum(other.status == "RUNNING" for other in trials if other is not trial)
 
 
 def concurrent_trials(resources: "Resources", have: Mapping[str, float]) -> int:

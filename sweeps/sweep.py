@@ -227,6 +227,9 @@ class _Logged:
     def started(self, running: int) -> None:
         self.reporter.started(running)
 
+    def retried(self, config: TrialConfig, cause: str) -> None:
+        self.reporter.retried(config, cause)
+
     def finished(self, result: TrialResult, running: int) -> None:
         self.tracker.log_trial(self.study_id, result, self.inputs)
         self.reporter.finished(result, running)

@@ -14,6 +14,7 @@ os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
 import torch
+import yaml
 
 torch.set_num_threads(1)
 
@@ -58,3 +59,32 @@ def workplace(tmp_path, monkeypatch, empty_store) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     return tmp_path
+
+
+@pytest.fixture
+def study_file(tmp_path, tiny_folder):
+    """Makes a study file of the tiny model, in the test's folder: milliseconds a trial."""
+    return lambda **changes: write_study(tmp_path, tiny_folder, **changes)
+
+
+def write_study(folder: Path, model: Path, **changes) -> Path:
+    """changes: dotted fields with "__" for the dot, such as space__layer=[0]."""
+    study = {
+        "name": "tiny",
+        "model": str(model),
+        "edits": {"source": "atlas", "limit": 4},
+        "capability": {"suite": "probes", "limit": 3, "prose_tokens": 64},
+        "space": {"layer": [0, 2], "module": ["mlp_down"], "batch_size": [2], "learning_rate": [0.02], "seed": [0]},
+        "epochs": 8,
+        "search": {"method": "grid"},
+        "resources": {"cpus": 1, "concurrent": 2},
+    }
+    for field, value in changes.items():
+        *sections, key = field.split("__")
+        place = study
+        for section in sections:
+            place = place[section]
+        place[key] = value
+    file = folder / f"{study['name']}.yaml"
+    file.write_text(yaml.safe_dump(study), encoding="utf-8")
+    return file

@@ -1,0 +1,249 @@
+"""Ray Tune under the study: what comes back from workers, from failures and from killed processes."""
+
+import dataclasses
+import signal
+import socket
+import threading
+import time
+
+import psutil
+import pytest
+
+from locft.errors import InputError
+from sweeps.prepare import prepare
+from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
+from sweeps.runner import compute_baseline, concurrent_trials, ray_session, run_trials, worker_failure
+from sweeps.schema import Resources
+from sweeps.study import load_study
+from sweeps.trial import resident_workbench, run_trial
+
+TIMINGS = ("seconds", "seconds_per_edit", "train_seconds", "evaluate_seconds", "capability_seconds")
+
+
+class Heard:
+    """A reporter that remembers, and does something after each result."""
+
+    def __init__(self, then=lambda result: None):
+        self.results: list[TrialResult] = []
+        self.deaths: list[TrialConfig] = []
+        self.most_running = 0
+        self.then = then
+
+    def started(self, running):
+        self.most_running = max(self.most_running, running)
+
+    def retried(self, config, cause):
+        assert cause and "\n" not in cause
+        self.deaths.append(config)
+
+    def finished(self, result, running):
+        self.results.append(result)
+        self.then(result)
+
+    @property
+    def by_id(self):
+        assert len({result.config.id for result in self.results}) == len(self.results)
+        return {result.config.id: result for result in self.results}
+
+
+def comparable(result):
+    """Everything of a result that must not depend on when and where it was computed."""
+    metrics = {name: value for name, value in result.metrics.items() if name not in TIMINGS}
+    return result.status, metrics, result.epoch_losses, result.outcomes
+
+
+@pytest.fixture(scope="module")
+def study(tiny_folder, tmp_path_factory):
+    """A prepared study of six trials."""
+    from tests.conftest import write_study
+
+    file = write_study(tmp_path_factory.mktemp("study"), tiny_folder, space__layer="all", space__seed=[0, 1])
+    return prepare(load_study(str(file)))
+
+
+@pytest.fixture(scope="module")
+def baseline(study, ray_running):
+    return compute_baseline(study.inputs, 1, 0)
+
+
+def run(study, baseline, trials, reporter, concurrent=2, inputs=None):
+    return run_trials(
+        trials, inputs or study.inputs, baseline, cpus=1, gpus=0, concurrent=concurrent, reporter=reporter
+    )
+
+
+def test_results_do_not_depend_on_order_company_or_process(study, baseline):
+    """One after the other, two at a time in another order between failures, and each alone: the same to the bit."""
+    trials = list(study.plan.trials)
+    one_by_one, in_pairs = Heard(), Heard()
+    assert run(study, baseline, trials, one_by_one, concurrent=1) == "complete"
+    impossible = [dataclasses.replace(trials[0], layer=layer) for layer in (97, 98, 99)]
+    assert run(study, baseline, [*impossible, *trials[::-1]], in_pairs, concurrent=2) == "complete"
+    assert one_by_one.most_running == 1 and in_pairs.most_running == 2
+    assert [result.config for result in one_by_one.results] == trials
+    assert len({comparable(result)[2] for result in one_by_one.results}) == len(trials), "the trials differ"
+    bench = resident_workbench(study.inputs, baseline)
+    for trial in trials:
+        alone = comparable(run_trial(bench, trial))
+        assert comparable(one_by_one.by_id[trial.id]) == alone == comparable(in_pairs.by_id[trial.id])
+        assert {"reliability", "locality", "capability", "drift_kl", "train_loss"} <= set(alone[1])
+    # failures are results, and three different ones stop nothing
+    assert len(in_pairs.results) == len(trials) + 3
+    for trial in impossible:
+        failed = in_pairs.by_id[trial.id]
+        assert failed.status == "failed" and failed.metrics == {}
+        assert f"layer {trial.layer} is out of range" in failed.error and "\n" not in failed.error
+
+
+def test_the_baseline_of_a_worker_is_that_of_this_process(study, baseline):
+    assert resident_workbench(study.inputs).baseline == baseline
+
+
+def test_a_training_that_diverges_is_a_result_with_finite_metrics(study, baseline):
+    wild = dataclasses.replace(study.plan.trials[0], learning_rate=3e38)
+    result = run_trial(resident_workbench(study.inputs, baseline), wild)
+    assert result.status == "done" and result.metrics["diverged"] == 1
+    assert all(value == value and abs(value) < 1e308 for value in result.metrics.values())
+    assert result.metrics["reliability"] == result.metrics["capability"] == 0
+    after = run_trial(resident_workbench(study.inputs, baseline), study.plan.trials[0])
+    assert after.metrics["diverged"] == 0 and after.metrics["reliability"] <= 1
+
+
+def trial_workers():
+    """Processes of this test's Ray that run trials."""
+    children = psutil.Process().children(recursive=True)
+    found = []
+    for process in children:
+        try:
+            if "ImplicitFunc" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def test_a_killed_worker_costs_nothing_but_time(study, baseline):
+    """kill -9 in the middle of a long trial: tried again, finished once, and the same result."""
+    long = dataclasses.replace(study.plan.trials[0], epochs=500, skip_below=0.0, stop_below=0.0)
+    short = study.plan.trials[1]
+    killed = []
+
+    def kill_the_survivor(result):
+        if not killed:
+            time.sleep(0.2)
+            workers = trial_workers()
+            killed.extend(worker.pid for worker in workers)
+            for worker in workers:
+                worker.send_signal(signal.SIGKILL)
+
+    heard = Heard(then=kill_the_survivor)
+    assert run(study, baseline, [long, short], heard) == "complete"
+    assert killed and long in heard.deaths
+    assert heard.by_id[long.id].status == "done" and heard.by_id[short.id].status == "done"
+    expected = run_trial(resident_workbench(study.inputs, baseline), long)
+    assert comparable(heard.by_id[long.id]) == comparable(expected)
+
+
+def test_a_trial_whose_worker_always_dies_is_a_failure(study, baseline):
+    endless = dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0)
+    over = threading.Event()
+    killed = set()
+
+    def keep_killing():
+        while not over.wait(0.5):
+            for worker in trial_workers():
+                if worker.pid not in killed:
+                    killed.add(worker.pid)
+                    worker.send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=keep_killing)
+    thread.start()
+    heard = Heard()
+    try:
+        assert run(study, baseline, [endless], heard) == "complete"
+    finally:
+        over.set()
+        thread.join()
+    (result,) = heard.results
+    assert result.status == "failed" and "worker died" in result.error and "\n" not in result.error
+    assert len(killed) == 3 and len(heard.deaths) == 2, "one try and two more"
+
+
+def test_weights_that_vanish_fail_every_trial_with_the_cause(study, baseline):
+    gone = dataclasses.replace(study.inputs, model=study.inputs.model + "-gone")
+    heard = Heard()
+    trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(12)]
+    assert run(study, baseline, trials, heard, inputs=gone) == "same_failure"
+    assert 3 <= len(heard.results) <= 5, "a running one may still come in"
+    assert "tiny-gone" in heard.results[0].error
+    with pytest.raises(InputError, match="tiny-gone"):
+        compute_baseline(gone, 1, 0)
+
+
+def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, baseline):
+    interrupted = []
+
+    def interrupt(result):
+        if not interrupted:
+            interrupted.append(time.monotonic())
+            signal.raise_signal(signal.SIGINT)
+
+    heard = Heard(then=interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    endless = [
+        dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0, seed=seed)
+        for seed in range(4)
+    ]
+    assert run(study, baseline, [study.plan.trials[0], *endless], heard) == "interrupted"
+    assert len(heard.results) == 1 and heard.results[0].status == "done"
+    assert time.monotonic() - interrupted[0] < 20
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_cluster_that_does_not_answer_is_told_within_seconds():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    began = time.monotonic()
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        with pytest.raises(InputError, match=f"127.0.0.1:{port}.*nothing answers") as caught:
+            with ray_session(address, Resources()):
+                pytest.fail("there is no cluster")
+        assert "ray start --head" in str(caught.value)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("resources", "have", "expected"),
+    [
+        ({}, {"CPU": 8}, 8),
+        ({"cpus": 3}, {"CPU": 8}, 2),
+        ({"concurrent": 3}, {"CPU": 8}, 3),
+        ({"concurrent": 30}, {"CPU": 8}, 8),
+        ({"gpus": 0.1, "device": "cuda"}, {"CPU": 64, "GPU": 3}, 30),
+        ({"gpus": 1, "cpus": 4}, {"CPU": 8, "GPU": 4}, 2),
+    ],
+)
+def test_trials_at_a_time(resources, have, expected):
+    resources.pop("device", None)
+    assert concurrent_trials(Resources(**resources), have) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "named"), [({"gpus": 1}, "1 GPUs, but there are 8 CPUs and 0 GPUs"), ({"cpus": 9}, "9 CPUs")]
+)
+def test_resources_that_nothing_has(resources, named):
+    with pytest.raises(InputError, match=named):
+        concurrent_trials(Resources(**resources), {"CPU": 8.0})
+
+
+def test_a_failure_is_one_line():
+    config = TrialConfig("m", "d", 3, 1, "mlp", "breadth_first", 2, 0.1, 0, "edit", 2, 0.0, 0.0)
+    assert worker_failure(config, ValueError("first\nsecond")).error == "ValueError: first"
+    assert worker_failure(config, KeyError()).error == "KeyError: KeyError"
+    assert len(worker_failure(config, ValueError("x" * 9999)).error) == 500
+
+
+def test_results_survive_the_way_to_the_driver(study, baseline):
+    result = run_trial(resident_workbench(study.inputs, baseline), study.plan.trials[0])
+    assert unpack_result(pack_result(result)) == result
