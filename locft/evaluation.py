@@ -62,7 +62,12 @@ class Outcome:
 def edit_questions(
     tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], unedited: Sequence[Answer]
 ) -> tuple[Question, ...]:
-    """All questions about the edits. `unedited`: the base model's answers to the `locality_prompts`, in order."""
+    """All questions about the edits. `unedited`: the base model's answers to the `locality_prompts`, in order.
+
+    Raises ValueError when there is not one answer per prompt (answers to the prompts of other edits).
+    """
+    if len(unedited) != (prompts := len(locality_prompts(requests))):
+        raise ValueError(f"{len(unedited)} answers of the unedited model to {prompts} unrelated prompts, expected one each")
     questions = []
     answers = iter(unedited)
     for request in requests:

@@ -258,6 +258,13 @@ def test_questions_are_asked_in_order_with_what_is_expected():
             assert question.row.target_ids[-1] == loaded.tokenizer.eos_token_id
 
 
+def test_answers_to_the_prompts_of_other_edits_are_refused():
+    loaded = exact_model("llama")
+    for answers in ([], [Answer("Oslo", (5, 0))] * 6):
+        with pytest.raises(ValueError, match=f"{len(answers)} answers .* to 5 unrelated prompts"):
+            edit_questions(loaded.tokenizer, EDITS, answers)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "qwen2_moe", "mamba", "rwkv"])
 def test_an_unedited_model_answers_unrelated_prompts_as_itself(architecture):
     loaded = exact_model(architecture)
