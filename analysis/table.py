@@ -43,6 +43,7 @@ COLUMNS: dict[str, Column] = {
     "skip_below": Column(NUMBER, "loss below which a batch takes no step"),
     "stop_below": Column(NUMBER, "loss below which training ends"),
     "dtype": Column(TEXT, "of the frozen weights"),
+    "precision": Column(TEXT, "in which training computed"),
     "model_fingerprint": Column(TEXT, "hash of the unedited weights"),
     "data_fingerprint": Column(TEXT, "hash of edits and capability items"),
     "method_version": Column(INTEGER, "version of the method"),
@@ -64,6 +65,7 @@ COLUMNS: dict[str, Column] = {
     "perplexity": Column(NUMBER, "of the edited model on plain text"),
     # what it took
     "train_loss": Column(NUMBER, "of the last epoch"),
+    "merged_loss": Column(NUMBER, "training objective over all edits after merging the edit into the model's own dtype"),
     "epoch_losses": Column(LIST, "mean loss of each epoch (breadth-first) or of each batch's last step (depth-first)"),
     "epochs_run": Column(NUMBER, "passes made"),
     "steps": Column(NUMBER, "optimiser steps taken"),
@@ -81,14 +83,14 @@ REQUIRED = ("trial_id", "status", "layer", "module")
 
 SETTING_AXES = (
     "layers", "layer", "depth", "module", "pipeline", "batch_size", "learning_rate", "loss_average", "epochs",
-    "skip_below", "stop_below", "dtype", "model_fingerprint", "data_fingerprint", "method_version",
+    "skip_below", "stop_below", "dtype", "precision", "model_fingerprint", "data_fingerprint", "method_version",
 )  # fmt: skip
 """What makes a setting: every axis but the seed."""
 
 METRICS = (
     "reliability", "generalization", "locality", "reliability_tf", "generalization_tf", "locality_tf", "n_edits",
     "capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl", "perplexity",
-    "train_loss", "epochs_run", "steps", "train_seconds", "evaluate_seconds", "capability_seconds", "seconds",
+    "train_loss", "merged_loss", "epochs_run", "steps", "train_seconds", "evaluate_seconds", "capability_seconds", "seconds",
     "seconds_per_edit", "delta_norm",
 )  # fmt: skip
 """The metric columns that are averaged over seeds (besides capability.TASK)."""

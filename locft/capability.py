@@ -121,6 +121,11 @@ def encode_suite(
     return EncodedSuite(suite.fingerprint, tasks, _prose_rows(tokenizer, suite.prose, prose_tokens, prose_window))
 
 
+def suite_rows(suite: EncodedSuite) -> list[TokenRow]:
+    """Every row that measuring the suite asks for: all choices, then the prose."""
+    return [*(row for task in suite.tasks.values() for encoded in task for row in encoded.rows), *suite.prose]
+
+
 def score_suite(logits: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS) -> SuiteScores:
     """Right or wrong for every item. A batch has at most `batch_tokens` tokens with its padding.
 
@@ -252,15 +257,21 @@ def _prose_rows(
 
 
 def _batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows, longest first: rows of a batch are of about one length, and memory runs out at once if ever."""
+    """Indices of rows, those with the longest context first: rows of a batch are of about one length, memory runs out at
+    once if ever, and the choices of one question, which can share its states, stay together."""
+
+    def order(index: int) -> tuple:
+        row = rows[index]
+        return -row.start, row.token_ids[: row.start], -len(row.token_ids), row.token_ids
+
     batch: list[int] = []
-    supervised = 0
-    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index].token_ids)):
+    supervised = longest = 0
+    for index in sorted(range(len(rows)), key=order):
         count = len(rows[index].target_ids)
-        longest = len(rows[batch[0]].token_ids) if batch else 0
+        longest = max(longest, len(rows[index].token_ids))
         if batch and ((len(batch) + 1) * longest > batch_tokens or supervised + count > SUPERVISED_PER_BATCH):
             yield batch
-            batch, supervised = [], 0
+            batch, supervised, longest = [], 0, len(rows[index].token_ids)
         batch.append(index)
         supervised += count
     if batch:

@@ -49,6 +49,9 @@ class TrainingSettings:
     """An epoch whose mean loss (breadth_first), or a batch whose loss (depth_first), is below ends; 0 never stops."""
     seed: int = 0
     """Of the order of the edits."""
+    precision: str = "float32"
+    """In which the tail engine computes while it trains: float32 or bfloat16. The trained weights are float32 always, and the
+    full forward computes in the model's own dtype."""
 
 
 @dataclass(frozen=True)

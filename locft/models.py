@@ -126,6 +126,16 @@ def load_structure(name: str, *, trust_remote_code: bool = False) -> PreTrainedM
         raise InputError(_unavailable(name, _cause(error))) from error
 
 
+def training_precision(device: str) -> str:
+    """The precision in which training is fastest there at equal quality: bfloat16 where the hardware multiplies it natively
+    (GPUs; CPUs with AVX512-BF16 or AMX, where it is 2 to 3 times faster), else float32."""
+    if torch_device(device).type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    flags = torch.backends.cpu.get_cpu_capability()
+    native = flags.startswith("AVX512") and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if native else "float32"
+
+
 def torch_device(device: str) -> torch.device:
     """The device of a setting: auto is the first GPU, or the CPU where there is none."""
     if device == "auto":

@@ -51,14 +51,16 @@ def supports_tail(model: PreTrainedModel) -> str | None:
     return None
 
 
-def tail_view(model: PreTrainedModel, layer: int) -> PreTrainedModel:
+def tail_view(model: PreTrainedModel, layer: int, stop: int | None = None) -> PreTrainedModel:
     """The causal LM from `layer` upwards; it takes the hidden states entering that layer as `inputs_embeds`.
 
-    Shares every parameter with `model`, whose layer `layer` is its layer 0. InputError when there is no such layer or
-    the architecture is unknown.
+    Shares every parameter with `model`, whose layer `layer` is its layer 0. stop: the layer it ends before; None goes on
+    to the last. `layer` may be the number of layers: then only the final norm and the head are left. InputError when there
+    is no such layer or the architecture is unknown.
     """
-    layer_prefix(model, layer)
-    view = _view(model, layer, n_layers(model))
+    if layer != n_layers(model):
+        layer_prefix(model, layer)
+    view = _view(model, layer, n_layers(model) if stop is None else stop)
     owner = view.get_submodule(_owner_path(family_of(model)))
     for name, value in family_of(model).entry.items():
         if not hasattr(owner, name):

@@ -7,11 +7,14 @@
 The unedited model is measured once, before anything is edited, and the result can be handed to other processes.
 """
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from locft.benchmarks import Suite
 from locft.capability import (
@@ -23,9 +26,11 @@ from locft.capability import (
     measure_drift,
     measure_perplexity,
     score_suite,
+    suite_rows,
 )
 from locft.delta import EditDelta, applied
-from locft.encoding import TokenRow, encode_edits
+from locft.encoding import SupervisedLogits, TokenRow, encode_edits
+from locft.engine import TailEngine
 from locft.evaluation import (
     Answer,
     Outcome,
@@ -36,11 +41,17 @@ from locft.evaluation import (
     greedy_answers,
     locality_prompts,
 )
-from locft.finetune import Training, TrainingSettings, finetune
-from locft.models import LoadedModel
+from locft.finetune import Training, TrainingSettings, batch_loss, finetune
+from locft.models import DTYPES, LoadedModel
 from locft.positions import TuningPosition
 from locft.reference import full_forward
 from locft.requests import EditSet
+from locft.tail import supports_tail
+
+_log = logging.getLogger(__name__)
+
+LOSS_ROWS = 64
+"""Edits whose loss is computed at once."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,8 @@ class Workbench:
     questions: tuple[Question, ...]
     suite: EncodedSuite | None
     baseline: Baseline
+    engine: TailEngine | None
+    """The fast forward; None computes everything with the full model."""
 
     @classmethod
     def prepare(
@@ -92,25 +105,48 @@ class Workbench:
         suite: Suite | None,
         prose_tokens: int = PROSE_TOKENS,
         baseline: Baseline | None = None,
+        *,
+        layers: Iterable[int] = (),
+        on_disk: bool = False,
+        full_model: bool = False,
     ) -> "Workbench":
-        """Tokenize everything; measure the unedited model unless its `baseline` is given."""
+        """Tokenize everything; measure the unedited model unless its `baseline` is given.
+
+        layers: where trials will train, others are added when needed. on_disk: keep the hidden states that trials begin
+        with in files, for other processes and later calls. full_model: compute the plain way, without the tail engine, as it
+        also is (with a notice) for a model that has no tail view.
+        """
         encoded = encode_suite(loaded.tokenizer, suite, prose_tokens) if suite else None
-        baseline = baseline or measure_unedited(loaded, edits, encoded)
-        questions = edit_questions(loaded.tokenizer, edits.requests, baseline.locality_answers)
-        return cls(loaded, encode_edits(loaded.tokenizer, edits.requests), questions, encoded, baseline)
+        rows = encode_edits(loaded.tokenizer, edits.requests)
+        answers = baseline.locality_answers if baseline else greedy_answers(loaded, locality_prompts(edits.requests))
+        questions = edit_questions(loaded.tokenizer, edits.requests, answers)
+        engine = None
+        if reason := None if full_model else supports_tail(loaded.model):
+            _log.warning("%s: the whole model is computed in every step: %s", loaded.name, reason)
+        elif not full_model:
+            every = [*rows, *(question.row for question in questions), *(suite_rows(encoded) if encoded else ())]
+            engine = TailEngine(loaded, every, layers, on_disk=on_disk)
+        if baseline is None:
+            unedited = engine.unedited() if engine else full_forward(loaded.model)
+            baseline = measure_unedited(loaded, unedited, answers, questions, encoded)
+        return cls(loaded, rows, questions, encoded, baseline, engine)
 
     def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
         """Train the edits at a position; the model stays as it is."""
-        return finetune(self.loaded, self.rows, position, settings)
+        forward = None
+        if self.engine:
+            forward = self.engine.training_forward(position, self.rows, DTYPES[settings.precision])
+        return finetune(self.loaded, self.rows, position, settings, forward)
 
     def measure(self, delta: EditDelta) -> Measurement:
-        """All metrics of the edited model, by the names of the results table."""
+        """All metrics of the edited model, by the names of the results table, in the model's own dtype."""
         delta.require_base(self.loaded)
         started = time.perf_counter()
-        edited = full_forward(self.loaded.model, delta.weights(self.loaded.model))
+        edited = self._edited(delta)
         with applied(self.loaded, delta):
             outcomes = ask(self.loaded, edited, self.questions)
         metrics = {**edit_metrics(outcomes), "n_edits": float(len(self.rows)), "delta_norm": delta.norm}
+        metrics["merged_loss"] = mean_loss(edited, self.rows)
         metrics["evaluate_seconds"] = time.perf_counter() - started
         if self.suite and self.baseline.scores:
             started = time.perf_counter()
@@ -122,17 +158,27 @@ class Workbench:
                 "capability_change_low": change.low,
                 "capability_change_high": change.high,
             }
-            drift = measure_drift(edited, full_forward(self.loaded.model), self.suite)
+            unedited = self.engine.unedited() if self.engine else full_forward(self.loaded.model)
+            drift = measure_drift(edited, unedited, self.suite)
             metrics |= {"drift_kl": drift.kl, "perplexity": drift.perplexity}
             metrics["capability_seconds"] = time.perf_counter() - started
         return Measurement({name: value for name, value in metrics.items() if math.isfinite(value)}, outcomes)
 
+    def _edited(self, delta: EditDelta) -> SupervisedLogits:
+        weights = delta.weights(self.loaded.model)
+        if self.engine:
+            return self.engine.forward(TuningPosition.parse(delta.position).layer)(weights)
+        return full_forward(self.loaded.model, weights)
 
-def measure_unedited(loaded: LoadedModel, edits: EditSet, suite: EncodedSuite | None) -> Baseline:
-    """Measure the model as it is. Call it before anything is edited; it answers from the model's own weights."""
-    logits = full_forward(loaded.model)
-    answers = tuple(greedy_answers(loaded, locality_prompts(edits.requests)))
-    questions = edit_questions(loaded.tokenizer, edits.requests, answers)
+
+def measure_unedited(
+    loaded: LoadedModel,
+    logits: SupervisedLogits,
+    answers: Sequence[Answer],
+    questions: Sequence[Question],
+    suite: EncodedSuite | None,
+) -> Baseline:
+    """Measure the model as it is, before anything is edited."""
     before = ask(loaded, logits, [question for question in questions if question.kind != "locality"])
     metrics = {name: value for name, value in edit_metrics(before).items() if not name.endswith("_tf")}
     scores = None
@@ -140,7 +186,15 @@ def measure_unedited(loaded: LoadedModel, edits: EditSet, suite: EncodedSuite | 
         scores = score_suite(logits, suite)
         metrics |= capability_metrics(scores)
         metrics["perplexity"] = measure_perplexity(logits, suite)
-    return Baseline(answers, scores, metrics)
+    return Baseline(tuple(answers), scores, metrics)
+
+
+@torch.no_grad()
+def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> float:
+    """The training objective over all edits; of the edited weights merged into the model's own dtype, beside `train_loss`,
+    it shows what rounding them cost."""
+    parts = [rows[start : start + LOSS_ROWS] for start in range(0, len(rows), LOSS_ROWS)]
+    return sum(batch_loss(logits(part), part, "edit").item() * len(part) for part in parts) / len(rows)
 
 
 def capability_metrics(scores: SuiteScores) -> dict[str, float]:

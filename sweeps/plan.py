@@ -33,6 +33,8 @@ class StudyFacts:
     modules_by_layer: Mapping[int, Sequence[str]]
     """For each layer the modules that can be trained in it."""
     n_edits: int
+    precision: str
+    """In which training computes: float32 or bfloat16."""
     parameters: int
     """Of the whole model; tied weights once."""
     layer_parameters: int
@@ -115,6 +117,7 @@ def trial_config(study: Study, facts: StudyFacts, point: Mapping[str, Any]) -> T
         skip_below=study.skip_below,
         stop_below=study.stop_below,
         dtype=study.dtype,
+        precision=facts.precision,
         **{axis: values[axis] for axis in AXES},
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from locft.errors import InputError
 from sweeps.plan import Plan, StudyFacts, make_plan, study_id
 from sweeps.schema import Study
-from sweeps.study import check_against_model
+from sweeps.study import check_against_model, selected_layers
 from sweeps.trial import TrialInputs
 
 if TYPE_CHECKING:
@@ -41,7 +41,14 @@ class PreparedStudy:
         """What every worker gets."""
         study = self.study
         return TrialInputs(
-            study.model, study.dtype, study.device, self.edits, self.suite, study.capability.prose_tokens, study.resources.cpus
+            study.model,
+            study.dtype,
+            study.device,
+            self.edits,
+            self.suite,
+            study.capability.prose_tokens,
+            study.resources.cpus,
+            selected_layers(study, self.facts.n_layers),
         )
 
     @property
@@ -58,7 +65,7 @@ class PreparedStudy:
 def prepare(study: Study) -> PreparedStudy:
     """Resolve a study. Raises one InputError with the problems of model, edits and capability files together."""
     from locft.benchmarks import load_suite
-    from locft.models import folder_fingerprint, load_structure, load_tokenizer, model_folder
+    from locft.models import folder_fingerprint, load_structure, load_tokenizer, model_folder, training_precision
     from locft.positions import list_positions, n_layers
     from locft.requests import load_edits
 
@@ -95,6 +102,7 @@ def prepare(study: Study) -> PreparedStudy:
         n_layers=n_layers(structure),
         modules_by_layer=modules,
         n_edits=len(edits.requests),
+        precision=training_precision(study.device) if study.precision == "auto" else study.precision,
         parameters=sum(parameter.numel() for parameter in structure.parameters()),
         layer_parameters=sum(layer_sizes) // len(layer_sizes),
         head_parameters=head.weight.numel() if head is not None else 0,

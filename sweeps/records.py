@@ -48,6 +48,8 @@ class TrialConfig:
     """An epoch (breadth-first) or a batch (depth-first) whose loss is below ends."""
     dtype: str = "float32"
     """Of the frozen weights. The trained ones are float32 always."""
+    precision: str = "float32"
+    """In which training computes: float32 or bfloat16. The metrics are those of the edit merged into `dtype`."""
     method_version: int = METHOD_VERSION
 
     @property

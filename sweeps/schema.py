@@ -215,6 +215,8 @@ class Study(Section):
     """A built-in name, a hub id, a local folder, or a GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights; the trained ones are float32 always."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which training computes; auto is bfloat16 where the device multiplies it natively. Metrics are measured in dtype."""
     device: Annotated[Text, AfterValidator(_device)] = "auto"
     """auto takes a GPU where a trial has one, cpu otherwise."""
     edits: Edits = Edits()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from locft.finetune import TrainingSettings
     from sweeps.schema import Capability, Edits, Study
 
-CHOICES = {"pipeline": ("breadth_first", "depth_first"), "loss_average": ("edit", "token")}
+CHOICES = {"pipeline": ("breadth_first", "depth_first"), "loss_average": ("edit", "token"), "precision": ("float32", "bfloat16")}
 AT_LEAST = {"batch_size": 1, "epochs": 1, "seed": 0}
 
 
@@ -44,6 +44,7 @@ def edit_settings(
     position and edits.
     """
     from locft.finetune import TrainingSettings
+    from locft.models import training_precision
     from locft.positions import TuningPosition
     from sweeps.schema import Capability
 
@@ -61,7 +62,7 @@ def edit_settings(
         raise InputError(problems)
     options = {name: value for name, value in given.items() if value is not None}
     if from_run is None:
-        training = TrainingSettings(**options)
+        training = TrainingSettings(**{"precision": training_precision("auto"), **options})
         return EditSettings(str(position), training, dtype or "float32", edits, Capability(), "auto", None, None)
     from sweeps.tracking_lookup import find_run
 

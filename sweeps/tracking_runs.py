@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PARAMETERS = (
     *("layer", "module", "pipeline", "batch_size", "learning_rate", "seed", "loss_average", "epochs"),
-    *("skip_below", "stop_below", "dtype"),
+    *("skip_below", "stop_below", "dtype", "precision"),
 )
 """Fields of `TrialConfig` shown as parameters, beside `depth` and `position`. The others are tags: they rarely vary."""
 OUTCOMES = ["edit_id", "kind", "prompt", "expected", "got", "correct", "correct_tf"]

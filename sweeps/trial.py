@@ -30,12 +30,16 @@ class TrialInputs:
     """Of prose for drift and perplexity."""
     threads: int
     """CPU threads of torch in the worker."""
+    layers: tuple[int, ...] = ()
+    """Where the study trains: the hidden states entering these layers are computed in one pass."""
+    full_model: bool = False
+    """Compute everything with the whole model, the plain way."""
 
     @property
     def key(self) -> tuple:
         """Tells whether a resident workbench can serve these inputs."""
         suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
-        return (self.model, self.dtype, self.device, self.edits.fingerprint, suite)
+        return (self.model, self.dtype, self.device, self.edits.fingerprint, suite, self.full_model)
 
 
 _resident: dict[tuple, "Workbench"] = {}
@@ -45,14 +49,25 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
     """The process's workbench for these inputs; made on first use, replacing one for other inputs."""
     import torch
 
+    from locft.allocator import keep_freed_memory
     from locft.models import load_model
     from locft.workbench import Workbench
 
     torch.set_num_threads(inputs.threads)
+    keep_freed_memory()
     if inputs.key not in _resident:
         _resident.clear()
         loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device)
-        _resident[inputs.key] = Workbench.prepare(loaded, inputs.edits, inputs.suite, inputs.prose_tokens, baseline)
+        _resident[inputs.key] = Workbench.prepare(
+            loaded,
+            inputs.edits,
+            inputs.suite,
+            inputs.prose_tokens,
+            baseline,
+            layers=inputs.layers,
+            on_disk=True,
+            full_model=inputs.full_model,
+        )
     return _resident[inputs.key]
 
 
@@ -75,6 +90,7 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
         skip_below=config.skip_below,
         stop_below=config.stop_below,
         seed=config.seed,
+        precision=config.precision,
     )
     training = bench.train(TuningPosition(config.layer, config.module), settings)
     if training.diverged:

@@ -29,6 +29,7 @@ MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
 def make_facts(n_layers=30, modules_by_layer=None, **changes):
     sizes = dict(parameters=134_515_008, layer_parameters=3_540_096, head_parameters=28_311_552, vocabulary=49_152)
     return StudyFacts(
+        precision="float32",
         **{
             "model_fingerprint": "model",
             "data_fingerprint": "data",
@@ -172,6 +173,7 @@ def test_a_trial_carries_everything_that_decides_its_result():
         "skip_below": 0.1,
         "stop_below": 0.2,
         "dtype": "bfloat16",
+        "precision": "float32",
         "method_version": METHOD_VERSION,
     }
 

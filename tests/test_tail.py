@@ -225,9 +225,17 @@ def test_names_in_the_tail():
 def test_layer_out_of_range():
     model = model_of("llama")
     ids, mask, _ = padded_batch("right")
-    for call in (lambda: tail_view(model, 3), lambda: capture_boundary(model, [0, 3], ids, mask)):
-        with pytest.raises(InputError, match="layer 3 is out of range.*0 to 2"):
+    for layer, call in ((4, lambda: tail_view(model, 4)), (3, lambda: capture_boundary(model, [0, 3], ids, mask))):
+        with pytest.raises(InputError, match=f"layer {layer} is out of range.*0 to 2"):
             call()
+
+
+def test_the_view_behind_the_last_layer_is_norm_and_head():
+    model = model_of("llama")
+    hidden = torch.randn(1, 2, model.config.hidden_size)
+    with torch.no_grad():
+        logits = tail_view(model, 3)(inputs_embeds=hidden, use_cache=False).logits
+        assert torch.equal(logits, model.lm_head(model.model.norm(hidden)))
 
 
 def test_models_without_a_tail_say_why():

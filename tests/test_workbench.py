@@ -33,7 +33,7 @@ SUITE_METRICS = {
     "perplexity",
     "capability_seconds",
 }
-ALWAYS = {"n_edits", "delta_norm", "evaluate_seconds"}
+ALWAYS = {"n_edits", "delta_norm", "merged_loss", "evaluate_seconds"}
 SECONDS = {"evaluate_seconds", "capability_seconds"}
 
 
@@ -112,7 +112,8 @@ def test_an_edit_that_changes_nothing_costs_nothing(bench, delta):
     nothing = replace(delta, tensors={name: torch.zeros_like(value) for name, value in delta.tensors.items()})
     metrics = bench.measure(nothing).metrics
     assert metrics["locality"] == metrics["locality_tf"] == 1.0
-    assert metrics["drift_kl"] == metrics["delta_norm"] == 0.0
+    assert metrics["delta_norm"] == 0.0
+    assert metrics["drift_kl"] < 1e-9, "edited and unedited start from different layers: equal up to rounding"
     assert (metrics["capability_change_low"], metrics["capability_change"], metrics["capability_change_high"]) == (0, 0, 0)
     for name, value in bench.baseline.metrics.items():
         assert metrics[name] == pytest.approx(value), name

@@ -1,0 +1,260 @@
+"""The fast forward: from the stored states at the trained layer upwards, and logits only where a token is supervised.
+
+Everything about it is equal to `locft.reference.full_forward` up to rounding; the tests hold it to that on every
+architecture, and `locft bench` measures both side by side.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from locft.encoding import SupervisedLogits, TokenRow
+from locft.finetune import Forward
+from locft.models import LoadedModel
+from locft.packing import Pack, PrefixTree, pack_rows
+from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
+from locft.prefix import BoundaryStates, boundary_states
+from locft.reference import full_forward
+from locft.tail import head_view, supports_tail, tail_hidden, tail_parameter_name, tail_view
+
+SEQUENCE_TOKENS = 256
+"""Tokens of a packed sequence: long enough for full matrix products, short enough that masked attention costs little."""
+
+
+class TailEngine:
+    """Forwards that begin at a layer, over a fixed set of rows."""
+
+    def __init__(
+        self, loaded: LoadedModel, rows: Sequence[TokenRow], layers: Iterable[int] = (), *, on_disk: bool = True
+    ):
+        """rows: all that will ever be asked for. layers: where trials will train, to compute their states in one pass; others
+        are computed when they are needed. on_disk: as of `boundary_states`.
+
+        Raises ValueError for a model without tail views; ask `supports_tail` first.
+        """
+        if reason := supports_tail(loaded.model):
+            raise ValueError(reason)
+        self.model = loaded.model
+        self.tree = PrefixTree(rows)
+        self.limit = SEQUENCE_TOKENS if packing_agrees(loaded.model, rows) else 0
+        self._compute = partial(
+            boundary_states, loaded.model, loaded.fingerprint, self.tree, rows, limit=self.limit, on_disk=on_disk
+        )
+        self.states = self._compute(layers={*layers, n_layers(loaded.model) - 1})
+        self._parts: dict[torch.dtype, _Parts] = {}
+
+    def forward(self, layer: int, dtype: torch.dtype | None = None) -> Forward:
+        """A forward whose weights may differ from the model's in `layer` and above, computed in `dtype` (the model's own)."""
+        start = self._start(layer)
+        parts = self._computing_in(dtype or self.model.dtype)
+
+        def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
+            own = parts.names(start, weights)
+
+            def supervised_logits(rows: Sequence[TokenRow]) -> torch.Tensor:
+                pack = pack_rows(self.tree, rows, self.limit)
+                return parts.logits(start, self._boundary(start, pack, parts), pack, own)
+
+            return supervised_logits
+
+        return bind
+
+    def training_forward(self, position: TuningPosition, rows: Sequence[TokenRow], dtype: torch.dtype) -> Forward:
+        """As `forward`, for training one position on these rows.
+
+        A matrix whose product is simply added to the layer's output (`mlp_down` without a norm behind it) needs nothing of
+        its layer but its own inputs, which are as constant as the states below: the step then begins above the layer.
+        """
+        names = parameter_names(self.model, position)
+        cut = self._cut(position.layer, names, rows, self._computing_in(dtype))
+        return cut or self.forward(position.layer, dtype)
+
+    def unedited(self) -> SupervisedLogits:
+        """The unedited model, from the last layer on."""
+        return self.forward(n_layers(self.model) - 1)({})
+
+    def _cut(self, layer: int, names: Sequence[str], rows: Sequence[TokenRow], parts: "_Parts") -> Forward | None:
+        """The forward that starts behind a matrix; None when the layer's output is not linear in it."""
+        path = names[0].rpartition(".")[0]
+        owner = self.model.get_submodule(path)
+        if type(owner) is not nn.Linear or set(names) != {f"{path}.{name}" for name, _ in owner.named_parameters()}:
+            return None
+        start, base = self._start(layer), {name: self.model.get_parameter(name).detach().float() for name in names}
+        nodes = np.unique(np.concatenate([self.tree.path(row) for row in rows]))
+        outputs = inputs = None  # (nodes, D), (nodes, F)
+        for chunk in _chunks(rows, 2048):
+            pack = pack_rows(self.tree, chunk, self.limit)
+            boundary, inside = self._boundary(start, pack, parts), pack.nodes >= 0
+            after, entering = parts.through(start, layer, names[0], boundary, pack, base)
+            if outputs is None:
+                generator = torch.Generator().manual_seed(0)
+                changed = {n: v + 0.05 * torch.randn(v.shape, generator=generator).to(v) for n, v in base.items()}
+                moved = parts.through(start, layer, names[0], boundary, pack, changed)[0] - after
+                added = parts.added(names, changed, base, entering)
+                tolerance = 1e-3 if parts.dtype == torch.float32 else 5e-2
+                if added.shape != moved.shape or (moved - added)[inside].norm() > tolerance * added[inside].norm():
+                    return None
+                outputs = torch.empty(len(nodes), after.shape[-1], dtype=after.dtype, device=after.device)
+                inputs = torch.empty(len(nodes), entering.shape[-1], dtype=entering.dtype, device=after.device)
+            local = torch.from_numpy(np.searchsorted(nodes, pack.nodes[inside].numpy()))
+            outputs[local], inputs[local] = after[inside], entering[inside]
+        place_of = torch.zeros(len(self.tree), dtype=torch.long)
+        place_of[torch.from_numpy(nodes)] = torch.arange(len(nodes))
+
+        def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
+            def supervised_logits(batch: Sequence[TokenRow]) -> torch.Tensor:
+                pack = pack_rows(self.tree, batch, self.limit)
+                if layer + 1 == n_layers(self.model):  # no attention follows: other tokens do not matter
+                    local = place_of[pack.nodes[pack.sequence, pack.place]]
+                    hidden = outputs[local] + parts.added(names, weights, base, inputs[local])
+                    return parts.head(parts.final(hidden))
+                local = place_of[pack.nodes.clamp(min=0)]
+                boundary = outputs[local] + parts.added(names, weights, base, inputs[local])
+                return parts.logits(layer + 1, boundary, pack, {})
+
+            return supervised_logits
+
+        return bind
+
+    def _start(self, layer: int) -> int:
+        """The layer whose stored states a tail for `layer` begins with: itself, unless the disk is too small for all."""
+        if layer not in self.states.layers and not (self.states.thinned and min(self.states.layers) <= layer):
+            more = self._compute(layers={layer})
+            self.states = BoundaryStates({**self.states.layers, **more.layers}, self.states.thinned)
+        return self.states.below(layer)
+
+    def _boundary(self, start: int, pack: Pack, parts: "_Parts") -> torch.Tensor:
+        states = self.states.gather(start, pack.nodes).to(self.model.device)
+        return states.to(parts.dtype) if states.dtype == self.model.dtype else states  # mamba's stay float32
+
+    def _computing_in(self, dtype: torch.dtype) -> "_Parts":
+        if dtype not in self._parts:
+            self._parts[dtype] = _Parts(self.model, dtype, packed=self.limit > 0)
+        return self._parts[dtype]
+
+
+class _Parts:
+    """The pieces of a model that trials run, in one dtype; made when first used and kept."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, packed: bool):
+        """packed: rows come with masks of ours, for which plain attention is several times faster on a CPU than the fused
+        kernel and its backward."""
+        self.dtype = dtype
+        # In the model's own dtype the view shares its weights; in another it has a copy of them.
+        self.model = tail_view(model if dtype == model.dtype else copy.deepcopy(model).to(dtype), 0)
+        configs: dict[int, Any] = {}
+        for module in self.model.modules() if packed and model.device.type == "cpu" else ():
+            if (config := getattr(module, "config", None)) is not None:
+                module.config = configs.setdefault(id(config), copy.copy(config))
+                module.config._attn_implementation = "eager"
+        self.head = head_view(self.model)
+        self._tails: dict[tuple[int, int | None], PreTrainedModel] = {}
+
+    def names(self, start: int, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights by the names and in the dtype of the tail from `start`."""
+        return {
+            tail_parameter_name(self.model, start, name): value.to(self.model.get_parameter(name).dtype)
+            for name, value in weights.items()
+        }
+
+    def logits(
+        self, start: int, boundary: torch.Tensor, pack: Pack, weights: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """(K, V) from the states (G, N, D) entering layer `start`."""
+        device = self.model.device
+        mask = pack.attention_mask(self.dtype).to(device)
+        hidden = tail_hidden(self._tail(start), boundary, mask, pack.position_ids.to(device), weights)
+        return self.head(hidden[pack.sequence, pack.place])
+
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(K, D) behind the last layer -> (K, D) that the head takes: the final norm."""
+        ones = torch.ones(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return tail_hidden(self._tail(n_layers(self.model)), hidden[None], ones)[0]
+
+    @torch.no_grad()
+    def through(
+        self,
+        start: int,
+        layer: int,
+        name: str,
+        boundary: torch.Tensor,
+        pack: Pack,
+        weights: Mapping[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What leaves `layer` (G, N, D), and what enters the module of parameter `name` in it (G, N, F)."""
+        view, kept = self._tail(start, layer + 1), {}
+        owner = view.get_submodule(tail_parameter_name(self.model, start, name).rpartition(".")[0])
+        hooks = [
+            owner.register_forward_pre_hook(lambda _m, args: kept.__setitem__("entering", args[0])),
+            decoder_layers(view)[-1].register_forward_hook(
+                lambda _m, _a, out: kept.__setitem__("after", out[0] if isinstance(out, tuple) else out)
+            ),
+        ]
+        try:
+            mask = pack.attention_mask(self.dtype).to(self.model.device)
+            tail_hidden(view, boundary, mask, pack.position_ids.to(self.model.device), self.names(start, weights))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return kept["after"], kept["entering"]
+
+    def added(
+        self,
+        names: Sequence[str],
+        weights: Mapping[str, torch.Tensor],
+        base: Mapping[str, torch.Tensor],
+        inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        """What a linear module adds to its output when its weights differ from the base: (..., F) -> (..., D)."""
+        change = {name.rpartition(".")[2]: (weights[name] - base[name]).to(inputs.dtype) for name in names}
+        return F.linear(inputs, change["weight"], change.get("bias"))
+
+    def _tail(self, start: int, stop: int | None = None) -> PreTrainedModel:
+        key = (start, stop)
+        if key not in self._tails:
+            self._tails[key] = tail_view(self.model, start, stop)
+        return self._tails[key]
+
+
+def _chunks(rows: Sequence[TokenRow], tokens: int) -> Iterable[list[TokenRow]]:
+    chunk: list[TokenRow] = []
+    for row in rows:
+        if chunk and sum(len(r.token_ids) for r in chunk) + len(row.token_ids) > tokens:
+            yield chunk
+            chunk = []
+        chunk.append(row)
+    yield chunk
+
+
+@torch.no_grad()
+def packing_agrees(model: PreTrainedModel, rows: Sequence[TokenRow]) -> bool:
+    """Does this model compute rows packed into one sequence as it computes them alone?
+
+    Models with a recurrent state or with position biases made from a two-dimensional mask do not; neither do those with
+    a window shorter than a row. Tried on a few of the rows themselves, through the whole model.
+    """
+    sample = list({row.token_ids: row for row in rows}.values())[:4]
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window and max(len(row.token_ids) for row in rows) > window:
+        return False
+    if getattr(model, "_is_stateful", False):
+        return False
+    tree = PrefixTree(sample)
+    pack = pack_rows(tree, sample, sum(len(row.token_ids) for row in sample))
+    ids = torch.from_numpy(tree.token_ids)[pack.nodes.clamp(min=0)].to(model.device)
+    mask = pack.attention_mask(model.dtype).to(model.device)
+    try:
+        out = model(input_ids=ids, attention_mask=mask, position_ids=pack.position_ids.to(model.device), use_cache=False)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    packed = out.logits[pack.sequence, pack.place].float()
+    alone = torch.cat([full_forward(model)([row]) for row in sample])
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    return bool((packed - alone).abs().max() <= tolerance * alone.abs().max().clamp(min=1))
