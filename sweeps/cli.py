@@ -222,6 +222,7 @@ def edit(
     epochs: Annotated[int | None, typer.Option(help="At most so many; default 25.")] = None,
     loss_average: Annotated[str | None, typer.Option(help="edit (default) or token.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of the edits; default 0.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of training: float32 or bfloat16; default the faster.")] = None,
     limit: LimitOption = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto (default), cpu, cuda, cuda:N.")] = None,
@@ -242,6 +243,7 @@ def edit(
         "epochs": epochs,
         "loss_average": loss_average,
         "seed": seed,
+        "precision": precision,
     }
     if edits is None and limit is not None:
         raise InputError("--limit: it says how many of --edits to take, which is not given")
@@ -564,6 +566,4 @@ def _be_quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    if not os.environ.get("LOCFT_DEBUG"):  # a worker's death is told in one line; Ray adds a traceback of its own
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore")

@@ -4,6 +4,7 @@ Ray Tune decides when and where a trial runs; which trials are open is decided b
 Ray's own snapshots (after a killed driver those lag behind). So the same command resumes a study.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from locft.errors import InputError
@@ -137,9 +139,11 @@ def run_trials(
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end the run without telling us
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # each would be a long traceback; we say it in one line
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # what did not complete, the reporter has heard
     listener = _listener(reporter)
     search = {} if isinstance(source, list) else {"search_alg": source.as_searcher(), "num_samples": source.trials}
     space = {"trial": tune.grid_search([config.to_dict() for config in source])} if isinstance(source, list) else None
@@ -199,6 +203,7 @@ def _trainable(config: Mapping[str, Any], inputs: TrialInputs, baseline: "Baseli
 
 def _listener(reporter: Reporter):
     """Ray Tune callback that turns events into the reporter's; carries the stopper that it feeds."""
+    import ray
     from ray import tune
     from ray.tune.stopper import Stopper
 
@@ -234,21 +239,33 @@ def _listener(reporter: Reporter):
         def __init__(self):
             self.stopper = StudyStopper()
             self.done: set[str] = set()
+            self.workers: dict[str, Any] = {}
 
         def __reduce__(self):
             """Ray writes its set-up to disk for a restore that never happens here; screen and client stay out of it."""
             return tune.Callback, ()
 
         def on_trial_start(self, iteration, trials, trial, **info):
+            self.workers[trial.trial_id] = trial.temporary_state.ray_actor
             reporter.started(_others_running(trials, trial) + 1)
 
+        def on_step_end(self, iteration, trials, **info):
+            if self.stopper.interrupted:  # Ray would wait ten seconds for a trial that may take minutes
+                for worker in self.workers.values():
+                    ray.kill(worker)
+                self.workers.clear()
+
         def on_trial_recover(self, iteration, trials, trial, **info):
-            reporter.retried(TrialConfig(**trial.config["trial"]), _death(trial))
+            config = TrialConfig(**trial.config["trial"])
+            if not self.stopper.interrupted and config.id not in self.done:
+                reporter.retried(config, _death(trial))
 
         def on_trial_result(self, iteration, trials, trial, result, **info):
             self._hear(unpack_result(result["result"]), _others_running(trials, trial))
 
         def on_trial_error(self, iteration, trials, trial, **info):
+            if self.stopper.interrupted:
+                return
             error = RuntimeError(f"worker died: {_death(trial)}")
             self._hear(worker_failure(TrialConfig(**trial.config["trial"]), error), _others_running(trials, trial))
 
@@ -264,9 +281,12 @@ def _listener(reporter: Reporter):
 
 
 def _death(trial) -> str:
-    """Why Ray says a trial's worker died, in one line; advice that follows is left out."""
-    lines = str(trial.get_error() or "no cause known").strip().splitlines()
-    return lines[-1].partition(" Some common causes")[0].strip()
+    """Why Ray says a trial's worker died, in one line; the advice that follows there is left out."""
+    try:
+        said = Path(trial.error_file).read_text(encoding="utf-8").strip()
+    except OSError:
+        said = ""
+    return said.splitlines()[-1].partition(" Some common causes")[0] if said else "no cause known"
 
 
 def _others_running(trials, trial) -> int:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
+from locft.errors import InputError
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
 from sweeps.records import TrialConfig, TrialResult
@@ -16,6 +17,7 @@ from sweeps.runner import Ending, Reporter, compute_baseline, ray_session, run_t
 from sweeps.search import OBJECTIVES, TrialSearch
 from sweeps.study import study_to_yaml
 from sweeps.tracking import DatasetRecord, ModelRecord, Tracker
+from sweeps.tracking_store import connect
 from sweeps.tracking_uri import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
@@ -73,13 +75,22 @@ class Sweep:
 
 
 def find_tracker(prepared: PreparedStudy, uri: str | None) -> Tracker | None:
-    """The study's tracking store; None when it is a file that does not exist yet (asking does not make it)."""
+    """The study's tracking store; None when nothing of the study is in it yet. Asking creates neither.
+
+    Raises InputError when the store cannot be reached.
+    """
     path = sqlite_path(resolve_uri(uri))
-    return None if path is not None and not path.exists() else Tracker.open(uri, prepared.study.name)
+    if path is not None and not path.exists():
+        return None
+    connect(uri)
+    try:
+        return Tracker.open(uri, prepared.study.name, create=False)
+    except InputError:  # the store answers, so it is the study that is not there
+        return None
 
 
 def read_state(prepared: PreparedStudy, tracker: Tracker | None) -> StudyState:
-    """Everything finished so far, from the tracking store; None is one that does not exist yet."""
+    """Everything finished so far, from the tracking store; None where nothing is yet."""
     from analysis.table import results_frame
 
     if tracker is None:

@@ -48,7 +48,7 @@ def empty_store(tmp_path_factory) -> Path:
     from sweeps.tracking_store import connect
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    client, _ = connect(f"sqlite:///{file}")
+    client, _ = connect(f"sqlite:///{file}", create=True)
     client.search_experiments()
     return file
 
@@ -67,11 +67,11 @@ def study_file(tmp_path, tiny_folder):
     return lambda **changes: write_study(tmp_path, tiny_folder, **changes)
 
 
-def write_study(folder: Path, model: Path, **changes) -> Path:
+def write_study(folder: Path, tiny_folder: Path, **changes) -> Path:
     """changes: dotted fields with "__" for the dot, such as space__layer=[0]."""
     study = {
         "name": "tiny",
-        "model": str(model),
+        "model": str(tiny_folder),
         "edits": {"source": "atlas", "limit": 4},
         "capability": {"suite": "probes", "limit": 3, "prose_tokens": 64},
         "space": {"layer": [0, 2], "module": ["mlp_down"], "batch_size": [2], "learning_rate": [0.02], "seed": [0]},

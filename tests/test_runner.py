@@ -124,7 +124,7 @@ def trial_workers():
 
 def test_a_killed_worker_costs_nothing_but_time(study, baseline):
     """kill -9 in the middle of a long trial: tried again, finished once, and the same result."""
-    long = dataclasses.replace(study.plan.trials[0], epochs=500, skip_below=0.0, stop_below=0.0)
+    long = dataclasses.replace(study.plan.trials[0], epochs=300, skip_below=0.0, stop_below=0.0)
     short = study.plan.trials[1]
     killed = []
 
@@ -138,7 +138,7 @@ def test_a_killed_worker_costs_nothing_but_time(study, baseline):
 
     heard = Heard(then=kill_the_survivor)
     assert run(study, baseline, [long, short], heard) == "complete"
-    assert killed and long in heard.deaths
+    assert killed and heard.deaths == [long]
     assert heard.by_id[long.id].status == "done" and heard.by_id[short.id].status == "done"
     expected = run_trial(resident_workbench(study.inputs, baseline), long)
     assert comparable(heard.by_id[long.id]) == comparable(expected)
@@ -196,7 +196,7 @@ def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, baseline):
     ]
     assert run(study, baseline, [study.plan.trials[0], *endless], heard) == "interrupted"
     assert len(heard.results) == 1 and heard.results[0].status == "done"
-    assert time.monotonic() - interrupted[0] < 20
+    assert time.monotonic() - interrupted[0] < 5, "it waits for no endless trial"
     assert signal.getsignal(signal.SIGINT) == before
 
 

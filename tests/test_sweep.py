@@ -1,0 +1,255 @@
+"""A study from end to end, with real Ray workers and a real MLflow store, on a model that trains in milliseconds."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from locft.errors import InputError
+from sweeps import sweep as sweep_module
+from sweeps.prepare import prepare
+from sweeps.study import load_study
+from sweeps.sweep import _open_trials, find_tracker, read_state, run_sweep
+from sweeps.trial import resident_workbench
+from tests.conftest import write_study
+from tests.test_runner import TIMINGS, Heard
+
+
+def prepared(file, *overrides):
+    return prepare(load_study(str(file), overrides))
+
+
+def sweep(study, reporter=None, uri=None):
+    """Runs the study in the working directory; returns the Sweep and the ids of the trials that were run for it."""
+    heard = reporter or Heard()
+
+    @contextlib.contextmanager
+    def show(state):
+        yield heard
+
+    return run_sweep(study, uri, show=show), [result.config.id for result in heard.results]
+
+
+def client_here():
+    """MLflow keeps one connection an address, whatever the working directory: give the whole path."""
+    return MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+
+
+def trial_runs(name="tiny", kind="trial"):
+    client = client_here()
+    experiment = client.get_experiment_by_name(name)
+    return client.search_runs([experiment.experiment_id], f"tags.`locft.kind` = '{kind}'", max_results=1000)
+
+
+def numbers(state):
+    """Trial id -> its metrics but the timings."""
+    rows = state.results.drop(columns=[*TIMINGS, "run_id"]).to_dict("records")
+    return {row["trial_id"]: {key: repr(value) for key, value in row.items()} for row in rows}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, empty_store):
+    """A working directory for the tests of one study, in which each goes on where the one before left it."""
+    folder = tmp_path_factory.mktemp("sweep")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture
+def quick_baseline(monkeypatch):
+    """The unedited model measured in this process: starting a worker for it takes seconds."""
+    monkeypatch.setattr(sweep_module, "compute_baseline", lambda inputs, *_: resident_workbench(inputs).baseline)
+
+
+@pytest.fixture(scope="module")
+def grid(place, tiny_folder, ray_running):
+    """A finished grid study of four trials."""
+    file = write_study(place, tiny_folder, space__module=["mlp_down", "attn"])
+    study = prepared(file)
+    done, ran = sweep(study)
+    assert len(ran) == 4
+    return file, study, done
+
+
+def test_every_trial_is_in_mlflow_once_with_parameters_and_metrics(grid):
+    _, study, done = grid
+    assert (done.ending, done.state.done, done.state.failed, done.state.left) == ("complete", 4, 0, 0)
+    found = trial_runs()
+    assert sorted(run.data.tags["locft.trial_id"] for run in found) == sorted(t.id for t in study.plan.trials)
+    for run in found:
+        assert run.info.status == "FINISHED"
+        assert run.data.params["position"] in ("0.mlp_down", "2.mlp_down", "0.attn", "2.attn")
+        assert {"batch_size": "2", "learning_rate": "0.02", "pipeline": "breadth_first"}.items() <= run.data.params.items()
+        measured = run.data.metrics
+        assert {"reliability", "generalization", "locality", "capability", "drift_kl", "epoch_loss"} <= set(measured)
+        assert all(math.isfinite(value) for value in measured.values())
+        assert {data.dataset.name for data in run.inputs.dataset_inputs} == {"atlas", "probes"}
+    (whole,) = trial_runs(kind="study")
+    assert whole.info.status == "FINISHED" and whole.data.tags["locft.status"] == "done"
+    client = client_here()
+    files = {file.path for file in client.list_artifacts(whole.info.run_id)}
+    assert {"dashboard.html", "results.parquet", "study.yaml", "environment.json", "baseline.json"} <= files
+
+
+def test_the_answer_names_a_trial_of_the_study(grid):
+    _, study, done = grid
+    ids = {trial.id for trial in study.plan.trials}
+    assert done.answer.recommendation.trial_id in ids and set(done.answer.front.trial_ids) <= ids
+    assert "<html" in done.answer.report_html and done.answer.recommendation.position in done.answer.report_html
+    assert set(done.state.baseline) >= {"capability", "perplexity", "reliability"}
+
+
+def test_the_same_command_again_runs_nothing_and_says_the_same(grid, monkeypatch):
+    file, _, done = grid
+    monkeypatch.setattr(sweep_module, "ray_session", lambda *_: pytest.fail("there is nothing to run"))
+    again, ran = sweep(prepared(file))
+    assert ran == [] and len(trial_runs()) == 4 and len(trial_runs(kind="study")) == 1
+    assert numbers(again.state) == numbers(done.state)
+    assert again.answer.recommendation == done.answer.recommendation and again.answer.front == done.answer.front
+
+
+def test_a_wider_space_runs_only_what_is_new_and_a_failing_trial_stops_nothing(grid, monkeypatch):
+    """One of the new trials cannot be trained: its cause is recorded, and only it is open afterwards."""
+    file, study, done = grid
+    monkeypatch.setattr(sweep_module, "compute_baseline", lambda *_: pytest.fail("it is stored with the study"))
+    wider = prepared(file, "space.layer=[0, 1, 2]")
+    impossible = dataclasses.replace(study.plan.trials[0], layer=99)
+    trials = (impossible, *wider.plan.trials)
+    wider = dataclasses.replace(wider, plan=dataclasses.replace(wider.plan, trials=trials, count=len(trials)))
+    assert wider.id == study.id
+    before = read_state(wider, find_tracker(wider, None))
+    assert (before.done, before.failed, before.left) == (4, 0, 3)
+
+    more, ran = sweep(wider)
+    assert {trial.position for trial in trials if trial.id in ran} == {"99.mlp_down", "1.mlp_down", "1.attn"}
+    assert len(ran) == 3 and len(trial_runs()) == 7 and more.ending == "complete"
+    assert (more.state.done, more.state.failed, more.state.left) == (6, 1, 1)
+    assert numbers(done.state).items() <= numbers(more.state).items()
+    assert more.answer.recommendation is not None
+    failed = [run for run in trial_runs() if run.info.status == "FAILED"]
+    assert [run.data.tags["locft.trial_id"] for run in failed] == [impossible.id]
+    assert "layer 99 is out of range" in failed[0].data.tags["locft.error"]
+    assert trial_runs(kind="study")[0].data.tags["locft.status"] == "stopped"
+    assert _open_trials(wider, more.state) == [impossible]
+
+
+def test_a_narrower_space_answers_from_what_it_has(grid):
+    file, _, _ = grid
+    narrow, ran = sweep(prepared(file, "space.layer=[0]", "space.module=attn"))
+    assert ran == [] and narrow.state.done == 1 and narrow.answer.recommendation.position == "0.attn"
+
+
+def test_other_edits_are_another_study(grid):
+    file, study, _ = grid
+    other = prepared(file, "edits.limit=3")
+    assert other.id != study.id
+    assert read_state(other, find_tracker(other, None)).left == 4
+
+
+def test_when_every_trial_fails_the_study_stops_early_and_says_why(
+    workplace, study_file, tiny_folder, ray_running, quick_baseline
+):
+    """The weights vanish after the study was planned."""
+    model = workplace / "model"
+    shutil.copytree(tiny_folder, model)
+    study = prepared(study_file(model=str(model), space__layer="all", space__seed=[0, 1, 2, 3]))
+    resident_workbench(study.inputs)
+    (model / "model.safetensors").unlink()
+    done, ran = sweep(study)
+    assert done.ending == "same_failure" and 3 <= len(ran) <= 5
+    assert done.state.done == 0 and done.state.left == 12
+    assert all(str(model) in error for error in done.state.results["error"])
+    assert trial_runs(kind="study")[0].data.tags["locft.status"] == "failed"
+    assert done.answer.recommendation is None and "safetensors" in done.answer.report_html
+
+
+def test_when_the_unedited_model_cannot_be_measured_nothing_is_run(workplace, study_file, tiny_folder, ray_running):
+    model = workplace / "model"
+    shutil.copytree(tiny_folder, model)
+    study = prepared(study_file(model=str(model)))
+    (model / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="safetensors") as caught:
+        sweep(study)
+    assert "Traceback" not in str(caught.value) and str(model) in str(caught.value)
+    assert trial_runs() == [] and trial_runs(kind="study")[0].data.tags["locft.status"] == "stopped"
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
+    workplace, study_file, ray_running, quick_baseline
+):
+    """A random search without capability tasks; more trials go on from the same beginning."""
+    file = study_file(
+        capability__suite=None,
+        space__layer="all",
+        space__seed=[0, 1, 2],
+        search={"method": "random", "trials": 5},
+        resources={"concurrent": 1},
+    )
+    heard = Heard(then=lambda result: signal.raise_signal(signal.SIGINT) if len(heard.results) == 2 else None)
+    done, first = sweep(prepared(file), heard)
+    assert done.ending == "interrupted" and len(first) == 2
+    assert (done.state.done, done.state.failed, done.state.left) == (2, 0, 3)
+    assert trial_runs(kind="study")[0].data.tags["locft.status"] == "stopped"
+    more = prepared(file, "search.trials=7")
+    done, second = sweep(more)
+    assert done.ending == "complete" and done.state.left == 0
+    assert [*first, *second] == [trial.id for trial in more.plan.trials] and len(trial_runs()) == 7
+    assert done.answer.recommendation is not None and "capability" not in done.answer.recommendation.metrics
+
+
+def test_optuna_proposes_no_trial_twice_and_learns_from_earlier_runs(
+    workplace, study_file, ray_running, quick_baseline, monkeypatch
+):
+    told = []
+    real = sweep_module.TrialSearch
+    monkeypatch.setattr(sweep_module, "TrialSearch", lambda *args: told.append(args[-1]) or real(*args))
+    changes = {"space__layer": "all", "space__learning_rate": {"log_uniform": [0.001, 0.1]}}
+    file = study_file(**changes, search={"method": "optuna", "trials": 4, "seed": 1})
+    done, first = sweep(prepared(file))
+    assert len(set(first)) == 4 and (done.state.done, done.state.left) == (4, 0) and told == [{}]
+    assert sweep(prepared(file))[1] == []
+    done, second = sweep(prepared(file, "search.trials=7"))
+    assert len(second) == 3 and len({*first, *second}) == 7
+    earlier = told[1]
+    assert set(earlier) == set(first)
+    rows = {row["trial_id"]: row for row in done.state.results.to_dict("records")}
+    for trial_id, (point, values) in earlier.items():
+        row = rows[trial_id]
+        assert point["layer"] == row["layer"] and point["learning_rate"] == row["learning_rate"]
+        assert values == (row["reliability"], row["capability"]) and all(math.isfinite(value) for value in values)
+
+
+def test_looking_at_a_study_that_never_ran_makes_no_store(tmp_path, monkeypatch, study_file):
+    monkeypatch.chdir(tmp_path)
+    study = prepared(study_file())
+    before = sorted(tmp_path.iterdir())
+    assert find_tracker(study, None) is None
+    state = read_state(study, None)
+    assert (state.done, state.failed, state.left, state.baseline) == (0, 0, 2, {})
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_few_resources_are_told_before_anything_is_written(tmp_path, monkeypatch, study_file, ray_running):
+    monkeypatch.chdir(tmp_path)
+    study = prepared(study_file(resources={"cpus": 64}))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match="64 CPUs"):
+        sweep(study)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_baseline_is_of_the_unedited_model_and_computed_once(grid):
+    _, study, _ = grid
+    (whole,) = trial_runs(kind="study")
+    path = client_here().download_artifacts(whole.info.run_id, "baseline.json")
+    with open(path, encoding="utf-8") as file:
+        stored = json.load(file)
+    assert stored == json.loads(json.dumps(resident_workbench(study.inputs).baseline.to_dict()))
