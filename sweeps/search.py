@@ -29,9 +29,7 @@ class TrialSearch:
         self.trials = trials
         self._to_config = to_config
         self._space = {axis: _distribution(values) for axis, values in space.items()}
-        sampler = optuna.samplers.TPESampler(
-            seed=seed + len(earlier), multivariate=True, warn_independent_sampling=False
-        )
+        sampler = optuna.samplers.TPESampler(seed=seed + len(earlier), multivariate=True)
         self._study = optuna.create_study(directions=["maximize"] * len(OBJECTIVES), sampler=sampler)
         self._known: dict[str, tuple[float, ...] | None] = {}
         self._asked: dict[str, Any] = {}

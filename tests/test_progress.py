@@ -1,0 +1,98 @@
+"""What is seen while a study runs: lines where output is kept, a table on a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from sweeps.progress import Progress
+from tests.mlflow_store import config, failure, result
+
+
+def progress(planned=4, earlier=(), terminal=False):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=160, color_system=None)
+    return Progress("layers", planned, [r.to_row() for r in earlier], console), screen
+
+
+def test_a_line_for_every_trial():
+    shown, screen = progress()
+    with shown:
+        shown.started(1)
+        shown.finished(result(config(3)), 1)
+        shown.finished(failure(config(4), "OutOfMemoryError: 3 GiB [wanted]"), 0)
+    first, second = screen.getvalue().splitlines()
+    assert first.startswith("[1/4] 3.mlp_down breadth_first batch 10 lr 0.004 seed 0: reliability ")
+    assert "capability" in first and "left" in first
+    assert second.startswith("[2/4] 4.mlp_down") and "failed: OutOfMemoryError: 3 GiB [wanted]" in second
+    assert (shown.done, shown.failed) == (1, 1)
+
+
+def test_a_resumed_study_says_what_it_keeps_and_does_not_count_it_as_pace():
+    shown, screen = progress(planned=10, earlier=[result(config(layer)) for layer in range(6)])
+    with shown:
+        assert shown.seconds_left() is None
+        shown.began -= 30
+        shown.finished(result(config(7)), 1)
+        assert shown.seconds_left() == pytest.approx(30 * 3, rel=0.01), "three are open, and one took 30 s"
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == "layers: 6 of 10 trials were finished before and are kept"
+    assert lines[1].startswith("[7/10]")
+
+
+def test_nothing_is_left_after_the_last():
+    shown, screen = progress(planned=1)
+    with shown:
+        shown.finished(result(config(3)), 0)
+    assert shown.seconds_left() is None and "left" not in screen.getvalue()
+
+
+def test_a_divergence_is_called_so():
+    shown, screen = progress()
+    wild = result(config(3))
+    wild.metrics["diverged"] = 1.0
+    with shown:
+        shown.finished(wild, 0)
+    assert screen.getvalue().splitlines()[0].startswith("[1/4] 3.mlp_down") and "diverged" in screen.getvalue()
+
+
+def test_a_trial_heard_of_twice_counts_once():
+    shown, _ = progress()
+    with shown:
+        shown.finished(failure(config(3)), 1)
+        shown.finished(failure(config(3)), 1)
+        assert (shown.done, shown.failed) == (0, 1)
+        shown.finished(result(config(3)), 0)
+        shown.finished(result(config(3)), 0)
+    assert (shown.done, shown.failed) == (1, 0)
+
+
+def test_a_worker_that_died_is_told():
+    shown, screen = progress()
+    with shown:
+        shown.retried(config(3), "out of memory")
+    assert screen.getvalue().strip() == (
+        "3.mlp_down breadth_first batch 10 lr 0.004 seed 0: its worker died and it is tried again (out of memory)"
+    )
+
+
+def test_the_table_on_a_terminal():
+    shown, screen = progress(planned=9, earlier=[result(config(layer)) for layer in (1, 2)], terminal=True)
+    with shown:
+        shown.started(2)
+        shown.finished(result(config(3)), 1)
+        for seed in range(2):
+            shown.finished(failure(config(4, seed=seed), "[red] OutOfMemoryError"), 1)
+        shown._live.refresh()
+    text = screen.getvalue()
+    assert "layers: 3 done, 1 running, 2 failed of 9" in text
+    assert "2 failed" in text and "[red] OutOfMemoryError" in text, "a cause is text, not markup"
+    assert "front so far" in text and "breadth_first b10 lr 0.004 s0" in text
+    assert "[1/9]" not in text, "no lines between the redrawn table"
+
+
+def test_the_table_before_anything_came_in():
+    shown, screen = progress(terminal=True)
+    with shown:
+        shown._live.refresh()
+    assert "layers: 0 done, 0 running, 0 failed of 4" in screen.getvalue()
