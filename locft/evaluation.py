@@ -7,7 +7,7 @@ instead of it: teacher forcing hides the errors that follow the first one.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from locft.encoding import SupervisedLogits, TokenRow, encode_edit, encode_prompt
 from locft.models import LoadedModel
-from locft.requests import EditRequest, normalise_answer
+from locft.requests import ARTICLES, EditRequest, normalise_answer
 
 Kind = Literal["reliability", "generalization", "locality"]
 NEW_TOKENS = 32
@@ -93,23 +93,42 @@ def ask(
 ) -> tuple[Outcome, ...]:
     """Put the questions to the edited model.
 
-    logits: the same edited model as a function of rows. Where teacher forcing finds every expected token most likely, the
-    stopping one included, greedy generation must give exactly that answer, so it is not run; `generate_all` runs it all the
-    same (the plain way, for checking).
+    logits: the same edited model as a function of rows. One teacher-forced pass tells how far greedy generation follows the
+    expected answer: where that is to its end, the stopping token included, the answer is right; elsewhere what is known goes
+    on being generated only until it is decided, and a wrong answer is then left unfinished ("Lisb…"). `generate_all` generates
+    every answer to its end, the plain way.
     """
-    exact = exact_rows(logits, [question.row for question in questions])
-    open_ = [question for question, right in zip(questions, exact, strict=True) if generate_all or not right]
-    generated = iter(
-        greedy_answers(edited, [q.prompt for q in open_], [_dots(q) for q in open_], [_tokens(q) for q in open_])
-    )
-    outcomes = []
-    for question, right in zip(questions, exact, strict=True):
-        got = question.expected if right and not generate_all else next(generated).text
-        correct = normalise_answer(got) == normalise_answer(question.expected)
-        outcomes.append(
-            Outcome(question.edit_id, question.kind, question.prompt, question.expected, got, correct, right)
+    misses = first_misses(logits, [question.row for question in questions])
+    ends = _end_tokens(edited)
+    pending: dict[int, _Pending] = {}
+    texts: dict[int, str] = {}
+    for index, (question, (matched, token)) in enumerate(zip(questions, misses, strict=True)):
+        row = question.row
+        start = _Pending(row.token_ids[: row.start], (), _dots(question), _tokens(question), None)
+        if generate_all:
+            pending[index] = start
+        elif token is None:
+            texts[index] = question.expected
+        else:
+            begun = replace(start, known=(*row.target_ids[:matched], token), expected=question.expected)
+            if begun.done(edited.tokenizer, ends, begun.known):
+                texts[index] = begun.text(edited.tokenizer, ends, begun.known)
+            else:
+                pending[index] = begun
+    for index, ids in zip(pending, _generate_all(edited, list(pending.values())), strict=True):
+        texts[index] = pending[index].text(edited.tokenizer, ends, ids)
+    return tuple(
+        Outcome(
+            question.edit_id,
+            question.kind,
+            question.prompt,
+            question.expected,
+            texts[index],
+            normalise_answer(texts[index]) == normalise_answer(question.expected),
+            misses[index][1] is None,
         )
-    return tuple(outcomes)
+        for index, question in enumerate(questions)
+    )
 
 
 def edit_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -130,18 +149,22 @@ def edit_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def exact_rows(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> list[bool]:
-    """Per row: is every supervised token the most likely one at its place?"""
-    exact = [False] * len(rows)
+def first_misses(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> list[tuple[int, int | None]]:
+    """Per row: how many supervised tokens in a row are the most likely at their place, and what is instead of the next.
+
+    (all of them, None) where every token is the most likely one.
+    """
+    found: list[tuple[int, int | None]] = [(0, None)] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].token_ids))
     for start in range(0, len(rows), BATCH):
         batch = by_length[start : start + BATCH]
         best = logits([rows[index] for index in batch]).argmax(-1).tolist()  # (K,)
         for index in batch:
             expected = rows[index].target_ids
-            exact[index] = tuple(best[: len(expected)]) == expected
+            pairs = enumerate(zip(best, expected, strict=False))
+            found[index] = next(((at, got) for at, (got, wanted) in pairs if got != wanted), (len(expected), None))
             best = best[len(expected) :]
-    return exact
+    return found
 
 
 @torch.no_grad()
@@ -157,18 +180,65 @@ def greedy_answers(
     expected "St. Louis" has one inside), or after `new_tokens[i]` tokens (32 unless told). It depends on nothing else that
     is asked beside it. Models with a recurrent state are asked in batches of equal length, unpadded.
     """
-    tokens = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts]
-    allowed = list(dots) if dots is not None else [0] * len(prompts)
-    limits = list(new_tokens) if new_tokens is not None else [NEW_TOKENS] * len(prompts)
-    answers: list[Answer | None] = [None] * len(prompts)
-    alone = loaded.model.config.model_type in ONE_BY_ONE
-    for batch in _generation_batches(tokens, 1 if alone else BATCH, getattr(loaded.model, "_is_stateful", False)):
-        generated = _generate(
-            loaded, [tokens[i] for i in batch], [allowed[i] for i in batch], [limits[i] for i in batch]
-        )
-        for index, answer in zip(batch, generated, strict=True):
-            answers[index] = answer
-    return answers  # type: ignore[return-value]  # every index is in one batch
+    allowed = dots if dots is not None else [0] * len(prompts)
+    limits = new_tokens if new_tokens is not None else [NEW_TOKENS] * len(prompts)
+    pending = [
+        _Pending(encode_prompt(loaded.tokenizer, prompt), (), allowed[index], limits[index], None)
+        for index, prompt in enumerate(prompts)
+    ]
+    ends = _end_tokens(loaded)
+    generated = _generate_all(loaded, pending)
+    return [Answer(p.text(loaded.tokenizer, ends, ids), ids) for p, ids in zip(pending, generated, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An answer that is being generated."""
+
+    prompt_ids: tuple[int, ...]
+    known: tuple[int, ...]
+    """Its first tokens, found without generating."""
+    dots: int
+    """Full stops that belong to the answer."""
+    limit: int
+    """Tokens at most, the known ones included."""
+    expected: str | None
+    """When given, the answer need not go on once it can no longer equal this."""
+
+    def done(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], ids: Sequence[int]) -> bool:
+        """Need no token follow `ids`, the known ones included?"""
+        if ids[-1] in ends or len(ids) >= self.limit:
+            return True
+        said = _said(tokenizer, ids, ends)
+        return _ended(said, self.dots) or (self.expected is not None and cannot_become(said, self.expected))
+
+    def text(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], ids: Sequence[int]) -> str:
+        """The answer; with "…" where it was left unfinished."""
+        said = _said(tokenizer, ids, ends)
+        whole = ids[-1] in ends or len(ids) >= self.limit or _ended(said, self.dots)
+        return _cut(said, self.dots) if whole else said + "…"
+
+
+def cannot_become(said: str, expected: str) -> bool:
+    """Is it certain that no continuation of `said` equals `expected` after `normalise_answer`?
+
+    Whole words that were said stay; the last one may go on, or be an article, which does not count. Where normalisation is
+    less simple than that, nothing is certain.
+    """
+    wanted = normalise_answer(expected).split()
+    if not wanted or not "".join(wanted).isalnum() or set(wanted) & ARTICLES or "\ufffd" in said:
+        return False
+    chunks = said.split()
+    last = "" if not chunks or said[-1].isspace() else chunks.pop()
+    words = [w for w in normalise_answer(" ".join(chunks)).split() if w not in ARTICLES] if chunks else []
+    if not "".join(words).isalnum() and words:
+        return False
+    if words != wanted[: len(words)]:
+        return True
+    partial = normalise_answer(last) if last.isascii() and last.isalnum() else ""
+    if not partial or any(article.startswith(partial) for article in ARTICLES):
+        return False
+    return len(words) == len(wanted) or not wanted[len(words)].startswith(partial)
 
 
 def _tokens(question: Question) -> int:
@@ -180,67 +250,66 @@ def _dots(question: Question) -> int:
     return 0 if question.kind == "locality" else question.expected.count(".")
 
 
-def _generation_batches(tokens: Sequence[tuple[int, ...]], size: int, equal_lengths: bool) -> list[list[int]]:
+def _generate_all(loaded: LoadedModel, pending: Sequence[_Pending]) -> list[tuple[int, ...]]:
+    """The tokens of all answers, the known and the stopping ones included, in the order given."""
+    found: list[tuple[int, ...]] = [()] * len(pending)
+    alone = loaded.model.config.model_type in ONE_BY_ONE
+    size, equal_lengths = 1 if alone else BATCH, getattr(loaded.model, "_is_stateful", False)
     batches: list[list[int]] = []
-    for index in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
+
+    def length(index: int) -> int:
+        return len(pending[index].prompt_ids) + len(pending[index].known)
+
+    for index in sorted(range(len(pending)), key=length):
         last = batches[-1] if batches else []
-        mixed = equal_lengths and last and len(tokens[last[0]]) != len(tokens[index])
-        if not last or len(last) == size or mixed:
+        if not last or len(last) == size or (equal_lengths and length(last[0]) != length(index)):
             batches.append([])
         batches[-1].append(index)
-    return batches
+    for batch in batches:
+        for index, ids in zip(batch, _generate(loaded, [pending[i] for i in batch]), strict=True):
+            found[index] = ids
+    return found
 
 
-def _generate(
-    loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], dots: Sequence[int], new_tokens: Sequence[int]
-) -> list[Answer]:
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
+@torch.no_grad()
+def _generate(loaded: LoadedModel, pending: Sequence[_Pending]) -> list[tuple[int, ...]]:
+    begun = [p.prompt_ids + p.known for p in pending]
+    width = max(map(len, begun))
+    input_ids = torch.zeros(len(pending), width, dtype=torch.long)  # (B, T)
     mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    for row, ids in enumerate(begun):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
     ends = _end_tokens(loaded)
-    config = GenerationConfig(do_sample=False, max_new_tokens=max(new_tokens), eos_token_id=ends, pad_token_id=ends[0])
+    most = max(p.limit - len(p.known) for p in pending)
+    config = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=ends, pad_token_id=ends[0])
     # Whatever a call leaves open, `generate` takes from the model's own generation settings, and many models ship a
     # repetition penalty there: ask a view of the model (same weights) that has no settings but ours.
     model = copy.copy(loaded.model)
     model.generation_config = config
-    stop = _AnswerEnds(loaded.tokenizer, width, ends, dots, new_tokens)
+    stop = _AnswerEnds(loaded.tokenizer, width, ends, pending)
     out = model.generate(
         input_ids.to(loaded.model.device),
         attention_mask=mask.to(loaded.model.device),
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([stop]),
     )
-    answers = []
-    for row, ids in enumerate(out[:, width:].tolist()):
-        kept = tuple(ids[: stop.lengths[row]])
-        answers.append(Answer(_cut(_said(loaded.tokenizer, kept, ends), dots[row]), kept))
-    return answers
+    return [p.known + tuple(ids[: stop.lengths[row]]) for row, (p, ids) in enumerate(zip(pending, out[:, width:].tolist()))]
 
 
 class _AnswerEnds(StoppingCriteria):
-    """Tells `generate` which rows have said their answer, and remembers after how many tokens."""
+    """Tells `generate` which rows have said their answer, and remembers after how many new tokens."""
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        start: int,
-        ends: Sequence[int],
-        dots: Sequence[int],
-        new_tokens: Sequence[int],
+        self, tokenizer: PreTrainedTokenizerBase, start: int, ends: Sequence[int], pending: Sequence[_Pending]
     ):
-        self.tokenizer, self.start, self.ends, self.dots, self.new_tokens = tokenizer, start, ends, dots, new_tokens
-        self.lengths: list[int | None] = [None] * len(dots)
+        self.tokenizer, self.start, self.ends, self.pending = tokenizer, start, ends, pending
+        self.lengths: list[int | None] = [None] * len(pending)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         for row, ids in enumerate(input_ids[:, self.start :].tolist()):
-            if self.lengths[row] is None and (
-                ids[-1] in self.ends
-                or len(ids) >= self.new_tokens[row]
-                or _ended(_said(self.tokenizer, ids, self.ends), self.dots[row])
-            ):
+            answer = self.pending[row]
+            if self.lengths[row] is None and answer.done(self.tokenizer, self.ends, [*answer.known, *ids]):
                 self.lengths[row] = len(ids)
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 

@@ -28,6 +28,7 @@ BUILT_IN = ("atlas",)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+ARTICLES = frozenset({"a", "an", "the"})
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 

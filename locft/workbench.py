@@ -138,13 +138,16 @@ class Workbench:
             forward = self.engine.training_forward(position, self.rows, DTYPES[settings.precision])
         return finetune(self.loaded, self.rows, position, settings, forward)
 
-    def measure(self, delta: EditDelta) -> Measurement:
-        """All metrics of the edited model, by the names of the results table, in the model's own dtype."""
+    def measure(self, delta: EditDelta, *, whole_answers: bool = False) -> Measurement:
+        """All metrics of the edited model, by the names of the results table, in the model's own dtype.
+
+        whole_answers: generate wrong answers to their end, too, for people to read; it changes no metric.
+        """
         delta.require_base(self.loaded)
         started = time.perf_counter()
         edited = self._edited(delta)
         with applied(self.loaded, delta):
-            outcomes = ask(self.loaded, edited, self.questions)
+            outcomes = ask(self.loaded, edited, self.questions, generate_all=whole_answers)
         metrics = {**edit_metrics(outcomes), "n_edits": float(len(self.rows)), "delta_norm": delta.norm}
         metrics["merged_loss"] = mean_loss(edited, self.rows)
         metrics["evaluate_seconds"] = time.perf_counter() - started

@@ -260,7 +260,7 @@ def edit(
     if training.diverged:
         err.print(Text(f"the training diverged after {training.steps} steps: try a smaller --learning-rate"))
         raise typer.Exit(1)
-    measured = bench.measure(training.delta)
+    measured = bench.measure(training.delta, whole_answers=True)
     file = training.delta.save(folder)
     summary = {
         "model": model,
