@@ -142,11 +142,11 @@ def _when(value: Any) -> str:
 
 
 def _command(study: Mapping[str, Any], pick: Recommendation, found: pd.DataFrame) -> str:
-    """What to type to repeat the pick, quoted for a shell."""
+    """What to type to repeat the pick, quoted for a shell. The run knows its edits, with limit and sample."""
     run = found.loc[pick.trial_id, "run_id"] or pick.trial_id
-    model, edits = str(study.get("model", "MODEL")), str(study.get("edits_source") or "EDITS")
+    model = str(study.get("model", "MODEL"))
     out = f"{model.rstrip('/').split('/')[-1]}-{pick.position}"
-    return f"locft edit {shlex.quote(model)} --edits {shlex.quote(edits)} --from-run {run} --out {shlex.quote(out)}"
+    return f"locft edit {shlex.quote(model)} --from-run {run} --out {shlex.quote(out)}"
 
 
 def _bend(found: pd.DataFrame, front: ParetoFront, pick: Recommendation | None) -> str | None:

@@ -229,7 +229,7 @@ def test_a_plan_refuses_what_the_model_lacks_and_a_grid_without_end():
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("quickstart", 12), ("pipeline-check", 4), ("layer-sweep", 300), ("batch-ablation", 18)]
+    ("name", "count"), [("quickstart", 16), ("pipeline-check", 4), ("layer-sweep", 300), ("batch-ablation", 18)]
 )
 def test_ready_studies_have_the_trials_their_comments_say(name, count):
     assert make_plan(load_study(name), FACTS).count == count
@@ -245,10 +245,10 @@ def test_the_quickstart_covers_its_space():
             list(getattr(trial, axis) for trial in trials).count(value)
             for value in getattr(load_study("quickstart").space, axis)
         ]
-        assert len(counts) == 2 and min(counts) == max(counts) == 6
+        assert len(counts) == 2 and min(counts) == max(counts) == 8
 
 
-RATES = Calibration(forward_seconds_per_token=0.002, backward_seconds_per_token=0.003, step_seconds=0.1, spread=2.0)
+RATES = Calibration(training_seconds=5e-9, reading_seconds=2e-9, step_seconds=0.1, spread=2.0)
 
 
 def test_an_estimate_is_its_written_formula():
@@ -266,12 +266,13 @@ def test_an_estimate_is_its_written_formula():
     )
     plan = make_plan(make_study({"layer": 5, "module": "mlp", "batch_size": 4, "seed": [0, 1, 2]}, epochs=10), facts)
     got = estimate(plan, facts, RATES, concurrent=2)
-    training = 10 * (100 * (0.002 + 0.003 * (5 * 80 + 200) / 1000) + 2 * 0.1)
-    measuring = 0.002 * 2000
+    training = 10 * (5e-9 * (100 * 5 * 80 + 30 * 200) + 2 * 0.1)
+    measuring = 2e-9 * (2000 * (5 * 80 + 0.3 * 200) + 0.3 * 500 * 1000)
+    unedited = 2e-9 * 1000 * 2000
     assert got.seconds_per_trial == pytest.approx(training + measuring)
-    assert got.seconds == pytest.approx(20 + measuring + 2 * (training + measuring))  # two rounds of two workers
+    assert got.seconds == pytest.approx(20 + unedited + 3 / 2 * (training + measuring))
     assert got.seconds_high == pytest.approx(2 * got.seconds)
-    assert got.seconds_low == pytest.approx((20 + measuring + 2 * (training / 3 + measuring)) / 2)
+    assert got.seconds_low == pytest.approx((20 + unedited + 3 / 2 * (training / 3 + measuring)) / 2)
     assert got.peak_memory_bytes == 2 * (600_000_000 + 4 * 1000 + 16 * 40 + 12 * (4 * 100 // 6) * 50)
     assert got.trials == 3 and got.measured
 

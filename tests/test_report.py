@@ -155,7 +155,7 @@ def test_the_pick_is_one_sentence_with_the_command_that_repeats_it():
         " [−1.2, +0.3]." in found
     )
     assert "breadth-first, batch 32, learning rate 0.004, loss by edit, 25 epochs at most" in found
-    assert "locft edit tiny-model --edits atlas --from-run run-a --out tiny-model-22.mlp_down" in found
+    assert "locft edit tiny-model --from-run run-a --out tiny-model-22.mlp_down" in found
     assert recommend(study_results()).rule in found
 
 
@@ -163,7 +163,7 @@ def test_the_command_is_safe_to_paste_and_works_without_a_tracked_run():
     results = results_frame([row("a", run_id=None)])
     found = page(results, STUDY | {"model": "/models/my model; rm -rf", "edits_source": "a'b.jsonl"})["What was found"]
     assert (
-        "locft edit '/models/my model; rm -rf' --edits 'a'\"'\"'b.jsonl' --from-run a"
+        "locft edit '/models/my model; rm -rf' --from-run a"
         " --out 'my model; rm -rf-0.mlp_down'" in found
     )
 
