@@ -170,8 +170,11 @@ def status(study: StudyArgument, overrides: SetOption = None, tracking_uri: UriO
     from collections import Counter
 
     from sweeps.sweep import find_tracker, read_state
+    from sweeps.tracking_store import connect
 
     prepared = _prepared(study, overrides)
+    if tracking_uri:  # a store that is named should be there; the one that is not named may be still to come
+        connect(tracking_uri)
     state = read_state(prepared, find_tracker(prepared, tracking_uri))
     causes = Counter(state.results.loc[state.results["status"] == "failed", "error"])
     if as_json:

@@ -18,7 +18,7 @@ from sweeps.search import OBJECTIVES, TrialSearch
 from sweeps.study import study_to_yaml
 from sweeps.tracking import DatasetRecord, ModelRecord, Tracker
 from sweeps.tracking_store import connect
-from sweeps.tracking_uri import resolve_uri, sqlite_path
+from sweeps.tracking_uri import check_reachable, resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,10 +77,12 @@ class Sweep:
 def find_tracker(prepared: PreparedStudy, uri: str | None) -> Tracker | None:
     """The study's tracking store; None when nothing of the study is in it yet. Asking creates neither.
 
-    Raises InputError when the store cannot be reached.
+    Raises InputError when the store cannot be reached or written.
     """
-    path = sqlite_path(resolve_uri(uri))
+    resolved = resolve_uri(uri)
+    path = sqlite_path(resolved)
     if path is not None and not path.exists():
+        check_reachable(resolved)
         return None
     connect(uri)
     try:

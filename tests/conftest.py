@@ -1,7 +1,9 @@
 """What several test files share: a tiny model as a folder, one Ray for the whole session, MLflow stores made by copying."""
 
+import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -88,3 +90,32 @@ def write_study(folder: Path, tiny_folder: Path, **changes) -> Path:
     file = folder / f"{study['name']}.yaml"
     file.write_text(yaml.safe_dump(study), encoding="utf-8")
     return file
+
+
+class Said:
+    """What one call of the command left: exit code, both streams."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self):
+        assert self.out.count("\n") == 1 and self.out.endswith("\n"), "one JSON object, nothing else"
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def locft(monkeypatch, capfd):
+    """Calls the command in this process."""
+    from sweeps import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["locft", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err, err
+        return Said(left.value.code or 0, out, err)
+
+    return call

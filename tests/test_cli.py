@@ -11,37 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sweeps import cli
 from tests.conftest import write_study
 from tests.test_runner import TIMINGS
-
-
-class Said:
-    """What one call of the command left: exit code, both streams."""
-
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self):
-        assert self.out.count("\n") == 1 and self.out.endswith("\n"), "one JSON object, nothing else"
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def locft(monkeypatch, capfd):
-    """Calls the command in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["locft", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err, err
-        return Said(left.value.code or 0, out, err)
-
-    return call
 
 
 @pytest.fixture
