@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from locft.encoding import SupervisedLogits, TokenRow
 from locft.finetune import Forward
+from locft.frozen import freeze_linears
 from locft.models import LoadedModel
 from locft.packing import Pack, PrefixTree, pack_rows
 from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
@@ -154,6 +155,8 @@ class _Parts:
             if (config := getattr(module, "config", None)) is not None:
                 module.config = configs.setdefault(id(config), copy.copy(config))
                 module.config._attn_implementation = "eager"
+        if dtype == torch.bfloat16 and model.device.type == "cpu":
+            freeze_linears(self.model)
         self.head = head_view(self.model)
         self._tails: dict[tuple[int, int | None], PreTrainedModel] = {}
 
