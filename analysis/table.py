@@ -65,7 +65,8 @@ COLUMNS: dict[str, Column] = {
     "perplexity": Column(NUMBER, "of the edited model on plain text"),
     # what it took
     "train_loss": Column(NUMBER, "of the last epoch"),
-    "merged_loss": Column(NUMBER, "training objective over all edits after merging the edit into the model's own dtype"),
+    "trained_loss": Column(NUMBER, "mean loss of all edits at the end, in the precision of training"),
+    "merged_loss": Column(NUMBER, "the same after merging the edit into the model's own dtype: the gap is rounding"),
     "epoch_losses": Column(LIST, "mean loss of each epoch (breadth-first) or of each batch's last step (depth-first)"),
     "epochs_run": Column(NUMBER, "passes made"),
     "steps": Column(NUMBER, "optimiser steps taken"),
@@ -90,7 +91,7 @@ SETTING_AXES = (
 METRICS = (
     "reliability", "generalization", "locality", "reliability_tf", "generalization_tf", "locality_tf", "n_edits",
     "capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl", "perplexity",
-    "train_loss", "merged_loss", "epochs_run", "steps", "train_seconds", "evaluate_seconds", "capability_seconds", "seconds",
+    "train_loss", "trained_loss", "merged_loss", "epochs_run", "steps", "train_seconds", "evaluate_seconds", "capability_seconds", "seconds",
     "seconds_per_edit", "delta_norm",
 )  # fmt: skip
 """The metric columns that are averaged over seeds (besides capability.TASK)."""

@@ -25,6 +25,9 @@ from locft.reference import full_forward
 Pipeline = Literal["breadth_first", "depth_first"]
 LossAverage = Literal["edit", "token"]
 
+LOSS_ROWS = 64
+"""Edits whose loss is computed at once when all are looked at."""
+
 Forward = Callable[[Mapping[str, torch.Tensor]], SupervisedLogits]
 """Binds weights (parameter name -> tensor) that stand in for the model's own; gradients flow to them."""
 
@@ -66,6 +69,9 @@ class Training:
     diverged: bool
     """The loss or a weight became infinite or NaN; training stopped there, and the delta is of the last finite weights."""
     seconds: float
+    trained_loss: float | None = None
+    """Mean loss of all edits at the end, as training computes it: against the loss of the edit merged into the model's own
+    dtype it shows what rounding costs. None when training diverged."""
 
 
 def finetune(
@@ -84,12 +90,15 @@ def finetune(
     model = loaded.model
     base = {name: model.get_parameter(name).detach().float() for name in parameter_names(model, position)}
     weights = {name: value.clone().requires_grad_() for name, value in base.items()}
+    forward = forward or partial(full_forward, model)
     run = _breadth_first if settings.pipeline == "breadth_first" else _depth_first
     with torch.enable_grad():
-        progress = run(forward or partial(full_forward, model), weights, rows, settings)
+        progress = run(forward, weights, rows, settings)
     change = {name: (weights[name].detach() - base[name]).cpu() for name in weights}
     delta = EditDelta(str(position), loaded.fingerprint, change, asdict(settings))
-    return Training(delta, tuple(progress.losses), progress.steps, progress.diverged, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    trained_loss = None if progress.diverged else mean_loss(forward(weights), rows)
+    return Training(delta, tuple(progress.losses), progress.steps, progress.diverged, seconds, trained_loss)
 
 
 def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage) -> torch.Tensor:
@@ -100,6 +109,13 @@ def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAver
         return losses.mean()
     share = [1 / (len(row.target_ids) * len(rows)) for row in rows for _ in row.target_ids]
     return losses @ torch.tensor(share, device=logits.device)
+
+
+@torch.no_grad()
+def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> float:
+    """Mean loss of all edits, averaged by edit."""
+    parts = [rows[start : start + LOSS_ROWS] for start in range(0, len(rows), LOSS_ROWS)]
+    return sum(batch_loss(logits(part), part, "edit").item() * len(part) for part in parts) / len(rows)
 
 
 @dataclass

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from locft.benchmarks import Suite
 from locft.capability import (
     PROSE_TOKENS,
@@ -41,7 +39,7 @@ from locft.evaluation import (
     greedy_answers,
     locality_prompts,
 )
-from locft.finetune import Training, TrainingSettings, batch_loss, finetune
+from locft.finetune import Training, TrainingSettings, finetune, mean_loss
 from locft.models import DTYPES, LoadedModel
 from locft.positions import TuningPosition
 from locft.reference import full_forward
@@ -49,9 +47,6 @@ from locft.requests import EditSet
 from locft.tail import supports_tail
 
 _log = logging.getLogger(__name__)
-
-LOSS_ROWS = 64
-"""Edits whose loss is computed at once."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +185,6 @@ def measure_unedited(
         metrics |= capability_metrics(scores)
         metrics["perplexity"] = measure_perplexity(logits, suite)
     return Baseline(tuple(answers), scores, metrics)
-
-
-@torch.no_grad()
-def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> float:
-    """The training objective over all edits; of the edited weights merged into the model's own dtype, beside `train_loss`,
-    it shows what rounding them cost."""
-    parts = [rows[start : start + LOSS_ROWS] for start in range(0, len(rows), LOSS_ROWS)]
-    return sum(batch_loss(logits(part), part, "edit").item() * len(part) for part in parts) / len(rows)
 
 
 def capability_metrics(scores: SuiteScores) -> dict[str, float]:

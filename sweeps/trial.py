@@ -5,6 +5,7 @@ the model and returns a delta; measuring puts every edited weight back. So a tri
 before it in the process.
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -106,6 +107,8 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
         "steps": float(training.steps),
         "epochs_run": float(len(training.losses)) if config.pipeline == "breadth_first" else 1.0,
     }
+    if training.trained_loss is not None and math.isfinite(training.trained_loss):
+        metrics["trained_loss"] = training.trained_loss
     if training.losses:
         metrics["train_loss"] = training.losses[-1]
     metrics["seconds"] = time.perf_counter() - started
