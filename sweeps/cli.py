@@ -337,6 +337,55 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    model: ModelArgument = "smollm2-135m",
+    edits: EditsOption = "atlas",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Use the first N edits.")] = 100,
+    layers: Annotated[str | None, typer.Option(help="29,22 or all; default four over the depth.")] = None,
+    module: Annotated[str, typer.Option(help="What is trained in the layer.")] = "mlp_down",
+    batch_size: Annotated[str, typer.Option(help="Edits per step; the first is the study's.")] = "10,100",
+    repeats: Annotated[int, typer.Option(help="Pairs of steps; of measurements, at most 2.")] = 5,
+    epochs: Annotated[int, typer.Option(help="Of the study's trials, at most.")] = 25,
+    threads: ThreadsOption = None,
+    precision: Annotated[str | None, typer.Option(help="Of the engine: float32 or bfloat16; default the faster.")] = None,
+    stages: Annotated[str, typer.Option(help="Which are measured.")] = "training_step,edit_metrics,capability,study",
+    whole_study: Annotated[bool, typer.Option("--whole-study", help="Run the reference's study, too: hours.")] = False,
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Measure the engine against the plain full forward on this machine, side by side."""
+    from locft.bench import COLUMNS, read_settings, report_lines, report_rows, run_bench
+    from locft.benchmarks import load_suite
+    from locft.models import load_model, load_structure
+    from locft.requests import load_edits
+
+    requests = load_edits(_edits(edits, limit).source, limit=limit)
+    settings = read_settings(
+        load_structure(model, trust_remote_code=trust_remote_code),
+        len(requests.requests),
+        threads=threads or os.cpu_count() or 1,
+        layers=layers,
+        module=module,
+        batch_size=batch_size,
+        repeats=repeats,
+        epochs=epochs,
+        precision=precision,
+        stages=stages,
+        whole_study=whole_study,
+    )
+    loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
+    result = run_bench(loaded, requests, load_suite("probes"), settings, say=lambda line: err.print(Text(line)))
+    if as_json:
+        return _print_json(result)
+    table = _table(None, *COLUMNS)
+    for row in report_rows(result):
+        table.add_row(*row)
+    _print_wide(table)
+    for line in report_lines(result):
+        out.print(Text(line), soft_wrap=True)
+
+
+@app.command()
 def ui(
     tracking_uri: UriOption = None,
     port: Annotated[int | None, typer.Option(help="Default 5000, or the next free port.")] = None,

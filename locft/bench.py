@@ -1,0 +1,259 @@
+"""The engine against the reference loop, side by side in one process: `locft bench`.
+
+Both sides get the same batches, the same starting weights and the same questions, one right after the other (reference,
+engine, reference, engine, ...), so that whatever else the machine does hits both; a ratio is that of one such pair.
+What they compute is compared too: a fast wrong answer is not a fast answer.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from locft.allocator import keep_freed_memory
+from locft.bench_stages import LEARNING_RATE, SEED, BenchSettings, Say, measurements, study_race, timed, training_step
+from locft.benchmarks import Suite
+from locft.capability import encode_suite, suite_rows
+from locft.encoding import encode_edits
+from locft.engine import TailEngine
+from locft.errors import InputError
+from locft.evaluation import edit_questions, greedy_answers, locality_prompts
+from locft.machine import MATRIX_ROWS, describe_machine, matrix_speed, peak_memory
+from locft.models import DTYPES, LoadedModel, training_precision
+from locft.positions import TuningPosition, n_layers, parameter_names
+from locft.reference import full_forward
+from locft.requests import EditSet
+from locft.tail import supports_tail
+from locft.workbench import Baseline, Workbench, measure_unedited
+
+STAGES = ("training_step", "edit_metrics", "capability", "study")
+PRECISIONS = ("float32", "bfloat16")
+DEPTHS = (1.0, 0.76, 0.52, 0.21)
+"""Relative depths of the layers measured when none are named: 29, 22, 15 and 6 of 30."""
+COLUMNS = ("layer", "stage", "reference s", "engine s", "ratio", "tokens/s", "of speed", "added MiB", "differing")
+"""Of the table. Tokens/s and the share of the measured speed are the engine's; added memory is reference / engine."""
+
+
+def read_settings(
+    structure: PreTrainedModel,
+    edits: int,
+    *,
+    threads: int,
+    layers: str | None = None,
+    module: str = "mlp_down",
+    batch_size: str = "10,100",
+    repeats: int = 5,
+    epochs: int = 25,
+    precision: str | None = None,
+    stages: str = ",".join(STAGES),
+    whole_study: bool = False,
+) -> BenchSettings:
+    """Check the options as they are written. structure: the model, with or without weights; edits: how many there are.
+
+    layers: "all", numbers with commas, or None for four over the depth. Raises one InputError with every problem.
+    """
+    problems: list[str] = []
+    count = n_layers(structure)
+    if layers is None:
+        chosen = tuple(dict.fromkeys(round(depth * (count - 1)) for depth in DEPTHS))
+    elif layers.strip() == "all":
+        chosen = tuple(reversed(range(count)))
+    else:
+        chosen = _numbers("--layers", layers, "all, or layer numbers with commas such as 29,22", problems)
+    for layer in chosen:
+        try:
+            parameter_names(structure, TuningPosition(layer, module))
+        except InputError as error:
+            problems += [f"--layers {layer}, --module {module}: {problem}" for problem in error.problems]
+    sizes = _numbers("--batch-size", batch_size, "numbers of edits with commas such as 10,100", problems)
+    wrong = [size for size in sizes if not 1 <= size <= edits]
+    problems += [f"--batch-size {size}: there are {edits} edits; expected 1 to {edits}" for size in wrong]
+    for name, value in (("--repeats", repeats), ("--epochs", epochs), ("--threads", threads)):
+        if value < 1:
+            problems.append(f"{name} {value}: expected at least 1")
+    precision = precision or training_precision("cpu")
+    if precision not in PRECISIONS:
+        problems.append(f"--precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    wanted = tuple(dict.fromkeys(part.strip() for part in stages.split(",")))
+    unknown = [stage for stage in wanted if stage not in STAGES]
+    problems += [f"--stages: there is no stage {stage!r}; stages are {', '.join(STAGES)}" for stage in unknown]
+    if whole_study and "study" not in wanted:
+        problems.append("--whole-study: the stage study is not among --stages")
+    if not problems and (reason := supports_tail(structure)):
+        problems.append(f"there is no engine to compare the reference with: {reason}")
+    if problems:
+        raise InputError(dict.fromkeys(problems))
+    return BenchSettings(chosen, module, sizes, repeats, epochs, precision, wanted, threads, whole_study)
+
+
+def run_bench(
+    loaded: LoadedModel, edits: EditSet, suite: Suite | None, settings: BenchSettings, say: Say = lambda line: None
+) -> dict[str, Any]:
+    """Measure; JSON-able: machine, layers (layer -> stage -> figures), mean_ratio (stage -> mean over layers), study.
+
+    suite: of the stages capability and study. say: told what is going on, a line at a time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(SEED)
+    keep_freed_memory()
+    try:
+        machine = describe_machine() | _matrix_gflops(loaded.model, settings)
+        speeds = ", ".join(f"{name} {value:.0f}" for name, value in machine["matrix_gflops"].items())
+        say(f"{machine['cpu']}, {settings.threads} threads; GFLOP/s of matrix products: {speeds}")
+        bench, prepared = _prepare(loaded, edits, suite, settings, say)
+        layers: dict[str, dict[str, Any]] = {}
+        for layer in settings.layers:
+            position = TuningPosition(layer, settings.module)
+            found: dict[str, Any] = {}
+            if "training_step" in settings.stages:
+                for number, size in enumerate(settings.batch_sizes):
+                    name = f"training_step_batch_{size}" if number else "training_step"
+                    found[name] = training_step(bench, position, size, settings, machine["matrix_gflops"])
+                    say(f"{position} {name}: {_line(found[name])}")
+            if {"edit_metrics", "capability"} & set(settings.stages):
+                measured = measurements(bench, position, settings)
+                found |= measured
+                for name, entry in measured.items():
+                    say(f"{position} {name}: {_line(entry)}")
+            layers[str(layer)] = found
+        study = {**_about(loaded, edits, settings), **prepared}
+        if "study" in settings.stages:
+            study |= study_race(bench, prepared, settings, say)
+        machine["peak_memory_bytes"] = peak_memory()
+        return {"machine": machine, "layers": layers, "mean_ratio": _mean_ratios(layers), "study": study}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def report_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The figures of every layer and stage as the cells of a table, under `COLUMNS`."""
+    rows = []
+    for layer, found in result["layers"].items():
+        for name, entry in found.items():
+            spread = f"{entry['ratio']:.1f}x ({entry['ratio_low']:.1f} to {entry['ratio_high']:.1f})"
+            cells = [layer, name, _seconds(entry["reference_seconds"]), _seconds(entry["engine_seconds"]), spread]
+            if "share_of_matrix_speed" in entry:
+                memory = [entry[f"{side}_added_bytes"] for side in ("reference", "engine")]
+                cells += [
+                    f"{entry['engine_tokens_per_second']:,.0f}",
+                    f"{100 * entry['share_of_matrix_speed']:.0f}%",
+                    "-" if None in memory else " / ".join(f"{value / 2**20:.0f}" for value in memory),
+                    f"loss by {entry['loss_difference']:.1g}",
+                ]
+            else:
+                compared = [what for what in ("questions", "items") if what in entry]
+                differing = [f"{entry[f'{what}_differing']} of {entry[what]} {what}" for what in compared]
+                cells += ["", "", "", ", ".join(differing)]
+            rows.append(tuple(cells))
+    return rows
+
+
+def report_lines(result: Mapping[str, Any]) -> list[str]:
+    """Machine, mean ratios, boundary pass and study in sentences."""
+    machine, study = result["machine"], result["study"]
+    speeds = ", ".join(f"{name} {value:.0f}" for name, value in machine["matrix_gflops"].items())
+    boundary = study["boundary"]
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} threads; GFLOP/s of matrix products: {speeds}; "
+        f"peak resident memory {machine['peak_memory_bytes'] / 2**30:.2f} GiB",
+        f"boundary pass: {boundary['tokens']:,} tokens, {boundary['layers']} layer(s), "
+        f"{boundary['bytes'] / 2**20:.0f} MiB in {_seconds(boundary['seconds'])} s",
+        *(f"mean ratio of {name}: {ratio:.1f}x" for name, ratio in result["mean_ratio"].items()),
+    ]
+    if "ratio" in study:
+        how = ""
+        if study["estimated"]:
+            at = ", ".join(map(str, study["reference_measured_at_layers"]))
+            how = f" (the reference's is estimated from steps and measurements at layers {at})"
+        lines.append(
+            f"study of {study['positions']} positions, {study['edits']} edits, at most {study['epochs']} epochs: "
+            f"{study['reference_seconds']:.0f} s against {study['engine_seconds']:.0f} s, {study['ratio']:.1f}x{how}"
+        )
+    return lines
+
+
+def _prepare(
+    loaded: LoadedModel, edits: EditSet, suite: Suite | None, settings: BenchSettings, say: Say
+) -> tuple[Workbench, dict[str, Any]]:
+    """As `Workbench.prepare`, but only what the stages ask for, with the parts timed. The states stay in memory."""
+    asks = bool({"edit_metrics", "study"} & set(settings.stages))
+    scores = bool({"capability", "study"} & set(settings.stages))
+    if scores and suite is None:
+        raise ValueError("the stages capability and study need a suite")
+    requests = edits.requests if asks else ()
+    encoded = encode_suite(loaded.tokenizer, suite) if scores and suite else None
+    rows = encode_edits(loaded.tokenizer, edits.requests)
+    answers = greedy_answers(loaded, locality_prompts(requests)) if asks else []
+    questions = edit_questions(loaded.tokenizer, requests, answers)
+    every = [*rows, *(question.row for question in questions), *(suite_rows(encoded) if encoded else ())]
+    with torch.no_grad():
+        full_forward(loaded.model)(rows[:1])  # reads the weights into memory, which is no part of the pass
+    engine, seconds = timed(lambda: TailEngine(loaded, every, settings.layers, on_disk=False))
+    boundary = {
+        "seconds": seconds,
+        "tokens": len(engine.tree),
+        "bytes": sum(states.nbytes for states in engine.states.layers.values()),
+        "layers": len(engine.states.layers),
+    }
+    say(
+        f"boundary: {boundary['tokens']:,} tokens, {boundary['layers']} layer(s), "
+        f"{boundary['bytes'] / 2**20:.0f} MiB in {boundary['seconds']:.2f} s"
+    )
+    engine.forward(n_layers(loaded.model) - 1, DTYPES[settings.precision])  # the weights in that dtype, once a process
+    prepared: dict[str, Any] = {"boundary": boundary}
+    baseline = Baseline(tuple(answers), None)
+    if questions or encoded:
+        measure = partial(measure_unedited, loaded, answers=answers, questions=questions, suite=encoded)
+        baseline, seconds = timed(lambda: measure(logits=engine.unedited()))
+        prepared["unedited"] = {"engine_seconds": seconds}
+        if "study" in settings.stages:
+            prepared["unedited"]["reference_seconds"] = timed(lambda: measure(logits=full_forward(loaded.model)))[1]
+        say("unedited model measured: " + ", ".join(f"{n} {s:.2f}" for n, s in prepared["unedited"].items()))
+    return Workbench(loaded, rows, questions, encoded, baseline, engine), prepared
+
+
+def _mean_ratios(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    names = dict.fromkeys(name for found in layers.values() for name in found)
+    return {name: statistics.mean(found[name]["ratio"] for found in layers.values()) for name in names}
+
+
+def _matrix_gflops(model: PreTrainedModel, settings: BenchSettings) -> dict[str, Any]:
+    """Measured at the largest trained matrix, in billions of operations per second."""
+    position = TuningPosition(settings.layers[0], settings.module)
+    shapes = [model.get_parameter(name).shape for name in parameter_names(model, position)]
+    matrices = [shape for shape in shapes if len(shape) == 2] or [model.get_output_embeddings().weight.shape]
+    leaving, entering = max(matrices, key=math.prod)
+    speeds = {name: matrix_speed(entering, leaving, DTYPES[name]) / 1e9 for name in PRECISIONS}
+    return {"matrix_gflops": speeds, "matrix_shape": [MATRIX_ROWS, entering, leaving]}
+
+
+def _about(loaded: LoadedModel, edits: EditSet, settings: BenchSettings) -> dict[str, Any]:
+    return {
+        "model": loaded.name,
+        "edits": len(edits.requests),
+        "module": settings.module,
+        "precision": settings.precision,
+        "seed": SEED,
+        "learning_rate": LEARNING_RATE,
+    }
+
+
+def _numbers(name: str, text: str, expected: str, problems: list[str]) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        problems.append(f"{name} {text!r}: expected {expected}")
+        return ()
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return f"{entry['reference_seconds']:.3f} s against {entry['engine_seconds']:.3f} s, {entry['ratio']:.1f}x"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"

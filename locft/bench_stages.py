@@ -1,0 +1,308 @@
+"""The stages of `locft bench`: pairs of training steps, pairs of measurements, and a study of trials, on both sides.
+
+Counting arithmetic. A step's floating-point operations are those that it cannot do without: for each token 2 per matrix
+element forward and 2 backward through the activations in the layers above the trained one; 2 forward and 2 for the
+gradient in the trained matrices; 2 and 2 in the head for each supervised token. In the last layer the trained matrices
+count for supervised tokens only, as no other token matters there. Not counted: attention scores, norms, padding, the
+optimiser, experts and convolutions, and what the engine computes of the trained layer itself where it cannot begin
+behind the matrix. So the share of the machine's speed that is reported errs on the low side.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from locft.capability import score_suite
+from locft.delta import EditDelta
+from locft.encoding import TokenRow
+from locft.finetune import Forward, TrainingSettings, batch_loss
+from locft.machine import added_memory
+from locft.models import DTYPES, LoadedModel
+from locft.packing import pack_rows
+from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
+from locft.reference import full_forward
+from locft.workbench import Measurement, Workbench
+
+LEARNING_RATE = 4e-3
+SEED = 0
+MEASUREMENTS = 2
+"""Pairs of measurements at most: they last seconds each, where a step lasts milliseconds."""
+BRIEF_EPOCHS = 8
+"""Training before a measurement: enough that the edited model answers differently from the unedited one."""
+SAMPLED = 3
+"""Layers at which the reference is measured for an estimate of a whole study."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is measured; made by `read_settings`."""
+
+    layers: tuple[int, ...]
+    module: str
+    batch_sizes: tuple[int, ...]
+    """Edits per step; the first is also that of the study."""
+    repeats: int
+    """Pairs of steps; of measurements at most `MEASUREMENTS`."""
+    epochs: int
+    """Of the study, at most."""
+    precision: str
+    """In which the engine trains; the reference computes in the model's own dtype."""
+    stages: tuple[str, ...]
+    threads: int
+    whole_study: bool = False
+    """Run every trial of the reference's study instead of estimating it from measured steps and measurements."""
+
+    def training(self, epochs: int) -> TrainingSettings:
+        return TrainingSettings(
+            batch_size=self.batch_sizes[0],
+            learning_rate=LEARNING_RATE,
+            epochs=epochs,
+            seed=SEED,
+            precision=self.precision,
+        )
+
+
+def step_flops(model: PreTrainedModel, position: TuningPosition, tokens: int, supervised: int) -> int:
+    """Floating-point operations that a training step cannot do without, as the head of this file counts them.
+
+    tokens: of the batch, shared beginnings once. supervised: those of them that are trained on.
+    """
+    above = sum(_matrix_elements(layer.parameters()) for layer in decoder_layers(model)[position.layer + 1 :])
+    trained = _matrix_elements(model.get_parameter(name) for name in parameter_names(model, position))
+    head = model.get_output_embeddings().weight.numel()
+    entering = supervised if position.layer + 1 == n_layers(model) else tokens
+    return 4 * (tokens * above + entering * trained + supervised * head)
+
+
+def drawn_batches(rows: Sequence[TokenRow], size: int, count: int) -> list[list[TokenRow]]:
+    """So many whole batches, drawn as epochs are; the same for both sides and in every run."""
+
+    def forever() -> Iterator[list[TokenRow]]:
+        order = torch.Generator().manual_seed(SEED)
+        while True:
+            drawn = torch.randperm(len(rows), generator=order).tolist()
+            for start in range(0, len(rows) - size + 1, size):
+                yield [rows[index] for index in drawn[start : start + size]]
+
+    batches = forever()
+    return [next(batches) for _ in range(count)]
+
+
+class Trainee:
+    """One side of a race of training steps: trained copies, their Adam, and how logits are computed."""
+
+    def __init__(self, loaded: LoadedModel, position: TuningPosition, forward: Forward):
+        model = loaded.model
+        names = parameter_names(model, position)
+        self.weights = {name: model.get_parameter(name).detach().float().clone().requires_grad_() for name in names}
+        self.optimiser = torch.optim.Adam(self.weights.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self.forward = forward
+
+    @torch.enable_grad()
+    def step(self, batch: Sequence[TokenRow]) -> tuple[float, float]:
+        """One optimiser step as of `locft.finetune`, never skipped: the loss before it, and its seconds."""
+        started = time.perf_counter()
+        loss = batch_loss(self.forward(self.weights)(batch), batch, "edit")
+        value = loss.item()
+        gradients = torch.autograd.grad(loss, list(self.weights.values()))
+        if not all(torch.isfinite(gradient).all() for gradient in gradients):
+            raise FloatingPointError(f"a gradient is not finite at loss {value}")
+        for weight, gradient in zip(self.weights.values(), gradients, strict=True):
+            weight.grad = gradient
+        self.optimiser.step()
+        return value, time.perf_counter() - started
+
+
+def training_step(
+    bench: Workbench, position: TuningPosition, size: int, settings: BenchSettings, gflops: Mapping[str, float]
+) -> dict[str, Any]:
+    """Pairs of steps on the same batches. Both sides begin with the same weights and follow their own gradients."""
+    loaded, engine = bench.loaded, bench.engine
+    batches = drawn_batches(bench.rows, size, settings.repeats + 1)
+    make_forward = partial(engine.training_forward, position, bench.rows, DTYPES[settings.precision])
+    forward, setup_seconds = timed(make_forward)
+    reference = Trainee(loaded, position, partial(full_forward, loaded.model))
+    fast = Trainee(loaded, position, forward)
+    steps = [(reference.step(batch), fast.step(batch)) for batch in batches]
+    differences = [_difference(theirs, ours) for (theirs, _), (ours, _) in steps]
+    exact = Trainee(loaded, position, engine.training_forward(position, bench.rows, torch.float32)).step(batches[0])[0]
+    counted = steps[1:]  # the first pair warms up
+    tokens, shares, engine_rates, reference_rates = [], [], [], []
+    for batch, ((_, slow), (_, quick)) in zip(batches[1:], counted, strict=True):
+        computed = int((pack_rows(engine.tree, batch, engine.limit).nodes >= 0).sum())
+        flops = step_flops(loaded.model, position, computed, sum(len(row.target_ids) for row in batch))
+        shares.append(flops / quick / (gflops[settings.precision] * 1e9))
+        tokens.append(sum(len(row.token_ids) for row in batch))
+        engine_rates.append(tokens[-1] / quick)
+        reference_rates.append(tokens[-1] / slow)
+    return {
+        **_pairs([slow for (_, slow), _ in counted], [quick for _, (_, quick) in counted]),
+        "batch_size": size,
+        "precision": settings.precision,
+        "tokens": statistics.median(tokens),
+        "reference_tokens_per_second": statistics.median(reference_rates),
+        "engine_tokens_per_second": statistics.median(engine_rates),
+        "share_of_matrix_speed": statistics.median(shares),
+        "first_loss_difference": differences[0],  # of the same weights
+        "first_loss_difference_float32": _difference(steps[0][0][0], exact),
+        "loss_difference": max(differences),
+        "setup_seconds": setup_seconds,
+        "reference_added_bytes": added_memory(
+            lambda: Trainee(loaded, position, partial(full_forward, loaded.model)).step(batches[0])
+        ),
+        "engine_added_bytes": added_memory(lambda: Trainee(loaded, position, make_forward()).step(batches[0])),
+    }
+
+
+def measurements(bench: Workbench, position: TuningPosition, settings: BenchSettings) -> dict[str, dict[str, Any]]:
+    """The two parts of `Workbench.measure` on one briefly trained delta, with and without the engine."""
+    if "capability" not in settings.stages:
+        bench = replace(bench, suite=None)
+    delta = bench.train(position, settings.training(min(settings.epochs, BRIEF_EPOCHS))).delta
+    if "edit_metrics" not in settings.stages:
+        bench = replace(bench, questions=(), rows=bench.rows[:1])
+    plain = replace(bench, engine=None)
+    items = _items_differing(bench, delta)  # untimed: it warms up, too
+    pairs = [(plain.measure(delta), bench.measure(delta)) for _ in range(min(settings.repeats, MEASUREMENTS))]
+    theirs, ours = pairs[0]
+    found: dict[str, dict[str, Any]] = {}
+    seconds = {"edit_metrics": "evaluate_seconds", "capability": "capability_seconds"}
+    chosen = {name: key for name, key in seconds.items() if name in settings.stages}
+    for name, key in chosen.items():
+        found[name] = _pairs([a.metrics[key] for a, _ in pairs], [b.metrics[key] for _, b in pairs])
+    if "edit_metrics" in found:
+        found["edit_metrics"] |= _differences(theirs, ours)
+    if "capability" in found:
+        found["capability"] |= {
+            **items,
+            **{f"{name}_difference": _relative(theirs, ours, name) for name in ("drift_kl", "perplexity")},
+        }
+    if len(chosen) == 2:
+        sums = [[sum(m.metrics[key] for key in chosen.values()) for m in pair] for pair in pairs]
+        found["edit_metrics_and_capability"] = _pairs([a for a, _ in sums], [b for _, b in sums])
+    return found
+
+
+def study_race(bench: Workbench, prepared: Mapping[str, Any], settings: BenchSettings, say: Say) -> dict[str, Any]:
+    """All positions one after the other in this process: the engine's whole cost against the reference's.
+
+    Unless the whole study is asked for, the reference's trials are estimated: the steps that the engine's trial took,
+    times the reference's seconds per step, plus its seconds per measurement; both are measured at `SAMPLED` layers and
+    interpolated between them. Steps that were skipped count nothing there, which favours the reference.
+    """
+    plain = replace(bench, engine=None)
+    training = settings.training(settings.epochs)
+    layers = sorted(settings.layers)
+    at = np.linspace(0, len(layers) - 1, min(SAMPLED, len(layers))).round().astype(int)
+    sampled = layers if settings.whole_study else [layers[index] for index in at]
+    trials, step_seconds, measure_seconds = [], [], []
+    for layer in layers:
+        position = TuningPosition(layer, settings.module)
+        trained, seconds = timed(partial(bench.train, position, training))
+        measured, more = timed(partial(bench.measure, trained.delta))
+        trial = {"layer": layer, "steps": trained.steps, "diverged": trained.diverged, "engine_seconds": seconds + more}
+        if settings.whole_study:
+            again, seconds = timed(partial(plain.train, position, training))
+            theirs, more = timed(partial(plain.measure, again.delta))
+            trial |= {"reference_seconds": seconds + more, **_metric_differences(theirs, measured)}
+        elif layer in sampled:
+            step_seconds.append(_reference_step_seconds(bench, position, settings))
+            theirs, seconds = timed(partial(plain.measure, trained.delta))
+            measure_seconds.append(seconds)
+            trial |= _metric_differences(theirs, measured)
+        trials.append(trial)
+        say(f"study: {position}: {trained.steps} steps, {trial['engine_seconds']:.1f} s with the engine")
+    if not settings.whole_study:
+        for trial in trials:
+            step, measure = (float(np.interp(trial["layer"], sampled, s)) for s in (step_seconds, measure_seconds))
+            trial["reference_seconds"] = trial["steps"] * step + measure
+    sides = ("reference_seconds", "engine_seconds")
+    totals = {side: prepared["unedited"][side] + sum(trial[side] for trial in trials) for side in sides}
+    totals["engine_seconds"] += prepared["boundary"]["seconds"]
+    return {
+        "positions": len(trials),
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_sizes[0],
+        **totals,
+        "ratio": totals["reference_seconds"] / totals["engine_seconds"],
+        "estimated": not settings.whole_study,
+        "reference_measured_at_layers": sampled,
+        "trials": trials,
+    }
+
+
+def _difference(theirs: float, ours: float) -> float:
+    """Of two losses, relative to the reference's."""
+    return abs(ours - theirs) / max(abs(theirs), 1e-3)
+
+
+def _reference_step_seconds(bench: Workbench, position: TuningPosition, settings: BenchSettings) -> float:
+    trainee = Trainee(bench.loaded, position, partial(full_forward, bench.loaded.model))
+    batches = drawn_batches(bench.rows, settings.batch_sizes[0], settings.repeats + 1)
+    return statistics.median([trainee.step(batch)[1] for batch in batches][1:])
+
+
+def _differences(theirs: Measurement, ours: Measurement) -> dict[str, int]:
+    """How many questions the two sides judge differently, and how many answers read differently."""
+    both = list(zip(theirs.outcomes, ours.outcomes, strict=True))
+    return {
+        "questions": len(both),
+        "questions_differing": sum((a.correct, a.correct_tf) != (b.correct, b.correct_tf) for a, b in both),
+        "answers_differing": sum(a.got != b.got for a, b in both),
+    }
+
+
+def _items_differing(bench: Workbench, delta: EditDelta) -> dict[str, int]:
+    """How many capability items the two sides score differently."""
+    if bench.suite is None:
+        return {}
+    weights = delta.weights(bench.loaded.model)
+    ours = bench.engine.forward(TuningPosition.parse(delta.position).layer)(weights)
+    scores = [score_suite(logits, bench.suite) for logits in (full_forward(bench.loaded.model, weights), ours)]
+    right = [[mark for task in score.correct.values() for mark in task] for score in scores]
+    return {"items": len(right[0]), "items_differing": sum(a != b for a, b in zip(*right, strict=True))}
+
+
+def _metric_differences(theirs: Measurement, ours: Measurement) -> dict[str, float]:
+    names = ("reliability", "generalization", "locality", "capability")
+    return {f"{n}_difference": abs(theirs.metrics[n] - ours.metrics[n]) for n in names if n in theirs.metrics}
+
+
+def _relative(theirs: Measurement, ours: Measurement, name: str) -> float:
+    """NaN where one of them is infinite."""
+    expected = theirs.metrics.get(name, math.nan)
+    return abs(ours.metrics.get(name, math.nan) - expected) / max(abs(expected), 1e-9)
+
+
+def _pairs(reference: Sequence[float], engine: Sequence[float]) -> dict[str, Any]:
+    ratios = [slow / quick for slow, quick in zip(reference, engine, strict=True)]
+    return {
+        "reference_seconds": statistics.median(reference),
+        "engine_seconds": statistics.median(engine),
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "repeats": len(ratios),
+    }
+
+
+def _matrix_elements(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter.ndim == 2)
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What the work returns, and its seconds."""
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
