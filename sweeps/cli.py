@@ -50,7 +50,8 @@ EDITS = "atlas, an edit file, or a data set's hub id."
 EditsOption = Annotated[str, typer.Option("--edits", help=EDITS)]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: space.layer=[3,7]. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: space.layer=[3,7]. Repeatable."),
 ]
 UriOption = Annotated[
     str | None,
@@ -88,9 +89,10 @@ def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_co
 
     found = list_positions(load_structure(model, trust_remote_code=trust_remote_code))
     if as_json:
+        shapes = [dict(zip(p.names, map(list, p.shapes), strict=True)) for p in found]
         rows = [
-            {"position": str(p.position), "parameters": dict(zip(p.names, map(list, p.shapes), strict=True)), "size": p.size}
-            for p in found
+            {"position": str(p.position), "parameters": parameters, "size": p.size}
+            for p, parameters in zip(found, shapes, strict=True)
         ]
         return _print_json({"model": model, "positions": rows})
     table = _table(f"{model}: {len(found)} tuning positions", "position", "size", "parameter", "shape")
@@ -165,7 +167,9 @@ def sweep(
 
 
 @app.command()
-def status(study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False):
+def status(
+    study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False
+) -> None:
     """Say how far STUDY is: done, failed (with causes), left."""
     from collections import Counter
 
@@ -218,7 +222,9 @@ def edit(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the delta and its metrics.")],
     edits: Annotated[str | None, typer.Option("--edits", help=EDITS)] = None,
     position: Annotated[str | None, typer.Option("--position", help="LAYER.MODULE, such as 22.mlp_down.")] = None,
-    from_run: Annotated[str | None, typer.Option("--from-run", help="Repeat the trial of this MLflow run, but for other options given.")] = None,
+    from_run: Annotated[
+        str | None, typer.Option("--from-run", help="Repeat the trial of this MLflow run, but for other options given.")
+    ] = None,
     pipeline: Annotated[str | None, typer.Option(help="breadth_first (default) or depth_first.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Edits per step; default 32.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam; default 0.0005.")] = None,
@@ -255,9 +261,15 @@ def edit(
     where = TuningPosition.parse(chosen.position)
     _writable(folder / "edit.json")
     parameter_names(load_structure(model, trust_remote_code=trust_remote_code), where)
-    threads, device = threads or chosen.threads, device or chosen.device
     bench = _workbench(
-        model, chosen.edits, chosen.capability, chosen.dtype, device, threads, trust_remote_code, chosen.model_fingerprint
+        model,
+        chosen.edits,
+        chosen.capability,
+        chosen.dtype,
+        device or chosen.device,
+        threads or chosen.threads,
+        trust_remote_code,
+        chosen.model_fingerprint,
     )
     training = bench.train(where, chosen.training)
     if training.diverged:
@@ -314,7 +326,7 @@ def apply(
 def evaluate(
     model: ModelArgument,
     edits: EditsOption,
-    delta: Annotated[Path | None, typer.Option("--delta", help="A delta to evaluate; default: the model as it is.")] = None,
+    delta: Annotated[Path | None, typer.Option("--delta", help="A delta; default: the model as it is.")] = None,
     limit: LimitOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
@@ -429,7 +441,7 @@ def _workbench(
     trust_remote_code: bool,
     fingerprint: str | None,
 ) -> "Workbench":
-    """Everything loaded, and the unedited model measured. fingerprint: that of the model when it has to be a certain one."""
+    """Everything loaded, and the unedited model measured. fingerprint: of the only model it may be, None for any."""
     import torch
 
     from locft.benchmarks import load_suite
@@ -444,8 +456,8 @@ def _workbench(
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if fingerprint not in (None, loaded.fingerprint):
         raise InputError(
-            f"model {model!r} has fingerprint {loaded.fingerprint}, but the edit was made on one with {fingerprint}; give the "
-            "model it was made on, unedited"
+            f"model {model!r} has fingerprint {loaded.fingerprint}, but the edit was made on one with {fingerprint}; "
+            "give the model it was made on, unedited"
         )
     for sentence in requests.findings.sentences():
         err.print(Text(sentence))

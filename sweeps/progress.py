@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: a table that updates on a terminal, plain lines elsewhere. On standard error."""
+"""What a person sees while a study runs, on standard error: on a terminal a table that updates, elsewhere lines."""
 
 import time
 from collections import Counter
@@ -17,6 +17,7 @@ from sweeps.records import TrialConfig, TrialResult
 
 SHOWN = 6
 """Lines of the front on the screen."""
+SHOWN_METRICS = ("reliability", "generalization", "locality", "capability")
 
 
 class Progress:
@@ -59,10 +60,9 @@ class Progress:
             self.failures.pop(result.config.id, None)
         if not self.console.is_terminal:
             left = self.seconds_left()
-            self._say(
-                f"[{self.done + self.failed}/{self.planned}] {result.config.position} {_setting(result.config)}: {_outcome(result)}"
-                + (f"; about {seconds(left)} left" if left else "")
-            )
+            count = f"[{self.done + self.failed}/{self.planned}]"
+            line = f"{count} {result.config.position} {_setting(result.config)}: {_outcome(result)}"
+            self._say(line + (f"; about {seconds(left)} left" if left else ""))
 
     @property
     def done(self) -> int:
@@ -85,13 +85,13 @@ class Progress:
         left = self.seconds_left()
         state = f"{self.done} done, {self.running} running, {self.failed} failed of {self.planned}"
         table = Table(title=Text(f"{self.name}: {state}" + (f", about {seconds(left)} left" if left else "")))
-        for column in ("front so far", "setting", "reliability", "generalization", "locality", "capability"):
-            table.add_column(column, justify="left" if column in ("front so far", "setting") else "right")
+        for column in ("front so far", "setting", *SHOWN_METRICS):
+            table.add_column(column, justify="right" if column in SHOWN_METRICS else "left")
         rows = dict(self.rows)  # the screen is drawn by a thread of its own
         for trial_id in pareto_front(results_frame(list(rows.values()))).trial_ids[:SHOWN]:
             row = rows[trial_id]
             setting = f"{row['pipeline']} b{row['batch_size']} lr {row['learning_rate']:g} s{row['seed']}"
-            shown = [percent(row[m]) if m in row else "-" for m in ("reliability", "generalization", "locality", "capability")]
+            shown = [percent(row[name]) if name in row else "-" for name in SHOWN_METRICS]
             table.add_row(f"{row['layer']}.{row['module']}", setting, *shown)
         for cause, count in Counter(self.failures.values()).most_common(3):
             table.add_row(Text(f"{count} failed", style="red"), Text(cause[:80]))
@@ -107,5 +107,5 @@ def _outcome(result: TrialResult) -> str:
         return f"failed: {result.error}"
     if result.metrics.get("diverged"):
         return "diverged"
-    named = ("reliability", "generalization", "locality", "capability")
-    return ", ".join(f"{name} {percent(result.metrics[name])}" for name in named if name in result.metrics)
+    measured = [name for name in SHOWN_METRICS if name in result.metrics]
+    return ", ".join(f"{name} {percent(result.metrics[name])}" for name in measured)

@@ -1,13 +1,12 @@
 """Run a study's open trials with Ray Tune.
 
-Ray Tune decides when and where a trial runs; which trials are open is decided by what the tracking store holds, never by
-Ray's own snapshots (after a killed driver those lag behind). So the same command resumes a study.
+Ray Tune decides when and where a trial runs; which trials are open is decided by what the tracking store holds, never
+by Ray's own snapshots (after a killed driver those lag behind). So the same command resumes a study.
 """
 
 import logging
 import os
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,21 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from locft.errors import InputError
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
 from sweeps.search import TrialSearch
 from sweeps.trial import TrialInputs, resident_workbench, run_trial
 
 if TYPE_CHECKING:
     from locft.workbench import Baseline
-    from sweeps.schema import Resources
 
 SAME_FAILURES = 3
 """So many first trials that all fail for one reason stop the study: the rest would fail for it too."""
 WORKER_RESTARTS = 2
 """A trial whose worker process died is tried so many times more."""
-CONNECT_SECONDS = 5
-"""How long a cluster may take to accept a connection."""
 
 Ending = Literal["complete", "same_failure", "interrupted"]
 """Why no further trial is run: there is none, the first ones all failed for one reason, or Ctrl-C."""
@@ -49,60 +44,6 @@ def worker_failure(config: TrialConfig, error: BaseException) -> TrialResult:
     """A failed trial as a result, its cause in one line."""
     cause = (str(error).strip() or type(error).__name__).splitlines()[0]
     return TrialResult(config, "failed", f"{type(error).__name__}: {cause}"[:500])
-
-
-@contextmanager
-def ray_session(address: str | None, resources: "Resources") -> Iterator[int]:
-    """Connect to the cluster at `address` (auto finds one), or start Ray on this machine and stop it afterwards.
-
-    A Ray that is already running in this process is used and left alone. The value is the number of trials at a time.
-    Raises InputError when the cluster does not answer, or cannot hold a single trial.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is not None:
-        _check_reachable(address)
-    import ray
-
-    if ray.is_initialized():
-        yield concurrent_trials(resources, ray.cluster_resources())
-        return
-    if address is None:  # told at once, not after Ray's seconds
-        import torch
-
-        concurrent_trials(resources, {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()})
-    quiet = {"include_dashboard": False} if address is None else {}
-    try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **quiet)
-    except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(_no_cluster(address, cause)) from error
-    try:
-        yield concurrent_trials(resources, ray.cluster_resources())
-    finally:
-        ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """InputError unless something listens at the address: Ray itself would try for minutes, or for ever."""
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt; what does not answer it is no Ray
-    given = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    host, _, port = given.rpartition("://")[2].rpartition(":")
-    if not given or not host or not port.isdigit():
-        return  # ray.init finds it, or says what is wrong with it
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(_no_cluster(given, f"nothing answers there ({error})")) from None
-
-
-def _no_cluster(address: str | None, cause: str) -> str:
-    if address is None:
-        return f"Ray does not start on this machine: {cause}"
-    return (
-        f"Ray cluster {address!r}: {cause.rstrip('.')}; start one with `ray up ray_cluster.yaml` or `ray start --head`, or "
-        "leave --address away to run on this machine"
-    )
 
 
 def compute_baseline(inputs: TrialInputs, cpus: float, gpus: float) -> "Baseline":
@@ -131,9 +72,9 @@ def run_trials(
 ) -> Ending:
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
-    source: the open trials, or a search that proposes them. A trial that raises is a failed result and the others go on;
-    when the first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C the running
-    trials are given up; a second one raises KeyboardInterrupt at once.
+    source: the open trials, or a search that proposes them. A trial that raises is a failed result and the others go
+    on; when the first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C the
+    running trials are given up; a second one raises KeyboardInterrupt at once.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -292,17 +233,3 @@ def _death(trial) -> str:
 def _others_running(trials, trial) -> int:
     """The status of the trial itself is not reliable inside a callback: it is set before some and after others."""
     return sum(other.status == "RUNNING" for other in trials if other is not trial)
-
-
-def concurrent_trials(resources: "Resources", have: Mapping[str, float]) -> int:
-    """Trials at a time that fit into the CPU and GPU there are; InputError when not even one does."""
-    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-    if resources.cpus > cpus or resources.gpus > gpus:
-        raise InputError(
-            f"resources: a trial wants {resources.cpus:g} CPUs and {resources.gpus:g} GPUs, but there are {cpus:g} CPUs and "
-            f"{gpus:g} GPUs in all; ask for less, or give --address of a larger cluster"
-        )
-    fit = int(cpus // resources.cpus)
-    if resources.gpus:
-        fit = min(fit, int(gpus / resources.gpus + 1e-9))
-    return fit if resources.concurrent == "auto" else min(fit, resources.concurrent)

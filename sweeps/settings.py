@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from locft.finetune import TrainingSettings
     from sweeps.schema import Capability, Edits, Study
 
-CHOICES = {"pipeline": ("breadth_first", "depth_first"), "loss_average": ("edit", "token"), "precision": ("float32", "bfloat16")}
+CHOICES = {
+    "pipeline": ("breadth_first", "depth_first"),
+    "loss_average": ("edit", "token"),
+    "precision": ("float32", "bfloat16"),
+}
 AT_LEAST = {"batch_size": 1, "epochs": 1, "seed": 0}
 
 
@@ -38,9 +42,9 @@ def edit_settings(
     from_run: str | None,
     tracking_uri: str | None,
 ) -> EditSettings:
-    """Options over the settings of a trial, over the defaults. `given` maps option names to values, None when not given.
+    """Options over the settings of a trial, over the defaults.
 
-    edits: None takes those of the trial. Raises InputError with every bad option, or when there is neither a run nor a
+    given: option names and values, None when not given. edits: None takes those of the trial. Raises InputError with every bad option, or when there is neither a run nor a
     position and edits.
     """
     from locft.finetune import TrainingSettings
@@ -70,7 +74,7 @@ def edit_settings(
     config = run["config"]
     study = _study(run["study_yaml"])
     if study is None and edits is None:
-        raise InputError(f"run {from_run!r}: the study it belongs to is gone, and with it which edits it made; add --edits")
+        raise InputError(f"run {from_run!r}: its study is gone, and with it the name of the edits; add --edits")
     trained = {name: getattr(config, name) for name in TrainingSettings.__dataclass_fields__}
     return EditSettings(
         position or config.position,

@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from locft.errors import InputError
+from sweeps.ray_session import ray_session
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
 from sweeps.records import TrialConfig, TrialResult
-from sweeps.runner import Ending, Reporter, compute_baseline, ray_session, run_trials
+from sweeps.runner import Ending, Reporter, compute_baseline, run_trials
 from sweeps.search import OBJECTIVES, TrialSearch
 from sweeps.study import study_to_yaml
 from sweeps.tracking import DatasetRecord, ModelRecord, Tracker
@@ -234,7 +235,8 @@ class _Logged:
         if prepared.suite:
             items = {task.name: len(task.items) for task in prepared.suite.tasks}
             name = study.capability.suite or "capability"
-            data.append(DatasetRecord(name, prepared.suite.fingerprint, prepared.capability_source, "capability", items))
+            source = prepared.capability_source
+            data.append(DatasetRecord(name, prepared.suite.fingerprint, source, "capability", items))
         self.inputs = tracker.create_inputs(prepared.id, model, data)
 
     def started(self, running: int) -> None:
@@ -285,5 +287,6 @@ def _summary(state: StudyState, answer: Answer) -> dict[str, float]:
     metrics["hypervolume"] = answer.front.hypervolume
     if answer.recommendation:
         wanted = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
-        metrics |= {f"pick_{name}": answer.recommendation.metrics[name] for name in wanted if name in answer.recommendation.metrics}
+        found = answer.recommendation.metrics
+        metrics |= {f"pick_{name}": found[name] for name in wanted if name in found}
     return metrics

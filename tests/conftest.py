@@ -1,4 +1,4 @@
-"""What several test files share: a tiny model as a folder, one Ray for the whole session, MLflow stores made by copying."""
+"""What several test files share: a tiny model as a folder, one Ray for all, copies of an MLflow store, the command."""
 
 import json
 import os

@@ -36,7 +36,7 @@ class Bad:
 CASES = [
     # edits
     Bad("missing edit file", f"{ON_EDITS} nothing.json", ("nothing.json", "no such file")),
-    Bad("broken JSON", f"{ON_EDITS} e.jsonl", ("e.jsonl", "line 2", "JSON"), {"e.jsonl": lines(EDIT) + '{"subject": \n'}),
+    Bad("broken JSON", f"{ON_EDITS} e.jsonl", ("e.jsonl", "line 2"), {"e.jsonl": lines(EDIT) + '{"subject": \n'}),
     Bad("no edits", f"{ON_EDITS} e.jsonl", ("e.jsonl", "no "), {"e.jsonl": "\n"}),
     Bad("missing field", f"{ON_EDITS} e.jsonl", ("target",), {"e.jsonl": lines({**EDIT, "target": None}, EDIT)}),
     Bad("wrong type", f"{ON_EDITS} e.jsonl", ("e.jsonl", "target", "5"), {"e.jsonl": lines({**EDIT, "target": 5})}),
@@ -89,8 +89,8 @@ CASES = [
     Bad("unknown search", "sweep study.yaml --set search.method=bayes", ("search.method", "bayes", "optuna")),
     Bad("search without trials", "plan study.yaml --set search.method=random", ("search.trials",)),
     Bad("contradiction", "plan study.yaml --set resources.gpus=1 --set device=cpu", ("resources.gpus", "device")),
-    Bad("missing task file", "plan study.yaml --set capability.tasks.arc=./arc.jsonl", ("capability.tasks.arc", "arc.jsonl")),
-    Bad("model, edits and tasks", "plan bad.yaml", ("3 problems", "space.layer", "e.json", "t.jsonl"), {"bad.yaml?": ""}),
+    Bad("missing task file", "plan study.yaml --set capability.tasks.a=./a.jsonl", ("capability.tasks.a", "a.jsonl")),
+    Bad("all at once", "plan bad.yaml", ("3 problems", "space.layer", "e.json", "t.jsonl"), {"bad.yaml?": ""}),
     Bad("results of nothing", "report study.yaml", ("locft sweep study.yaml",)),
     # stores, machines, clusters
     Bad("no tracking server", "sweep study.yaml --tracking-uri http://{closed}", ("{closed}",), first=False),

@@ -21,9 +21,11 @@ def few_probes(monkeypatch):
     from locft import benchmarks
 
     whole = benchmarks.load_suite
-    monkeypatch.setattr(
-        benchmarks, "load_suite", lambda suite, tasks=None, limit=None, prose=None: whole(suite, tasks, limit or 5, prose)
-    )
+
+    def few(suite, tasks=None, limit=None, prose=None):
+        return whole(suite, tasks, limit or 5, prose)
+
+    monkeypatch.setattr(benchmarks, "load_suite", few)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +300,9 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workplace, tiny_fol
     assert after["done"] == kept["done"] + before["left"], "nothing was run twice"
 
 
-def test_a_killed_worker_leaves_one_json_object_on_standard_output(workplace, tiny_folder, locft, ray_running, monkeypatch):
+def test_a_killed_worker_leaves_one_json_object_on_standard_output(
+    workplace, tiny_folder, locft, ray_running, monkeypatch
+):
     """Ray announces a death on standard output; there it may not be."""
     from sweeps import progress
     from tests.test_runner import trial_workers

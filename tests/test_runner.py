@@ -2,7 +2,6 @@
 
 import dataclasses
 import signal
-import socket
 import threading
 import time
 
@@ -12,8 +11,7 @@ import pytest
 from locft.errors import InputError
 from sweeps.prepare import prepare
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
-from sweeps.runner import compute_baseline, concurrent_trials, ray_session, run_trials, worker_failure
-from sweeps.schema import Resources
+from sweeps.runner import compute_baseline, run_trials, worker_failure
 from sweeps.study import load_study
 from sweeps.trial import resident_workbench, run_trial
 
@@ -198,43 +196,6 @@ def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, baseline):
     assert len(heard.results) == 1 and heard.results[0].status == "done"
     assert time.monotonic() - interrupted[0] < 5, "it waits for no endless trial"
     assert signal.getsignal(signal.SIGINT) == before
-
-
-def test_a_cluster_that_does_not_answer_is_told_within_seconds():
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    began = time.monotonic()
-    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-        with pytest.raises(InputError, match=f"127.0.0.1:{port}.*nothing answers") as caught:
-            with ray_session(address, Resources()):
-                pytest.fail("there is no cluster")
-        assert "ray start --head" in str(caught.value)
-    assert time.monotonic() - began < 10
-
-
-@pytest.mark.parametrize(
-    ("resources", "have", "expected"),
-    [
-        ({}, {"CPU": 8}, 8),
-        ({"cpus": 3}, {"CPU": 8}, 2),
-        ({"concurrent": 3}, {"CPU": 8}, 3),
-        ({"concurrent": 30}, {"CPU": 8}, 8),
-        ({"gpus": 0.1, "device": "cuda"}, {"CPU": 64, "GPU": 3}, 30),
-        ({"gpus": 1, "cpus": 4}, {"CPU": 8, "GPU": 4}, 2),
-    ],
-)
-def test_trials_at_a_time(resources, have, expected):
-    resources.pop("device", None)
-    assert concurrent_trials(Resources(**resources), have) == expected
-
-
-@pytest.mark.parametrize(
-    ("resources", "named"), [({"gpus": 1}, "1 GPUs, but there are 8 CPUs and 0 GPUs"), ({"cpus": 9}, "9 CPUs")]
-)
-def test_resources_that_nothing_has(resources, named):
-    with pytest.raises(InputError, match=named):
-        concurrent_trials(Resources(**resources), {"CPU": 8.0})
 
 
 def test_a_failure_is_one_line():

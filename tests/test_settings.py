@@ -33,7 +33,8 @@ def settings(position=None, edits=None, from_run=None, dtype=None, **given):
 
 def test_defaults():
     chosen = settings("22.mlp_down", ATLAS, batch_size=None)
-    assert chosen.position == "22.mlp_down" and chosen.training == TrainingSettings(precision=training_precision("auto"))
+    assert chosen.position == "22.mlp_down"
+    assert chosen.training == TrainingSettings(precision=training_precision("auto"))
     assert (chosen.edits, chosen.capability) == (ATLAS, Capability())
     assert (chosen.dtype, chosen.device, chosen.threads, chosen.model_fingerprint) == ("float32", "auto", None, None)
 

@@ -87,7 +87,8 @@ def test_every_trial_is_in_mlflow_once_with_parameters_and_metrics(grid):
     for run in found:
         assert run.info.status == "FINISHED"
         assert run.data.params["position"] in ("0.mlp_down", "2.mlp_down", "0.attn", "2.attn")
-        assert {"batch_size": "2", "learning_rate": "0.02", "pipeline": "breadth_first"}.items() <= run.data.params.items()
+        settings = {"batch_size": "2", "learning_rate": "0.02", "pipeline": "breadth_first"}
+        assert settings.items() <= run.data.params.items()
         measured = run.data.metrics
         assert {"reliability", "generalization", "locality", "capability", "drift_kl", "epoch_loss"} <= set(measured)
         assert all(math.isfinite(value) for value in measured.values())

@@ -1,0 +1,47 @@
+"""Reaching the Ray that a study runs on, and what fits into it."""
+
+import socket
+import time
+
+import pytest
+
+from locft.errors import InputError
+from sweeps.ray_session import concurrent_trials, ray_session
+from sweeps.schema import Resources
+
+
+def test_a_cluster_that_does_not_answer_is_told_within_seconds():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    began = time.monotonic()
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        with pytest.raises(InputError, match=f"127.0.0.1:{port}.*nothing answers") as caught:
+            with ray_session(address, Resources()):
+                pytest.fail("there is no cluster")
+        assert "ray start --head" in str(caught.value)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("resources", "have", "expected"),
+    [
+        ({}, {"CPU": 8}, 8),
+        ({"cpus": 3}, {"CPU": 8}, 2),
+        ({"concurrent": 3}, {"CPU": 8}, 3),
+        ({"concurrent": 30}, {"CPU": 8}, 8),
+        ({"gpus": 0.1, "device": "cuda"}, {"CPU": 64, "GPU": 3}, 30),
+        ({"gpus": 1, "cpus": 4}, {"CPU": 8, "GPU": 4}, 2),
+    ],
+)
+def test_trials_at_a_time(resources, have, expected):
+    resources.pop("device", None)
+    assert concurrent_trials(Resources(**resources), have) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "named"), [({"gpus": 1}, "1 GPUs, but there are 8 CPUs and 0 GPUs"), ({"cpus": 9}, "9 CPUs")]
+)
+def test_resources_that_nothing_has(resources, named):
+    with pytest.raises(InputError, match=named):
+        concurrent_trials(Resources(**resources), {"CPU": 8.0})
