@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from locft.casting import cast_model
 from locft.encoding import SupervisedLogits, TokenRow
 from locft.finetune import Forward
 from locft.frozen import freeze_linears
@@ -49,6 +50,7 @@ class TailEngine:
             boundary_states, loaded.model, loaded.fingerprint, self.tree, rows, limit=self.limit, on_disk=on_disk
         )
         self.states = self._compute(layers={*layers, n_layers(loaded.model) - 1})
+        self._cast = partial(cast_model, loaded.model, fingerprint=loaded.fingerprint, on_disk=on_disk)
         self._parts: dict[torch.dtype, _Parts] = {}
 
     def forward(self, layer: int, dtype: torch.dtype | None = None) -> Forward:
@@ -137,25 +139,24 @@ class TailEngine:
 
     def _computing_in(self, dtype: torch.dtype) -> "_Parts":
         if dtype not in self._parts:
-            self._parts[dtype] = _Parts(self.model, dtype, packed=self.limit > 0)
+            self._parts[dtype] = _Parts(self._cast(dtype), packed=self.limit > 0)
         return self._parts[dtype]
 
 
 class _Parts:
     """The pieces of a model that trials run, in one dtype; made when first used and kept."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, packed: bool):
+    def __init__(self, model: PreTrainedModel, packed: bool):
         """packed: rows come with masks of ours, for which plain attention is several times faster on a CPU than the fused
         kernel and its backward."""
-        self.dtype = dtype
-        # In the model's own dtype the view shares its weights; in another it has a copy of them.
-        self.model = tail_view(model if dtype == model.dtype else copy.deepcopy(model).to(dtype), 0)
+        self.dtype = model.dtype
+        self.model = tail_view(model, 0)
         configs: dict[int, Any] = {}
         for module in self.model.modules() if packed and model.device.type == "cpu" else ():
             if (config := getattr(module, "config", None)) is not None:
                 module.config = configs.setdefault(id(config), copy.copy(config))
                 module.config._attn_implementation = "eager"
-        if dtype == torch.bfloat16 and model.device.type == "cpu":
+        if self.dtype == torch.bfloat16 and model.device.type == "cpu":
             freeze_linears(self.model)
         self.head = head_view(self.model)
         self._tails: dict[tuple[int, int | None], PreTrainedModel] = {}

