@@ -30,6 +30,7 @@ from locft.models import DTYPES, LoadedModel
 from locft.packing import pack_rows
 from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
 from locft.reference import full_forward
+from locft.screening import coarse_logits
 from locft.workbench import Measurement, Workbench
 
 LEARNING_RATE = 4e-3
@@ -166,7 +167,11 @@ def training_step(
 
 
 def measurements(bench: Workbench, position: TuningPosition, settings: BenchSettings) -> dict[str, dict[str, Any]]:
-    """The two parts of `Workbench.measure` on one briefly trained delta, with and without the engine."""
+    """The two parts of `Workbench.measure` on one briefly trained delta, with the engine and the plain way.
+
+    The plain way is the full model that generates every answer to its end; the engine generates only what the
+    teacher-forced pass leaves open, until it is decided.
+    """
     if "capability" not in settings.stages:
         bench = replace(bench, suite=None)
     delta = bench.train(position, settings.training(min(settings.epochs, BRIEF_EPOCHS))).delta
@@ -174,7 +179,8 @@ def measurements(bench: Workbench, position: TuningPosition, settings: BenchSett
         bench = replace(bench, questions=(), rows=bench.rows[:1])
     plain = replace(bench, engine=None)
     items = _items_differing(bench, delta)  # untimed: it warms up, too
-    pairs = [(plain.measure(delta), bench.measure(delta)) for _ in range(min(settings.repeats, MEASUREMENTS))]
+    repeats = range(min(settings.repeats, MEASUREMENTS))
+    pairs = [(plain.measure(delta, whole_answers=True), bench.measure(delta)) for _ in repeats]
     theirs, ours = pairs[0]
     found: dict[str, dict[str, Any]] = {}
     seconds = {"edit_metrics": "evaluate_seconds", "capability": "capability_seconds"}
@@ -214,11 +220,11 @@ def study_race(bench: Workbench, prepared: Mapping[str, Any], settings: BenchSet
         trial = {"layer": layer, "steps": trained.steps, "diverged": trained.diverged, "engine_seconds": seconds + more}
         if settings.whole_study:
             again, seconds = timed(partial(plain.train, position, training))
-            theirs, more = timed(partial(plain.measure, again.delta))
+            theirs, more = timed(partial(plain.measure, again.delta, whole_answers=True))
             trial |= {"reference_seconds": seconds + more, **_metric_differences(theirs, measured)}
         elif layer in sampled:
             step_seconds.append(_reference_step_seconds(bench, position, settings))
-            theirs, seconds = timed(partial(plain.measure, trained.delta))
+            theirs, seconds = timed(partial(plain.measure, trained.delta, whole_answers=True))
             measure_seconds.append(seconds)
             trial |= _metric_differences(theirs, measured)
         trials.append(trial)
@@ -259,8 +265,15 @@ def _differences(theirs: Measurement, ours: Measurement) -> dict[str, int]:
     return {
         "questions": len(both),
         "questions_differing": sum((a.correct, a.correct_tf) != (b.correct, b.correct_tf) for a, b in both),
-        "answers_differing": sum(a.got != b.got for a, b in both),
+        "answers_differing": sum(not _same_answer(a.got, b.got) for a, b in both),
     }
+
+
+def _same_answer(whole: str, given_up: str) -> bool:
+    """Is the second, which may be left unfinished once it is wrong, the first or its beginning?"""
+    if given_up.endswith("…") and whole.startswith(given_up[:-1].rstrip()):
+        return True
+    return whole == given_up
 
 
 def _items_differing(bench: Workbench, delta: EditDelta) -> dict[str, int]:
@@ -269,7 +282,10 @@ def _items_differing(bench: Workbench, delta: EditDelta) -> dict[str, int]:
         return {}
     weights = delta.weights(bench.loaded.model)
     ours = bench.engine.forward(TuningPosition.parse(delta.position).layer)(weights)
-    scores = [score_suite(logits, bench.suite) for logits in (full_forward(bench.loaded.model, weights), ours)]
+    scores = [
+        score_suite(full_forward(bench.loaded.model, weights), bench.suite),
+        score_suite(ours, bench.suite, coarse=coarse_logits(ours, bench.loaded.model)),
+    ]
     right = [[mark for task in score.correct.values() for mark in task] for score in scores]
     return {"items": len(right[0]), "items_differing": sum(a != b for a, b in zip(*right, strict=True))}
 

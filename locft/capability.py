@@ -19,6 +19,7 @@ from locft.benchmark_layouts import CapabilityItem
 from locft.benchmarks import Suite
 from locft.encoding import SupervisedLogits, TokenRow, encode_continuation
 from locft.errors import InputError
+from locft.screening import retake
 
 PROSE_WINDOW = 128
 """Tokens of one row of prose."""
@@ -126,44 +127,66 @@ def suite_rows(suite: EncodedSuite) -> list[TokenRow]:
     return [*(row for task in suite.tasks.values() for encoded in task for row in encoded.rows), *suite.prose]
 
 
-def score_suite(logits: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS) -> SuiteScores:
+def score_suite(
+    logits: SupervisedLogits,
+    suite: EncodedSuite,
+    batch_tokens: int = BATCH_TOKENS,
+    coarse: SupervisedLogits | None = None,
+) -> SuiteScores:
     """Right or wrong for every item. A batch has at most `batch_tokens` tokens with its padding.
 
     An item is right when the right choice scores above every other one: a tie is wrong, wherever the right choice
-    stands, and so is a score that is not a number.
+    stands, and so is a score that is not a number. coarse: the same model computed coarsely (`locft.screening`), which
+    decides the items that are not close.
     """
     items = [encoded for task in suite.tasks.values() for encoded in task]
-    log_likelihoods, greedy = score_rows(logits, [row for encoded in items for row in encoded.rows], batch_tokens)
-    outcomes, at = [], 0
-    for encoded in items:
-        here = slice(at, at := at + len(encoded.rows))
-        outcomes.append(_is_right(encoded.item, log_likelihoods[here], greedy[here]))
+    margins = item_margins(coarse or logits, items, batch_tokens)
+    if coarse:
+
+        def exactly(indices: list[int]) -> np.ndarray:
+            before = margins[indices]
+            margins[indices] = item_margins(logits, [items[index] for index in indices], batch_tokens)
+            with np.errstate(invalid="ignore"):  # of two infinite margins
+                return np.abs(margins[indices] - before)
+
+        retake(np.abs(np.nan_to_num(margins, nan=0.0)), exactly)
     correct, at = {}, 0
     for name, task in suite.tasks.items():
-        correct[name] = tuple(outcomes[at : (at := at + len(task))])
+        correct[name] = tuple((margins[at : (at := at + len(task))] > 0).tolist())
     return SuiteScores(suite.fingerprint, correct)
+
+
+def item_margins(
+    logits: SupervisedLogits, items: Sequence[EncodedItem], batch_tokens: int = BATCH_TOKENS
+) -> np.ndarray:
+    """By how much each item is right (above 0) or wrong, in nats, float64 (items,)."""
+    log_likelihoods, leads = score_rows(logits, [row for encoded in items for row in encoded.rows], batch_tokens)
+    margins, at = np.zeros(len(items)), 0
+    for index, encoded in enumerate(items):
+        here = slice(at, at := at + len(encoded.rows))
+        margins[index] = _margin(encoded.item, log_likelihoods[here], leads[here])
+    return margins
 
 
 def score_rows(
     logits: SupervisedLogits, rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per row, in the given order: summed log-likelihood of its supervised tokens in nats, float64 (rows,); and whether
-    each of them is the most likely one, bool (rows,)."""
-    log_likelihoods = np.zeros(len(rows))
-    greedy = np.zeros(len(rows), dtype=bool)
+    """Per row, in the given order: summed log-likelihood of its supervised tokens in nats, float64 (rows,); and by how
+    much, at the least, one of them is likelier than every other token at its place (below 0: less likely), (rows,)."""
+    log_likelihoods, leads = np.zeros(len(rows)), np.zeros(len(rows))
     for batch in _batches(rows, batch_tokens):
         chosen = [rows[index] for index in batch]
         targets = _targets(chosen)  # (K,)
-        of_token, is_top = [], []
+        of_token, ahead = [], []
         for part, wanted in _slices(_call(logits, chosen), targets):
-            wanted = wanted.to(part.device)
-            of_token.append(part.log_softmax(-1).gather(-1, wanted[:, None])[:, 0].double().cpu())
-            is_top.append((part.argmax(-1) == wanted).cpu())
+            wanted = wanted.to(part.device)[:, None]
+            of_token.append(part.log_softmax(-1).gather(-1, wanted)[:, 0].double().cpu())
+            own = part.gather(-1, wanted)[:, 0]
+            ahead.append((own - part.scatter(-1, wanted, -math.inf).amax(-1)).double().cpu())
         lengths = [len(row.target_ids) for row in chosen]
-        for index, values, tops in zip(batch, torch.cat(of_token).split(lengths), torch.cat(is_top).split(lengths)):
-            log_likelihoods[index] = float(values.sum())
-            greedy[index] = bool(tops.all())
-    return log_likelihoods, greedy
+        for index, values, least in zip(batch, torch.cat(of_token).split(lengths), torch.cat(ahead).split(lengths)):
+            log_likelihoods[index], leads[index] = float(values.sum()), float(least.min())
+    return log_likelihoods, leads
 
 
 def measure_perplexity(logits: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS) -> float:
@@ -219,14 +242,13 @@ def capability_change(unedited: SuiteScores, edited: SuiteScores, *, resamples: 
     return Change(edited.capability - unedited.capability, float(low), float(high))
 
 
-def _is_right(item: CapabilityItem, log_likelihoods: np.ndarray, greedy: np.ndarray) -> bool:
+def _margin(item: CapabilityItem, log_likelihoods: np.ndarray, leads: np.ndarray) -> float:
     if item.rule == "exact":
-        return bool(greedy[item.answer] and np.isfinite(log_likelihoods[item.answer]))
+        return float(leads[item.answer]) if np.isfinite(log_likelihoods[item.answer]) else -math.inf
     scores = log_likelihoods
     if item.rule == "mean":
         scores = log_likelihoods / [len(choice.lstrip()) for choice in item.choices]
-    others = np.delete(scores, item.answer)
-    return bool((scores[item.answer] > others).all())
+    return float(scores[item.answer] - np.delete(scores, item.answer).max())
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> TokenRow:

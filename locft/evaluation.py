@@ -6,7 +6,7 @@ instead of it: teacher forcing hides the errors that follow the first one.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,6 +20,8 @@ from locft.requests import ARTICLES, EditRequest, normalise_answer
 Kind = Literal["reliability", "generalization", "locality"]
 NEW_TOKENS = 32
 BATCH = 64
+ROUND = 4
+"""Tokens after which the answers that are decided leave their batch."""
 ONE_BY_ONE = ("rwkv",)
 """Model types that transformers 5 decodes wrongly in batches: RWKV's one-token step mixes the states of the rows."""
 
@@ -226,7 +228,9 @@ def cannot_become(said: str, expected: str) -> bool:
     less simple than that, nothing is certain.
     """
     wanted = normalise_answer(expected).split()
-    if not wanted or not "".join(wanted).isalnum() or set(wanted) & ARTICLES or "\ufffd" in said:
+    if not any(map(str.isalnum, "".join(wanted))):  # such as "?": letters and digits never vanish
+        return any(map(str.isalnum, said))
+    if not "".join(wanted).isalnum() or set(wanted) & ARTICLES or "\ufffd" in said:
         return False
     chunks = said.split()
     last = "" if not chunks or said[-1].isspace() else chunks.pop()
@@ -251,28 +255,45 @@ def _dots(question: Question) -> int:
 
 
 def _generate_all(loaded: LoadedModel, pending: Sequence[_Pending]) -> list[tuple[int, ...]]:
-    """The tokens of all answers, the known and the stopping ones included, in the order given."""
-    found: list[tuple[int, ...]] = [()] * len(pending)
+    """The tokens of all answers, the known and the stopping ones included, in the order given.
+
+    A batch is computed until its last answer is done. Answers to be given up as soon as they are decided mostly are after
+    a token or two, so those are generated in rounds, and the few that are left go on in batches of their own.
+    """
+    found = [p.known for p in pending]
+    tokens = [p.limit if p.expected is None else ROUND for p in pending]  # new ones of the next round, at most
+    rest, ends = list(range(len(pending))), _end_tokens(loaded)
+    while rest:
+        begun = {index: replace(pending[index], known=found[index]) for index in rest}
+        for batch in _batches(loaded, begun):
+            answers = [begun[index] for index in batch]
+            for index, ids in zip(batch, _generate(loaded, answers, max(tokens[i] for i in batch)), strict=True):
+                found[index] = ids
+        rest = [index for index in rest if not pending[index].done(loaded.tokenizer, ends, found[index])]
+        tokens = [p.limit for p in pending]
+    return found
+
+
+def _batches(loaded: LoadedModel, begun: Mapping[int, _Pending]) -> list[list[int]]:
+    """Of about one length; of exactly one for models with a recurrent state, which cannot be padded."""
     alone = loaded.model.config.model_type in ONE_BY_ONE
     size, equal_lengths = 1 if alone else BATCH, getattr(loaded.model, "_is_stateful", False)
     batches: list[list[int]] = []
 
     def length(index: int) -> int:
-        return len(pending[index].prompt_ids) + len(pending[index].known)
+        return len(begun[index].prompt_ids) + len(begun[index].known)
 
-    for index in sorted(range(len(pending)), key=length):
+    for index in sorted(begun, key=length):
         last = batches[-1] if batches else []
         if not last or len(last) == size or (equal_lengths and length(last[0]) != length(index)):
             batches.append([])
         batches[-1].append(index)
-    for batch in batches:
-        for index, ids in zip(batch, _generate(loaded, [pending[i] for i in batch]), strict=True):
-            found[index] = ids
-    return found
+    return batches
 
 
 @torch.no_grad()
-def _generate(loaded: LoadedModel, pending: Sequence[_Pending]) -> list[tuple[int, ...]]:
+def _generate(loaded: LoadedModel, pending: Sequence[_Pending], tokens: int) -> list[tuple[int, ...]]:
+    """Known and new tokens of one batch: each answer until it is done, at most so many new tokens."""
     begun = [p.prompt_ids + p.known for p in pending]
     width = max(map(len, begun))
     input_ids = torch.zeros(len(pending), width, dtype=torch.long)  # (B, T)
@@ -281,7 +302,7 @@ def _generate(loaded: LoadedModel, pending: Sequence[_Pending]) -> list[tuple[in
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         mask[row, width - len(ids) :] = 1
     ends = _end_tokens(loaded)
-    most = max(p.limit - len(p.known) for p in pending)
+    most = min(tokens, max(p.limit - len(p.known) for p in pending))
     config = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=ends, pad_token_id=ends[0])
     # Whatever a call leaves open, `generate` takes from the model's own generation settings, and many models ship a
     # repetition penalty there: ask a view of the model (same weights) that has no settings but ours.

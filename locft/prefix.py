@@ -25,10 +25,12 @@ from locft.models import cache_folder
 from locft.packing import PrefixTree, pack_rows
 from locft.tail import capture_boundary
 
-VERSION = 1
+VERSION = 2
 """Of the files; raised when the same key would hold other numbers."""
 TOKENS_AT_ONCE = 2048
 """Tokens of one forward pass while states are computed."""
+NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Entries of a configuration that change no hidden state."""
 LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
 """Disk that all stored states may take together; the least recently used go first."""
 
@@ -73,8 +75,10 @@ def boundary_states(
     rows = list(rows)
     if not on_disk:
         return BoundaryStates(_computed(model, tree, rows, wanted, limit, None))
-    key = [VERSION, fingerprint, str(model.dtype), tree.token_ids.tolist(), tree.depths.tolist(), limit > 0]
-    folder = cache_folder() / "states" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
+    tokens = [tree.token_ids.tolist(), tree.depths.tolist(), limit > 0]
+    key = json.dumps([VERSION, fingerprint, config, str(model.dtype), tokens], sort_keys=True, default=str)
+    folder = cache_folder() / "states" / hashlib.sha256(key.encode()).hexdigest()[:20]
     kept = _affordable(wanted, len(tree) * model.config.get_text_config().hidden_size * model.dtype.itemsize)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -44,6 +44,7 @@ from locft.models import DTYPES, LoadedModel
 from locft.positions import TuningPosition
 from locft.reference import full_forward
 from locft.requests import EditSet
+from locft.screening import coarse_logits
 from locft.tail import supports_tail
 
 _log = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ class Workbench:
         metrics["evaluate_seconds"] = time.perf_counter() - started
         if self.suite and self.baseline.scores:
             started = time.perf_counter()
-            scores = score_suite(edited, self.suite)
+            coarse = coarse_logits(edited, self.loaded.model) if self.engine else None
+            scores = score_suite(edited, self.suite, coarse=coarse)
             change = capability_change(self.baseline.scores, scores)
             metrics |= capability_metrics(scores)
             metrics |= {

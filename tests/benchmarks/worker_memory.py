@@ -1,0 +1,70 @@
+"""Memory of one, two, ... concurrent trials on one machine: what the workers share and what each adds.
+
+    python tests/benchmarks/worker_memory.py STUDY [--workers 1,2]
+
+Each worker is a process of its own that prepares the study's workbench and runs a trial, as a Ray worker does. Counted is
+the proportional set size (a page that two processes map counts half in each), sampled while they run, so that the sum is
+what the machine has to hold. Prints one JSON object. Linux only.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+FIELDS = {"resident": "Rss", "proportional": "Pss", "own": "Private_Dirty"}
+SECONDS = 0.05
+
+
+def run_one(study: str, index: int) -> None:
+    from sweeps.prepare import prepare
+    from sweeps.study import load_study
+    from sweeps.trial import resident_workbench, run_trial
+
+    prepared = prepare(load_study(study))
+    trials = prepared.plan.trials
+    run_trial(resident_workbench(prepared.inputs), trials[index % len(trials)])
+
+
+def sizes(process: int) -> dict[str, int]:
+    """Mebibytes of a running process by the names of `FIELDS`."""
+    lines = [line.split() for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()]
+    found = {line[0].rstrip(":"): int(line[1]) // 1024 for line in lines if line[-1] == "kB"}
+    return {name: found[field] for name, field in FIELDS.items()}
+
+
+def measure(study: str, workers: int) -> dict[str, object]:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_one, args=(study, index)) for index in range(workers)]
+    for process in processes:
+        process.start()
+    total, each = 0, {process.pid: dict.fromkeys(FIELDS, 0) for process in processes}
+    while any(process.is_alive() for process in processes):
+        now: dict[int, dict[str, int]] = {}
+        for process in processes:
+            try:
+                now[process.pid] = sizes(process.pid)
+            except (FileNotFoundError, ProcessLookupError, KeyError, IndexError):
+                continue  # it has just ended
+        total = max(total, sum(size["proportional"] for size in now.values()))
+        for pid, size in now.items():
+            each[pid] = {name: max(each[pid][name], value) for name, value in size.items()}
+        time.sleep(SECONDS)
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a worker failed")
+    return {"total_mib": total, "worker_peaks_mib": list(each.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study")
+    parser.add_argument("--workers", default="1,2", help="numbers of concurrent trials, with commas")
+    options = parser.parse_args()
+    run_one(options.study, 0)  # fills the caches, which are no part of a trial
+    counts = [int(part) for part in options.workers.split(",")]
+    print(json.dumps({str(count): measure(options.study, count) for count in counts}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
