@@ -198,18 +198,6 @@ class Tracker:
             self._store.close(run_id, state, status)
 
     def put_study_file(self, study_id: str, name: str, text: str) -> None:
-        """Keeps a text with the study's run, under this artifact name."""
-        with asking(f"{name} of study {study_id}"):
-            self._store.put(self._study_run(study_id), {name: text})
-
-    def study_file(self, study_id: str, name: str) -> str | None:
-        """A text kept by `put_study_file`; None when the study has none of that name, or no run yet."""
-        with asking(f"{name} of study {study_id}"):
-            study = self._store.find(runs.matching("study", study_id))
-            stored = self._store.get(study[0].info.run_id, name) if study else None
-        return None if stored is None else stored.decode("utf-8")
-
-    def put_study_file(self, study_id: str, name: str, text: str) -> None:
         """Keeps a text file with the study's run (`open_study` comes first)."""
         with asking(f"the study's file {name}"):
             self._store.put(self._study_run(study_id), {name: text})
