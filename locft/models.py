@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from locft.errors import InputError
+from locft.vector_math import settle_vector_math
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -64,6 +65,9 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     """16 hexadecimal digits: a hash of names, shapes and stored values of all weights."""
+
+    def __post_init__(self):
+        settle_vector_math()  # before the first forward pass
 
 
 def load_model(

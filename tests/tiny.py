@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from locft.vector_math import settle_vector_math
+
 HIDDEN = 32
 HEADS = 4
 FFN = 48
@@ -172,6 +174,7 @@ def tiny_config(architecture: str, layers: int = 3, **settings: Any):
 
 def tiny_model(architecture: str = "llama", layers: int = 3, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A random causal LM in float32 and evaluation mode whose vocabulary is that of `tiny_tokenizer`."""
+    settle_vector_math()  # as `LoadedModel` does
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(architecture, layers, **settings), dtype=torch.float32)

@@ -1,0 +1,29 @@
+"""The first result of a process is that of every later one."""
+
+import subprocess
+import sys
+
+from locft.vector_math import settle_vector_math
+from tests.tiny import tiny_loaded
+
+FIRST_AND_SECOND = """
+import torch
+from locft.vector_math import FUNCTIONS, settle_vector_math
+settle_vector_math()
+torch.set_num_threads(2)
+numbers = torch.rand(52, 64, generator=torch.Generator().manual_seed(0)) * 0.9
+first = [function(numbers) for function in FUNCTIONS]
+print(all(torch.equal(one, function(numbers)) for one, function in zip(first, FUNCTIONS)))
+"""
+
+
+def test_every_loaded_model_has_the_kernels_chosen_before_it_runs():
+    tiny_loaded("llama")
+    assert settle_vector_math.cache_info().currsize == 1
+
+
+def test_first_and_second_results_are_the_same_in_fresh_processes():
+    running = [
+        subprocess.Popen([sys.executable, "-c", FIRST_AND_SECOND], stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    assert [process.communicate()[0].strip() for process in running] == ["True"] * 3
