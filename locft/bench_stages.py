@@ -8,6 +8,7 @@ optimiser, experts and convolutions, and what the engine computes of the trained
 behind the matrix. So the share of the machine's speed that is reported errs on the low side.
 """
 
+import itertools
 import math
 import statistics
 import time
@@ -37,6 +38,8 @@ LEARNING_RATE = 4e-3
 SEED = 0
 MEASUREMENTS = 2
 """Pairs of measurements at most: they last seconds each, where a step lasts milliseconds."""
+WARM_UP_SECONDS = 3.0
+"""Of training steps that are not counted, on either side: a training takes hundreds, and the first are slower."""
 BRIEF_EPOCHS = 8
 """Training before a measurement: enough that the edited model answers differently from the unedited one."""
 SAMPLED = 3
@@ -117,7 +120,7 @@ class Trainee:
         loss = batch_loss(self.forward(self.weights)(batch), batch, "edit")
         value = loss.item()
         gradients = torch.autograd.grad(loss, list(self.weights.values()))
-        if not all(torch.isfinite(gradient).all() for gradient in gradients):
+        if not all(torch.isfinite(gradient.sum()) for gradient in gradients):
             raise FloatingPointError(f"a gradient is not finite at loss {value}")
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
             weight.grad = gradient
@@ -128,17 +131,22 @@ class Trainee:
 def training_step(
     bench: Workbench, position: TuningPosition, size: int, settings: BenchSettings, gflops: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Pairs of steps on the same batches. Both sides begin with the same weights and follow their own gradients."""
+    """Pairs of steps on the same batches. Both sides begin with the same weights and follow their own gradients.
+
+    Before the first pair, both sides train copies that are thrown away, for the same time.
+    """
     loaded, engine = bench.loaded, bench.engine
     batches = drawn_batches(bench.rows, size, settings.repeats + 1)
     make_forward = partial(engine.training_forward, position, bench.rows, DTYPES[settings.precision])
     forward, setup_seconds = timed(make_forward)
-    reference = Trainee(loaded, position, partial(full_forward, loaded.model))
-    fast = Trainee(loaded, position, forward)
+    sides = (partial(full_forward, loaded.model), forward)
+    for side in sides:
+        _warm_up(Trainee(loaded, position, side), batches)
+    reference, fast = (Trainee(loaded, position, side) for side in sides)
     steps = [(reference.step(batch), fast.step(batch)) for batch in batches]
     differences = [_difference(theirs, ours) for (theirs, _), (ours, _) in steps]
     exact = Trainee(loaded, position, engine.training_forward(position, bench.rows, torch.float32)).step(batches[0])[0]
-    counted = steps[1:]  # the first pair warms up
+    counted = steps[1:]  # both sides of the first pair have the same weights, of the others not quite
     tokens, shares, engine_rates, reference_rates = [], [], [], []
     for batch, ((_, slow), (_, quick)) in zip(batches[1:], counted, strict=True):
         computed = int((pack_rows(engine.tree, batch, engine.limit).nodes >= 0).sum())
@@ -246,6 +254,14 @@ def study_race(bench: Workbench, prepared: Mapping[str, Any], settings: BenchSet
         "reference_measured_at_layers": sampled,
         "trials": trials,
     }
+
+
+def _warm_up(trainee: Trainee, batches: Iterable[Sequence[TokenRow]]) -> None:
+    spent = 0.0
+    for batch in itertools.cycle(batches):
+        if spent >= WARM_UP_SECONDS:
+            return
+        spent += trainee.step(batch)[1]
 
 
 def _difference(theirs: float, ours: float) -> float:

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from locft.delta import EditDelta
 from locft.encoding import SupervisedLogits, TokenRow
@@ -104,11 +103,35 @@ def finetune(
 def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage) -> torch.Tensor:
     """The objective: scalar loss of a batch from the (K, V) logits of its supervised tokens."""
     targets = torch.tensor([token for row in rows for token in row.target_ids], device=logits.device)  # (K,)
-    losses = F.cross_entropy(logits, targets, reduction="none")  # (K,)
+    losses = _CrossEntropy.apply(logits, targets)  # (K,)
     if average == "token":
         return losses.mean()
     share = [1 / (len(row.target_ids) * len(rows)) for row in rows for _ in row.target_ids]
     return losses @ torch.tensor(share, device=logits.device)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log p(target) of each row of logits, with half the buffers of the size of the logits that PyTorch's takes.
+
+    With a large vocabulary those buffers are most of a late layer's step. The backward pass runs once.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # (K, V), (K,) -> (K,)
+        probabilities = logits.softmax(-1)
+        highest, place = logits.max(-1, keepdim=True)
+        partition = highest - probabilities.gather(-1, place).log()  # log of the sum of exp(logits)
+        ctx.probabilities = probabilities
+        ctx.save_for_backward(targets)
+        return (partition - logits.gather(-1, targets[:, None]))[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (targets,) = ctx.saved_tensors
+        found, ctx.probabilities = ctx.probabilities, None
+        found.mul_(gradient[:, None])
+        found[torch.arange(len(targets), device=targets.device), targets] -= gradient
+        return found, None
 
 
 @torch.no_grad()
@@ -187,7 +210,7 @@ def _step(
         progress.diverged = True
     elif value >= settings.skip_below:
         gradients = torch.autograd.grad(loss, list(weights.values()))
-        if all(torch.isfinite(gradient).all() for gradient in gradients):
+        if all(torch.isfinite(gradient.sum()) for gradient in gradients):
             for weight, gradient in zip(weights.values(), gradients, strict=True):
                 weight.grad = gradient
             optimiser.step()

@@ -5,18 +5,20 @@ by Ray's own snapshots (after a killed driver those lag behind). So the same com
 """
 
 import logging
+import math
 import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
-from sweeps.search import TrialSearch
-from sweeps.trial import TrialInputs, resident_workbench, run_trial
+from sweeps.search import Search, as_searcher
+from sweeps.trial import Basis, TrialInputs, resident_workbench, run_trial
 
 if TYPE_CHECKING:
     from locft.workbench import Baseline
@@ -26,8 +28,8 @@ SAME_FAILURES = 3
 WORKER_RESTARTS = 2
 """A trial whose worker process died is tried so many times more."""
 
-Ending = Literal["complete", "same_failure", "interrupted"]
-"""Why no further trial is run: there is none, the first ones all failed for one reason, or Ctrl-C."""
+Ending = Literal["complete", "same_failure", "interrupted", "out_of_time"]
+"""Why no further trial is run: there is none, the first ones all failed for one reason, Ctrl-C, or the deadline."""
 
 
 class Reporter(Protocol):
@@ -61,19 +63,19 @@ def compute_baseline(inputs: TrialInputs, cpus: float, gpus: float) -> "Baseline
 
 
 def run_trials(
-    source: list[TrialConfig] | TrialSearch,
-    inputs: TrialInputs,
-    baseline: "Baseline",
+    source: list[TrialConfig] | Search,
+    bases: Mapping[str, Basis],
     *,
     cpus: float,
     gpus: float,
     concurrent: int,
     reporter: Reporter,
+    deadline: float = math.inf,
 ) -> Ending:
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
-    source: the open trials, or a search that proposes them. A trial that raises is a failed result and the others go
-    on; when the first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C the
+    source: the open trials, or a search that proposes them. bases: by the `data_fingerprint` of trials. deadline: as of
+    `time.monotonic`; what runs then is given up. A trial that raises is a failed result and the others go on; when the first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C the
     running trials are given up; a second one raises KeyboardInterrupt at once.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -85,10 +87,10 @@ def run_trials(
     from ray import tune
 
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # what did not complete, the reporter has heard
-    listener = _listener(reporter)
-    search = {} if isinstance(source, list) else {"search_alg": source.as_searcher(), "num_samples": source.trials}
+    listener = _listener(reporter, deadline)
+    search = {} if isinstance(source, list) else {"search_alg": as_searcher(source), "num_samples": source.trials}
     space = {"trial": tune.grid_search([config.to_dict() for config in source])} if isinstance(source, list) else None
-    trainable = tune.with_parameters(_trainable, inputs=inputs, baseline=baseline)
+    trainable = tune.with_parameters(_trainable, bases=dict(bases))
     with tempfile.TemporaryDirectory(prefix="locft-ray-") as scratch, _on_interrupt(listener.stopper.interrupt):
         tune.Tuner(
             tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
@@ -130,19 +132,20 @@ def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _trainable(config: Mapping[str, Any], inputs: TrialInputs, baseline: "Baseline") -> None:
+def _trainable(config: Mapping[str, Any], bases: Mapping[str, Basis]) -> None:
     """What Ray Tune calls on a worker."""
     from ray import tune
 
     trial = TrialConfig(**config["trial"])
+    basis = bases[trial.data_fingerprint]
     try:
-        result = run_trial(resident_workbench(inputs, baseline), trial)
+        result = run_trial(resident_workbench(basis.inputs, basis.baseline), trial)
     except Exception as error:  # whatever a trial raises is that trial's result; the worker and the study go on
         result = worker_failure(trial, error)
     tune.report({"failed": int(result.status == "failed"), "result": pack_result(result)})
 
 
-def _listener(reporter: Reporter):
+def _listener(reporter: Reporter, deadline: float):
     """Ray Tune callback that turns events into the reporter's; carries the stopper that it feeds."""
     import ray
     from ray import tune
@@ -153,10 +156,10 @@ def _listener(reporter: Reporter):
 
         def __init__(self):
             self.causes: list[str | None] = []
-            self.interrupted = False
+            self.given_up: Ending | None = None
 
         def interrupt(self) -> None:
-            self.interrupted = True
+            self.given_up = "interrupted"
 
         def note(self, result: TrialResult) -> None:
             if len(self.causes) < SAME_FAILURES:
@@ -167,8 +170,8 @@ def _listener(reporter: Reporter):
 
         @property
         def ending(self) -> Ending:
-            if self.interrupted:
-                return "interrupted"
+            if self.given_up:
+                return self.given_up
             first = self.causes[0] if self.causes else None
             alike = first is not None and len(self.causes) == SAME_FAILURES and set(self.causes) == {first}
             return "same_failure" if alike else "complete"
@@ -191,21 +194,23 @@ def _listener(reporter: Reporter):
             reporter.started(_others_running(trials, trial) + 1)
 
         def on_step_end(self, iteration, trials, **info):
-            if self.stopper.interrupted:  # Ray would wait ten seconds for a trial that may take minutes
+            if time.monotonic() > deadline and not self.stopper.given_up:
+                self.stopper.given_up = "out_of_time"
+            if self.stopper.given_up:  # Ray would wait ten seconds for a trial that may take minutes
                 for worker in self.workers.values():
                     ray.kill(worker)
                 self.workers.clear()
 
         def on_trial_recover(self, iteration, trials, trial, **info):
             config = TrialConfig(**trial.config["trial"])
-            if not self.stopper.interrupted and config.id not in self.done:
+            if not self.stopper.given_up and config.id not in self.done:
                 reporter.retried(config, _death(trial))
 
         def on_trial_result(self, iteration, trials, trial, result, **info):
             self._hear(unpack_result(result["result"]), _others_running(trials, trial))
 
         def on_trial_error(self, iteration, trials, trial, **info):
-            if self.stopper.interrupted:
+            if self.stopper.given_up:
                 return
             error = RuntimeError(f"worker died: {_death(trial)}")
             self._hear(worker_failure(TrialConfig(**trial.config["trial"]), error), _others_running(trials, trial))

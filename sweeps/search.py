@@ -1,11 +1,24 @@
-"""Multi-objective search over the axes of a study with Optuna, driven by Ray Tune."""
+"""Searches that choose trials while they run: what drives them in Ray Tune, and multi-objective search with Optuna."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from sweeps.records import TrialConfig, TrialResult, unpack_result
 
 OBJECTIVES = ("reliability", "capability")
+
+
+class Search(Protocol):
+    """Chooses trials while others run. Called in the driver, one call at a time."""
+
+    trials: int
+    """Trials at most."""
+
+    def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
+        """The next trial; "wait" when that depends on running ones; None when there is no further one."""
+
+    def learn(self, key: str, result: TrialResult | None) -> None:
+        """Hear what came of the trial proposed under this key; None where nothing came."""
 
 
 class TrialSearch:
@@ -66,31 +79,32 @@ class TrialSearch:
         else:
             self._study.tell(asked, values)
 
-    def as_searcher(self):
-        """This search in the form that Ray Tune drives."""
-        from ray.tune.search import Searcher
 
-        search = self
+def as_searcher(search: Search):
+    """A search in the form that Ray Tune drives."""
+    from ray.tune.search import Searcher
 
-        class OptunaSearcher(Searcher):
-            def __reduce__(self):
-                """Ray writes its set-up to disk for a restore that never happens here."""
-                return Searcher, ()
+    class Driven(Searcher):
+        def __reduce__(self):
+            """Ray writes its set-up to disk for a restore that never happens here."""
+            return Searcher, ()
 
-            def suggest(self, trial_id: str):
-                config = search.propose(trial_id)
-                return {"trial": config.to_dict()} if config else Searcher.FINISHED
+        def suggest(self, trial_id: str):
+            config = search.propose(trial_id)
+            if config == "wait":
+                return None
+            return {"trial": config.to_dict()} if config else Searcher.FINISHED
 
-            def on_trial_complete(self, trial_id: str, result=None, error: bool = False) -> None:
-                search.learn(trial_id, unpack_result(result["result"]) if result and "result" in result else None)
+        def on_trial_complete(self, trial_id: str, result=None, error: bool = False) -> None:
+            search.learn(trial_id, unpack_result(result["result"]) if result and "result" in result else None)
 
-            def save(self, checkpoint_path: str) -> None:
-                """Nothing to save: a resumed study tells a new search what the tracking store holds."""
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing to save: a resumed study tells a new search what the tracking store holds."""
 
-            def restore(self, checkpoint_path: str) -> None:
-                """See `save`."""
+        def restore(self, checkpoint_path: str) -> None:
+            """See `save`."""
 
-        return OptunaSearcher(metric="failed", mode="min")
+    return Driven(metric="failed", mode="min")
 
 
 def objectives(result: TrialResult) -> tuple[float, ...] | None:

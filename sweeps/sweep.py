@@ -20,6 +20,7 @@ from sweeps.study import study_to_yaml
 from sweeps.tracking import DatasetRecord, ModelRecord, Tracker
 from sweeps.tracking_store import connect
 from sweeps.tracking_uri import check_reachable, resolve_uri, sqlite_path
+from sweeps.trial import Basis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,8 +141,7 @@ def run_sweep(
                 with show(state) as reporter:
                     ending = run_trials(
                         _open_trials(prepared, state),
-                        prepared.inputs,
-                        baseline,
+                        {prepared.facts.data_fingerprint: Basis(prepared.inputs, baseline)},
                         cpus=study.resources.cpus,
                         gpus=study.resources.gpus,
                         concurrent=concurrent,

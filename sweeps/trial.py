@@ -38,16 +38,27 @@ class TrialInputs:
 
     @property
     def key(self) -> tuple:
-        """Tells whether a resident workbench can serve these inputs."""
+        """Tells whether a resident workbench can serve these inputs: first the model's part, then that of the data."""
         suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
         return (self.model, self.dtype, self.device, self.edits.fingerprint, suite, self.full_model)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What all trials on the same data start from."""
+
+    inputs: TrialInputs
+    baseline: "Baseline"
 
 
 _resident: dict[tuple, "Workbench"] = {}
 
 
 def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) -> "Workbench":
-    """The process's workbench for these inputs; made on first use, replacing one for other inputs."""
+    """The process's workbench for these inputs; made on first use.
+
+    Workbenches of one model on several sets of data share it and stay; for another model all are replaced.
+    """
     import torch
 
     from locft.allocator import keep_freed_memory
@@ -57,8 +68,10 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
     torch.set_num_threads(inputs.threads)
     keep_freed_memory()
     if inputs.key not in _resident:
-        _resident.clear()
-        loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device)
+        kin = [bench for key, bench in _resident.items() if key[:3] == inputs.key[:3]]
+        if not kin:
+            _resident.clear()
+        loaded = kin[0].loaded if kin else load_model(inputs.model, dtype=inputs.dtype, device=inputs.device)
         _resident[inputs.key] = Workbench.prepare(
             loaded,
             inputs.edits,

@@ -13,7 +13,7 @@ from sweeps.prepare import prepare
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
 from sweeps.runner import compute_baseline, run_trials, worker_failure
 from sweeps.study import load_study
-from sweeps.trial import resident_workbench, run_trial
+from sweeps.trial import Basis, resident_workbench, run_trial
 
 TIMINGS = ("seconds", "seconds_per_edit", "train_seconds", "evaluate_seconds", "capability_seconds")
 
@@ -65,9 +65,8 @@ def baseline(study, ray_running):
 
 
 def run(study, baseline, trials, reporter, concurrent=2, inputs=None):
-    return run_trials(
-        trials, inputs or study.inputs, baseline, cpus=1, gpus=0, concurrent=concurrent, reporter=reporter
-    )
+    bases = {study.facts.data_fingerprint: Basis(inputs or study.inputs, baseline)}
+    return run_trials(trials, bases, cpus=1, gpus=0, concurrent=concurrent, reporter=reporter)
 
 
 def test_results_do_not_depend_on_order_company_or_process(study, baseline):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sweeps.records import TrialConfig, TrialResult, pack_result
-from sweeps.search import OBJECTIVES, TrialSearch, objectives
+from sweeps.search import OBJECTIVES, TrialSearch, as_searcher, objectives
 
 SPACE = {"layer": list(range(6)), "module": ["attn", "mlp"], "learning_rate": ("log_uniform", 1e-4, 1e-1)}
 
@@ -113,7 +113,7 @@ def test_objectives(result, expected):
 
 def test_as_ray_tune_drives_it():
     found = search({"layer": [0], "module": ["attn"], "learning_rate": [0.1, 0.2]}, trials=2)
-    searcher = found.as_searcher()
+    searcher = as_searcher(found)
     first = searcher.suggest("a")
     config = TrialConfig(**first["trial"])
     searcher.on_trial_complete("a", {"result": pack_result(done(config)), "failed": 0})
