@@ -1,4 +1,7 @@
-"""The figures of the report, in reading order, with their titles and captions: those that the results can fill."""
+"""The figures of a page, with their titles and captions, and the frame that pages are drawn in.
+
+Those of the report, in reading order: all that the results can fill.
+"""
 
 import json
 import re
@@ -6,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
@@ -48,7 +52,7 @@ def gallery(
     if len(comparable(by_setting(results), objectives)):
         info = figures.front_info(results, objectives=objectives, baseline=baseline, pick=pick)
         plots.append(
-            _plot(
+            page_plot(
                 "front", f"{x.capitalize()} against {y}", figures.front_figure(info),
                 f"Each mark is a setting: its colour is the depth of the layer, its shape the module. Up and to the"
                 f" right is better. The dotted step is the front ({plural(len(front), 'setting')}), the ring the pick.",
@@ -62,7 +66,7 @@ def gallery(
         caption = figures.HEATMAP_CAPTION if metric == maps[0] else ""
         caption = "In percentage points: blue is a gain, orange a loss." if metric == "capability_change" else caption
         plots.append(
-            _plot(
+            page_plot(
                 f"map-{metric.replace('_', '-')}", f"{title} by layer and module",
                 figures.heatmap_figure(figures.heatmap_info(results, metric, pick=pick)), caption,
                 f"Heat map of {TITLES[metric]} over layers and modules; the table of all trials holds the values.",
@@ -74,14 +78,14 @@ def gallery(
             f" ({losses.pipeline.replace('_first', '-first')} trials)" if losses.pipeline else ""
         )
         caption += f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
-        plots.append(_plot("losses", "Training loss", figures.loss_figure(losses), caption, "Training loss by epoch."))
+        plots.append(page_plot("losses", "Training loss", figures.loss_figure(losses), caption, "Training loss by epoch."))
     for metric in ("reliability", "capability"):
         pairs = figures.pipeline_info(results, metric) if has_values(results, metric) else None
         if pairs is None or not pairs.pairs:
             continue
         means = "; ".join(f"batch {size}: {points(gap)} points" for size, gap, _ in pairs.mean_difference)
         plots.append(
-            _plot(
+            page_plot(
                 f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", figures.pipeline_figure(pairs),
                 f"Pairs that agree in everything else. Mean advantage of breadth-first: {means}.",
                 f"{metric.capitalize()} of {plural(len(pairs.pairs), 'pair')} of settings. Mean advantage of"
@@ -92,7 +96,7 @@ def gallery(
     parallel = figures.parallel_info(results)
     if len(parallel.trial_ids) > 1:
         plots.append(
-            _plot(
+            page_plot(
                 "parallel", "Everything at once", figures.parallel_figure(parallel),
                 "A line is a setting, coloured by reliability. Drag along an axis to keep the lines that cross there;"
                 " click the axis to let go.",
@@ -103,7 +107,22 @@ def gallery(
     return plots
 
 
-def _plot(id: str, title: str, figure: go.Figure, caption: str, description: str, **shape: bool) -> Plot:
+def page_template(name: str) -> jinja2.Template:
+    """A page of this package by its file's name; autoescape is on."""
+    return _PAGES.get_template(name)
+
+
+_PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("analysis", "."),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+def page_plot(id: str, title: str, figure: go.Figure, caption: str, description: str, **shape: bool) -> Plot:
+    """A figure for a page. shape: fields of `Plot`."""
     text = json.dumps(
         figure.to_plotly_json(), separators=(",", ":"), allow_nan=False, ensure_ascii=False, default=_jsonable
     )

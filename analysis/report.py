@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-import jinja2
 import pandas as pd
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from analysis.answers import certainty, edit_misses, headline
-from analysis.gallery import gallery
+from analysis.gallery import gallery, page_template
 from analysis.look import TITLES
 from analysis.pareto import (
     DEFAULT_OBJECTIVES,
@@ -65,7 +65,7 @@ def render_report(
     found = settings.set_index("trial_id", drop=False)
     broken = failed(results)
     causes = Counter(error if isinstance(error, str) and error else "no cause recorded" for error in broken["error"])
-    return _TEMPLATE.render(
+    return page_template("report.html").render(
         name=str(study["name"]),
         model=str(study["model"]),
         settings_yaml=study.get("settings_yaml"),
@@ -90,7 +90,7 @@ def render_report(
         n_failed=len(broken),
         n_diverged=int((done(results)["diverged"] == 1).sum()),
         environment={str(k): _readable(v) for k, v in (study.get("environment") or {}).items()},
-        plotly_js=Markup(_plotly_source()) if plotly_js and plots else None,
+        plotly_js=Markup(get_plotlyjs()) if plotly_js and plots else None,
     )
 
 
@@ -251,18 +251,3 @@ def _readable(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_readable(item)}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _plotly_source() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs()
-
-
-_TEMPLATE = jinja2.Environment(
-    loader=jinja2.PackageLoader("analysis", "."),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-).get_template("report.html")

@@ -15,7 +15,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,13 @@ class EditSet:
     """16 hexadecimal digits of the content without the ids: the same edits in another file or layout have the same."""
     findings: EditFindings
     """Of the selected edits."""
+
+    def sample(self, count: int, seed: int) -> "EditSet":
+        """A random sample of so many of these edits, the same on every machine, in their order."""
+        chosen = sorted(random.Random(seed).sample(range(len(self.requests)), count))
+        requests = tuple(self.requests[index] for index in chosen)
+        findings = _findings(requests, [()] * count)
+        return replace(self, requests=requests, fingerprint=_fingerprint(requests), findings=findings)
 
 
 def load_edits(source: str, *, limit: int | None = None, sample_seed: int | None = None) -> EditSet:

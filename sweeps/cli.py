@@ -27,6 +27,7 @@ from locft.errors import InputError
 if TYPE_CHECKING:
     from locft.workbench import Workbench
     from sweeps.prepare import PreparedStudy
+    from sweeps.recommendation import Answer as PositionAnswer
     from sweeps.schema import Capability, Edits
     from sweeps.sweep import Answer, StudyState
 
@@ -217,11 +218,68 @@ def report(
 
 
 @app.command()
+def select(
+    model: ModelArgument,
+    edits: EditsOption,
+    limit: LimitOption = None,
+    budget_share: Annotated[
+        float | None, typer.Option(help="Of the estimated cost of the full grid; default 0.1.", metavar="SHARE")
+    ] = None,
+    budget_minutes: Annotated[float | None, typer.Option(help="By the clock, everything included.")] = None,
+    method: Annotated[
+        str, typer.Option(help="race, or a baseline: probe, proportional, late, random, tpe, nsga2.")
+    ] = "race",
+    seed: Annotated[int, typer.Option(min=0, help="Of samples and draws.")] = 0,
+    overrides: SetOption = None,
+    position_file: Annotated[
+        Path | None, typer.Option("--out", help="Position file; default NAME.json here, with the page NAME.html beside it.")
+    ] = None,
+    tracking_uri: UriOption = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster: auto, or HOST:PORT. Default: this machine.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the position to edit in MODEL without sweeping it. The same command again goes on where it was."""
+    from sweeps.progress import RaceProgress
+    from sweeps.question import DEFAULT_SHARE, Budget, ask
+    from sweeps.recommendation import conclude
+    from sweeps.selection import run_selection
+
+    if budget_share is not None and budget_minutes is not None:
+        raise InputError("--budget-share, --budget-minutes: got both, expected one of them")
+    share = DEFAULT_SHARE if budget_share is None and budget_minutes is None else budget_share
+    budget = Budget(share, budget_minutes)
+    question = ask(
+        model, _edits(edits, limit).source, overrides or (), limit=limit, method=method, budget=budget, seed=seed
+    )
+    file = _writable(position_file or Path(f"{question.study.name}.json"))
+    page = _writable(file.with_suffix(".html"))
+    _say_study(question.levels.full)
+    with redirect_stdout(sys.stderr):  # Ray prints there that a worker died
+        found, tracker = run_selection(question, tracking_uri, address=address, progress=RaceProgress())
+        answer = conclude(found, tracker, str(file))
+    _write(page, answer.html)
+    if answer.position:
+        _write(file, json.dumps(_plain(answer.position), indent=2) + "\n")
+    if as_json:
+        _print_json({"position": answer.position, "file": str(file), "page": str(page), "tracking_uri": tracker.uri})
+    else:
+        _print_selection(answer, file, page, tracker.uri, edits)
+    if found.ending == "same_failure":
+        err.print("stopped: the first runs all failed for the same reason, so the others would as well")
+    if found.ending == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+    if answer.position is None:
+        raise typer.Exit(1)
+
+
+@app.command()
 def edit(
     model: ModelArgument,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the delta and its metrics.")],
     edits: Annotated[str | None, typer.Option("--edits", help=EDITS)] = None,
-    position: Annotated[str | None, typer.Option("--position", help="LAYER.MODULE, such as 22.mlp_down.")] = None,
+    position: Annotated[
+        str | None, typer.Option("--position", help="LAYER.MODULE, such as 22.mlp_down, or the file `locft select` wrote.")
+    ] = None,
     from_run: Annotated[
         str | None, typer.Option("--from-run", help="Repeat the trial of this MLflow run, but for other options given.")
     ] = None,
@@ -526,6 +584,29 @@ def _print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri:
         out.print(Text(f"Repeat it: {repeat}"), soft_wrap=True)
     out.print(f"{counts['done']} of {counts['planned']} trials done, {counts['failed']} failed", highlight=False)
     out.print(Text(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
+
+
+def _print_selection(answer: "PositionAnswer", file: Path, page: Path, uri: str, edits: str) -> None:
+    from analysis.selection_page import expectations
+    from analysis.wording import number, percent
+
+    content = answer.position
+    if content is None:
+        out.print("No run finished, so there is no position to recommend.")
+    else:
+        rate = content["settings"]["learning_rate"]
+        out.print(Text(f"Edit at {content['position']} with learning rate {number(rate)}.", style="bold"))
+        for name, value in expectations(answer.ranking[0].outcome, content["measured_on"]["edits"]):
+            out.print(Text(f"  {name}: {value}"), soft_wrap=True)
+        second = content["runner_up"]
+        line = f"  Chance that it is the best of those measured: {percent(round(content['chance'], 3))}"
+        out.print(Text(line + (f"; runner-up {second['position']}" if second else "")), soft_wrap=True)
+        how = content["how"]
+        line = f"  {how['runs']} runs, {percent(how['grid_share'])} of the full grid's cost, {how['wall_seconds']:.0f} s"
+        out.print(Text(line), soft_wrap=True)
+        command = f"locft edit {content['model']} --edits {edits} --position {file} --out edited"
+        out.print(Text(f"Make the edit: {command}"), soft_wrap=True)
+    out.print(Text(f"Page: {page}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
 
 
 def _print_metrics(metrics: dict[str, float], unedited: dict[str, float]) -> None:

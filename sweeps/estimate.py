@@ -95,6 +95,12 @@ def estimate(
     )
 
 
+def trial_seconds(trial: TrialConfig, facts: StudyFacts, calibration: Calibration | None = None) -> float:
+    """Of one trial with all its epochs, measurements included."""
+    rates = calibration or default_calibration(facts)
+    return _training_seconds(trial, facts, rates) + _reading_seconds(trial, facts, rates)
+
+
 def _training_seconds(trial: TrialConfig, facts: StudyFacts, rates: Calibration) -> float:
     """With all epochs. Both pipelines take the same number of steps then."""
     supervised = _SUPERVISED_SHARE * _edit_tokens(facts)

@@ -62,8 +62,11 @@ class PreparedStudy:
         return ", ".join(f"{task.name} ({len(task.items)})" for task in self.suite.tasks) if self.suite else "none"
 
 
-def prepare(study: Study) -> PreparedStudy:
-    """Resolve a study. Raises one InputError with the problems of model, edits and capability files together."""
+def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
+    """Resolve a study. Raises one InputError with the problems of model, edits and capability files together.
+
+    edits: in place of those that the study names.
+    """
     from locft.benchmarks import load_suite
     from locft.models import folder_fingerprint, load_structure, load_tokenizer, model_folder, training_precision
     from locft.positions import list_positions, n_layers
@@ -85,7 +88,9 @@ def prepare(study: Study) -> PreparedStudy:
         modules.setdefault(info.position.layer, []).append(info.position.module)
     if positions:
         attempt(lambda: check_against_model(study, n_layers(structure), modules))
-    edits = attempt(lambda: load_edits(study.edits.source, limit=study.edits.limit, sample_seed=study.edits.sample_seed))
+    named = study.edits
+    if edits is None:
+        edits = attempt(lambda: load_edits(named.source, limit=named.limit, sample_seed=named.sample_seed))
     wanted = study.capability
     suite = None
     if wanted.suite or wanted.tasks:

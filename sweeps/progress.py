@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -12,8 +12,11 @@ from rich.text import Text
 
 from analysis.pareto import pareto_front
 from analysis.table import results_frame
-from analysis.wording import percent, seconds
+from analysis.wording import number, percent, seconds
 from sweeps.records import TrialConfig, TrialResult
+
+if TYPE_CHECKING:
+    from sweeps.race import Rung
 
 SHOWN = 6
 """Lines of the front on the screen."""
@@ -96,6 +99,54 @@ class Progress:
         for cause, count in Counter(self.failures.values()).most_common(3):
             table.add_row(Text(f"{count} failed", style="red"), Text(cause[:80]))
         return table
+
+
+class RaceProgress:
+    """A selection as lines: what a rung runs and why, and every run that finishes. A context manager."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self.left = 0
+        self._status = self.console.status("")
+
+    def __enter__(self) -> "RaceProgress":
+        if self.console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.console.is_terminal:
+            self._status.stop()
+
+    def note(self, text: str) -> None:
+        """Something else that takes a while."""
+        self._say(text)
+        self._status.update(Text(text))
+
+    def rung(self, rung: "Rung", open_runs: int) -> None:
+        """A rung begins."""
+        self.left = open_runs
+        kept = len(rung.runs) - open_runs
+        self._say(f"{rung.name}: {rung.why}" + (f" ({kept} known already)" if kept else ""))
+        self._status.update(Text(f"{rung.name}: {self.left} left"))
+
+    def started(self, running: int) -> None:
+        """See `sweeps.runner.Reporter`."""
+
+    def retried(self, config: TrialConfig, cause: str) -> None:
+        self._say(f"  {config.position}: its worker died and it is tried again ({cause})")
+
+    def finished(self, result: TrialResult, running: int) -> None:
+        self.left -= 1
+        config = result.config
+        drift = result.metrics.get("drift_kl")
+        more = "" if drift is None or result.status == "failed" else f", drift {number(drift)}"
+        seed = f" seed {config.seed}" if config.seed else ""
+        self._say(f"  {config.position} lr {config.learning_rate:g}{seed}: {_outcome(result)}{more}")
+        self._status.update(Text(f"{self.left} left in this rung"))
+
+    def _say(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
 
 
 def _setting(config: TrialConfig) -> str:

@@ -11,10 +11,10 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
 from sweeps.search import Search, as_searcher
@@ -22,6 +22,8 @@ from sweeps.trial import Basis, TrialInputs, resident_workbench, run_trial
 
 if TYPE_CHECKING:
     from locft.workbench import Baseline
+
+T = TypeVar("T")
 
 SAME_FAILURES = 3
 """So many first trials that all fail for one reason stop the study: the rest would fail for it too."""
@@ -48,18 +50,26 @@ def worker_failure(config: TrialConfig, error: BaseException) -> TrialResult:
     return TrialResult(config, "failed", f"{type(error).__name__}: {cause}"[:500])
 
 
-def compute_baseline(inputs: TrialInputs, cpus: float, gpus: float) -> "Baseline":
-    """Measure the unedited model on a worker (which keeps the model for its trials)."""
+def on_workers(works: Sequence[Callable[[], T]], cpus: float, gpus: float) -> list[T]:
+    """Run functions on workers, side by side where there is room; what they return, in their order.
+
+    Raises whatever the first one that fails raises.
+    """
     import ray
 
-    def measure() -> "Baseline":
-        return resident_workbench(inputs).baseline
+    def call(work: Callable[[], T]) -> T:
+        return work()
 
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=WORKER_RESTARTS)(measure)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=WORKER_RESTARTS)(call)
     try:
-        return ray.get(task.remote())
+        return ray.get([task.remote(work) for work in works])
     except ray.exceptions.RayTaskError as error:  # its own text is the worker's whole traceback
         raise error.cause from error
+
+
+def compute_baseline(inputs: TrialInputs, cpus: float, gpus: float) -> "Baseline":
+    """Measure the unedited model on a worker."""
+    return on_workers([lambda: resident_workbench(inputs).baseline], cpus, gpus)[0]
 
 
 def run_trials(

@@ -1,7 +1,8 @@
-"""The settings of a single edit, from options or from the trial that is to be repeated."""
+"""The settings of a single edit: from options, a position file, or the trial that is to be repeated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from locft.errors import InputError
@@ -31,7 +32,7 @@ class EditSettings:
     threads: int | None
     """CPU threads; None takes all cores. Another number can change the last digits of a result."""
     model_fingerprint: str | None
-    """Of the model that the repeated trial edited; None when no trial is repeated."""
+    """Of the model that the trial edited, or that the position file is for; None when there is neither."""
 
 
 def edit_settings(
@@ -42,9 +43,9 @@ def edit_settings(
     from_run: str | None,
     tracking_uri: str | None,
 ) -> EditSettings:
-    """Options over the settings of a trial, over the defaults.
+    """Options over the settings of a position file or a trial, over the defaults.
 
-    given: option names and values, None when not given. edits: None takes those of the trial. Raises InputError with every bad option, or when there is neither a run nor a
+    position: LAYER.MODULE or a position file. given: option names and values, None when not given. edits: None takes those of the trial. Raises InputError with every bad option, or when there is neither a run nor a
     position and edits.
     """
     from locft.finetune import TrainingSettings
@@ -53,10 +54,18 @@ def edit_settings(
     from sweeps.schema import Capability
 
     problems = _problems(given)
+    named = None
+    if position is not None and _is_file(position):
+        from sweeps.position_file import read_position
+
+        named = read_position(Path(position))
+        position = named.position
     if position is None and from_run is None:
-        problems.append("--position: expected LAYER.MODULE such as 22.mlp_down, or --from-run RUN_ID")
+        problems.append("--position: expected LAYER.MODULE such as 22.mlp_down or a position file, or --from-run RUN_ID")
     if edits is None and from_run is None:
         problems.append("--edits: expected atlas, an edit file or a data set's hub id, or --from-run RUN_ID")
+    if named and from_run is not None:
+        problems.append("--position: a position file and --from-run both bring settings; give one of them")
     if position is not None:
         try:
             TuningPosition.parse(position)
@@ -66,8 +75,10 @@ def edit_settings(
         raise InputError(problems)
     options = {name: value for name, value in given.items() if value is not None}
     if from_run is None:
-        training = TrainingSettings(**{"precision": training_precision("auto"), **options})
-        return EditSettings(str(position), training, dtype or "float32", edits, Capability(), "auto", None, None)
+        brought = dict(named.settings) if named else {}
+        training = TrainingSettings(**{"precision": training_precision("auto"), **brought, **options})
+        dtype, fingerprint = (dtype or named.dtype, named.model_fingerprint) if named else (dtype or "float32", None)
+        return EditSettings(str(position), training, dtype, edits, Capability(), "auto", None, fingerprint)
     from sweeps.tracking_lookup import find_run
 
     run = find_run(from_run, tracking_uri)
@@ -86,6 +97,10 @@ def edit_settings(
         study.resources.cpus if study else None,
         config.model_fingerprint,
     )
+
+
+def _is_file(position: str) -> bool:
+    return position.endswith(".json") or "/" in position or Path(position).is_file()
 
 
 def _study(text: str | None) -> "Study | None":

@@ -145,7 +145,7 @@ def run_sweep(
                         cpus=study.resources.cpus,
                         gpus=study.resources.gpus,
                         concurrent=concurrent,
-                        reporter=_Logged(reporter, prepared, tracker),
+                        reporter=Logged(reporter, prepared, tracker, prepared.id),
                     )
         finally:  # also when it breaks off: the study's run shall show what is finished
             state = read_state(prepared, tracker)
@@ -223,11 +223,11 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), **versions}
 
 
-class _Logged:
-    """Passes trials on to a reporter, and finished ones to MLflow first."""
+class Logged:
+    """Passes trials on to a reporter, and finished ones to MLflow first, as runs of a study that is open there."""
 
-    def __init__(self, reporter: Reporter, prepared: PreparedStudy, tracker: Tracker):
-        self.reporter, self.study_id, self.tracker = reporter, prepared.id, tracker
+    def __init__(self, reporter: Reporter, prepared: PreparedStudy, tracker: Tracker, study_id: str):
+        self.reporter, self.study_id, self.tracker = reporter, study_id, tracker
         study, facts = prepared.study, prepared.facts
         model = ModelRecord(study.model, facts.model_fingerprint, {"layers": facts.n_layers, "dtype": study.dtype})
         found = {"edits": len(prepared.edits.requests), **asdict(prepared.edits.findings)}
@@ -237,7 +237,7 @@ class _Logged:
             name = study.capability.suite or "capability"
             source = prepared.capability_source
             data.append(DatasetRecord(name, prepared.suite.fingerprint, source, "capability", items))
-        self.inputs = tracker.create_inputs(prepared.id, model, data)
+        self.inputs = tracker.create_inputs(study_id, model, data)
 
     def started(self, running: int) -> None:
         self.reporter.started(running)

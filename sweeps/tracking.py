@@ -8,6 +8,7 @@ is closed: a run whose logging broke off is completed by the next delivery.
 `tracking_lookup` finds a run or a study in any experiment.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -196,6 +197,27 @@ class Tracker:
             self._store.log(run_id, metrics=summary_metrics, when=runs.now(), tags={**tags, **note})
             self._mark_pick(study_id, picked)
             self._store.close(run_id, state, status)
+
+    def abandon_study(self, study_id: str) -> None:
+        """Closes the run of a study that broke off, as FAILED; says nothing where even that does not work."""
+        with contextlib.suppress(TrackingError):
+            self._store.abandon(self._study_run(study_id))
+
+    def register_position(self, study_id: str, model: str, position: Mapping[str, Any]) -> str:
+        """A new version of the model's registered position, with the alias `recommended`; returns "models:/NAME@ALIAS".
+
+        position: the content of the position file that lies with the study's run.
+        """
+        name = "locft-position-" + (re.sub(r"[/:.%\"'\\ ]+", "-", model).strip("-") or "model")
+        with asking(f"the registered model {name!r}"):
+            run_id = self._study_run(study_id)
+            if not self._client.search_registered_models(f"name = '{name}'"):
+                self._client.create_registered_model(name, description=f"Where to edit {model}, as selections found it.")
+            source = f"{self._client.get_run(run_id).info.artifact_uri}/position.json"
+            tags = {"locft.position": position["position"], "locft.study_id": study_id}
+            made = self._client.create_model_version(name, source, run_id, tags=tags, description=json.dumps(position["settings"]))
+            self._client.set_registered_model_alias(name, "recommended", made.version)
+        return f"models:/{name}@recommended"
 
     def put_study_file(self, study_id: str, name: str, text: str) -> None:
         """Keeps a text file with the study's run (`open_study` comes first)."""

@@ -1,0 +1,115 @@
+"""Which of several measured settings to use: the rule of the selection, and how sure it is.
+
+The rule, step by step:
+
+1. reliability within one standard error of the best (a smaller difference says nothing about new edits);
+2. no loss of capability that the items show: the paired change is not below zero by more than its standard error. (A gain
+   is no aim: an edit that shakes a model enough raises some accuracies by chance.)
+3. drift within 0.01 nats per token of the least, about one per cent of perplexity;
+4. of those, the highest generalization.
+
+Where no setting passes a step, the best in it do.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.table import proportion_se
+
+DRIFT_TOLERANCE = 0.01
+"""Nats per token that are not worth losing generalization for."""
+DRAWS = 2000
+SEED_SPREAD = 0.1
+"""Standard error of a single seed's drift, as a share of it."""
+RULE = (
+    "Highest generalization among the settings whose drift is within 0.01 nats of the least, of those that lose no"
+    " capability the items show and whose reliability is within one standard error of the best."
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a setting does, averaged over its seeds, with standard errors."""
+
+    reliability: float
+    reliability_se: float
+    generalization: float
+    generalization_se: float
+    capability_change: float
+    capability_se: float
+    """Of the paired change, over items."""
+    drift: float
+    """Nats per token; infinite where training diverged."""
+    drift_se: float
+
+
+FAILED = Outcome(0.0, 0.0, 0.0, 0.0, -1.0, 0.0, float("inf"), 0.0)
+"""Of a run that failed or diverged."""
+
+
+def outcome_of(metrics: Mapping[str, float]) -> Outcome:
+    """From a trial's metrics. What was not measured (capability, drift, rephrases) counts as no loss and no gain."""
+
+    def value(name: str, absent: float = 0.0) -> float:
+        found = metrics.get(name, math.nan)
+        return absent if found is None or not math.isfinite(found) else float(found)
+
+    if value("diverged"):
+        return FAILED
+    edits = value("n_edits", 1.0)
+    drift = value("drift_kl")
+    return Outcome(
+        reliability=value("reliability"),
+        reliability_se=proportion_se(value("reliability"), edits),
+        generalization=value("generalization"),
+        generalization_se=proportion_se(value("generalization"), edits),
+        capability_change=value("capability_change"),
+        capability_se=(value("capability_change_high") - value("capability_change_low")) / (2 * 1.959964),
+        drift=drift,
+        drift_se=SEED_SPREAD * drift,
+    )
+
+
+def preference(outcomes: Sequence[Outcome]) -> list[int]:
+    """Indices of the outcomes, the one to use first."""
+    if not outcomes:
+        return []
+    table = _table(outcomes)
+    errors = np.array([[o.reliability_se, o.capability_se] for o in outcomes])
+    return [int(i) for i in _order(table, errors)]
+
+
+def probabilities(outcomes: Sequence[Outcome], seed: int = 0) -> list[float]:
+    """For each outcome how often the rule picks it when every measurement is drawn again within its standard error."""
+    if not outcomes:
+        return []
+    rng = np.random.default_rng(seed)
+    table = _table(outcomes)  # (settings, 4)
+    errors = np.array([[o.reliability_se, o.generalization_se, o.capability_se, o.drift_se] for o in outcomes])
+    finite = np.where(np.isfinite(table), table, 1e6)
+    picks = np.zeros(len(outcomes))
+    for noise in rng.standard_normal((DRAWS, *table.shape)):
+        drawn = finite + noise * errors
+        drawn[:, :2] = drawn[:, :2].clip(0, 1)
+        drawn[:, 3] = drawn[:, 3].clip(0)
+        picks[_order(drawn, errors[:, [0, 2]])[0]] += 1
+    return (picks / DRAWS).tolist()
+
+
+def _table(outcomes: Sequence[Outcome]) -> np.ndarray:
+    return np.array([[o.reliability, o.generalization, o.capability_change, o.drift] for o in outcomes])
+
+
+def _order(table: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """table: (settings, 4) reliability, generalization, capability change, drift. errors: of reliability and change."""
+    reliability, generalization, change, drift = table.T
+    best = reliability.argmax()
+    reliable = reliability >= reliability[best] - errors[best, 0] - 1e-9
+    able = reliable & (change >= min(0.0, change[reliable].max()) - errors[:, 1] - 1e-9)
+    gentle = able & (drift <= drift[able].min() + DRIFT_TOLERANCE)
+    steps = 3 - reliable.astype(int) - able - gentle
+    last = np.where(gentle, -generalization, np.where(reliable, drift, -reliability))
+    return np.lexsort((drift, last, steps))

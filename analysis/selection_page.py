@@ -1,0 +1,242 @@
+"""The page of a selection: the position to use, what to expect there, what else was close, and how it was found."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from analysis.choice import RULE, Outcome
+from analysis.figures import SYMBOLS
+from analysis.gallery import Plot, page_plot, page_template
+from analysis.look import ACCENT, styled_figure
+from analysis.table import wilson_interval
+from analysis.wording import MINUS, change_with_interval, escaped, number, percent, plural, points
+
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A setting measured at the highest level."""
+
+    position: str
+    layer: int
+    module: str
+    learning_rate: float
+    seeds: int
+    outcome: Outcome
+    chance: float
+    """That it is the one to use."""
+
+
+@dataclass(frozen=True)
+class RungRun:
+    """A run as its rung shows it."""
+
+    position: str
+    learning_rate: float
+    seed: int
+    outcome: Outcome | None
+    """None for a run that did not finish."""
+    fate: str
+    """What became of the position."""
+    kept: bool
+
+
+def expectations(outcome: Outcome, edits: int) -> list[tuple[str, str]]:
+    """(name, value with its 95% interval) of what an edit there does."""
+    low, high = (outcome.drift + side * Z95 * outcome.drift_se for side in (-1, 1))
+    change = (outcome.capability_change + side * Z95 * outcome.capability_se for side in (0, -1, 1))
+    return [
+        ("Reliability", f"{percent(outcome.reliability)} of the edits {_span(outcome.reliability, edits)}"),
+        ("Generalization", f"{percent(outcome.generalization)} of the rephrased {_span(outcome.generalization, edits)}"),
+        ("Capability change", change_with_interval(*change)),
+        ("Drift", f"{number(outcome.drift)} nats per token [{number(max(0.0, low))}, {number(high)}]"),
+    ]
+
+
+def render_selection(
+    about: Mapping[str, Any],
+    ranking: Sequence[Ranked],
+    rungs: Sequence[tuple[str, str, Sequence[RungRun]]],
+    probe: Sequence[tuple[int, str, float]],
+    *,
+    plotly_js: bool = True,
+) -> str:
+    """The page as HTML.
+
+    about: model, lead, command, settings, level_edits (int), n_edits (int), how, facts (pairs), settings_yaml, caveat.
+    ranking: the one to use first. rungs: (name, why, runs). probe: (layer, module, disturbance) of every position.
+    """
+    plots = _plots(ranking, rungs, probe)
+    best = ranking[0] if ranking else None
+    return page_template("selection.html").render(
+        model=about["model"],
+        lead=about["lead"],
+        pick=best
+        and {"position": best.position, "rate": number(best.learning_rate), "settings": about["settings"], "rule": RULE},
+        command=about["command"],
+        caveat=about.get("caveat"),
+        expected=expectations(best.outcome, about["level_edits"]) if best else [],
+        level_edits=plural(about["level_edits"], "edit"),
+        ranking=[_row(setting) for setting in ranking],
+        plots=plots,
+        how=about["how"],
+        rungs=[{"name": name, "why": why, "runs": [_run_row(run) for run in runs]} for name, why, runs in rungs],
+        facts=about["facts"],
+        settings_yaml=about.get("settings_yaml"),
+        plotly_js=Markup(get_plotlyjs()) if plotly_js and plots else None,
+    )
+
+
+def _span(fraction: float, n: int) -> str:
+    low, high = wilson_interval(fraction, n)
+    return f"[{100 * low:.0f}%, {100 * high:.0f}%]"
+
+
+def _row(setting: Ranked) -> dict[str, str]:
+    outcome = setting.outcome
+    return {
+        "position": setting.position,
+        "rate": number(setting.learning_rate),
+        "chance": percent(round(setting.chance, 3)),
+        "reliability": percent(outcome.reliability),
+        "generalization": percent(outcome.generalization),
+        "change": f"{points(outcome.capability_change)} ± {points(outcome.capability_se).lstrip('+')}",
+        "drift": number(outcome.drift),
+        "seeds": str(setting.seeds),
+    }
+
+
+def _run_row(run: RungRun) -> dict[str, Any]:
+    outcome = run.outcome
+    absent = {"reliability": "not finished", "generalization": "", "drift": ""}
+    measured = outcome and {
+        "reliability": percent(outcome.reliability),
+        "generalization": percent(outcome.generalization),
+        "drift": number(outcome.drift) if math.isfinite(outcome.drift) else "diverged",
+    }
+    return {
+        "position": run.position,
+        "rate": number(run.learning_rate),
+        "seed": str(run.seed),
+        "fate": run.fate.replace("-", MINUS) if run.fate.startswith("-") else run.fate,
+        "kept": run.kept,
+        **(measured or absent),
+    }
+
+
+def _plots(
+    ranking: Sequence[Ranked],
+    rungs: Sequence[tuple[str, str, Sequence[RungRun]]],
+    probe: Sequence[tuple[int, str, float]],
+) -> list[Plot]:
+    plots = []
+    tried = {run.position: name for name, _, runs in rungs for run in runs}
+    if probe:
+        plots.append(
+            page_plot(
+                "probe", "What the probe sees: disturbance by layer and module",
+                probe_figure(probe, tried, ranking[0].position if ranking else None),
+                "What learning the edits there would disturb, from gradients of the unedited model; dark is gentle. Dots:"
+                " raced; large dots: run on all edits; ring: the pick.",
+                f"Heat map of the probe's disturbance over {plural(len(probe), 'position')}.",
+            )
+        )  # fmt: skip
+    if len(ranking) > 1:
+        plots.append(
+            page_plot(
+                "trade", "Generalization against drift of the finalists", trade_figure(ranking),
+                "Up and to the left is better; bars are 95% intervals.",
+                f"Scatter of {plural(len(ranking), 'setting')}; the table above holds the values.",
+            )
+        )  # fmt: skip
+    return plots
+
+
+def probe_figure(probe: Sequence[tuple[int, str, float]], tried: Mapping[str, str], pick: str | None) -> go.Figure:
+    """Heat map of log disturbance, with dots where the race ran."""
+    layers, modules = sorted({layer for layer, _, _ in probe}), list(dict.fromkeys(module for _, module, _ in probe))
+    found = {(layer, module): value for layer, module, value in probe if 0 < value < math.inf}
+    figure = styled_figure(
+        height=110 + 34 * max(2, len(modules)),
+        xaxis={"title": {"text": "layer"}, "showgrid": False, "dtick": max(1, math.ceil(len(layers) / 16))},
+        yaxis={"showgrid": False, "autorange": "reversed", "ticklabelstandoff": 6, "type": "category"},
+        margin={"l": 10, "r": 10, "t": 10, "b": 44},
+        showlegend=False,
+    )
+    figure.add_heatmap(
+        x=layers,
+        y=[escaped(module) for module in modules],
+        z=[[math.log10(found[layer, m]) if (layer, m) in found else None for layer in layers] for m in modules],
+        text=[[f"{layer}.{escaped(m)}: {number(found.get((layer, m), math.nan))}" for layer in layers] for m in modules],
+        hovertemplate="%{text}<extra></extra>",
+        colorscale="Cividis",
+        xgap=1,
+        ygap=1,
+        colorbar={"thickness": 10, "outlinewidth": 0, "nticks": 4, "tickprefix": "10<sup>", "ticksuffix": "</sup>"},
+    )
+    final = ("finals", "confirm")
+    for names, size in ((None, 5), (final, 10)):
+        chosen = [p for p, name in tried.items() if (name in final) == (names is not None)]
+        figure.add_scatter(
+            x=[int(p.partition(".")[0]) for p in chosen],
+            y=[escaped(p.partition(".")[2]) for p in chosen],
+            mode="markers",
+            marker={"size": size, "color": "white", "line": {"color": "#1c2430", "width": 1}},
+            hoverinfo="skip",
+        )
+    if pick:
+        layer, _, module = pick.partition(".")
+        figure.add_scatter(
+            x=[int(layer)],
+            y=[escaped(module)],
+            mode="markers",
+            marker={"size": 18, "symbol": "circle-open", "color": ACCENT, "line": {"width": 3}},
+            hoverinfo="skip",
+        )
+    return figure
+
+
+def trade_figure(ranking: Sequence[Ranked]) -> go.Figure:
+    """Drift to the right, generalization upwards."""
+    figure = styled_figure(
+        height=420,
+        xaxis={"title": {"text": "drift, nats per token"}, "rangemode": "tozero"},
+        yaxis={"title": {"text": "generalization"}, "tickformat": ".0%"},
+    )
+    modules = list(dict.fromkeys(setting.module for setting in ranking))
+    shown = [setting for setting in ranking if math.isfinite(setting.outcome.drift)]
+    for place, module in enumerate(modules):
+        mine = [setting for setting in shown if setting.module == module]
+        figure.add_scatter(
+            x=[s.outcome.drift for s in mine],
+            y=[s.outcome.generalization for s in mine],
+            error_x={"array": [Z95 * s.outcome.drift_se for s in mine], "thickness": 1, "width": 0},
+            error_y={"array": [Z95 * s.outcome.generalization_se for s in mine], "thickness": 1, "width": 0},
+            mode="markers+text",
+            text=[str(s.layer) for s in mine],
+            textposition="top right",
+            name=escaped(module),
+            marker={"size": 11, "symbol": SYMBOLS[place % len(SYMBOLS)]},
+            hovertext=[
+                f"<b>{escaped(s.position)}</b> rate {number(s.learning_rate)}<br>reliability"
+                f" {percent(s.outcome.reliability)}, drift {number(s.outcome.drift)}"
+                for s in mine
+            ],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+    if ranking and shown and ranking[0] is shown[0]:
+        figure.add_scatter(
+            x=[shown[0].outcome.drift],
+            y=[shown[0].outcome.generalization],
+            mode="markers",
+            name="pick",
+            marker={"size": 20, "symbol": "circle-open", "color": ACCENT, "line": {"width": 3}},
+            hoverinfo="skip",
+        )
+    return figure

@@ -1,0 +1,210 @@
+"""The answer of a selection: a position file, a page, and what MLflow keeps of it."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from analysis.choice import RULE, probabilities
+from analysis.selection_page import Ranked, RungRun, Z95, render_selection
+from analysis.table import wilson_interval
+from analysis.wording import number, percent, plural, seconds
+from sweeps.position_file import FORMAT, SETTINGS
+from sweeps.race import Rung, Run
+from sweeps.selection import Selection
+from sweeps.study import study_to_yaml
+from sweeps.tracking import Tracker
+
+@dataclass(frozen=True)
+class Answer:
+    """What a selection says."""
+
+    ranking: tuple[Ranked, ...]
+    """The settings measured at the highest level, the one to use first; empty when nothing finished."""
+    position: dict[str, Any] | None
+    """The position file's content."""
+    html: str
+
+
+def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answer:
+    """Work the answer out and write it into the study's run in MLflow. position_file: its name in the command shown."""
+    ranking = _ranking(selection)
+    content = _position(selection, ranking) if ranking else None
+    page = _page(selection, ranking, position_file)
+    if content:
+        tracker.put_study_file(selection.question.id, "position.json", json.dumps(content, indent=2))
+    results = tracker.load_results(selection.question.id)
+    summary = {"runs": len(selection.scores), "grid_share": selection.spent_seconds / selection.grid_seconds}
+    if content:
+        summary |= {f"pick_{name}": value["mean"] for name, value in content["predicted"].items()}
+        summary["pick_chance"] = content["chance"]
+    status = {"complete": "done", "out_of_time": "done", "interrupted": "stopped"}.get(selection.ending, "failed")
+    text = "Nothing finished." if not content else (
+        f"**Edit at {content['position']}** with learning rate {content['settings']['learning_rate']:g}"
+        f" (chance of being the best: {percent(content['chance'])}). {RULE}"
+    )
+    tracker.finish_study(
+        selection.question.id,
+        results,
+        page,
+        {**(content or {}), "trial_ids": _trial_ids(selection, ranking)},
+        summary,
+        status,
+        answer=text,
+    )
+    if content:
+        model = selection.question.study.model
+        tracker.register_position(selection.question.id, model, content)
+    return Answer(ranking, content, page)
+
+
+def _ranking(selection: Selection) -> tuple[Ranked, ...]:
+    settings = selection.ranking
+    chances = probabilities([outcome for _, outcome in settings], selection.question.seed)
+    return tuple(
+        Ranked(
+            run.position, run.layer, run.module, run.learning_rate, len(_seeds(selection, run)), outcome, chance
+        )
+        for (run, outcome), chance in zip(settings, chances, strict=True)
+    )
+
+
+def _seeds(selection: Selection, setting: Run) -> list[Run]:
+    """The runs of a setting at its level."""
+    return sorted(run for run in selection.scores if replace(run, seed=setting.seed) == setting)
+
+
+def _trial_ids(selection: Selection, ranking: Sequence[Ranked]) -> list[str]:
+    if not ranking:
+        return []
+    return [selection.question.levels.config(run).id for run in _seeds(selection, selection.ranking[0][0])]
+
+
+def _position(selection: Selection, ranking: Sequence[Ranked]) -> dict[str, Any]:
+    run, outcome = selection.ranking[0]
+    question, facts = selection.question, selection.question.levels.full.facts
+    edits = question.levels.edits[selection.level]
+    config = question.levels.config(_seeds(selection, run)[0])
+    second = ranking[1] if len(ranking) > 1 else None
+
+    def fraction(value: float) -> dict[str, float]:
+        low, high = wilson_interval(value, edits)
+        return {"mean": value, "low": low, "high": high}
+
+    def normal(value: float, error: float, least: float = -1.0) -> dict[str, float]:
+        return {"mean": value, "low": max(least, value - Z95 * error), "high": value + Z95 * error}
+
+    return {
+        "format": FORMAT,
+        "model": question.study.model,
+        "model_fingerprint": facts.model_fingerprint,
+        "dtype": config.dtype,
+        "position": run.position,
+        "depth": config.depth,
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "predicted": {
+            "reliability": fraction(outcome.reliability),
+            "generalization": fraction(outcome.generalization),
+            "capability_change": normal(outcome.capability_change, outcome.capability_se),
+            "drift_kl": normal(outcome.drift, outcome.drift_se, 0.0),
+        },
+        "chance": ranking[0].chance,
+        "runner_up": second and {"position": second.position, "learning_rate": second.learning_rate, "chance": second.chance},
+        "measured_on": {"edits": edits, "of": facts.n_edits, "source": question.study.edits.source},
+        "how": {
+            "method": question.method,
+            "seed": question.seed,
+            "budget": {key: value for key, value in asdict(question.budget).items() if value is not None},
+            "runs": len(selection.scores),
+            "worker_seconds": round(selection.spent_seconds, 1),
+            "grid_share": selection.spent_seconds / selection.grid_seconds,
+            "wall_seconds": round(selection.wall_seconds, 1),
+            "ending": selection.ending,
+        },
+        "run_id": selection.run_ids.get(_seeds(selection, run)[0]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _page(selection: Selection, ranking: Sequence[Ranked], position_file: str) -> str:
+    question, study, facts = selection.question, selection.question.study, selection.question.levels.full.facts
+    level = max(0, selection.level)
+    edits = question.levels.edits[level]
+    share = selection.spent_seconds / selection.grid_seconds
+    model, source = shlex.quote(study.model), shlex.quote(study.edits.source)
+    budget = question.budget
+    asked = f"{budget.minutes:g} minutes" if budget.share is None else f"{percent(budget.share)} of the grid's cost"
+    grid = seconds(selection.grid_seconds / selection.concurrent)
+    settings = (
+        f"{study.space.pipeline[0].replace('_', '-')}, {study.space.batch_size[0]} edits a step, at most {study.epochs} epochs,"
+        f" Adam, loss averaged by {study.space.loss_average[0]}"
+    )
+    caveat = None
+    if ranking and level < len(question.levels.studies) - 1:
+        caveat = f"The budget ended before any run on all {facts.n_edits} edits: this is from samples of {edits}."
+    about = {
+        "model": study.model,
+        "lead": f"For {plural(facts.n_edits, 'edit')} like those of {study.edits.source}, found with {percent(share)} of"
+        " the full grid's cost.",
+        "command": f"locft edit {model} --edits {source} --position {shlex.quote(position_file)} --out edited",
+        "settings": settings,
+        "level_edits": edits,
+        "how": _how(selection),
+        "caveat": caveat,
+        "facts": [
+            ("Model", f"{study.model}, {facts.n_layers} layers, fingerprint {facts.model_fingerprint}"),
+            ("Edits", f"{plural(facts.n_edits, 'edit')} of {study.edits.source}"),
+            ("Capability", question.levels.full.capability_source),
+            ("Unedited", ", ".join(f"{name} {number(value)}" for name, value in selection.unedited.items())),
+            ("Budget", asked + (" (it ended the race)" if selection.ending == "out_of_time" else "")),
+            (
+                "Cost",
+                f"{plural(len(selection.scores), 'run')}, {seconds(selection.wall_seconds)} in all; the grid of"
+                f" {plural(len(selection.candidates), 'position')} would take about {grid}",
+            ),
+            ("Method", f"{question.method}, seed {question.seed}"),
+        ],
+        "settings_yaml": study_to_yaml(study),
+    }
+    probe = [(c.layer, c.module, c.disturbance) for c in selection.candidates]
+    return render_selection(about, ranking, _rungs(selection, ranking), probe)
+
+
+def _how(selection: Selection) -> str:
+    levels = " then ".join(str(edits) for edits in selection.question.levels.edits)
+    if selection.question.method != "race":
+        return f"Method {selection.question.method}: every run at full fidelity."
+    return (
+        "The probe reads gradients of the unedited model over some edits and some prose, and orders all"
+        f" {plural(len(selection.candidates), 'position')} by what learning would disturb there; the same gradients set each"
+        f" position's learning rate. The best, and a share drawn from the whole grid, race on {levels} edits; after each"
+        " rung those dominated in reliability, generalization and drift are dropped. What is left of the budget goes to"
+        " further seeds and a gentler learning rate of the leaders."
+    )
+
+
+def _rungs(selection: Selection, ranking: Sequence[Ranked]) -> list[tuple[str, str, list[RungRun]]]:
+    shown = []
+    for number_, rung in enumerate(selection.rungs):
+        following = selection.rungs[number_ + 1] if number_ + 1 < len(selection.rungs) else None
+        shown.append((rung.name, rung.why, [_rung_run(selection, rung, run, following, ranking) for run in rung.runs]))
+    return shown
+
+
+def _rung_run(
+    selection: Selection, rung: Rung, run: Run, following: Rung | None, ranking: Sequence[Ranked]
+) -> RungRun:
+    score = selection.scores.get(run)
+    picked = bool(ranking) and run.position == ranking[0].position
+    fate, kept = "", picked
+    if score is None:
+        fate = "did not finish"
+    elif following and run.position in following.dropped:
+        fate = f"dropped: {following.dropped[run.position]}"
+    elif run.level < selection.level or following and following.name != "confirm" and rung.name != "confirm":
+        fate, kept = "goes on", True
+    elif picked:
+        fate = "the pick"
+    return RungRun(run.position, run.learning_rate, run.seed, score.outcome if score else None, fate, kept)
