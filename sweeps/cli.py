@@ -6,30 +6,40 @@ output is one JSON object. Heavy libraries are imported by the commands that nee
 
 import json
 import logging
-import math
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from locft.errors import InputError
+from sweeps.console import (
+    about,
+    complain,
+    err,
+    new_table,
+    out,
+    plain,
+    print_answer,
+    print_json,
+    print_metrics,
+    print_selection,
+    print_wide,
+    say_study,
+    writable,
+    write,
+)
 
 if TYPE_CHECKING:
     from locft.workbench import Workbench
     from sweeps.prepare import PreparedStudy
-    from sweeps.recommendation import Answer as PositionAnswer
     from sweeps.schema import Capability, Edits
-    from sweeps.sweep import Answer, StudyState
+    from sweeps.sweep import StudyState
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -42,8 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(soft_wrap=False)
-err = Console(stderr=True, soft_wrap=True)
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A ready study (quickstart, ...) or a study file.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, hub id, folder or .gguf file.")]
@@ -73,7 +81,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except InputError as error:
-        _complain(error.problems)
+        complain(error.problems)
         code = 2
     except Exception as error:
         code = _unexpected(error)
@@ -95,12 +103,12 @@ def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_co
             {"position": str(p.position), "parameters": parameters, "size": p.size}
             for p, parameters in zip(found, shapes, strict=True)
         ]
-        return _print_json({"model": model, "positions": rows})
-    table = _table(f"{model}: {len(found)} tuning positions", "position", "size", "parameter", "shape")
+        return print_json({"model": model, "positions": rows})
+    table = new_table(f"{model}: {len(found)} tuning positions", "position", "size", "parameter", "shape")
     for info in found:
         shapes = [" x ".join(map(str, shape)) for shape in info.shapes]
         table.add_row(str(info.position), f"{info.size:,}", "\n".join(info.names), "\n".join(shapes))
-    _print_wide(table)
+    print_wide(table)
 
 
 @app.command()
@@ -116,15 +124,15 @@ def plan(study: StudyArgument, overrides: SetOption = None, as_json: JsonOption 
     expected = estimate(prepared.plan, prepared.facts, cpus=resources.cpus, concurrent=concurrent)
     if as_json:
         trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
-        return _print_json({"study": _about(prepared), "trials": trials, "estimate": asdict(expected)})
-    _say_study(prepared)
-    table = _table(None, "id", "position", "pipeline", "batch", "learning rate", "loss", "seed")
+        return print_json({"study": about(prepared), "trials": trials, "estimate": asdict(expected)})
+    say_study(prepared)
+    table = new_table(None, "id", "position", "pipeline", "batch", "learning rate", "loss", "seed")
     for t in prepared.plan.trials:
         table.add_row(
             t.id, t.position, t.pipeline, str(t.batch_size), f"{t.learning_rate:g}", t.loss_average, str(t.seed)
         )
     if prepared.plan.trials:
-        _print_wide(table)
+        print_wide(table)
     else:
         out.print(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
     out.print(
@@ -148,8 +156,8 @@ def sweep(
     from sweeps.sweep import run_sweep
 
     prepared = _prepared(study, overrides)
-    report_file = _writable(report_file or Path(f"{prepared.study.name}.html"))
-    _say_study(prepared)
+    report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
+    say_study(prepared)
 
     def show(state: "StudyState") -> Progress:
         done = state.results[state.results["status"] == "done"]
@@ -157,8 +165,8 @@ def sweep(
 
     with redirect_stdout(sys.stderr):  # Ray prints there that a worker died
         done = run_sweep(prepared, tracking_uri, address=address, show=show)
-    _write(report_file, done.answer.report_html)
-    _print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json)
+    write(report_file, done.answer.report_html)
+    print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json)
     if done.ending == "same_failure":
         err.print("stopped: the first trials all failed for the same reason, so the others would as well")
     if done.ending == "interrupted":
@@ -184,7 +192,7 @@ def status(
     causes = Counter(state.results.loc[state.results["status"] == "failed", "error"])
     if as_json:
         numbers = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
-        return _print_json({"study": _about(prepared), **numbers, "causes": dict(causes)})
+        return print_json({"study": about(prepared), **numbers, "causes": dict(causes)})
     out.print(
         f"{prepared.study.name}: {state.done} of {prepared.plan.count} done, {state.failed} failed, {state.left} left",
         highlight=False,
@@ -206,15 +214,15 @@ def report(
     from sweeps.tracking_uri import redact, resolve_uri
 
     prepared = _prepared(study, overrides)
-    report_file = _writable(report_file or Path(f"{prepared.study.name}.html"))
+    report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     tracker = find_tracker(prepared, tracking_uri)
     state = read_state(prepared, tracker)
     if tracker is None or state.results.empty:
         where = redact(resolve_uri(tracking_uri))
         raise InputError(f"study {prepared.study.name!r}: nothing finished in {where}; run `locft sweep {study}`")
     answer = answer_of(state, tracker)
-    _write(report_file, answer.report_html)
-    _print_answer(state, answer, report_file, tracker.uri, as_json)
+    write(report_file, answer.report_html)
+    print_answer(state, answer, report_file, tracker.uri, as_json)
 
 
 @app.command()
@@ -251,19 +259,19 @@ def select(
     question = ask(
         model, _edits(edits, limit).source, overrides or (), limit=limit, method=method, budget=budget, seed=seed
     )
-    file = _writable(position_file or Path(f"{question.study.name}.json"))
-    page = _writable(file.with_suffix(".html"))
-    _say_study(question.levels.full)
+    file = writable(position_file or Path(f"{question.study.name}.json"))
+    page = writable(file.with_suffix(".html"))
+    say_study(question.levels.full)
     with redirect_stdout(sys.stderr):  # Ray prints there that a worker died
         found, tracker = run_selection(question, tracking_uri, address=address, progress=RaceProgress())
         answer = conclude(found, tracker, str(file))
-    _write(page, answer.html)
+    write(page, answer.html)
     if answer.position:
-        _write(file, json.dumps(_plain(answer.position), indent=2) + "\n")
+        write(file, json.dumps(plain(answer.position), indent=2) + "\n")
     if as_json:
-        _print_json({"position": answer.position, "file": str(file), "page": str(page), "tracking_uri": tracker.uri})
+        print_json({"position": answer.position, "file": str(file), "page": str(page), "tracking_uri": tracker.uri})
     else:
-        _print_selection(answer, file, page, tracker.uri, edits)
+        print_selection(answer, file, page, tracker.uri, edits if limit is None else f"{edits} --limit {limit}")
     if found.ending == "same_failure":
         err.print("stopped: the first runs all failed for the same reason, so the others would as well")
     if found.ending == "interrupted":
@@ -317,7 +325,7 @@ def edit(
     named = None if edits is None else _edits(edits, limit)
     chosen = edit_settings(position, given, dtype, named, from_run, tracking_uri)
     where = TuningPosition.parse(chosen.position)
-    _writable(folder / "edit.json")
+    writable(folder / "edit.json")
     parameter_names(load_structure(model, trust_remote_code=trust_remote_code), where)
     bench = _workbench(
         model,
@@ -346,13 +354,13 @@ def edit(
         "metrics": measured.metrics,
         "unedited": bench.baseline.metrics,
     }
-    _write(folder / "edit.json", json.dumps(summary, indent=2) + "\n")
+    write(folder / "edit.json", json.dumps(summary, indent=2) + "\n")
     outcomes = "".join(json.dumps(asdict(outcome), ensure_ascii=False) + "\n" for outcome in measured.outcomes)
-    _write(folder / "outcomes.jsonl", outcomes)
+    write(folder / "outcomes.jsonl", outcomes)
     if as_json:
-        return _print_json(summary)
+        return print_json(summary)
     out.print(f"{len(bench.rows)} edits at {chosen.position} in {training.seconds:.1f} s: {file}", highlight=False)
-    _print_metrics(measured.metrics, bench.baseline.metrics)
+    print_metrics(measured.metrics, bench.baseline.metrics)
 
 
 @app.command()
@@ -369,14 +377,14 @@ def apply(
     from locft.models import load_model
 
     change = EditDelta.load(delta)
-    _writable(folder / "config.json")
+    writable(folder / "config.json")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: the folder is not empty; name a new one")
     loaded = load_model(model, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     change.require_base(loaded)
     merge(loaded, change, folder)
     if as_json:
-        return _print_json({"model": model, "position": change.position, "folder": str(folder)})
+        return print_json({"model": model, "position": change.position, "folder": str(folder)})
     out.print(f"{model} edited at {change.position}: {folder}", highlight=False)
 
 
@@ -402,8 +410,8 @@ def evaluate(
     metrics = bench.measure(change).metrics if change else bench.baseline.metrics
     if as_json:
         where = change.position if change else None
-        return _print_json({"model": model, "position": where, "metrics": metrics, "unedited": bench.baseline.metrics})
-    _print_metrics(metrics, bench.baseline.metrics)
+        return print_json({"model": model, "position": where, "metrics": metrics, "unedited": bench.baseline.metrics})
+    print_metrics(metrics, bench.baseline.metrics)
 
 
 @app.command()
@@ -446,11 +454,11 @@ def bench(
     loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
     result = run_bench(loaded, requests, load_suite("probes"), settings, say=lambda line: err.print(Text(line)))
     if as_json:
-        return _print_json(result)
-    table = _table(None, *COLUMNS)
+        return print_json(result)
+    table = new_table(None, *COLUMNS)
     for row in report_rows(result):
         table.add_row(*row)
-    _print_wide(table)
+    print_wide(table)
     for line in report_lines(result):
         out.print(Text(line), soft_wrap=True)
 
@@ -522,168 +530,6 @@ def _workbench(
     return Workbench.prepare(loaded, requests, suite, capability.prose_tokens)
 
 
-def _about(prepared: "PreparedStudy") -> dict[str, Any]:
-    study = prepared.study
-    findings = asdict(prepared.edits.findings)
-    return {
-        "name": study.name,
-        "id": prepared.id,
-        "model": study.model,
-        "edits": {"source": study.edits.source, "count": len(prepared.edits.requests), **findings},
-        "capability": prepared.capability_source,
-    }
-
-
-def _say_study(prepared: "PreparedStudy") -> None:
-    study = prepared.study
-    err.print(Text(f"{study.name}: {study.model}, {len(prepared.edits.requests)} edits of {study.edits.source}"))
-    err.print(Text(f"capability: {prepared.capability_source}"))
-    for sentence in prepared.edits.findings.sentences():
-        err.print(Text(sentence))
-
-
-def _print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri: str, as_json: bool) -> None:
-    from analysis.wording import percent
-    from sweeps.tracking_uri import resolve_uri
-
-    pick = answer.recommendation
-    counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed}
-    by_id = {row["trial_id"]: row for row in state.results.to_dict("records")}
-    front = [by_id[trial_id] for trial_id in answer.front.trial_ids]
-    names = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
-    if as_json:
-        shown = ("trial_id", "layer", "module", "pipeline", "batch_size", "learning_rate", "seed", *names)
-        return _print_json(
-            {
-                "study": _about(state.prepared),
-                "trials": counts,
-                "front": [{key: _plain(row[key]) for key in shown} for row in front],
-                "hypervolume": answer.front.hypervolume,
-                "pick": asdict(pick) if pick else None,
-                "unedited": state.baseline,
-                "report": str(report_file),
-                "tracking_uri": uri,
-            }
-        )
-    table = _table("Pareto front of reliability against capability", "position", "setting", *names)
-    for row in front:
-        setting = f"{row['pipeline']} b{row['batch_size']} lr {row['learning_rate']:g} s{row['seed']}"
-        values = [percent(row[name]) if row[name] == row[name] else "-" for name in names[:-1]]
-        drift = f"{row['drift_kl']:.3f}" if row["drift_kl"] == row["drift_kl"] else "-"
-        chosen = "*" if pick and row["trial_id"] in (pick.trial_id, *pick.trial_ids) else ""
-        table.add_row(f"{row['layer']}.{row['module']}{chosen}", setting, *values, drift)
-    if front:
-        _print_wide(table)
-    if pick:
-        out.print(Text(f"\nEdit at {pick.position}.", style="bold"), Text(pick.rule))
-        for reason in pick.reasons:
-            out.print(Text(f"  {reason}"))
-        run = by_id[pick.trial_id].get("run_id")
-        store = "" if uri == resolve_uri(None) else f" --tracking-uri {uri}"
-        repeat = f"locft edit {state.prepared.study.model} --from-run {run}{store} --out edited"
-        out.print(Text(f"Repeat it: {repeat}"), soft_wrap=True)
-    out.print(f"{counts['done']} of {counts['planned']} trials done, {counts['failed']} failed", highlight=False)
-    out.print(Text(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
-
-
-def _print_selection(answer: "PositionAnswer", file: Path, page: Path, uri: str, edits: str) -> None:
-    from analysis.selection_page import expectations
-    from analysis.wording import number, percent
-
-    content = answer.position
-    if content is None:
-        out.print("No run finished, so there is no position to recommend.")
-    else:
-        rate = content["settings"]["learning_rate"]
-        out.print(Text(f"Edit at {content['position']} with learning rate {number(rate)}.", style="bold"))
-        for name, value in expectations(answer.ranking[0].outcome, content["measured_on"]["edits"]):
-            out.print(Text(f"  {name}: {value}"), soft_wrap=True)
-        second = content["runner_up"]
-        line = f"  Chance that it is the best of those measured: {percent(round(content['chance'], 3))}"
-        out.print(Text(line + (f"; runner-up {second['position']}" if second else "")), soft_wrap=True)
-        how = content["how"]
-        line = f"  {how['runs']} runs, {percent(how['grid_share'])} of the full grid's cost, {how['wall_seconds']:.0f} s"
-        out.print(Text(line), soft_wrap=True)
-        command = f"locft edit {content['model']} --edits {edits} --position {file} --out edited"
-        out.print(Text(f"Make the edit: {command}"), soft_wrap=True)
-    out.print(Text(f"Page: {page}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
-
-
-def _print_metrics(metrics: dict[str, float], unedited: dict[str, float]) -> None:
-    from analysis.wording import number
-
-    table = _table(None, "metric", "edited", "unedited")
-    for name, value in metrics.items():
-        if not name.endswith("_seconds"):
-            table.add_row(name, number(value), number(unedited[name]) if name in unedited else "")
-    out.print(table)
-
-
-def _table(title: str | None, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def _print_wide(table: Table) -> None:
-    """On a terminal at its width; in a file or a pipe as wide as it wants to be."""
-    if out.is_terminal:
-        out.print(table)
-    else:
-        Console(width=Console(width=10_000).measure(table).maximum).print(table)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(_plain(value), allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: numpy and pandas scalars as numbers, NaN, infinities and NA as null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else _text_or_null(value)
-
-
-def _text_or_null(value: Any) -> str | None:
-    return None if repr(value) == "<NA>" else str(value)
-
-
-def _writable(file: Path) -> Path:
-    """The path, if a file can be made there; asked before the work, not after it. Nothing is made yet."""
-    folder = next(parent for parent in file.absolute().parents if os.path.exists(parent))
-    if file.is_dir():
-        raise InputError(f"cannot write {file}: it is a folder")
-    try:
-        if file.exists():
-            file.open("ab").close()
-        else:
-            tempfile.TemporaryFile(dir=folder).close()  # only writing tells whether writing works
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {folder}: {error.strerror}") from error
-    return file
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-
-
-def _complain(problems: Sequence[str]) -> None:
-    if len(problems) > 1:
-        err.print(Text(f"error: {len(problems)} problems"))
-        for problem in problems:
-            err.print(Text(f"  {problem}"))
-    else:
-        err.print(Text(f"error: {problems[0]}"))
-
-
 def _unexpected(error: Exception) -> Literal[1, 2]:
     """Typer's own complaints are bad input; anything else is work that failed, told in one line."""
     if hasattr(error, "format_message"):  # click's exceptions, which typer carries its copy of
@@ -692,10 +538,10 @@ def _unexpected(error: Exception) -> Literal[1, 2]:
             return 2
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "locft"
-        _complain([f"{error.format_message().rstrip('.')} (`{command} --help` lists what it takes)"])
+        complain([f"{error.format_message().rstrip('.')} (`{command} --help` lists what it takes)"])
         return 2
     lines = str(error).strip().splitlines() or [""]
-    _complain([f"{type(error).__name__}: {lines[0]}"])
+    complain([f"{type(error).__name__}: {lines[0]}"])
     if os.environ.get("LOCFT_DEBUG"):
         raise error
     err.print(Text("(LOCFT_DEBUG=1 shows where)"))

@@ -63,6 +63,7 @@ def make_levels(full: PreparedStudy, seed: int) -> Levels:
     """The lower levels are samples of the edits, drawn with the seed; those that would be half of the next are left out."""
     study, count = full.study, len(full.edits.requests)
     largest = max((len(task.items) for task in full.suite.tasks), default=0) if full.suite else 0
+    prose = study.capability.prose_tokens
     lower = []
     for share, least, item_share, least_items in FRACTIONS:
         edits = max(least, round(share * count))
@@ -71,7 +72,7 @@ def make_levels(full: PreparedStudy, seed: int) -> Levels:
         capability = study.capability.model_copy(
             update={
                 "limit": min(largest, max(least_items, round(item_share * largest))) or None,
-                "prose_tokens": min(study.capability.prose_tokens, max(LEAST_PROSE, round(2 * share * study.capability.prose_tokens))),
+                "prose_tokens": min(prose, max(LEAST_PROSE, round(2 * share * prose))),
             }
         )
         smaller = study.model_copy(update={"capability": capability})

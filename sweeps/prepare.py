@@ -132,7 +132,8 @@ def _token_counts(tokenizer, edits: "EditSet", suite: "Suite | None", prose_toke
     requests = edits.requests
     rows = [f"{request.prompt} {request.target}." for request in requests]
     asked = [prompt for request in requests for prompt in (*request.rephrases, *(p.prompt for p in request.locality))]
-    choices = [item.context + choice for task in (suite.tasks if suite else ()) for item in task.items for choice in item.choices]
+    items = [item for task in (suite.tasks if suite else ()) for item in task.items]
+    choices = [item.context + choice for item in items for choice in item.choices]
     return {
         "edit_tokens": count(rows),
         "evaluation_tokens": count(rows) + count(asked) + SENTENCE_TOKENS * (len(rows) + len(asked)),

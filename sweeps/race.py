@@ -15,17 +15,21 @@ import numpy as np
 from analysis.choice import FAILED, Outcome, preference
 from analysis.pareto import nondominated_ranks
 
-SHARES = (0.4, 0.25)
+SHARES = (0.25, 0.2)
 """Of the budget, for the first rung and the next; the rest is for the finals."""
 INSURANCE = 4
 """Every so many-th scout is drawn from the whole grid, whatever the probe says."""
+LINE = 6
+"""Positions run in full at least, where the budget allows, before a race ends by itself."""
 KEPT = 3
 """Of so many, one goes on to the next rung."""
 STEP_GAIN = 1.0
-"""Nats by which the first sign step would lower the mean loss at the rate a position starts with: rate = 1 / gain.
+"""Nats by which the first sign step would lower the mean loss at the rate a position starts with: rate = nats / gain.
 
 Measured with 100 steps over 40 edits at 15 positions of five kinds: whatever the size of the matrix, they learn nearly
 everything from 0.7 nats a step upwards, and disturb the more the higher the rate."""
+USUAL_STEPS = 100
+"""Fewer steps want longer ones: nats times the square root of the ratio."""
 
 
 @dataclass(frozen=True, order=True)
@@ -69,9 +73,10 @@ class Candidate:
         return f"{self.layer}.{self.module}"
 
 
-def start_rate(candidate: Candidate) -> float:
-    """1 / gain, to two significant digits."""
-    return float(f"{STEP_GAIN / candidate.gain:.2g}") if candidate.gain > 0 else 1e-3
+def start_rate(candidate: Candidate, steps: int) -> float:
+    """The learning rate for so many optimiser steps, to two significant digits."""
+    nats = STEP_GAIN * math.sqrt(max(1.0, USUAL_STEPS / steps))
+    return float(f"{nats / candidate.gain:.2g}") if candidate.gain > 0 else 1e-3
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,12 @@ class Task:
     """Of the model."""
     seconds: Callable[[Run], float]
     """Expected cost of a run. Policies correct its scale by what runs turn out to cost."""
+    rate: Callable[[Candidate, int], float]
+    """The learning rate that a position starts with at a level."""
     budget: float
     """Seconds of one worker that all runs together may cost."""
     concurrent: int = 1
     seed: int = 0
-    rate: Callable[[Candidate], float] = start_rate
-    """The learning rate that a position starts with."""
     gentler: bool = True
     """Whether half of that rate may be tried, too."""
 
@@ -153,7 +158,7 @@ def full_runs(task: Task, order: Sequence[Candidate], name: str, why: str) -> Ge
 
 def first_run(task: Task, candidate: Candidate, level: int) -> Run:
     """The run of a position at its starting rate."""
-    return Run(candidate.layer, candidate.module, task.rate(candidate), level)
+    return Run(candidate.layer, candidate.module, task.rate(candidate, level), level)
 
 
 def spent(scores: Scores) -> float:
@@ -209,13 +214,16 @@ def _finals(
 
 
 def _most_telling(task: Task, scores: Scores, queue: Sequence[Run]) -> list[Run]:
-    """Half the leader's rate, a second seed of the leader, the next finalist, seeds of the runner-up, the rest in line."""
+    """What could still change the answer: half the leader's rate, its second seed, the next in line, seeds of the leaders.
+
+    Empty when all of that is known: a race need not use up its budget.
+    """
     leaders = [run for run, _ in leading(scores, task.full)][:2]
     tried = {run.position for run in scores if run.level == task.full}
-    fresh = [run for run in queue if run.position not in tried]
+    fresh = [run for run in queue if run.position not in tried][: 1 if len(tried) < LINE else 0]
     gentler = [replace(leaders[0], learning_rate=float(f"{leaders[0].learning_rate / 2:.2g}"))] if task.gentler else []
-    seeds = [replace(run, seed=seed) for run in leaders for seed in (1, 2)]
-    return [run for run in dict.fromkeys([*gentler, *seeds[:1], *fresh[:1], *seeds[1:], *fresh[1:]]) if run not in scores]
+    seeds = [replace(run, seed=seed) for seed in (1, 2) for run in leaders]
+    return [run for run in dict.fromkeys([*gentler, *seeds[:1], *fresh, *seeds[1:]]) if run not in scores]
 
 
 def _intent(runs: Sequence[Run], scores: Scores) -> str:

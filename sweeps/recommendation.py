@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -137,6 +137,7 @@ def _page(selection: Selection, ranking: Sequence[Ranked], position_file: str) -
     budget = question.budget
     asked = f"{budget.minutes:g} minutes" if budget.share is None else f"{percent(budget.share)} of the grid's cost"
     grid = seconds(selection.grid_seconds / selection.concurrent)
+    limit = "" if study.edits.limit is None else f" --limit {study.edits.limit}"
     settings = (
         f"{study.space.pipeline[0].replace('_', '-')}, {study.space.batch_size[0]} edits a step, at most {study.epochs} epochs,"
         f" Adam, loss averaged by {study.space.loss_average[0]}"
@@ -148,7 +149,7 @@ def _page(selection: Selection, ranking: Sequence[Ranked], position_file: str) -
         "model": study.model,
         "lead": f"For {plural(facts.n_edits, 'edit')} like those of {study.edits.source}, found with {percent(share)} of"
         " the full grid's cost.",
-        "command": f"locft edit {model} --edits {source} --position {shlex.quote(position_file)} --out edited",
+        "command": f"locft edit {model} --edits {source}{limit} --position {shlex.quote(position_file)} --out edited",
         "settings": settings,
         "level_edits": edits,
         "how": _how(selection),

@@ -85,8 +85,9 @@ def run_trials(
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
     source: the open trials, or a search that proposes them. bases: by the `data_fingerprint` of trials. deadline: as of
-    `time.monotonic`; what runs then is given up. A trial that raises is a failed result and the others go on; when the first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C the
-    running trials are given up; a second one raises KeyboardInterrupt at once.
+    `time.monotonic`; what runs then is given up. A trial that raises is a failed result and the others go on; when the
+    first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C the running trials are
+    given up; a second one raises KeyboardInterrupt at once.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")

@@ -18,7 +18,7 @@ from locft.positions import TuningPosition
 from sweeps.baselines import POLICIES
 from sweeps.estimate import trial_seconds
 from sweeps.question import Budget, Question
-from sweeps.race import Candidate, Rung, Run, Score, Scores, Task, leading
+from sweeps.race import Candidate, Rung, Run, Score, Scores, Task, leading, start_rate
 from sweeps.race_search import RaceSearch
 from sweeps.ray_session import ray_session
 from sweeps.records import TrialConfig, TrialResult
@@ -167,8 +167,13 @@ def _task(question: Question, candidates: tuple[Candidate, ...], concurrent: int
     top = len(levels.studies) - 1
     grid = sum(seconds(Run(c.layer, c.module, 1e-3, top)) for c in candidates)
     budget = left * concurrent * BUSY if question.budget.share is None else question.budget.share * grid
+
+    def rate(candidate: Candidate, level: int) -> float:
+        steps = question.study.epochs * math.ceil(levels.edits[level] / question.study.space.batch_size[0])
+        return start_rate(candidate, steps)
+
     n_layers = levels.full.facts.n_layers
-    return Task(candidates, levels.edits, n_layers, seconds, budget, concurrent, question.seed), grid
+    return Task(candidates, levels.edits, n_layers, seconds, rate, budget, concurrent, question.seed), grid
 
 
 def _charged(task: Task, budget: Budget, run: Run, score: Score) -> Score:

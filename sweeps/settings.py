@@ -45,8 +45,8 @@ def edit_settings(
 ) -> EditSettings:
     """Options over the settings of a position file or a trial, over the defaults.
 
-    position: LAYER.MODULE or a position file. given: option names and values, None when not given. edits: None takes those of the trial. Raises InputError with every bad option, or when there is neither a run nor a
-    position and edits.
+    position: LAYER.MODULE or a position file. given: option names and values, None when not given. edits: None takes
+    those of the trial. Raises InputError with every bad option, or when there is neither a run nor a position and edits.
     """
     from locft.finetune import TrainingSettings
     from locft.models import training_precision

@@ -215,7 +215,8 @@ class Tracker:
                 self._client.create_registered_model(name, description=f"Where to edit {model}, as selections found it.")
             source = f"{self._client.get_run(run_id).info.artifact_uri}/position.json"
             tags = {"locft.position": position["position"], "locft.study_id": study_id}
-            made = self._client.create_model_version(name, source, run_id, tags=tags, description=json.dumps(position["settings"]))
+            settings = json.dumps(position["settings"])
+            made = self._client.create_model_version(name, source, run_id, tags=tags, description=settings)
             self._client.set_registered_model_alias(name, "recommended", made.version)
         return f"models:/{name}@recommended"
 

@@ -11,7 +11,7 @@ import pytest
 from locft.errors import InputError
 from sweeps.prepare import prepare
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
-from sweeps.runner import compute_baseline, run_trials, worker_failure
+from sweeps.runner import compute_baseline, on_workers, run_trials, worker_failure
 from sweeps.study import load_study
 from sweeps.trial import Basis, resident_workbench, run_trial
 
@@ -207,3 +207,23 @@ def test_a_failure_is_one_line():
 def test_results_survive_the_way_to_the_driver(study, baseline):
     result = run_trial(resident_workbench(study.inputs, baseline), study.plan.trials[0])
     assert unpack_result(pack_result(result)) == result
+
+
+def test_at_the_deadline_what_runs_is_given_up(study, baseline):
+    heard = Heard()
+    bases = {study.facts.data_fingerprint: Basis(study.inputs, baseline)}
+    long = [dataclasses.replace(trial, epochs=100_000, stop_below=0.0, skip_below=0.0) for trial in study.plan.trials]
+    began = time.monotonic()
+    ending = run_trials(long, bases, cpus=1, gpus=0, concurrent=2, reporter=heard, deadline=began + 8)
+    assert ending == "out_of_time" and heard.results == []
+    assert 7 < time.monotonic() - began < 40
+
+
+def test_functions_run_on_workers_and_their_errors_come_back(ray_running):
+    assert on_workers([lambda: 1, lambda: "two"], 1, 0) == [1, "two"]
+
+    def wrong():
+        raise InputError("no such thing")
+
+    with pytest.raises(InputError, match="no such thing"):
+        on_workers([lambda: 1, wrong], 1, 0)

@@ -4,7 +4,7 @@
 
 Every layer x five modules of the built-in model on the first 100 edits of the file at each module's tuned learning rate
 (`full`), two more seeds for the neighbourhood of its front (`seeds`), and the same positions at the lower levels that a
-race begins with, each on draws of edits of its own: 10 edits (`level0`; one draw at the two highest rates) and 30 edits (`level1`).
+race begins with, each on draws of edits of its own: 10 edits (`level0`, at twice the rate) and 30 edits (`level1`).
 `tune` finds the rates. Each part is a study run by `locft sweep`; what is in the table already is not run again, so the
 same command goes on.
 """
@@ -55,7 +55,9 @@ METRICS = [
 ]  # fmt: skip
 
 
-def study_text(name: str, part: Part, sample: int, module: str, layers: list[int], rates: list[float], seeds: list[int], edits: str) -> str:
+def study_text(
+    name: str, part: Part, sample: int, module: str, layers: list[int], rates: list[float], seeds: list[int], edits: str
+) -> str:
     return f"""name: table-{name}-{sample}-{module}
 model: smollm2-135m
 edits: {{source: {edits}, limit: {part.edits}, sample_seed: {sample or "null"}}}
@@ -82,29 +84,31 @@ def tuned(table: pd.DataFrame) -> dict[str, float]:
 def neighbourhood(table: pd.DataFrame) -> dict[str, list[int]]:
     """Layers per module whose full trials are near the front: little drift or much generalization for what they learn."""
     full = table[(table.part == "full") & (table.reliability >= table[table.part == "full"].reliability.max() - 0.02)]
-    chosen = pd.concat([full.nsmallest(20, "drift_kl"), full.nlargest(10, "generalization"), full.nlargest(10, "capability_change")])
+    best = [full.nsmallest(20, "drift_kl"), full.nlargest(10, "generalization"), full.nlargest(10, "capability_change")]
+    chosen = pd.concat(best)
     return {module: sorted(set(rows.layer)) for module, rows in chosen.groupby("module")}
 
 
-def wanted(name: str, sample: int, table: pd.DataFrame) -> dict[str, tuple[list[int], list[float], list[int]]]:
+def wanted(name: str, table: pd.DataFrame) -> dict[str, tuple[list[int], list[float], list[int]]]:
     """Module -> layers, rates and seeds of a part on one draw of edits."""
     if name == "tune":
         return {module: (list(TUNED_AT), list(RATES), [0]) for module in MODULES}
     rates = tuned(table)
     if name == "seeds":
         return {module: (layers, [rates[module]], [1, 2]) for module, layers in neighbourhood(table).items()}
-    several = name == "level0" and sample == 1
-    return {module: (list(range(LAYERS)), list(RATES[-2:]) if several else [rates[module]], [0]) for module in MODULES}
+    if name == "level0":  # a quarter of the steps: they have to be longer
+        rates = {module: min(2 * rate, RATES[-1]) for module, rate in rates.items()}
+    return {module: (list(range(LAYERS)), [rates[module]], [0]) for module in MODULES}
 
 
 def run_part(name: str, samples: tuple[int, ...], edits: str, store: Path, deadline: float, most: int) -> None:
     """most: studies of each module at most, each of which spreads over the whole depth."""
     part = PARTS[name]
     for sample in samples:
-        for module, (layers, rates, seeds) in wanted(name, sample, read_table()).items():
+        for module, (layers, rates, seeds) in wanted(name, read_table()).items():
             table = read_table()
             there = table[(table.part == name) & (table["sample"] == sample) & (table.module == module)]
-            counts = there.groupby("layer").size()
+            counts = there[there.learning_rate.isin(rates)].groupby("layer").size()
             missing = [layer for layer in layers if counts.get(layer, 0) < len(rates) * len(seeds)]
             studies = -(-len(missing) // part.at_once)
             for start in range(min(most, studies)):

@@ -1,0 +1,187 @@
+"""What the `locft` command says: answers and tables on standard output, notices and errors on standard error."""
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from locft.errors import InputError
+
+if TYPE_CHECKING:
+    from sweeps.prepare import PreparedStudy
+    from sweeps.recommendation import Answer as PositionAnswer
+    from sweeps.sweep import Answer, StudyState
+
+out = Console(soft_wrap=False)
+err = Console(stderr=True, soft_wrap=True)
+
+
+def about(prepared: "PreparedStudy") -> dict[str, Any]:
+    study = prepared.study
+    findings = asdict(prepared.edits.findings)
+    return {
+        "name": study.name,
+        "id": prepared.id,
+        "model": study.model,
+        "edits": {"source": study.edits.source, "count": len(prepared.edits.requests), **findings},
+        "capability": prepared.capability_source,
+    }
+
+
+def say_study(prepared: "PreparedStudy") -> None:
+    study = prepared.study
+    err.print(Text(f"{study.name}: {study.model}, {len(prepared.edits.requests)} edits of {study.edits.source}"))
+    err.print(Text(f"capability: {prepared.capability_source}"))
+    for sentence in prepared.edits.findings.sentences():
+        err.print(Text(sentence))
+
+
+def print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri: str, as_json: bool) -> None:
+    from analysis.wording import percent
+    from sweeps.tracking_uri import resolve_uri
+
+    pick = answer.recommendation
+    counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed}
+    by_id = {row["trial_id"]: row for row in state.results.to_dict("records")}
+    front = [by_id[trial_id] for trial_id in answer.front.trial_ids]
+    names = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
+    if as_json:
+        shown = ("trial_id", "layer", "module", "pipeline", "batch_size", "learning_rate", "seed", *names)
+        return print_json(
+            {
+                "study": about(state.prepared),
+                "trials": counts,
+                "front": [{key: plain(row[key]) for key in shown} for row in front],
+                "hypervolume": answer.front.hypervolume,
+                "pick": asdict(pick) if pick else None,
+                "unedited": state.baseline,
+                "report": str(report_file),
+                "tracking_uri": uri,
+            }
+        )
+    table = new_table("Pareto front of reliability against capability", "position", "setting", *names)
+    for row in front:
+        setting = f"{row['pipeline']} b{row['batch_size']} lr {row['learning_rate']:g} s{row['seed']}"
+        values = [percent(row[name]) if row[name] == row[name] else "-" for name in names[:-1]]
+        drift = f"{row['drift_kl']:.3f}" if row["drift_kl"] == row["drift_kl"] else "-"
+        chosen = "*" if pick and row["trial_id"] in (pick.trial_id, *pick.trial_ids) else ""
+        table.add_row(f"{row['layer']}.{row['module']}{chosen}", setting, *values, drift)
+    if front:
+        print_wide(table)
+    if pick:
+        out.print(Text(f"\nEdit at {pick.position}.", style="bold"), Text(pick.rule))
+        for reason in pick.reasons:
+            out.print(Text(f"  {reason}"))
+        run = by_id[pick.trial_id].get("run_id")
+        store = "" if uri == resolve_uri(None) else f" --tracking-uri {uri}"
+        repeat = f"locft edit {state.prepared.study.model} --from-run {run}{store} --out edited"
+        out.print(Text(f"Repeat it: {repeat}"), soft_wrap=True)
+    out.print(f"{counts['done']} of {counts['planned']} trials done, {counts['failed']} failed", highlight=False)
+    out.print(Text(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
+
+
+def print_selection(answer: "PositionAnswer", file: Path, page: Path, uri: str, edits: str) -> None:
+    from analysis.selection_page import expectations
+    from analysis.wording import number, percent
+
+    content = answer.position
+    if content is None:
+        out.print("No run finished, so there is no position to recommend.")
+    else:
+        rate = content["settings"]["learning_rate"]
+        out.print(Text(f"Edit at {content['position']} with learning rate {number(rate)}.", style="bold"))
+        for name, value in expectations(answer.ranking[0].outcome, content["measured_on"]["edits"]):
+            out.print(Text(f"  {name}: {value}"), soft_wrap=True)
+        second = content["runner_up"]
+        line = f"  Chance that it is the best of those measured: {percent(round(content['chance'], 3))}"
+        out.print(Text(line + (f"; runner-up {second['position']}" if second else "")), soft_wrap=True)
+        how = content["how"]
+        line = f"  {how['runs']} runs, {percent(how['grid_share'])} of the full grid's cost, {how['wall_seconds']:.0f} s"
+        out.print(Text(line), soft_wrap=True)
+        command = f"locft edit {content['model']} --edits {edits} --position {file} --out edited"
+        out.print(Text(f"Make the edit: {command}"), soft_wrap=True)
+    out.print(Text(f"Page: {page}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
+
+
+def print_metrics(metrics: dict[str, float], unedited: dict[str, float]) -> None:
+    from analysis.wording import number
+
+    table = new_table(None, "metric", "edited", "unedited")
+    for name, value in metrics.items():
+        if not name.endswith("_seconds"):
+            table.add_row(name, number(value), number(unedited[name]) if name in unedited else "")
+    out.print(table)
+
+
+def new_table(title: str | None, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def print_wide(table: Table) -> None:
+    """On a terminal at its width; in a file or a pipe as wide as it wants to be."""
+    if out.is_terminal:
+        out.print(table)
+    else:
+        Console(width=Console(width=10_000).measure(table).maximum).print(table)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(plain(value), allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: numpy and pandas scalars as numbers, NaN, infinities and NA as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else _text_or_null(value)
+
+
+def _text_or_null(value: Any) -> str | None:
+    return None if repr(value) == "<NA>" else str(value)
+
+
+def writable(file: Path) -> Path:
+    """The path, if a file can be made there; asked before the work, not after it. Nothing is made yet."""
+    folder = next(parent for parent in file.absolute().parents if os.path.exists(parent))
+    if file.is_dir():
+        raise InputError(f"cannot write {file}: it is a folder")
+    try:
+        if file.exists():
+            file.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()  # only writing tells whether writing works
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {folder}: {error.strerror}") from error
+    return file
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def complain(problems: Sequence[str]) -> None:
+    if len(problems) > 1:
+        err.print(Text(f"error: {len(problems)} problems"))
+        for problem in problems:
+            err.print(Text(f"  {problem}"))
+    else:
+        err.print(Text(f"error: {problems[0]}"))

@@ -1,0 +1,178 @@
+"""Selection policies replayed against the exhaustive table: what each finds at a share of the grid's cost, and how far off.
+
+    python tests/benchmarks/replay.py [--seeds 8] [--figure replay.html]
+
+One replay takes the scores of one draw of edits at each lower level, one seed of the policy and one share of the cost;
+full runs are the rows of the table. Costs are those of the table, smoothed over depth, so that a busy minute does not
+decide. The learning rates are the table's (one a module, tuned), for all policies alike; a gentler rate is not tried.
+"""
+
+import argparse
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import moocore
+import numpy as np
+import pandas as pd
+
+from analysis.choice import Outcome, outcome_of, preference
+from sweeps.baselines import POLICIES
+from sweeps.race import Candidate, Run, Score, Task, leading, mean_outcome
+from sweeps.race_search import replayed
+
+HERE = Path(__file__).parent
+LEVELS = {"level0": 10, "level1": 30, "full": 100}
+SHARES = (0.05, 0.1, 0.2)
+REGRETS = ("drift", "capability", "capability lost", "drift against the rule's", "generalization against the rule's")
+OURS = "race"
+UNPROBED = "race without the probe"
+
+
+class Table:
+    """The exhaustive table as a world in which policies run."""
+
+    def __init__(self, table: pd.DataFrame, probe: pd.DataFrame):
+        full = table[table.part == "full"]
+        self.rates = full.groupby("module").learning_rate.first().to_dict()
+        self.layers = int(full.layer.max()) + 1
+        twice = [min(2 * self.rates.get(module, 0.0), table.learning_rate.max()) for module in table.module]
+        wanted = np.where(table.part == "level0", twice, [self.rates.get(module, 0.0) for module in table.module])
+        rows = table[table.learning_rate == wanted]
+        rows = pd.concat([rows[rows.part != "seeds"], rows[rows.part == "seeds"].assign(part="full")])
+        rows = rows.assign(n_edits=rows.part.map(LEVELS).fillna(40))
+        self.outcomes = {
+            (row["part"], row["sample"], row["layer"], row["module"], row["seed"]): outcome_of(row)
+            for row in rows.to_dict("records")
+        }
+        self.costs = {part: self._costs(rows[rows.part == part]) for part in LEVELS}
+        known = {(layer, module) for part, _, layer, module, _ in self.outcomes if part == "full"}
+        self.candidates = tuple(
+            Candidate(row.layer, row.module, row.disturbance, row.gain)
+            for row in probe.itertuples()
+            if (row.layer, row.module) in known
+        )
+        self.truth = {
+            (c.layer, c.module): mean_outcome(
+                [o for (p, _, l, m, _), o in self.outcomes.items() if (p, l, m) == ("full", c.layer, c.module)]
+            )
+            for c in self.candidates
+        }
+        self.grid = sum(self.seconds(Run(c.layer, c.module, 0.0, 2)) for c in self.candidates)
+
+    def _costs(self, rows: pd.DataFrame) -> dict[str, np.ndarray]:
+        """Module -> coefficients of a line over the layers above; robust against minutes in which the machine was busy."""
+        seconds = rows.train_seconds + rows.evaluate_seconds + rows.capability_seconds
+        fits = {}
+        for module, mine in rows.groupby("module"):
+            above, cost = self.layers - mine.layer, seconds[mine.index]
+            keep = np.ones(len(mine), dtype=bool)
+            for _ in range(5):
+                line = np.polyfit(above[keep], cost[keep], 1)
+                off = cost - np.polyval(line, above)
+                keep = (off.abs() <= 2.5 * off[keep].abs().median() + 1e-9).to_numpy()
+            fits[module] = line
+        return fits
+
+    def seconds(self, run: Run) -> float:
+        part = list(LEVELS)[run.level]
+        fits = self.costs[part]
+        line = fits.get(run.module, next(iter(fits.values())))
+        return float(max(0.5, np.polyval(line, self.layers - run.layer)))
+
+    def score(self, run: Run, samples: tuple[int, int]) -> Score:
+        part = list(LEVELS)[run.level]
+        sample = 0 if part == "full" else samples[run.level]
+        found = self.outcomes.get((part, sample, run.layer, run.module, run.seed))
+        if found is None and part == "full":  # a seed that the table lacks: the first one again
+            found = self.outcomes[part, 0, run.layer, run.module, 0]
+        return Score(found, self.seconds(run))
+
+    def task(self, share: float, seed: int, probe: bool = True) -> Task:
+        candidates = self.candidates
+        if not probe:
+            order = np.random.default_rng(seed).permutation(len(candidates))
+            candidates = tuple(replace(c, disturbance=float(place)) for c, place in zip(candidates, order, strict=True))
+        return Task(
+            candidates,
+            tuple(LEVELS.values()),
+            self.layers,
+            self.seconds,
+            lambda candidate, level: self.rates[candidate.module],
+            share * self.grid,
+            2,
+            seed,
+            gentler=False,
+        )
+
+    def holds(self, samples: tuple[int, int]) -> bool:
+        """Whether every position was run on these draws at the lower levels."""
+        parts = zip(LEVELS, samples, strict=False)
+        return all((part, sample, *place, 0) in self.outcomes for part, sample in parts for place in self.truth)
+
+    def best(self) -> tuple[tuple[int, str], Outcome]:
+        """What the rule picks of the whole table."""
+        places = list(self.truth)
+        place = places[preference([self.truth[place] for place in places])[0]]
+        return place, self.truth[place]
+
+
+def volume(outcomes: list[Outcome]) -> float:
+    """Of reliability, generalization and what is left of the predictions, exp(-drift), from the origin."""
+    points = np.array([[o.reliability, o.generalization, math.exp(-o.drift)] for o in outcomes])
+    return float(moocore.hypervolume(points, ref=(0, 0, 0), maximise=True))
+
+
+def regrets(table: Table, pick: Outcome) -> dict[str, float]:
+    """Against the best of the table at the pick's reliability or more, up to a standard error."""
+    equal = [o for o in table.truth.values() if o.reliability >= pick.reliability - pick.reliability_se]
+    _, ruled = table.best()
+    return {
+        "drift": pick.drift - min(o.drift for o in equal),
+        "capability": max(o.capability_change for o in equal) - pick.capability_change,
+        "capability lost": max(0.0, -pick.capability_change) - min(max(0.0, -o.capability_change) for o in equal),
+        "drift against the rule's": pick.drift - ruled.drift,
+        "generalization against the rule's": ruled.generalization - pick.generalization,
+    }
+
+
+def replays(table: Table, seeds: int) -> pd.DataFrame:
+    everything = volume(list(table.truth.values()))
+    rows = []
+    draws = list(itertools.product((1, 2, 3), (1, 2)))
+    draws = [draw for draw in draws if table.holds(draw)]
+    for name, share, seed, samples in itertools.product([*POLICIES, UNPROBED], SHARES, range(seeds), draws or [(1, 1)]):
+        policy = POLICIES[OURS if name == UNPROBED else name]
+        if name not in (OURS, UNPROBED) and samples != (draws or [(1, 1)])[0]:
+            continue  # they run nothing at the lower levels
+        rungs, scores = replayed(policy, table.task(share, seed, name != UNPROBED), lambda run: table.score(run, samples))
+        run, _ = leading(scores, 2)[0]
+        pick = table.truth[run.layer, run.module]
+        full = [table.truth[r.layer, r.module] for r in scores if r.level == 2]
+        cost = sum(score.seconds for score in scores.values()) / table.grid
+        rows.append(
+            {"policy": name, "share": share, "seed": seed, "draw": str(samples), "position": run.position, "cost": cost,
+             "volume": volume(full) / everything, **regrets(table, pick)}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def summary(found: pd.DataFrame) -> pd.DataFrame:
+    groups = found.groupby(["share", "policy"], sort=False)
+    return groups[["cost", *REGRETS, "volume"]].mean().assign(replays=groups.size(), worst_drift=groups["drift"].max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=8)
+    options = parser.parse_args()
+    table = Table(pd.read_csv(HERE / "table.csv"), pd.read_csv(HERE / "probe.csv"))
+    place, outcome = table.best()
+    print(f"{len(table.truth)} positions, grid {table.grid / 3600:.1f} worker hours; the rule picks {place}: {outcome}")
+    with pd.option_context("display.width", 250, "display.max_columns", 20, "display.float_format", "{:.3f}".format):
+        print(summary(replays(table, options.seeds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`locft select` end to end on the tiny model: the answer, the files, MLflow, going on where it was, wrong inputs."""
+
+import json
+
+import mlflow
+import pytest
+
+from sweeps.levels import make_levels
+from sweeps.question import Budget, ask
+
+SMALL = ("--set", "capability.limit=5", "--set", "capability.prose_tokens=64", "--set", "epochs=6")
+
+
+@pytest.fixture
+def selected(locft, workplace, tiny_folder, ray_running):
+    """Runs a selection of the tiny model; further arguments after the usual ones."""
+
+    def run(*arguments):
+        return locft("select", tiny_folder, "--edits", "atlas", "--limit", 24, *SMALL, *arguments)
+
+    return run
+
+
+def test_a_selection_answers_with_a_position_a_page_and_a_run(selected, locft, workplace, tiny_folder):
+    said = selected("--budget-share", 0.6)
+    assert said.code == 0, said.err
+    assert "Edit at" in said.out and "Chance that it is the best" in said.out and "Make the edit: locft edit" in said.out
+    assert "scouts:" in said.err and "finals:" in said.err
+    file = workplace / "select-tiny-atlas.json"
+    content = json.loads(file.read_text())
+    assert content["how"]["method"] == "race" and 0 < content["chance"] <= 1
+    assert 0 < content["how"]["grid_share"] < 0.9 and content["measured_on"] == {"edits": 24, "of": 24, "source": "atlas"}
+    for name in ("reliability", "generalization", "capability_change", "drift_kl"):
+        assert content["predicted"][name]["low"] <= content["predicted"][name]["mean"] <= content["predicted"][name]["high"]
+    page = file.with_suffix(".html").read_text()
+    assert content["position"] in page and "http://" not in page.split("<script")[0]
+
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("select-tiny-atlas")
+    runs = client.search_runs([experiment.experiment_id])
+    studies = [run for run in runs if run.data.tags["locft.kind"] == "study"]
+    trials = [run for run in runs if run.data.tags["locft.kind"] == "trial"]
+    assert len(studies) == 1 and studies[0].info.status == "FINISHED"
+    assert len(trials) == content["how"]["runs"] and all(run.info.status == "FINISHED" for run in trials)
+    assert studies[0].data.tags["locft.pick.position"] == content["position"]
+    kept = {item.path for item in client.list_artifacts(studies[0].info.run_id)}
+    assert {"position.json", "dashboard.html", "probe.json", "results.parquet"} <= kept
+    name = client.search_registered_models()[0].name
+    version = client.get_model_version_by_alias(name, "recommended")
+    assert version.tags["locft.position"] == content["position"] and version.run_id == studies[0].info.run_id
+    assert content["run_id"] in {run.info.run_id for run in trials if run.data.tags.get("locft.pick")}
+
+    edited = locft("edit", tiny_folder, "--edits", "atlas", "--limit", 24, "--position", file, "--out", "edited", "--json")
+    assert edited.code == 0, edited.err
+    assert edited.json["position"] == content["position"]
+    assert edited.json["settings"]["learning_rate"] == content["settings"]["learning_rate"]
+    single = client.get_run(content["run_id"]).data.metrics
+    assert edited.json["metrics"]["reliability"] == pytest.approx(single["reliability"])
+
+
+def test_the_same_command_runs_nothing_again_and_a_larger_budget_only_what_is_new(selected, workplace):
+    first = selected("--budget-share", 0.3, "--json")
+    again = selected("--budget-share", 0.3, "--json")
+    keys = ("position", "settings", "predicted", "chance", "run_id")
+    assert [again.json["position"][key] for key in keys] == [first.json["position"][key] for key in keys]
+    assert "known already" in again.err and " lr " not in again.err, "no run is reported"
+    more = selected("--budget-share", 0.9, "--json")
+    assert more.json["position"]["how"]["runs"] > first.json["position"]["how"]["runs"]
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("select-tiny-atlas")
+    trials = client.search_runs([experiment.experiment_id], "tags.`locft.kind` = 'trial'")
+    ids = [run.data.tags["locft.trial_id"] for run in trials]
+    assert len(set(ids)) == len(ids) == more.json["position"]["how"]["runs"]
+
+
+@pytest.mark.parametrize("method", ["probe", "proportional", "late", "random", "tpe", "nsga2"])
+def test_baselines_are_methods_of_the_same_command(selected, method, workplace):
+    said = selected("--budget-share", 0.15, "--method", method, "--json")
+    assert said.code == 0, said.err
+    assert said.json["position"]["how"]["method"] == method
+    assert (workplace / f"select-tiny-atlas-{method}.json").exists()
+
+
+def test_a_budget_in_minutes_ends_the_race_and_there_is_still_an_answer(selected):
+    said = selected("--budget-minutes", 0.25, "--json")
+    assert said.code == 0, said.err
+    assert said.json["position"]["how"]["wall_seconds"] < 40
+
+
+def test_no_time_for_any_run_is_told(selected, workplace):
+    said = selected("--budget-minutes", 0.001)
+    assert said.code == 1 and "No run finished" in said.out
+    assert not (workplace / "select-tiny-atlas.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (("--budget-share", 2), "--budget-share: got 2, expected a share of the full grid's cost"),
+        (("--budget-share", 0.1, "--budget-minutes", 5), "--budget-share, --budget-minutes: got both"),
+        (("--budget-minutes", -1), "--budget-minutes: got -1, expected a positive number"),
+        (("--method", "guess"), "--method: got 'guess', expected one of race, probe"),
+        (("--set", "space.learning_rate=[0.1,0.2]"), "space.learning_rate: a selection chooses it itself"),
+        (("--set", "space.seed=[1,2]"), "space.seed: a selection chooses seeds itself"),
+        (("--set", "space.batch_size=[1,2]"), "space.batch_size: got 2 values"),
+        (("--set", "space.module=[mlp_sideways]"), "has no module 'mlp_sideways'"),
+        (("--set", "space.layer=[99]"), "layer 99"),
+        (("--set", "search={method: random, trials: 3}"), "search.method: got random"),
+    ],
+)
+def test_wrong_inputs_are_told_before_anything_runs(selected, workplace, arguments, complaint):
+    said = selected(*arguments)
+    assert said.code == 2 and complaint in said.err, said.err
+    assert {file.name for file in workplace.iterdir()} <= {"mlflow.db"}
+
+
+def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
+    def edit(text):
+        (workplace / "p.json").write_text(text)
+        said = locft("edit", tiny_folder, "--edits", "atlas", "--limit", 4, "--position", "p.json", "--out", "out")
+        assert said.code == 2 and not (workplace / "out").exists()
+        return said.err
+
+    good = {
+        "format": "locft-position/1", "model": "tiny", "model_fingerprint": "0" * 16, "dtype": "float32",
+        "position": "1.mlp_down", "settings": {"learning_rate": 0.01},
+    }  # fmt: skip
+    assert "this is not JSON" in edit("{")
+    assert "not a position file" in edit("{}")
+    assert "fingerprint" in edit(json.dumps(good)), "another model's position is refused"
+    bad = edit(json.dumps({**good, "position": "x", "settings": {"epochs": "many", "speed": 1}}))
+    for part in ("settings.epochs: got 'many', expected a whole number", "settings.speed: unknown", "LAYER.MODULE"):
+        assert part in bad, bad
+    missing = locft("edit", tiny_folder, "--edits", "atlas", "--position", "none.json", "--out", "out")
+    assert missing.code == 2 and "none.json: cannot read it" in missing.err
+
+
+def test_levels_are_smaller_samples_of_the_same_study(tiny_folder):
+    question = ask(str(tiny_folder), "atlas", limit=100, budget=Budget(0.1))
+    levels = question.levels
+    assert levels.edits == (10, 30, 100)
+    items = [study.n_items for study in levels.studies]
+    assert items == sorted(items) and len(set(items)) == 3
+    everything = {request.prompt for request in levels.full.edits.requests}
+    assert all({r.prompt for r in level.edits.requests} <= everything for level in levels.studies)
+    assert len({level.facts.data_fingerprint for level in levels.studies}) == 3
+    for number, level in enumerate(levels.studies):
+        run = levels.run(levels.config(levels.run(level.plan.trials[0])))
+        assert run.level == number
+    other = make_levels(levels.full, seed=1)
+    assert other.studies[0].facts.data_fingerprint != levels.studies[0].facts.data_fingerprint
+    assert ask(str(tiny_folder), "atlas", limit=12).levels.edits == (12,)
