@@ -3,8 +3,8 @@
 The rule, step by step:
 
 1. reliability within one standard error of the best (a smaller difference says nothing about new edits);
-2. no loss of capability that the items show: the paired change is not below zero by more than its standard error. (A gain
-   is no aim: an edit that shakes a model enough raises some accuracies by chance.)
+2. no loss of capability that the items show: zero is not above the 95% interval of the paired change. (A gain is no aim:
+   an edit that shakes a model enough raises some accuracies by chance.)
 3. drift within 0.01 nats per token of the least, about one per cent of perplexity;
 4. of those, the highest generalization.
 
@@ -21,6 +21,7 @@ from analysis.table import proportion_se
 
 DRIFT_TOLERANCE = 0.01
 """Nats per token that are not worth losing generalization for."""
+Z95 = 1.959964
 DRAWS = 2000
 SEED_SPREAD = 0.1
 """Standard error of a single seed's drift, as a share of it."""
@@ -67,7 +68,7 @@ def outcome_of(metrics: Mapping[str, float]) -> Outcome:
         generalization=value("generalization"),
         generalization_se=proportion_se(value("generalization"), edits),
         capability_change=value("capability_change"),
-        capability_se=(value("capability_change_high") - value("capability_change_low")) / (2 * 1.959964),
+        capability_se=(value("capability_change_high") - value("capability_change_low")) / (2 * Z95),
         drift=drift,
         drift_se=SEED_SPREAD * drift,
     )
@@ -82,17 +83,26 @@ def preference(outcomes: Sequence[Outcome]) -> list[int]:
     return [int(i) for i in _order(table, errors)]
 
 
-def probabilities(outcomes: Sequence[Outcome], seed: int = 0) -> list[float]:
-    """For each outcome how often the rule picks it when every measurement is drawn again within its standard error."""
+def probabilities(outcomes: Sequence[Outcome], correct: np.ndarray | None = None, seed: int = 0) -> list[float]:
+    """For each outcome how often the rule picks it when everything is measured again.
+
+    Edits are drawn again with replacement, the same for all settings. Capability and drift vary by their errors, which
+    counts what settings share of them (the same items, the same prose) as chance and so errs towards doubt.
+
+    correct: (settings, 2, edits), how right the answer to each edit's prompt and its rephrased prompt was, in [0, 1];
+    None takes the reliability of all settings to vary together, and generalization by its error.
+    """
     if not outcomes:
         return []
     rng = np.random.default_rng(seed)
-    table = _table(outcomes)  # (settings, 4)
+    table = np.where(np.isfinite(_table(outcomes)), _table(outcomes), 1e6)  # (settings, 4)
     errors = np.array([[o.reliability_se, o.generalization_se, o.capability_se, o.drift_se] for o in outcomes])
-    finite = np.where(np.isfinite(table), table, 1e6)
     picks = np.zeros(len(outcomes))
     for noise in rng.standard_normal((DRAWS, *table.shape)):
-        drawn = finite + noise * errors
+        noise[:, 0] = noise[0, 0]
+        drawn = table + noise * errors
+        if correct is not None:
+            drawn[:, :2] = correct[:, :, rng.integers(correct.shape[2], size=correct.shape[2])].mean(axis=2)
         drawn[:, :2] = drawn[:, :2].clip(0, 1)
         drawn[:, 3] = drawn[:, 3].clip(0)
         picks[_order(drawn, errors[:, [0, 2]])[0]] += 1
@@ -108,7 +118,7 @@ def _order(table: np.ndarray, errors: np.ndarray) -> np.ndarray:
     reliability, generalization, change, drift = table.T
     best = reliability.argmax()
     reliable = reliability >= reliability[best] - errors[best, 0] - 1e-9
-    able = reliable & (change >= min(0.0, change[reliable].max()) - errors[:, 1] - 1e-9)
+    able = reliable & (change >= min(0.0, change[reliable].max()) - Z95 * errors[:, 1] - 1e-9)
     gentle = able & (drift <= drift[able].min() + DRIFT_TOLERANCE)
     steps = 3 - reliable.astype(int) - able - gentle
     last = np.where(gentle, -generalization, np.where(reliable, drift, -reliability))

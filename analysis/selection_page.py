@@ -9,14 +9,12 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from analysis.choice import RULE, Outcome
+from analysis.choice import RULE, Z95, Outcome
 from analysis.figures import SYMBOLS
 from analysis.gallery import Plot, page_plot, page_template
 from analysis.look import ACCENT, styled_figure
 from analysis.table import wilson_interval
 from analysis.wording import MINUS, change_with_interval, escaped, number, percent, plural, points
-
-Z95 = 1.959964
 
 
 @dataclass(frozen=True)

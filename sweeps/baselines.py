@@ -6,23 +6,34 @@ All run at full fidelity and start at the race's learning rate, which is more th
 import random
 from collections.abc import Generator
 
-from sweeps.race import Candidate, Policy, Rung, Run, Scores, Task, affordable, first_run, full_runs, race, spent
+from sweeps.race import (
+    PAPER,
+    Policy,
+    Rung,
+    Run,
+    Scores,
+    Task,
+    affordable,
+    first_run,
+    full_runs,
+    nearest,
+    race,
+    spent,
+)
 
-PAPER = ((22 / 31, "mlp_down"), (23 / 31, "layer"), (6 / 27, "mlp_down"))
-"""Relative depth and module that arXiv 2509.22072 uses for LLaMA-3-8B, Mistral-7B and Qwen2.5-7B."""
 LATE = 0.9
 """Relative depth of a late layer."""
 
 
 def proportional(task: Task) -> Generator[Rung, Scores, None]:
     """The paper's three positions at the same relative depth."""
-    order = dict.fromkeys(_nearest(task, depth, module) for depth, module in PAPER)
+    order = dict.fromkeys(nearest(task, depth, module) for depth, module in PAPER)
     return full_runs(task, list(order), "proportional", "the paper's positions at the same relative depth")
 
 
 def late(task: Task) -> Generator[Rung, Scores, None]:
     """The down projection of a late layer."""
-    return full_runs(task, [_nearest(task, LATE, "mlp_down")], "late", "the down projection of a late layer")
+    return full_runs(task, [nearest(task, LATE, "mlp_down")], "late", "the down projection of a late layer")
 
 
 def probe_alone(task: Task) -> Generator[Rung, Scores, None]:
@@ -94,9 +105,3 @@ def _objectives(run: Run, scores: Scores) -> tuple[float, float, float]:
         return 0.0, 0.0, 1e3
     outcome = scores[run].outcome
     return outcome.reliability, outcome.generalization, min(outcome.drift, 1e3)
-
-
-def _nearest(task: Task, depth: float, module: str) -> Candidate:
-    """The candidate of this module at this relative depth; of any module where the model lacks it."""
-    having = [c for c in task.candidates if c.module == module] or list(task.candidates)
-    return min(having, key=lambda c: (abs(c.layer / max(1, task.layers - 1) - depth), c.layer, c.module))

@@ -238,6 +238,9 @@ def select(
         str, typer.Option(help="race, or a baseline: probe, proportional, late, random, tpe, nsga2.")
     ] = "race",
     seed: Annotated[int, typer.Option(min=0, help="Of samples and draws.")] = 0,
+    prior: Annotated[
+        Path | None, typer.Option(help="Position file of another model: that relative depth is raced, too.")
+    ] = None,
     overrides: SetOption = None,
     position_file: Annotated[
         Path | None, typer.Option("--out", help="Position file; default NAME.json here, with the page NAME.html beside it.")
@@ -257,7 +260,14 @@ def select(
     share = DEFAULT_SHARE if budget_share is None and budget_minutes is None else budget_share
     budget = Budget(share, budget_minutes)
     question = ask(
-        model, _edits(edits, limit).source, overrides or (), limit=limit, method=method, budget=budget, seed=seed
+        model,
+        _edits(edits, limit).source,
+        overrides or (),
+        limit=limit,
+        method=method,
+        budget=budget,
+        seed=seed,
+        prior=prior,
     )
     file = writable(position_file or Path(f"{question.study.name}.json"))
     page = writable(file.with_suffix(".html"))

@@ -30,6 +30,8 @@ class PositionFile:
     dtype: str
     model: str
     model_fingerprint: str
+    depth: float
+    """Relative depth of the layer, 0 for the first and 1 for the last."""
 
 
 def read_position(file: Path) -> PositionFile:
@@ -46,6 +48,8 @@ def read_position(file: Path) -> PositionFile:
     for key in ("position", "dtype", "model", "model_fingerprint"):
         if not isinstance(content.get(key), str):
             problems.append(f"{file}: {key}: got {content.get(key)!r}, expected text")
+    if not isinstance(content.get("depth"), int | float) or not 0 <= content["depth"] <= 1:
+        problems.append(f"{file}: depth: got {content.get('depth')!r}, expected a number from 0 to 1")
     settings = content.get("settings")
     if not isinstance(settings, dict):
         problems.append(f"{file}: settings: got {settings!r}, expected a mapping")
@@ -63,7 +67,7 @@ def read_position(file: Path) -> PositionFile:
     if problems:
         raise InputError(problems)
     return PositionFile(
-        content["position"], settings, content["dtype"], content["model"], content["model_fingerprint"]
+        content["position"], settings, content["dtype"], content["model"], content["model_fingerprint"], content["depth"]
     )
 
 

@@ -4,11 +4,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from locft.errors import InputError
+from locft.positions import TuningPosition
 from sweeps.baselines import POLICIES
 from sweeps.levels import Levels, make_levels
+from sweeps.position_file import read_position
 from sweeps.prepare import prepare
+from sweeps.race import PAPER
 from sweeps.records import METHOD_VERSION
 from sweeps.schema import LogUniform, Study
 from sweeps.study import load_study
@@ -39,6 +43,8 @@ class Question:
     """A key of `sweeps.baselines.POLICIES`."""
     budget: Budget
     seed: int
+    priors: tuple[tuple[float, str], ...] = PAPER
+    """Relative depth and module of positions that served elsewhere."""
 
     @property
     def study(self) -> Study:
@@ -62,10 +68,12 @@ def ask(
     method: str = "race",
     budget: Budget | None = None,
     seed: int = 0,
+    prior: Path | None = None,
 ) -> Question:
     """Check and resolve everything that a selection needs; nothing is run or written.
 
-    overrides: of the ready study `select`, as of `load_study`. Raises InputError with what is wrong.
+    prior: position file of another model; its position at the same relative depth is raced here, too. overrides: of the
+    ready study `select`, as of `load_study`. Raises InputError with what is wrong.
     """
     from locft.models import load_structure
     from locft.positions import modules_of
@@ -73,6 +81,10 @@ def ask(
     budget = budget or Budget()
     if problems := list(_problems(method, budget)):
         raise InputError(problems)
+    priors = PAPER
+    if prior is not None:
+        elsewhere = read_position(prior)
+        priors = ((elsewhere.depth, TuningPosition.parse(elsewhere.position).module), *PAPER)
     there = modules_of(load_structure(model))
     modules = [module for module in MODULES if module in there] or list(there)
     settings = {"model": model, "edits.source": edits, "edits.limit": limit, "space.module": modules}
@@ -81,7 +93,7 @@ def ask(
         raise InputError(problems)
     if study.name == BASE:
         study = study.model_copy(update={"name": _name(study, method)})
-    return Question(make_levels(prepare(study), seed), method, budget, seed)
+    return Question(make_levels(prepare(study), seed), method, budget, seed, priors)
 
 
 def _problems(method: str, budget: Budget) -> Iterator[str]:

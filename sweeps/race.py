@@ -19,6 +19,9 @@ SHARES = (0.25, 0.2)
 """Of the budget, for the first rung and the next; the rest is for the finals."""
 INSURANCE = 4
 """Every so many-th scout is drawn from the whole grid, whatever the probe says."""
+PAPER = ((22 / 31, "mlp_down"), (23 / 31, "layer"), (6 / 27, "mlp_down"))
+"""Relative depth and module that arXiv 2509.22072 uses for LLaMA-3-8B, Mistral-7B and Qwen2.5-7B."""
+SCOUTED = "the probe's order, with positions that served elsewhere and every fourth from the whole grid"
 LINE = 6
 """Positions run in full at least, where the budget allows, before a race ends by itself."""
 KEPT = 3
@@ -98,6 +101,8 @@ class Task:
     seed: int = 0
     gentler: bool = True
     """Whether half of that rate may be tried, too."""
+    priors: tuple[tuple[float, str], ...] = PAPER
+    """Relative depth and module of positions that served elsewhere: they are scouts, and no more than that."""
 
     @property
     def full(self) -> int:
@@ -124,18 +129,19 @@ Policy = Callable[[Task], Generator[Rung, Scores, None]]
 def race(task: Task) -> Generator[Rung, Scores, None]:
     """Scouts at the lowest fidelity, the best of them in a semifinal, the best of those in full and with further seeds.
 
-    The probe orders the scouts, with an insurance share from the whole grid. A rung is left by the positions of the lowest
-    non-dominated ranks over reliability, generalization and drift, of equal ones those that drift least.
+    The probe orders the scouts, with the priors and an insurance share from the whole grid among them. A rung is left by
+    the positions of the lowest non-dominated ranks over reliability, generalization and drift, of equal ones those that drift least.
     """
     order = sorted(task.candidates, key=lambda c: (c.disturbance, c.layer, c.module))
     by_position = {candidate.position: candidate for candidate in order}
-    entrants, scores, dropped = list(_insured(order, task.seed)), {}, {}
+    first = [nearest(task, depth, module) for depth, module in task.priors]
+    entrants, scores, dropped = list(dict.fromkeys([*first, *_insured(order, task.seed)])), {}, {}
     for level, share in zip(range(task.full), SHARES, strict=False):
         runs = affordable(task, scores, [first_run(task, c, level) for c in entrants], share * task.budget)
         if len(runs) < 2:
             continue
         dropped |= {c.position: "the budget ends before it" for c in entrants[len(runs) :]} if level else {}
-        who = "the probe's order, every fourth drawn from the whole grid" if level == 0 else "the best so far"
+        who = "the best so far" if level else SCOUTED
         why = f"{len(runs)} positions on {task.levels[level]} edits: {who}"
         scores = yield Rung("scouts" if level == 0 else "semifinal", tuple(runs), why, dropped)
         kept, dropped = _cut(runs, scores)
@@ -159,6 +165,12 @@ def full_runs(task: Task, order: Sequence[Candidate], name: str, why: str) -> Ge
 def first_run(task: Task, candidate: Candidate, level: int) -> Run:
     """The run of a position at its starting rate."""
     return Run(candidate.layer, candidate.module, task.rate(candidate, level), level)
+
+
+def nearest(task: Task, depth: float, module: str) -> Candidate:
+    """The candidate of this module at this relative depth; of any module where the model lacks it."""
+    having = [c for c in task.candidates if c.module == module] or list(task.candidates)
+    return min(having, key=lambda c: (abs(c.layer / max(1, task.layers - 1) - depth), c.layer, c.module))
 
 
 def spent(scores: Scores) -> float:

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from analysis.choice import RULE, probabilities
-from analysis.selection_page import Ranked, RungRun, Z95, render_selection
+import numpy as np
+
+from analysis.choice import RULE, Z95, probabilities
+from analysis.selection_page import Ranked, RungRun, render_selection
 from analysis.table import wilson_interval
 from analysis.wording import number, percent, plural, seconds
 from sweeps.position_file import FORMAT, SETTINGS
@@ -30,7 +32,7 @@ class Answer:
 
 def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answer:
     """Work the answer out and write it into the study's run in MLflow. position_file: its name in the command shown."""
-    ranking = _ranking(selection)
+    ranking = _ranking(selection, tracker)
     content = _position(selection, ranking) if ranking else None
     page = _page(selection, ranking, position_file)
     if content:
@@ -60,15 +62,34 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answ
     return Answer(ranking, content, page)
 
 
-def _ranking(selection: Selection) -> tuple[Ranked, ...]:
+def _ranking(selection: Selection, tracker: Tracker) -> tuple[Ranked, ...]:
     settings = selection.ranking
-    chances = probabilities([outcome for _, outcome in settings], selection.question.seed)
+    correct = [_by_edit(selection, tracker, run) for run, _ in settings]
+    known = bool(correct) and all(found is not None and found.shape == correct[0].shape for found in correct)
+    chances = probabilities(
+        [outcome for _, outcome in settings], np.stack(correct) if known else None, selection.question.seed
+    )
     return tuple(
         Ranked(
             run.position, run.layer, run.module, run.learning_rate, len(_seeds(selection, run)), outcome, chance
         )
         for (run, outcome), chance in zip(settings, chances, strict=True)
     )
+
+
+def _by_edit(selection: Selection, tracker: Tracker, setting: Run) -> np.ndarray | None:
+    """(2, edits): how right each edit's own prompt and its rephrased one were answered, mean over seeds; None if unknown."""
+    parts = []
+    for run in _seeds(selection, setting):
+        outcomes = tracker.load_outcomes(selection.run_ids[run])
+        means = [
+            outcomes[outcomes["kind"] == kind].groupby("edit_id")["correct"].mean().astype(float)
+            for kind in ("reliability", "generalization")
+        ]
+        if len(means[0]) == 0 or len(means[1]) == 0:
+            return None
+        parts.append(np.stack([means[0], means[1].reindex(means[0].index).fillna(means[1].mean())]))
+    return np.mean(parts, axis=0)
 
 
 def _seeds(selection: Selection, setting: Run) -> list[Run]:
@@ -180,7 +201,7 @@ def _how(selection: Selection) -> str:
     return (
         "The probe reads gradients of the unedited model over some edits and some prose, and orders all"
         f" {plural(len(selection.candidates), 'position')} by what learning would disturb there; the same gradients set each"
-        f" position's learning rate. The best, and a share drawn from the whole grid, race on {levels} edits; after each"
+        f" position's learning rate. The best, positions that served elsewhere, and a share drawn from the whole grid race on {levels} edits; after each"
         " rung those dominated in reliability, generalization and drift are dropped. What is left of the budget goes to"
         " further seeds and a gentler learning rate of the leaders."
     )

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +173,8 @@ def _task(question: Question, candidates: tuple[Candidate, ...], concurrent: int
         return start_rate(candidate, steps)
 
     n_layers = levels.full.facts.n_layers
-    return Task(candidates, levels.edits, n_layers, seconds, rate, budget, concurrent, question.seed), grid
+    task = Task(candidates, levels.edits, n_layers, seconds, rate, budget, concurrent, question.seed)
+    return replace(task, priors=question.priors), grid
 
 
 def _charged(task: Task, budget: Budget, run: Run, score: Score) -> Score:

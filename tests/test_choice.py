@@ -3,8 +3,9 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.choice import FAILED, Outcome, outcome_of, preference, probabilities
@@ -27,7 +28,7 @@ outcomes = st.builds(
     "worse, why",
     [
         (like(reliability=0.98, drift=0.01, generalization=1.0), "reliability first"),
-        (like(capability_change=-0.011, drift=0.01, generalization=1.0), "then no loss of capability"),
+        (like(capability_change=-0.021, drift=0.01, generalization=1.0), "then no loss of capability"),
         (like(drift=0.061, generalization=1.0), "then drift"),
         (like(generalization=0.55, drift=0.041), "of about the same drift the higher generalization"),
         (FAILED, "a failure comes last"),
@@ -39,7 +40,7 @@ def test_each_step_of_the_rule_decides(worse, why):
 
 def test_differences_within_the_errors_do_not_count():
     assert preference([GOOD, like(reliability=0.995, generalization=0.7)]) == [1, 0]
-    assert preference([GOOD, like(capability_change=-0.009, generalization=0.7)]) == [1, 0]
+    assert preference([GOOD, like(capability_change=-0.019, generalization=0.7)]) == [1, 0]
     assert preference([GOOD, like(drift=0.059, generalization=0.7)]) == [1, 0]
 
 
@@ -60,6 +61,7 @@ def test_the_order_is_complete_and_does_not_depend_on_the_order_given(found, ran
     assert shuffled[preference(shuffled)[0]] == found[order[0]] or len(set(found)) < len(found)
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.lists(outcomes, min_size=1, max_size=5))
 def test_chances_add_up_to_one(found):
     chances = probabilities(found)
@@ -68,7 +70,12 @@ def test_chances_add_up_to_one(found):
 
 def test_chances_say_how_sure_it_is():
     clear = probabilities([GOOD, like(drift=0.5), FAILED])
-    assert clear == [1.0, 0.0, 0.0]
+    assert clear[0] > 0.95 and clear[2] == 0
+    by_edit = np.ones((2, 2, 50))
+    by_edit[1, 0, :3] = 0  # one setting misses three edits that the other has
+    assert probabilities([GOOD, GOOD], by_edit)[0] > 0.9
+    by_edit[0, 0, 40:] = by_edit[1, 0, 40:] = 0  # edits that both miss decide nothing
+    assert probabilities([GOOD, GOOD], by_edit)[0] > 0.75
     twins = probabilities([GOOD, GOOD])
     assert 0.45 < twins[0] < 0.55
     assert probabilities([GOOD, like(generalization=0.61)]) == probabilities([GOOD, like(generalization=0.61)])
@@ -82,7 +89,7 @@ def test_an_outcome_comes_from_the_metrics_of_a_trial():
     }  # fmt: skip
     found = outcome_of(metrics)
     assert (found.reliability, found.generalization, found.drift) == (0.9, 0.5, 0.2)
-    assert found.capability_se == pytest.approx(0.01) and found.drift_se == pytest.approx(0.02)
+    assert found.capability_se == pytest.approx(0.01, rel=1e-3) and found.drift_se == pytest.approx(0.02)
     assert 0.03 < found.reliability_se < 0.06
     assert outcome_of({**metrics, "diverged": 1.0}) == FAILED
     bare = outcome_of({"reliability": 0.5, "n_edits": 4.0, "drift_kl": math.nan})

@@ -94,13 +94,19 @@ def test_the_model_is_left_as_it_was_and_the_scores_are_reproducible(loaded, row
     assert not any(p.requires_grad or p.grad is not None for p in loaded.model.parameters())
 
 
-def test_the_rate_that_the_gain_gives_learns(loaded, rows, found):
-    """A hundred steps at one nat a step learn most of what there is to learn, wherever the position is."""
+def test_the_rate_that_the_gain_gives_learns_wherever_the_position_is(loaded, found):
+    """A hundred steps at one nat a step learn; at a thirtieth of that rate they hardly begin."""
     bench = Workbench.prepare(loaded, load_edits("atlas", limit=12), None)
+
+    def left(position, rate):
+        settings = TrainingSettings(learning_rate=rate, batch_size=3, epochs=25, precision="float32")
+        trained = bench.train(position, settings)
+        assert not trained.diverged
+        return trained.losses[-1] / trained.losses[0]
+
     for position in (TuningPosition(0, "mlp"), TuningPosition(2, "mlp_down"), TuningPosition(1, "layer")):
         rate = 1.0 / found[position].gain
-        trained = bench.train(position, TrainingSettings(learning_rate=rate, batch_size=3, epochs=25, precision="float32"))
-        assert not trained.diverged and trained.losses[-1] < 0.25 * trained.losses[0], (position, trained.losses)
+        assert left(position, rate) < 0.4 < 0.6 < left(position, rate / 30), position
 
 
 def test_prose_is_needed(loaded, rows):

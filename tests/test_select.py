@@ -123,13 +123,13 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
 
     good = {
         "format": "locft-position/1", "model": "tiny", "model_fingerprint": "0" * 16, "dtype": "float32",
-        "position": "1.mlp_down", "settings": {"learning_rate": 0.01},
+        "position": "1.mlp_down", "depth": 0.5, "settings": {"learning_rate": 0.01},
     }  # fmt: skip
     assert "this is not JSON" in edit("{")
     assert "not a position file" in edit("{}")
     assert "fingerprint" in edit(json.dumps(good)), "another model's position is refused"
-    bad = edit(json.dumps({**good, "position": "x", "settings": {"epochs": "many", "speed": 1}}))
-    for part in ("settings.epochs: got 'many', expected a whole number", "settings.speed: unknown", "LAYER.MODULE"):
+    bad = edit(json.dumps({**good, "position": "x", "depth": 7, "settings": {"epochs": "many", "speed": 1}}))
+    for part in ("settings.epochs: got 'many', expected a whole number", "settings.speed: unknown", "LAYER.MODULE", "depth: got 7"):
         assert part in bad, bad
     missing = locft("edit", tiny_folder, "--edits", "atlas", "--position", "none.json", "--out", "out")
     assert missing.code == 2 and "none.json: cannot read it" in missing.err
