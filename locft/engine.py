@@ -19,6 +19,7 @@ from locft.casting import cast_model
 from locft.encoding import SupervisedLogits, TokenRow
 from locft.finetune import Forward
 from locft.frozen import freeze_linears
+from locft.fused import attention_for, fuse
 from locft.models import LoadedModel
 from locft.packing import Pack, PrefixTree, pack_rows
 from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
@@ -26,8 +27,9 @@ from locft.prefix import BoundaryStates, boundary_states
 from locft.reference import full_forward
 from locft.tail import head_view, supports_tail, tail_hidden, tail_parameter_name, tail_view
 
-SEQUENCE_TOKENS = 256
-"""Tokens of a packed sequence: long enough for full matrix products, short enough that masked attention costs little."""
+SEQUENCE_TOKENS = 96
+"""Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products take
+all sequences of a pack together."""
 
 
 class TailEngine:
@@ -147,15 +149,16 @@ class _Parts:
     """The pieces of a model that trials run, in one dtype; made when first used and kept."""
 
     def __init__(self, model: PreTrainedModel, packed: bool):
-        """packed: rows come with masks of ours, for which plain attention is several times faster on a CPU than the fused
-        kernel and its backward."""
+        """packed: rows come with masks of ours, for which `locft.fused` is several times faster on a CPU than PyTorch's kernel."""
         self.dtype = model.dtype
         self.model = tail_view(model, 0)
         configs: dict[int, Any] = {}
         for module in self.model.modules() if packed and model.device.type == "cpu" else ():
             if (config := getattr(module, "config", None)) is not None:
                 module.config = configs.setdefault(id(config), copy.copy(config))
-                module.config._attn_implementation = "eager"
+                module.config._attn_implementation = attention_for(model)
+        if packed and model.device.type == "cpu":
+            fuse(self.model)
         if self.dtype == torch.bfloat16 and model.device.type == "cpu":
             freeze_linears(self.model)
         self.head = head_view(self.model)

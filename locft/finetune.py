@@ -119,8 +119,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # (K, V), (K,) -> (K,)
         probabilities = logits.softmax(-1)
-        highest, place = logits.max(-1, keepdim=True)
-        partition = highest - probabilities.gather(-1, place).log()  # log of the sum of exp(logits)
+        partition = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()  # log of the sum of exp
         ctx.probabilities = probabilities
         ctx.save_for_backward(targets)
         return (partition - logits.gather(-1, targets[:, None]))[:, 0]
