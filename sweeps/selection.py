@@ -48,7 +48,8 @@ class Selection:
     candidates: tuple[Candidate, ...]
     rungs: tuple[Rung, ...]
     scores: Scores
-    """Of the runs that the rungs asked for and that finished. Their seconds are those of the clock."""
+    """Of all finished runs of the study, also those that an earlier call with another budget asked for. Their seconds are
+    those of the clock."""
     ending: Ending
     grid_seconds: float
     """What the full grid would have taken one worker, by the estimate at the pace of these runs."""
@@ -139,8 +140,7 @@ def _raced(question: Question, tracker: Tracker, reporter: RaceReporter, concurr
         reporter=Logged(reporter, levels.full, tracker, question.id),
         deadline=deadline,
     )
-    known, run_ids = _known(question, tracker)
-    scores = {run: known[run] for run in search.scores if run in known}
+    scores, run_ids = _known(question, tracker)
     predicted = sum(task.seconds(run) for run in scores)
     pace = sum(score.seconds for score in scores.values()) / predicted if predicted else 1.0
     return Selection(
