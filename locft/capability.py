@@ -27,8 +27,8 @@ PROSE_TOKENS = 2000
 """About so many tokens of prose are measured."""
 BATCH_TOKENS = 2048
 """Tokens of a batch with its padding. On a CPU 1024 and 4096 take the same time, but a full forward's logits grow."""
-SUPERVISED_PER_BATCH = 1024
-"""At most so many supervised tokens a batch: with a vocabulary of 256,000 their logits take 1 GB."""
+SUPERVISED_PER_BATCH = 256
+"""At most so many supervised tokens a batch: more take as long, and with a vocabulary of 256,000 their logits 250 MB."""
 _TOKENS_AT_ONCE = 8
 """Supervised tokens whose probabilities are computed at once: only the logits themselves are of (K, V), and slices that
 stay in the processor's cache take half the time of large ones."""

@@ -59,7 +59,7 @@ def tiny():
     def coarse(rows):
         logits = exact(rows)
         noise = torch.Generator().manual_seed(len(rows))
-        return logits + 0.02 * logits.std() * torch.randn(logits.shape, generator=noise)
+        return logits + 0.04 * logits.std() * torch.randn(logits.shape, generator=noise)
 
     return loaded, exact, watched, coarse, asked
 
