@@ -116,10 +116,10 @@ def _table(outcomes: Sequence[Outcome]) -> np.ndarray:
 def _order(table: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """table: (settings, 4) reliability, generalization, capability change, drift. errors: of reliability and change."""
     reliability, generalization, change, drift = table.T
-    best = reliability.argmax()
-    reliable = reliability >= reliability[best] - errors[best, 0] - 1e-9
+    best = reliability.max()
+    reliable = reliability >= best - errors[reliability == best, 0].min() - 1e-9
     able = reliable & (change >= min(0.0, change[reliable].max()) - Z95 * errors[:, 1] - 1e-9)
     gentle = able & (drift <= drift[able].min() + DRIFT_TOLERANCE)
     steps = 3 - reliable.astype(int) - able - gentle
     last = np.where(gentle, -generalization, np.where(reliable, drift, -reliability))
-    return np.lexsort((drift, last, steps))
+    return np.lexsort((*errors.T, -change, -reliability, -generalization, drift, last, steps))
