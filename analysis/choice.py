@@ -17,11 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.table import proportion_se
+from analysis.table import Z95, proportion_se, wilson_interval
 
 DRIFT_TOLERANCE = 0.01
 """Nats per token that are not worth losing generalization for."""
-Z95 = 1.959964
 DRAWS = 2000
 SEED_SPREAD = 0.1
 """Standard error of a single seed's drift, as a share of it."""
@@ -78,9 +77,7 @@ def preference(outcomes: Sequence[Outcome]) -> list[int]:
     """Indices of the outcomes, the one to use first."""
     if not outcomes:
         return []
-    table = _table(outcomes)
-    errors = np.array([[o.reliability_se, o.capability_se] for o in outcomes])
-    return [int(i) for i in _order(table, errors)]
+    return [int(i) for i in _order(_table(outcomes), _errors(outcomes))]
 
 
 def probabilities(outcomes: Sequence[Outcome], correct: np.ndarray | None = None, seed: int = 0) -> list[float]:
@@ -96,7 +93,7 @@ def probabilities(outcomes: Sequence[Outcome], correct: np.ndarray | None = None
         return []
     rng = np.random.default_rng(seed)
     table = np.where(np.isfinite(_table(outcomes)), _table(outcomes), 1e6)  # (settings, 4)
-    errors = np.array([[o.reliability_se, o.generalization_se, o.capability_se, o.drift_se] for o in outcomes])
+    errors = _errors(outcomes)
     picks = np.zeros(len(outcomes))
     for noise in rng.standard_normal((DRAWS, *table.shape)):
         noise[:, 0] = noise[0, 0]
@@ -105,20 +102,38 @@ def probabilities(outcomes: Sequence[Outcome], correct: np.ndarray | None = None
             drawn[:, :2] = correct[:, :, rng.integers(correct.shape[2], size=correct.shape[2])].mean(axis=2)
         drawn[:, :2] = drawn[:, :2].clip(0, 1)
         drawn[:, 3] = drawn[:, 3].clip(0)
-        picks[_order(drawn, errors[:, [0, 2]])[0]] += 1
+        picks[_order(drawn, errors)[0]] += 1
     return (picks / DRAWS).tolist()
+
+
+def intervals(outcome: Outcome, edits: int) -> dict[str, tuple[float, float, float]]:
+    """Metric -> (value, low, high): what to expect of such an edit, with 95% intervals. edits: how many it was measured on."""
+
+    def normal(value: float, error: float, least: float) -> tuple[float, float, float]:
+        return value, max(least, value - Z95 * error), value + Z95 * error
+
+    return {
+        "reliability": (outcome.reliability, *wilson_interval(outcome.reliability, edits)),
+        "generalization": (outcome.generalization, *wilson_interval(outcome.generalization, edits)),
+        "capability_change": normal(outcome.capability_change, outcome.capability_se, -1.0),
+        "drift_kl": normal(outcome.drift, outcome.drift_se, 0.0),
+    }
 
 
 def _table(outcomes: Sequence[Outcome]) -> np.ndarray:
     return np.array([[o.reliability, o.generalization, o.capability_change, o.drift] for o in outcomes])
 
 
+def _errors(outcomes: Sequence[Outcome]) -> np.ndarray:
+    return np.array([[o.reliability_se, o.generalization_se, o.capability_se, o.drift_se] for o in outcomes])
+
+
 def _order(table: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """table: (settings, 4) reliability, generalization, capability change, drift. errors: of reliability and change."""
+    """table: (settings, 4) reliability, generalization, capability change, drift. errors: (settings, 4) of these."""
     reliability, generalization, change, drift = table.T
     best = reliability.max()
     reliable = reliability >= best - errors[reliability == best, 0].min() - 1e-9
-    able = reliable & (change >= min(0.0, change[reliable].max()) - Z95 * errors[:, 1] - 1e-9)
+    able = reliable & (change >= min(0.0, change[reliable].max()) - Z95 * errors[:, 2] - 1e-9)
     gentle = able & (drift <= drift[able].min() + DRIFT_TOLERANCE)
     steps = 3 - reliable.astype(int) - able - gentle
     last = np.where(gentle, -generalization, np.where(reliable, drift, -reliability))

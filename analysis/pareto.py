@@ -124,11 +124,6 @@ def comparable(results: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame
     return results[keep].reset_index(drop=True)
 
 
-def nondominated_ranks(points: np.ndarray) -> np.ndarray:
-    """Rank of each point (n, objectives), all maximised: 0 on the front, 1 on the front of the rest, and so on."""
-    return moocore.pareto_rank(np.asarray(points, dtype="float64"), maximise=True)
-
-
 def knee(front: ParetoFront) -> str | None:
     """The trial where the front bends most: the highest sum of the objectives, each scaled to [0, 1] over the front
     (with two objectives that is the farthest from the line through the ends). The first trial (highest first

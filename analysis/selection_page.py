@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,12 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from analysis.choice import RULE, Z95, Outcome
+from analysis.choice import RULE, Outcome, intervals
 from analysis.figures import SYMBOLS
 from analysis.gallery import Plot, page_plot, page_template
-from analysis.look import ACCENT, styled_figure
-from analysis.table import wilson_interval
-from analysis.wording import MINUS, change_with_interval, escaped, number, percent, plural, points
+from analysis.look import ACCENT, INK, styled_figure
+from analysis.table import Z95
+from analysis.wording import change_with_interval, escaped, number, percent, plural, points
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class RungRun:
     position: str
     learning_rate: float
     seed: int
+    in_full: bool
+    """On all edits."""
     outcome: Outcome | None
     """None for a run that did not finish."""
     fate: str
@@ -47,13 +50,18 @@ class RungRun:
 
 def expectations(outcome: Outcome, edits: int) -> list[tuple[str, str]]:
     """(name, value with its 95% interval) of what an edit there does."""
-    low, high = (outcome.drift + side * Z95 * outcome.drift_se for side in (-1, 1))
-    change = (outcome.capability_change + side * Z95 * outcome.capability_se for side in (0, -1, 1))
+    found = intervals(outcome, edits)
+
+    def share(name: str, of: str) -> str:
+        value, low, high = found[name]
+        return f"{percent(value)} of the {of} [{100 * low:.0f}%, {100 * high:.0f}%]"
+
+    drift = [number(value) for value in found["drift_kl"]]
     return [
-        ("Reliability", f"{percent(outcome.reliability)} of the edits {_span(outcome.reliability, edits)}"),
-        ("Generalization", f"{percent(outcome.generalization)} of the rephrased {_span(outcome.generalization, edits)}"),
-        ("Capability change", change_with_interval(*change)),
-        ("Drift", f"{number(outcome.drift)} nats per token [{number(max(0.0, low))}, {number(high)}]"),
+        ("Reliability", share("reliability", "edits")),
+        ("Generalization", share("generalization", "rephrased")),
+        ("Capability change", change_with_interval(*found["capability_change"])),
+        ("Drift", f"{drift[0]} nats per token [{drift[1]}, {drift[2]}]"),
     ]
 
 
@@ -91,11 +99,6 @@ def render_selection(
     )
 
 
-def _span(fraction: float, n: int) -> str:
-    low, high = wilson_interval(fraction, n)
-    return f"[{100 * low:.0f}%, {100 * high:.0f}%]"
-
-
 def _row(setting: Ranked) -> dict[str, str]:
     outcome = setting.outcome
     return {
@@ -122,7 +125,7 @@ def _run_row(run: RungRun) -> dict[str, Any]:
         "position": run.position,
         "rate": number(run.learning_rate),
         "seed": str(run.seed),
-        "fate": run.fate.replace("-", MINUS) if run.fate.startswith("-") else run.fate,
+        "fate": run.fate,
         "kept": run.kept,
         **(measured or absent),
     }
@@ -134,12 +137,13 @@ def _plots(
     probe: Sequence[tuple[int, str, float]],
 ) -> list[Plot]:
     plots = []
-    tried = {run.position: name for name, _, runs in rungs for run in runs}
+    tried = {run.position for _, _, runs in rungs for run in runs}
+    in_full = {run.position for _, _, runs in rungs for run in runs if run.in_full}
     if probe:
         plots.append(
             page_plot(
                 "probe", "What the probe sees: disturbance by layer and module",
-                probe_figure(probe, tried, ranking[0].position if ranking else None),
+                probe_figure(probe, tried, in_full, ranking[0].position if ranking else None),
                 "What learning the edits there would disturb, from gradients of the unedited model; dark is gentle. Dots:"
                 " raced; large dots: run on all edits; ring: the pick.",
                 f"Heat map of the probe's disturbance over {plural(len(probe), 'position')}.",
@@ -156,8 +160,10 @@ def _plots(
     return plots
 
 
-def probe_figure(probe: Sequence[tuple[int, str, float]], tried: Mapping[str, str], pick: str | None) -> go.Figure:
-    """Heat map of log disturbance, with dots where the race ran."""
+def probe_figure(
+    probe: Sequence[tuple[int, str, float]], tried: AbstractSet[str], in_full: AbstractSet[str], pick: str | None
+) -> go.Figure:
+    """Heat map of log disturbance, with dots on the positions that were run, larger ones where it was on all edits."""
     layers, modules = sorted({layer for layer, _, _ in probe}), list(dict.fromkeys(module for _, module, _ in probe))
     found = {(layer, module): value for layer, module, value in probe if 0 < value < math.inf}
     figure = styled_figure(
@@ -178,14 +184,12 @@ def probe_figure(probe: Sequence[tuple[int, str, float]], tried: Mapping[str, st
         ygap=1,
         colorbar={"thickness": 10, "outlinewidth": 0, "nticks": 4, "tickprefix": "10<sup>", "ticksuffix": "</sup>"},
     )
-    final = ("finals", "confirm")
-    for names, size in ((None, 5), (final, 10)):
-        chosen = [p for p, name in tried.items() if (name in final) == (names is not None)]
+    for size, chosen in ((5, tried - in_full), (10, in_full)):
         figure.add_scatter(
-            x=[int(p.partition(".")[0]) for p in chosen],
-            y=[escaped(p.partition(".")[2]) for p in chosen],
+            x=[int(p.partition(".")[0]) for p in sorted(chosen)],
+            y=[escaped(p.partition(".")[2]) for p in sorted(chosen)],
             mode="markers",
-            marker={"size": size, "color": "white", "line": {"color": "#1c2430", "width": 1}},
+            marker={"size": size, "color": "white", "line": {"color": INK, "width": 1}},
             hoverinfo="skip",
         )
     if pick:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+Z95 = 1.959964
+"""Standard errors on each side of a 95% interval."""
 TEXT, INTEGER, NUMBER, LIST = "text", "integer", "number", "list"
 _DTYPES = {TEXT: object, INTEGER: "Int64", NUMBER: "float64", LIST: object}
 
@@ -170,7 +172,7 @@ def proportion_se(fraction: float, n: float) -> float:
     return math.sqrt(shrunk * (1 - shrunk) / (n + 3))
 
 
-def wilson_interval(fraction: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(fraction: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a fraction of `n` items, 95% by default. (NaN, NaN) when n is absent."""
     if not (math.isfinite(fraction) and math.isfinite(n) and n > 0):
         return math.nan, math.nan

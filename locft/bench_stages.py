@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from locft.capability import score_suite
 from locft.delta import EditDelta
 from locft.encoding import TokenRow
-from locft.finetune import Forward, TrainingSettings, batch_loss
+from locft.finetune import Forward, TrainingSettings, batch_loss, finite
 from locft.machine import added_memory
 from locft.models import DTYPES, LoadedModel
 from locft.packing import pack_rows
@@ -120,7 +120,7 @@ class Trainee:
         loss = batch_loss(self.forward(self.weights)(batch), batch, "edit")
         value = loss.item()
         gradients = torch.autograd.grad(loss, list(self.weights.values()))
-        if not all(torch.isfinite(gradient.sum()) for gradient in gradients):
+        if not finite(gradients):
             raise FloatingPointError(f"a gradient is not finite at loss {value}")
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
             weight.grad = gradient

@@ -133,6 +133,11 @@ class _CrossEntropy(torch.autograd.Function):
         return found, None
 
 
+def finite(gradients: Sequence[torch.Tensor]) -> bool:
+    """Whether all of their numbers are: a sum shows it in one pass without a buffer."""
+    return all(bool(torch.isfinite(gradient.sum())) for gradient in gradients)
+
+
 @torch.no_grad()
 def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> float:
     """Mean loss of all edits, averaged by edit."""
@@ -209,7 +214,7 @@ def _step(
         progress.diverged = True
     elif value >= settings.skip_below:
         gradients = torch.autograd.grad(loss, list(weights.values()))
-        if all(torch.isfinite(gradient.sum()) for gradient in gradients):
+        if finite(gradients):
             for weight, gradient in zip(weights.values(), gradients, strict=True):
                 weight.grad = gradient
             optimiser.step()

@@ -20,7 +20,7 @@ _UNUSUAL = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Replace norms and attention of a module tree, which must be the caller's own (a view); parameters stay shared.
+    """Replace the norms of a module tree, which must be the caller's own (a view); parameters stay shared.
 
     The rows must come with masks of ours: (G, 1, N, N), added to the scores.
     """

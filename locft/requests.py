@@ -111,8 +111,7 @@ class EditSet:
 
     def sample(self, count: int, seed: int) -> "EditSet":
         """A random sample of so many of these edits, the same on every machine, in their order."""
-        chosen = sorted(random.Random(seed).sample(range(len(self.requests)), count))
-        requests = tuple(self.requests[index] for index in chosen)
+        requests = tuple(self.requests[index] for index in _drawn(range(len(self.requests)), count, seed))
         findings = _findings(requests, [()] * count)
         return replace(self, requests=requests, fingerprint=_fingerprint(requests), findings=findings)
 
@@ -132,7 +131,7 @@ def load_edits(source: str, *, limit: int | None = None, sample_seed: int | None
     ids = _ids(edits, layout)
     chosen: Sequence[int] = range(len(edits))
     if limit is not None and limit < len(edits):
-        chosen = chosen[:limit] if sample_seed is None else sorted(random.Random(sample_seed).sample(chosen, limit))
+        chosen = chosen[:limit] if sample_seed is None else _drawn(chosen, limit, sample_seed)
     requests = tuple(_request(edits[i], ids[i]) for i in chosen)
     findings = _findings(requests, [edits[i].truths for i in chosen])
     return EditSet(requests, source, layout, _fingerprint(requests), findings)
@@ -150,6 +149,11 @@ def normalise_answer(text: str) -> str:
         if words := candidate.split():
             return " ".join(words)
     return " ".join(lower.split())
+
+
+def _drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:
+    """A random sample, the same on every machine, ascending."""
+    return sorted(random.Random(seed).sample(indices, count))
 
 
 def _check_selection(limit: int | None, sample_seed: int | None) -> None:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from sweeps.plan import StudyFacts, trial_config
+from sweeps.plan import trial_config
 from sweeps.prepare import PreparedStudy, prepare
 from sweeps.race import Run
 from sweeps.records import TrialConfig
-from sweeps.schema import Study
 
 FRACTIONS = ((0.1, 10, 0.03, 5), (0.3, 30, 0.12, 20))
 """Of the lower levels: share of the edits and at least so many, share of each task's items and at least so many."""
@@ -36,9 +35,7 @@ class Levels:
 
     def config(self, run: Run) -> TrialConfig:
         """The trial that a run of a race is."""
-        prepared = self.studies[run.level]
-        study: Study = prepared.study
-        facts: StudyFacts = prepared.facts
+        study = self.studies[run.level].study
         point = {
             "layer": run.layer,
             "module": run.module,
@@ -48,7 +45,7 @@ class Levels:
             "loss_average": study.space.loss_average[0],
             "seed": run.seed,
         }
-        return trial_config(study, facts, point)
+        return trial_config(study, self.studies[run.level].facts, point)
 
     def run(self, config: TrialConfig) -> Run | None:
         """The run that a trial was, None for one of other data or settings."""

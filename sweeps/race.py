@@ -10,10 +10,10 @@ import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import moocore
 import numpy as np
 
 from analysis.choice import FAILED, Outcome, preference
-from analysis.pareto import nondominated_ranks
 
 SHARES = (0.25, 0.2)
 """Of the budget, for the first rung and the next; the rest is for the finals."""
@@ -254,7 +254,7 @@ def _cut(runs: Sequence[Run], scores: Scores) -> tuple[list[Run], dict[str, str]
     """The best third, best first, and why the others are out."""
     outcomes = [scores[run].outcome if run in scores else FAILED for run in runs]
     points = np.array([[o.reliability, o.generalization, -min(o.drift, 1e3)] for o in outcomes])
-    ranks = nondominated_ranks(points)
+    ranks = moocore.pareto_rank(points, maximise=True)  # 0 on the front
     best = max(o.reliability for o in outcomes)
     error = max((o.reliability_se for o in outcomes if o.reliability == best), default=0.0)
     order = sorted(

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from analysis.choice import RULE, Z95, probabilities
+from analysis.choice import RULE, intervals, probabilities
 from analysis.selection_page import Ranked, RungRun, render_selection
-from analysis.table import wilson_interval
 from analysis.wording import number, percent, plural, seconds
 from sweeps.position_file import FORMAT, SETTINGS
 from sweeps.race import Rung, Run
 from sweeps.selection import Selection
 from sweeps.study import study_to_yaml
 from sweeps.tracking import Tracker
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -37,7 +37,6 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answ
     page = _page(selection, ranking, position_file)
     if content:
         tracker.put_study_file(selection.question.id, "position.json", json.dumps(content, indent=2))
-    results = tracker.load_results(selection.question.id)
     summary = {"runs": len(selection.scores), "grid_share": selection.spent_seconds / selection.grid_seconds}
     if content:
         summary |= {f"pick_{name}": value["mean"] for name, value in content["predicted"].items()}
@@ -49,7 +48,7 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answ
     )
     tracker.finish_study(
         selection.question.id,
-        results,
+        selection.results,
         page,
         {**(content or {}), "trial_ids": _trial_ids(selection, ranking)},
         summary,
@@ -110,13 +109,6 @@ def _position(selection: Selection, ranking: Sequence[Ranked]) -> dict[str, Any]
     config = question.levels.config(_seeds(selection, run)[0])
     second = ranking[1] if len(ranking) > 1 else None
 
-    def fraction(value: float) -> dict[str, float]:
-        low, high = wilson_interval(value, edits)
-        return {"mean": value, "low": low, "high": high}
-
-    def normal(value: float, error: float, least: float = -1.0) -> dict[str, float]:
-        return {"mean": value, "low": max(least, value - Z95 * error), "high": value + Z95 * error}
-
     return {
         "format": FORMAT,
         "model": question.study.model,
@@ -126,10 +118,8 @@ def _position(selection: Selection, ranking: Sequence[Ranked]) -> dict[str, Any]
         "depth": config.depth,
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "predicted": {
-            "reliability": fraction(outcome.reliability),
-            "generalization": fraction(outcome.generalization),
-            "capability_change": normal(outcome.capability_change, outcome.capability_se),
-            "drift_kl": normal(outcome.drift, outcome.drift_se, 0.0),
+            name: dict(zip(("mean", "low", "high"), found, strict=True))
+            for name, found in intervals(outcome, edits).items()
         },
         "chance": ranking[0].chance,
         "runner_up": second and {"position": second.position, "learning_rate": second.learning_rate, "chance": second.chance},
@@ -229,4 +219,6 @@ def _rung_run(
         fate, kept = "goes on", True
     elif picked:
         fate = "the pick"
-    return RungRun(run.position, run.learning_rate, run.seed, score.outcome if score else None, fate, kept)
+    in_full = run.level == len(selection.question.levels.studies) - 1
+    outcome = score.outcome if score else None
+    return RungRun(run.position, run.learning_rate, run.seed, in_full, outcome, fate, kept)

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pandas as pd
 
 from analysis.choice import FAILED, Outcome, outcome_of
 from locft.positions import TuningPosition
@@ -55,6 +57,8 @@ class Selection:
     """What the full grid would have taken one worker, by the estimate at the pace of these runs."""
     run_ids: Mapping[Run, str]
     """The MLflow run of each."""
+    results: pd.DataFrame
+    """The table of all its trials, also the failed ones."""
     unedited: Mapping[str, float]
     """Metrics of the unedited model on all edits and items."""
     wall_seconds: float
@@ -76,7 +80,7 @@ class Selection:
         return sum(score.seconds for score in self.scores.values())
 
 
-class RaceReporter(Reporter):
+class RaceReporter(Reporter, Protocol):
     """Hears of rungs as well as of trials."""
 
     def rung(self, rung: Rung, open_runs: int) -> None: ...
@@ -114,7 +118,7 @@ def run_selection(
 
 def _raced(question: Question, tracker: Tracker, reporter: RaceReporter, concurrent: int, began: float) -> Selection:
     levels, study = question.levels, question.study
-    known, _ = _known(question, tracker)
+    known, _ = _known(question, tracker.load_results(question.id))
     candidates, baselines = _prepared(question, tracker, reporter.note)
     minutes = question.budget.minutes
     deadline = math.inf if minutes is None else began + 60 * minutes - FINISHING_SECONDS
@@ -140,7 +144,8 @@ def _raced(question: Question, tracker: Tracker, reporter: RaceReporter, concurr
         reporter=Logged(reporter, levels.full, tracker, question.id),
         deadline=deadline,
     )
-    scores, run_ids = _known(question, tracker)
+    results = tracker.load_results(question.id)
+    scores, run_ids = _known(question, results)
     predicted = sum(task.seconds(run) for run in scores)
     pace = sum(score.seconds for score in scores.values()) / predicted if predicted else 1.0
     return Selection(
@@ -151,6 +156,7 @@ def _raced(question: Question, tracker: Tracker, reporter: RaceReporter, concurr
         ending,
         grid * pace,
         run_ids,
+        results,
         baselines[-1].metrics,
         time.monotonic() - began,
         concurrent,
@@ -187,10 +193,10 @@ def _score(result: TrialResult) -> Score:
     return Score(outcome, result.metrics.get("seconds", 0.0))
 
 
-def _known(question: Question, tracker: Tracker) -> tuple[dict[Run, Score], dict[Run, str]]:
-    """The finished runs of the study in MLflow: their scores and their runs there."""
+def _known(question: Question, results: pd.DataFrame) -> tuple[dict[Run, Score], dict[Run, str]]:
+    """The finished runs among a study's trials: their scores and their runs in MLflow."""
     scores, run_ids = {}, {}
-    for row in tracker.load_results(question.id).to_dict("records"):
+    for row in results.to_dict("records"):
         config = TrialConfig(**{name: row[name] for name in TrialConfig.__dataclass_fields__})
         run = question.levels.run(config)
         if run is not None and row["status"] == "done":
