@@ -20,6 +20,7 @@ from locft.encoding import SupervisedLogits, TokenRow
 from locft.finetune import Forward
 from locft.frozen import freeze_linears
 from locft.fused import attention_for, fuse
+from locft.fused_layer import fuse_layers
 from locft.models import LoadedModel
 from locft.packing import Pack, PrefixTree, pack_rows
 from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
@@ -161,6 +162,8 @@ class _Parts:
             fuse(self.model)
         if self.dtype == torch.bfloat16 and model.device.type == "cpu":
             freeze_linears(self.model)
+        if packed and model.device.type == "cpu":
+            fuse_layers(self.model)
         self.head = head_view(self.model)
         self._tails: dict[tuple[int, int | None], PreTrainedModel] = {}
 

@@ -6,6 +6,8 @@ this to its compiler only (torch.ops.mkldnn), so it is used where it is there an
 plain product elsewhere. The two layouts, forward and backward, cost two copies of a weight: only small models are packed.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +16,9 @@ MOST_BYTES = 2**30
 """Models whose weights take more are not packed."""
 _TOKENS = 64
 """Hint to oneDNN: rows of the usual product. Any number works."""
+_PIECE = 6144
+"""Rows of a weight that the backward product takes at once: over a whole vocabulary it would walk memory in strides too wide
+for the processor to foresee, and take half as long again and more."""
 
 
 def freeze_linears(model: nn.Module) -> None:
@@ -37,34 +42,42 @@ class FrozenLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self._packed = _Packed(linear.weight)
+        self._packed = PackedWeight([linear.weight])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
-        if self.weight is not self._packed.weight or inputs.dtype != self.weight.dtype:
+        if self.weight is not self._packed.weights[0] or inputs.dtype != self.weight.dtype:
             return F.linear(inputs, self.weight, self.bias)
         product = _FrozenProduct.apply(inputs, self._packed)
         return product if self.bias is None else product + self.bias
 
 
-class _Packed:
-    """A weight (out, in) and its two packed layouts."""
+class PackedWeight:
+    """Weights (out, in) for the same input, one below the other, and the two packed layouts of that."""
 
-    def __init__(self, weight: torch.Tensor):
-        self.weight = weight
-        self._layouts: dict[bool, torch.Tensor] = {}
+    def __init__(self, weights: Sequence[torch.Tensor]):
+        self.weights = tuple(weights)
+        self._layouts: dict[bool, list[torch.Tensor]] = {}
 
     def product(self, inputs: torch.Tensor, backward: bool) -> torch.Tensor:
-        """inputs @ W^T, or for the backward pass inputs @ W."""
+        """inputs (..., in) @ W^T, or for the backward pass inputs (..., out) @ W."""
         if backward not in self._layouts:
-            weight = self.weight.detach()
-            plain = weight.t().contiguous() if backward else weight.contiguous()
-            self._layouts[backward] = torch.ops.mkldnn._reorder_linear_weight(plain, _TOKENS)
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._layouts[backward], None, "none", [], "")
+            weight = torch.cat([weight.detach() for weight in self.weights])
+            parts = [part.t().contiguous() for part in weight.split(_PIECE)] if backward else [weight]
+            self._layouts[backward] = [torch.ops.mkldnn._reorder_linear_weight(part, _TOKENS) for part in parts]
+        layouts = self._layouts[backward]
+        if len(layouts) == 1:
+            return _times(inputs, layouts[0])
+        pieces = zip(inputs.split(_PIECE, dim=-1), layouts, strict=True)
+        return sum(_times(piece, layout).float() for piece, layout in pieces).to(inputs.dtype)
+
+
+def _times(inputs: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, None, "none", [], "")
 
 
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs: torch.Tensor, packed: _Packed) -> torch.Tensor:
+    def forward(ctx, inputs: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         ctx.packed = packed
         return packed.product(inputs.contiguous(), backward=False)
 
@@ -78,7 +91,7 @@ def _packing_works(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight, inputs = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((96, 64), (3, 5, 64)))
     try:
-        packed = _Packed(weight)
+        packed = PackedWeight([weight])
         forward = packed.product(inputs, backward=False) - inputs @ weight.t()
         backward = packed.product(inputs @ weight.t(), backward=True) - (inputs @ weight.t()) @ weight
     except (AttributeError, RuntimeError):

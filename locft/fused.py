@@ -1,5 +1,7 @@
 """Attention and norms of a frozen model in few operations, with hand-written gradients.
 
+For layers that `locft.fused_layer` does not know whole.
+
 With some hundred tokens a layer's small operations (casts, masks, repeated heads, the parts of a norm) cost more than its
 matrix products, and autograd doubles them. Here they are done in place where nobody looks, and the gradient of a norm's
 or a softmax's many steps is one formula. The arithmetic is that of Hugging Face's eager code, rounding included; a module
@@ -57,11 +59,11 @@ class FrozenRMSNorm(nn.Module):
     def __init__(self, norm: nn.Module):
         super().__init__()
         self.weight = norm.weight
-        self._frozen, self._epsilon, self._plain = (norm.weight,), _epsilon(norm), (norm,)  # in tuples: no submodules
+        self._frozen, self.epsilon, self._plain = (norm.weight,), _epsilon(norm), (norm,)  # in tuples: no submodules
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # (..., D) -> (..., D)
         if self.weight is self._frozen[0]:
-            return _Norm.apply(inputs, self.weight, self._epsilon)
+            return _Norm.apply(inputs, self.weight, self.epsilon)
         return torch.func.functional_call(self._plain[0], {"weight": self.weight}, (inputs,))
 
 

@@ -1,0 +1,79 @@
+"""Layers of a frozen model as one operation, against the layers' own code."""
+
+import pytest
+import torch
+
+from locft import engine as engine_module
+from locft.encoding import encode_edit
+from locft.engine import TailEngine
+from locft.finetune import batch_loss
+from locft.fused_layer import fuse_layers
+from locft.positions import decoder_layers
+from locft.tail import tail_view
+from tests.test_engine import TEXTS
+from tests.tiny import ARCHITECTURES, tiny_loaded, tiny_model, tiny_tokenizer
+
+FUSED = {"llama", "mistral", "qwen2"}
+BETWEEN = "model.layers.1.mlp.gate_proj.weight"
+"""Of the middle layer of three."""
+
+
+def computing(loaded, dtype):
+    """A new engine, the forward from the middle layer on, and the tree it computes with."""
+    rows = [encode_edit(tiny_tokenizer(), prompt, target) for prompt, target in TEXTS]
+    engine = TailEngine(loaded, rows, on_disk=False)
+    return rows, engine.forward(1, dtype), engine._computing_in(dtype).model
+
+
+def outcome(loaded, dtype):
+    rows, forward, _ = computing(loaded, dtype)
+    weight = (loaded.model.get_parameter(BETWEEN).detach() + 0.01).requires_grad_()
+    logits = forward({BETWEEN: weight})(rows)
+    return logits.detach(), *torch.autograd.grad(batch_loss(logits, rows, "edit"), weight)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_which_layers_are_recognised(architecture):
+    if engine_packs(loaded := tiny_loaded(architecture)):
+        kinds = {type(layer).__name__ for layer in decoder_layers(computing(loaded, torch.float32)[2])}
+        assert all(kind.startswith("Fused") for kind in kinds) == (architecture in FUSED), kinds
+    own = {type(layer).__name__ for layer in decoder_layers(loaded.model)}
+    assert not any(kind.startswith("Fused") for kind in own), "the model itself is left alone"
+
+
+def engine_packs(loaded):
+    rows = [encode_edit(tiny_tokenizer(), prompt, target) for prompt, target in TEXTS]
+    return TailEngine(loaded, rows, on_disk=False).limit > 0
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("architecture", sorted(FUSED))
+def test_logits_and_gradients_are_those_of_the_layers_own_code(architecture, dtype, tolerance, monkeypatch):
+    loaded = tiny_loaded(architecture)
+    assert all(type(layer).__name__.startswith("Fused") for layer in decoder_layers(computing(loaded, dtype)[2]))
+    found = outcome(loaded, dtype)
+    monkeypatch.setattr(engine_module, "fuse_layers", lambda model: None)
+    expected = outcome(loaded, dtype)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_a_layer_that_computes_something_else_keeps_its_own_code():
+    view = tail_view(tiny_model("llama"), 0)
+    layers = decoder_layers(view)
+    fuse_layers(view)
+    kinds = [type(layer).__name__ for layer in layers]
+    assert kinds == ["LlamaDecoderLayer"] * 3, "its norms are not frozen ones"
+
+
+def test_a_part_of_another_kind_is_noticed_by_its_numbers(monkeypatch):
+    loaded = tiny_loaded("llama")
+    real = engine_module.fuse_layers
+
+    def with_another_activation(model):
+        decoder_layers(model)[2].mlp.act_fn = torch.nn.GELU()
+        real(model)
+
+    monkeypatch.setattr(engine_module, "fuse_layers", with_another_activation)
+    kinds = [type(layer).__name__ for layer in decoder_layers(computing(loaded, torch.float32)[2])]
+    assert kinds == ["FusedLlamaDecoderLayer", "FusedLlamaDecoderLayer", "LlamaDecoderLayer"]
