@@ -72,6 +72,7 @@ COLUMNS: dict[str, Column] = {
     "epoch_losses": Column(LIST, "mean loss of each epoch (breadth-first) or of each batch's last step (depth-first)"),
     "epochs_run": Column(NUMBER, "passes made"),
     "steps": Column(NUMBER, "optimiser steps taken"),
+    "batch_pieces": Column(NUMBER, "in which a batch was computed: 1 unless memory did not suffice"),
     "train_seconds": Column(NUMBER, "training"),
     "evaluate_seconds": Column(NUMBER, "edit metrics"),
     "capability_seconds": Column(NUMBER, "capability suite and drift"),

@@ -68,6 +68,8 @@ class Training:
     diverged: bool
     """The loss or a weight became infinite or NaN; training stopped there, and the delta is of the last finite weights."""
     seconds: float
+    pieces: int = 1
+    """In which a batch was computed: 1 unless memory did not suffice. Its gradient is the same but for rounding."""
     trained_loss: float | None = None
     """Mean loss of all edits at the end, as training computes it: against the loss of the edit merged into the model's own
     dtype it shows what rounding costs. None when training diverged."""
@@ -97,7 +99,9 @@ def finetune(
     delta = EditDelta(str(position), loaded.fingerprint, change, asdict(settings))
     seconds = time.perf_counter() - started
     trained_loss = None if progress.diverged else mean_loss(forward(weights), rows)
-    return Training(delta, tuple(progress.losses), progress.steps, progress.diverged, seconds, trained_loss)
+    return Training(
+        delta, tuple(progress.losses), progress.steps, progress.diverged, seconds, progress.pieces, trained_loss
+    )
 
 
 def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage) -> torch.Tensor:
@@ -119,10 +123,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # (K, V), (K,) -> (K,)
         probabilities = logits.softmax(-1)
-        partition = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()  # log of the sum of exp
         ctx.probabilities = probabilities
         ctx.save_for_backward(targets)
-        return (partition - logits.gather(-1, targets[:, None]))[:, 0]
+        losses = -probabilities.gather(-1, targets[:, None])[:, 0].log()
+        if losses.max() < 80:
+            return losses
+        # a target about as unlikely as the smallest float32: its logit against the sum of all
+        partition = logits.amax(-1) - probabilities.amax(-1).log()
+        return partition - logits.gather(-1, targets[:, None])[:, 0]
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -151,6 +159,7 @@ class _Progress:
 
     losses: list[float]
     steps: int = 0
+    pieces: int = 1
     diverged: bool = False
 
 
@@ -207,13 +216,21 @@ def _step(
     settings: TrainingSettings,
     progress: _Progress,
 ) -> float:
-    """One look at a batch: its loss before the step, and the step unless it is skipped. Keeps the weights finite."""
-    loss = batch_loss(forward(weights)(batch), batch, settings.loss_average)
-    value = loss.item()
+    """One look at a batch: its loss before the step, and the step unless it is skipped. Keeps the weights finite.
+
+    Where memory does not suffice, this and all further batches are computed in twice as many pieces, down to single edits.
+    """
+    while True:
+        try:
+            value, gradients = _look(forward, weights, batch, settings, progress.pieces)
+            break
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or progress.pieces >= len(batch):
+                raise
+            progress.pieces = min(2 * progress.pieces, len(batch))
     if not math.isfinite(value):
         progress.diverged = True
-    elif value >= settings.skip_below:
-        gradients = torch.autograd.grad(loss, list(weights.values()))
+    elif gradients is not None:
         if finite(gradients):
             for weight, gradient in zip(weights.values(), gradients, strict=True):
                 weight.grad = gradient
@@ -222,3 +239,40 @@ def _step(
         else:
             progress.diverged = True
     return value
+
+
+def _look(
+    forward: Forward,
+    weights: dict[str, torch.Tensor],
+    batch: Sequence[TokenRow],
+    settings: TrainingSettings,
+    pieces: int,
+) -> tuple[float, Sequence[torch.Tensor] | None]:
+    """The loss of a batch, and its gradients unless no step is to follow (skipped, or not finite)."""
+    size = math.ceil(len(batch) / pieces)
+    parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+    logits = forward(weights)
+    losses, sums = [], None
+    for part in parts:
+        loss = batch_loss(logits(part), part, settings.loss_average)
+        if len(parts) > 1:
+            weigh = len if settings.loss_average == "edit" else _supervised
+            loss = loss * (weigh(part) / weigh(batch))
+        losses.append(loss.item())
+        if len(parts) == 1 and not settings.skip_below <= losses[0] < math.inf:
+            return losses[0], None
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        sums = gradients if sums is None else [total.add_(new) for total, new in zip(sums, gradients, strict=True)]
+        del loss, gradients
+    value = sum(losses)
+    return value, sums if settings.skip_below <= value < math.inf else None
+
+
+def _supervised(rows: Sequence[TokenRow]) -> int:
+    return sum(len(row.target_ids) for row in rows)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what PyTorch or Python say when memory does not suffice, on a GPU or a CPU."""
+    said = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in said or "out of memory" in said

@@ -169,6 +169,12 @@ def sweep(
     print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json)
     if done.ending == "same_failure":
         err.print("stopped: the first trials all failed for the same reason, so the others would as well")
+    if done.ending == "out_of_time" or done.ending == "complete" and done.state.left > done.state.failed:
+        err.print(
+            f"the budget ended the study with {done.state.left} trials left; the same command with higher limits (budget)"
+            " goes on",
+            soft_wrap=True,
+        )
     if done.ending == "interrupted":
         raise typer.Exit(INTERRUPTED)
     if done.state.done == 0:
@@ -182,6 +188,7 @@ def status(
     """Say how far STUDY is: done, failed (with causes), left."""
     from collections import Counter
 
+    from sweeps.delivery import open_outbox
     from sweeps.sweep import find_tracker, read_state
     from sweeps.tracking_store import connect
 
@@ -189,16 +196,19 @@ def status(
     if tracking_uri:  # a store that is named should be there; the one that is not named may be still to come
         connect(tracking_uri)
     state = read_state(prepared, find_tracker(prepared, tracking_uri))
+    waiting = len(open_outbox(prepared.id, tracking_uri))
     causes = Counter(state.results.loc[state.results["status"] == "failed", "error"])
     if as_json:
         numbers = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
-        return print_json({"study": about(prepared), **numbers, "causes": dict(causes)})
+        return print_json({"study": about(prepared), **numbers, "undelivered": waiting, "causes": dict(causes)})
     out.print(
         f"{prepared.study.name}: {state.done} of {prepared.plan.count} done, {state.failed} failed, {state.left} left",
         highlight=False,
     )
     for cause, count in causes.most_common():
         out.print(Text(f"  {count} x {cause}"))
+    if waiting:
+        out.print(f"  {waiting} more are finished and wait on this machine for the store; `locft sweep` delivers them")
 
 
 @app.command()

@@ -48,6 +48,10 @@ class Progress:
         if self.console.is_terminal:
             self._live.stop()
 
+    def note(self, text: str) -> None:
+        """Something else that whoever waits should know."""
+        self._say(text)
+
     def started(self, running: int) -> None:
         self.running = running
 

@@ -16,10 +16,11 @@ CONNECT_SECONDS = 5
 
 
 @contextmanager
-def ray_session(address: str | None, resources: "Resources") -> Iterator[int]:
+def ray_session(address: str | None, resources: "Resources", trial_bytes: int = 0) -> Iterator[int]:
     """Connect to the cluster at `address` (auto finds one), or start Ray on this machine and stop it afterwards.
 
     A Ray that is already running in this process is used and left alone. The value is the number of trials at a time.
+    trial_bytes: predicted memory of one.
     Raises InputError when the cluster does not answer, or cannot hold a single trial.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -29,7 +30,7 @@ def ray_session(address: str | None, resources: "Resources") -> Iterator[int]:
     import ray
 
     if ray.is_initialized():
-        yield concurrent_trials(resources, ray.cluster_resources())
+        yield concurrent_trials(resources, ray.cluster_resources(), trial_bytes)
         return
     if address is None:  # told at once, not after Ray's seconds
         import torch
@@ -42,7 +43,7 @@ def ray_session(address: str | None, resources: "Resources") -> Iterator[int]:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(_no_cluster(address, cause)) from error
     try:
-        yield concurrent_trials(resources, ray.cluster_resources())
+        yield concurrent_trials(resources, ray.cluster_resources(), trial_bytes)
     finally:
         ray.shutdown()
 
@@ -69,8 +70,12 @@ def _no_cluster(address: str | None, cause: str) -> str:
     )
 
 
-def concurrent_trials(resources: "Resources", have: Mapping[str, float]) -> int:
-    """Trials at a time that fit into the CPU and GPU there are; InputError when not even one does."""
+def concurrent_trials(resources: "Resources", have: Mapping[str, float], trial_bytes: int = 0) -> int:
+    """Trials at a time that fit into the CPU and GPU there are; InputError when not even one does.
+
+    have: Ray's resources; its "memory", in bytes, limits the number as well, but to no less than one, since the prediction
+    is rough. A number that the study names is taken at its word there.
+    """
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
     if resources.cpus > cpus or resources.gpus > gpus:
         raise InputError(
@@ -80,4 +85,8 @@ def concurrent_trials(resources: "Resources", have: Mapping[str, float]) -> int:
     fit = int(cpus // resources.cpus)
     if resources.gpus:
         fit = min(fit, int(gpus / resources.gpus + 1e-9))
-    return fit if resources.concurrent == "auto" else min(fit, resources.concurrent)
+    if resources.concurrent != "auto":
+        return min(fit, resources.concurrent)
+    if trial_bytes and "memory" in have:
+        fit = min(fit, max(1, int(have["memory"] // trial_bytes)))
+    return fit

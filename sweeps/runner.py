@@ -35,7 +35,10 @@ Ending = Literal["complete", "same_failure", "interrupted", "out_of_time"]
 
 
 class Reporter(Protocol):
-    """Hears what happens to trials; called in the driver, one call at a time."""
+    """Hears what happens to trials; called in the driver, one call at a time (`note` also from another thread)."""
+
+    def note(self, text: str) -> None:
+        """Something that whoever waits should know."""
 
     def started(self, running: int) -> None: ...
 
@@ -81,13 +84,14 @@ def run_trials(
     concurrent: int,
     reporter: Reporter,
     deadline: float = math.inf,
+    trial_seconds: float = math.inf,
 ) -> Ending:
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
     source: the open trials, or a search that proposes them. bases: by the `data_fingerprint` of trials. deadline: as of
-    `time.monotonic`; what runs then is given up. A trial that raises is a failed result and the others go on; when the
-    first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C the running trials are
-    given up; a second one raises KeyboardInterrupt at once.
+    `time.monotonic`; what runs then is given up. trial_seconds: a trial that takes longer is killed and failed. One that raises is a failed result and the others go on; when the
+    first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C or SIGTERM the running trials
+    are given up; a second one raises KeyboardInterrupt at once.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -98,7 +102,7 @@ def run_trials(
     from ray import tune
 
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # what did not complete, the reporter has heard
-    listener = _listener(reporter, deadline)
+    listener = _listener(reporter, deadline, trial_seconds)
     search = {} if isinstance(source, list) else {"search_alg": as_searcher(source), "num_samples": source.trials}
     space = {"trial": tune.grid_search([config.to_dict() for config in source])} if isinstance(source, list) else None
     trainable = tune.with_parameters(_trainable, bases=dict(bases))
@@ -126,21 +130,23 @@ def run_trials(
 
 @contextmanager
 def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C calls `stop`, and the next one does what it did before. Does nothing outside the main thread."""
+    """The first Ctrl-C or SIGTERM calls `stop`, the next one does what it did before. Nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def first(number, frame) -> None:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[number])
         stop()
 
-    signal.signal(signal.SIGINT, first)
+    for number in before:
+        signal.signal(number, first)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _trainable(config: Mapping[str, Any], bases: Mapping[str, Basis]) -> None:
@@ -156,7 +162,7 @@ def _trainable(config: Mapping[str, Any], bases: Mapping[str, Basis]) -> None:
     tune.report({"failed": int(result.status == "failed"), "result": pack_result(result)})
 
 
-def _listener(reporter: Reporter, deadline: float):
+def _listener(reporter: Reporter, deadline: float, trial_seconds: float):
     """Ray Tune callback that turns events into the reporter's; carries the stopper that it feeds."""
     import ray
     from ray import tune
@@ -195,6 +201,9 @@ def _listener(reporter: Reporter, deadline: float):
             self.stopper = StudyStopper()
             self.done: set[str] = set()
             self.workers: dict[str, Any] = {}
+            self.began: dict[str, float] = {}
+            self.overdue: set[str] = set()
+            """Trials that took too long: Ray starts them again, and they are killed again until it gives them up."""
 
         def __reduce__(self):
             """Ray writes its set-up to disk for a restore that never happens here; screen and client stay out of it."""
@@ -202,6 +211,9 @@ def _listener(reporter: Reporter, deadline: float):
 
         def on_trial_start(self, iteration, trials, trial, **info):
             self.workers[trial.trial_id] = trial.temporary_state.ray_actor
+            self.began[trial.trial_id] = time.monotonic()
+            if trial.trial_id in self.overdue:
+                ray.kill(self.workers[trial.trial_id])
             reporter.started(_others_running(trials, trial) + 1)
 
         def on_step_end(self, iteration, trials, **info):
@@ -211,17 +223,26 @@ def _listener(reporter: Reporter, deadline: float):
                 for worker in self.workers.values():
                     ray.kill(worker)
                 self.workers.clear()
+                return
+            for trial in trials:
+                late = trial.status == "RUNNING" and time.monotonic() - self.began[trial.trial_id] > trial_seconds
+                if late and trial.trial_id not in self.overdue:
+                    self.overdue.add(trial.trial_id)
+                    error = TimeoutError(f"not done after {trial_seconds / 60:g} minutes (resources.minutes)")
+                    self._hear(worker_failure(TrialConfig(**trial.config["trial"]), error), _others_running(trials, trial))
+                    ray.kill(self.workers[trial.trial_id])
 
         def on_trial_recover(self, iteration, trials, trial, **info):
             config = TrialConfig(**trial.config["trial"])
-            if not self.stopper.given_up and config.id not in self.done:
+            if not (self.stopper.given_up or config.id in self.done or trial.trial_id in self.overdue):
                 reporter.retried(config, _death(trial))
 
         def on_trial_result(self, iteration, trials, trial, result, **info):
+            self.began[trial.trial_id] = math.inf
             self._hear(unpack_result(result["result"]), _others_running(trials, trial))
 
         def on_trial_error(self, iteration, trials, trial, **info):
-            if self.stopper.given_up:
+            if self.stopper.given_up or trial.trial_id in self.overdue:
                 return
             error = RuntimeError(f"worker died: {_death(trial)}")
             self._hear(worker_failure(TrialConfig(**trial.config["trial"]), error), _others_running(trials, trial))

@@ -203,7 +203,18 @@ class Resources(Section):
     gpus: Annotated[NotNegative, AfterValidator(_gpus)] = 0.0
     """GPUs of one trial; a fraction lets several trials share one."""
     concurrent: Annotated[int | str, PlainValidator(_concurrent)] = "auto"
-    """Trials at a time; auto runs as many as the machine or cluster holds."""
+    """Trials at a time; auto runs as many as the cores, GPUs and memory of the machine or cluster hold."""
+    minutes: Rate | None = None
+    """A trial that takes longer is given up and counts as failed; null lets it take what it takes."""
+
+
+class Limits(Section):
+    """Where a study ends before its plan does. The same command with higher limits goes on."""
+
+    minutes: Rate | None = None
+    """By the clock, for one run of the command; the trials that are running then are given up."""
+    trials: Trials | None = None
+    """Finished trials of the study at most, those of earlier runs counted."""
 
 
 class Study(Section):
@@ -230,6 +241,7 @@ class Study(Section):
     """An epoch (breadth-first) or a batch (depth-first) whose loss is below ends; 0 never stops early."""
     search: Search = Search()
     resources: Resources = Resources()
+    budget: Limits = Limits()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,8 @@ import pandas as pd
 from analysis.choice import FAILED, Outcome, outcome_of
 from locft.positions import TuningPosition
 from sweeps.baselines import POLICIES
+from sweeps.delivery import Outbox, open_outbox
+from sweeps.driver import driver_folder, only_driver
 from sweeps.estimate import trial_seconds
 from sweeps.question import Budget, Question
 from sweeps.race import Candidate, Rung, Run, Score, Scores, Task, leading, start_rate
@@ -26,7 +28,7 @@ from sweeps.ray_session import ray_session
 from sweeps.records import TrialConfig, TrialResult
 from sweeps.runner import Ending, Reporter, on_workers, run_trials
 from sweeps.study import study_to_yaml
-from sweeps.sweep import Logged, environment, find_tracker
+from sweeps.sweep import Recorder, deliver_kept, environment, find_tracker
 from sweeps.tracking import Tracker
 from sweeps.trial import Basis, TrialInputs, resident_workbench
 
@@ -85,8 +87,6 @@ class RaceReporter(Reporter, Protocol):
 
     def rung(self, rung: Rung, open_runs: int) -> None: ...
 
-    def note(self, text: str) -> None: ...
-
 
 def run_selection(
     question: Question,
@@ -102,21 +102,28 @@ def run_selection(
     """
     began = time.monotonic()
     levels, study = question.levels, question.study
-    tracker = find_tracker(levels.full, tracking_uri)
-    with ray_session(address, study.resources) as concurrent, progress as reporter:
+    outbox = open_outbox(question.id, tracking_uri)
+    with ExitStack() as stack:
+        stack.enter_context(only_driver(driver_folder(question.id, tracking_uri), study.name))
+        tracker = find_tracker(levels.full, tracking_uri)
+        concurrent = stack.enter_context(ray_session(address, study.resources))
+        reporter = stack.enter_context(progress)
         tracker = tracker or Tracker.open(tracking_uri, study.name)
         description = f"Selection of a position for {study.model} on {study.edits.source} ({question.method})"
         tracker.open_study(
             question.id, study.name, study_yaml=study_to_yaml(study), description=description, environment=environment()
         )
+        deliver_kept(levels.full, tracker, question.id, outbox)
         try:
-            return _raced(question, tracker, reporter, concurrent, began), tracker
+            return _raced(question, tracker, outbox, reporter, concurrent, began), tracker
         except BaseException:
             tracker.abandon_study(question.id)
             raise
 
 
-def _raced(question: Question, tracker: Tracker, reporter: RaceReporter, concurrent: int, began: float) -> Selection:
+def _raced(
+    question: Question, tracker: Tracker, outbox: Outbox, reporter: RaceReporter, concurrent: int, began: float
+) -> Selection:
     levels, study = question.levels, question.study
     known, _ = _known(question, tracker.load_results(question.id))
     candidates, baselines = _prepared(question, tracker, reporter.note)
@@ -132,18 +139,20 @@ def _raced(question: Question, tracker: Tracker, reporter: RaceReporter, concurr
         {run: charged(run, score) for run, score in known.items()},
         reporter.rung,
     )
-    ending = run_trials(
-        search,
-        {
-            level.facts.data_fingerprint: Basis(level.inputs, baseline)
-            for level, baseline in zip(levels.studies, baselines, strict=True)
-        },
-        cpus=study.resources.cpus,
-        gpus=study.resources.gpus,
-        concurrent=concurrent,
-        reporter=Logged(reporter, levels.full, tracker, question.id),
-        deadline=deadline,
-    )
+    bases = {
+        level.facts.data_fingerprint: Basis(level.inputs, baseline)
+        for level, baseline in zip(levels.studies, baselines, strict=True)
+    }
+    with Recorder(reporter, levels.full, tracker, question.id, outbox) as recorder:
+        ending = run_trials(
+            search,
+            bases,
+            cpus=study.resources.cpus,
+            gpus=study.resources.gpus,
+            concurrent=concurrent,
+            reporter=recorder,
+            deadline=deadline,
+        )
     results = tracker.load_results(question.id)
     scores, run_ids = _known(question, results)
     predicted = sum(task.seconds(run) for run in scores)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sweeps.schema import Capability, Edits, EveryLayer, LogUniform, Resources, Search, Space, Study
+from sweeps.schema import Capability, Edits, EveryLayer, Limits, LogUniform, Resources, Search, Space, Study
 from sweeps.yaml_lines import Place
 
 _SECTIONS: dict[Place, type[BaseModel]] = {
@@ -18,6 +18,7 @@ _SECTIONS: dict[Place, type[BaseModel]] = {
     ("space",): Space,
     ("search",): Search,
     ("resources",): Resources,
+    ("budget",): Limits,
     ("space", "layer"): EveryLayer,
     ("space", "learning_rate"): LogUniform,
 }

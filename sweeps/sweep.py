@@ -1,15 +1,21 @@
 """A whole study: what is open is run, what comes of it goes to MLflow, and the answer is drawn from all of it."""
 
 import json
+import math
 import platform
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from locft.errors import InputError
+from sweeps.delivery import Delivery, Outbox, open_outbox
+from sweeps.driver import driver_folder, only_driver
+from sweeps.estimate import estimate
 from sweeps.ray_session import ray_session
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
@@ -17,7 +23,7 @@ from sweeps.records import TrialConfig, TrialResult
 from sweeps.runner import Ending, Reporter, compute_baseline, run_trials
 from sweeps.search import OBJECTIVES, TrialSearch
 from sweeps.study import study_to_yaml
-from sweeps.tracking import DatasetRecord, ModelRecord, Tracker
+from sweeps.tracking import DatasetRecord, ModelRecord, StudyInputs, Tracker, TrackingError
 from sweeps.tracking_store import connect
 from sweeps.tracking_uri import check_reachable, resolve_uri, sqlite_path
 from sweeps.trial import Basis
@@ -54,6 +60,12 @@ class StudyState:
     def left(self) -> int:
         """Planned trials that are not done (failed ones are tried again)."""
         return max(0, self.prepared.plan.count - self.done)
+
+    @property
+    def affordable(self) -> int:
+        """Of these as many as the study's budget of trials allows."""
+        limit = self.prepared.study.budget.trials
+        return self.left if limit is None else max(0, min(self.left, limit - self.done))
 
 
 @dataclass(frozen=True)
@@ -117,48 +129,70 @@ def run_sweep(
     """Run what is open of a study and return everything it knows then. The same call again runs only what is not done.
 
     show: given the state at the start, a context manager whose value hears of every trial. Raises InputError before
-    anything is written when the store or the cluster cannot be had, or its resources do not suffice.
+    anything is written when the store or the cluster cannot be had, its resources do not suffice, or another driver runs
+    the study; TrackingError when the store went away for good. Finished trials are then kept on this machine.
     """
-    study = prepared.study
-    tracker = find_tracker(prepared, tracking_uri)
-    state = read_state(prepared, tracker)
+    study, outbox, began = prepared.study, open_outbox(prepared.id, tracking_uri), time.monotonic()
     ending: Ending = "complete"
     with ExitStack() as stack:
-        if state.left:
-            concurrent = stack.enter_context(ray_session(address, study.resources))
+        stack.enter_context(only_driver(driver_folder(prepared.id, tracking_uri), study.name))
+        tracker = find_tracker(prepared, tracking_uri)
+        if len(outbox):
+            tracker = tracker or Tracker.open(tracking_uri, study.name)
+            _open_study(prepared, tracker)
+            deliver_kept(prepared, tracker, prepared.id, outbox)
+        state = read_state(prepared, tracker)
+        if state.affordable:
+            trial_bytes = estimate(prepared.plan, prepared.facts).peak_memory_bytes
+            concurrent = stack.enter_context(ray_session(address, study.resources, trial_bytes))
         tracker = tracker or Tracker.open(tracking_uri, study.name)
-        description = f"Layer sweep of {study.model} on {study.edits.source} ({len(prepared.edits.requests)} edits)"
-        tracker.open_study(
-            prepared.id,
-            study.name,
-            study_yaml=study_to_yaml(study),
-            description=description,
-            environment=environment(),
-        )
+        _open_study(prepared, tracker)
         try:
-            if state.left:
+            if state.affordable:
                 baseline = _baseline(prepared, tracker)
-                with show(state) as reporter:
+                with show(state) as reporter, Recorder(reporter, prepared, tracker, prepared.id, outbox) as recorder:
                     ending = run_trials(
                         _open_trials(prepared, state),
                         {prepared.facts.data_fingerprint: Basis(prepared.inputs, baseline)},
                         cpus=study.resources.cpus,
                         gpus=study.resources.gpus,
                         concurrent=concurrent,
-                        reporter=Logged(reporter, prepared, tracker, prepared.id),
+                        reporter=recorder,
+                        deadline=began + 60 * (study.budget.minutes or math.inf),
+                        trial_seconds=60 * (study.resources.minutes or math.inf),
                     )
-        finally:  # also when it breaks off: the study's run shall show what is finished
-            state = read_state(prepared, tracker)
-            answer = answer_of(state, tracker)
-            tracker.finish_study(
-                prepared.id,
-                state.results,
-                answer.report_html,
-                asdict(answer.recommendation) if answer.recommendation else {},
-                _summary(state, answer),
-                _status(state, ending),
-                answer=answer_text(answer),
-            )
+        except TrackingError:  # nothing can be written now
+            raise
+        except BaseException:  # the study's run shall show what is finished
+            _conclude(prepared, tracker, ending)
+            raise
+        return _conclude(prepared, tracker, ending)
+
+
+def _open_study(prepared: PreparedStudy, tracker: Tracker) -> None:
+    study = prepared.study
+    tracker.open_study(
+        prepared.id,
+        study.name,
+        study_yaml=study_to_yaml(study),
+        description=f"Layer sweep of {study.model} on {study.edits.source} ({len(prepared.edits.requests)} edits)",
+        environment=environment(),
+    )
+
+
+def _conclude(prepared: PreparedStudy, tracker: Tracker, ending: Ending) -> Sweep:
+    """Draw the answer from everything that is recorded, and close the study's run with it."""
+    state = read_state(prepared, tracker)
+    answer = answer_of(state, tracker)
+    tracker.finish_study(
+        prepared.id,
+        state.results,
+        answer.report_html,
+        asdict(answer.recommendation) if answer.recommendation else {},
+        _summary(state, answer),
+        _status(state, ending),
+        answer=answer_text(answer),
+    )
     return Sweep(state, answer, ending, tracker.uri)
 
 
@@ -223,21 +257,27 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), **versions}
 
 
-class Logged:
-    """Passes trials on to a reporter, and finished ones to MLflow first, as runs of a study that is open there."""
+class Recorder:
+    """Passes trials on to a reporter, and sends finished ones to MLflow, as runs of a study that is open there.
 
-    def __init__(self, reporter: Reporter, prepared: PreparedStudy, tracker: Tracker, study_id: str):
-        self.reporter, self.study_id, self.tracker = reporter, study_id, tracker
-        study, facts = prepared.study, prepared.facts
-        model = ModelRecord(study.model, facts.model_fingerprint, {"layers": facts.n_layers, "dtype": study.dtype})
-        found = {"edits": len(prepared.edits.requests), **asdict(prepared.edits.findings)}
-        data = [DatasetRecord(study.edits.source, prepared.edits.fingerprint, study.edits.source, "edits", found)]
-        if prepared.suite:
-            items = {task.name: len(task.items) for task in prepared.suite.tasks}
-            name = study.capability.suite or "capability"
-            source = prepared.capability_source
-            data.append(DatasetRecord(name, prepared.suite.fingerprint, source, "capability", items))
-        self.inputs = tracker.create_inputs(study_id, model, data)
+    A context manager: leaving it waits for what is under way, and raises TrackingError when that does not arrive
+    (`sweeps.delivery`).
+    """
+
+    def __init__(self, reporter: Reporter, prepared: PreparedStudy, tracker: Tracker, study_id: str, outbox: Outbox):
+        self.reporter = reporter
+        deliver = partial(tracker.log_trial, study_id, inputs=_inputs(prepared, tracker, study_id))
+        self._delivery = Delivery(deliver, outbox, reporter.note)
+
+    def __enter__(self) -> "Recorder":
+        self._delivery.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._delivery.__exit__(*error)
+
+    def note(self, text: str) -> None:
+        self.reporter.note(text)
 
     def started(self, running: int) -> None:
         self.reporter.started(running)
@@ -246,8 +286,30 @@ class Logged:
         self.reporter.retried(config, cause)
 
     def finished(self, result: TrialResult, running: int) -> None:
-        self.tracker.log_trial(self.study_id, result, self.inputs)
+        self._delivery.put(result)
         self.reporter.finished(result, running)
+
+
+def deliver_kept(prepared: PreparedStudy, tracker: Tracker, study_id: str, outbox: Outbox) -> None:
+    """Record what an earlier driver could not, in a study that is open in the store. Raises TrackingError."""
+    if kept := outbox.kept():
+        inputs = _inputs(prepared, tracker, study_id)
+        for result in kept:
+            tracker.log_trial(study_id, result, inputs)
+            outbox.drop(result)
+
+
+def _inputs(prepared: PreparedStudy, tracker: Tracker, study_id: str) -> StudyInputs:
+    """The data sets and the unedited model, for the runs of the trials."""
+    study, facts = prepared.study, prepared.facts
+    model = ModelRecord(study.model, facts.model_fingerprint, {"layers": facts.n_layers, "dtype": study.dtype})
+    found = {"edits": len(prepared.edits.requests), **asdict(prepared.edits.findings)}
+    data = [DatasetRecord(study.edits.source, prepared.edits.fingerprint, study.edits.source, "edits", found)]
+    if prepared.suite:
+        items = {task.name: len(task.items) for task in prepared.suite.tasks}
+        name = study.capability.suite or "capability"
+        data.append(DatasetRecord(name, prepared.suite.fingerprint, prepared.capability_source, "capability", items))
+    return tracker.create_inputs(study_id, model, data)
 
 
 def _baseline(prepared: PreparedStudy, tracker: Tracker) -> "Baseline":
@@ -266,7 +328,7 @@ def _open_trials(prepared: PreparedStudy, state: StudyState) -> list[TrialConfig
     study, facts = prepared.study, prepared.facts
     if study.search.method != "optuna":
         finished = set(state.results.loc[state.results["status"] == "done", "trial_id"])
-        return [trial for trial in prepared.plan.trials if trial.id not in finished]
+        return [trial for trial in prepared.plan.trials if trial.id not in finished][: state.affordable]
     earlier = {}
     for row in state.results[state.results["status"] == "done"].to_dict("records"):
         config = TrialConfig(**{name: row[name] for name in TrialConfig.__dataclass_fields__})
@@ -276,7 +338,7 @@ def _open_trials(prepared: PreparedStudy, state: StudyState) -> list[TrialConfig
     return TrialSearch(
         optuna_space(study, facts),
         lambda point: trial_config(study, facts, point),
-        state.left,
+        state.affordable,
         study.search.seed,
         earlier,
     )

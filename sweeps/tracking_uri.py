@@ -56,6 +56,12 @@ def resolve_uri(uri: str | None) -> str:
     raise InputError(f"tracking address {redact(given)!r} has the unknown scheme {scheme!r}; expected {ACCEPTED}")
 
 
+def without_credentials(uri: str) -> str:
+    """An address without `user:password@`."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.username else uri
+
+
 def take_credentials(uri: str) -> str:
     """Moves `user:password@` of an http address to MLflow's environment variables; returns the address without it.
 
@@ -66,7 +72,7 @@ def take_credentials(uri: str) -> str:
         return uri
     os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
     os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return without_credentials(uri)
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -118,6 +118,7 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
         "train_seconds": training.seconds,
         "seconds_per_edit": training.seconds / len(bench.rows),
         "steps": float(training.steps),
+        "batch_pieces": float(training.pieces),
         "epochs_run": float(len(training.losses)) if config.pipeline == "breadth_first" else 1.0,
     }
     if training.trained_loss is not None and math.isfinite(training.trained_loss):

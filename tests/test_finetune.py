@@ -59,6 +59,22 @@ def test_loss_is_the_mean_over_tokens_of_an_edit_then_over_edits(loaded, rows):
     assert len({len(losses) for losses in by_edit}) > 1, "edits of one length could not tell the two averages apart"
 
 
+
+@pytest.mark.parametrize("gap", [0.0, 30.0, 85.0, 95.0, 110.0, 500.0, -40.0])
+def test_loss_and_gradient_of_targets_however_unlikely(gap):
+    """Also where the probability of the target is too small for a float32, or 1 but for its last bit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, generator=generator) + 40
+    logits[1, 7] -= gap
+    logits.requires_grad_()
+    rows = [TokenRow((1, 7), 1), TokenRow((1, 7), 1), TokenRow((1, 3), 1)]
+    found = batch_loss(logits, rows, "edit")
+    expected = torch.nn.functional.cross_entropy(logits.double(), torch.tensor([7, 7, 3]))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
 def test_first_token_and_eos_are_supervised(loaded):
     row = encode_edit(loaded.tokenizer, "Mozart played the", "tuba")
     assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id, "the case where a mask from pad is off by one"
@@ -150,3 +166,39 @@ def test_divergence_is_reported_and_weights_stay_finite(loaded, rows):
     training = finetune(loaded, rows, TuningPosition(1, "layer"), replace(SETTINGS, learning_rate=1e38, epochs=20))
     assert training.diverged
     assert all(math.isfinite(loss) for loss in training.losses)
+
+
+class Scarce:
+    """A forward on a machine that holds so many rows at once."""
+
+    def __init__(self, loaded, most):
+        self.loaded, self.most, self.asked = loaded, most, []
+
+    def __call__(self, weights):
+        plain = full_forward(self.loaded.model, weights)
+
+        def logits(rows):
+            self.asked.append(len(rows))
+            if len(rows) > self.most and torch.is_grad_enabled():
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: not enough memory: you tried")
+            return plain(rows)
+
+        return logits
+
+
+@pytest.mark.parametrize("average", ["edit", "token"])
+def test_where_memory_is_short_a_batch_is_computed_in_pieces_with_the_same_gradient(loaded, rows, average):
+    settings = replace(SETTINGS, batch_size=5, loss_average=average)
+    plain = finetune(loaded, rows, POSITION, settings)
+    scarce = Scarce(loaded, 2)
+    pieces = finetune(loaded, rows, POSITION, settings, scarce)
+    assert plain.pieces == 1 and pieces.pieces == 4 and pieces.steps == plain.steps
+    assert scarce.asked[:6] == [5, 3, 2, 2, 1, 2], "found out once: whole, in halves, in quarters, and then so every time"
+    np.testing.assert_allclose(pieces.losses, plain.losses, rtol=1e-4)
+    for name, change in plain.delta.tensors.items():
+        torch.testing.assert_close(pieces.delta.tensors[name], change, rtol=2e-3, atol=1e-5)
+
+
+def test_when_not_even_one_edit_fits_it_is_an_error(loaded, rows):
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        finetune(loaded, rows, POSITION, SETTINGS, Scarce(loaded, 0))

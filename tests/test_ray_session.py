@@ -40,6 +40,14 @@ def test_trials_at_a_time(resources, have, expected):
 
 
 @pytest.mark.parametrize(
+    ("resources", "gigabytes", "expected"), [({}, 12, 4), ({}, 100, 8), ({}, 1, 1), ({"concurrent": 6}, 12, 6)]
+)
+def test_no_more_trials_than_memory_holds(resources, gigabytes, expected):
+    have = {"CPU": 8.0, "memory": gigabytes * 1e9}
+    assert concurrent_trials(Resources(**resources), have, trial_bytes=3 * 10**9) == expected
+
+
+@pytest.mark.parametrize(
     ("resources", "named"), [({"gpus": 1}, "1 GPUs, but there are 8 CPUs and 0 GPUs"), ({"cpus": 9}, "9 CPUs")]
 )
 def test_resources_that_nothing_has(resources, named):

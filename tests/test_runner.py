@@ -25,7 +25,11 @@ class Heard:
         self.results: list[TrialResult] = []
         self.deaths: list[TrialConfig] = []
         self.most_running = 0
+        self.notes: list[str] = []
         self.then = then
+
+    def note(self, text):
+        self.notes.append(text)
 
     def started(self, running):
         self.most_running = max(self.most_running, running)
@@ -217,6 +221,26 @@ def test_at_the_deadline_what_runs_is_given_up(study, baseline):
     ending = run_trials(long, bases, cpus=1, gpus=0, concurrent=2, reporter=heard, deadline=began + 8)
     assert ending == "out_of_time" and heard.results == []
     assert 7 < time.monotonic() - began < 40
+
+
+def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, baseline):
+    heard = Heard()
+    bases = {study.facts.data_fingerprint: Basis(study.inputs, baseline)}
+    endless = dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0)
+    trials = [endless, *study.plan.trials[1:4]]
+    began = time.monotonic()
+    ending = run_trials(trials, bases, cpus=1, gpus=0, concurrent=2, reporter=heard, trial_seconds=9)
+    assert ending == "complete" and time.monotonic() - began < 90 and heard.deaths == []
+    late = heard.by_id[endless.id]
+    assert late.status == "failed" and late.error == "TimeoutError: not done after 0.15 minutes (resources.minutes)"
+    assert [heard.by_id[trial.id].status for trial in trials[1:]] == ["done"] * 3 and len(heard.results) == 4
+
+
+def test_sigterm_stops_as_ctrl_c_does(study, baseline):
+    heard, before = Heard(then=lambda result: signal.raise_signal(signal.SIGTERM)), signal.getsignal(signal.SIGTERM)
+    endless = dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0)
+    assert run(study, baseline, [study.plan.trials[0], endless], heard) == "interrupted"
+    assert len(heard.results) == 1 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_functions_run_on_workers_and_their_errors_come_back(ray_running):

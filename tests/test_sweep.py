@@ -13,9 +13,11 @@ from mlflow import MlflowClient
 
 from locft.errors import InputError
 from sweeps import sweep as sweep_module
+from sweeps.delivery import open_outbox
 from sweeps.prepare import prepare
 from sweeps.study import load_study
 from sweeps.sweep import _open_trials, find_tracker, read_state, run_sweep
+from sweeps.tracking import Tracker, TrackingError
 from sweeps.trial import resident_workbench
 from tests.conftest import write_study
 from tests.test_runner import TIMINGS, Heard
@@ -226,6 +228,50 @@ def test_optuna_proposes_no_trial_twice_and_learns_from_earlier_runs(
         row = rows[trial_id]
         assert point["layer"] == row["layer"] and point["learning_rate"] == row["learning_rate"]
         assert values == (row["reliability"], row["capability"]) and all(math.isfinite(value) for value in values)
+
+
+def test_a_budget_of_trials_counts_those_of_earlier_runs(workplace, study_file, ray_running, quick_baseline):
+    file = study_file(space__layer="all", space__seed=[0, 1], budget={"trials": 2})
+    done, first = sweep(prepared(file))
+    assert len(first) == 2 and (done.state.done, done.state.left) == (2, 4) and done.ending == "complete"
+    assert trial_runs(kind="study")[0].data.tags["locft.status"] == "stopped"
+    assert sweep(prepared(file))[1] == []
+    done, second = sweep(prepared(file, "budget.trials=5"))
+    assert len(second) == 3 and len({*first, *second}) == 5
+
+
+def test_a_budget_of_minutes_ends_a_study_cleanly(workplace, study_file, ray_running, quick_baseline):
+    file = study_file(space__seed=[0, 1, 2], budget={"minutes": 0.2}, epochs=10**6, skip_below=0.0, stop_below=0.0)
+    done, ran = sweep(prepared(file))
+    assert done.ending == "out_of_time" and ran == [] and done.state.left == 6
+    assert trial_runs() == [] and trial_runs(kind="study")[0].info.status == "KILLED"
+
+
+def test_a_store_that_goes_away_loses_nothing(workplace, study_file, ray_running, quick_baseline, monkeypatch):
+    """It takes the first trial and then nothing; later the same command records what was kept, and runs nothing again."""
+    monkeypatch.setattr("sweeps.delivery.PAUSES", (0.05,))
+    monkeypatch.setattr("sweeps.delivery.PATIENCE_SECONDS", 0.3)
+    real, taken = Tracker.log_trial, []
+
+    def sometimes(self, study_id, result, inputs=None):
+        if taken:
+            raise TrackingError("tracking of a trial: connection refused")
+        taken.append(result.config.id)
+        return real(self, study_id, result, inputs)
+
+    file, heard = study_file(space__module=["mlp_down", "attn"]), Heard()
+    with monkeypatch.context() as away:
+        away.setattr(Tracker, "log_trial", sometimes)
+        with pytest.raises(TrackingError, match="connection refused; 3 finished trials are kept in .*same command"):
+            sweep(prepared(file), heard)
+    assert len(heard.results) == 4 and len(heard.notes) == 1 and "tried again" in heard.notes[0]
+    study = prepared(file)
+    assert len(open_outbox(study.id, None)) == 3
+    done, ran = sweep(study)
+    assert ran == [] and (done.state.done, done.state.left) == (4, 0) and len(trial_runs()) == 4
+    assert len(open_outbox(study.id, None)) == 0
+    expected = {result.config.id: result.metrics["reliability"] for result in heard.results}
+    assert dict(zip(done.state.results["trial_id"], done.state.results["reliability"], strict=True)) == expected
 
 
 def test_looking_at_a_study_that_never_ran_makes_no_store(tmp_path, monkeypatch, study_file):

@@ -1,0 +1,141 @@
+"""Finished trials on their way to the tracking store: on disk first, and there until the store has them.
+
+A store may be away for minutes, a disk may be full, a driver may be killed between a trial and its record: the study goes
+on, and what was not delivered is delivered by the next run of the same command.
+"""
+
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sweeps.driver import driver_folder
+from sweeps.records import TrialResult, pack_result, unpack_result
+from sweeps.tracking import TrackingError
+
+PATIENCE_SECONDS = 120.0
+"""How long a driver that has nothing else to do waits for a store that is away."""
+GRACE_SECONDS = 5.0
+"""The same when the driver breaks off."""
+PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)
+"""Seconds between attempts; the last one goes on."""
+
+_log = logging.getLogger(__name__)
+
+
+class Outbox:
+    """A folder of results that the store does not have yet, a file each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def keep(self, result: TrialResult) -> None:
+        """Atomically. Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+        try:
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(pack_result(result))
+            os.replace(partial, self._file(result))
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+
+    def drop(self, result: TrialResult) -> None:
+        """The store has it."""
+        self._file(result).unlink(missing_ok=True)
+
+    def kept(self) -> list[TrialResult]:
+        """All of them, the oldest first; what is no result (a disk that failed) is left alone and logged."""
+        found = []
+        for file in sorted(self.folder.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):
+            try:
+                found.append(unpack_result(file.read_text(encoding="ascii")))
+            except Exception as error:  # zlib, base85, JSON and missing keys raise six kinds
+                _log.warning("%s is no readable result: %s", file, error)
+        return found
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.folder.glob("*.result"))
+
+    def _file(self, result: TrialResult) -> Path:
+        return self.folder / f"{result.config.id}.result"
+
+
+def open_outbox(study_id: str, tracking_uri: str | None) -> Outbox:
+    """The outbox of a study for a store, on this machine; making the object makes no folder."""
+    return Outbox(driver_folder(study_id, tracking_uri) / "undelivered")
+
+
+class Delivery:
+    """Hands results to the store in a thread of its own, in their order, for as long as it takes. A context manager.
+
+    Leaving it waits for what is under way, at most `PATIENCE_SECONDS` (less after an error), and raises TrackingError when the store does not have
+    everything then. What is left is in the outbox.
+    """
+
+    def __init__(self, deliver: Callable[[TrialResult], Any], outbox: Outbox, say: Callable[[str], None]):
+        """deliver: raises TrackingError when the store does not take a result. say: hears when it stops and begins to do so;
+        called from the thread."""
+        self._deliver, self._outbox, self._say = deliver, outbox, say
+        self._queue: queue.SimpleQueue[TrialResult | None] = queue.SimpleQueue()
+        self._open = 0
+        self._cause = ""
+        self._give_up = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="delivery", daemon=True)
+
+    def put(self, result: TrialResult) -> None:
+        """Returns at once. A disk that does not take the result is told; it is then in memory only."""
+        try:
+            self._outbox.keep(result)
+        except OSError as error:
+            self._say(f"cannot keep a result in {self._outbox.folder} until it is recorded: {error.strerror or error}")
+        self._open += 1
+        self._queue.put(result)
+
+    def __enter__(self) -> "Delivery":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join(PATIENCE_SECONDS if kind is None else GRACE_SECONDS)
+        if self._thread.is_alive():
+            self._give_up.set()
+            self._thread.join()
+        if self._open and kind is None:
+            raise TrackingError(
+                f"{self._cause}; {self._open} finished trials are kept in {self._outbox.folder}, and the same command"
+                " delivers them"
+            )
+
+    def _work(self) -> None:
+        while (result := self._queue.get()) is not None:
+            if not self._delivered(result):
+                return
+            self._outbox.drop(result)
+            self._open -= 1
+
+    def _delivered(self, result: TrialResult) -> bool:
+        """Whether it went through before giving up."""
+        away_since = None
+        for attempt in range(10**9):
+            try:
+                self._deliver(result)
+            except TrackingError as error:
+                self._cause = str(error)
+                if away_since is None:
+                    away_since = time.monotonic()
+                    self._say(f"not recorded yet, tried again until it is: {error}")
+                if self._give_up.wait(PAUSES[min(attempt, len(PAUSES) - 1)]):
+                    return False
+            else:
+                if away_since is not None:
+                    self._say(f"recorded again, after {time.monotonic() - away_since:.0f} s")
+                return True
+        return False
