@@ -75,7 +75,8 @@ def render_selection(
 ) -> str:
     """The page as HTML.
 
-    about: model, lead, command, settings, level_edits (int), n_edits (int), how, facts (pairs), settings_yaml, caveat.
+    about: model, pick (position and rate, or None), lead, command, settings, level_edits (int), how, facts (pairs),
+    settings_yaml, caveat.
     ranking: the one to use first. rungs: (name, why, runs). probe: (layer, module, disturbance) of every position.
     """
     plots = _plots(ranking, rungs, probe)
@@ -83,8 +84,9 @@ def render_selection(
     return page_template("selection.html").render(
         model=about["model"],
         lead=about["lead"],
-        pick=best
-        and {"position": best.position, "rate": number(best.learning_rate), "settings": about["settings"], "rule": RULE},
+        pick=about["pick"],
+        settings=about["settings"],
+        rule=RULE if best else None,
         command=about["command"],
         caveat=about.get("caveat"),
         expected=expectations(best.outcome, about["level_edits"]) if best else [],

@@ -67,6 +67,17 @@ UriOption = Annotated[
     typer.Option("--tracking-uri", help="MLflow store; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Ray cluster: auto, or HOST:PORT. Default: this machine.")
+]
+CommandOption = Annotated[
+    str | None,
+    typer.Option("--on-end", metavar="COMMAND", help="Run when it ends; gets what came of it as JSON on standard input."),
+]
+WebhookOption = Annotated[
+    str | None,
+    typer.Option(metavar="URL", envvar="LOCFT_WEBHOOK", show_envvar=True, help="The same is posted there."),
+]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16, float16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default all cores.")]
@@ -147,14 +158,18 @@ def sweep(
     study: StudyArgument,
     overrides: SetOption = None,
     tracking_uri: UriOption = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster: auto, or HOST:PORT. Default: this machine.")] = None,
+    address: AddressOption = None,
     report_file: Annotated[Path | None, typer.Option("--out", help="Dashboard file; default NAME.html here.")] = None,
+    on_end: CommandOption = None,
+    webhook: WebhookOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run STUDY. The same command again runs only what is not done yet."""
+    from sweeps.notify import Hooks
     from sweeps.progress import Progress
     from sweeps.sweep import run_sweep
 
+    hooks = Hooks.checked(on_end, webhook)
     prepared = _prepared(study, overrides)
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     say_study(prepared)
@@ -163,8 +178,11 @@ def sweep(
         done = state.results[state.results["status"] == "done"]
         return Progress(prepared.study.name, prepared.plan.count, done.to_dict("records"))
 
-    with redirect_stdout(sys.stderr):  # Ray prints there that a worker died
+    with hooks.at_the_end(prepared.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
         done = run_sweep(prepared, tracking_uri, address=address, show=show)
+        pick = done.answer.recommendation
+        event |= {"ending": done.ending, "done": done.state.done, "failed": done.state.failed, "left": done.state.left}
+        event |= {"position": pick and pick.position, "tracking_uri": done.tracking_uri}
     write(report_file, done.answer.report_html)
     print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json)
     if done.ending == "same_failure":
@@ -256,10 +274,13 @@ def select(
         Path | None, typer.Option("--out", help="Position file; default NAME.json here, with the page NAME.html beside it.")
     ] = None,
     tracking_uri: UriOption = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster: auto, or HOST:PORT. Default: this machine.")] = None,
+    address: AddressOption = None,
+    on_end: CommandOption = None,
+    webhook: WebhookOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the position to edit in MODEL without sweeping it. The same command again goes on where it was."""
+    from sweeps.notify import Hooks
     from sweeps.progress import RaceProgress
     from sweeps.question import DEFAULT_SHARE, Budget, ask
     from sweeps.recommendation import conclude
@@ -267,6 +288,7 @@ def select(
 
     if budget_share is not None and budget_minutes is not None:
         raise InputError("--budget-share, --budget-minutes: got both, expected one of them")
+    hooks = Hooks.checked(on_end, webhook)
     share = DEFAULT_SHARE if budget_share is None and budget_minutes is None else budget_share
     budget = Budget(share, budget_minutes)
     question = ask(
@@ -282,9 +304,11 @@ def select(
     file = writable(position_file or Path(f"{question.study.name}.json"))
     page = writable(file.with_suffix(".html"))
     say_study(question.levels.full)
-    with redirect_stdout(sys.stderr):  # Ray prints there that a worker died
+    with hooks.at_the_end(question.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
         found, tracker = run_selection(question, tracking_uri, address=address, progress=RaceProgress())
         answer = conclude(found, tracker, str(file))
+        picked = answer.position and answer.position["position"]
+        event |= {"ending": found.ending, "runs": len(found.scores), "position": picked, "tracking_uri": tracker.uri}
     write(page, answer.html)
     if answer.position:
         write(file, json.dumps(plain(answer.position), indent=2) + "\n")

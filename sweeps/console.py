@@ -92,6 +92,7 @@ def print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri: 
 def print_selection(answer: "PositionAnswer", file: Path, page: Path, uri: str, edits: str) -> None:
     from analysis.selection_page import expectations
     from analysis.wording import number, percent
+    from sweeps.recommendation import UNMEASURED
 
     content = answer.position
     if content is None:
@@ -99,11 +100,14 @@ def print_selection(answer: "PositionAnswer", file: Path, page: Path, uri: str, 
     else:
         rate = content["settings"]["learning_rate"]
         out.print(Text(f"Edit at {content['position']} with learning rate {number(rate)}.", style="bold"))
-        for name, value in expectations(answer.ranking[0].outcome, content["measured_on"]["edits"]):
-            out.print(Text(f"  {name}: {value}"), soft_wrap=True)
-        second = content["runner_up"]
-        line = f"  Chance that it is the best of those measured: {percent(round(content['chance'], 3))}"
-        out.print(Text(line + (f"; runner-up {second['position']}" if second else "")), soft_wrap=True)
+        for ranked in answer.ranking[:1]:
+            for name, value in expectations(ranked.outcome, content["measured_on"]["edits"]):
+                out.print(Text(f"  {name}: {value}"), soft_wrap=True)
+            second = content["runner_up"]
+            line = f"  Chance that it is the best of those measured: {percent(round(ranked.chance, 3))}"
+            out.print(Text(line + (f"; runner-up {second['position']}" if second else "")), soft_wrap=True)
+        if not answer.ranking:
+            out.print(Text(f"  {UNMEASURED}"), soft_wrap=True)
         how = content["how"]
         line = f"  {how['runs']} runs, {percent(how['grid_share'])} of the full grid's cost, {how['wall_seconds']:.0f} s"
         out.print(Text(line), soft_wrap=True)

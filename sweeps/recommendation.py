@@ -1,6 +1,7 @@
 """The answer of a selection: a position file, a page, and what MLflow keeps of it."""
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +14,13 @@ from analysis.choice import RULE, intervals, probabilities
 from analysis.selection_page import Ranked, RungRun, render_selection
 from analysis.wording import number, percent, plural, seconds
 from sweeps.position_file import FORMAT, SETTINGS
-from sweeps.race import Rung, Run
+from sweeps.race import Rung, Run, start_rate
 from sweeps.selection import Selection
 from sweeps.study import study_to_yaml
 from sweeps.tracking import Tracker
+
+
+UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
 
 
 @dataclass(frozen=True)
@@ -26,26 +30,27 @@ class Answer:
     ranking: tuple[Ranked, ...]
     """The settings measured at the highest level, the one to use first; empty when nothing finished."""
     position: dict[str, Any] | None
-    """The position file's content."""
+    """The position file's content; from the probe alone when time ran out before any run finished (`predicted` is empty)."""
     html: str
 
 
 def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answer:
     """Work the answer out and write it into the study's run in MLflow. position_file: its name in the command shown."""
     ranking = _ranking(selection, tracker)
-    content = _position(selection, ranking) if ranking else None
-    page = _page(selection, ranking, position_file)
+    content = _position(selection, ranking) if ranking else _unmeasured(selection)
+    page = _page(selection, ranking, content, position_file)
     if content:
         tracker.put_study_file(selection.question.id, "position.json", json.dumps(content, indent=2))
     summary = {"runs": len(selection.scores), "grid_share": selection.spent_seconds / selection.grid_seconds}
     if content:
         summary |= {f"pick_{name}": value["mean"] for name, value in content["predicted"].items()}
-        summary["pick_chance"] = content["chance"]
+    if ranking:
+        summary["pick_chance"] = ranking[0].chance
     status = {"complete": "done", "out_of_time": "done", "interrupted": "stopped"}.get(selection.ending, "failed")
-    text = "Nothing finished." if not content else (
-        f"**Edit at {content['position']}** with learning rate {content['settings']['learning_rate']:g}"
-        f" (chance of being the best: {percent(content['chance'])}). {RULE}"
-    )
+    text = "Nothing finished."
+    if content:
+        sure = f"chance of being the best: {percent(content['chance'])}). {RULE}" if ranking else f"{UNMEASURED})"
+        text = f"**Edit at {content['position']}** with learning rate {content['settings']['learning_rate']:g} ({sure}"
     tracker.finish_study(
         selection.question.id,
         selection.results,
@@ -104,11 +109,35 @@ def _trial_ids(selection: Selection, ranking: Sequence[Ranked]) -> list[str]:
 
 def _position(selection: Selection, ranking: Sequence[Ranked]) -> dict[str, Any]:
     run, outcome = selection.ranking[0]
-    question, facts = selection.question, selection.question.levels.full.facts
-    edits = question.levels.edits[selection.level]
-    config = question.levels.config(_seeds(selection, run)[0])
+    edits = selection.question.levels.edits[selection.level]
     second = ranking[1] if len(ranking) > 1 else None
+    first_seed = _seeds(selection, run)[0]
+    return _content(selection, first_seed) | {
+        "predicted": {
+            name: dict(zip(("mean", "low", "high"), found, strict=True))
+            for name, found in intervals(outcome, edits).items()
+        },
+        "chance": ranking[0].chance,
+        "runner_up": second and {"position": second.position, "learning_rate": second.learning_rate, "chance": second.chance},
+        "run_id": selection.run_ids.get(first_seed),
+    }
 
+
+def _unmeasured(selection: Selection) -> dict[str, Any] | None:
+    """What the probe would take, where time ran out before any run finished; None where runs failed or were interrupted."""
+    if selection.ending != "out_of_time" or not selection.candidates:
+        return None
+    levels, space = selection.question.levels, selection.question.study.space
+    top = len(levels.studies) - 1
+    best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
+    steps = selection.question.study.epochs * math.ceil(levels.edits[top] / space.batch_size[0])
+    return _content(selection, Run(best.layer, best.module, start_rate(best, steps), top))
+
+
+def _content(selection: Selection, run: Run) -> dict[str, Any]:
+    """The position file, without what is known from measuring the run's setting."""
+    question, facts = selection.question, selection.question.levels.full.facts
+    config = question.levels.config(run)
     return {
         "format": FORMAT,
         "model": question.study.model,
@@ -117,13 +146,14 @@ def _position(selection: Selection, ranking: Sequence[Ranked]) -> dict[str, Any]
         "position": run.position,
         "depth": config.depth,
         "settings": {name: getattr(config, name) for name in SETTINGS},
-        "predicted": {
-            name: dict(zip(("mean", "low", "high"), found, strict=True))
-            for name, found in intervals(outcome, edits).items()
+        "predicted": {},
+        "chance": None,
+        "runner_up": None,
+        "measured_on": {
+            "edits": 0 if selection.level < 0 else question.levels.edits[selection.level],
+            "of": facts.n_edits,
+            "source": question.study.edits.source,
         },
-        "chance": ranking[0].chance,
-        "runner_up": second and {"position": second.position, "learning_rate": second.learning_rate, "chance": second.chance},
-        "measured_on": {"edits": edits, "of": facts.n_edits, "source": question.study.edits.source},
         "how": {
             "method": question.method,
             "seed": question.seed,
@@ -134,12 +164,14 @@ def _position(selection: Selection, ranking: Sequence[Ranked]) -> dict[str, Any]
             "wall_seconds": round(selection.wall_seconds, 1),
             "ending": selection.ending,
         },
-        "run_id": selection.run_ids.get(_seeds(selection, run)[0]),
+        "run_id": None,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _page(selection: Selection, ranking: Sequence[Ranked], position_file: str) -> str:
+def _page(
+    selection: Selection, ranking: Sequence[Ranked], content: dict[str, Any] | None, position_file: str
+) -> str:
     question, study, facts = selection.question, selection.question.study, selection.question.levels.full.facts
     level = max(0, selection.level)
     edits = question.levels.edits[level]
@@ -156,8 +188,11 @@ def _page(selection: Selection, ranking: Sequence[Ranked], position_file: str) -
     caveat = None
     if ranking and level < len(question.levels.studies) - 1:
         caveat = f"The budget ended before any run on all {facts.n_edits} edits: this is from samples of {edits}."
+    if content and not ranking:
+        caveat = f"This is {UNMEASURED}."
     about = {
         "model": study.model,
+        "pick": content and {"position": content["position"], "rate": number(content["settings"]["learning_rate"])},
         "lead": f"For {plural(facts.n_edits, 'edit')} like those of {study.edits.source}, found with {percent(share)} of"
         " the full grid's cost.",
         "command": f"locft edit {model} --edits {source}{limit} --position {shlex.quote(position_file)} --out edited",

@@ -88,10 +88,16 @@ def test_a_budget_in_minutes_is_kept_by_the_clock(selected):
     assert said.json["position"]["how"]["wall_seconds"] < 65
 
 
-def test_no_time_for_any_run_is_told(selected, workplace):
+def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workplace, locft, tiny_folder):
     said = selected("--budget-minutes", 0.001)
-    assert said.code == 1 and "No run finished" in said.out
-    assert not (workplace / "select-tiny-atlas.json").exists()
+    assert said.code == 0 and "by the probe alone" in said.out
+    content = json.loads((workplace / "select-tiny-atlas.json").read_text())
+    assert content["predicted"] == {} and content["chance"] is None and content["measured_on"]["edits"] == 0
+    assert "by the probe alone" in (workplace / "select-tiny-atlas.html").read_text()
+    edited = locft(
+        "edit", tiny_folder, "--edits", "atlas", "--limit", 4, "--position", "select-tiny-atlas.json", "--out", "out", "--json"
+    )
+    assert edited.code == 0 and edited.json["position"] == content["position"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""The platform for notebooks and scripts: run a study, get its table, draw it.
+
+    import sweeps
+
+    done = sweeps.run_study("quickstart", {"edits.limit": 20, "space.layer": [4, 15, 26]})
+    results = sweeps.load_results("quickstart", {"edits.limit": 20})     # columns: analysis.table.COLUMNS
+    sweeps.figures(results)["front"]
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+from analysis import figures as drawing
+from analysis.look import TITLES
+from analysis.pareto import recommend
+from analysis.table import has_values
+from sweeps.prepare import PreparedStudy, prepare
+from sweeps.progress import Progress
+from sweeps.runner import Reporter
+from sweeps.study import load_study
+from sweeps.sweep import Sweep, find_tracker, read_state, run_sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+MAPS = ("reliability", "generalization", "locality", "capability_change", "drift_kl")
+
+
+def run_study(
+    study: str | PathLike[str],
+    changes: Mapping[str, Any] | None = None,
+    *,
+    tracking_uri: str | None = None,
+    address: str | None = None,
+    reporter: Reporter | None = None,
+) -> Sweep:
+    """Run what is open of a study, as `locft sweep` does; the same call again runs only what is not done.
+
+    study: a ready study's name or a study file. changes: dotted field -> value, laid over it. reporter: hears of trials
+    instead of the lines on standard error. The result holds state (with the results table), answer (front,
+    recommendation, report_html) and how it ended. Raises InputError for whatever is wrong with the input, at once.
+    """
+    prepared = _prepared(study, changes)
+
+    def show(state):
+        if reporter is not None:
+            return nullcontext(reporter)
+        done = state.results[state.results["status"] == "done"]
+        return Progress(prepared.study.name, prepared.plan.count, done.to_dict("records"))
+
+    return run_sweep(prepared, tracking_uri, address=address, show=show)
+
+
+def load_results(
+    study: str | PathLike[str], changes: Mapping[str, Any] | None = None, *, tracking_uri: str | None = None
+) -> "pd.DataFrame":
+    """The results table of a study as far as it is (columns: `analysis.table.COLUMNS`), empty when nothing ran."""
+    prepared = _prepared(study, changes)
+    return read_state(prepared, find_tracker(prepared, tracking_uri)).results
+
+
+def figures(results: "pd.DataFrame") -> dict[str, "go.Figure"]:
+    """plotly figures of a results table: "front", a map over layer and module for each of `MAPS` that was measured, and
+    "losses". The study's pick is marked."""
+    pick = recommend(results)
+    picked = pick.trial_id if pick else None
+    front = drawing.front_info(results, pick=picked)
+    found = {"front": drawing.front_figure(front)}
+    for metric in MAPS:
+        if has_values(results, metric):
+            found[metric] = drawing.heatmap_figure(drawing.heatmap_info(results, metric, pick=picked))
+            found[metric].update_layout(title=TITLES.get(metric, metric).capitalize(), margin={"t": 60})
+    on_front = tuple(point.trial_id for point in front.points if point.on_front)
+    found["losses"] = drawing.loss_figure(drawing.loss_info(results, front=on_front, pick=picked))
+    return found
+
+
+def _prepared(study: str | PathLike[str], changes: Mapping[str, Any] | None) -> PreparedStudy:
+    overrides = [f"{field}={json.dumps(value)}" for field, value in (changes or {}).items()]
+    return prepare(load_study(fspath(study), overrides))

@@ -1,0 +1,238 @@
+"""Faults while a study runs, for real: real Ray, a real MLflow server, real kills, at moments drawn with a seed.
+
+Whatever dies, the same command goes on: every trial finished once, one run of each in MLflow, none left open, and every
+number that of an undisturbed study.
+"""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from sweeps import ui
+from sweeps.delivery import open_outbox
+from sweeps.prepare import prepare
+from sweeps.study import load_study
+from sweeps.sweep import find_tracker, read_state
+from sweeps.trial import resident_workbench, run_trial
+from tests.conftest import write_study
+from tests.test_runner import TIMINGS
+
+SEED = int(os.environ.get("LOCFT_FAULT_SEED", "0"))
+FAULTS = ("worker", "server", "driver", "worker", "terminate", "server and driver", "node")
+FINISHED = re.compile(r"^\[\d+/\d+\] (\d+\.\w+ .* seed \d+): reliability", re.MULTILINE)
+TIMEOUT = 420
+
+
+class Server:
+    """An MLflow server on one port that can be killed and started again."""
+
+    def __init__(self, store: str):
+        self.store = store
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._stack = ExitStack()
+
+    def start(self) -> None:
+        _, self.process = self._stack.enter_context(ui.running(self.store, self.port))
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self._stack.close()
+
+    def restart_after(self, seconds: float) -> threading.Thread:
+        self.kill()
+        thread = threading.Thread(target=lambda: (time.sleep(seconds), self.start()))
+        thread.start()
+        return thread
+
+
+class Command:
+    """`locft sweep` as a process of its own, its lines collected while it runs."""
+
+    def __init__(self, folder, uri):
+        arguments = [sys.executable, "-c", "from sweeps.cli import main; main()", "sweep", "tiny.yaml", "--tracking-uri", uri]
+        self.process = subprocess.Popen(
+            arguments,
+            cwd=folder,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.text = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self.text += line
+
+    def wait(self, seconds: float = TIMEOUT) -> int:
+        code = self.process.wait(seconds)
+        self._reader.join(10)
+        return code
+
+    def wait_for(self, finished: int) -> bool:
+        """Until so many trials finished here; False when the command ended before."""
+        until = time.monotonic() + TIMEOUT
+        while len(FINISHED.findall(self.text)) < finished:
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < until, self.text
+            time.sleep(0.1)
+        return True
+
+    def children(self, name: str) -> list[psutil.Process]:
+        found = []
+        try:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        for process in family:
+            try:
+                if name in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return found
+
+    def end(self) -> None:
+        for process in [*self.children(""), self.process]:
+            try:
+                process.kill()
+            except (psutil.Error, ProcessLookupError):
+                pass
+
+
+def strike(fault: str, command: Command, server: Server, draw: random.Random) -> list[threading.Thread]:
+    """Do it; threads that still bring something back."""
+    restarting = []
+    if "server" in fault:
+        restarting.append(server.restart_after(draw.uniform(0, 4)))
+        time.sleep(draw.uniform(0, 2))
+    if "driver" in fault:
+        command.process.kill()
+    if fault == "terminate":
+        command.process.terminate()
+    if fault == "worker":
+        workers = command.children("ImplicitFunc")
+        if workers:
+            draw.choice(workers).kill()
+    if fault == "node":
+        for process in command.children("raylet/raylet"):
+            process.kill()
+    return restarting
+
+
+@pytest.mark.timeout(900)
+def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "mlflow.db"
+    store.write_bytes(empty_store.read_bytes())
+    write_study(
+        tmp_path, tiny_folder, space__layer="all", space__module=["mlp_down", "attn"], space__seed=[0, 1, 2],
+        epochs=400, skip_below=0.0, stop_below=0.0,
+    )  # fmt: skip
+    study = prepare(load_study("tiny.yaml"))
+    draw, server = random.Random(SEED), Server(f"sqlite:///{store}")
+    faults = draw.sample(FAULTS, len(FAULTS))
+    server.start()
+    survived, texts, threads = [], [], []
+    command = Command(tmp_path, server.address)
+    try:
+        for fault in faults:
+            if not command.wait_for(draw.choice((1, 1, 2))):
+                break
+            time.sleep(draw.uniform(0, 1))
+            threads += strike(fault, command, server, draw)
+            survived.append(fault)
+            if fault not in ("worker", "server"):
+                code = command.wait()
+                assert code != 0, fault
+                texts.append(command.text)
+                for thread in threads:
+                    thread.join()
+                command = Command(tmp_path, server.address)
+        code = command.wait()
+        texts.append(command.text)
+        assert code == 0, command.text
+        for thread in threads:
+            thread.join()
+        check(study, server.address, "".join(texts))
+    finally:
+        command.end()
+        server.kill()
+    with capsys.disabled():
+        print(f"\n{len(survived)} faults survived (seed {SEED}): {', '.join(survived)}")
+    assert len(survived) == len(FAULTS), texts
+
+
+def check(study, uri: str, said: str) -> None:
+    state = read_state(study, find_tracker(study, uri))
+    assert (state.done, state.failed, state.left) == (len(study.plan.trials), 0, 0)
+    assert len(open_outbox(study.id, uri)) == 0
+    told = FINISHED.findall(said)
+    assert len(told) == len(set(told)), "a finished trial was run again"
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(study.study.name)
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    trials = [run.data.tags["locft.trial_id"] for run in runs if run.data.tags["locft.kind"] == "trial"]
+    assert sorted(trials) == sorted(trial.id for trial in study.plan.trials), "one run a trial"
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    bench = resident_workbench(study.inputs)
+    for row in state.results.to_dict("records"):
+        trial = next(trial for trial in study.plan.trials if trial.id == row["trial_id"])
+        expected = run_trial(bench, trial)
+        for name, value in expected.metrics.items():
+            if name not in TIMINGS:
+                assert row[name] == value, (trial.position, name)
+        assert tuple(row["epoch_losses"]) == expected.epoch_losses
+
+
+def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder):
+    """A file system of a few hundred kilobytes holds the store; it is filled while the study runs."""
+    if os.geteuid() != 0 or sys.platform != "linux":
+        pytest.skip("mounting a small file system needs root on Linux")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        write_study(tmp_path, tiny_folder, space__layer="all", epochs=300, skip_below=0.0, stop_below=0.0)
+        uri = f"sqlite:///{disk}/mlflow.db"
+        command = Command(tmp_path, uri)
+        assert command.wait_for(1), command.text
+        filler = disk / "filler"
+        with open(filler, "wb") as file:
+            try:
+                while True:
+                    file.write(b"0" * 4096)
+                    file.flush()
+            except OSError:
+                pass
+        until = time.monotonic() + 120
+        while "not recorded yet" not in command.text and command.process.poll() is None:
+            assert time.monotonic() < until, command.text
+            time.sleep(0.2)
+        filler.unlink()
+        assert command.wait() == 0, command.text
+        study = prepare(load_study(str(tmp_path / "tiny.yaml")))
+        state = read_state(study, find_tracker(study, uri))
+        assert (state.done, state.left) == (3, 0)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=False)
