@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -36,6 +37,7 @@ from sweeps.console import (
 )
 
 if TYPE_CHECKING:
+    from locft.delta import EditDelta
     from locft.workbench import Workbench
     from sweeps.prepare import PreparedStudy
     from sweeps.schema import Capability, Edits
@@ -346,6 +348,9 @@ def edit(
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto (default), cpu, cuda, cuda:N.")] = None,
     threads: ThreadsOption = None,
+    register: Annotated[
+        bool, typer.Option("--register", help="Keep the delta with its MLflow run, as the model's registered edit.")
+    ] = False,
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
     trust_remote_code: RemoteCodeOption = False,
@@ -353,6 +358,7 @@ def edit(
     """Make the edits at one position; write the delta and what it does."""
     from locft.models import load_structure
     from locft.positions import TuningPosition, parameter_names
+    from sweeps.registry import register_edit
     from sweeps.settings import edit_settings
 
     given = {
@@ -369,6 +375,8 @@ def edit(
     named = None if edits is None else _edits(edits, limit)
     chosen = edit_settings(position, given, dtype, named, from_run, tracking_uri)
     where = TuningPosition.parse(chosen.position)
+    if register and chosen.run_id is None:
+        raise InputError("--register: there is no MLflow run to keep the delta with; name one by --from-run or a position file")
     writable(folder / "edit.json")
     parameter_names(load_structure(model, trust_remote_code=trust_remote_code), where)
     bench = _workbench(
@@ -401,26 +409,35 @@ def edit(
     write(folder / "edit.json", json.dumps(summary, indent=2) + "\n")
     outcomes = "".join(json.dumps(asdict(outcome), ensure_ascii=False) + "\n" for outcome in measured.outcomes)
     write(folder / "outcomes.jsonl", outcomes)
+    if register:
+        summary["registered"] = register_edit(
+            folder, chosen.run_id, model, chosen.position, measured.metrics, tracking_uri
+        )
     if as_json:
         return print_json(summary)
     out.print(f"{len(bench.rows)} edits at {chosen.position} in {training.seconds:.1f} s: {file}", highlight=False)
     print_metrics(measured.metrics, bench.baseline.metrics)
+    if register:
+        out.print(f"Registered: {summary['registered']}", highlight=False)
 
 
 @app.command()
 def apply(
-    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A delta file, or the folder `locft edit` wrote.")],
+    delta: Annotated[
+        str, typer.Argument(metavar="DELTA", help="A delta file, the folder `locft edit` wrote, or models:/NAME@ALIAS.")
+    ],
     model: Annotated[str, typer.Option("--model", help="The unedited model it was trained on.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the edited model.")],
     dtype: DtypeOption = "float32",
+    tracking_uri: UriOption = None,
     as_json: JsonOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Write the edited model: MODEL with DELTA merged into it."""
-    from locft.delta import EditDelta, merge
+    from locft.delta import merge
     from locft.models import load_model
 
-    change = EditDelta.load(delta)
+    change = _delta(delta, tracking_uri)
     writable(folder / "config.json")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: the folder is not empty; name a new one")
@@ -436,19 +453,21 @@ def apply(
 def evaluate(
     model: ModelArgument,
     edits: EditsOption,
-    delta: Annotated[Path | None, typer.Option("--delta", help="A delta; default: the model as it is.")] = None,
+    delta: Annotated[
+        str | None, typer.Option("--delta", help="A delta, also models:/NAME@ALIAS; default: the model as it is.")
+    ] = None,
     limit: LimitOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    tracking_uri: UriOption = None,
     as_json: JsonOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Measure MODEL, or MODEL with a delta, on edits and capability probes."""
-    from locft.delta import EditDelta
     from sweeps.schema import Capability
 
-    change = EditDelta.load(delta) if delta else None
+    change = _delta(delta, tracking_uri) if delta else None
     base = change.base_fingerprint if change else None
     bench = _workbench(model, _edits(edits, limit), Capability(), dtype, device, threads, trust_remote_code, base)
     metrics = bench.measure(change).metrics if change else bench.baseline.metrics
@@ -572,6 +591,17 @@ def _workbench(
     for sentence in requests.findings.sentences():
         err.print(Text(sentence))
     return Workbench.prepare(loaded, requests, suite, capability.prose_tokens)
+
+
+def _delta(source: str, tracking_uri: str | None) -> "EditDelta":
+    """From a file, a folder, or the model registry."""
+    from locft.delta import EditDelta
+    from sweeps.registry import PREFIX, fetch_edit
+
+    if not source.startswith(PREFIX):
+        return EditDelta.load(Path(source))
+    with tempfile.TemporaryDirectory() as folder:
+        return EditDelta.load(fetch_edit(source, tracking_uri, Path(folder)))
 
 
 def _unexpected(error: Exception) -> Literal[1, 2]:

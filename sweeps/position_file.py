@@ -32,6 +32,8 @@ class PositionFile:
     model_fingerprint: str
     depth: float
     """Relative depth of the layer, 0 for the first and 1 for the last."""
+    run_id: str | None = None
+    """The MLflow run that measured it."""
 
 
 def read_position(file: Path) -> PositionFile:
@@ -66,8 +68,15 @@ def read_position(file: Path) -> PositionFile:
             problems += [f"{file}: {problem}" for problem in error.problems]
     if problems:
         raise InputError(problems)
+    run_id = content.get("run_id")
     return PositionFile(
-        content["position"], settings, content["dtype"], content["model"], content["model_fingerprint"], content["depth"]
+        content["position"],
+        settings,
+        content["dtype"],
+        content["model"],
+        content["model_fingerprint"],
+        content["depth"],
+        run_id if isinstance(run_id, str) else None,
     )
 
 

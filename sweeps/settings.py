@@ -33,6 +33,8 @@ class EditSettings:
     """CPU threads; None takes all cores. Another number can change the last digits of a result."""
     model_fingerprint: str | None
     """Of the model that the trial edited, or that the position file is for; None when there is neither."""
+    run_id: str | None
+    """The MLflow run of that trial, or of the position file's; None when there is neither."""
 
 
 def edit_settings(
@@ -78,7 +80,8 @@ def edit_settings(
         brought = dict(named.settings) if named else {}
         training = TrainingSettings(**{"precision": training_precision("auto"), **brought, **options})
         dtype, fingerprint = (dtype or named.dtype, named.model_fingerprint) if named else (dtype or "float32", None)
-        return EditSettings(str(position), training, dtype, edits, Capability(), "auto", None, fingerprint)
+        run_id = named.run_id if named else None
+        return EditSettings(str(position), training, dtype, edits, Capability(), "auto", None, fingerprint, run_id)
     from sweeps.tracking_lookup import find_run
 
     run = find_run(from_run, tracking_uri)
@@ -96,6 +99,7 @@ def edit_settings(
         study.device if study else "auto",
         study.resources.cpus if study else None,
         config.model_fingerprint,
+        from_run,
     )
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sweeps import tracking_runs as runs
 from sweeps import tracking_view
 from sweeps.records import TrialResult
+from sweeps.registry import add_version, registered_name
 from sweeps.tracking_runs import DatasetRecord, ModelRecord, StudyInputs
 from sweeps.tracking_store import Store, TrackingError, asking, connect, open_experiment
 
@@ -208,17 +209,19 @@ class Tracker:
 
         position: the content of the position file that lies with the study's run.
         """
-        name = "locft-position-" + (re.sub(r"[/:.%\"'\\ ]+", "-", model).strip("-") or "model")
+        name = registered_name("position", model)
         with asking(f"the registered model {name!r}"):
             run_id = self._study_run(study_id)
-            if not self._client.search_registered_models(f"name = '{name}'"):
-                self._client.create_registered_model(name, description=f"Where to edit {model}, as selections found it.")
-            source = f"{self._client.get_run(run_id).info.artifact_uri}/position.json"
-            tags = {"locft.position": position["position"], "locft.study_id": study_id}
-            settings = json.dumps(position["settings"])
-            made = self._client.create_model_version(name, source, run_id, tags=tags, description=settings)
-            self._client.set_registered_model_alias(name, "recommended", made.version)
-        return f"models:/{name}@recommended"
+            return add_version(
+                self._client,
+                name,
+                f"Where to edit {model}, as selections found it.",
+                f"{self._client.get_run(run_id).info.artifact_uri}/position.json",
+                run_id,
+                "recommended",
+                tags={"locft.position": position["position"], "locft.study_id": study_id},
+                description=json.dumps(position["settings"]),
+            )
 
     def put_study_file(self, study_id: str, name: str, text: str) -> None:
         """Keeps a text file with the study's run (`open_study` comes first)."""

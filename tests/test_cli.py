@@ -180,15 +180,17 @@ def test_a_sweep_without_capability_has_null_where_nothing_was_measured(swept, l
     (swept / "other.html").unlink()
 
 
-def test_a_trial_is_repeated_to_the_bit(swept, locft, tmp_path):
-    told = locft("sweep", "tiny.yaml", "--json").json
+def picked(locft):
+    """The MLflow run of the pick, and what `locft sweep` says of the study."""
     from mlflow import MlflowClient
 
-    run = next(
-        run
-        for run in MlflowClient(told["tracking_uri"]).search_runs(["1"], "tags.`locft.kind` = 'trial'")
-        if run.data.tags["locft.trial_id"] == told["pick"]["trial_id"]
-    )
+    told = locft("sweep", "tiny.yaml", "--json").json
+    runs = MlflowClient(told["tracking_uri"]).search_runs(["1"], "tags.`locft.kind` = 'trial'")
+    return next(run for run in runs if run.data.tags["locft.trial_id"] == told["pick"]["trial_id"]), told
+
+
+def test_a_trial_is_repeated_to_the_bit(swept, locft, tmp_path):
+    run, told = picked(locft)
     model = told["study"]["model"]
     said = locft("edit", model, "--from-run", run.info.run_id, "--out", tmp_path / "edited", "--json")
     assert said.code == 0
@@ -242,6 +244,27 @@ def test_edit_and_evaluate_in_words(locft, tmp_path, tiny_folder, few_probes):
     assert said.code == 0 and "3 edits at 0.attn" in said.out and "reliability" in said.out
     said = locft("evaluate", tiny_folder, "--edits", "atlas", "--limit", 3)
     assert said.code == 0 and "capability" in said.out
+
+
+def test_an_edit_goes_through_the_model_registry(swept, locft, tmp_path, tiny_folder):
+    """Registered with the run of the trial it repeats, applied by its alias: the same model as from the folder."""
+    run, _ = picked(locft)
+    made = locft("edit", tiny_folder, "--from-run", run.info.run_id, "--out", tmp_path / "edited", "--register", "--json")
+    assert made.code == 0, made.err
+    address = made.json["registered"]
+    assert address == "models:/locft-edit-" + str(tiny_folder).strip("/").replace("/", "-") + "@chosen"
+    for source, folder in ((address, "one"), (address.replace("@chosen", "/1"), "two"), (tmp_path / "edited", "three")):
+        said = locft("apply", source, "--model", tiny_folder, "--out", tmp_path / folder, "--json")
+        assert said.code == 0 and said.json["position"] == made.json["position"], said.err
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "two", "three")]
+    assert weights[0] == weights[1] == weights[2]
+    wrong = locft("apply", "models:/nothing@chosen", "--model", tiny_folder, "--out", tmp_path / "four")
+    assert wrong.code == 2 and "nothing" in wrong.err and not (tmp_path / "four").exists()
+    assert "models:/NAME@ALIAS" in locft("apply", "models:/x", "--model", tiny_folder, "--out", tmp_path / "five").err
+    loose = locft(
+        "edit", tiny_folder, "--edits", "atlas", "--limit", 4, "--position", "1.mlp_down", "--out", tmp_path / "six", "--register"
+    )
+    assert loose.code == 2 and "--register: there is no MLflow run" in loose.err and not (tmp_path / "six").exists()
 
 
 def test_an_edit_that_diverges_is_work_that_failed(locft, tmp_path, tiny_folder, few_probes):
