@@ -9,8 +9,8 @@ from collections.abc import Generator
 from sweeps.race import (
     PAPER,
     Policy,
-    Rung,
     Run,
+    Rung,
     Scores,
     Task,
     affordable,

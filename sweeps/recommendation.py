@@ -14,11 +14,10 @@ from analysis.choice import RULE, intervals, probabilities
 from analysis.selection_page import Ranked, RungRun, render_selection
 from analysis.wording import number, percent, plural, seconds
 from sweeps.position_file import FORMAT, SETTINGS
-from sweeps.race import Rung, Run, start_rate
+from sweeps.race import Run, Rung, start_rate
 from sweeps.selection import Selection
 from sweeps.study import study_to_yaml
 from sweeps.tracking import Tracker
-
 
 UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
 

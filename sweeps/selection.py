@@ -22,7 +22,7 @@ from sweeps.delivery import Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
 from sweeps.estimate import trial_seconds
 from sweeps.question import Budget, Question
-from sweeps.race import Candidate, Rung, Run, Score, Scores, Task, leading, start_rate
+from sweeps.race import Candidate, Run, Rung, Score, Scores, Task, leading, start_rate
 from sweeps.race_search import RaceSearch
 from sweeps.ray_session import ray_session
 from sweeps.records import TrialConfig, TrialResult

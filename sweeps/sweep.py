@@ -16,9 +16,9 @@ from locft.errors import InputError
 from sweeps.delivery import Delivery, Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
 from sweeps.estimate import estimate
-from sweeps.ray_session import ray_session
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
+from sweeps.ray_session import ray_session
 from sweeps.records import TrialConfig, TrialResult
 from sweeps.runner import Ending, Reporter, compute_baseline, run_trials
 from sweeps.search import OBJECTIVES, TrialSearch

@@ -4,7 +4,7 @@ Pure functions: nothing here talks to MLflow.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 

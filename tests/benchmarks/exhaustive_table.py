@@ -3,8 +3,9 @@
     python tests/benchmarks/exhaustive_table.py --edits zsre_3k.json [--hours 2] [--only tune,level0]
 
 Every layer x five modules of the built-in model on the first 100 edits of the file at each module's tuned learning rate
-(`full`), two more seeds for the neighbourhood of its front (`seeds`), and the same positions at the lower levels that a
-race begins with, each on draws of edits of its own: 10 edits (`level0`, at twice the rate) and 30 edits (`level1`).
+(`full`), two more seeds for the neighbourhood of its front (`seeds`), and the lower levels that a race begins with, each on
+draws of edits of its own: all positions on 10 edits (`level0`, at twice the rate), and on 30 edits those that a race can
+ask for there (`level1`; after `full` and `level0`).
 `tune` finds the rates. Each part is a study run by `locft sweep`; what is in the table already is not run again, so the
 same command goes on.
 """
@@ -96,9 +97,23 @@ def wanted(name: str, table: pd.DataFrame) -> dict[str, tuple[list[int], list[fl
     rates = tuned(table)
     if name == "seeds":
         return {module: (layers, [rates[module]], [1, 2]) for module, layers in neighbourhood(table).items()}
+    if name == "level1":  # of races, only the semifinals are run there
+        places = contenders(table)
+        layers = {module: sorted(layer for layer, kind in places if kind == module) for module in MODULES}
+        return {module: (layers[module], [rates[module]], [0]) for module in MODULES if layers[module]}
     if name == "level0":  # a quarter of the steps: they have to be longer
         rates = {module: min(2 * rate, RATES[-1]) for module, rate in rates.items()}
     return {module: (list(range(LAYERS)), [rates[module]], [0]) for module in MODULES}
+
+
+def contenders(table: pd.DataFrame) -> set[tuple[int, str]]:
+    """Positions that some race can ask for at the middle level, on the draws of scouts that are there."""
+    from replay import Table, semifinalists
+
+    world = Table(table, pd.read_csv(HERE / "probe.csv"))
+    scouted = table[table.part == "level0"].drop_duplicates(["sample", "layer", "module"]).groupby("sample").size()
+    whole = scouted.index[scouted == len(MODULES) * LAYERS]
+    return set().union(*(semifinalists(world, int(sample)) for sample in whole))
 
 
 def run_part(name: str, samples: tuple[int, ...], edits: str, store: Path, deadline: float, most: int) -> None:

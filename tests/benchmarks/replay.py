@@ -1,6 +1,6 @@
 """Selection policies replayed against the exhaustive table: what each finds at a share of the grid's cost, and how far off.
 
-    python tests/benchmarks/replay.py [--seeds 8] [--figure replay.html]
+    python tests/benchmarks/replay.py [--seeds 24]
 
 One replay takes the scores of one draw of edits at each lower level, one seed of the policy and one share of the cost;
 full runs are the rows of the table. Costs are those of the table, smoothed over depth, so that a busy minute does not
@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis.choice import Outcome, outcome_of, preference
 from sweeps.baselines import POLICIES
-from sweeps.race import Candidate, Run, Score, Task, leading, mean_outcome
+from sweeps.race import Candidate, Run, Score, Task, leading, mean_outcome, race
 from sweeps.race_search import replayed
 
 HERE = Path(__file__).parent
@@ -28,6 +28,8 @@ SHARES = (0.05, 0.1, 0.2)
 REGRETS = ("drift", "capability", "capability lost", "drift against the rule's", "generalization against the rule's")
 OURS = "race"
 UNPROBED = "race without the probe"
+SEEDS = 24
+"""Of each policy, on every pair of draws."""
 
 
 class Table:
@@ -47,6 +49,9 @@ class Table:
             for row in rows.to_dict("records")
         }
         self.costs = {part: self._costs(rows[rows.part == part]) for part in LEVELS}
+        if not self.costs["level1"]:  # not run yet: by the share of the edits
+            share = LEVELS["level1"] / LEVELS["full"]
+            self.costs["level1"] = {module: share * line for module, line in self.costs["full"].items()}
         known = {(layer, module) for part, _, layer, module, _ in self.outcomes if part == "full"}
         self.candidates = tuple(
             Candidate(row.layer, row.module, row.disturbance, row.gain)
@@ -106,16 +111,34 @@ class Table:
             gentler=False,
         )
 
-    def holds(self, samples: tuple[int, int]) -> bool:
-        """Whether every position was run on these draws at the lower levels."""
-        parts = zip(LEVELS, samples, strict=False)
-        return all((part, sample, *place, 0) in self.outcomes for part, sample in parts for place in self.truth)
+    def draws(self, seeds: int) -> list[tuple[int, int]]:
+        """The pairs of draws at the lower levels that every race with these seeds can be replayed on."""
+        first = [
+            sample for sample in (1, 2, 3) if all(("level0", sample, *place, 0) in self.outcomes for place in self.truth)
+        ]
+        asked = {sample: semifinalists(self, sample, seeds) for sample in first}
+        return [
+            (sample, second)
+            for sample, second in itertools.product(first, (1, 2))
+            if all(("level1", second, *place, 0) in self.outcomes for place in asked[sample])
+        ]
 
     def best(self) -> tuple[tuple[int, str], Outcome]:
         """What the rule picks of the whole table."""
         places = list(self.truth)
         place = places[preference([self.truth[place] for place in places])[0]]
         return place, self.truth[place]
+
+
+def semifinalists(table: Table, sample: int, seeds: int = SEEDS) -> set[tuple[int, str]]:
+    """Layer and module of all positions that a race on this draw of scouts can ask for at the middle level."""
+    found = set()
+    for share, seed, probe in itertools.product(SHARES, range(seeds), (True, False)):
+        policy = race(table.task(share, seed, probe))
+        scouts = next(policy)
+        following = policy.send({run: table.score(run, (sample, 1)) for run in scouts.runs})
+        found |= {(run.layer, run.module) for run in following.runs if run.level == 1}
+    return found
 
 
 def volume(outcomes: list[Outcome]) -> float:
@@ -140,11 +163,10 @@ def regrets(table: Table, pick: Outcome) -> dict[str, float]:
 def replays(table: Table, seeds: int) -> pd.DataFrame:
     everything = volume(list(table.truth.values()))
     rows = []
-    draws = list(itertools.product((1, 2, 3), (1, 2)))
-    draws = [draw for draw in draws if table.holds(draw)]
-    for name, share, seed, samples in itertools.product([*POLICIES, UNPROBED], SHARES, range(seeds), draws or [(1, 1)]):
+    draws = table.draws(seeds)
+    for name, share, seed, samples in itertools.product([*POLICIES, UNPROBED], SHARES, range(seeds), draws):
         policy = POLICIES[OURS if name == UNPROBED else name]
-        if name not in (OURS, UNPROBED) and samples != (draws or [(1, 1)])[0]:
+        if name not in (OURS, UNPROBED) and samples != draws[0]:
             continue  # they run nothing at the lower levels
         rungs, scores = replayed(policy, table.task(share, seed, name != UNPROBED), lambda run: table.score(run, samples))
         run, _ = leading(scores, 2)[0]
@@ -165,7 +187,7 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parser.parse_args()
     table = Table(pd.read_csv(HERE / "table.csv"), pd.read_csv(HERE / "probe.csv"))
     place, outcome = table.best()

@@ -1,0 +1,251 @@
+"""The commands about studies: plan, sweep, status, report, select. Registered in `sweeps.cli`."""
+
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from locft.errors import InputError
+from sweeps.console import (
+    about,
+    err,
+    new_table,
+    out,
+    plain,
+    print_answer,
+    print_json,
+    print_selection,
+    print_wide,
+    say_study,
+    writable,
+    write,
+)
+from sweeps.options import (
+    INTERRUPTED,
+    AddressOption,
+    CommandOption,
+    EditsOption,
+    JsonOption,
+    LimitOption,
+    ModelArgument,
+    SetOption,
+    StudyArgument,
+    UriOption,
+    WebhookOption,
+    edits_of,
+)
+
+if TYPE_CHECKING:
+    from sweeps.prepare import PreparedStudy
+    from sweeps.sweep import StudyState
+
+
+def plan(study: StudyArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show the trials of STUDY, their number and what they will take. Nothing is run or written."""
+    from analysis.wording import seconds
+    from sweeps.estimate import estimate
+
+    prepared = _prepared(study, overrides)
+    resources = prepared.study.resources
+    cores = os.cpu_count() or 1
+    concurrent = resources.concurrent if isinstance(resources.concurrent, int) else max(1, cores // resources.cpus)
+    expected = estimate(prepared.plan, prepared.facts, cpus=resources.cpus, concurrent=concurrent)
+    if as_json:
+        trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
+        return print_json({"study": about(prepared), "trials": trials, "estimate": asdict(expected)})
+    say_study(prepared)
+    table = new_table(None, "id", "position", "pipeline", "batch", "learning rate", "loss", "seed")
+    for t in prepared.plan.trials:
+        table.add_row(
+            t.id, t.position, t.pipeline, str(t.batch_size), f"{t.learning_rate:g}", t.loss_average, str(t.seed)
+        )
+    if prepared.plan.trials:
+        print_wide(table)
+    else:
+        out.print(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
+    out.print(
+        f"{prepared.plan.count} trials, {concurrent} at a time: about {seconds(expected.seconds)} "
+        f"({seconds(expected.seconds_low)} to {seconds(expected.seconds_high)}), "
+        f"{expected.peak_memory_bytes / 2**30:.1f} GiB of memory"
+    )
+
+
+def sweep(
+    study: StudyArgument,
+    overrides: SetOption = None,
+    tracking_uri: UriOption = None,
+    address: AddressOption = None,
+    report_file: Annotated[Path | None, typer.Option("--out", help="Dashboard file; default NAME.html here.")] = None,
+    on_end: CommandOption = None,
+    webhook: WebhookOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run STUDY. The same command again runs only what is not done yet."""
+    from sweeps.notify import Hooks
+    from sweeps.progress import Progress
+    from sweeps.sweep import run_sweep
+
+    hooks = Hooks.checked(on_end, webhook)
+    prepared = _prepared(study, overrides)
+    report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
+    say_study(prepared)
+
+    def show(state: "StudyState") -> Progress:
+        done = state.results[state.results["status"] == "done"]
+        return Progress(prepared.study.name, prepared.plan.count, done.to_dict("records"))
+
+    with hooks.at_the_end(prepared.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
+        done = run_sweep(prepared, tracking_uri, address=address, show=show)
+        pick = done.answer.recommendation
+        event |= {"ending": done.ending, "done": done.state.done, "failed": done.state.failed, "left": done.state.left}
+        event |= {"position": pick and pick.position, "tracking_uri": done.tracking_uri}
+    write(report_file, done.answer.report_html)
+    print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json)
+    if done.ending == "same_failure":
+        err.print("stopped: the first trials all failed for the same reason, so the others would as well")
+    if done.ending == "out_of_time" or done.ending == "complete" and done.state.left > done.state.failed:
+        err.print(
+            f"the budget ended the study with {done.state.left} trials left; the same command with higher limits (budget)"
+            " goes on",
+            soft_wrap=True,
+        )
+    if done.ending == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+    if done.state.done == 0:
+        raise typer.Exit(1)
+
+
+def status(
+    study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False
+) -> None:
+    """Say how far STUDY is: done, failed (with causes), left."""
+    from collections import Counter
+
+    from sweeps.delivery import open_outbox
+    from sweeps.sweep import find_tracker, read_state
+    from sweeps.tracking_store import connect
+
+    prepared = _prepared(study, overrides)
+    if tracking_uri:  # a store that is named should be there; the one that is not named may be still to come
+        connect(tracking_uri)
+    state = read_state(prepared, find_tracker(prepared, tracking_uri))
+    waiting = len(open_outbox(prepared.id, tracking_uri))
+    causes = Counter(state.results.loc[state.results["status"] == "failed", "error"])
+    if as_json:
+        numbers = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
+        return print_json({"study": about(prepared), **numbers, "undelivered": waiting, "causes": dict(causes)})
+    out.print(
+        f"{prepared.study.name}: {state.done} of {prepared.plan.count} done, {state.failed} failed, {state.left} left",
+        highlight=False,
+    )
+    for cause, count in causes.most_common():
+        out.print(Text(f"  {count} x {cause}"))
+    if waiting:
+        out.print(f"  {waiting} more are finished and wait on this machine for the store; `locft sweep` delivers them")
+
+
+def report(
+    study: StudyArgument,
+    overrides: SetOption = None,
+    tracking_uri: UriOption = None,
+    report_file: Annotated[Path | None, typer.Option("--out", help="Default NAME.html here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
+    from sweeps.sweep import answer_of, find_tracker, read_state
+    from sweeps.tracking_uri import redact, resolve_uri
+
+    prepared = _prepared(study, overrides)
+    report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
+    tracker = find_tracker(prepared, tracking_uri)
+    state = read_state(prepared, tracker)
+    if tracker is None or state.results.empty:
+        where = redact(resolve_uri(tracking_uri))
+        raise InputError(f"study {prepared.study.name!r}: nothing finished in {where}; run `locft sweep {study}`")
+    answer = answer_of(state, tracker)
+    write(report_file, answer.report_html)
+    print_answer(state, answer, report_file, tracker.uri, as_json)
+
+
+def select(
+    model: ModelArgument,
+    edits: EditsOption,
+    limit: LimitOption = None,
+    budget_share: Annotated[
+        float | None, typer.Option(help="Of the estimated cost of the full grid; default 0.1.", metavar="SHARE")
+    ] = None,
+    budget_minutes: Annotated[float | None, typer.Option(help="By the clock, everything included.")] = None,
+    method: Annotated[
+        str, typer.Option(help="race, or a baseline: probe, proportional, late, random, tpe, nsga2.")
+    ] = "race",
+    seed: Annotated[int, typer.Option(min=0, help="Of samples and draws.")] = 0,
+    prior: Annotated[
+        Path | None, typer.Option(help="Position file of another model: that relative depth is raced, too.")
+    ] = None,
+    overrides: SetOption = None,
+    position_file: Annotated[
+        Path | None,
+        typer.Option("--out", help="Position file; default NAME.json here, with the page NAME.html beside it."),
+    ] = None,
+    tracking_uri: UriOption = None,
+    address: AddressOption = None,
+    on_end: CommandOption = None,
+    webhook: WebhookOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the position to edit in MODEL without sweeping it. The same command again goes on where it was."""
+    from sweeps.notify import Hooks
+    from sweeps.progress import RaceProgress
+    from sweeps.question import DEFAULT_SHARE, Budget, ask
+    from sweeps.recommendation import conclude
+    from sweeps.selection import run_selection
+
+    if budget_share is not None and budget_minutes is not None:
+        raise InputError("--budget-share, --budget-minutes: got both, expected one of them")
+    hooks = Hooks.checked(on_end, webhook)
+    share = DEFAULT_SHARE if budget_share is None and budget_minutes is None else budget_share
+    budget = Budget(share, budget_minutes)
+    question = ask(
+        model,
+        edits_of(edits, limit).source,
+        overrides or (),
+        limit=limit,
+        method=method,
+        budget=budget,
+        seed=seed,
+        prior=prior,
+    )
+    file = writable(position_file or Path(f"{question.study.name}.json"))
+    page = writable(file.with_suffix(".html"))
+    say_study(question.levels.full)
+    with hooks.at_the_end(question.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
+        found, tracker = run_selection(question, tracking_uri, address=address, progress=RaceProgress())
+        answer = conclude(found, tracker, str(file))
+        picked = answer.position and answer.position["position"]
+        event |= {"ending": found.ending, "runs": len(found.scores), "position": picked, "tracking_uri": tracker.uri}
+    write(page, answer.html)
+    if answer.position:
+        write(file, json.dumps(plain(answer.position), indent=2) + "\n")
+    if as_json:
+        print_json({"position": answer.position, "file": str(file), "page": str(page), "tracking_uri": tracker.uri})
+    else:
+        print_selection(answer, file, page, tracker.uri, edits if limit is None else f"{edits} --limit {limit}")
+    if found.ending == "same_failure":
+        err.print("stopped: the first runs all failed for the same reason, so the others would as well")
+    if found.ending == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+    if answer.position is None:
+        raise typer.Exit(1)
+
+
+def _prepared(study: str, overrides: list[str] | None) -> "PreparedStudy":
+    from sweeps.prepare import prepare
+    from sweeps.study import load_study
+
+    return prepare(load_study(study, overrides or []))
