@@ -169,10 +169,10 @@ def probe_figure(
     layers, modules = sorted({layer for layer, _, _ in probe}), list(dict.fromkeys(module for _, module, _ in probe))
     found = {(layer, module): value for layer, module, value in probe if 0 < value < math.inf}
     figure = styled_figure(
-        height=110 + 34 * max(2, len(modules)),
+        height=134 + 34 * max(2, len(modules)),
         xaxis={"title": {"text": "layer"}, "showgrid": False, "dtick": max(1, math.ceil(len(layers) / 16))},
         yaxis={"showgrid": False, "autorange": "reversed", "ticklabelstandoff": 6, "type": "category"},
-        margin={"l": 10, "r": 10, "t": 10, "b": 44},
+        margin={"l": 10, "r": 10, "t": 34, "b": 44},  # room for the buttons
         showlegend=False,
     )
     figure.add_heatmap(

@@ -29,7 +29,7 @@ from tests.conftest import write_study
 from tests.test_runner import TIMINGS
 
 SEED = int(os.environ.get("LOCFT_FAULT_SEED", "0"))
-COUNT = int(os.environ.get("LOCFT_FAULTS", "4"))
+COUNT = int(os.environ.get("LOCFT_FAULTS", "3"))
 """Faults of one run; 7 for all kinds, which takes minutes."""
 FAULTS = ("worker", "server", "driver", "worker", "terminate", "server and driver", "node")
 FINISHED = re.compile(r"^\[\d+/\d+\] (\d+\.\w+ .* seed \d+): reliability", re.MULTILINE)

@@ -1,6 +1,6 @@
 """Selection policies replayed against the exhaustive table: what each finds at a share of the grid's cost, and how far off.
 
-    python tests/benchmarks/replay.py [--seeds 24]
+    python tests/benchmarks/replay.py [--seeds 24] [--figure replay.html]
 
 One replay takes the scores of one draw of edits at each lower level, one seed of the policy and one share of the cost;
 full runs are the rows of the table. Costs are those of the table, smoothed over depth, so that a busy minute does not
@@ -16,8 +16,12 @@ from pathlib import Path
 import moocore
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from analysis.choice import Outcome, outcome_of, preference
+from analysis.figures import SYMBOLS
+from analysis.look import ACCENT, styled_figure
 from sweeps.baselines import POLICIES
 from sweeps.race import Candidate, Run, Score, Task, leading, mean_outcome, race
 from sweeps.race_search import replayed
@@ -185,15 +189,45 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
     return groups[["cost", *REGRETS, "volume"]].mean().assign(replays=groups.size(), worst_drift=groups["drift"].max())
 
 
+def figure(found: pd.DataFrame) -> go.Figure:
+    """Mean regret in drift and lost hypervolume by share of the cost, with 95% intervals over the replays."""
+    drawn = make_subplots(1, 2, subplot_titles=("drift above the best at equal reliability, nats", "lost hypervolume"))
+    for place, (name, mine) in enumerate(found.groupby("policy", sort=False)):
+        for column, values in ((1, mine["drift"]), (2, 1 - mine["volume"])):
+            groups = values.groupby(mine["share"])
+            error = 1.96 * groups.std().fillna(0) / np.sqrt(groups.size())
+            drawn.add_scatter(
+                x=[f"{share:.0%}" for share in groups.groups],
+                y=groups.mean(),
+                error_y={"array": error, "thickness": 1, "width": 3},
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                line={"width": 4 if name == OURS else 1.5, "color": ACCENT if name == OURS else None},
+                marker={"size": 9, "symbol": SYMBOLS[place % len(SYMBOLS)]},
+                row=1,
+                col=column,
+            )
+    drawn.update_layout(styled_figure(height=430).layout, margin={"l": 10, "r": 10, "t": 40, "b": 100}, width=1000)
+    drawn.update_layout(legend={"orientation": "h", "y": -0.18, "yanchor": "top"})
+    drawn.update_xaxes(title="share of the full grid's cost", type="category")
+    drawn.update_yaxes(rangemode="tozero", gridcolor="#e6e9ee")
+    return drawn
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--figure", type=Path, help="HTML file of the comparison's figure")
     options = parser.parse_args()
     table = Table(pd.read_csv(HERE / "table.csv"), pd.read_csv(HERE / "probe.csv"))
     place, outcome = table.best()
     print(f"{len(table.truth)} positions, grid {table.grid / 3600:.1f} worker hours; the rule picks {place}: {outcome}")
     with pd.option_context("display.width", 250, "display.max_columns", 20, "display.float_format", "{:.3f}".format):
-        print(summary(replays(table, options.seeds)))
+        found = replays(table, options.seeds)
+        print(summary(found))
+    if options.figure:
+        figure(found).write_html(options.figure, include_plotlyjs=True)
 
 
 if __name__ == "__main__":
