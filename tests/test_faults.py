@@ -146,8 +146,8 @@ def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeyp
     store = tmp_path / "mlflow.db"
     store.write_bytes(empty_store.read_bytes())
     write_study(
-        tmp_path, tiny_folder, space__layer="all", space__module=["mlp_down", "attn"], space__seed=[0, 1, 2],
-        epochs=400, skip_below=0.0, stop_below=0.0,
+        tmp_path, tiny_folder, space__layer="all", space__module=["mlp_down", "attn"], space__seed=[0, 1, 2, 3],
+        epochs=200, skip_below=0.0, stop_below=0.0,
     )  # fmt: skip
     study = prepare(load_study("tiny.yaml"))
     draw, server = random.Random(SEED), Server(f"sqlite:///{store}")
