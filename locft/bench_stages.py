@@ -31,7 +31,6 @@ from locft.models import DTYPES, LoadedModel
 from locft.packing import pack_rows
 from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
 from locft.reference import full_forward
-from locft.screening import coarse_logits
 from locft.workbench import Measurement, Workbench
 
 LEARNING_RATE = 4e-3
@@ -296,12 +295,8 @@ def _items_differing(bench: Workbench, delta: EditDelta) -> dict[str, int]:
     """How many capability items the two sides score differently."""
     if bench.suite is None:
         return {}
-    weights = delta.weights(bench.loaded.model)
-    ours = bench.engine.forward(TuningPosition.parse(delta.position).layer)(weights)
-    scores = [
-        score_suite(full_forward(bench.loaded.model, weights), bench.suite),
-        score_suite(ours, bench.suite, coarse=coarse_logits(ours, bench.loaded.model)),
-    ]
+    (theirs, _), (ours, coarse) = replace(bench, engine=None).edited(delta), bench.edited(delta)
+    scores = [score_suite(theirs, bench.suite), score_suite(ours, bench.suite, coarse=coarse)]
     right = [[mark for task in score.correct.values() for mark in task] for score in scores]
     return {"items": len(right[0]), "items_differing": sum(a != b for a, b in zip(*right, strict=True))}
 

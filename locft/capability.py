@@ -20,6 +20,7 @@ from locft.benchmarks import Suite
 from locft.encoding import SupervisedLogits, TokenRow, encode_continuation
 from locft.errors import InputError
 from locft.screening import retake
+from locft.token_scores import slices, targets, token_scores
 
 PROSE_WINDOW = 128
 """Tokens of one row of prose."""
@@ -29,9 +30,6 @@ BATCH_TOKENS = 2048
 """Tokens of a batch with its padding. On a CPU 1024 and 4096 take the same time, but a full forward's logits grow."""
 SUPERVISED_PER_BATCH = 256
 """At most so many supervised tokens a batch: more take as long, and with a vocabulary of 256,000 their logits 250 MB."""
-_TOKENS_AT_ONCE = 8
-"""Supervised tokens whose probabilities are computed at once: only the logits themselves are of (K, V), and slices that
-stay in the processor's cache take half the time of large ones."""
 
 
 @dataclass(frozen=True)
@@ -176,16 +174,10 @@ def score_rows(
     log_likelihoods, leads = np.zeros(len(rows)), np.zeros(len(rows))
     for batch in _batches(rows, batch_tokens):
         chosen = [rows[index] for index in batch]
-        targets = _targets(chosen)  # (K,)
-        of_token, ahead = [], []
-        for part, wanted in _slices(_call(logits, chosen), targets):
-            wanted = wanted.to(part.device)[:, None]
-            of_token.append(part.log_softmax(-1).gather(-1, wanted)[:, 0].double().cpu())
-            own = part.gather(-1, wanted)[:, 0]
-            ahead.append((own - part.scatter(-1, wanted, -math.inf).amax(-1)).double().cpu())
+        scores = token_scores(logits, chosen)
         lengths = [len(row.target_ids) for row in chosen]
-        for index, values, least in zip(batch, torch.cat(of_token).split(lengths), torch.cat(ahead).split(lengths)):
-            log_likelihoods[index], leads[index] = float(values.sum()), float(least.min())
+        for index, values, lead in zip(batch, scores.log_likelihood.split(lengths), scores.lead.split(lengths), strict=True):
+            log_likelihoods[index], leads[index] = float(values.sum()), float(lead.min())
     return log_likelihoods, leads
 
 
@@ -200,18 +192,21 @@ def measure_drift(
 ) -> Drift:
     """Distance of the edited model from the unedited one on the prose, and its perplexity there.
 
-    Batch by batch in float64: a KL of 1e-8 nats is the small difference of large sums, and float32 would lose it.
+    With p the unedited model's probabilities and d the edited logits less the unedited ones, the divergence of a token is
+    log E_p[exp d] - E_p[d]. Neither term cares what is added to d, so d is taken from its mean; both are then as small as
+    the change is, and a KL of 1e-8 nats is no longer the small difference of large sums.
     """
     divergence = log_likelihood = 0.0
     for batch in _batches(suite.prose, batch_tokens):
         chosen = [suite.prose[index] for index in batch]
-        targets = _targets(chosen)
-        for before, after, wanted in _slices(_call(unedited, chosen), _call(edited, chosen), targets):
-            log_p, log_q = before.double().log_softmax(-1), after.double().log_softmax(-1)  # (<= 8, V)
-            # A token that the unedited model rules out adds nothing; 0 * (-inf - -inf) would be NaN.
-            terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
-            divergence += float(terms.sum())
-            log_likelihood += float(log_q.gather(-1, wanted.to(log_q.device)[:, None]).sum())
+        for before, after, wanted in slices(_call(unedited, chosen), _call(edited, chosen), targets(chosen)):
+            p = before.softmax(-1)  # (<= 8, V)
+            d = torch.where(p == 0, 0.0, after - before)  # a token that the unedited model rules out adds nothing
+            d -= (p * d).sum(-1, keepdim=True)
+            rest = (p * d).sum(-1, dtype=torch.float64)
+            divergence += float(((p * d.expm1()).sum(-1, dtype=torch.float64).log1p() - rest).sum())
+            own = after.gather(-1, wanted[:, None])[:, 0]
+            log_likelihood += float((own.double() - after.logsumexp(-1).double()).sum())
     kl = divergence / sum(len(row.target_ids) for row in suite.prose)
     return Drift(0.0 if -1e-9 < kl < 0 else kl, _perplexity(log_likelihood, suite.prose))
 
@@ -303,15 +298,6 @@ def _batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]
 def _call(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> torch.Tensor:
     with torch.no_grad():
         return logits(rows)
-
-
-def _targets(rows: Sequence[TokenRow]) -> torch.Tensor:
-    return torch.tensor([token for row in rows for token in row.target_ids])
-
-
-def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    for at in range(0, len(tensors[0]), _TOKENS_AT_ONCE):
-        yield tuple(tensor[at : at + _TOKENS_AT_ONCE] for tensor in tensors)
 
 
 def _perplexity(log_likelihood: float, rows: Sequence[TokenRow]) -> float:

@@ -20,12 +20,13 @@ from locft.encoding import SupervisedLogits, TokenRow
 from locft.finetune import Forward
 from locft.frozen import freeze_linears
 from locft.fused import attention_for, fuse
-from locft.fused_layer import fuse_layers
+from locft.fused_layer import fuse_layers, is_fused
 from locft.models import LoadedModel
 from locft.packing import Pack, PrefixTree, pack_rows
 from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
 from locft.prefix import BoundaryStates, boundary_states
 from locft.reference import full_forward
+from locft.screening import coarse_pays, coarse_products
 from locft.tail import head_view, supports_tail, tail_hidden, tail_parameter_name, tail_view
 
 SEQUENCE_TOKENS = 96
@@ -66,7 +67,7 @@ class TailEngine:
 
             def supervised_logits(rows: Sequence[TokenRow]) -> torch.Tensor:
                 pack = pack_rows(self.tree, rows, self.limit)
-                return parts.logits(start, self._boundary(start, pack, parts), pack, own)
+                return parts.logits(parts.tail(start), self._boundary(start, pack, parts), pack, own)
 
             return supervised_logits
 
@@ -81,6 +82,30 @@ class TailEngine:
         names = parameter_names(self.model, position)
         cut = self._cut(position.layer, names, rows, self._computing_in(dtype))
         return cut or self.forward(position.layer, dtype)
+
+    def coarse_forward(self, layer: int) -> Forward | None:
+        """The same from products of bfloat16 factors, for decisions that are not close (`locft.screening`).
+
+        Above `layer`, layers that are fused (`locft.fused_layer`) are computed in bfloat16 and added up in float32.
+        None where the hardware would not be faster.
+        """
+        if not coarse_pays(self.model):
+            return None
+        start, parts = self._start(layer), self._computing_in(self.model.dtype)
+        tail = parts.with_fused(start, layer + 1, self._computing_in(torch.bfloat16))
+
+        def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
+            own = parts.names(start, weights)
+
+            @torch.no_grad()
+            def supervised_logits(rows: Sequence[TokenRow]) -> torch.Tensor:
+                pack = pack_rows(self.tree, rows, self.limit)
+                with coarse_products():
+                    return parts.logits(tail, self._boundary(start, pack, parts), pack, own)
+
+            return supervised_logits
+
+        return bind
 
     def unedited(self) -> SupervisedLogits:
         """The unedited model, from the last layer on."""
@@ -123,7 +148,7 @@ class TailEngine:
                     return parts.head(parts.final(hidden))
                 local = place_of[pack.nodes.clamp(min=0)]
                 boundary = outputs[local] + parts.added(names, weights, base, inputs[local])
-                return parts.logits(layer + 1, boundary, pack, {})
+                return parts.logits(parts.tail(layer + 1), boundary, pack, {})
 
             return supervised_logits
 
@@ -175,18 +200,18 @@ class _Parts:
         }
 
     def logits(
-        self, start: int, boundary: torch.Tensor, pack: Pack, weights: Mapping[str, torch.Tensor]
+        self, tail: PreTrainedModel, boundary: torch.Tensor, pack: Pack, weights: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """(K, V) from the states (G, N, D) entering layer `start`."""
+        """(K, V) from the states (G, N, D) entering a tail."""
         device = self.model.device
         mask = pack.attention_mask(self.dtype).to(device)
-        hidden = tail_hidden(self._tail(start), boundary, mask, pack.position_ids.to(device), weights)
+        hidden = tail_hidden(tail, boundary, mask, pack.position_ids.to(device), weights)
         return self.head(hidden[pack.sequence, pack.place])
 
     def final(self, hidden: torch.Tensor) -> torch.Tensor:
         """(K, D) behind the last layer -> (K, D) that the head takes: the final norm."""
         ones = torch.ones(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return tail_hidden(self._tail(n_layers(self.model)), hidden[None], ones)[0]
+        return tail_hidden(self.tail(n_layers(self.model)), hidden[None], ones)[0]
 
     @torch.no_grad()
     def through(
@@ -199,7 +224,7 @@ class _Parts:
         weights: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What leaves `layer` (G, N, D), and what enters the module of parameter `name` in it (G, N, F)."""
-        view, kept = self._tail(start, layer + 1), {}
+        view, kept = self.tail(start, layer + 1), {}
         owner = view.get_submodule(tail_parameter_name(self.model, start, name).rpartition(".")[0])
         hooks = [
             owner.register_forward_pre_hook(lambda _m, args: kept.__setitem__("entering", args[0])),
@@ -226,11 +251,20 @@ class _Parts:
         change = {name.rpartition(".")[2]: (weights[name] - base[name]).to(inputs.dtype) for name in names}
         return F.linear(inputs, change["weight"], change.get("bias"))
 
-    def _tail(self, start: int, stop: int | None = None) -> PreTrainedModel:
+    def tail(self, start: int, stop: int | None = None) -> PreTrainedModel:
         key = (start, stop)
         if key not in self._tails:
             self._tails[key] = tail_view(self.model, start, stop)
         return self._tails[key]
+
+    def with_fused(self, start: int, stop: int, others: "_Parts") -> PreTrainedModel:
+        """The tail from `start`, but with another dtype's fused layers from `stop` on."""
+        tail = tail_view(self.model, start)
+        layers = decoder_layers(tail)
+        for index, layer in enumerate(decoder_layers(others.model)[stop:], stop):
+            if is_fused(layer):
+                layers[index - start] = layer
+        return tail
 
 
 def _chunks(rows: Sequence[TokenRow], tokens: int) -> Iterable[list[TokenRow]]:

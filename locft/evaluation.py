@@ -6,16 +6,21 @@ instead of it: teacher forcing hides the errors that follow the first one.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from locft.encoding import SupervisedLogits, TokenRow, encode_edit, encode_prompt
 from locft.models import LoadedModel
 from locft.requests import ARTICLES, EditRequest, normalise_answer
+from locft.screening import retake
+from locft.token_scores import token_scores
 
 Kind = Literal["reliability", "generalization", "locality"]
 NEW_TOKENS = 32
@@ -61,6 +66,22 @@ class Outcome:
     """Teacher-forced: every token of the expected answer is the most likely one after those before it."""
 
 
+@dataclass(frozen=True)
+class Following:
+    """How far the most likely tokens follow the supervised tokens of a row."""
+
+    matched: int
+    """So many in a row are the most likely ones at their places."""
+    instead: int | None
+    """The most likely token at the place of the next; None where all are matched."""
+    loss: float
+    """Mean over the row's supervised tokens, in nats."""
+
+    @property
+    def way(self) -> tuple[int, int | None]:
+        return self.matched, self.instead
+
+
 def edit_questions(
     tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], unedited: Sequence[Answer]
 ) -> tuple[Question, ...]:
@@ -91,28 +112,35 @@ def locality_prompts(requests: Sequence[EditRequest]) -> list[str]:
 
 
 def ask(
-    edited: LoadedModel, logits: SupervisedLogits, questions: Sequence[Question], *, generate_all: bool = False
+    edited: LoadedModel,
+    logits: SupervisedLogits,
+    questions: Sequence[Question],
+    *,
+    followed: Mapping[TokenRow, Following] = MappingProxyType({}),
+    coarse: SupervisedLogits | None = None,
+    generate_all: bool = False,
 ) -> tuple[Outcome, ...]:
     """Put the questions to the edited model.
 
-    logits: the same edited model as a function of rows. One teacher-forced pass tells how far greedy generation follows the
-    expected answer: where that is to its end, the stopping token included, the answer is right; elsewhere what is known goes
-    on being generated only until it is decided, and a wrong answer is then left unfinished ("Lisb…"). `generate_all` generates
-    every answer to its end, the plain way.
+    logits: the same edited model as a function of rows; `coarse` as of `follow`. One teacher-forced pass over the rows that are
+    not in `followed` tells how far greedy generation follows the expected answer: where that is to its end, the stopping token
+    included, the answer is right; elsewhere what is known goes on being generated only until it is decided, and a wrong answer
+    is then left unfinished ("Lisb…"). `generate_all` generates every answer to its end, the plain way.
     """
-    misses = first_misses(logits, [question.row for question in questions])
+    rest = list(dict.fromkeys(question.row for question in questions if question.row not in followed))
+    known = {**followed, **dict(zip(rest, follow(logits, rest, coarse), strict=True))}
     ends = _end_tokens(edited)
     pending: dict[int, _Pending] = {}
     texts: dict[int, str] = {}
-    for index, (question, (matched, token)) in enumerate(zip(questions, misses, strict=True)):
-        row = question.row
+    for index, question in enumerate(questions):
+        row, way = question.row, known[question.row]
         start = _Pending(row.token_ids[: row.start], (), _dots(question), _tokens(question), None)
         if generate_all:
             pending[index] = start
-        elif token is None:
+        elif way.instead is None:
             texts[index] = question.expected
         else:
-            begun = replace(start, known=(*row.target_ids[:matched], token), expected=question.expected)
+            begun = replace(start, known=(*row.target_ids[: way.matched], way.instead), expected=question.expected)
             if begun.done(edited.tokenizer, ends, begun.known):
                 texts[index] = begun.text(edited.tokenizer, ends, begun.known)
             else:
@@ -127,7 +155,7 @@ def ask(
             question.expected,
             texts[index],
             normalise_answer(texts[index]) == normalise_answer(question.expected),
-            misses[index][1] is None,
+            known[question.row].instead is None,
         )
         for index, question in enumerate(questions)
     )
@@ -150,23 +178,44 @@ def edit_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return metrics
 
 
-@torch.no_grad()
-def first_misses(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> list[tuple[int, int | None]]:
-    """Per row: how many supervised tokens in a row are the most likely at their place, and what is instead of the next.
+def follow(
+    logits: SupervisedLogits, rows: Sequence[TokenRow], coarse: SupervisedLogits | None = None
+) -> list[Following]:
+    """How far greedy generation would follow each row's supervised tokens.
 
-    (all of them, None) where every token is the most likely one.
+    coarse: the same model computed coarsely (`locft.screening`), which decides what is not close; losses then are coarse, too.
     """
-    found: list[tuple[int, int | None]] = [(0, None)] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].token_ids))
-    for start in range(0, len(rows), BATCH):
-        batch = by_length[start : start + BATCH]
-        best = logits([rows[index] for index in batch]).argmax(-1).tolist()  # (K,)
-        for index in batch:
-            expected = rows[index].target_ids
-            pairs = enumerate(zip(best, expected, strict=False))
-            found[index] = next(((at, got) for at, (got, wanted) in pairs if got != wanted), (len(expected), None))
-            best = best[len(expected) :]
+    found, margins = _followings(coarse or logits, rows)
+    if coarse:
+
+        def exactly(indices: list[int]) -> np.ndarray:
+            again, exact = _followings(logits, [rows[index] for index in indices])
+            before = margins[indices]
+            same = [found[index].way == other.way for index, other in zip(indices, again, strict=True)]
+            for index, other in zip(indices, again, strict=True):
+                found[index] = other
+            return np.where(same, np.abs(exact - before), exact + before)
+
+        retake(np.nan_to_num(margins, nan=0.0), exactly)
     return found
+
+
+def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[list[Following], np.ndarray]:
+    """And how far each is from being another one: the least gap up to its first miss, in nats."""
+    found, margins = [Following(0, None, 0.0)] * len(rows), np.full(len(rows), math.inf)
+    by_length = sorted((i for i in range(len(rows)) if rows[i].target_ids), key=lambda index: len(rows[index].token_ids))
+    for start in range(0, len(by_length), BATCH):
+        batch = by_length[start : start + BATCH]
+        scores = token_scores(logits, [rows[index] for index in batch])
+        lengths = [len(rows[index].target_ids) for index in batch]
+        parts = (values.split(lengths) for values in (scores.best, scores.gap, scores.log_likelihood))
+        for index, best, gaps, log_likelihoods in zip(batch, *parts, strict=True):
+            expected, said = rows[index].target_ids, best.tolist()
+            matched = next((at for at, token in enumerate(said) if token != expected[at]), len(expected))
+            instead = said[matched] if matched < len(expected) else None
+            found[index] = Following(matched, instead, float(-log_likelihoods.mean()))
+            margins[index] = float(gaps[: matched + 1].min())
+    return found, margins
 
 
 @torch.no_grad()

@@ -6,6 +6,9 @@ take the same input (queries, keys and values; gate and up) are one. The arithme
 layer is recognised by its parts and by its numbers, not by a name; one that is not recognised, or that a trial trains,
 computes as it always does.
 
+Without a gradient, a layer in bfloat16 also takes states in float32 and adds to them in float32: rounding the sum of all
+layers, again and again, is most of what bfloat16 loses.
+
 Legend: G sequences, N tokens of each, D width, H heads, K of them with keys of their own, W width of a head, F inner width.
 """
 
@@ -41,6 +44,11 @@ def fuse_layers(model: PreTrainedModel) -> None:
             layer.__class__ = kind
 
 
+def is_fused(layer: nn.Module) -> bool:
+    """Whether a layer has its fused forward."""
+    return isinstance(layer, _FusedLayer)
+
+
 class _FusedLayer:
     """Goes before the class of a layer."""
 
@@ -55,6 +63,8 @@ class _FusedLayer:
     ) -> torch.Tensor:  # (G, N, D) -> (G, N, D)
         parts = self.fused_parts
         ours = attention_mask is not None and attention_mask.ndim == 4 and position_embeddings is not None
+        wider = hidden_states.dtype != parts.dtype  # only the forward pass can do that
+        ours = ours and not (wider and torch.is_grad_enabled())
         if ours and kwargs.get("past_key_values") is None and parts.unchanged(self):
             return _Layer.apply(hidden_states, attention_mask, *position_embeddings, parts)
         return super().forward(
@@ -75,6 +85,7 @@ class _Parts:
         self.width = attention.head_dim
         self.heads, self.shared = (p.weight.shape[0] // self.width for p in (attention.q_proj, attention.k_proj))
         self.scale = attention.scaling
+        self.dtype = attention.q_proj.weight.dtype
         self.parameters = tuple(layer.parameters())
 
     @classmethod
@@ -133,23 +144,23 @@ class _Layer(torch.autograd.Function):
         inputs = hidden.reshape(groups * tokens, -1)
         first, entering = _normalised(inputs, parts.first)
         qkv = parts.qkv.forward(entering).view(groups, tokens, heads + 2 * shared, width)
-        cos, sin = cos[:, :, None], _signed(sin)[:, :, None]
+        cos, sin = cos.to(parts.dtype)[:, :, None], _signed(sin.to(parts.dtype))[:, :, None]
         turned = _turned(qkv[:, :, : heads + shared], cos, sin)
         query = _by_head(turned[:, :, :heads], shared)  # (G * K, H/K * N, W)
         key = _by_head(turned[:, :, heads:], shared)  # (G * K, N, W)
         value = _by_head(qkv[:, :, heads + shared :], shared)
         scores = torch.bmm(query, key.transpose(1, 2)).view(groups, shared, -1, tokens, tokens)
         wide = torch.add(mask.float()[:, :, None], scores, alpha=parts.scale)
-        weights = wide.softmax(-1).to(hidden.dtype).view(query.shape[0], -1, tokens)
+        weights = wide.softmax(-1).to(parts.dtype).view(query.shape[0], -1, tokens)
         mixed = _by_token(torch.bmm(weights, value), groups, tokens)
-        middle = parts.out.forward(mixed.view(groups * tokens, -1)).add_(inputs)
+        middle = _plus(parts.out.forward(mixed.view(groups * tokens, -1)), inputs)
         second, entering = _normalised(middle, parts.second)
         gate_up = parts.gate_up.forward(entering)
         gate, up = gate_up.chunk(2, dim=-1)
         active = F.silu(gate)
         ctx.parts, ctx.scale, ctx.shape = parts, parts.scale, hidden.shape
         ctx.kept = first, cos, sin, query, key, value, weights, second, gate_up, active
-        return parts.down.forward(active * up).add_(middle).view(hidden.shape)
+        return _plus(parts.down.forward(active * up), middle).view(hidden.shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -182,7 +193,12 @@ def _normalised(inputs: torch.Tensor, norm: FrozenRMSNorm) -> tuple[tuple[torch.
     wide = inputs.float()
     inverse = wide.pow(2).mean(-1, keepdim=True).add_(norm.epsilon).rsqrt_()
     normal = wide * inverse
-    return (normal, inverse), normal.to(inputs.dtype) * norm.weight
+    return (normal, inverse), normal.to(norm.weight.dtype) * norm.weight
+
+
+def _plus(product: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    """In place where the product is of the stream's type."""
+    return product.add_(stream) if product.dtype == stream.dtype else stream + product
 
 
 def _unnormalised(gradient: torch.Tensor, kept: tuple[torch.Tensor, torch.Tensor], norm: FrozenRMSNorm) -> torch.Tensor:

@@ -36,15 +36,15 @@ from locft.evaluation import (
     ask,
     edit_metrics,
     edit_questions,
+    follow,
     greedy_answers,
     locality_prompts,
 )
-from locft.finetune import Training, TrainingSettings, finetune, mean_loss
+from locft.finetune import Training, TrainingSettings, finetune
 from locft.models import DTYPES, LoadedModel
 from locft.positions import TuningPosition
 from locft.reference import full_forward
 from locft.requests import EditSet
-from locft.screening import coarse_logits
 from locft.tail import supports_tail
 
 _log = logging.getLogger(__name__)
@@ -141,15 +141,18 @@ class Workbench:
         """
         delta.require_base(self.loaded)
         started = time.perf_counter()
-        edited = self._edited(delta)
+        edited, coarse = self.edited(delta)
+        followed = follow(edited, self.rows)
         with applied(self.loaded, delta):
-            outcomes = ask(self.loaded, edited, self.questions, generate_all=whole_answers)
+            known = dict(zip(self.rows, followed, strict=True))
+            outcomes = ask(
+                self.loaded, edited, self.questions, followed=known, coarse=coarse, generate_all=whole_answers
+            )
         metrics = {**edit_metrics(outcomes), "n_edits": float(len(self.rows)), "delta_norm": delta.norm}
-        metrics["merged_loss"] = mean_loss(edited, self.rows)
+        metrics["merged_loss"] = sum(row.loss for row in followed) / len(followed)
         metrics["evaluate_seconds"] = time.perf_counter() - started
         if self.suite and self.baseline.scores:
             started = time.perf_counter()
-            coarse = coarse_logits(edited, self.loaded.model) if self.engine else None
             scores = score_suite(edited, self.suite, coarse=coarse)
             change = capability_change(self.baseline.scores, scores)
             metrics |= capability_metrics(scores)
@@ -164,11 +167,14 @@ class Workbench:
             metrics["capability_seconds"] = time.perf_counter() - started
         return Measurement({name: value for name, value in metrics.items() if math.isfinite(value)}, outcomes)
 
-    def _edited(self, delta: EditDelta) -> SupervisedLogits:
+    def edited(self, delta: EditDelta) -> tuple[SupervisedLogits, SupervisedLogits | None]:
+        """The edited model as a function of rows: exactly, and coarsely where that is faster (`locft.screening`)."""
         weights = delta.weights(self.loaded.model)
-        if self.engine:
-            return self.engine.forward(TuningPosition.parse(delta.position).layer)(weights)
-        return full_forward(self.loaded.model, weights)
+        if not self.engine:
+            return full_forward(self.loaded.model, weights), None
+        layer = TuningPosition.parse(delta.position).layer
+        coarse = self.engine.coarse_forward(layer)
+        return self.engine.forward(layer)(weights), coarse and coarse(weights)
 
 
 def measure_unedited(

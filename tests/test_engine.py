@@ -102,6 +102,21 @@ def test_logits_and_gradients_of_every_position_are_the_references(architecture)
     assert model_fingerprint(loaded.model) == before
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_coarse_logits_are_near_the_exact_ones_at_every_layer(architecture, monkeypatch):
+    loaded, rows = tiny_loaded(architecture), edit_rows()
+    engine = TailEngine(loaded, rows)
+    monkeypatch.setattr("locft.screening.training_precision", lambda device: "float32")
+    assert engine.coarse_forward(1) is None
+    monkeypatch.setattr("locft.screening.training_precision", lambda device: "bfloat16")
+    for info in list_positions(loaded.model):
+        weights = {name: loaded.model.get_parameter(name) * 1.1 for name in info.names}
+        expected = full_forward(loaded.model, weights)(rows)
+        logits = engine.coarse_forward(info.position.layer)(weights)(rows)
+        error = (logits - expected).norm(dim=1) / expected.norm(dim=1)
+        assert error.median() <= 3e-2, info.position  # rounding sends some tokens of a mixture to another expert
+
+
 def gradients(logits, rows, weights):
     found = torch.autograd.grad(batch_loss(logits, rows, "edit"), list(weights.values()), allow_unused=True)
     return {name: torch.zeros_like(weights[name]) if g is None else g for name, g in zip(weights, found, strict=True)}

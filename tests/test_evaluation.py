@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,7 @@ from locft.evaluation import (
     cannot_become,
     edit_metrics,
     edit_questions,
-    first_misses,
+    follow,
     greedy_answers,
     locality_prompts,
 )
@@ -383,26 +384,53 @@ def test_teacher_forcing_flatters():
     row = edit_questions(tokenizer, [edit("a", "Q", "Bergen")], [])[0].row
     logits = full_forward(loaded.model)
     wrong_first = replace(row, token_ids=(row.token_ids[0], 9, *row.token_ids[2:]))
-    assert first_misses(logits, [row, wrong_first])[0] == (len(row.target_ids), None)
-    assert first_misses(logits, [row, wrong_first])[1][1] is not None
-    assert first_misses(logits, []) == []
+    whole, broken = follow(logits, [row, wrong_first])
+    assert whole.way == (len(row.target_ids), None) and broken.instead is not None
+    assert follow(logits, []) == []
 
 
-def test_misses_are_those_of_single_rows():
-    loaded = exact_model("llama")
+def rows_to_follow(loaded):
     unedited = greedy_answers(loaded, PROMPTS * 12)
     edits = [edit(str(i), prompt, "Oslo", [], [prompt]) for i, prompt in enumerate(PROMPTS * 12)]
-    rows = [question.row for question in edit_questions(loaded.tokenizer, edits, unedited)]
+    return [question.row for question in edit_questions(loaded.tokenizer, edits, unedited)]
+
+
+def test_followings_are_those_of_single_rows():
+    loaded = exact_model("llama")
+    rows = rows_to_follow(loaded)
     assert len(rows) > 2 * BATCH
     logits = full_forward(loaded.model)
-    misses = first_misses(logits, rows)
-    for row, (matched, token) in zip(rows, misses, strict=True):
-        best = tuple(logits([row]).argmax(-1).tolist())
+    found = follow(logits, rows)
+    for row, following in zip(rows, found, strict=True):
+        alone, (matched, token) = logits([row]), following.way
+        best = tuple(alone.argmax(-1).tolist())
         assert best[:matched] == row.target_ids[:matched]
         assert token is None if matched == len(best) else token == best[matched] != row.target_ids[matched]
-    exact = [token is None for _, token in misses]
-    assert exact[1::2] == [True] * len(edits), "what the model says itself is most likely, token by token"
+        assert following.loss == pytest.approx(float(F.cross_entropy(alone, torch.tensor(row.target_ids))), rel=1e-5)
+    exact = [following.instead is None for following in found]
+    assert exact[1::2] == [True] * len(PROMPTS * 12), "what the model says itself is most likely, token by token"
     assert not all(exact[0::2])
+
+
+def test_ways_found_coarsely_first_are_the_exact_ones():
+    loaded = exact_model("llama")
+    exact, asked = full_forward(loaded.model), []
+    rows = list(dict.fromkeys(rows_to_follow(loaded)))
+    rows += [replace(row, token_ids=(*row.token_ids[: row.start], *ids)) for row in rows for ids in ((7, 8), (9,), (4, 5, 6))]
+
+    def watched(batch):
+        asked.extend(batch)
+        return exact(batch)
+
+    def coarse(batch):
+        logits = exact(batch)
+        noise = torch.Generator().manual_seed(len(batch))
+        return logits + 0.05 * logits.std() * torch.randn(logits.shape, generator=noise)
+
+    expected = [following.way for following in follow(exact, rows)]
+    assert [following.way for following in follow(coarse, rows)] != expected, "the noise decides nothing"
+    assert [following.way for following in follow(watched, rows, coarse)] == expected
+    assert 0 < len(asked) < len(rows)
 
 
 def test_asking_leaves_the_model_as_it_was():
