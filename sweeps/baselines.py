@@ -1,6 +1,6 @@
-"""Policies to compare the race with: what people do today, and what an off-the-shelf search does with the same budget.
+"""All policies: the survey, and what to compare it with. What people do today, and what searches do with the same budget.
 
-All run at full fidelity and start at the race's learning rate, which is more than they have elsewhere.
+All start at the survey's learning rate, which is more than they have elsewhere.
 """
 
 import random
@@ -20,6 +20,7 @@ from sweeps.race import (
     race,
     spent,
 )
+from sweeps.survey import survey
 
 LATE = 0.9
 """Relative depth of a late layer."""
@@ -37,7 +38,7 @@ def late(task: Task) -> Generator[Rung, Scores, None]:
 
 
 def probe_alone(task: Task) -> Generator[Rung, Scores, None]:
-    """The probe's best positions, run in full without a race."""
+    """The probe's best positions, run in full across all kinds of modules."""
     order = sorted(task.candidates, key=lambda c: (c.disturbance, c.position))
     return full_runs(task, order, "probe", "in the probe's order")
 
@@ -63,6 +64,7 @@ def nsga2(task: Task) -> Generator[Rung, Scores, None]:
 
 
 POLICIES: dict[str, Policy] = {
+    "survey": survey,
     "race": race,
     "probe": probe_alone,
     "proportional": proportional,

@@ -11,15 +11,15 @@ from locft.positions import TuningPosition
 from sweeps.baselines import POLICIES
 from sweeps.levels import Levels, make_levels
 from sweeps.position_file import read_position
-from sweeps.prepare import prepare
-from sweeps.race import PAPER
+from sweeps.prepare import PreparedStudy, prepare
 from sweeps.records import METHOD_VERSION
 from sweeps.schema import LogUniform, Study
 from sweeps.study import load_study
 
 MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
-"""Raced where the model has them; a model with none of them races all it has."""
+"""Tried where the model has them; of a model with none of them, all it has."""
 DEFAULT_SHARE = 0.1
+DEFAULT_METHOD = "survey"
 BASE = "select"
 """The ready study that a selection starts from."""
 
@@ -43,13 +43,18 @@ class Question:
     """A key of `sweeps.baselines.POLICIES`."""
     budget: Budget
     seed: int
-    priors: tuple[tuple[float, str], ...] = PAPER
+    priors: tuple[tuple[float, str], ...] = ()
     """Relative depth and module of positions that served elsewhere."""
 
     @property
     def study(self) -> Study:
         """The grid that is spared, at full fidelity."""
         return self.levels.full.study
+
+    @property
+    def levels_run(self) -> tuple[PreparedStudy, ...]:
+        """The levels of fidelity that the method has runs at."""
+        return self.levels.studies if self.method == "race" else self.levels.studies[-1:]
 
     @property
     def id(self) -> str:
@@ -65,14 +70,14 @@ def ask(
     overrides: Sequence[str] = (),
     *,
     limit: int | None = None,
-    method: str = "race",
+    method: str = DEFAULT_METHOD,
     budget: Budget | None = None,
     seed: int = 0,
     prior: Path | None = None,
 ) -> Question:
     """Check and resolve everything that a selection needs; nothing is run or written.
 
-    prior: position file of another model; its position at the same relative depth is raced here, too. overrides: of the
+    prior: position file of another model; its position at the same relative depth is tried here early. overrides: of the
     ready study `select`, as of `load_study`. Raises InputError with what is wrong.
     """
     from locft.models import load_structure
@@ -81,10 +86,10 @@ def ask(
     budget = budget or Budget()
     if problems := list(_problems(method, budget)):
         raise InputError(problems)
-    priors = PAPER
+    priors = ()
     if prior is not None:
         elsewhere = read_position(prior)
-        priors = ((elsewhere.depth, TuningPosition.parse(elsewhere.position).module), *PAPER)
+        priors = ((elsewhere.depth, TuningPosition.parse(elsewhere.position).module),)
     there = modules_of(load_structure(model))
     modules = [module for module in MODULES if module in there] or list(there)
     settings = {"model": model, "edits.source": edits, "edits.limit": limit, "space.module": modules}
@@ -120,7 +125,7 @@ def _not_to_choose(study: Study) -> Iterator[str]:
 
 
 def _name(study: Study, method: str) -> str:
-    """select-MODEL-EDITS, with the method unless it is the race, in the characters that a study's name may have."""
+    """select-MODEL-EDITS, with the method unless it is the default, in the characters that a study's name may have."""
 
     def short(text: str) -> str:
         base = text.rstrip("/").rpartition("/")[2]
@@ -128,5 +133,5 @@ def _name(study: Study, method: str) -> str:
             base = base.removesuffix(suffix)
         return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in base)[:30]
 
-    parts = ["select", short(study.model), short(study.edits.source), *([] if method == "race" else [method])]
+    parts = ["select", short(study.model), short(study.edits.source), *([] if method == DEFAULT_METHOD else [method])]
     return "-".join(parts)

@@ -101,8 +101,8 @@ class Task:
     seed: int = 0
     gentler: bool = True
     """Whether half of that rate may be tried, too."""
-    priors: tuple[tuple[float, str], ...] = PAPER
-    """Relative depth and module of positions that served elsewhere: they are scouts, and no more than that."""
+    priors: tuple[tuple[float, str], ...] = ()
+    """Relative depth and module of positions that served elsewhere: they are tried early, and no more than that."""
 
     @property
     def full(self) -> int:
@@ -134,7 +134,7 @@ def race(task: Task) -> Generator[Rung, Scores, None]:
     """
     order = sorted(task.candidates, key=lambda c: (c.disturbance, c.layer, c.module))
     by_position = {candidate.position: candidate for candidate in order}
-    first = [nearest(task, depth, module) for depth, module in task.priors]
+    first = [nearest(task, depth, module) for depth, module in (*task.priors, *PAPER)]
     entrants, scores, dropped = list(dict.fromkeys([*first, *_insured(order, task.seed)])), {}, {}
     for level, share in zip(range(task.full), SHARES, strict=False):
         runs = affordable(task, scores, [first_run(task, c, level) for c in entrants], share * task.budget)
@@ -165,6 +165,11 @@ def full_runs(task: Task, order: Sequence[Candidate], name: str, why: str) -> Ge
 def first_run(task: Task, candidate: Candidate, level: int) -> Run:
     """The run of a position at its starting rate."""
     return Run(candidate.layer, candidate.module, task.rate(candidate, level), level)
+
+
+def gentler(run: Run) -> Run:
+    """The same at half the rate."""
+    return replace(run, learning_rate=float(f"{run.learning_rate / 2:.2g}"))
 
 
 def nearest(task: Task, depth: float, module: str) -> Candidate:
@@ -204,6 +209,16 @@ def mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:
     return Outcome(**mean)
 
 
+def confirm(task: Task, scores: Scores, queue: Sequence[Run]) -> Generator[Rung, Scores, None]:
+    """Full runs, one after the other what would tell most, of positions that were run in full and of some of the queue."""
+    while True:
+        wanted = _most_telling(task, scores, queue)
+        runs = affordable(task, scores, wanted[: task.concurrent], task.budget - spent(scores))
+        if not runs:
+            return
+        scores = yield Rung("confirm", tuple(runs), _intent(runs, scores))
+
+
 def _finals(
     task: Task,
     scores: Scores,
@@ -211,18 +226,13 @@ def _finals(
     order: Sequence[Candidate],
     dropped: Mapping[str, str],
 ) -> Generator[Rung, Scores, None]:
-    """Full runs: half the money for the finalists, then one after the other what would tell most."""
+    """Half the money for full runs of the finalists, then what would tell most."""
     queue = [first_run(task, c, task.full) for c in [*finalists, *(c for c in order if c not in finalists)]]
     first = affordable(task, scores, queue[: max(1, len(finalists))], (task.budget - spent(scores)) / 2) or queue[:1]
     dropped = {**dropped, **{c.position: "the budget ends before it" for c in finalists[len(first) :]}}
     why = f"{len(first)} positions on all {task.levels[-1]} edits"
     scores = yield Rung("finals", tuple(first), why, dropped)
-    while True:
-        wanted = _most_telling(task, scores, queue)
-        runs = affordable(task, scores, wanted[: task.concurrent], task.budget - spent(scores))
-        if not runs:
-            return
-        scores = yield Rung("confirm", tuple(runs), _intent(runs, scores))
+    yield from confirm(task, scores, queue)
 
 
 def _most_telling(task: Task, scores: Scores, queue: Sequence[Run]) -> list[Run]:
@@ -233,9 +243,9 @@ def _most_telling(task: Task, scores: Scores, queue: Sequence[Run]) -> list[Run]
     leaders = [run for run, _ in leading(scores, task.full)][:2]
     tried = {run.position for run in scores if run.level == task.full}
     fresh = [run for run in queue if run.position not in tried][: 1 if len(tried) < LINE else 0]
-    gentler = [replace(leaders[0], learning_rate=float(f"{leaders[0].learning_rate / 2:.2g}"))] if task.gentler else []
+    halved = [gentler(leaders[0])] if task.gentler else []
     seeds = [replace(run, seed=seed) for seed in (1, 2) for run in leaders]
-    return [run for run in dict.fromkeys([*gentler, *seeds[:1], *fresh, *seeds[1:]]) if run not in scores]
+    return [run for run in dict.fromkeys([*halved, *seeds[:1], *fresh, *seeds[1:]]) if run not in scores]
 
 
 def _intent(runs: Sequence[Run], scores: Scores) -> str:

@@ -204,7 +204,7 @@ def _page(
             ("Edits", f"{plural(facts.n_edits, 'edit')} of {study.edits.source}"),
             ("Capability", question.levels.full.capability_source),
             ("Unedited", ", ".join(f"{name} {number(value)}" for name, value in selection.unedited.items())),
-            ("Budget", asked + (" (it ended the race)" if selection.ending == "out_of_time" else "")),
+            ("Budget", asked + (" (it ended the selection)" if selection.ending == "out_of_time" else "")),
             (
                 "Cost",
                 f"{plural(len(selection.scores), 'run')}, {seconds(selection.wall_seconds)} in all; the grid of"
@@ -219,28 +219,38 @@ def _page(
 
 
 def _how(selection: Selection) -> str:
-    levels = " then ".join(str(edits) for edits in selection.question.levels.edits)
-    if selection.question.method != "race":
-        return f"Method {selection.question.method}: every run at full fidelity."
-    return (
+    question = selection.question
+    probe = (
         "The probe reads gradients of the unedited model over some edits and some prose, and orders all"
         f" {plural(len(selection.candidates), 'position')} by what learning would disturb there; the same gradients set each"
-        f" position's learning rate. The best, positions that served elsewhere, and a share drawn from the whole grid race on {levels} edits; after each"
-        " rung those dominated in reliability, generalization and drift are dropped. What is left of the budget goes to"
-        " further seeds and a gentler learning rate of the leaders."
+        " position's learning rate."
     )
+    if question.method == "survey":
+        return (
+            f"{probe} Each kind of module is then run on all {question.levels.edits[-1]} edits in that order, the kinds in turn,"
+            " so that each gets the same time. What is kept of the budget goes to a gentler learning rate and further seeds of"
+            " the leaders."
+        )
+    if question.method == "race":
+        levels = " then ".join(str(edits) for edits in question.levels.edits)
+        return (
+            f"{probe} The best, positions that served elsewhere, and a share drawn from the whole grid race on {levels} edits;"
+            " after each rung those dominated in reliability, generalization and drift are dropped. What is left of the budget"
+            " goes to further seeds and a gentler learning rate of the leaders."
+        )
+    return f"Method {question.method}: every run at full fidelity."
 
 
 def _rungs(selection: Selection, ranking: Sequence[Ranked]) -> list[tuple[str, str, list[RungRun]]]:
     shown = []
     for number_, rung in enumerate(selection.rungs):
         following = selection.rungs[number_ + 1] if number_ + 1 < len(selection.rungs) else None
-        shown.append((rung.name, rung.why, [_rung_run(selection, rung, run, following, ranking) for run in rung.runs]))
+        shown.append((rung.name, rung.why, [_rung_run(selection, run, following, ranking) for run in rung.runs]))
     return shown
 
 
 def _rung_run(
-    selection: Selection, rung: Rung, run: Run, following: Rung | None, ranking: Sequence[Ranked]
+    selection: Selection, run: Run, following: Rung | None, ranking: Sequence[Ranked]
 ) -> RungRun:
     score = selection.scores.get(run)
     picked = bool(ranking) and run.position == ranking[0].position
@@ -249,7 +259,7 @@ def _rung_run(
         fate = "did not finish"
     elif following and run.position in following.dropped:
         fate = f"dropped: {following.dropped[run.position]}"
-    elif run.level < selection.level or following and following.name != "confirm" and rung.name != "confirm":
+    elif run.level < selection.level:
         fate, kept = "goes on", True
     elif picked:
         fate = "the pick"

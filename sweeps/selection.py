@@ -1,6 +1,6 @@
 """Auto-selection: the position to edit in a model that nobody has swept, within a budget, with the evidence.
 
-Probe, race and pick, of one study at rising fidelity. All trials are runs of one MLflow study, so the same command goes
+Probe, survey (or another policy) and pick, of one study. All trials are runs of one MLflow study, so the same command goes
 on where it was, and nothing runs twice.
 """
 
@@ -95,7 +95,7 @@ def run_selection(
     address: str | None = None,
     progress: AbstractContextManager[RaceReporter],
 ) -> tuple[Selection, Tracker]:
-    """Probe and race; every trial goes to MLflow. The same call again goes on where it was.
+    """Probe and try; every trial goes to MLflow. The same call again goes on where it was.
 
     The study's run is left open: `sweeps.recommendation.conclude` writes the answer into it. Raises InputError before
     anything is written when store or cluster cannot be had.
@@ -115,13 +115,13 @@ def run_selection(
         )
         deliver_kept(levels.full, tracker, question.id, outbox)
         try:
-            return _raced(question, tracker, outbox, reporter, concurrent, began), tracker
+            return _tried(question, tracker, outbox, reporter, concurrent, began), tracker
         except BaseException:
             tracker.abandon_study(question.id)
             raise
 
 
-def _raced(
+def _tried(
     question: Question, tracker: Tracker, outbox: Outbox, reporter: RaceReporter, concurrent: int, began: float
 ) -> Selection:
     levels, study = question.levels, question.study
@@ -141,7 +141,7 @@ def _raced(
     )
     bases = {
         level.facts.data_fingerprint: Basis(level.inputs, baseline)
-        for level, baseline in zip(levels.studies, baselines, strict=True)
+        for level, baseline in zip(question.levels_run, baselines, strict=True)
     }
     with Recorder(reporter, levels.full, tracker, question.id, outbox) as recorder:
         ending = run_trials(
@@ -173,7 +173,7 @@ def _raced(
 
 
 def _task(question: Question, candidates: tuple[Candidate, ...], concurrent: int, left: float) -> tuple[Task, float]:
-    """The task of the race, and the estimated cost of the full grid. left: seconds until the deadline."""
+    """The task of the policy, and the estimated cost of the full grid. left: seconds until the deadline."""
     levels = question.levels
 
     def seconds(run: Run) -> float:
@@ -216,13 +216,13 @@ def _known(question: Question, results: pd.DataFrame) -> tuple[dict[Run, Score],
 def _prepared(
     question: Question, tracker: Tracker, note: Callable[[str], None]
 ) -> tuple[tuple[Candidate, ...], list["Baseline"]]:
-    """The probe's scores, and the unedited model at each level: from the study's run, else made on workers."""
+    """The probe's scores, and the unedited model at each level that is run: from the study's run, else made on workers."""
     from locft.workbench import Baseline
 
     levels, resources = question.levels.studies, question.study.resources
-    names = [f"baseline-{level.facts.data_fingerprint}.json" for level in levels]
+    names = [f"baseline-{level.facts.data_fingerprint}.json" for level in question.levels_run]
     works: dict[str, Callable[[], Any]] = {
-        name: partial(_measure, level.inputs) for name, level in zip(names, levels, strict=True)
+        name: partial(_measure, level.inputs) for name, level in zip(names, question.levels_run, strict=True)
     }
     works = dict(reversed(works.items()))  # the longest first
     works[PROBE_FILE] = partial(_probe, levels[-2 if len(levels) > 1 else -1].inputs, question.levels.positions, question.seed)

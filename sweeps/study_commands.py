@@ -182,11 +182,11 @@ def select(
     ] = None,
     budget_minutes: Annotated[float | None, typer.Option(help="By the clock, everything included.")] = None,
     method: Annotated[
-        str, typer.Option(help="race, or a baseline: probe, proportional, late, random, tpe, nsga2.")
-    ] = "race",
+        str, typer.Option(help="survey, or one to compare it with: race, probe, proportional, late, random, tpe, nsga2.")
+    ] = "survey",
     seed: Annotated[int, typer.Option(min=0, help="Of samples and draws.")] = 0,
     prior: Annotated[
-        Path | None, typer.Option(help="Position file of another model: that relative depth is raced, too.")
+        Path | None, typer.Option(help="Position file of another model: that relative depth is tried early.")
     ] = None,
     overrides: SetOption = None,
     position_file: Annotated[

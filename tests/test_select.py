@@ -28,7 +28,7 @@ def test_a_selection_answers_with_a_position_a_page_and_a_run(selected, locft, w
     assert "scouts:" in said.err and "finals:" in said.err
     file = workplace / "select-tiny-atlas.json"
     content = json.loads(file.read_text())
-    assert content["how"]["method"] == "race" and 0 < content["chance"] <= 1
+    assert content["how"]["method"] == "survey" and 0 < content["chance"] <= 1
     assert 0 < content["how"]["grid_share"] < 0.9 and content["measured_on"] == {"edits": 24, "of": 24, "source": "atlas"}
     for name in ("reliability", "generalization", "capability_change", "drift_kl"):
         assert content["predicted"][name]["low"] <= content["predicted"][name]["mean"] <= content["predicted"][name]["high"]
@@ -73,9 +73,9 @@ def test_the_same_command_runs_nothing_again_and_a_larger_budget_only_what_is_ne
     assert len(set(ids)) == len(ids) == more.json["position"]["how"]["runs"]
 
 
-@pytest.mark.parametrize("method", ["late", "tpe"])
+@pytest.mark.parametrize("method", ["race", "tpe"])
 def test_baselines_are_methods_of_the_same_command(selected, method, workplace):
-    said = selected("--budget-share", 0.15, "--method", method, "--json")
+    said = selected("--budget-share", 0.2, "--method", method, "--json")
     assert said.code == 0, said.err
     assert said.json["position"]["how"]["method"] == method
     assert (workplace / f"select-tiny-atlas-{method}.json").exists()
@@ -106,7 +106,7 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workpl
         (("--budget-share", 2), "--budget-share: got 2, expected a share of the full grid's cost"),
         (("--budget-share", 0.1, "--budget-minutes", 5), "--budget-share, --budget-minutes: got both"),
         (("--budget-minutes", -1), "--budget-minutes: got -1, expected a positive number"),
-        (("--method", "guess"), "--method: got 'guess', expected one of race, probe"),
+        (("--method", "guess"), "--method: got 'guess', expected one of survey, race"),
         (("--set", "space.learning_rate=[0.1,0.2]"), "space.learning_rate: a selection chooses it itself"),
         (("--set", "space.seed=[1,2]"), "space.seed: a selection chooses seeds itself"),
         (("--set", "space.batch_size=[1,2]"), "space.batch_size: got 2 values"),

@@ -6,7 +6,8 @@ Every layer x five modules of the built-in model on the first 100 edits of the f
 (`full`), two more seeds for the neighbourhood of its front (`seeds`), and the lower levels that a race begins with, each on
 draws of edits of its own: all positions on 10 edits (`level0`, at twice the rate), and on 30 edits those that a race can
 ask for there (`level1`; after `full` and `level0`).
-`tune` finds the rates. Each part is a study run by `locft sweep`; what is in the table already is not run again, so the
+`tune` finds the rates. `probe` writes probe.csv: the probe's scores on draws of thirty of the edits, as a selection takes
+them, one for each replay. Each part is a study run by `locft sweep`; what is in the table already is not run again, so the
 same command goes on.
 """
 
@@ -21,6 +22,9 @@ import pandas as pd
 
 HERE = Path(__file__).parent
 TABLE = HERE / "table.csv"
+PROBE = HERE / "probe.csv"
+PROBES, PROBED = 24, 30
+"""Draws, and edits of each."""
 MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
 LAYERS = 30
 TUNED_AT = (4, 15, 26)
@@ -82,6 +86,29 @@ def tuned(table: pd.DataFrame) -> dict[str, float]:
     return rates
 
 
+def write_probes(edits: str) -> None:
+    """The probe on draws of the edits that `full` trains."""
+    from locft.benchmarks import load_suite
+    from locft.capability import encode_suite
+    from locft.encoding import encode_edits
+    from locft.models import load_model
+    from locft.positions import TuningPosition
+    from locft.probe import probe_positions
+    from locft.requests import load_edits
+
+    loaded, chosen = load_model("smollm2-135m"), load_edits(edits, limit=PARTS["full"].edits)
+    prose = encode_suite(loaded.tokenizer, load_suite("probes", limit=1), PARTS["level1"].prose).prose
+    positions = [TuningPosition(layer, module) for layer in range(LAYERS) for module in MODULES]
+    rows = []
+    for sample in range(PROBES):
+        drawn = encode_edits(loaded.tokenizer, chosen.sample(PROBED, sample).requests)
+        for scores in probe_positions(loaded, drawn, prose, positions, seed=sample):
+            place = {"sample": sample, "layer": scores.position.layer, "module": scores.position.module}
+            rows.append({**place, "disturbance": scores.disturbance, "gain": scores.gain})
+        print(f"probe {sample + 1}/{PROBES}", flush=True)
+        pd.DataFrame(rows).to_csv(PROBE, index=False, float_format="%.5g")
+
+
 def neighbourhood(table: pd.DataFrame) -> dict[str, list[int]]:
     """Layers per module whose full trials are near the front: little drift or much generalization for what they learn."""
     full = table[(table.part == "full") & (table.reliability >= table[table.part == "full"].reliability.max() - 0.02)]
@@ -110,7 +137,7 @@ def contenders(table: pd.DataFrame) -> set[tuple[int, str]]:
     """Positions that some race can ask for at the middle level, on the draws of scouts that are there."""
     from replay import Table, semifinalists
 
-    world = Table(table, pd.read_csv(HERE / "probe.csv"))
+    world = Table(table, pd.read_csv(PROBE))
     scouted = table[table.part == "level0"].drop_duplicates(["sample", "layer", "module"]).groupby("sample").size()
     whole = scouted.index[scouted == len(MODULES) * LAYERS]
     return set().union(*(semifinalists(world, int(sample)) for sample in whole))
@@ -166,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", required=True, help="a file of at least 3,000 edits")
     parser.add_argument("--hours", type=float, default=24.0, help="start nothing new after so many hours")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas, in order; level0:1 for one draw")
+    parser.add_argument("--only", default=",".join(["probe", *PARTS]), help="parts, with commas, in order; level0:1 for one draw")
     parser.add_argument("--studies", type=int, default=100, help="of each module and draw at most so many")
     parser.add_argument("--store", type=Path, default=Path("exhaustive"), help="folder of the studies and their MLflow store")
     options = parser.parse_args()
@@ -175,6 +202,9 @@ def main() -> None:
     deadline = time.time() + 3600 * options.hours
     for named in options.only.split(","):
         name, _, sample = named.partition(":")
+        if name == "probe":
+            write_probes(options.edits)
+            continue
         samples = (int(sample),) if sample else PARTS[name].samples
         run_part(name, samples, str(Path(options.edits).resolve()), store, deadline, options.studies)
 

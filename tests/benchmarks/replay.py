@@ -30,10 +30,10 @@ HERE = Path(__file__).parent
 LEVELS = {"level0": 10, "level1": 30, "full": 100}
 SHARES = (0.05, 0.1, 0.2)
 REGRETS = ("drift", "capability", "capability lost", "drift against the rule's", "generalization against the rule's")
-OURS = "race"
-UNPROBED = "race without the probe"
+OURS = "survey"
+UNPROBED = "survey without the probe"
 SEEDS = 24
-"""Of each policy, on every pair of draws."""
+"""Of each policy; each has a draw of the edits that the probe looked at. A race also has every pair of draws of scouts."""
 
 
 class Table:
@@ -57,18 +57,18 @@ class Table:
             share = LEVELS["level1"] / LEVELS["full"]
             self.costs["level1"] = {module: share * line for module, line in self.costs["full"].items()}
         known = {(layer, module) for part, _, layer, module, _ in self.outcomes if part == "full"}
-        self.candidates = tuple(
-            Candidate(row.layer, row.module, row.disturbance, row.gain)
-            for row in probe.itertuples()
-            if (row.layer, row.module) in known
-        )
+        self.probes = [
+            tuple(Candidate(r.layer, r.module, r.disturbance, r.gain) for r in rows.itertuples() if (r.layer, r.module) in known)
+            for _, rows in probe.groupby("sample")
+        ]
+        """Candidates by the draw of edits that the probe looked at."""
         self.truth = {
             (c.layer, c.module): mean_outcome(
                 [o for (p, _, l, m, _), o in self.outcomes.items() if (p, l, m) == ("full", c.layer, c.module)]
             )
-            for c in self.candidates
+            for c in self.probes[0]
         }
-        self.grid = sum(self.seconds(Run(c.layer, c.module, 0.0, 2)) for c in self.candidates)
+        self.grid = sum(self.seconds(Run(c.layer, c.module, 0.0, 2)) for c in self.probes[0])
 
     def _costs(self, rows: pd.DataFrame) -> dict[str, np.ndarray]:
         """Module -> coefficients of a line over the layers above; robust against minutes in which the machine was busy."""
@@ -99,7 +99,7 @@ class Table:
         return Score(found, self.seconds(run))
 
     def task(self, share: float, seed: int, probe: bool = True) -> Task:
-        candidates = self.candidates
+        candidates = self.probes[seed % len(self.probes)]
         if not probe:
             order = np.random.default_rng(seed).permutation(len(candidates))
             candidates = tuple(replace(c, disturbance=float(place)) for c, place in zip(candidates, order, strict=True))
@@ -137,8 +137,8 @@ class Table:
 def semifinalists(table: Table, sample: int, seeds: int = SEEDS) -> set[tuple[int, str]]:
     """Layer and module of all positions that a race on this draw of scouts can ask for at the middle level."""
     found = set()
-    for share, seed, probe in itertools.product(SHARES, range(seeds), (True, False)):
-        policy = race(table.task(share, seed, probe))
+    for share, seed in itertools.product(SHARES, range(seeds)):
+        policy = race(table.task(share, seed))
         scouts = next(policy)
         following = policy.send({run: table.score(run, (sample, 1)) for run in scouts.runs})
         found |= {(run.layer, run.module) for run in following.runs if run.level == 1}
@@ -170,7 +170,7 @@ def replays(table: Table, seeds: int) -> pd.DataFrame:
     draws = table.draws(seeds)
     for name, share, seed, samples in itertools.product([*POLICIES, UNPROBED], SHARES, range(seeds), draws):
         policy = POLICIES[OURS if name == UNPROBED else name]
-        if name not in (OURS, UNPROBED) and samples != draws[0]:
+        if name != "race" and samples != draws[0]:
             continue  # they run nothing at the lower levels
         rungs, scores = replayed(policy, table.task(share, seed, name != UNPROBED), lambda run: table.score(run, samples))
         run, _ = leading(scores, 2)[0]
