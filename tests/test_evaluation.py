@@ -267,7 +267,7 @@ def test_answers_to_the_prompts_of_other_edits_are_refused():
             edit_questions(loaded.tokenizer, EDITS, answers)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "qwen2_moe", "mamba", "rwkv"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "qwen2_moe", "rwkv"])
 def test_an_unedited_model_answers_unrelated_prompts_as_itself(architecture):
     loaded = exact_model(architecture)
     questions = questions_of(loaded)
@@ -277,7 +277,7 @@ def test_an_unedited_model_answers_unrelated_prompts_as_itself(architecture):
         assert (metrics["locality"], metrics["locality_tf"]) == (1.0, 1.0)
 
 
-PARTIAL = {"llama": 25, "gpt2": 30, "gemma2": 20, "mamba": 14}
+PARTIAL = {"llama": 25, "gpt2": 30, "gemma2": 20}
 """Epochs after which some of the edits are learnt and some are not."""
 
 
