@@ -227,9 +227,9 @@ def _how(selection: Selection) -> str:
     )
     if question.method == "survey":
         return (
-            f"{probe} Each kind of module is then run on all {question.levels.edits[-1]} edits in that order, the kinds in turn,"
-            " so that each gets the same time. What is kept of the budget goes to a gentler learning rate and further seeds of"
-            " the leaders."
+            f"{probe} Half of the budget runs the first of them on all {question.levels.edits[-1]} edits; most of the rest"
+            " runs the best of each kind of module, the kinds in turn, so that each gets the same time. What is kept goes to"
+            " a gentler learning rate and further seeds of the leaders."
         )
     if question.method == "race":
         levels = " then ".join(str(edits) for edits in question.levels.edits)

@@ -219,13 +219,13 @@ def _prepared(
     """The probe's scores, and the unedited model at each level that is run: from the study's run, else made on workers."""
     from locft.workbench import Baseline
 
-    levels, resources = question.levels.studies, question.study.resources
+    resources = question.study.resources
     names = [f"baseline-{level.facts.data_fingerprint}.json" for level in question.levels_run]
     works: dict[str, Callable[[], Any]] = {
         name: partial(_measure, level.inputs) for name, level in zip(names, question.levels_run, strict=True)
     }
     works = dict(reversed(works.items()))  # the longest first
-    works[PROBE_FILE] = partial(_probe, levels[-2 if len(levels) > 1 else -1].inputs, question.levels.positions, question.seed)
+    works[PROBE_FILE] = partial(_probe, question.levels.full.inputs, question.levels.positions, question.seed)
     found = {name: tracker.study_file(question.id, name) for name in works}
     if missing := [name for name, text in found.items() if text is None]:
         note("measuring the unedited model, and probing every position")

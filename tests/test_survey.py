@@ -1,38 +1,40 @@
-"""The survey: each kind of module its share of the time, the probe's order within it, and enough left to confirm."""
+"""The survey: the probe's best, some of each kind of module, and enough left to confirm."""
 
 import pytest
 
-from sweeps.race import first_run, leading, spent
+from sweeps.race import leading, spent
 from sweeps.race_search import replayed
 from sweeps.survey import in_turn, survey
 from tests.test_race import MODULES, World, drift_of
 
 
-def test_every_kind_gets_the_same_time_and_its_best_first():
+def test_kinds_in_turn_get_the_same_time_and_the_best_of_each_comes_first():
     world = World()
     task = world.task(1.0)
     order = in_turn(task)
-    assert sorted(order, key=lambda c: c.position) == sorted(world.candidates, key=lambda c: c.position)
-    dearest = max(world.seconds(first_run(task, c, task.full)) for c in order)
+    assert sorted(run.position for run in order) == sorted(c.position for c in world.candidates)
+    dearest = max(map(world.seconds, order))
     for upto in range(1, len(order) // 2):
         taken = dict.fromkeys(MODULES, 0.0)
-        for candidate in order[:upto]:
-            taken[candidate.module] += world.seconds(first_run(task, candidate, task.full))
+        for run in order[:upto]:
+            taken[run.module] += world.seconds(run)
         assert max(taken.values()) - min(taken.values()) <= dearest
+    disturbance = {c.position: c.disturbance for c in world.candidates}
     for module in MODULES:
-        line = [c.disturbance for c in order if c.module == module]
+        line = [disturbance[run.position] for run in order if run.module == module]
         assert line == sorted(line)
 
 
-def test_what_served_elsewhere_comes_first_of_its_kind():
-    task = World().task(1.0, priors=((0.0, "attn"), (0.5, "mlp")))
-    order = in_turn(task)
-    assert next(c.layer for c in order if c.module == "attn") == 0
-    assert next(c.layer for c in order if c.module == "mlp") in (11, 12)
+def test_what_served_elsewhere_is_run_first():
+    world = World()
+    rungs, _ = replayed(survey, world.task(0.2, priors=((0.0, "attn"), (0.5, "mlp"))), world.score)
+    assert [run.position for run in rungs[0].runs[:2]] in (["0.attn", "11.mlp"], ["0.attn", "12.mlp"])
+    best = sorted(world.candidates, key=lambda c: c.disturbance)
+    assert [run.position for run in rungs[0].runs[2:5]] == [c.position for c in best[:3]]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
-def test_it_finds_the_best_of_every_kind_and_confirms_the_leader(share):
+def test_it_finds_the_best_looks_at_every_kind_and_confirms_the_leader(share):
     world = World()
     rungs, scores = replayed(survey, world.task(share), world.score)
     assert {run.level for run in scores} == {2}, "whatever it runs is run in full"
