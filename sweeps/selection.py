@@ -35,8 +35,8 @@ from sweeps.trial import Basis, TrialInputs, resident_workbench
 if TYPE_CHECKING:
     from locft.workbench import Baseline
 
-PROBED_EDITS = 100
-"""Edits that the probe looks at, at most."""
+PROBED_EDITS = 50
+"""Edits that the probe looks at, at most: all go through the model at once, with everything a backward pass needs."""
 FINISHING_SECONDS = 10.0
 """Kept of a budget in minutes for the answer."""
 BUSY = 0.95

@@ -25,7 +25,7 @@ def test_a_selection_answers_with_a_position_a_page_and_a_run(selected, locft, w
     said = selected("--budget-share", 0.6)
     assert said.code == 0, said.err
     assert "Edit at" in said.out and "Chance that it is the best" in said.out and "Make the edit: locft edit" in said.out
-    assert "scouts:" in said.err and "finals:" in said.err
+    assert "survey:" in said.err and "best, whatever their kind" in said.err
     file = workplace / "select-tiny-atlas.json"
     content = json.loads(file.read_text())
     assert content["how"]["method"] == "survey" and 0 < content["chance"] <= 1

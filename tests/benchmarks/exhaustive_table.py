@@ -6,7 +6,7 @@ Every layer x five modules of the built-in model on the first 100 edits of the f
 (`full`), two more seeds for the neighbourhood of its front (`seeds`), and the lower levels that a race begins with, each on
 draws of edits of its own: all positions on 10 edits (`level0`, at twice the rate), and on 30 edits those that a race can
 ask for there (`level1`; after `full` and `level0`).
-`tune` finds the rates. `probe` writes probe.csv: the probe's scores on draws of a hundred edits from the whole file, so on
+`tune` finds the rates. `probe` writes probe.csv: the probe's scores on draws of edits from the whole file, so on
 others than those of `full`, one for each replay. Each part is a study run by `locft sweep`; what is in the table already is not run again, so the
 same command goes on.
 """
@@ -95,13 +95,14 @@ def write_probes(edits: str) -> None:
     from locft.positions import TuningPosition
     from locft.probe import probe_positions
     from locft.requests import load_edits
+    from sweeps.selection import PROBED_EDITS
 
     loaded, chosen = load_model("smollm2-135m"), load_edits(edits)
     prose = encode_suite(loaded.tokenizer, load_suite("probes", limit=1), PARTS["full"].prose).prose
     positions = [TuningPosition(layer, module) for layer in range(LAYERS) for module in MODULES]
     rows = []
     for sample in range(PROBES):
-        drawn = encode_edits(loaded.tokenizer, chosen.sample(PARTS["full"].edits, sample).requests)
+        drawn = encode_edits(loaded.tokenizer, chosen.sample(PROBED_EDITS, sample).requests)
         for scores in probe_positions(loaded, drawn, prose, positions, seed=sample):
             place = {"sample": sample, "layer": scores.position.layer, "module": scores.position.module}
             rows.append({**place, "disturbance": scores.disturbance, "gain": scores.gain})
