@@ -1,7 +1,9 @@
 """The Ray that a study runs on: this machine's or a cluster, reached within seconds or told why not."""
 
+import math
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,14 +15,45 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 5
 """How long a cluster may take to accept a connection."""
+LOOK_SECONDS = 2.0
+"""How often a cluster is asked what it holds."""
+
+
+class Room:
+    """How many trials run at a time: as many as the nodes that are there now hold, fewer once memory ran out."""
+
+    def __init__(self, resources: "Resources", trial_bytes: int = 0):
+        """trial_bytes: predicted memory of a trial. Raises InputError when not a single one fits."""
+        self._resources, self._trial_bytes = resources, trial_bytes
+        self._most = math.inf
+        self._fit = self._look()
+        self._looked = time.monotonic()
+
+    def trials(self) -> int:
+        """At least one, also while a cluster has no node to run it."""
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            try:
+                self._fit = self._look()
+            except InputError:  # the last worker node is gone; another may come
+                self._fit = 1
+            self._looked = time.monotonic()
+        return min(self._fit, self._most)
+
+    def narrow(self, running: int) -> None:
+        """Memory ran out with so many trials running: from now on at most half of them."""
+        self._most = min(self._most, max(1, running // 2))
+
+    def _look(self) -> int:
+        import ray
+
+        return concurrent_trials(self._resources, ray.cluster_resources(), self._trial_bytes)
 
 
 @contextmanager
-def ray_session(address: str | None, resources: "Resources", trial_bytes: int = 0) -> Iterator[int]:
+def ray_session(address: str | None, resources: "Resources", trial_bytes: int = 0) -> Iterator[Room]:
     """Connect to the cluster at `address` (auto finds one), or start Ray on this machine and stop it afterwards.
 
-    A Ray that is already running in this process is used and left alone. The value is the number of trials at a time.
-    trial_bytes: predicted memory of one.
+    A Ray that is already running in this process is used and left alone. trial_bytes: predicted memory of a trial.
     Raises InputError when the cluster does not answer, or cannot hold a single trial.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -30,7 +63,7 @@ def ray_session(address: str | None, resources: "Resources", trial_bytes: int = 
     import ray
 
     if ray.is_initialized():
-        yield concurrent_trials(resources, ray.cluster_resources(), trial_bytes)
+        yield Room(resources, trial_bytes)
         return
     if address is None:  # told at once, not after Ray's seconds
         import torch
@@ -43,7 +76,7 @@ def ray_session(address: str | None, resources: "Resources", trial_bytes: int = 
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(_no_cluster(address, cause)) from error
     try:
-        yield concurrent_trials(resources, ray.cluster_resources(), trial_bytes)
+        yield Room(resources, trial_bytes)
     finally:
         ray.shutdown()
 

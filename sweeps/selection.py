@@ -24,7 +24,7 @@ from sweeps.estimate import trial_seconds
 from sweeps.question import Budget, Question
 from sweeps.race import Candidate, Run, Rung, Score, Scores, Task, leading, start_rate
 from sweeps.race_search import RaceSearch
-from sweeps.ray_session import ray_session
+from sweeps.ray_session import Room, ray_session
 from sweeps.records import TrialConfig, TrialResult
 from sweeps.runner import Ending, Reporter, on_workers, run_trials
 from sweeps.study import study_to_yaml
@@ -106,7 +106,7 @@ def run_selection(
     with ExitStack() as stack:
         stack.enter_context(only_driver(driver_folder(question.id, tracking_uri), study.name))
         tracker = find_tracker(levels.full, tracking_uri)
-        concurrent = stack.enter_context(ray_session(address, study.resources))
+        room = stack.enter_context(ray_session(address, study.resources))
         reporter = stack.enter_context(progress)
         tracker = tracker or Tracker.open(tracking_uri, study.name)
         description = f"Selection of a position for {study.model} on {study.edits.source} ({question.method})"
@@ -115,16 +115,16 @@ def run_selection(
         )
         deliver_kept(levels.full, tracker, question.id, outbox)
         try:
-            return _raced(question, tracker, outbox, reporter, concurrent, began), tracker
+            return _raced(question, tracker, outbox, reporter, room, began), tracker
         except BaseException:
             tracker.abandon_study(question.id)
             raise
 
 
 def _raced(
-    question: Question, tracker: Tracker, outbox: Outbox, reporter: RaceReporter, concurrent: int, began: float
+    question: Question, tracker: Tracker, outbox: Outbox, reporter: RaceReporter, room: Room, began: float
 ) -> Selection:
-    levels, study = question.levels, question.study
+    levels, study, concurrent = question.levels, question.study, room.trials()
     known, _ = _known(question, tracker.load_results(question.id))
     candidates, baselines = _prepared(question, tracker, reporter.note)
     minutes = question.budget.minutes
@@ -149,7 +149,7 @@ def _raced(
             bases,
             cpus=study.resources.cpus,
             gpus=study.resources.gpus,
-            concurrent=concurrent,
+            room=room,
             reporter=recorder,
             deadline=deadline,
         )

@@ -144,7 +144,7 @@ def run_sweep(
         state = read_state(prepared, tracker)
         if state.affordable:
             trial_bytes = estimate(prepared.plan, prepared.facts).peak_memory_bytes
-            concurrent = stack.enter_context(ray_session(address, study.resources, trial_bytes))
+            room = stack.enter_context(ray_session(address, study.resources, trial_bytes))
         tracker = tracker or Tracker.open(tracking_uri, study.name)
         _open_study(prepared, tracker)
         try:
@@ -156,7 +156,7 @@ def run_sweep(
                         {prepared.facts.data_fingerprint: Basis(prepared.inputs, baseline)},
                         cpus=study.resources.cpus,
                         gpus=study.resources.gpus,
-                        concurrent=concurrent,
+                        room=room,
                         reporter=recorder,
                         deadline=began + 60 * (study.budget.minutes or math.inf),
                         trial_seconds=60 * (study.resources.minutes or math.inf),
