@@ -47,7 +47,7 @@ class Dispatch:
         self._search, self._room = search, room
         self._running: dict[str, _Attempt] = {}
         self._again: deque[_Attempt] = deque()
-        self._deaths: Counter[str] = Counter()
+        self._deaths: Counter[tuple[str, bool]] = Counter()
 
     def next(self, key: str) -> TrialConfig | Literal["wait"] | None:
         """The trial to run under this key; "wait" while there may be one later; None when there is no further one."""
@@ -78,14 +78,17 @@ class Dispatch:
         """Nothing will come of it. Its place is free."""
         self._search.learn(self._running.pop(key).proposal, None)
 
-    def died(self, key: str, *, out_of_memory: bool) -> bool:
-        """Its worker is gone, and its place free. Whether it will be tried again; else it is given up."""
+    def died(self, key: str, *, began: bool = True, out_of_memory: bool = False) -> bool:
+        """Its worker is gone, and its place free. Whether it will be tried again; else it is given up.
+
+        began: whether the worker had begun with it; an idle one whose node is gone is noticed when it is given a trial.
+        """
         attempt, beside = self._running[key], len(self._running)
         if out_of_memory:
             again = not attempt.alone
         else:
-            self._deaths[attempt.config.id] += 1
-            again = self._deaths[attempt.config.id] <= WORKER_RESTARTS
+            self._deaths[attempt.config.id, began] += 1
+            again = self._deaths[attempt.config.id, began] <= WORKER_RESTARTS
         if not again:
             self.given_up(key)
             return False

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from locft.errors import InputError
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 5
 """How long a cluster may take to accept a connection."""
+NODE_SECONDS = 120
+"""How long a node may take to start a process and look for the model."""
 LOOK_SECONDS = 2.0
 """How often a cluster is asked what it holds."""
 
@@ -50,11 +53,14 @@ class Room:
 
 
 @contextmanager
-def ray_session(address: str | None, resources: "Resources", trial_bytes: int = 0) -> Iterator[Room]:
+def ray_session(
+    address: str | None, resources: "Resources", trial_bytes: int = 0, model: str | None = None
+) -> Iterator[Room]:
     """Connect to the cluster at `address` (auto finds one), or start Ray on this machine and stop it afterwards.
 
-    A Ray that is already running in this process is used and left alone. trial_bytes: predicted memory of a trial.
-    Raises InputError when the cluster does not answer, or cannot hold a single trial.
+    A Ray that is already running in this process is used and left alone. trial_bytes: predicted memory of a trial. model:
+    every node of a cluster has to find it. Raises InputError when the cluster does not answer, refuses our token, cannot hold
+    a single trial, or has a node that lacks this package or the model.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -76,7 +82,10 @@ def ray_session(address: str | None, resources: "Resources", trial_bytes: int = 
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(_no_cluster(address, cause)) from error
     try:
-        yield Room(resources, trial_bytes)
+        room = Room(resources, trial_bytes)
+        if address is not None:
+            check_nodes(model)
+        yield room
     finally:
         ray.shutdown()
 
@@ -92,6 +101,53 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise InputError(_no_cluster(given, f"nothing answers there ({error})")) from None
+
+
+def check_nodes(model: str | None) -> None:
+    """InputError unless every node that runs trials can import this package and sees the model's files as this machine does.
+
+    model: None, or a name that is no local path, asks for the package alone.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    path = Path(model).expanduser() if model else None
+    path = path.absolute() if path is not None and path.exists() else None
+    expected, problems = _sizes(path), []
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    look = ray.remote(num_cpus=0, max_retries=0)(_sizes)
+    asked = {
+        node["NodeManagerAddress"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(path)
+        for node in nodes
+    }
+    for place, answer in asked.items():
+        try:
+            found = ray.get(answer, timeout=NODE_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            problems.append(f"node {place} does not answer within {NODE_SECONDS} s")
+            continue
+        except ray.exceptions.RayError as error:
+            cause = str(error).strip().splitlines()[-1]
+            problems.append(f"node {place} cannot run this package ({cause}); install the same version there")
+            continue
+        if found != expected:
+            what = "it has other files there" if found else "there is nothing"
+            problems.append(
+                f"model {model!r}: node {place} does not see {path} as this machine does ({what}); put it on storage that all"
+                " nodes mount at the same path, or name a hub id"
+            )
+    if problems:
+        raise InputError(problems)
+
+
+def _sizes(path: Path | None) -> dict[str, int]:
+    """File name -> bytes, of a file or of the files of a folder; empty where there is none."""
+    if path is None:
+        return {}
+    files = [path] if path.is_file() else sorted(path.glob("*"))
+    return {file.name: file.stat().st_size for file in files if file.is_file()}
 
 
 def _no_cluster(address: str | None, cause: str) -> str:

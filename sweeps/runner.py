@@ -292,9 +292,10 @@ def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, trial_sec
             if self.stopper.given_up or not dispatch.holds(key):
                 return
             config, cause = TrialConfig(**trial.config["trial"]), _death(trial)
-            self.running.pop(key, None)
-            if dispatch.died(key, out_of_memory=_for_want_of_memory(trial)):
-                reporter.retried(config, cause)
+            began = self.running.pop(key, None) is not None
+            if dispatch.died(key, began=began, out_of_memory=_for_want_of_memory(trial)):
+                if began:
+                    reporter.retried(config, cause)
             else:
                 self._hear(key, worker_failure(config, RuntimeError(f"worker died: {cause}")))
 
@@ -323,7 +324,7 @@ def _for_want_of_memory(trial) -> bool:
     from locft.finetune import out_of_memory
 
     try:
-        error = trial.get_pickled_error()
+        error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     except Exception:  # it does not unpickle here: then it is none of those
         return False
     cause = getattr(error, "cause", None)

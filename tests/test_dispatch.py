@@ -31,11 +31,12 @@ def done(config):
 def test_a_lost_worker_is_replaced_a_few_times_and_the_search_waits_for_it():
     found, running = dispatch(TRIALS[:2], room=2)
     found.finished("b", done(running["b"]))
-    for attempt in range(WORKER_RESTARTS):
+    assert found.died("a", began=False) and found.next("a") == running["a"], "an idle one was gone: no try of the trial"
+    for _ in range(WORKER_RESTARTS):
         assert found.next("x") == "wait", "the running one may have to be tried again"
-        assert found.died("a", out_of_memory=False)
+        assert found.died("a")
         assert found.next("a") == running["a"]
-    assert not found.died("a", out_of_memory=False)
+    assert not found.died("a")
     assert found.next("c") is None
 
 
@@ -68,7 +69,7 @@ def test_a_search_hears_what_came_under_the_key_it_proposed():
 
     found = Dispatch(Search(TRIALS[:2]), Space(2))
     first, second = found.next("a"), found.next("b")
-    assert found.died("a", out_of_memory=False) and found.next("c") == first
+    assert found.died("a") and found.next("c") == first
     found.finished("c", done(first))
     found.given_up("b")
     assert heard == [("a", done(first)), ("b", None)] and not found.holds("b") and second == TRIALS[1]

@@ -222,15 +222,14 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
             if COUNT >= len(FAULTS):
                 assert command.wait_for(command.finished + 2), command.text
                 time.sleep(draw.uniform(0, 0.5))
-                deaths = command.text.count("tried again")
                 nodes.cut(first[0])
-                assert command.until(lambda: command.text.count("tried again") > deaths), command.text
+                time.sleep(20)  # more than HEALTH grants
                 nodes.join(first[0])
+                assert first[0].wait(60) != 0, "it is told that the others gave it up, and ends"
                 happened.append("a link was cut and came back")
             assert command.wait() == 0, command.text
         finally:
             command.end()
-    assert "its worker died and it is tried again" in command.text
     check(study, uri, command.text, compared=12)
     with capsys.disabled():
         print(f"\n{len(happened)} faults of a cluster survived (seed {SEED}): {', '.join(happened)}")
