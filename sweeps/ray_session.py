@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 5
 """How long a cluster may take to accept a connection."""
+TOKEN_HINT = (
+    "set RAY_AUTH_MODE=token and the cluster's own token (RAY_AUTH_TOKEN, or ~/.ray/auth_token copied from its head)"
+)
 NODE_SECONDS = 120
 """How long a node may take to start a process and look for the model."""
 LOOK_SECONDS = 2.0
@@ -78,8 +81,12 @@ def ray_session(
     quiet = {"include_dashboard": False} if address is None else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **quiet)
+    except ray.exceptions.AuthenticationError as error:
+        raise InputError(_no_cluster(address, f"there is no token; {TOKEN_HINT}")) from error
     except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if address is not None and isinstance(error, ConnectionError):  # something listens, but does not let us in
+            cause += f", though something listens there: is it Ray, of this version? If so, {TOKEN_HINT}"
         raise InputError(_no_cluster(address, cause)) from error
     try:
         room = Room(resources, trial_bytes)

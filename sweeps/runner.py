@@ -125,6 +125,7 @@ def run_trials(
             worker,
             tune_config=tune.TuneConfig(
                 search_alg=_searcher(dispatch),
+                scheduler=_scheduler(),
                 num_samples=-1,  # the search says when it has no more
                 reuse_actors=True,  # a fresh process would load the model anew for every trial
                 trial_name_creator=lambda trial: trial.trial_id,
@@ -213,6 +214,21 @@ def _searcher(dispatch: Dispatch):
             """See `save`."""
 
     return Driven(metric="failed", mode="min")
+
+
+def _scheduler():
+    """Trials start in their order.
+
+    Ray's own first-in-first-out hands a free worker to the trial that waits for a new one, and ends that one while it
+    starts: where trials are shorter than the start of a worker, no further worker ever comes up.
+    """
+    from ray.tune.schedulers import FIFOScheduler
+
+    class InOrder(FIFOScheduler):
+        def choose_trial_to_run(self, tune_controller):
+            return None
+
+    return InOrder()
 
 
 def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, trial_seconds: float):

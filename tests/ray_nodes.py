@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+TOKEN = secrets.token_hex(16)
+"""Ray reads it once a process."""
 STARTED = 90
 """Seconds until a node is up on a busy machine."""
 HEALTH = {"initial_delay_ms": 1000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 4}
@@ -29,7 +31,6 @@ class Nodes:
     def __init__(self, head_cpus: int = 0, **environment: str):
         """environment: further settings of Ray for all nodes."""
         self.folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))  # sockets need short paths
-        self.token = secrets.token_hex(16)
         self._health = {f"RAY_health_check_{name}": str(value) for name, value in HEALTH.items()}
         self._more = environment
         self._head_cpus = head_cpus
@@ -41,7 +42,7 @@ class Nodes:
     @property
     def environment(self) -> dict[str, str]:
         """What whoever connects needs."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0"}
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
 
     def __enter__(self) -> "Nodes":
         try:
