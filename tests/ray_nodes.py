@@ -4,6 +4,7 @@ The head runs no trials, as in the cluster files. Every process is known by its 
 off and ended without touching any other Ray of the machine.
 """
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -103,6 +104,7 @@ class Nodes:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )  # fmt: skip
         self._nodes.append(node)
         until = time.monotonic() + STARTED
@@ -119,6 +121,12 @@ def processes(node: subprocess.Popen) -> list[psutil.Process]:
         return [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _end_with_parent() -> None:
+    """SIGTERM when whoever started the node is killed: `ray start --block` then ends all of it. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _title(process: psutil.Process) -> str:

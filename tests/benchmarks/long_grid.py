@@ -78,8 +78,10 @@ def timed(phase: str, work: Callable[[], T], **more: Callable[[T], Any]) -> T:
 
 
 def write_study(folder: Path, trials: int) -> Path:
-    """Layers, modules and batch sizes of a random model, and as many seeds as make up the number."""
+    """Three layers, two modules and two seeds of a random model, and as many learning rates as make up the number."""
     from tests.tiny import tiny_model, tiny_tokenizer
+
+    rates = [float(f"{0.001 * 1.01**step:.5g}") for step in range(-(-trials // 12))]
 
     tiny_model().save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
@@ -89,7 +91,7 @@ def write_study(folder: Path, trials: int) -> Path:
 model: {folder / "model"}
 edits: {{source: atlas, limit: 4}}
 capability: {{suite: probes, limit: 2, prose_tokens: 64}}
-space: {{layer: all, module: [mlp_down, attn], batch_size: 2, learning_rate: 0.02, seed: {list(range(-(-trials // 6)))}}}
+space: {{layer: all, module: [mlp_down, attn], batch_size: 2, learning_rate: {rates}, seed: [0, 1]}}
 epochs: 4
 """
     )
