@@ -203,7 +203,8 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
     store.write_bytes(empty_store.read_bytes())
     write_study(
         tmp_path, tiny_folder, space__layer="all", space__module=["mlp_down", "attn"],
-        space__seed=list(range(5 if COUNT < len(FAULTS) else 15)), epochs=300, skip_below=0.0, stop_below=0.0,
+        space__seed=list(range(5 if COUNT < len(FAULTS) else 15)), resources__concurrent="auto", epochs=300,
+        skip_below=0.0, stop_below=0.0,
     )  # fmt: skip
     study, uri = prepare(load_study("tiny.yaml")), f"sqlite:///{store}"
     draw, happened = random.Random(SEED), []

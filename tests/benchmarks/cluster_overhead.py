@@ -90,7 +90,7 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
     from sweeps.sweep import Recorder, environment
     from sweeps.tracking import Tracker
 
-    study = prepare(load_study(str(write_study(folder, folder / "model", name=f"overhead-{nodes}"))))
+    study = prepare(load_study(str(write_study(folder, folder / "model", name=f"overhead-{nodes}", resources__concurrent="auto"))))
     trials = [replace(study.plan.trials[0], seed=seed) for seed in range(nodes * (per_worker + WARM_UP))]
     collected = Collected()
     with Nodes() as cluster, ui.running(f"sqlite:///{folder / 'mlflow.db'}", None) as (server, _):
