@@ -6,7 +6,7 @@ import time
 import pytest
 
 from locft.errors import InputError
-from sweeps.ray_session import check_nodes, concurrent_trials, ray_session
+from sweeps.ray_session import Room, check_nodes, concurrent_trials, ray_session
 from sweeps.schema import Resources
 
 
@@ -73,3 +73,22 @@ def test_nodes_that_do_not_see_the_model_are_named(ray_running, tmp_path, monkey
         )
         with pytest.raises(InputError, match="does not see .*model as this machine does .*there is nothing.*hub id"):
             check_nodes(str(model))
+
+
+def test_room_follows_the_nodes_and_shrinks_when_memory_runs_out(ray_running, monkeypatch):
+    import ray
+
+    from sweeps import ray_session as module
+
+    have = {"CPU": 2.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(module, "LOOK_SECONDS", -1.0)
+    room = Room(Resources())
+    assert room.trials() == 2
+    have["CPU"] = 6.0
+    assert room.trials() == 6
+    have["CPU"] = 0.0
+    assert room.trials() == 1, "another node may come"
+    have["CPU"] = 6.0
+    room.narrow(running=6)
+    assert room.trials() == 3
