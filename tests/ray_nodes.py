@@ -82,7 +82,7 @@ class Nodes:
 
     def workers(self, node: subprocess.Popen) -> list[psutil.Process]:
         """Its processes that run trials."""
-        return [process for process in processes(node) if "TrialWorker" in _title(process)]
+        return [process for process in processes(node) if "TrialWorker.train" in _title(process)]
 
     def _signal(self, node: subprocess.Popen, number: int) -> None:
         for process in processes(node):

@@ -142,7 +142,7 @@ def strike(fault: str, command: Command, server: Server, draw: random.Random) ->
     if fault == "terminate":
         command.process.terminate()
     if fault == "worker":
-        workers = command.children("TrialWorker")
+        workers = command.children("TrialWorker.train")
         if workers:
             draw.choice(workers).kill()
     if fault == "node":

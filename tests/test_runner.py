@@ -127,7 +127,7 @@ def trial_workers():
     found = []
     for process in children:
         try:
-            if "TrialWorker" in " ".join(process.cmdline()):
+            if "TrialWorker.train" in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             pass
