@@ -71,16 +71,19 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+    name: str, *, dtype: str = "float32", device: str = "auto", spread: bool = False, trust_remote_code: bool = False
 ) -> LoadedModel:
     """Load `name`, a built-in name, a folder, a .gguf file or a hub id.
 
-    dtype is one of `DTYPES`; device is a torch device, or auto for the first GPU where there is one. Raises InputError when
-    the model cannot be had, saying what was tried and what to do offline.
+    dtype is one of `DTYPES`; device is a torch device, or auto for the first GPU where there is one. spread: divide the layers
+    among all GPUs that this process sees. Such a model has no tail view: its steps compute all of it. Raises InputError when the
+    model cannot be had, saying what was tried and what to do offline, or does not fit into those GPUs.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     target = torch_device(device)
+    if spread and target.type != "cuda":
+        raise InputError(f"model {name!r}: dividing it needs GPUs, got device {device!r} with {torch.cuda.device_count()} of them")
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     fingerprint = folder_fingerprint(folder)
     try:
@@ -90,6 +93,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **({"device_map": "auto"} if spread else {}),
         )
     except LOAD_ERRORS as error:
         raise InputError(f"model {name!r}: the folder {folder} does not load: {_cause(error)}") from error
@@ -99,7 +103,14 @@ def load_model(
             f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
         )
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    model.eval().requires_grad_(False).to(target)
+    model.eval().requires_grad_(False)
+    if not spread:
+        model.to(target)
+    elif elsewhere := {str(place) for place in model.hf_device_map.values()} & {"cpu", "disk"}:
+        raise InputError(
+            f"model {name!r} in {dtype} does not fit into {torch.cuda.device_count()} GPUs (parts would lie on"
+            f" {', '.join(sorted(elsewhere))}); ask for more (resources.gpus), or a smaller dtype"
+        )
     if getattr(model.config, "rescale_every", 0):  # RWKV: a forward pass in evaluation mode would rewrite its weights
         model.config.rescale_every = 0
     return LoadedModel(name, model, tokenizer, fingerprint)

@@ -49,6 +49,7 @@ class PreparedStudy:
             study.capability.prose_tokens,
             study.resources.cpus,
             selected_layers(study, self.facts.n_layers),
+            spread=study.resources.gpus > 1,
         )
 
     @property

@@ -6,9 +6,6 @@ from typing import Literal
 from sweeps.race import Policy, Run, Rung, Score, Scores, Task
 from sweeps.records import TrialConfig, TrialResult
 
-MOST_RUNS = 100_000
-"""More than any race has: it ends by itself."""
-
 
 class RaceSearch:
     """Runs a policy to its end. What is known already is not run again, so a stopped race goes on where it was."""
@@ -23,7 +20,6 @@ class RaceSearch:
         tell: Callable[[Rung, int], None] = lambda rung, open_runs: None,
     ):
         """known: scores of earlier runs. tell: hears of every rung, and how many of its runs are not known yet."""
-        self.trials = MOST_RUNS
         self.rungs: list[Rung] = []
         """So far, in order."""
         self.scores: dict[Run, Score] = {}

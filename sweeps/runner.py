@@ -13,11 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from sweeps.dispatch import WORKER_RESTARTS, Dispatch, Listed
+from sweeps.ray_session import Room
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
-from sweeps.search import Search, as_searcher
+from sweeps.search import Search
 from sweeps.trial import Basis, TrialInputs, resident_workbench, run_trial
 
 if TYPE_CHECKING:
@@ -27,8 +30,8 @@ T = TypeVar("T")
 
 SAME_FAILURES = 3
 """So many first trials that all fail for one reason stop the study: the rest would fail for it too."""
-WORKER_RESTARTS = 2
-"""A trial whose worker process died is tried so many times more."""
+PENDING = "64"
+"""Workers that Ray Tune starts side by side."""
 
 Ending = Literal["complete", "same_failure", "interrupted", "out_of_time"]
 """Why no further trial is run: there is none, the first ones all failed for one reason, Ctrl-C, or the deadline."""
@@ -75,54 +78,65 @@ def compute_baseline(inputs: TrialInputs, cpus: float, gpus: float) -> "Baseline
     return on_workers([lambda: resident_workbench(inputs).baseline], cpus, gpus)[0]
 
 
+def train_and_measure(config: TrialConfig, bases: Mapping[str, Basis]) -> TrialResult:
+    """The work of a trial. bases: by the `data_fingerprint` of trials."""
+    basis = bases[config.data_fingerprint]
+    return run_trial(resident_workbench(basis.inputs, basis.baseline), config)
+
+
 def run_trials(
-    source: list[TrialConfig] | Search,
+    source: Sequence[TrialConfig] | Search,
     bases: Mapping[str, Basis],
     *,
     cpus: float,
     gpus: float,
-    concurrent: int,
+    room: Room,
     reporter: Reporter,
     deadline: float = math.inf,
     trial_seconds: float = math.inf,
+    work: Callable[[TrialConfig, Mapping[str, Basis]], TrialResult] = train_and_measure,
 ) -> Ending:
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
-    source: the open trials, or a search that proposes them. bases: by the `data_fingerprint` of trials. deadline: as of
-    `time.monotonic`; what runs then is given up. trial_seconds: a trial that takes longer is killed and failed. One that raises is a failed result and the others go on; when the
-    first `SAME_FAILURES` results are failures with one cause, the rest is not started. On Ctrl-C or SIGTERM the running trials
-    are given up; a second one raises KeyboardInterrupt at once.
+    source: the open trials, or a search that proposes them. bases: what `work` needs. room: how many run at a time, asked
+    again and again. deadline: as of `time.monotonic`; what runs then is given up. trial_seconds: a trial that takes longer
+    is killed and failed. One that raises is a failed result and the others go on; one whose worker is lost is tried again
+    (`sweeps.dispatch`). When the first `SAME_FAILURES` results are failures with one cause, the rest is not started. On
+    Ctrl-C or SIGTERM the running trials are given up; a second one raises KeyboardInterrupt at once.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000")  # Ray's snapshots grow with every trial; nothing reads them
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end the run without telling us
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # each would be a long traceback; we say it in one line
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", PENDING)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # what did not complete, the reporter has heard
-    listener = _listener(reporter, deadline, trial_seconds)
-    search = {} if isinstance(source, list) else {"search_alg": as_searcher(source), "num_samples": source.trials}
-    space = {"trial": tune.grid_search([config.to_dict() for config in source])} if isinstance(source, list) else None
-    trainable = tune.with_parameters(_trainable, bases=dict(bases))
+    dispatch = Dispatch(Listed(source) if isinstance(source, Sequence) else source, room)
+    listener = _listener(dispatch, reporter, deadline, trial_seconds)
+    worker = tune.with_parameters(_worker(), work=partial(work, bases=dict(bases)))
+    worker = tune.with_resources(worker, {"cpu": cpus, "gpu": gpus})
+    worker.__qualname__ = worker.__name__  # what lists of processes show: ray::TrialWorker.train
     with tempfile.TemporaryDirectory(prefix="locft-ray-") as scratch, _on_interrupt(listener.stopper.interrupt):
         tune.Tuner(
-            tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
-            param_space=space,
+            worker,
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=concurrent,
+                search_alg=_searcher(dispatch),
+                scheduler=_scheduler(),
+                num_samples=-1,  # the search says when it has no more
                 reuse_actors=True,  # a fresh process would load the model anew for every trial
                 trial_name_creator=lambda trial: trial.trial_id,
                 trial_dirname_creator=lambda trial: trial.trial_id,
-                **search,
             ),
             run_config=tune.RunConfig(
                 storage_path=scratch,
                 verbose=0,
                 callbacks=[listener],
                 stop=listener.stopper,
-                failure_config=tune.FailureConfig(max_failures=WORKER_RESTARTS),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
     return listener.stopper.ending
@@ -149,20 +163,75 @@ def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _trainable(config: Mapping[str, Any], bases: Mapping[str, Basis]) -> None:
-    """What Ray Tune calls on a worker."""
+def _worker():
+    """What Ray Tune keeps on a worker, and calls there once a trial."""
     from ray import tune
 
-    trial = TrialConfig(**config["trial"])
-    basis = bases[trial.data_fingerprint]
-    try:
-        result = run_trial(resident_workbench(basis.inputs, basis.baseline), trial)
-    except Exception as error:  # whatever a trial raises is that trial's result; the worker and the study go on
-        result = worker_failure(trial, error)
-    tune.report({"failed": int(result.status == "failed"), "result": pack_result(result)})
+    class TrialWorker(tune.Trainable):
+        def setup(self, config, work):
+            self._work = work
+
+        def reset_config(self, new_config) -> bool:
+            return True  # Ray has set it; the process goes on with what it holds
+
+        def step(self):
+            from locft.finetune import out_of_memory
+
+            trial = TrialConfig(**self.config["trial"])
+            try:
+                result = self._work(trial)
+            except Exception as error:  # whatever a trial raises is that trial's result; the worker and the study go on
+                if out_of_memory(error):  # unless ending this process is what helps
+                    raise
+                result = worker_failure(trial, error)
+            return {"done": True, "failed": int(result.status == "failed"), "result": pack_result(result)}
+
+    return TrialWorker
 
 
-def _listener(reporter: Reporter, deadline: float, trial_seconds: float):
+def _searcher(dispatch: Dispatch):
+    """Where Ray Tune asks for the next trial."""
+    from ray.tune.search import Searcher
+
+    class Driven(Searcher):
+        def __reduce__(self):
+            """Ray writes its set-up to disk for a restore that never happens here."""
+            return Searcher, ()
+
+        def suggest(self, trial_id: str):
+            config = dispatch.next(trial_id)
+            if config == "wait":
+                return None
+            return {"trial": config.to_dict()} if config else Searcher.FINISHED
+
+        def on_trial_complete(self, trial_id: str, result=None, error: bool = False) -> None:
+            """The listener hears it, with the cause."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing to save: a resumed study tells a new search what the tracking store holds."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """See `save`."""
+
+    return Driven(metric="failed", mode="min")
+
+
+def _scheduler():
+    """Trials start in their order.
+
+    Ray's own first-in-first-out hands a free worker to the trial that waits for a new one, and ends that one while it
+    starts: where trials are shorter than the start of a worker, no further worker ever comes up.
+    """
+    from ray.tune.schedulers import FIFOScheduler
+
+    class InOrder(FIFOScheduler):
+        def choose_trial_to_run(self, tune_controller):
+            return None
+
+    return InOrder()
+
+
+def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, trial_seconds: float):
     """Ray Tune callback that turns events into the reporter's; carries the stopper that it feeds."""
     import ray
     from ray import tune
@@ -199,61 +268,57 @@ def _listener(reporter: Reporter, deadline: float, trial_seconds: float):
     class Listener(tune.Callback):
         def __init__(self):
             self.stopper = StudyStopper()
-            self.done: set[str] = set()
-            self.workers: dict[str, Any] = {}
-            self.began: dict[str, float] = {}
-            self.overdue: set[str] = set()
-            """Trials that took too long: Ray starts them again, and they are killed again until it gives them up."""
+            self.running: dict[str, tuple[TrialConfig, Any, float]] = {}
+            """By Ray's id of the trial: what it is, its worker, and when it began."""
 
         def __reduce__(self):
             """Ray writes its set-up to disk for a restore that never happens here; screen and client stay out of it."""
             return tune.Callback, ()
 
         def on_trial_start(self, iteration, trials, trial, **info):
-            self.workers[trial.trial_id] = trial.temporary_state.ray_actor
-            self.began[trial.trial_id] = time.monotonic()
-            if trial.trial_id in self.overdue:
-                ray.kill(self.workers[trial.trial_id])
-            reporter.started(_others_running(trials, trial) + 1)
+            config, worker = TrialConfig(**trial.config["trial"]), trial.temporary_state.ray_actor
+            self.running[trial.trial_id] = config, worker, time.monotonic()
+            reporter.started(len(self.running))
 
         def on_step_end(self, iteration, trials, **info):
-            if time.monotonic() > deadline and not self.stopper.given_up:
+            now = time.monotonic()
+            if now > deadline and not self.stopper.given_up:
                 self.stopper.given_up = "out_of_time"
             if self.stopper.given_up:  # Ray would wait ten seconds for a trial that may take minutes
-                for worker in self.workers.values():
+                for _, worker, _ in self.running.values():
                     ray.kill(worker)
-                self.workers.clear()
+                self.running.clear()
                 return
-            for trial in trials:
-                late = trial.status == "RUNNING" and time.monotonic() - self.began[trial.trial_id] > trial_seconds
-                if late and trial.trial_id not in self.overdue:
-                    self.overdue.add(trial.trial_id)
+            for key, (config, worker, began) in list(self.running.items()):
+                if now - began > trial_seconds:
                     error = TimeoutError(f"not done after {trial_seconds / 60:g} minutes (resources.minutes)")
-                    self._hear(worker_failure(TrialConfig(**trial.config["trial"]), error), _others_running(trials, trial))
-                    ray.kill(self.workers[trial.trial_id])
-
-        def on_trial_recover(self, iteration, trials, trial, **info):
-            config = TrialConfig(**trial.config["trial"])
-            if not (self.stopper.given_up or config.id in self.done or trial.trial_id in self.overdue):
-                reporter.retried(config, _death(trial))
+                    dispatch.given_up(key)
+                    self._hear(key, worker_failure(config, error))
+                    ray.kill(worker)
 
         def on_trial_result(self, iteration, trials, trial, result, **info):
-            self.began[trial.trial_id] = math.inf
-            self._hear(unpack_result(result["result"]), _others_running(trials, trial))
+            packed = result.pop("result")  # Ray keeps the last result of every trial
+            if dispatch.holds(trial.trial_id):
+                result = unpack_result(packed)
+                dispatch.finished(trial.trial_id, result)
+                self._hear(trial.trial_id, result)
 
         def on_trial_error(self, iteration, trials, trial, **info):
-            if self.stopper.given_up or trial.trial_id in self.overdue:
+            key = trial.trial_id
+            if self.stopper.given_up or not dispatch.holds(key):
                 return
-            error = RuntimeError(f"worker died: {_death(trial)}")
-            self._hear(worker_failure(TrialConfig(**trial.config["trial"]), error), _others_running(trials, trial))
+            config, cause = TrialConfig(**trial.config["trial"]), _death(trial)
+            began = self.running.pop(key, None) is not None
+            if dispatch.died(key, began=began, out_of_memory=_for_want_of_memory(trial)):
+                if began:
+                    reporter.retried(config, cause)
+            else:
+                self._hear(key, worker_failure(config, RuntimeError(f"worker died: {cause}")))
 
-        def _hear(self, result: TrialResult, running: int) -> None:
-            if result.config.id in self.done:  # its worker died after the result, and Ray tried it again
-                return
-            if result.status == "done":
-                self.done.add(result.config.id)
+        def _hear(self, key: str, result: TrialResult) -> None:
+            self.running.pop(key, None)
             self.stopper.note(result)
-            reporter.finished(result, running)
+            reporter.finished(result, len(self.running))
 
     return Listener()
 
@@ -264,9 +329,19 @@ def _death(trial) -> str:
         said = Path(trial.error_file).read_text(encoding="utf-8").strip()
     except OSError:
         said = ""
-    return said.splitlines()[-1].partition(" Some common causes")[0] if said else "no cause known"
+    lines = said.partition(" Some common causes")[0].splitlines()
+    return next((line for line in lines if "low on memory" in line), lines[-1]) if lines else "no cause known"
 
 
-def _others_running(trials, trial) -> int:
-    """The status of the trial itself is not reliable inside a callback: it is set before some and after others."""
-    return sum(other.status == "RUNNING" for other in trials if other is not trial)
+def _for_want_of_memory(trial) -> bool:
+    """Whether Ray ended the worker because its node ran out of memory, or the trial was refused more."""
+    import ray
+
+    from locft.finetune import out_of_memory
+
+    try:
+        error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except Exception:  # it does not unpickle here: then it is none of those
+        return False
+    cause = getattr(error, "cause", None)
+    return isinstance(error, ray.exceptions.OutOfMemoryError) or isinstance(cause, Exception) and out_of_memory(cause)

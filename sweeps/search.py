@@ -1,18 +1,15 @@
-"""Searches that choose trials while they run: what drives them in Ray Tune, and multi-objective search with Optuna."""
+"""Searches that choose trials while they run: what every one does, and multi-objective search with Optuna."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
-from sweeps.records import TrialConfig, TrialResult, unpack_result
+from sweeps.records import TrialConfig, TrialResult
 
 OBJECTIVES = ("reliability", "capability")
 
 
 class Search(Protocol):
     """Chooses trials while others run. Called in the driver, one call at a time."""
-
-    trials: int
-    """Trials at most."""
 
     def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
         """The next trial; "wait" when that depends on running ones; None when there is no further one."""
@@ -35,11 +32,12 @@ class TrialSearch:
         seed: int,
         earlier: Mapping[str, tuple[Mapping[str, Any], tuple[float, float] | None]],
     ):
-        """space: axis -> list of values, or ("log_uniform", low, high). earlier: trial id -> (point, objectives)."""
+        """space: axis -> list of values, or ("log_uniform", low, high). trials: to propose at most. earlier: trial id -> (point,
+        objectives)."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.trials = trials
+        self._left = trials
         self._to_config = to_config
         self._space = {axis: _distribution(values) for axis, values in space.items()}
         sampler = optuna.samplers.TPESampler(seed=seed + len(earlier), multivariate=True)
@@ -53,11 +51,12 @@ class TrialSearch:
                 self._study.add_trial(told)
 
     def propose(self, key: str) -> TrialConfig | None:
-        """A configuration that was neither run nor proposed before; None when the space seems used up."""
-        for _ in range(200):
+        """A configuration that was neither run nor proposed before; None when the space seems used up, or trials are."""
+        for _ in range(200 if self._left > 0 else 0):
             asked = self._study.ask(self._space)
             config = self._to_config(asked.params)
             if config.id not in self._known:
+                self._left -= 1
                 self._known[config.id] = None
                 self._asked[key] = (asked, config.id)
                 return config
@@ -78,33 +77,6 @@ class TrialSearch:
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(asked, values)
-
-
-def as_searcher(search: Search):
-    """A search in the form that Ray Tune drives."""
-    from ray.tune.search import Searcher
-
-    class Driven(Searcher):
-        def __reduce__(self):
-            """Ray writes its set-up to disk for a restore that never happens here."""
-            return Searcher, ()
-
-        def suggest(self, trial_id: str):
-            config = search.propose(trial_id)
-            if config == "wait":
-                return None
-            return {"trial": config.to_dict()} if config else Searcher.FINISHED
-
-        def on_trial_complete(self, trial_id: str, result=None, error: bool = False) -> None:
-            search.learn(trial_id, unpack_result(result["result"]) if result and "result" in result else None)
-
-        def save(self, checkpoint_path: str) -> None:
-            """Nothing to save: a resumed study tells a new search what the tracking store holds."""
-
-        def restore(self, checkpoint_path: str) -> None:
-            """See `save`."""
-
-    return Driven(metric="failed", mode="min")
 
 
 def objectives(result: TrialResult) -> tuple[float, ...] | None:

@@ -21,10 +21,11 @@ from sweeps.baselines import POLICIES
 from sweeps.delivery import Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
 from sweeps.estimate import trial_seconds
+from sweeps.heartbeat import at_work, refuse_second_driver
 from sweeps.question import Budget, Question
 from sweeps.race import Candidate, Run, Rung, Score, Scores, Task, leading, start_rate
 from sweeps.race_search import RaceSearch
-from sweeps.ray_session import ray_session
+from sweeps.ray_session import Room, ray_session
 from sweeps.records import TrialConfig, TrialResult
 from sweeps.runner import Ending, Reporter, on_workers, run_trials
 from sweeps.study import study_to_yaml
@@ -106,25 +107,27 @@ def run_selection(
     with ExitStack() as stack:
         stack.enter_context(only_driver(driver_folder(question.id, tracking_uri), study.name))
         tracker = find_tracker(levels.full, tracking_uri)
-        concurrent = stack.enter_context(ray_session(address, study.resources))
+        refuse_second_driver(tracker, question.id, study.name)
+        room = stack.enter_context(ray_session(address, study.resources, model=study.model))
         reporter = stack.enter_context(progress)
         tracker = tracker or Tracker.open(tracking_uri, study.name)
         description = f"Selection of a position for {study.model} on {study.edits.source} ({question.method})"
         tracker.open_study(
             question.id, study.name, study_yaml=study_to_yaml(study), description=description, environment=environment()
         )
+        stack.enter_context(at_work(tracker, question.id))
         deliver_kept(levels.full, tracker, question.id, outbox)
         try:
-            return _tried(question, tracker, outbox, reporter, concurrent, began), tracker
+            return _tried(question, tracker, outbox, reporter, room, began), tracker
         except BaseException:
             tracker.abandon_study(question.id)
             raise
 
 
 def _tried(
-    question: Question, tracker: Tracker, outbox: Outbox, reporter: RaceReporter, concurrent: int, began: float
+    question: Question, tracker: Tracker, outbox: Outbox, reporter: RaceReporter, room: Room, began: float
 ) -> Selection:
-    levels, study = question.levels, question.study
+    levels, study, concurrent = question.levels, question.study, room.trials()
     known, _ = _known(question, tracker.load_results(question.id))
     candidates, baselines = _prepared(question, tracker, reporter.note)
     minutes = question.budget.minutes
@@ -149,7 +152,7 @@ def _tried(
             bases,
             cpus=study.resources.cpus,
             gpus=study.resources.gpus,
-            concurrent=concurrent,
+            room=room,
             reporter=recorder,
             deadline=deadline,
         )
@@ -253,7 +256,7 @@ def _probe(inputs: TrialInputs, positions: list[tuple[int, str]], seed: int) -> 
     from locft.probe import probe_positions
 
     torch.set_num_threads(inputs.threads)
-    loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device)
+    loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device, spread=inputs.spread)
     rows = encode_edits(loaded.tokenizer, inputs.edits.requests[:PROBED_EDITS])
     suite = inputs.suite if inputs.suite and inputs.prose_tokens else load_suite("probes", limit=1)
     prose = encode_suite(loaded.tokenizer, suite, inputs.prose_tokens or 512).prose

@@ -16,6 +16,7 @@ from locft.errors import InputError
 from sweeps.delivery import Delivery, Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
 from sweeps.estimate import estimate
+from sweeps.heartbeat import at_work, refuse_second_driver
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
 from sweeps.ray_session import ray_session
@@ -137,6 +138,7 @@ def run_sweep(
     with ExitStack() as stack:
         stack.enter_context(only_driver(driver_folder(prepared.id, tracking_uri), study.name))
         tracker = find_tracker(prepared, tracking_uri)
+        refuse_second_driver(tracker, prepared.id, study.name)
         if len(outbox):
             tracker = tracker or Tracker.open(tracking_uri, study.name)
             _open_study(prepared, tracker)
@@ -144,9 +146,10 @@ def run_sweep(
         state = read_state(prepared, tracker)
         if state.affordable:
             trial_bytes = estimate(prepared.plan, prepared.facts).peak_memory_bytes
-            concurrent = stack.enter_context(ray_session(address, study.resources, trial_bytes))
+            room = stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
         tracker = tracker or Tracker.open(tracking_uri, study.name)
         _open_study(prepared, tracker)
+        stack.enter_context(at_work(tracker, prepared.id))
         try:
             if state.affordable:
                 baseline = _baseline(prepared, tracker)
@@ -156,7 +159,7 @@ def run_sweep(
                         {prepared.facts.data_fingerprint: Basis(prepared.inputs, baseline)},
                         cpus=study.resources.cpus,
                         gpus=study.resources.gpus,
-                        concurrent=concurrent,
+                        room=room,
                         reporter=recorder,
                         deadline=began + 60 * (study.budget.minutes or math.inf),
                         trial_seconds=60 * (study.resources.minutes or math.inf),

@@ -235,6 +235,21 @@ class Tracker:
             content = self._store.get(study[0].info.run_id, name) if study else None
         return None if content is None else content.decode("utf-8")
 
+    def study_tag(self, study_id: str, key: str) -> str | None:
+        """The value of a tag of the study's run; None when it has none or the study never ran."""
+        with asking(f"the study's tag {key}"):
+            study = self._store.find(runs.matching("study", study_id))
+        return study[0].data.tags.get(key) if study else None
+
+    def tag_study(self, study_id: str, key: str, value: str | None) -> None:
+        """Sets a tag of the study's run (`open_study` comes first); None removes it."""
+        with asking(f"the study's tag {key}"):
+            run_id = self._study_run(study_id)
+            if value is None:
+                self._client.delete_tag(run_id, key)
+            else:
+                self._store.log(run_id, tags={key: value})
+
     def finished(self, study_id: str | None) -> dict[str, str]:
         """Trial id -> run id of every trial that is done (`load_results` has the failed ones). None: of all studies."""
         wanted = f"{runs.matching('trial', study_id)} and attributes.status = 'FINISHED'"

@@ -57,6 +57,7 @@ def connect(uri: str | None, *, create: bool = False) -> tuple["MlflowClient", s
     # A driver must notice within a minute that the server is away; MLflow's own settings wait for many.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for every run that ends
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it would break into the live table
     tracking_uri.check_reachable(resolved)
     from mlflow import MlflowClient

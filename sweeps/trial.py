@@ -35,6 +35,8 @@ class TrialInputs:
     """Where the study trains: the hidden states entering these layers are computed in one pass."""
     full_model: bool = False
     """Compute everything with the whole model, the plain way."""
+    spread: bool = False
+    """The model's layers are divided among the GPUs of a trial."""
 
     @property
     def key(self) -> tuple:
@@ -71,7 +73,8 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
         kin = [bench for key, bench in _resident.items() if key[:3] == inputs.key[:3]]
         if not kin:
             _resident.clear()
-        loaded = kin[0].loaded if kin else load_model(inputs.model, dtype=inputs.dtype, device=inputs.device)
+        place = {"dtype": inputs.dtype, "device": inputs.device, "spread": inputs.spread}
+        loaded = kin[0].loaded if kin else load_model(inputs.model, **place)
         _resident[inputs.key] = Workbench.prepare(
             loaded,
             inputs.edits,

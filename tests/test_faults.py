@@ -26,6 +26,7 @@ from sweeps.study import load_study
 from sweeps.sweep import find_tracker, read_state
 from sweeps.trial import resident_workbench, run_trial
 from tests.conftest import write_study
+from tests.ray_nodes import Nodes
 from tests.test_runner import TIMINGS
 
 SEED = int(os.environ.get("LOCFT_FAULT_SEED", "0"))
@@ -64,8 +65,9 @@ class Server:
 class Command:
     """`locft sweep` as a process of its own, its lines collected while it runs."""
 
-    def __init__(self, folder, uri):
-        arguments = [sys.executable, "-c", "from sweeps.cli import main; main()", "sweep", "tiny.yaml", "--tracking-uri", uri]
+    def __init__(self, folder, uri, *more, **environment):
+        command = [sys.executable, "-c", "from sweeps.cli import main; main()", "sweep", "tiny.yaml"]
+        arguments = [*command, "--tracking-uri", uri, *more]
         self.process = subprocess.Popen(
             arguments,
             cwd=folder,
@@ -73,7 +75,7 @@ class Command:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
         self.text = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -88,10 +90,19 @@ class Command:
         self._reader.join(10)
         return code
 
+    @property
+    def finished(self) -> int:
+        """Trials, as it says."""
+        return len(FINISHED.findall(self.text))
+
     def wait_for(self, finished: int) -> bool:
         """Until so many trials finished here; False when the command ended before."""
+        return self.until(lambda: self.finished >= finished)
+
+    def until(self, holds) -> bool:
+        """Until something holds; False when the command ended before."""
         until = time.monotonic() + TIMEOUT
-        while len(FINISHED.findall(self.text)) < finished:
+        while not holds():
             if self.process.poll() is not None:
                 return False
             assert time.monotonic() < until, self.text
@@ -131,7 +142,7 @@ def strike(fault: str, command: Command, server: Server, draw: random.Random) ->
     if fault == "terminate":
         command.process.terminate()
     if fault == "worker":
-        workers = command.children("ImplicitFunc")
+        workers = command.children("TrialWorker.train")
         if workers:
             draw.choice(workers).kill()
     if fault == "node":
@@ -183,7 +194,50 @@ def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeyp
     assert len(survived) == COUNT, texts
 
 
-def check(study, uri: str, said: str) -> None:
+@pytest.mark.timeout(900)
+def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, monkeypatch, capsys):
+    """Two nodes with one worker each; a third joins late and is used, one is killed in the middle of a trial; with more
+    faults asked for, the link to another is cut for longer than Ray waits and comes back."""
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "mlflow.db"
+    store.write_bytes(empty_store.read_bytes())
+    write_study(
+        tmp_path, tiny_folder, space__layer="all", space__module=["mlp_down", "attn"],
+        space__seed=list(range(3 if COUNT < len(FAULTS) else 12)), resources__concurrent="auto", epochs=300,
+        skip_below=0.0, stop_below=0.0,
+    )  # fmt: skip
+    study, uri = prepare(load_study("tiny.yaml")), f"sqlite:///{store}"
+    draw, happened = random.Random(SEED), []
+    with Nodes() as nodes:
+        first = [nodes.add(wait=False), nodes.add()]
+        command = Command(tmp_path, uri, "--address", nodes.address, **nodes.environment)
+        try:
+            assert command.wait_for(1), command.text
+            late = nodes.add(wait=False)
+            assert command.until(lambda: nodes.workers(late)), command.text
+            happened.append("a node that joined late was used")
+            time.sleep(draw.uniform(0, 0.5))
+            lost = first.pop(draw.randrange(2))
+            nodes.kill(lost)
+            happened.append("a node was killed")
+            if COUNT >= len(FAULTS):
+                assert command.wait_for(command.finished + 2), command.text
+                time.sleep(draw.uniform(0, 0.5))
+                nodes.cut(first[0])
+                time.sleep(20)  # more than HEALTH grants
+                nodes.join(first[0])
+                assert first[0].wait(60) != 0, "it is told that the others gave it up, and ends"
+                happened.append("a link was cut and came back")
+            assert command.wait() == 0, command.text
+        finally:
+            command.end()
+    check(study, uri, command.text, compared=4)
+    with capsys.disabled():
+        print(f"\n{len(happened)} faults of a cluster survived (seed {SEED}): {', '.join(happened)}")
+
+
+def check(study, uri: str, said: str, compared: int = 10**6) -> None:
+    """Everything recorded once; the first so many trials are compared with the same run here, undisturbed."""
     state = read_state(study, find_tracker(study, uri))
     assert (state.done, state.failed, state.left) == (len(study.plan.trials), 0, 0)
     assert len(open_outbox(study.id, uri)) == 0
@@ -196,7 +250,7 @@ def check(study, uri: str, said: str) -> None:
     assert sorted(trials) == sorted(trial.id for trial in study.plan.trials), "one run a trial"
     assert {run.info.status for run in runs} == {"FINISHED"}
     bench = resident_workbench(study.inputs)
-    for row in state.results.to_dict("records"):
+    for row in state.results.to_dict("records")[:compared]:
         trial = next(trial for trial in study.plan.trials if trial.id == row["trial_id"])
         expected = run_trial(bench, trial)
         for name, value in expected.metrics.items():

@@ -555,3 +555,8 @@ def test_atomic_write_replaces_whole_files(tmp_path):
     write_atomically(file, "zweite Fassung, länger")
     assert file.read_text(encoding="utf-8") == "zweite Fassung, länger"
     assert [f.name for f in file.parent.iterdir()] == ["note.txt"]
+
+
+def test_dividing_a_model_without_gpus_is_an_error_at_once(tiny_folder):
+    with pytest.raises(InputError, match="needs GPUs, got device 'cpu'"):
+        load_model(str(tiny_folder), device="cpu", spread=True)

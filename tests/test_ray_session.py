@@ -6,7 +6,7 @@ import time
 import pytest
 
 from locft.errors import InputError
-from sweeps.ray_session import concurrent_trials, ray_session
+from sweeps.ray_session import Room, check_nodes, concurrent_trials, ray_session
 from sweeps.schema import Resources
 
 
@@ -53,3 +53,42 @@ def test_no_more_trials_than_memory_holds(resources, gigabytes, expected):
 def test_resources_that_nothing_has(resources, named):
     with pytest.raises(InputError, match=named):
         concurrent_trials(Resources(**resources), {"CPU": 8.0})
+
+
+def test_nodes_that_do_not_see_the_model_are_named(ray_running, tmp_path, monkeypatch):
+    import ray
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    check_nodes(str(model))
+    check_nodes("owner/name")
+
+    with monkeypatch.context() as patched:  # the folder is gone by the time the node looks
+        remote = ray.remote_function.RemoteFunction._remote
+        patched.setattr(
+            ray.remote_function.RemoteFunction,
+            "_remote",
+            lambda self, *given, **options: (model / "model.safetensors").unlink() or remote(self, *given, **options),
+        )
+        with pytest.raises(InputError, match="does not see .*model as this machine does .*there is nothing.*hub id"):
+            check_nodes(str(model))
+
+
+def test_room_follows_the_nodes_and_shrinks_when_memory_runs_out(ray_running, monkeypatch):
+    import ray
+
+    from sweeps import ray_session as module
+
+    have = {"CPU": 2.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(module, "LOOK_SECONDS", -1.0)
+    room = Room(Resources())
+    assert room.trials() == 2
+    have["CPU"] = 6.0
+    assert room.trials() == 6
+    have["CPU"] = 0.0
+    assert room.trials() == 1, "another node may come"
+    have["CPU"] = 6.0
+    room.narrow(running=6)
+    assert room.trials() == 3

@@ -1,6 +1,7 @@
 """Ray Tune under the study: what comes back from workers, from failures and from killed processes."""
 
 import dataclasses
+import os
 import signal
 import threading
 import time
@@ -10,8 +11,10 @@ import pytest
 
 from locft.errors import InputError
 from sweeps.prepare import prepare
+from sweeps.ray_session import Room
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
-from sweeps.runner import compute_baseline, on_workers, run_trials, worker_failure
+from sweeps.runner import compute_baseline, on_workers, run_trials, train_and_measure, worker_failure
+from sweeps.schema import Resources
 from sweeps.study import load_study
 from sweeps.trial import Basis, resident_workbench, run_trial
 
@@ -68,18 +71,26 @@ def baseline(study, ray_running):
     return compute_baseline(study.inputs, 1, 0)
 
 
-def run(study, baseline, trials, reporter, concurrent=2, inputs=None):
+def run(study, baseline, trials, reporter, concurrent=2, inputs=None, **more):
     bases = {study.facts.data_fingerprint: Basis(inputs or study.inputs, baseline)}
-    return run_trials(trials, bases, cpus=1, gpus=0, concurrent=concurrent, reporter=reporter)
+    room = Room(Resources(concurrent=concurrent))
+    return run_trials(trials, bases, cpus=1, gpus=0, room=room, reporter=reporter, **more)
 
 
-def test_results_do_not_depend_on_order_company_or_process(study, baseline):
+def test_results_do_not_depend_on_order_company_or_process(study, baseline, tmp_path):
     """One after the other, two at a time in another order between failures, and each alone: the same to the bit."""
     trials = list(study.plan.trials)
     one_by_one, in_pairs = Heard(), Heard()
     assert run(study, baseline, trials, one_by_one, concurrent=1) == "complete"
     impossible = [dataclasses.replace(trials[0], layer=layer) for layer in (97, 98, 99)]
-    assert run(study, baseline, [*impossible, *trials[::-1]], in_pairs, concurrent=2) == "complete"
+
+    def in_company(config, bases):
+        (tmp_path / str(os.getpid())).touch()
+        while len(list(tmp_path.iterdir())) < 2:  # the other worker has not started yet
+            time.sleep(0.02)
+        return train_and_measure(config, bases)
+
+    assert run(study, baseline, [*impossible, *trials[::-1]], in_pairs, work=in_company) == "complete"
     assert one_by_one.most_running == 1 and in_pairs.most_running == 2
     assert [result.config for result in one_by_one.results] == trials
     assert len({comparable(result)[2] for result in one_by_one.results}) == len(trials), "the trials differ"
@@ -116,7 +127,7 @@ def trial_workers():
     found = []
     for process in children:
         try:
-            if "ImplicitFunc" in " ".join(process.cmdline()):
+            if "TrialWorker.train" in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             pass
@@ -218,7 +229,7 @@ def test_at_the_deadline_what_runs_is_given_up(study, baseline):
     bases = {study.facts.data_fingerprint: Basis(study.inputs, baseline)}
     long = [dataclasses.replace(trial, epochs=100_000, stop_below=0.0, skip_below=0.0) for trial in study.plan.trials]
     began = time.monotonic()
-    ending = run_trials(long, bases, cpus=1, gpus=0, concurrent=2, reporter=heard, deadline=began + 8)
+    ending = run_trials(long, bases, cpus=1, gpus=0, room=Room(Resources()), reporter=heard, deadline=began + 8)
     assert ending == "out_of_time" and heard.results == []
     assert 7 < time.monotonic() - began < 40
 
@@ -229,7 +240,7 @@ def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, baseline):
     endless = dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0)
     trials = [endless, *study.plan.trials[1:4]]
     began = time.monotonic()
-    ending = run_trials(trials, bases, cpus=1, gpus=0, concurrent=2, reporter=heard, trial_seconds=9)
+    ending = run_trials(trials, bases, cpus=1, gpus=0, room=Room(Resources()), reporter=heard, trial_seconds=9)
     assert ending == "complete" and time.monotonic() - began < 90 and heard.deaths == []
     late = heard.by_id[endless.id]
     assert late.status == "failed" and late.error == "TimeoutError: not done after 0.15 minutes (resources.minutes)"
@@ -241,6 +252,36 @@ def test_sigterm_stops_as_ctrl_c_does(study, baseline):
     endless = dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0)
     assert run(study, baseline, [study.plan.trials[0], endless], heard) == "interrupted"
     assert len(heard.results) == 1 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, baseline, tmp_path):
+    """One that needs all the memory there is: refused while another runs, done alone. One that never fits is told."""
+    trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(5)]
+
+    def work(config, bases):
+        mine = tmp_path / str(config.seed)
+        mine.touch()
+        try:
+            beside = lambda: len(list(tmp_path.iterdir())) - 1  # noqa: E731
+            until = time.monotonic() + 60
+            while config.seed < 2 and not (tmp_path.parent / "refused").exists() and not beside():
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            if config.seed == 4 or config.seed == 1 and beside():
+                (tmp_path.parent / "refused").touch()
+                raise MemoryError("cannot allocate")
+            while config.seed == 0 and not (tmp_path.parent / "refused").exists():
+                time.sleep(0.02)
+            return TrialResult(config, "done", None, {"beside": float(beside())})
+        finally:
+            mine.unlink()
+
+    heard = Heard()
+    assert run(study, baseline, trials, heard, work=work) == "complete"
+    assert heard.deaths == [trials[1]], "what fails alone is not tried again"
+    assert [heard.by_id[trial.id].status for trial in trials] == ["done"] * 4 + ["failed"]
+    assert [heard.by_id[trial.id].metrics["beside"] for trial in trials[1:4]] == [0.0, 0.0, 0.0]
+    assert "MemoryError: cannot allocate" in heard.by_id[trials[4].id].error
 
 
 def test_functions_run_on_workers_and_their_errors_come_back(ray_running):

@@ -302,3 +302,25 @@ def test_a_single_edit():
     training = bench.train(TuningPosition(1, "layer"), replace(SETTINGS, epochs=60, batch_size=32))
     assert bench.measure(training.delta).metrics["reliability"] == 1.0
     assert bench.measure(training.delta).metrics["n_edits"] == 1.0
+
+
+@pytest.mark.parametrize("position", ["0.mlp_down", "2.attn"])
+def test_a_model_divided_among_devices_trains_and_measures_the_same(position):
+    """As accelerate does it for a model larger than one GPU: its hooks move what enters and leaves every part."""
+    from accelerate import dispatch_model
+
+    whole, divided = tiny_loaded(), tiny_loaded()
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    parts |= {f"model.layers.{layer}": "cpu" for layer in range(3)}
+    dispatch_model(divided.model, parts, main_device="cpu", force_hooks=True)
+    assert all(hasattr(layer, "_hf_hook") for layer in divided.model.model.layers)
+    edits, suite = load_edits("atlas", limit=4), load_suite("probes", limit=2)
+    settings = TrainingSettings(learning_rate=0.02, batch_size=2, epochs=4)
+    found = []
+    for loaded, full in ((whole, True), (divided, False)):
+        bench = Workbench.prepare(loaded, edits, suite, 64, full_model=full)
+        assert bench.engine is None, "hooks and tail views do not go together"
+        training = bench.train(TuningPosition.parse(position), settings)
+        metrics = bench.measure(training.delta).metrics
+        found.append((training.losses, {name: value for name, value in metrics.items() if "seconds" not in name}))
+    assert found[0] == found[1]

@@ -1,0 +1,133 @@
+"""What the platform adds to a trial, and how well more nodes are used: trials of known duration on 1, 2 and 3 nodes.
+
+    python tests/benchmarks/cluster_overhead.py [--seconds 3] [--per-worker 20] [--nodes 1,2,3]
+
+A trial sleeps; everything else is real: a Ray cluster of as many nodes with one worker each beside a head (`tests/ray_nodes`),
+the runner, the recorder with its files, and an MLflow server. Every worker first runs a trial that is not counted (it starts the process).
+Printed is one JSON object a number of nodes: `overhead_ms`, the time between the end of a trial on a worker and the beginning of
+the next one there (median, and the tenth and ninetieth percentile); `efficiency`, the share of the workers' time from the first counted
+beginning to the last end that trials took; `recorded_ms`, what a trial costs the driver's store (its time over trials, beside the trials).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import write_study
+from tests.ray_nodes import Nodes
+from tests.tiny import tiny_model, tiny_tokenizer
+
+WARM_UP = 1
+"""Trials of each worker that are not counted."""
+
+
+def sleep(config, bases: Mapping[str, Any], seconds: float):
+    """A trial on a worker: it says when and where it ran."""
+    from sweeps.records import TrialResult
+
+    began = time.time()
+    time.sleep(seconds)
+    metrics = {"reliability": 1.0, "began": began, "seconds": seconds, "ended": time.time(), "process": float(os.getpid())}
+    outcomes = tuple({"edit_id": str(n), "kind": "reliability", "prompt": "x" * 60, "got": "y"} for n in range(100))
+    return TrialResult(config, "done", None, metrics, (1.0,) * 25, outcomes)
+
+
+class Collected:
+    """A reporter that keeps the metrics."""
+
+    def __init__(self):
+        self.metrics: list[dict[str, float]] = []
+
+    def note(self, text: str) -> None:
+        print(text)
+
+    def started(self, running: int) -> None: ...
+
+    def retried(self, config, cause: str) -> None:
+        print("retried:", cause)
+
+    def finished(self, result, running: int) -> None:
+        self.metrics.append(result.metrics)
+
+
+def measured(metrics: list[dict[str, float]], seconds: float) -> dict[str, float]:
+    by_worker: dict[float, list[dict[str, float]]] = defaultdict(list)
+    for entry in sorted(metrics, key=lambda entry: entry["began"]):
+        by_worker[entry["process"]].append(entry)
+    kept = [entries[WARM_UP:] for entries in by_worker.values() if len(entries) > WARM_UP]
+    gaps = [1000 * (b["began"] - a["ended"]) for entries in kept for a, b in zip(entries, entries[1:], strict=False)]
+    begin = max(entries[0]["began"] for entries in kept)  # all of them are at work
+    end = min(entries[-1]["ended"] for entries in kept)
+    inside = [max(0.0, min(e["ended"], end) - max(e["began"], begin)) for entries in kept for e in entries]
+    tenths = statistics.quantiles(gaps, n=10)
+    return {
+        "trials": len(metrics),
+        "workers": len(kept),
+        "overhead_ms": round(statistics.median(gaps), 1),
+        "overhead_ms_10": round(tenths[0], 1),
+        "overhead_ms_90": round(tenths[-1], 1),
+        "share_of_a_trial": round(statistics.mean(gaps) / (1000 * seconds), 4),
+        "efficiency": round(sum(inside) / (len(kept) * (end - begin)), 4),
+    }
+
+
+def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, float]:
+    from sweeps import ui
+    from sweeps.delivery import open_outbox
+    from sweeps.prepare import prepare
+    from sweeps.ray_session import ray_session
+    from sweeps.runner import run_trials
+    from sweeps.study import load_study
+    from sweeps.sweep import Recorder, environment
+    from sweeps.tracking import Tracker
+
+    study = prepare(load_study(str(write_study(folder, folder / "model", name=f"overhead-{nodes}", resources__concurrent="auto"))))
+    trials = [replace(study.plan.trials[0], seed=seed) for seed in range(nodes * (per_worker + WARM_UP))]
+    collected = Collected()
+    with Nodes() as cluster, ui.running(f"sqlite:///{folder / 'mlflow.db'}", None) as (server, _):
+        for _ in range(nodes):
+            cluster.add()
+        os.environ.update(cluster.environment)
+        tracker = Tracker.open(server, study.study.name)
+        tracker.open_study(study.id, study.study.name, study_yaml="", description="", environment=environment())
+        outbox = open_outbox(study.id, server)
+        with ray_session(cluster.address, study.study.resources) as room:
+            began = time.monotonic()
+            spent = time.process_time()
+            with Recorder(collected, study, tracker, study.id, outbox) as recorder:
+                ending = run_trials(
+                    trials, {}, cpus=1, gpus=0, room=room, reporter=recorder, work=partial(sleep, seconds=seconds)
+                )
+            wall, spent = time.monotonic() - began, time.process_time() - spent
+        assert ending == "complete" and len(tracker.finished(study.id)) == len(trials)
+    found = measured(collected.metrics, seconds)
+    ideal = len(trials) * seconds / nodes
+    return {"nodes": nodes, **found, "driver_cpu_ms": round(1000 * spent / len(trials), 1),
+            "wall_seconds": round(wall, 1), "ideal_seconds": round(ideal, 1)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--per-worker", type=int, default=20)
+    parser.add_argument("--nodes", default="1,2,3")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_STATE_HOME"] = f"{folder}/state"
+        tiny_model().save_pretrained(f"{folder}/model")
+        tiny_tokenizer().save_pretrained(f"{folder}/model")
+        for count in map(int, options.nodes.split(",")):
+            print(json.dumps(run(count, options.per_worker, options.seconds, Path(folder))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

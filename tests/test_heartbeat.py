@@ -1,0 +1,53 @@
+"""Drivers of one study on several machines that share a tracking store."""
+
+import json
+import os
+import socket
+import time
+
+import pytest
+
+from locft.errors import InputError
+from sweeps import heartbeat
+from sweeps.heartbeat import GONE_SECONDS, TAG, at_work, refuse_second_driver
+from sweeps.tracking import Tracker
+
+
+@pytest.fixture
+def tracker(workplace):
+    opened = Tracker.open(None, "shared")
+    opened.open_study("study", "shared", study_yaml="", description="", environment={})
+    return opened
+
+
+def announce(tracker, host, process=1, age=0.0):
+    tracker.tag_study("study", TAG, json.dumps({"host": host, "process": process, "at": time.time() - age}))
+
+
+def test_while_one_works_another_machine_is_refused(tracker, monkeypatch):
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    with at_work(tracker, "study"):
+        while not (first := tracker.study_tag("study", TAG)):
+            time.sleep(0.02)
+        while tracker.study_tag("study", TAG) == first:
+            time.sleep(0.02)
+        refuse_second_driver(tracker, "study", "shared")  # this very process may begin again
+        with monkeypatch.context() as other:
+            other.setattr(socket, "gethostname", lambda: "other")
+            with pytest.raises(InputError, match=f"'shared' is being run already, by process {os.getpid()} on .*takes over in"):
+                refuse_second_driver(tracker, "study", "shared")
+    assert tracker.study_tag("study", TAG) is None
+    refuse_second_driver(tracker, "study", "shared")
+
+
+def test_a_driver_that_was_killed_is_followed_by_another(tracker):
+    announce(tracker, "gone", age=GONE_SECONDS + 1)
+    refuse_second_driver(tracker, "study", "shared")
+    announce(tracker, socket.gethostname(), process=2**22 + 1)  # on this machine it is known at once
+    refuse_second_driver(tracker, "study", "shared")
+    announce(tracker, socket.gethostname(), process=os.getppid())
+    with pytest.raises(InputError, match="being run already"):
+        refuse_second_driver(tracker, "study", "shared")
+    tracker.tag_study("study", TAG, "no announcement")
+    refuse_second_driver(tracker, "study", "shared")
+    refuse_second_driver(None, "study", "shared")
