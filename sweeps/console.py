@@ -17,6 +17,7 @@ from rich.text import Text
 from locft.errors import InputError
 
 if TYPE_CHECKING:
+    from sweeps.estimate import Estimate
     from sweeps.prepare import PreparedStudy
     from sweeps.recommendation import Answer as PositionAnswer
     from sweeps.sweep import Answer, StudyState
@@ -43,6 +44,18 @@ def say_study(prepared: "PreparedStudy") -> None:
     err.print(Text(f"capability: {prepared.capability_source}"))
     for sentence in prepared.edits.findings.sentences():
         err.print(Text(sentence))
+
+
+def expectation(expected: "Estimate") -> str:
+    """An estimate in words."""
+    from analysis.wording import seconds
+
+    return (
+        f"{expected.concurrent} at a time: about {seconds(expected.seconds)} "
+        f"({seconds(expected.seconds_low)} to {seconds(expected.seconds_high)}), "
+        f"{expected.peak_memory_bytes / 2**30:.1f} GiB of memory, {expected.disk_bytes / 2**30:.2f} GiB of disk "
+        f"(from {expected.source})"
+    )
 
 
 def print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri: str, as_json: bool) -> None:

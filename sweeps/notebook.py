@@ -17,6 +17,7 @@ from analysis import figures as drawing
 from analysis.look import TITLES
 from analysis.pareto import recommend
 from analysis.table import has_values
+from sweeps.forecast import foresee
 from sweeps.prepare import PreparedStudy, prepare
 from sweeps.progress import Progress
 from sweeps.runner import Reporter
@@ -50,7 +51,7 @@ def run_study(
         if reporter is not None:
             return nullcontext(reporter)
         done = state.results[state.results["status"] == "done"]
-        return Progress(prepared.study.name, prepared.plan.count, done.to_dict("records"))
+        return Progress(foresee(prepared, tracking_uri), done.to_dict("records"))
 
     return run_sweep(prepared, tracking_uri, address=address, show=show)
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from locft.errors import InputError
 from sweeps.delivery import Delivery, Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
-from sweeps.estimate import estimate
+from sweeps.estimate import memory_bytes
+from sweeps.forecast import machine
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
 from sweeps.ray_session import ray_session
@@ -143,7 +144,7 @@ def run_sweep(
             deliver_kept(prepared, tracker, prepared.id, outbox)
         state = read_state(prepared, tracker)
         if state.affordable:
-            trial_bytes = estimate(prepared.plan, prepared.facts).peak_memory_bytes
+            trial_bytes = max(memory_bytes(trial, prepared.facts) for trial in prepared.plan.sample)
             concurrent = stack.enter_context(ray_session(address, study.resources, trial_bytes))
         tracker = tracker or Tracker.open(tracking_uri, study.name)
         _open_study(prepared, tracker)
@@ -309,7 +310,7 @@ def _inputs(prepared: PreparedStudy, tracker: Tracker, study_id: str) -> StudyIn
         items = {task.name: len(task.items) for task in prepared.suite.tasks}
         name = study.capability.suite or "capability"
         data.append(DatasetRecord(name, prepared.suite.fingerprint, prepared.capability_source, "capability", items))
-    return tracker.create_inputs(study_id, model, data)
+    return tracker.create_inputs(study_id, model, data, {"locft.machine": machine(study.resources)})
 
 
 def _baseline(prepared: PreparedStudy, tracker: Tracker) -> "Baseline":

@@ -95,8 +95,17 @@ class Tracker:
                 self._store.close(run.info.run_id, "KILLED", "incomplete")
         return run_id
 
-    def create_inputs(self, study_id: str, model: ModelRecord, datasets: Sequence[DatasetRecord]) -> StudyInputs:
-        """Prepares what `log_trial` links to every run; the model is created once in the experiment."""
+    def create_inputs(
+        self,
+        study_id: str,
+        model: ModelRecord,
+        datasets: Sequence[DatasetRecord],
+        tags: Mapping[str, str] | None = None,
+    ) -> StudyInputs:
+        """Prepares what `log_trial` links to every run; the model is created once in the experiment.
+
+        tags: further ones that every run shall have.
+        """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         made = tuple(
@@ -113,11 +122,11 @@ class Tracker:
             for data in datasets
         )
         name = re.sub(r"[/:.%\"']", "-", model.name) or "model"
-        tags = {"locft.model": model.name, **{f"locft.{data.context}": data.source for data in datasets}}
+        names = {"locft.model": model.name, **{f"locft.{data.context}": data.source for data in datasets}}
         with asking("the inputs of the study"):
             study_run = self._study_run(study_id)
             model_id = self._store.model(name, model.fingerprint, study_run, {"locft.model": model.name}, model.facts)
-        return StudyInputs(made, model_id, tags)
+        return StudyInputs(made, model_id, {**names, **(tags or {})})
 
     def log_inputs(self, run_id: str, inputs: StudyInputs) -> None:
         """Links the data sets and the unedited model to a run, in one request."""
