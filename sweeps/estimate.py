@@ -28,7 +28,7 @@ GENERATED_SHARE = 0.3
 """Of the tokens of edit evaluation, those that generating undecided answers reads again, through all layers."""
 _START_SECONDS = 20.0
 """Ray, the model and the tracking store, once a study."""
-SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.4}
+SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8}
 """Of the steps that `epochs` allows, those usually taken before `stop_below` ends the training."""
 LEAST_STEPS = 0.3
 """The same where everything is learnt soon."""

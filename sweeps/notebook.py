@@ -38,12 +38,14 @@ def run_study(
     tracking_uri: str | None = None,
     address: str | None = None,
     reporter: Reporter | None = None,
+    register: bool = True,
 ) -> Sweep:
     """Run what is open of a study, as `locft sweep` does; the same call again runs only what is not done.
 
     study: a ready study's name or a study file. changes: dotted field -> value, laid over it. reporter: hears of trials
-    instead of the lines on standard error. The result holds state (with the results table), answer (front,
-    recommendation, report_html) and how it ended. Raises InputError for whatever is wrong with the input, at once.
+    instead of the lines on standard error. register: put the pick's delta into the model registry. The result holds state
+    (with the results table), answer (front, recommendation, report_html), how it ended, and the address of that delta.
+    Raises InputError for whatever is wrong with the input, at once.
     """
     prepared = _prepared(study, changes)
 
@@ -53,7 +55,7 @@ def run_study(
         done = state.results[state.results["status"] == "done"]
         return Progress(foresee(prepared, tracking_uri), done.to_dict("records"))
 
-    return run_sweep(prepared, tracking_uri, address=address, show=show)
+    return run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
 
 
 def load_results(

@@ -111,7 +111,8 @@ class Pace:
         self._forecast = forecast
         self._open = {trial.id: forecast.seconds(trial) for trial in forecast.prepared.plan.trials if trial.id not in done}
         self._at_once = 1
-        self._taken = self._expected = 0.0
+        # One trial's worth of trust in the forecast: a worker's first trial warms it up and is slow.
+        self._taken = self._expected = forecast.estimate.seconds_per_trial
 
     def finished(self, result: TrialResult) -> None:
         expected = self._open.pop(result.config.id, None) or self._forecast.seconds(result.config)
@@ -125,8 +126,7 @@ class Pace:
             return None
         self._at_once = max(self._at_once, running)
         work = sum(self._open.values()) or open_trials * self._forecast.estimate.seconds_per_trial
-        ratio = self._taken / self._expected if self._expected else 1.0
-        return ratio * work * (1 - running / open_trials / 2) / min(self._at_once, open_trials)
+        return self._taken / self._expected * work * (1 - running / open_trials / 2) / min(self._at_once, open_trials)
 
 
 class RaceProgress:

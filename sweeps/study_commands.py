@@ -78,6 +78,9 @@ def sweep(
     tracking_uri: UriOption = None,
     address: AddressOption = None,
     report_file: Annotated[Path | None, typer.Option("--out", help="Dashboard file; default NAME.html here.")] = None,
+    register: Annotated[
+        bool, typer.Option(help="At the end put the delta of the study's pick into MLflow's model registry.")
+    ] = True,
     on_end: CommandOption = None,
     webhook: WebhookOption = None,
     as_json: JsonOption = False,
@@ -101,12 +104,15 @@ def sweep(
         return Progress(forecast, done.to_dict("records"))
 
     with hooks.at_the_end(prepared.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
-        done = run_sweep(prepared, tracking_uri, address=address, show=show)
+        done = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
         pick = done.answer.recommendation
         event |= {"ending": done.ending, "done": done.state.done, "failed": done.state.failed, "left": done.state.left}
         event |= {"position": pick and pick.position, "tracking_uri": done.tracking_uri}
+        event["registered"] = done.registered
     write(report_file, done.answer.report_html)
-    print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json)
+    print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json, done.registered)
+    if done.not_registered:
+        err.print(Text(f"the pick's edit is not in the model registry: {done.not_registered}"))
     if done.ending == "same_failure":
         err.print("stopped: the first trials all failed for the same reason, so the others would as well")
     if done.ending == "out_of_time" or done.ending == "complete" and done.state.left > done.state.failed:

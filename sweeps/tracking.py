@@ -208,6 +208,11 @@ class Tracker:
             self._mark_pick(study_id, picked)
             self._store.close(run_id, state, status)
 
+    def describe_study(self, study_id: str, description: str, tags: Mapping[str, str]) -> None:
+        """Another description of the study's run, in markdown, and further tags."""
+        with asking("the description of the study"):
+            self._store.log(self._study_run(study_id), tags={**tags, "mlflow.note.content": description})
+
     def abandon_study(self, study_id: str) -> None:
         """Closes the run of a study that broke off, as FAILED; says nothing where even that does not work."""
         with contextlib.suppress(TrackingError):
