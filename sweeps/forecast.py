@@ -41,14 +41,18 @@ def foresee(prepared: "PreparedStudy", tracking_uri: str | None) -> Forecast:
 
     Raises InputError when the store cannot be reached.
     """
+    from sweeps.sweep import find_tracker
     from sweeps.tracking_lookup import earlier_trials
 
     study, facts = prepared.study, prepared.facts
-    earlier = earlier_trials(facts.model_fingerprint, machine(study.resources), TRIALS, tracking_uri)
-    costs = learnt(earlier, prepared) or calibrated(prepared)
+    tracker = find_tracker(prepared, tracking_uri)
     planned = {trial.id for trial in prepared.plan.trials}
-    kept = [trial.config for trial in earlier if trial.config.data_fingerprint == facts.data_fingerprint]
-    done = [config.id for config in kept if not planned or config.id in planned]
+    finished = tracker.finished(prepared.id) if tracker else {}
+    done = [trial for trial in finished if not planned or trial in planned]
+    costs = rates.default_costs(facts, study.resources.cpus)
+    if len(done) < prepared.plan.count:
+        earlier = earlier_trials(facts.model_fingerprint, machine(study.resources), TRIALS, tracking_uri)
+        costs = learnt(earlier, prepared) or calibrated(prepared)
     at_once = places(study.resources)
     return Forecast(rates.estimate(prepared.plan, facts, costs, concurrent=at_once, done=done), costs, prepared)
 

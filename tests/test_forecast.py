@@ -14,6 +14,8 @@ from sweeps.plan import make_plan
 from sweeps.prepare import PreparedStudy, prepare
 from sweeps.records import TrialConfig, TrialResult
 from sweeps.study import load_study
+from sweeps.tracking import Tracker
+from tests.mlflow_store import result
 from tests.test_plan import FACTS, make_facts, make_study
 
 MEASURED = Path(__file__).parent / "benchmarks" / "table.csv"
@@ -115,3 +117,13 @@ def test_a_forecast_takes_the_trials_of_the_store(workplace, study_file, ray_run
     assert foresee(wider, f"sqlite:///{workplace}/absent.db").estimate.trials == 6
     assert not (workplace / "absent.db").exists()
     assert machine(wider.study.resources).endswith(" 1 CPU 0 GPU")
+
+
+def test_finished_trials_count_wherever_they_ran(workplace, study_file):
+    prepared = prepare(load_study(str(study_file())))
+    tracker = Tracker.open(None, "tiny")
+    tracker.open_study(prepared.id, "tiny", study_yaml="", description="", environment={})
+    for trial in prepared.plan.trials:
+        tracker.log_trial(prepared.id, result(trial))
+    whole = foresee(prepared, None).estimate
+    assert (whole.trials, whole.seconds, whole.source) == (0, 0, "rough rates, nothing measured here")
