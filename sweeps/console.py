@@ -17,6 +17,7 @@ from rich.text import Text
 from locft.errors import InputError
 
 if TYPE_CHECKING:
+    from sweeps.estimate import Estimate
     from sweeps.prepare import PreparedStudy
     from sweeps.recommendation import Answer as PositionAnswer
     from sweeps.sweep import Answer, StudyState
@@ -45,7 +46,22 @@ def say_study(prepared: "PreparedStudy") -> None:
         err.print(Text(sentence))
 
 
-def print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri: str, as_json: bool) -> None:
+def expectation(expected: "Estimate") -> str:
+    """An estimate in words."""
+    from analysis.wording import seconds
+
+    return (
+        f"{expected.concurrent} at a time: about {seconds(expected.seconds)} "
+        f"({seconds(expected.seconds_low)} to {seconds(expected.seconds_high)}), "
+        f"{expected.peak_memory_bytes / 2**30:.1f} GiB of memory, {expected.disk_bytes / 2**30:.2f} GiB of disk "
+        f"(from {expected.source})"
+    )
+
+
+def print_answer(
+    state: "StudyState", answer: "Answer", report_file: Path, uri: str, as_json: bool, registered: str | None = None
+) -> None:
+    """registered: the address of the pick's edit in the model registry."""
     from analysis.wording import percent
     from sweeps.tracking_uri import resolve_uri
 
@@ -65,6 +81,7 @@ def print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri: 
                 "pick": asdict(pick) if pick else None,
                 "unedited": state.baseline,
                 "report": str(report_file),
+                "registered": registered,
                 "tracking_uri": uri,
             }
         )
@@ -85,6 +102,9 @@ def print_answer(state: "StudyState", answer: "Answer", report_file: Path, uri: 
         store = "" if uri == resolve_uri(None) else f" --tracking-uri {uri}"
         repeat = f"locft edit {state.prepared.study.model} --from-run {run}{store} --out edited"
         out.print(Text(f"Repeat it: {repeat}"), soft_wrap=True)
+        if registered:
+            model = state.prepared.study.model
+            out.print(Text(f"Apply it: locft apply {registered} --model {model}{store} --out edited-model"), soft_wrap=True)
     out.print(f"{counts['done']} of {counts['planned']} trials done, {counts['failed']} failed", highlight=False)
     out.print(Text(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
 

@@ -1,11 +1,14 @@
-"""What a plan will take: seconds and memory, from sizes and a few measured rates.
+"""What a plan will take: time, memory and disk, with a range.
 
-A rough model, stated with its range. A step costs its tokens times the parameters they pass: the layers from the trained
-one upwards, and the output projection where a token is supervised; and a fixed part, which is what small batches pay.
+A trial's work has a part for every layer that it goes through, from the trained one upwards, and a fixed one (the output
+projection, the optimiser, what generates answers). `Costs` holds both in seconds for the steps and the measurements of one
+study; where they come from is the business of `sweeps.forecast`.
 """
 
+import heapq
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from sweeps.plan import Plan, StudyFacts
 from sweeps.records import TrialConfig
@@ -15,122 +18,199 @@ _TRAINED_BYTES = 4 * 4
 """For each trained number: weight, gradient and Adam's two moments in float32."""
 _PROCESS_BYTES = 600_000_000
 """A worker with its imports, before it has loaded a model."""
+_READ_AT_ONCE = 2048
+"""Tokens of a forward pass of the unedited model, all of whose logits are held."""
+_RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
+"""Of MLflow's store: a run with its metrics; a question with its answer; a study's dashboard, tables and files."""
 _SUPERVISED_SHARE = 0.3
 """Of the tokens read, those whose logits are computed."""
-_GENERATED_SHARE = 0.3
-"""Of the tokens of edit evaluation, those that generating undecided answers reads again."""
+GENERATED_SHARE = 0.3
+"""Of the tokens of edit evaluation, those that generating undecided answers reads again, through all layers."""
 _START_SECONDS = 20.0
 """Ray, the model and the tracking store, once a study."""
+SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8}
+"""Of the steps that `epochs` allows, those usually taken before `stop_below` ends the training."""
+LEAST_STEPS = 0.3
+"""The same where everything is learnt soon."""
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Rates of this machine, for one trial with its threads. Work is counted in tokens times the parameters they pass."""
+class Pass:
+    """Seconds of a piece of work that goes through some layers."""
 
-    training_seconds: float
-    """Per token and parameter, forward and backward together, in the precision of training."""
-    reading_seconds: float
-    """Per token and parameter, forward only, in the model's own dtype."""
-    step_seconds: float
-    """Fixed part of one optimiser step."""
-    spread: float
-    """The true time is expected within this factor both ways."""
+    fixed: float
+    per_layer: float
+
+    def seconds(self, layers: float) -> float:
+        return self.fixed + layers * self.per_layer
+
+    def scaled(self, factor: float) -> "Pass":
+        return Pass(factor * self.fixed, factor * self.per_layer)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the pieces of a study's trials take on the clock of one worker."""
+
+    step: Pass
+    """Of one optimiser step, besides the part that grows with its edits."""
+    edit: Pass
+    """Of every edit in a step."""
+    evaluation: Pass
+    """Of asking all edits' questions once."""
+    capability: Pass
+    """Of all capability items and the prose."""
+    unedited: float
+    """Measuring the unedited model, once."""
+    source: str = "rough rates, nothing measured here"
+    """Where the numbers come from, for people."""
+    spread: float = 2.0
+    """The true time is expected within this factor both ways, beside what early stopping leaves open."""
+    busy: float = 1.0
+    """By how much other work on the machine slowed the measured seconds; the range allows for an idle machine."""
+    shares: Mapping[str, float] = field(default_factory=SHARE_OF_STEPS.copy)
+    """By pipeline: of the steps allowed, those that trials take."""
+
+    def training(self, trial: TrialConfig, layers: int, steps: float) -> float:
+        """Seconds of so many steps of full batches."""
+        return steps * (self.step.seconds(layers) + trial.batch_size * self.edit.seconds(layers))
+
+    def scaled(self, training: float, evaluation: float, capability: float) -> "Costs":
+        return replace(
+            self,
+            step=self.step.scaled(training),
+            edit=self.edit.scaled(training),
+            evaluation=self.evaluation.scaled(evaluation),
+            capability=self.capability.scaled(capability),
+            unedited=self.unedited * capability,
+        )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan takes. Seconds are of the wall clock, memory is of all workers together."""
+    """What the open trials of a plan take. Seconds are of the clock; memory and disk are of one machine."""
 
     trials: int
+    """Still to be run."""
     concurrent: int
     seconds_low: float
-    """When training stops early, on a fast machine."""
+    """When training stops early, on a machine that does nothing else."""
     seconds: float
     seconds_high: float
     """When every trial takes all its epochs, on a slow machine."""
     seconds_per_trial: float
     """Mean."""
     peak_memory_bytes: int
-    measured: bool
-    """Whether the rates were measured on this machine; otherwise they are the defaults."""
+    """Of all workers together."""
+    disk_bytes: int
+    """Hidden states and weights in the cache, runs and artifacts in the tracking store; the model itself left out."""
+    source: str
+    """What the seconds rest on."""
 
 
-def default_calibration(facts: StudyFacts, cpus: int = 2) -> Calibration:
-    """Rates measured with a model of 135M parameters on one AVX512-BF16 core, scaled by the number of threads.
+def default_costs(facts: StudyFacts, cpus: int = 2) -> Costs:
+    """Rates of two cores with bfloat16 matrix instructions and a model of 135M parameters, by the number of threads.
 
-    Per token and parameter training took 33 ps in bfloat16 and 62 ps in float32, reading 35 ps in float32; a step 8 ms on top.
-    A GPU is far faster.
+    A step takes 1.1 ns a parameter (its weights pass through memory) and 9 ps a parameter and token. A GPU is far faster.
     """
-    training = 33e-12 if facts.precision == "bfloat16" else 62e-12
-    return Calibration(training / cpus, 35e-12 / cpus, 8e-3, spread=2.0)
-
-
-def estimate(
-    plan: Plan, facts: StudyFacts, calibration: Calibration | None = None, *, cpus: int = 2, concurrent: int = 1
-) -> Estimate:
-    """Time and memory for all trials of a plan, `concurrent` at a time with `cpus` threads each.
-
-    The middle and high values let every trial use all its epochs; the low one takes a third of them.
-    """
-    rates = calibration or default_calibration(facts, cpus)
-    sample = plan.sample or ()
-    training = [_training_seconds(trial, facts, rates) for trial in sample]
-    reading = [_reading_seconds(trial, facts, rates) for trial in sample]
-    unedited = rates.reading_seconds * facts.parameters * (_evaluation_tokens(facts) + facts.capability_tokens)
-    mean_training = sum(training) / len(training) if training else 0.0
-    measuring = sum(reading) / len(reading) if reading else 0.0
-
-    def total(share_of_epochs: float) -> float:
-        return _START_SECONDS + unedited + plan.count / concurrent * (mean_training * share_of_epochs + measuring)
-
-    return Estimate(
-        trials=plan.count,
-        concurrent=concurrent,
-        seconds_low=total(1 / 3) / rates.spread,
-        seconds=total(1),
-        seconds_high=total(1) * rates.spread,
-        seconds_per_trial=mean_training + measuring,
-        peak_memory_bytes=concurrent * max((_memory_bytes(trial, facts) for trial in sample), default=0),
-        measured=calibration is not None,
+    slow = (1.0 if facts.precision == "bfloat16" else 2.0) / cpus
+    tokens = edit_tokens(facts) / max(1, facts.n_edits)
+    layer, head = facts.layer_parameters, facts.head_parameters
+    asked, read = evaluation_tokens(facts), facts.capability_tokens
+    generating = GENERATED_SHARE * asked * facts.parameters
+    return Costs(
+        step=Pass(slow * (8e-3 + 0.5e-9 * head), slow * 1.1e-9 * layer),
+        edit=Pass(slow * 9e-12 * tokens * _SUPERVISED_SHARE * head, slow * 9e-12 * tokens * layer),
+        evaluation=Pass(slow * 10e-12 * (asked * _SUPERVISED_SHARE * head + generating), slow * 10e-12 * asked * layer),
+        capability=Pass(slow * 15e-12 * read * _SUPERVISED_SHARE * head, slow * 7e-12 * read * layer),
+        unedited=slow * 15e-12 * (asked + read) * facts.parameters,
     )
 
 
-def trial_seconds(trial: TrialConfig, facts: StudyFacts, calibration: Calibration | None = None) -> float:
-    """Of one trial with all its epochs, measurements included."""
-    rates = calibration or default_calibration(facts)
-    return _training_seconds(trial, facts, rates) + _reading_seconds(trial, facts, rates)
+def estimate(plan: Plan, facts: StudyFacts, costs: Costs, *, concurrent: int = 1, done: Sequence[str] = ()) -> Estimate:
+    """Time, memory and disk of the trials of a plan that are not done, `concurrent` at a time.
+
+    The middle value takes the usual share of a trial's epochs, the high one all of them, the low one few.
+    """
+    sample = [trial for trial in plan.sample if trial.id not in set(done)]
+    count = max(0, plan.count - len(done)) if not plan.trials else len(sample)
+
+    def total(share: float | None) -> float:
+        seconds = [trial_seconds(trial, facts, costs, share) for trial in sample]
+        if not seconds:
+            return 0.0
+        work = _makespan(seconds, concurrent) if plan.trials else count / concurrent * sum(seconds) / len(seconds)
+        return _START_SECONDS + costs.unedited + work
+
+    per_trial = [trial_seconds(trial, facts, costs, None) for trial in sample]
+    return Estimate(
+        trials=count,
+        concurrent=concurrent,
+        seconds_low=total(LEAST_STEPS) / costs.spread / costs.busy,
+        seconds=total(None),
+        seconds_high=total(1.0) * costs.spread,
+        seconds_per_trial=sum(per_trial) / len(per_trial) if per_trial else 0.0,
+        peak_memory_bytes=concurrent * max((memory_bytes(trial, facts) for trial in sample), default=0),
+        disk_bytes=_disk_bytes(sample, count, facts),
+        source=costs.source,
+    )
 
 
-def _training_seconds(trial: TrialConfig, facts: StudyFacts, rates: Calibration) -> float:
-    """With all epochs. Both pipelines take the same number of steps then."""
-    supervised = _SUPERVISED_SHARE * _edit_tokens(facts)
-    passed = _edit_tokens(facts) * _tail_parameters(trial, facts) + supervised * facts.head_parameters
-    steps = math.ceil(facts.n_edits / trial.batch_size)
-    return trial.epochs * (rates.training_seconds * passed + steps * rates.step_seconds)
+def trial_seconds(
+    trial: TrialConfig, facts: StudyFacts, costs: Costs | None = None, share: float | None = 1.0
+) -> float:
+    """Of one trial, measurements included. share: of the steps it may take; None takes what its pipeline usually does.
+
+    Both pipelines take the same number of steps when nothing stops them.
+    """
+    costs = costs or default_costs(facts)
+    layers, n = layers_passed(trial, facts), facts.n_edits
+    epoch = math.ceil(n / trial.batch_size) * costs.step.seconds(layers) + n * costs.edit.seconds(layers)
+    taken = costs.shares[trial.pipeline] if share is None else share
+    return taken * trial.epochs * epoch + costs.evaluation.seconds(layers) + costs.capability.seconds(layers)
 
 
-def _reading_seconds(trial: TrialConfig, facts: StudyFacts, rates: Calibration) -> float:
-    """Teacher-forced answers, capability and drift through the tail; answers still open are generated by the whole model."""
-    read = _evaluation_tokens(facts) + facts.capability_tokens
-    passed = read * (_tail_parameters(trial, facts) + _SUPERVISED_SHARE * facts.head_parameters)
-    return rates.reading_seconds * (passed + _GENERATED_SHARE * _evaluation_tokens(facts) * facts.parameters)
+def layers_passed(trial: TrialConfig, facts: StudyFacts) -> int:
+    """The trained layer and those above it."""
+    return facts.n_layers - trial.layer
 
 
-def _tail_parameters(trial: TrialConfig, facts: StudyFacts) -> int:
-    return (facts.n_layers - trial.layer) * facts.layer_parameters
+def steps_allowed(trial: TrialConfig, n_edits: float) -> int:
+    return trial.epochs * math.ceil(n_edits / trial.batch_size)
 
 
-def _memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Of one worker: the process, frozen weights, what is trained, and a batch's logits with their gradient."""
+def memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """Of one worker: the process, frozen weights, what is trained, and the largest logits it holds."""
     trained = facts.trained_parameters.get(trial.position, facts.layer_parameters)
-    batch_tokens = min(trial.batch_size, facts.n_edits) * _edit_tokens(facts) // max(1, facts.n_edits)
-    logits = 3 * 4 * batch_tokens * facts.vocabulary
+    batch_tokens = min(trial.batch_size, facts.n_edits) * edit_tokens(facts) // max(1, facts.n_edits)
+    reading = min(_READ_AT_ONCE, edit_tokens(facts) + evaluation_tokens(facts) + facts.capability_tokens)
+    logits = 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
     return _PROCESS_BYTES + _BYTES[trial.dtype] * facts.parameters + _TRAINED_BYTES * trained + logits
 
 
-def _edit_tokens(facts: StudyFacts) -> int:
+def edit_tokens(facts: StudyFacts) -> int:
     return 16 * facts.n_edits if facts.edit_tokens is None else facts.edit_tokens
 
 
-def _evaluation_tokens(facts: StudyFacts) -> int:
+def evaluation_tokens(facts: StudyFacts) -> int:
     return 3 * 32 * facts.n_edits if facts.evaluation_tokens is None else facts.evaluation_tokens
+
+
+def _disk_bytes(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> int:
+    """Hidden states entering every layer that is trained, the weights in the precision of training, MLflow's records."""
+    if not trials:
+        return 0
+    dtype = _BYTES[trials[0].dtype]
+    hidden = facts.head_parameters // max(1, facts.vocabulary)
+    layers = {trial.layer for trial in trials} | {facts.n_layers - 1}
+    states = dtype * hidden * (evaluation_tokens(facts) + facts.capability_tokens) * len(layers)
+    cast = 0 if trials[0].precision == trials[0].dtype else _BYTES[trials[0].precision] * facts.parameters
+    return states + cast + _STUDY_BYTES + count * (_RUN_BYTES + 4 * facts.n_edits * _OUTCOME_BYTES)
+
+
+def _makespan(seconds: Sequence[float], concurrent: int) -> float:
+    """When the last one ends, each begun in its order as soon as a place is free."""
+    free = [0.0] * min(concurrent, len(seconds))
+    for trial in seconds:
+        heapq.heapreplace(free, free[0] + trial)
+    return max(free)

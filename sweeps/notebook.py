@@ -17,6 +17,7 @@ from analysis import figures as drawing
 from analysis.look import TITLES
 from analysis.pareto import recommend
 from analysis.table import has_values
+from sweeps.forecast import foresee
 from sweeps.prepare import PreparedStudy, prepare
 from sweeps.progress import Progress
 from sweeps.runner import Reporter
@@ -37,12 +38,14 @@ def run_study(
     tracking_uri: str | None = None,
     address: str | None = None,
     reporter: Reporter | None = None,
+    register: bool = True,
 ) -> Sweep:
     """Run what is open of a study, as `locft sweep` does; the same call again runs only what is not done.
 
     study: a ready study's name or a study file. changes: dotted field -> value, laid over it. reporter: hears of trials
-    instead of the lines on standard error. The result holds state (with the results table), answer (front,
-    recommendation, report_html) and how it ended. Raises InputError for whatever is wrong with the input, at once.
+    instead of the lines on standard error. register: put the pick's delta into the model registry. The result holds state
+    (with the results table), answer (front, recommendation, report_html), how it ended, and the address of that delta.
+    Raises InputError for whatever is wrong with the input, at once.
     """
     prepared = _prepared(study, changes)
 
@@ -50,9 +53,9 @@ def run_study(
         if reporter is not None:
             return nullcontext(reporter)
         done = state.results[state.results["status"] == "done"]
-        return Progress(prepared.study.name, prepared.plan.count, done.to_dict("records"))
+        return Progress(foresee(prepared, tracking_uri), done.to_dict("records"))
 
-    return run_sweep(prepared, tracking_uri, address=address, show=show)
+    return run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
 
 
 def load_results(

@@ -1,8 +1,7 @@
 """What a person sees while a study runs, on standard error: on a terminal a table that updates, elsewhere lines."""
 
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from analysis.wording import number, percent, seconds
 from sweeps.records import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
+    from sweeps.forecast import Forecast
     from sweeps.race import Rung
 
 SHOWN = 6
@@ -26,15 +26,15 @@ SHOWN_METRICS = ("reliability", "generalization", "locality", "capability")
 class Progress:
     """Counts and the best front so far; a context manager, so that the screen is left tidy whatever happens."""
 
-    def __init__(self, name: str, planned: int, earlier: Sequence[dict[str, Any]], console: Console | None = None):
+    def __init__(self, forecast: "Forecast", earlier: Sequence[dict[str, Any]], console: Console | None = None):
         """earlier: results-table rows of the study's trials that were finished before."""
         self.console = console or Console(stderr=True)
-        self.name, self.planned = name, planned
+        self.name, self.planned = forecast.prepared.study.name, forecast.prepared.plan.count
         self.rows = {row["trial_id"]: row for row in earlier}  # by id: a trial whose worker died may be heard of twice
         self.resumed = len(self.rows)
         self.running = 0
         self.failures: dict[str, str] = {}
-        self.began = time.monotonic()
+        self.pace = Pace(forecast, self.rows)
         self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> "Progress":
@@ -60,6 +60,7 @@ class Progress:
 
     def finished(self, result: TrialResult, running: int) -> None:
         self.running = running
+        self.pace.finished(result)
         if result.status == "failed":
             self.failures[result.config.id] = result.error or "unknown"
         else:
@@ -80,10 +81,8 @@ class Progress:
         return len(self.failures)
 
     def seconds_left(self) -> float | None:
-        """From the pace of this run so far; None before its first result and after its last."""
-        here = self.done + self.failed - self.resumed
-        open_ = self.planned - self.done - self.failed
-        return (time.monotonic() - self.began) / here * open_ if here and open_ > 0 else None
+        """The forecast, set right by the trials of this run so far; None after the last."""
+        return self.pace.seconds_left(self.planned - self.done - self.failed, self.running)
 
     def _say(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
@@ -103,6 +102,31 @@ class Progress:
         for cause, count in Counter(self.failures.values()).most_common(3):
             table.add_row(Text(f"{count} failed", style="red"), Text(cause[:80]))
         return table
+
+
+class Pace:
+    """What is left of a study: each trial's expected time, times what the finished ones took against theirs."""
+
+    def __init__(self, forecast: "Forecast", done: Collection[str]):
+        self._forecast = forecast
+        self._open = {trial.id: forecast.seconds(trial) for trial in forecast.prepared.plan.trials if trial.id not in done}
+        self._at_once = 1
+        # One trial's worth of trust in the forecast: a worker's first trial warms it up and is slow.
+        self._taken = self._expected = forecast.estimate.seconds_per_trial
+
+    def finished(self, result: TrialResult) -> None:
+        expected = self._open.pop(result.config.id, None) or self._forecast.seconds(result.config)
+        if "seconds" in result.metrics:
+            self._taken += result.metrics["seconds"]
+            self._expected += expected
+
+    def seconds_left(self, open_trials: int, running: int) -> float | None:
+        """The running ones count half. None when nothing is open."""
+        if open_trials <= 0:
+            return None
+        self._at_once = max(self._at_once, running)
+        work = sum(self._open.values()) or open_trials * self._forecast.estimate.seconds_per_trial
+        return self._taken / self._expected * work * (1 - running / open_trials / 2) / min(self._at_once, open_trials)
 
 
 class RaceProgress:

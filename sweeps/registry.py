@@ -16,6 +16,9 @@ PREFIX = "models:/"
 FOLDER = "edit"
 """Of a run's artifacts, where a registered edit lies."""
 ALIAS = "chosen"
+"""Of the edit that somebody registered; those of studies have the study's (`study_alias`), so that none moves another's."""
+SHOWN = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
+"""Metrics that a version carries as tags."""
 
 
 def registered_name(kind: str, model: str) -> str:
@@ -45,14 +48,50 @@ def add_version(
     return f"{PREFIX}{name}@{alias}"
 
 
+def study_alias(study: str) -> str:
+    """The alias of a study's edit: its name, as far as MLflow takes it."""
+    alias = re.sub(r"[^\w-]", "-", study)
+    return f"study-{alias}" if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE) else alias
+
+
+def edit_address(model: str, alias: str) -> str:
+    """Of a registered edit, as `locft apply` takes it."""
+    return f"{PREFIX}{registered_name('edit', model)}@{alias}"
+
+
+def registered_edit(model: str, alias: str, tracking_uri: str | None) -> str | None:
+    """The run that holds the registered edit of a model; None where there is none. Raises InputError."""
+    from mlflow.exceptions import MlflowException
+
+    client, _ = connect(tracking_uri)
+    name = registered_name("edit", model)
+    with asking(f"the registered model {name!r}", InputError):
+        try:
+            return client.get_model_version_by_alias(name, alias).run_id
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+                return None
+            raise
+
+
 def register_edit(
-    folder: Path, run_id: str, model: str, position: str, metrics: Mapping[str, Any], tracking_uri: str | None
+    folder: Path,
+    run_id: str,
+    model: str,
+    position: str,
+    metrics: Mapping[str, Any],
+    tracking_uri: str | None,
+    alias: str = ALIAS,
+    edits: str = "",
 ) -> str:
-    """Put the folder that `locft edit` wrote with the trial's run, as the chosen edit of the model. Raises InputError."""
+    """Put a folder with a delta with the trial's run, as a version of the model's registered edit; returns its address.
+
+    edits: where they are from, for people. Raises InputError.
+    """
     client, _ = connect(tracking_uri)
     name = registered_name("edit", model)
     shown = "\n".join(f"- {key}: {number(value)}" for key, value in metrics.items() if not key.endswith("_seconds"))
-    use = f"`locft apply {PREFIX}{name}@{ALIAS} --model {model} --out edited-model`"
+    use = f"`locft apply {edit_address(model, alias)} --model {model} --out edited-model`"
     with asking(f"the registered model {name!r}", InputError):
         client.log_artifacts(run_id, str(folder), FOLDER)
         source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
@@ -62,9 +101,13 @@ def register_edit(
             f"Edits of {model}, each a safetensors delta that fits only the model it was made on.",
             source,
             run_id,
-            ALIAS,
-            tags={"locft.position": position},
-            description=f"Edited at {position}. {use}\n\n{shown}",
+            alias,
+            tags={
+                "locft.position": position,
+                **({"locft.edits": edits} if edits else {}),
+                **{f"locft.{key}": f"{metrics[key]:.4g}" for key in SHOWN if key in metrics},
+            },
+            description=f"Edited at {position}{f' ({edits})' if edits else ''}.\n\nApply it: {use}\n\n{shown}",
         )
 
 

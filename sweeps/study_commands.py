@@ -1,7 +1,6 @@
 """The commands about studies: plan, sweep, status, report, select. Registered in `sweeps.cli`."""
 
 import json
-import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from locft.errors import InputError
 from sweeps.console import (
     about,
     err,
+    expectation,
     new_table,
     out,
     plain,
@@ -46,16 +46,14 @@ if TYPE_CHECKING:
     from sweeps.sweep import StudyState
 
 
-def plan(study: StudyArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+def plan(
+    study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False
+) -> None:
     """Show the trials of STUDY, their number and what they will take. Nothing is run or written."""
-    from analysis.wording import seconds
-    from sweeps.estimate import estimate
+    from sweeps.forecast import foresee
 
     prepared = _prepared(study, overrides)
-    resources = prepared.study.resources
-    cores = os.cpu_count() or 1
-    concurrent = resources.concurrent if isinstance(resources.concurrent, int) else max(1, cores // resources.cpus)
-    expected = estimate(prepared.plan, prepared.facts, cpus=resources.cpus, concurrent=concurrent)
+    expected = foresee(prepared, tracking_uri).estimate
     if as_json:
         trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
         return print_json({"study": about(prepared), "trials": trials, "estimate": asdict(expected)})
@@ -69,11 +67,9 @@ def plan(study: StudyArgument, overrides: SetOption = None, as_json: JsonOption 
         print_wide(table)
     else:
         out.print(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
-    out.print(
-        f"{prepared.plan.count} trials, {concurrent} at a time: about {seconds(expected.seconds)} "
-        f"({seconds(expected.seconds_low)} to {seconds(expected.seconds_high)}), "
-        f"{expected.peak_memory_bytes / 2**30:.1f} GiB of memory"
-    )
+    done = prepared.plan.count - expected.trials
+    kept = f" and {done} done" if done else ""
+    out.print(f"{expected.trials} trials{kept}, {expectation(expected)}", highlight=False, soft_wrap=True)
 
 
 def sweep(
@@ -82,11 +78,15 @@ def sweep(
     tracking_uri: UriOption = None,
     address: AddressOption = None,
     report_file: Annotated[Path | None, typer.Option("--out", help="Dashboard file; default NAME.html here.")] = None,
+    register: Annotated[
+        bool, typer.Option(help="At the end put the delta of the study's pick into MLflow's model registry.")
+    ] = True,
     on_end: CommandOption = None,
     webhook: WebhookOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run STUDY. The same command again runs only what is not done yet."""
+    from sweeps.forecast import foresee
     from sweeps.notify import Hooks
     from sweeps.progress import Progress
     from sweeps.sweep import run_sweep
@@ -95,18 +95,24 @@ def sweep(
     prepared = _prepared(study, overrides)
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     say_study(prepared)
+    forecast = foresee(prepared, tracking_uri)
+    if forecast.estimate.trials:
+        err.print(Text(f"{forecast.estimate.trials} trials to run, {expectation(forecast.estimate)}"))
 
     def show(state: "StudyState") -> Progress:
         done = state.results[state.results["status"] == "done"]
-        return Progress(prepared.study.name, prepared.plan.count, done.to_dict("records"))
+        return Progress(forecast, done.to_dict("records"))
 
     with hooks.at_the_end(prepared.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
-        done = run_sweep(prepared, tracking_uri, address=address, show=show)
+        done = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
         pick = done.answer.recommendation
         event |= {"ending": done.ending, "done": done.state.done, "failed": done.state.failed, "left": done.state.left}
         event |= {"position": pick and pick.position, "tracking_uri": done.tracking_uri}
+        event["registered"] = done.registered
     write(report_file, done.answer.report_html)
-    print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json)
+    print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json, done.registered)
+    if done.not_registered:
+        err.print(Text(f"the pick's edit is not in the model registry: {done.not_registered}"))
     if done.ending == "same_failure":
         err.print("stopped: the first trials all failed for the same reason, so the others would as well")
     if done.ending == "out_of_time" or done.ending == "complete" and done.state.left > done.state.failed:

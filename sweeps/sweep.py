@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from locft.errors import InputError
 from sweeps.delivery import Delivery, Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
-from sweeps.estimate import estimate
+from sweeps.estimate import memory_bytes
+from sweeps.forecast import machine
 from sweeps.heartbeat import at_work, refuse_second_driver
+from sweeps.pick_edit import is_registered, register_pick
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
 from sweeps.ray_session import ray_session
 from sweeps.records import TrialConfig, TrialResult
+from sweeps.registry import edit_address, study_alias
 from sweeps.runner import Ending, Reporter, compute_baseline, run_trials
 from sweeps.search import OBJECTIVES, TrialSearch
 from sweeps.study import study_to_yaml
@@ -87,6 +90,10 @@ class Sweep:
     ending: Ending
     tracking_uri: str
     """Of the store, without a password."""
+    registered: str | None = None
+    """The address of the pick's edit in the model registry, models:/NAME@ALIAS."""
+    not_registered: str | None = None
+    """Why there is none, where it was asked for."""
 
 
 def find_tracker(prepared: PreparedStudy, uri: str | None) -> Tracker | None:
@@ -126,10 +133,12 @@ def run_sweep(
     *,
     address: str | None = None,
     show: Callable[[StudyState], AbstractContextManager[Reporter]],
+    register: bool = False,
 ) -> Sweep:
     """Run what is open of a study and return everything it knows then. The same call again runs only what is not done.
 
-    show: given the state at the start, a context manager whose value hears of every trial. Raises InputError before
+    show: given the state at the start, a context manager whose value hears of every trial. register: at the end train the
+    pick once more and put its delta into the model registry, unless it is there. Raises InputError before
     anything is written when the store or the cluster cannot be had, its resources do not suffice, or another driver runs
     the study; TrackingError when the store went away for good. Finished trials are then kept on this machine.
     """
@@ -144,8 +153,9 @@ def run_sweep(
             _open_study(prepared, tracker)
             deliver_kept(prepared, tracker, prepared.id, outbox)
         state = read_state(prepared, tracker)
-        if state.affordable:
-            trial_bytes = estimate(prepared.plan, prepared.facts).peak_memory_bytes
+        wanted = register and _pick_to_register(state, tracking_uri)
+        if state.affordable or wanted:
+            trial_bytes = max(memory_bytes(trial, prepared.facts) for trial in prepared.plan.sample)
             room = stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
         tracker = tracker or Tracker.open(tracking_uri, study.name)
         _open_study(prepared, tracker)
@@ -169,7 +179,42 @@ def run_sweep(
         except BaseException:  # the study's run shall show what is finished
             _conclude(prepared, tracker, ending)
             raise
-        return _conclude(prepared, tracker, ending)
+        done = _conclude(prepared, tracker, ending)
+        return _with_registered(done, tracker, tracking_uri) if register and ending == "complete" else done
+
+
+def _pick_to_register(state: StudyState, tracking_uri: str | None) -> dict[str, Any] | None:
+    """The row of the study's pick, unless its edit is registered already or there is none."""
+    from analysis.pareto import recommend
+
+    pick = recommend(state.results)
+    if pick is None:
+        return None
+    (row,) = state.results[state.results["trial_id"] == pick.trial_id].to_dict("records")
+    return None if is_registered(state.prepared.study, row["run_id"], tracking_uri) else row
+
+
+def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None) -> Sweep:
+    """Whatever goes wrong here, the study is finished and recorded."""
+    from analysis.table import METRICS
+
+    prepared, pick = done.state.prepared, done.answer.recommendation
+    study = prepared.study
+    if pick is None:
+        return done
+    address = edit_address(study.model, study_alias(study.name))
+    try:
+        if row := _pick_to_register(done.state, tracking_uri):
+            config = TrialConfig(**{name: row[name] for name in TrialConfig.__dataclass_fields__})
+            metrics = {name: row[name] for name in (*METRICS, "delta_norm") if math.isfinite(row.get(name, math.nan))}
+            basis = Basis(prepared.inputs, _baseline(prepared, tracker))
+            register_pick(study, basis, config, row["run_id"], metrics, tracking_uri)
+        use = f"Apply it: `locft apply {address} --model {study.model} --out edited-model`"
+        tracker.describe_study(prepared.id, f"{answer_text(done.answer)}\n\n{use}", {"locft.registered": address})
+    except Exception as error:  # a worker that dies, a store without a registry
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return replace(done, not_registered=cause)
+    return replace(done, registered=address)
 
 
 def _open_study(prepared: PreparedStudy, tracker: Tracker) -> None:
@@ -312,7 +357,7 @@ def _inputs(prepared: PreparedStudy, tracker: Tracker, study_id: str) -> StudyIn
         items = {task.name: len(task.items) for task in prepared.suite.tasks}
         name = study.capability.suite or "capability"
         data.append(DatasetRecord(name, prepared.suite.fingerprint, prepared.capability_source, "capability", items))
-    return tracker.create_inputs(study_id, model, data)
+    return tracker.create_inputs(study_id, model, data, {"locft.machine": machine(study.resources)})
 
 
 def _baseline(prepared: PreparedStudy, tracker: Tracker) -> "Baseline":

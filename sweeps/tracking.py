@@ -56,14 +56,11 @@ class Tracker:
         name = experiment.strip()
         client, shown = connect(uri, create=create)
 
-        def tags(experiment_id: str) -> dict[str, str]:
-            return {
-                "locft.kind": "experiment",
-                "mlflow.experimentKind": "custom_model_development",  # else the page asks, and shows tabs for agents
-                "mlflow.note.content": tracking_view.experiment_note(name, experiment_id),
-                tracking_view.VIEW_TAG: tracking_view.view_state(),
-            }
-
+        tags = {
+            "locft.kind": "experiment",
+            "mlflow.experimentKind": "custom_model_development",  # else the page asks, and shows tabs for agents
+            tracking_view.VIEW_TAG: tracking_view.view_state(),
+        }
         return cls(Store(client, open_experiment(client, shown, name, tags if create else None)), shown)
 
     def open_study(
@@ -86,8 +83,10 @@ class Tracker:
                 self._client.update_run(run_id, status="RUNNING", name=name)
             else:
                 run_id = self._store.create(name, {"locft.kind": "study", "locft.study_id": study_id}).info.run_id
-            shown = {**(tags or {}), "locft.status": "running", "mlflow.note.content": description}
-            self._store.log(run_id, tags=shown)
+            note = tracking_view.study_note(description, self.experiment_id, run_id)
+            self._store.log(run_id, tags={**(tags or {}), "locft.status": "running", "mlflow.note.content": note})
+            about = tracking_view.experiment_note(name, self.experiment_id, run_id)
+            self._client.set_experiment_tag(self.experiment_id, "mlflow.note.content", about)
             environment_json = json.dumps(environment, indent=2, default=str)
             self._store.put(run_id, {"study.yaml": study_yaml, "environment.json": environment_json})
             left_open = f"{runs.matching('trial', study_id)} and attributes.status = 'RUNNING'"
@@ -95,8 +94,17 @@ class Tracker:
                 self._store.close(run.info.run_id, "KILLED", "incomplete")
         return run_id
 
-    def create_inputs(self, study_id: str, model: ModelRecord, datasets: Sequence[DatasetRecord]) -> StudyInputs:
-        """Prepares what `log_trial` links to every run; the model is created once in the experiment."""
+    def create_inputs(
+        self,
+        study_id: str,
+        model: ModelRecord,
+        datasets: Sequence[DatasetRecord],
+        tags: Mapping[str, str] | None = None,
+    ) -> StudyInputs:
+        """Prepares what `log_trial` links to every run; the model is created once in the experiment.
+
+        tags: further ones that every run shall have.
+        """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         made = tuple(
@@ -113,11 +121,11 @@ class Tracker:
             for data in datasets
         )
         name = re.sub(r"[/:.%\"']", "-", model.name) or "model"
-        tags = {"locft.model": model.name, **{f"locft.{data.context}": data.source for data in datasets}}
+        names = {"locft.model": model.name, **{f"locft.{data.context}": data.source for data in datasets}}
         with asking("the inputs of the study"):
             study_run = self._study_run(study_id)
             model_id = self._store.model(name, model.fingerprint, study_run, {"locft.model": model.name}, model.facts)
-        return StudyInputs(made, model_id, tags)
+        return StudyInputs(made, model_id, {**names, **(tags or {})})
 
     def log_inputs(self, run_id: str, inputs: StudyInputs) -> None:
         """Links the data sets and the unedited model to a run, in one request."""
@@ -194,10 +202,18 @@ class Tracker:
             self._client.log_artifacts(run_id, folder)
             position = recommendation.get("position", "")
             tags = {"locft.pick.trial_ids": ", ".join(picked), "locft.pick.position": position}
-            note = {"mlflow.note.content": answer} if answer else {}
+            said = tracking_view.study_note(answer, self.experiment_id, run_id)
+            note = {"mlflow.note.content": said} if answer else {}
             self._store.log(run_id, metrics=summary_metrics, when=runs.now(), tags={**tags, **note})
             self._mark_pick(study_id, picked)
             self._store.close(run_id, state, status)
+
+    def describe_study(self, study_id: str, description: str, tags: Mapping[str, str]) -> None:
+        """Another description of the study's run, in markdown, and further tags."""
+        with asking("the description of the study"):
+            run_id = self._study_run(study_id)
+            note = tracking_view.study_note(description, self.experiment_id, run_id)
+            self._store.log(run_id, tags={**tags, "mlflow.note.content": note})
 
     def abandon_study(self, study_id: str) -> None:
         """Closes the run of a study that broke off, as FAILED; says nothing where even that does not work."""

@@ -5,6 +5,7 @@ from typing import Any
 from locft.errors import InputError
 from sweeps import tracking_runs as runs
 from sweeps import tracking_uri
+from sweeps.records import TrialResult
 from sweeps.tracking import Tracker
 from sweeps.tracking_store import Store, asking, connect
 
@@ -66,3 +67,27 @@ def list_studies(uri: str | None = None, limit: int = 10, base: str = "") -> lis
             }
             for run in found
         ]
+
+
+def earlier_trials(model_fingerprint: str, machine: str, limit: int, uri: str | None = None) -> list[TrialResult]:
+    """The latest finished trials of a model on a machine (`locft.machine`), in all studies of a store, without losses and
+    outcomes. Creates no store."""
+    resolved = tracking_uri.resolve_uri(uri)
+    path = tracking_uri.sqlite_path(resolved)
+    if path is not None and not path.exists():
+        return []
+    client, shown = connect(resolved)
+    wanted = f"{runs.matching('trial', None)} and attributes.status = 'FINISHED'"
+    for tag, value in (("model_fingerprint", model_fingerprint), ("machine", machine)):
+        wanted += f" and tags.`locft.{tag}` = '{value}'"
+    with asking(f"the trials in {shown}"):
+        experiments = [found.experiment_id for found in client.search_experiments(max_results=1000)]
+        order = ["attributes.start_time DESC"]
+        found = client.search_runs(experiments, wanted, max_results=limit, order_by=order)
+    results = []
+    for run in found:
+        try:
+            results.append(TrialResult(runs.config_of(run), "done", None, runs.metrics_of(run)))
+        except ValueError:  # of another version
+            continue
+    return results

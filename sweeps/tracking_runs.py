@@ -56,7 +56,8 @@ class StudyInputs:
     datasets: tuple["DatasetInput", ...]
     model_id: str
     tags: Mapping[str, str]
-    """`locft.model`, `locft.edits`, `locft.capability`: the names, so that a run alone says what it was made from."""
+    """`locft.model`, `locft.edits`, `locft.capability`: the names, so that a run alone says what it was made from; and
+    `locft.machine`, on which its seconds were taken."""
 
 
 def matching(kind: Literal["study", "trial"], study_id: str | None, trial_id: str | None = None) -> str:

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,7 +169,7 @@ class Store:
 
 
 def open_experiment(
-    client: "MlflowClient", shown: str, name: str, tags_for: Callable[[str], Mapping[str, str]] | None
+    client: "MlflowClient", shown: str, name: str, tags: Mapping[str, str] | None
 ) -> str:
     """The id of the experiment of that name.
 
@@ -184,7 +184,7 @@ def open_experiment(
         raise InputError(f"study name has {len(name)} characters, expected 1 to 500 (it names the experiment)")
     with asking(f"experiment {name!r} in {shown}", InputError):
         found = client.get_experiment_by_name(name)
-        if found is None and tags_for is None:
+        if found is None and tags is None:
             raise InputError(f"study {name!r} has nothing in {shown} yet: run it first (locft sweep)")
         if found is None:
             client.create_experiment(name)
@@ -195,10 +195,10 @@ def open_experiment(
                 f" (mlflow experiments restore --experiment-id {found.experiment_id}), remove it for good"
                 " (mlflow gc), or give the study another name"
             )
-        for key, value in tags_for(found.experiment_id).items() if tags_for else ():
+        for key, value in (tags or {}).items():
             if found.tags.get(key) != value:
                 client.set_experiment_tag(found.experiment_id, key, value)
-    if tags_for and shown.startswith("sqlite:"):
+    if tags and shown.startswith("sqlite:"):
         place = found.artifact_location.removeprefix("file://")
         if "://" not in place:
             tracking_uri.check_writable(Path(place), "artifacts")

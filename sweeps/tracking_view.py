@@ -4,7 +4,7 @@ Pure functions: nothing here talks to MLflow.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -49,17 +49,26 @@ def trial_note(result: TrialResult, run_id: str) -> str:
     if "drift_kl" in metrics:
         figures.append(f"drift {metrics['drift_kl']:.3f} nats per token")
     found = ", ".join(figures) or "no metrics"
-    return f"{setting}.\n\nFound: {found}.\n\nRepeat it: `locft edit MODEL --edits FILE --from-run {run_id} --out DIR`"
+    return f"{setting}.\n\nFound: {found}.\n\nRepeat it: `locft edit MODEL --from-run {run_id} --out edited`"
 
 
-def experiment_note(name: str, experiment_id: str) -> str:
-    """The description on top of the experiment's page, in markdown."""
-    found = links(experiment_id)
+def experiment_note(name: str, experiment_id: str, study_run: str | None = None) -> str:
+    """The description on top of the experiment's page, in markdown: the links first, as the page shows one line of it."""
     return (
+        f"{_linked(links(experiment_id, study_run))}\n\n"
         f"Study **{name}**: at which position does localized fine-tuning edit this model best, and what does it cost in"
-        f" general capability? One run is one trial; the run tagged `locft.kind=study` holds the dashboard.\n\n"
-        f"[Table of the trials]({found['table']}) · [Charts of the trials]({found['charts']})"
+        f" general capability? One run is one trial; the run named {name} holds the dashboard, the table and the answer."
     )
+
+
+def study_note(text: str, experiment_id: str, study_run: str) -> str:
+    """The description on the page of the study's run: what it says, and the links."""
+    return f"{text}\n\n{_linked(links(experiment_id, study_run))}"
+
+
+def _linked(found: Mapping[str, str]) -> str:
+    titles = {"dashboard": "Dashboard", "table": "Table of the trials", "charts": "Charts of the trials"}
+    return " · ".join(f"[{title}]({found[key]})" for key, title in titles.items() if key in found)
 
 
 def links(

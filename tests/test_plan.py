@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locft.errors import InputError
-from sweeps.estimate import Calibration, estimate
 from sweeps.plan import (
     AXES,
     StudyFacts,
@@ -246,45 +245,3 @@ def test_the_quickstart_covers_its_space():
             for value in getattr(load_study("quickstart").space, axis)
         ]
         assert len(counts) == 2 and min(counts) == max(counts) == 8
-
-
-RATES = Calibration(training_seconds=5e-9, reading_seconds=2e-9, step_seconds=0.1, spread=2.0)
-
-
-def test_an_estimate_is_its_written_formula():
-    facts = make_facts(
-        10,
-        parameters=1000,
-        layer_parameters=80,
-        head_parameters=200,
-        vocabulary=50,
-        n_edits=6,
-        edit_tokens=100,
-        evaluation_tokens=500,
-        capability_tokens=1500,
-        trained_parameters={"5.mlp": 40},
-    )
-    plan = make_plan(make_study({"layer": 5, "module": "mlp", "batch_size": 4, "seed": [0, 1, 2]}, epochs=10), facts)
-    got = estimate(plan, facts, RATES, concurrent=2)
-    training = 10 * (5e-9 * (100 * 5 * 80 + 30 * 200) + 2 * 0.1)
-    measuring = 2e-9 * (2000 * (5 * 80 + 0.3 * 200) + 0.3 * 500 * 1000)
-    unedited = 2e-9 * 1000 * 2000
-    assert got.seconds_per_trial == pytest.approx(training + measuring)
-    assert got.seconds == pytest.approx(20 + unedited + 3 / 2 * (training + measuring))
-    assert got.seconds_high == pytest.approx(2 * got.seconds)
-    assert got.seconds_low == pytest.approx((20 + unedited + 3 / 2 * (training / 3 + measuring)) / 2)
-    assert got.peak_memory_bytes == 2 * (600_000_000 + 4 * 1000 + 16 * 40 + 12 * (4 * 100 // 6) * 50)
-    assert got.trials == 3 and got.measured
-
-
-def test_estimates_grow_with_what_costs():
-    def seconds(facts=FACTS, cpus=2, **space):
-        plan = make_plan(make_study({"layer": 22, **space}), facts)
-        return estimate(plan, facts, cpus=cpus).seconds
-
-    base = seconds()
-    assert seconds(layer=3) > base and seconds(batch_size=1) > base and seconds(seed=[0, 1]) > base
-    assert seconds(cpus=1) > base and seconds(make_facts(n_edits=200)) > base
-    assert not estimate(make_plan(make_study(), FACTS), FACTS).measured
-    optuna = make_plan(make_study(search={"method": "optuna", "trials": 10}), FACTS)
-    assert estimate(optuna, FACTS).seconds > 0

@@ -5,14 +5,23 @@ import io
 import pytest
 from rich.console import Console
 
+from sweeps.estimate import default_costs, estimate
+from sweeps.forecast import Forecast
+from sweeps.plan import make_plan
+from sweeps.prepare import PreparedStudy
 from sweeps.progress import Progress
 from tests.mlflow_store import config, failure, result
+from tests.test_plan import FACTS, make_study
 
 
 def progress(planned=4, earlier=(), terminal=False):
+    study = make_study(name="layers", search={"method": "optuna", "trials": planned})
+    plan, costs = make_plan(study, FACTS), default_costs(FACTS)
+    prepared = PreparedStudy(study, FACTS, plan, None, None)
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=160, color_system=None)
-    return Progress("layers", planned, [r.to_row() for r in earlier], console), screen
+    forecast = Forecast(estimate(plan, FACTS, costs), costs, prepared)
+    return Progress(forecast, [r.to_row() for r in earlier], console), screen
 
 
 def test_a_line_for_every_trial():
@@ -28,16 +37,29 @@ def test_a_line_for_every_trial():
     assert (shown.done, shown.failed) == (1, 1)
 
 
-def test_a_resumed_study_says_what_it_keeps_and_does_not_count_it_as_pace():
+def test_a_resumed_study_says_what_it_keeps():
     shown, screen = progress(planned=10, earlier=[result(config(layer)) for layer in range(6)])
     with shown:
-        assert shown.seconds_left() is None
-        shown.began -= 30
         shown.finished(result(config(7)), 1)
-        assert shown.seconds_left() == pytest.approx(30 * 3, rel=0.01), "three are open, and one took 30 s"
     lines = screen.getvalue().splitlines()
     assert lines[0] == "layers: 6 of 10 trials were finished before and are kept"
     assert lines[1].startswith("[7/10]")
+
+
+def test_the_time_left_is_the_forecast_set_right_by_what_trials_took():
+    shown, _ = progress(planned=10)
+    mean = shown.pace._forecast.estimate.seconds_per_trial
+    with shown:
+        shown.started(2)
+        assert shown.seconds_left() == pytest.approx(mean * 9 / 2), "two at a time, and half of each is done"
+        late = result(config(20))
+        expected = shown.pace._forecast.seconds(late.config)
+        late.metrics["seconds"] = 3 * expected
+        shown.finished(late, 2)
+        pace = (mean + 3 * expected) / (mean + expected)
+        assert shown.seconds_left() == pytest.approx(pace * mean * 8 / 2), "more than was expected"
+        shown.finished(failure(config(4)), 2)
+        assert shown.seconds_left() == pytest.approx(pace * mean * 7 / 2), "a failure says nothing about the pace"
 
 
 def test_nothing_is_left_after_the_last():

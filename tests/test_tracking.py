@@ -176,7 +176,8 @@ def test_the_study_run_carries_the_answer(tracker):
     best = table.sort_values("reliability").iloc[-1]
     assert run.info.status == "FINISHED" and run.data.tags["locft.status"] == "done"
     assert run.data.tags["locft.pick.trial_ids"] == best.trial_id
-    assert run.data.tags["mlflow.note.content"] == f"**{best.layer}.mlp_down** edits best."
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith(f"**{best.layer}.mlp_down** edits best.\n\n[Dashboard](#/experiments/")
     assert run.data.metrics == {"best_reliability": best.reliability, "hypervolume": 0.31, "trials_done": 3}
     artifacts = {file.path for file in tracker._client.list_artifacts(run_id)}
     assert artifacts == {
@@ -276,6 +277,8 @@ def test_links_and_list_of_studies(tracker, store, tmp_path):
     links = tracker.links(STUDY, base="http://127.0.0.1:5000/")
     page = f"http://127.0.0.1:5000/#/experiments/{tracker.experiment_id}/runs/{run_id}/artifacts/dashboard.html"
     assert links["dashboard"].startswith(page)
+    experiment = tracker._client.get_experiment(tracker.experiment_id)
+    assert f"runs/{run_id}/artifacts/dashboard.html" in experiment.tags["mlflow.note.content"].splitlines()[0]
     assert trial in links["compare"] and links["table"].startswith("http://127.0.0.1:5000/#/experiments/")
     assert len(tracker.links(STUDY, ["r"] * 300)["compare"]) < 5000
     found = next(study for study in list_studies(store) if study["experiment_id"] == tracker.experiment_id)

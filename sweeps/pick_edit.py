@@ -1,0 +1,67 @@
+"""The edit of a study's pick in MLflow's model registry. Trials keep no deltas, so the picked one is trained once more: the
+same numbers give the same delta."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sweeps.records import TrialConfig
+from sweeps.registry import register_edit, registered_edit, study_alias
+from sweeps.runner import on_workers
+from sweeps.trial import Basis, TrialInputs, resident_workbench
+
+if TYPE_CHECKING:
+    from locft.delta import EditDelta
+    from locft.workbench import Baseline
+    from sweeps.schema import Study
+
+TOLERANCE = 1e-3
+"""By which the size of the delta may differ from the trial's, relatively: hardware that sums in another order."""
+
+
+class PickError(RuntimeError):
+    """The pick cannot be registered; the study's results are unharmed."""
+
+
+def is_registered(study: "Study", run_id: str, tracking_uri: str | None) -> bool:
+    """Whether the study's registered edit is that of this trial."""
+    return registered_edit(study.model, study_alias(study.name), tracking_uri) == run_id
+
+
+def register_pick(
+    study: "Study", basis: Basis, config: TrialConfig, run_id: str, metrics: dict[str, float], tracking_uri: str | None
+) -> str:
+    """Train a trial once more on a worker and register what comes of it; returns "models:/NAME@ALIAS". Needs a running Ray.
+
+    run_id, metrics: of the trial. Raises PickError where another delta comes out, InputError where the store does not
+    take it.
+    """
+    resources = study.resources
+    (delta,) = on_workers([lambda: train_again(basis.inputs, basis.baseline, config)], resources.cpus, resources.gpus)
+    if not math.isclose(delta.norm, metrics["delta_norm"], rel_tol=TOLERANCE):
+        raise PickError(
+            f"training {config.position} again gave a change of size {delta.norm:.6g}, and {metrics['delta_norm']:.6g} in the"
+            f" trial (other hardware?); `locft edit --from-run {run_id} --register` measures it anew"
+        )
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        delta.save(folder)
+        about = {"model": study.model, "position": config.position, "settings": config.to_dict(), "metrics": metrics}
+        (folder / "edit.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        about_edits = f"{study.edits.source}, study {study.name}"
+        alias = study_alias(study.name)
+        return register_edit(folder, run_id, study.model, config.position, metrics, tracking_uri, alias, about_edits)
+
+
+def train_again(inputs: TrialInputs, baseline: "Baseline", config: TrialConfig) -> "EditDelta":
+    """The delta of a trial; on a CPU bitwise that which was measured."""
+    import torch
+
+    from locft.finetune import TrainingSettings
+    from locft.positions import TuningPosition
+
+    torch.manual_seed(config.seed)
+    settings = TrainingSettings(**{name: getattr(config, name) for name in TrainingSettings.__dataclass_fields__})
+    return resident_workbench(inputs, baseline).train(TuningPosition(config.layer, config.module), settings).delta

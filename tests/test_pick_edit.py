@@ -1,0 +1,71 @@
+"""The study's pick in the model registry: the delta that was measured, under the study's alias, ready to apply."""
+
+import contextlib
+
+import pytest
+from mlflow import MlflowClient
+
+from locft.delta import EditDelta
+from sweeps import sweep as sweep_module
+from sweeps.pick_edit import PickError
+from sweeps.prepare import prepare
+from sweeps.registry import fetch_edit, registered_edit, study_alias
+from sweeps.study import load_study
+from sweeps.sweep import run_sweep
+from sweeps.trial import resident_workbench
+from tests.test_runner import Heard
+
+
+@pytest.fixture(autouse=True)
+def quick_baseline(monkeypatch):
+    """The unedited model measured in this process."""
+    monkeypatch.setattr(sweep_module, "compute_baseline", lambda inputs, *_: resident_workbench(inputs).baseline)
+
+
+def run(file, *overrides):
+    return run_sweep(
+        prepare(load_study(str(file), overrides)), None, show=lambda _: contextlib.nullcontext(Heard()), register=True
+    )
+
+
+def test_the_pick_is_registered_once_and_can_be_applied(workplace, study_file, tiny_folder, ray_running, locft, monkeypatch):
+    file = study_file(name="my.study", space__layer=[1])
+    done = run(file)
+    assert done.registered.startswith("models:/locft-edit-") and done.registered.endswith("@my-study")
+    (row,) = done.state.results.to_dict("records")
+    delta = EditDelta.load(fetch_edit(done.registered, None, workplace / "fetched"))
+    assert delta.position == "1.mlp_down" and delta.norm == row["delta_norm"], "bitwise what the trial measured"
+    client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
+    name = done.registered.removeprefix("models:/").partition("@")[0]
+    version = client.get_model_version_by_alias(name, "my-study")
+    assert version.run_id == row["run_id"] and version.tags["locft.position"] == "1.mlp_down"
+    assert float(version.tags["locft.reliability"]) == pytest.approx(row["reliability"], abs=1e-3)
+    assert f"locft apply {done.registered}" in version.description and "atlas, study my.study" in version.description
+    applied = locft("apply", done.registered, "--model", tiny_folder, "--out", workplace / "edited", "--json")
+    assert applied.code == 0 and applied.json["position"] == "1.mlp_down"
+    experiment = client.get_experiment_by_name("my.study").experiment_id
+    (study,) = client.search_runs([experiment], "tags.`locft.kind` = 'study'")
+    assert study.data.tags["locft.registered"] == done.registered
+    assert f"locft apply {done.registered}" in study.data.tags["mlflow.note.content"]
+
+    monkeypatch.setattr(sweep_module, "ray_session", lambda *_: pytest.fail("there is nothing to run"))
+    again = run(file)
+    assert again.registered == done.registered and len(client.search_model_versions(f"name = '{name}'")) == 1
+
+
+def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(workplace, study_file, ray_running):
+    def other_hardware(*_):
+        raise PickError("another delta")
+
+    file = study_file(space__layer=[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, "register_pick", other_hardware)
+        done = run(file)
+    assert done.state.left == 0 and done.registered is None and done.not_registered == "another delta"
+    assert run(file).registered, "the same command makes up for it"
+
+
+def test_aliases_are_what_mlflow_takes(workplace):
+    assert study_alias("layer-sweep") == "layer-sweep" and study_alias("a.b_c") == "a-b_c"
+    assert study_alias("v2") == "study-v2" and study_alias("latest") == "study-latest"
+    assert registered_edit("nothing", "latest-of-all", None) is None
