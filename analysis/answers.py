@@ -1,15 +1,16 @@
 """The sentences of the report: what was found, how sure it is, and which edits fail."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from analysis.pareto import Recommendation, comparable
+from analysis.bootstrap import FrontDoubt
+from analysis.pareto import ParetoFront, Recommendation, comparable
 from analysis.table import wilson_interval
-from analysis.wording import change_with_interval, number, percent, plural, points, seconds
+from analysis.wording import change_with_interval, number, percent, plural, points, seconds, whole_percent
 
 TOP_MISSES = 12
 """Edits that fail listed at most; the count is given."""
@@ -31,13 +32,6 @@ def headline(pick: Recommendation, baseline: Mapping[str, float]) -> dict[str, A
     elif "capability" in metrics:
         before = f"against {percent(baseline['capability'])} unedited" if "capability" in baseline else ""
         figures.append(("capability", percent(metrics["capability"]), before))
-    cost = []
-    if "drift_kl" in metrics:
-        cost.append(f"drift {number(metrics['drift_kl'])} nats per token")
-    if "seconds_per_edit" in metrics:
-        cost.append(f"{seconds(metrics['seconds_per_edit'])} of training per edit")
-    elif "seconds" in metrics:
-        cost.append(f"{seconds(metrics['seconds'])} for the whole trial")
     shown = {
         "pipeline": "",
         "batch_size": "batch ",
@@ -52,7 +46,34 @@ def headline(pick: Recommendation, baseline: Mapping[str, float]) -> dict[str, A
         for name, before in shown.items()
         if name in pick.settings
     ]
-    return {"position": pick.position, "figures": figures, "cost": ", ".join(cost), "settings": ", ".join(settings)}
+    return {"position": pick.position, "figures": figures, "settings": ", ".join(settings)}
+
+
+def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(name, sentence) pairs of what the edit at the pick costs the model, and the machine."""
+    metrics, said = pick.metrics, []
+    before = f" The unedited model scores {percent(baseline['capability'])}." if "capability" in baseline else ""
+    if "capability_change" in metrics:
+        ends = (metrics.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
+        said.append(("Capability", f"{change_with_interval(*ends)} (95% interval).{before}"))
+    elif "capability" in metrics:
+        said.append(("Capability", f"{percent(metrics['capability'])} after the edit.{before}"))
+    tasks = [name for name in metrics if name.startswith("capability.") and name in baseline]
+    if len(tasks) > 1:
+        by_task = ((name.removeprefix("capability."), baseline[name], metrics[name]) for name in tasks)
+        said.append(("By task", ", ".join(f"{task} {percent(a)} → {percent(b)}" for task, a, b in by_task) + "."))
+    if "locality" in metrics:
+        said.append(("Locality", f"{percent(metrics['locality'])} of unrelated prompts are answered as before."))
+    if "drift_kl" in metrics:
+        text = f"{number(metrics['drift_kl'])} nats per token on plain text"
+        if "perplexity" in metrics and "perplexity" in baseline:
+            text += f"; perplexity {number(baseline['perplexity'])} → {number(metrics['perplexity'])}"
+        said.append(("Drift", text + "."))
+    time = [f"{seconds(metrics['seconds_per_edit'])} of training per edit"] if "seconds_per_edit" in metrics else []
+    time += [f"{seconds(metrics['seconds'])} for the whole trial"] if "seconds" in metrics else []
+    if time:
+        said.append(("Time", ", ".join(time) + "."))
+    return said
 
 
 def _plus_minus(error: float) -> str:
@@ -60,7 +81,7 @@ def _plus_minus(error: float) -> str:
 
 
 def certainty(
-    study: Mapping[str, Any], results: pd.DataFrame, settings: pd.DataFrame, pick: Recommendation
+    study: Mapping[str, Any], settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, doubt: FrontDoubt
 ) -> list[tuple[str, str]]:
     """(name, sentence) pairs on how far the pick can be trusted."""
     metrics = pick.metrics
@@ -106,6 +127,8 @@ def certainty(
     seeds = next(reason for reason in pick.reasons if "seed" in reason)
     said.append(("Seeds", seeds))
     n_settings = len(comparable(settings, ("reliability",)))
+    if n_settings > 1:
+        said += _measured_again(settings, pick, front, doubt)
     if n_settings >= 10:
         said.append(
             (
@@ -117,12 +140,47 @@ def certainty(
     return said
 
 
+def _measured_again(
+    settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, doubt: FrontDoubt
+) -> list[tuple[str, str]]:
+    """What the bootstrap says about pick and front."""
+    said = []
+    what = "edits and items" if doubt.by_edit else "every measurement"
+    if doubt.picks:
+        places = settings.set_index("trial_id")
+        others = sorted((item for item in doubt.picks.items() if item[0] != pick.trial_id), key=lambda item: -item[1])
+        text = f"With {what} drawn again, the rule picks this setting in {whole_percent(doubt.picks[pick.trial_id])} of cases"
+        rest = [
+            f"{places.loc[trial, 'layer']}.{places.loc[trial, 'module']} in {whole_percent(chance)}"
+            for trial, chance in others[:2]
+            if chance >= 0.05
+        ]
+        said.append(("Measured again", text + (f", {' and '.join(rest)}" if rest else "") + "."))
+    if doubt.chances:
+        low, high = doubt.hypervolume
+        said.append(
+            (
+                "Front",
+                (
+                    f"The pick is on the front with a chance of {whole_percent(doubt.chances[pick.trial_id])}. "
+                    if pick.trial_id in doubt.chances
+                    else ""
+                )
+                + f"Hypervolume {front.hypervolume:.3f}, 95% interval [{low:.3f}, {high:.3f}].",
+            )
+        )
+    return said
+
+
 @dataclass(frozen=True)
 class EditMisses:
-    """The prompts of one kind that the picked trial does not answer as expected."""
+    """The prompts of one kind that a trial does not answer as expected."""
 
     kind: str
-    title: str
+    prompts: str
+    """Which prompts these are."""
+    fault: str
+    """What is wrong with the wrong ones."""
     wrong: int
     total: int
     shown: tuple[tuple[str, str, str], ...]
@@ -130,19 +188,40 @@ class EditMisses:
 
 
 _KINDS = {
-    "reliability": "edit prompts not answered with the new target",
-    "generalization": "rephrased prompts not answered with the new target",
-    "locality": "unrelated prompts answered otherwise than before",
+    "reliability": ("edit prompts", "not answered with the new target"),
+    "generalization": ("rephrased prompts", "not answered with the new target"),
+    "locality": ("unrelated prompts", "answered otherwise than before"),
 }
 
 
-def edit_misses(outcomes: pd.DataFrame | None, pick: Recommendation) -> list[EditMisses] | None:
-    """What the picked trial gets wrong, by kind. None when its outcomes were not given."""
+@dataclass(frozen=True)
+class Misses:
+    """What one trial gets wrong."""
+
+    trial_id: str
+    position: str
+    groups: tuple[EditMisses, ...]
+
+
+def edit_misses(
+    outcomes: pd.DataFrame | None, settings: pd.DataFrame, trial_ids: Sequence[str]
+) -> list[Misses]:
+    """What these trials (rows of `settings`) get wrong, by kind; without those whose outcomes were not given."""
     if outcomes is None or outcomes.empty:
-        return None
-    rows = outcomes[outcomes["trial_id"] == pick.trial_id]
+        return []
+    places = settings.set_index("trial_id")
     found = []
-    for kind, title in _KINDS.items():
+    for trial in dict.fromkeys(trial_ids):
+        groups = _misses(outcomes[outcomes["trial_id"] == trial])
+        if groups:
+            row = places.loc[trial]
+            found.append(Misses(trial, f"{row['layer']}.{row['module']}", groups))
+    return found
+
+
+def _misses(rows: pd.DataFrame) -> tuple[EditMisses, ...]:
+    found = []
+    for kind, (prompts, fault) in _KINDS.items():
         of_kind = rows[rows["kind"] == kind]
         wrong = of_kind[~of_kind["correct"].astype(bool)]
         if len(of_kind):
@@ -150,5 +229,5 @@ def edit_misses(outcomes: pd.DataFrame | None, pick: Recommendation) -> list[Edi
             shown = tuple(
                 tuple("" if value is None or value != value else str(value) for value in row) for row in cells
             )
-            found.append(EditMisses(kind, title, len(wrong), len(of_kind), shown))
-    return found or None
+            found.append(EditMisses(kind, prompts, fault, len(wrong), len(of_kind), shown))
+    return tuple(found)

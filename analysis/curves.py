@@ -1,6 +1,7 @@
 """Plots of how settings came to their results: loss curves, breadth-first against depth-first, parallel coordinates.
 
-In two steps like all figures: `*_info` from the results table, `*_figure` from that.
+In two steps like all figures: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's id
+as `customdata`, by which the page filters them.
 """
 
 import math
@@ -79,13 +80,15 @@ def loss_figure(info: LossInfo) -> go.Figure:
         curves = [curve for curve in info.curves if curve.highlight == kind]
         if not curves:
             continue
-        xs, ys, labels = [], [], []
+        xs, ys, labels, trials = [], [], [], []
         for curve in curves:  # one trace for all of a kind, with gaps between: hundreds of traces draw slowly
             xs += [*range(1, len(curve.losses) + 1), None]
             ys += [*curve.losses, None]
             labels += [curve.label] * len(curve.losses) + [""]
+            trials += [curve.trial_id] * (len(curve.losses) + 1)
         figure.add_scatter(
             x=xs, y=ys, mode="lines+markers" if len(xs) == 2 * len(curves) else "lines", name=name, text=labels,
+            customdata=trials,
             line={"color": colour, "width": width}, opacity=0.55 if kind == "other" else 1,
             connectgaps=False, hovertemplate=f"%{{text}}<br>{unit} %{{x}}: loss %{{y:.3g}}<extra></extra>",
         )  # fmt: skip
@@ -157,13 +160,15 @@ def pipeline_figure(info: PipelineInfo) -> go.Figure:
         },
         yaxis={"title": {"text": title}, "tickformat": ".1%" if info.metric.startswith("capability") else ".0%"},
     )  # fmt: skip
-    lines_x, lines_y = [], []
+    lines_x, lines_y, trials = [], [], []
     for i, pair in enumerate(info.pairs):
         lines_x += [where[i], where[i], None]
         lines_y += [pair.depth_first, pair.breadth_first, None]
+        trials += [pair.trial_ids[1], pair.trial_ids[0], None]
     figure.add_scatter(
-        x=lines_x, y=lines_y, mode="lines", line={"color": "#c3c9d2", "width": 1.5}, hoverinfo="skip", showlegend=False
-    )
+        x=lines_x, y=lines_y, mode="lines", line={"color": "#c3c9d2", "width": 1.5}, hoverinfo="skip", showlegend=False,
+        customdata=trials,
+    )  # fmt: skip
     for index, (side, colour, symbol) in enumerate(
         (("breadth_first", BLUE, "circle"), ("depth_first", ACCENT, "diamond"))
     ):
@@ -242,6 +247,7 @@ def parallel_figure(info: ParallelInfo) -> go.Figure:
     figure.add_parcoords(
         line={"color": list(info.colour), "colorscale": "Cividis", "cmin": 0, "cmax": 1},
         dimensions=dimensions, unselected={"line": {"opacity": 0.08}}, labelfont={"size": 12}, tickfont={"size": 11},
+        customdata=list(info.trial_ids),
         rangefont={"color": "rgba(0,0,0,0)"},  # the ends of the ranges overlap the ticks
     )  # fmt: skip
     return figure

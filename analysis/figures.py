@@ -25,7 +25,7 @@ from analysis.curves import (
     pipeline_info,
 )
 from analysis.look import ACCENT, INK, MUTED, TITLES, hover_text, styled_figure
-from analysis.pareto import DEFAULT_OBJECTIVES, comparable, pareto_front
+from analysis.pareto import DEFAULT_OBJECTIVES, ParetoFront, best_by_position, comparable, pareto_front
 from analysis.table import by_setting
 from analysis.wording import escaped
 
@@ -83,8 +83,12 @@ def front_info(
     objectives: Sequence[str] = DEFAULT_OBJECTIVES,
     baseline: Mapping[str, float] | None = None,
     pick: str | None = None,
+    chances: Mapping[str, float] | None = None,
 ) -> FrontInfo:
-    """The trade-off of two objectives over the settings (seeds averaged); diverged and unfinished ones are left out."""
+    """The trade-off of two objectives over the settings (seeds averaged); diverged and unfinished ones are left out.
+
+    chances: trial_id -> how likely it is on the front (`analysis.bootstrap`), for the hover texts.
+    """
     x, y = objectives
     settings = by_setting(results)
     rows = comparable(settings, (x, y))
@@ -97,18 +101,10 @@ def front_info(
             depth=float(row["depth"]),
             values=(float(row[x]), float(row[y])),
             on_front=row["trial_id"] in front.trial_ids,
-            hover=hover_text(row),
+            hover=hover_text(row, (chances or {}).get(row["trial_id"])),
         )
         for row in rows.to_dict("records")
     )
-    corners: list[tuple[float, float]] = []
-    for point in sorted(set(front.points)):
-        if corners:
-            corners.append((corners[-1][0], point[1]))
-        corners.append(point)
-    if corners:  # from the left end of the plot, and down to its bottom
-        left, bottom = min(mark.values[0] for mark in marks), min(mark.values[1] for mark in marks)
-        corners = [(left, corners[0][1]), *corners, (corners[-1][0], bottom)]
     unedited = float((baseline or {}).get(y, math.nan))
     if y == "capability_change":
         unedited = 0.0
@@ -116,16 +112,29 @@ def front_info(
         objectives=(x, y),
         points=marks,
         modules=tuple(dict.fromkeys(mark.module for mark in marks)),
-        step=tuple(corners),
+        step=tuple(front_step(front, [mark.values for mark in marks])),
         pick=pick if any(mark.trial_id == pick for mark in marks) else None,
         unedited=unedited if math.isfinite(unedited) and y.startswith("capability") else None,
     )
 
 
+def front_step(front: ParetoFront, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the line of a front of two objectives, from the left end of these points and down to their bottom."""
+    corners: list[tuple[float, float]] = []
+    for point in sorted(set(front.points)):
+        if corners:
+            corners.append((corners[-1][0], point[1]))
+        corners.append(point)
+    if not corners:
+        return []
+    left, bottom = min(x for x, _ in points), min(y for _, y in points)
+    return [(left, corners[0][1]), *corners, (corners[-1][0], bottom)]
+
+
 def front_figure(info: FrontInfo) -> go.Figure:
     """Scatter coloured by relative depth, a symbol per module, the front as a step, the pick ringed."""
     x, y = (TITLES.get(name, name) for name in info.objectives)
-    figure = styled_figure(height=520, xaxis={"title": {"text": x}}, yaxis={"title": {"text": y}})
+    figure = styled_figure(height=520, xaxis={"title": {"text": x}}, yaxis={"title": {"text": y}}, dragmode="select")
     if info.step:
         figure.add_scatter(
             x=[a for a, _ in info.step], y=[b for _, b in info.step], mode="lines", name="front", hoverinfo="skip",
@@ -138,6 +147,7 @@ def front_figure(info: FrontInfo) -> go.Figure:
             y=[round(mark.values[1], 5) for mark in marks],
             mode="markers",
             name=escaped(module),
+            meta=module,
             customdata=[mark.trial_id for mark in marks],
             text=[mark.hover for mark in marks],
             hovertemplate="%{text}<extra></extra>",
@@ -175,7 +185,7 @@ def front_figure(info: FrontInfo) -> go.Figure:
             figure.add_annotation(
                 x=mark.values[0], y=mark.values[1], text=f"<b>{escaped(mark.position)}</b>", showarrow=True,
                 arrowhead=0, arrowcolor=ACCENT, ax=-46 if left else 46, ay=34, standoff=13,
-                font={"color": ACCENT, "size": 15}, bgcolor="rgba(255,255,255,0.8)",
+                font={"color": ACCENT, "size": 15}, bgcolor="rgba(255,255,255,0.8)", name="pick",
             )  # fmt: skip
     xs, ys = ([mark.values[axis] for mark in info.points] for axis in (0, 1))
     ys += [info.unedited] if info.unedited is not None else []
@@ -224,11 +234,7 @@ def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: st
     tried = results[["layer", "module"]].drop_duplicates()
     layers = tuple(sorted({int(layer) for layer in tried["layer"]}))
     modules = tuple(dict.fromkeys(tried["module"]))
-    best: dict[tuple[int, str], dict[str, Any]] = {}
-    for row in comparable(settings, ("reliability",)).to_dict("records"):
-        cell = (int(row["layer"]), row["module"])
-        if cell not in best or _better(row, best[cell]):
-            best[cell] = row
+    best = best_by_position(settings)
     found = [[best.get((layer, module)) for layer in layers] for module in modules]
 
     def value(row: dict[str, Any] | None) -> float | None:
@@ -265,13 +271,6 @@ def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: st
     )
 
 
-def _better(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    def key(r: Mapping[str, Any]) -> tuple[float, float]:
-        return round(r["reliability"], 9), r["capability"] if math.isfinite(r["capability"]) else -math.inf
-
-    return key(row) > key(other)
-
-
 def heatmap_figure(info: HeatmapInfo) -> go.Figure:
     """Layers from left to right, a row per module; a colour centred on 0 for a change."""
     change = info.metric == "capability_change"
@@ -283,7 +282,7 @@ def heatmap_figure(info: HeatmapInfo) -> go.Figure:
             "dtick": max(1, math.ceil(len(info.layers) / 16)),
         },
         yaxis={"showgrid": False, "type": "category", "autorange": "reversed", "ticklabelstandoff": 6},
-        margin={"l": 10, "r": 10, "t": 10, "b": 44},
+        margin={"l": 10, "r": 10, "t": 10, "b": 44}, dragmode="select",
     )  # fmt: skip
     figure.add_heatmap(
         x=[str(layer) for layer in info.layers],
@@ -299,16 +298,11 @@ def heatmap_figure(info: HeatmapInfo) -> go.Figure:
         colorbar={"thickness": 10, "outlinewidth": 0, "tickformat": "+.1~f" if change else ".0%", "nticks": 5},
     )  # fmt: skip
     figure.update_layout(plot_bgcolor="#eceef1")
-    if info.pick is not None:
-        row, column = info.pick
-        figure.add_shape(
-            type="rect",
-            x0=column - 0.5,
-            x1=column + 0.5,
-            y0=row - 0.5,
-            y1=row + 0.5,
-            line={"color": ACCENT, "width": 3},
-        )
+    row, column = info.pick or (0, 0)  # the page moves the frame where the pick moves
+    figure.add_shape(
+        type="rect", name="pick", visible=info.pick is not None, line={"color": ACCENT, "width": 3},
+        x0=column - 0.5, x1=column + 0.5, y0=row - 0.5, y1=row + 0.5,
+    )  # fmt: skip
     return figure
 
 

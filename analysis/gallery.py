@@ -45,12 +45,13 @@ def gallery(
     baseline: Mapping[str, float],
     front: tuple[str, ...],
     pick: str | None,
+    chances: Mapping[str, float],
 ) -> list[Plot]:
-    """The figures that these results can fill, in reading order."""
+    """The figures that these results can fill, in reading order. chances: of being on the front, by trial_id."""
     plots: list[Plot] = []
     x, y = (TITLES.get(name, name) for name in objectives)
     if len(comparable(by_setting(results), objectives)):
-        info = figures.front_info(results, objectives=objectives, baseline=baseline, pick=pick)
+        info = figures.front_info(results, objectives=objectives, baseline=baseline, pick=pick, chances=chances)
         plots.append(
             page_plot(
                 "front", f"{x.capitalize()} against {y}", figures.front_figure(info),
@@ -123,12 +124,16 @@ _PAGES = jinja2.Environment(
 
 def page_plot(id: str, title: str, figure: go.Figure, caption: str, description: str, **shape: bool) -> Plot:
     """A figure for a page. shape: fields of `Plot`."""
-    text = json.dumps(
-        figure.to_plotly_json(), separators=(",", ":"), allow_nan=False, ensure_ascii=False, default=_jsonable
+    return Plot(
+        id, title, caption, description, script_json(figure.to_plotly_json()), int(figure.layout.height), **shape
     )
+
+
+def script_json(value: Any) -> Markup:
+    """A value as JSON that is safe inside a script element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False, default=_jsonable)
     # "</script" would end the script element, "<!--" and "<script" confuse it; JSON has another way to write "<"
-    safe = Markup(re.sub("<(?=[/!sS])", r"\\u003c", text))
-    return Plot(id, title, caption, description, safe, int(figure.layout.height), **shape)
+    return Markup(re.sub("<(?=[/!sS])", r"\\u003c", text))
 
 
 def _jsonable(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.wording import change_with_interval, escaped, number, percent
+from analysis.wording import change_with_interval, escaped, number, percent, whole_percent
 
 TITLES = {
     "reliability": "reliability", "generalization": "generalization", "locality": "locality",
@@ -24,8 +24,9 @@ INK, MUTED, GRID, ACCENT, BLUE = "#1c2430", "#8a94a3", "#e6e9ee", "#d55e00", "#0
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
 
 
-def hover_text(row: Mapping[str, Any]) -> str:
-    """What hovering over a trial (or a setting) says: id, position, settings, metrics. Escaped."""
+def hover_text(row: Mapping[str, Any], chance: float | None = None) -> str:
+    """What hovering over a trial (or a setting) says: id, position, settings, metrics, and the chance that it is on the
+    front. Escaped."""
     rate, size = number(row["learning_rate"]), number(row["batch_size"])
     seeds = row["seeds"] if "seeds" in row else (row["seed"],)
     named = ", ".join(str(seed) for seed in seeds if not pd.isna(seed))
@@ -39,6 +40,8 @@ def hover_text(row: Mapping[str, Any]) -> str:
         lines.append(f"capability {percent(row['capability'])}, change {change}")
     if math.isfinite(row["drift_kl"]):
         lines.append(f"drift {number(row['drift_kl'])} nats per token")
+    if chance is not None:
+        lines.append(f"on the front with a chance of {whole_percent(chance)}")
     return "<br>".join(lines)
 
 

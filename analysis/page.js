@@ -20,13 +20,17 @@
       });
       canvas.style.height = `${layout.height}px`;
     }
-    const config = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+    const drawable = layout.dragmode === "select" ? [] : ["select2d", "lasso2d"];
+    const config = {responsive: true, displaylogo: false, modeBarButtonsToRemove: [...drawable, "autoScale2d"]};
     return Plotly.newPlot(canvas, data, layout, config);
   };
   const scripts = [...document.querySelectorAll("script[data-for]")];
   if (window.Plotly) {
     scripts.forEach(script => drawn.push(draw(script)));
-    Promise.all(drawn).then(() => { document.body.dataset.figures = String(drawn.length); });
+    Promise.all(drawn).then(() => {
+      document.body.dataset.figures = String(drawn.length);
+      document.dispatchEvent(new Event("figures"));
+    });
   } else if (scripts.length) {
     document.getElementById("undrawn").hidden = false;
     document.querySelectorAll("figure").forEach(figure => { figure.hidden = true; });

@@ -58,6 +58,8 @@ class Recommendation:
     """trial_id of the setting the rule puts second, None when there is only one."""
     reasons: tuple[str, ...]
     """What speaks for it and what to know about it, one sentence each."""
+    floor: float
+    """The reliability that the rule asked for."""
     trial_ids: tuple[str, ...] = field(default=())
 
 
@@ -138,7 +140,7 @@ def knee(front: ParetoFront) -> str | None:
     return front.trial_ids[int(height.argmax())]
 
 
-def recommend(results: pd.DataFrame) -> Recommendation | None:
+def recommend(results: pd.DataFrame, floor: float | None = None) -> Recommendation | None:
     """The default pick: **the highest capability among the settings whose reliability is within one standard error of
     the best**. One standard error, because a difference in reliability smaller than that says nothing about new edits,
     while capability is what such a difference would be bought with.
@@ -151,27 +153,32 @@ def recommend(results: pd.DataFrame) -> Recommendation | None:
       measured loses against one that was.
     - Without any capability, the same order starts at generalization and the rule says so.
 
-    None when no trial is done with a finite reliability.
+    floor: the reliability to ask for instead of that within one standard error of the best.
+
+    None when no trial is done with a finite reliability, or none has as much as the floor asks for.
     """
     settings = comparable(by_setting(results), ("reliability",))
     if settings.empty:
         return None
-    rows = settings.to_dict("records")
-    best = min(rows, key=lambda row: (-round(row["reliability"], 9), *_preference(row)))
+    ordered = by_preference(settings)
+    top = max(round(row["reliability"], 9) for row in ordered)
+    best = next(row for row in ordered if round(row["reliability"], 9) == top)
     error = float(best["reliability_se"])
     error = error if math.isfinite(error) else 0.0
-    floor = best["reliability"] - error - SAME
-    candidates = sorted((row for row in rows if row["reliability"] >= floor), key=_preference)
-    rest = sorted(
-        (row for row in rows if row["reliability"] < floor), key=lambda row: (-row["reliability"], _preference(row))
-    )
+    least = best["reliability"] - error if floor is None else floor
+    candidates = [row for row in ordered if row["reliability"] >= least - SAME]
+    if not candidates:
+        return None
+    rest = sorted((row for row in ordered if row["reliability"] < least - SAME), key=lambda row: -row["reliability"])
     pick, second = (candidates + rest + [None])[:2]
     measured = bool(np.isfinite(settings["capability"]).any())
     aim = "capability" if measured else "generalization (capability was not measured)"
-    rule = (
-        f"Highest {aim} among the settings whose reliability is within one standard error"
-        f" ({points(error).lstrip('+')} points) of the best ({percent(best['reliability'])})."
+    asked = (
+        f"within one standard error ({points(error).lstrip('+')} points) of the best ({percent(best['reliability'])})"
+        if floor is None
+        else f"at least {percent(floor)}"
     )
+    rule = f"Highest {aim} among the settings whose reliability is {asked}."
     return Recommendation(
         trial_id=pick["trial_id"],
         position=f"{pick['layer']}.{pick['module']}",
@@ -180,9 +187,29 @@ def recommend(results: pd.DataFrame) -> Recommendation | None:
         metrics=_metrics_of(pick),
         rule=rule,
         runner_up=None if second is None else second["trial_id"],
-        reasons=_reasons(pick, best, len(candidates), len(settings)),
+        reasons=_reasons(pick, best, len(candidates), len(settings), floor),
+        floor=float(least),
         trial_ids=pick["trial_ids"],
     )
+
+
+def by_preference(settings: pd.DataFrame) -> list[dict[str, Any]]:
+    """The settings with a reliability, in the order in which `recommend` takes the first that is reliable enough."""
+    return sorted(comparable(settings, ("reliability",)).to_dict("records"), key=_preference)
+
+
+def best_by_position(settings: pd.DataFrame) -> dict[tuple[int, str], dict[str, Any]]:
+    """(layer, module) -> the best setting tried there: the highest reliability, then the highest capability."""
+    best: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def rank(row: Mapping[str, Any]) -> tuple[float, float]:
+        return round(row["reliability"], 9), row["capability"] if math.isfinite(row["capability"]) else -math.inf
+
+    for row in comparable(settings, ("reliability",)).to_dict("records"):
+        place = (int(row["layer"]), row["module"])
+        if place not in best or rank(row) > rank(best[place]):
+            best[place] = row
+    return best
 
 
 SETTINGS_SHOWN = (
@@ -218,14 +245,16 @@ def _metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(row[name]) for name in names if math.isfinite(row[name])}
 
 
-def _reasons(pick: Mapping[str, Any], best: Mapping[str, Any], n_candidates: int, n_settings: int) -> tuple[str, ...]:
+def _reasons(
+    pick: Mapping[str, Any], best: Mapping[str, Any], n_candidates: int, n_settings: int, floor: float | None
+) -> tuple[str, ...]:
     reasons = []
     if n_settings == 1:
         reasons.append("It is the only setting with a result.")
     else:
         reasons.append(
-            f"{n_candidates} of {n_settings} settings {'is' if n_candidates == 1 else 'are'} within one standard error"
-            " of the best reliability."
+            f"{n_candidates} of {n_settings} settings {'is' if n_candidates == 1 else 'are'} "
+            + ("within one standard error of the best reliability." if floor is None else "as reliable as that.")
         )
         if pick["reliability"] >= best["reliability"] - SAME:
             reasons.append("The pick has the best reliability as well.")

@@ -7,7 +7,7 @@ user wrote is text), and the figures ride along as JSON that a small script draw
 import math
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,8 +15,22 @@ import pandas as pd
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from analysis.answers import certainty, edit_misses, headline
-from analysis.gallery import gallery, page_template
+from analysis.answers import Misses, certainty, cost, edit_misses, headline
+from analysis.bootstrap import FrontDoubt, front_doubt
+from analysis.comparison import (
+    Comparison,
+    Measured,
+    agreement_rows,
+    cautions,
+    compare,
+    differing,
+    moved,
+    shared_rows,
+)
+from analysis.comparison_figures import comparison_plots
+from analysis.explorer import explorer
+from analysis.gallery import Plot, gallery, page_plot, page_template
+from analysis.importance import WhatMatters, importance_figure, sentences, what_matters
 from analysis.look import TITLES
 from analysis.pareto import (
     DEFAULT_OBJECTIVES,
@@ -28,8 +42,10 @@ from analysis.pareto import (
     recommend,
 )
 from analysis.table import by_setting, done, failed, has_values, task_columns
-from analysis.wording import ABSENT, number, percent, plural, points, seconds
+from analysis.wording import ABSENT, number, percent, plural, points, seconds, whole_percent
 
+MAX_MISSES = 20
+"""Settings of the front whose wrong answers are listed at most."""
 MAX_TABLE_ROWS = 800
 """Trials listed at most, the most reliable first, which keeps the file under 6 MB; the page says what is left out."""
 
@@ -40,6 +56,7 @@ def render_report(
     *,
     baseline: Mapping[str, float],
     outcomes: pd.DataFrame | None = None,
+    other: Measured | None = None,
     plotly_js: bool = True,
 ) -> str:
     """The report as HTML.
@@ -50,8 +67,9 @@ def render_report(
             objectives. All but name and model may be absent.
         results: the results table (`analysis.table.results_frame`).
         baseline: metrics of the unedited model (capability, capability.TASK, perplexity, reliability, generalization).
-        outcomes: per prompt, of the picked trial at least: trial_id, edit_id, kind, prompt, expected, got, correct,
-            correct_tf.
+        outcomes: per prompt: trial_id, edit_id, kind, prompt, expected, got, correct. Of the trials whose wrong answers
+            are to be listed (the pick, the front); where it holds all trials, the bootstrap draws the edits again.
+        other: a study to compare this one with.
         plotly_js: inline plotly.js (4.8 MB). Without it the file is small, and figures are drawn only where the page
             is put into one that has `Plotly`.
     """
@@ -61,7 +79,13 @@ def render_report(
     pick = recommend(results)
     pick_id = pick.trial_id if pick else None
     bend = knee(front) if len(set(front.points)) > 1 else None
-    plots = gallery(results, objectives, baseline, front.trial_ids, pick_id)
+    doubt = front_doubt(settings, front, outcomes)
+    plots = gallery(results, objectives, baseline, front.trial_ids, pick_id, doubt.chances)
+    weighed = what_matters(results)
+    compared = compare(Measured(study, results, baseline), other) if other else None
+    missed = edit_misses(outcomes, settings, [*([pick_id] if pick_id else []), *front.trial_ids][:MAX_MISSES])
+    chances = {trial: doubt.chances.get(row, math.nan) for row, ids in zip(settings["trial_id"], settings["trial_ids"], strict=True) for trial in ids}
+    table = results.assign(on_front=results["trial_id"].map(chances))
     found = settings.set_index("trial_id", drop=False)
     broken = failed(results)
     causes = Counter(error if isinstance(error, str) and error else "no cause recorded" for error in broken["error"])
@@ -74,23 +98,36 @@ def render_report(
         headline=headline(pick, baseline) if pick else None,
         pick=pick,
         command=_command(study, pick, found) if pick else None,
-        certainty=certainty(study, results, settings, pick) if pick else [],
-        front=[_front_row(found.loc[trial], trial == pick_id, trial == bend) for trial in front.trial_ids],
+        cost=cost(pick, baseline) if pick else [],
+        certainty=certainty(study, settings, pick, front, doubt) if pick else [],
+        front=[
+            _front_row(found.loc[trial], trial == pick_id, trial == bend, doubt.chances[trial], missed)
+            for trial in front.trial_ids
+        ],
+        near=_near(found, front, doubt),
+        by_edit=doubt.by_edit,
         front_names=[TITLES.get(name, name) for name in objectives],
         bend=_bend(found, front, pick),
-        hypervolume=number(front.hypervolume),
+        hypervolume=f"{front.hypervolume:.3f}",
+        hypervolume_interval="{:.3f}, {:.3f}".format(*doubt.hypervolume),
         reference=", ".join(number(x) for x in front.reference),
+        matters=sentences(weighed),
+        not_weighed=weighed.not_shown,
+        weighed=_weighed_plot(weighed) if weighed.found else None,
+        compared=_compared(compared) if compared else None,
         plots=plots,
-        columns=[(name, title, note) for name, title, note, _ in _table_columns(results)],
+        explorer=explorer(results, settings, pick),
+        model_argument=shlex.quote(str(study["model"])),
+        columns=[(name, title, note) for name, title, note, _ in _table_columns(table)],
         common=_common(results),
-        rows=_trial_rows(results, pick.trial_ids if pick else ()),
+        rows=_trial_rows(table, pick.trial_ids if pick else ()),
         n_trials=len(results),
-        misses=edit_misses(outcomes, pick) if pick else None,
+        misses=missed,
         causes=causes.most_common(),
         n_failed=len(broken),
         n_diverged=int((done(results)["diverged"] == 1).sum()),
         environment={str(k): _readable(v) for k, v in (study.get("environment") or {}).items()},
-        plotly_js=Markup(get_plotlyjs()) if plotly_js and plots else None,
+        plotly_js=Markup(get_plotlyjs()) if plotly_js and (plots or compared) else None,
     )
 
 
@@ -163,7 +200,48 @@ def _bend(found: pd.DataFrame, front: ParetoFront, pick: Recommendation | None) 
     return f"It bends most at {row['layer']}.{row['module']}: {' and '.join(gains)} against the pick."
 
 
-def _front_row(row: pd.Series, is_pick: bool, is_knee: bool) -> dict[str, Any]:
+def _near(found: pd.DataFrame, front: ParetoFront, doubt: FrontDoubt) -> str | None:
+    """The settings that are not on the front as measured, but may well be, in one sentence."""
+    near = sorted(
+        ((chance, trial) for trial, chance in doubt.chances.items() if chance >= 0.2 and trial not in front.trial_ids),
+        reverse=True,
+    )
+    if not near:
+        return None
+    named = [
+        f"{found.loc[trial, 'layer']}.{found.loc[trial, 'module']} ({whole_percent(chance)})" for chance, trial in near[:4]
+    ]
+    more = f" and {len(near) - 4} more" if len(near) > 4 else ""
+    return f"Not on it as measured, but with a chance of a fifth or more: {', '.join(named)}{more}."
+
+
+def _weighed_plot(weighed: WhatMatters) -> Plot:
+    return page_plot(
+        "importance", "Importance of the axes", importance_figure(weighed),
+        "How much an axis decides whether a trial is among the best quarter (PED-ANOVA), as a share of all axes. What does"
+        " not reach beyond the tick is grey: shuffled results give as much. Each axis is weighed by itself, so axes that"
+        " were varied together share what they explain.",
+        "Bars of the importance of each axis; the sentences above hold the values.",
+    )  # fmt: skip
+
+
+def _compared(found: Comparison) -> dict[str, Any]:
+    """What the page says of two studies."""
+    return {
+        "names": found.names,
+        "differing": differing(found),
+        "cautions": cautions(found),
+        "moved": moved(found),
+        "agreements": agreement_rows(found),
+        "metrics": [TITLES[name] for name in found.metrics],
+        "shared": shared_rows(found),
+        "plots": comparison_plots(found),
+    }
+
+
+def _front_row(
+    row: pd.Series, is_pick: bool, is_knee: bool, chance: float, missed: Sequence[Misses]
+) -> dict[str, Any]:
     values = {
         "position": f"{row['layer']}.{row['module']}",
         "settings": f"{str(row['pipeline']).replace('_first', '-first')}, batch {number(row['batch_size'])},"
@@ -179,7 +257,16 @@ def _front_row(row: pd.Series, is_pick: bool, is_knee: bool) -> dict[str, Any]:
     }
     if values["interval"] == f"{ABSENT}, {ABSENT}":
         values["interval"] = ""
-    return values | {"trial_id": row["trial_id"], "pick": is_pick, "knee": is_knee}
+    listed = next((index for index, item in enumerate(missed, 1) if item.trial_id == row["trial_id"]), None)
+    wrong = missed[listed - 1].groups[0].wrong if listed else None
+    return values | {
+        "trial_id": row["trial_id"],
+        "pick": is_pick,
+        "knee": is_knee,
+        "chance": whole_percent(chance),
+        "misses": listed,
+        "wrong": wrong,
+    }
 
 
 _TABLE_COLUMNS = (
@@ -190,6 +277,7 @@ _TABLE_COLUMNS = (
     ("batch_size", "batch", "", number),
     ("learning_rate", "rate", "", number),
     ("seed", "seed", "", number),
+    ("on_front", "on front", "chance", whole_percent),
     ("reliability", "reliability", "", percent),
     ("generalization", "generali\u00adzation", "", percent),
     ("locality", "locality", "", percent),

@@ -15,6 +15,13 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.0f}%" if fraction in (0, 1) else f"{100 * fraction:.1f}%"
 
 
+def whole_percent(chance: float) -> str:
+    """A probability: 0.483 -> "48%", 0.004 -> "<1%", 0.998 -> ">99%"; a dash when absent."""
+    if not math.isfinite(chance):
+        return ABSENT
+    return "<1%" if 0 < chance < 0.01 else ">99%" if 0.99 < chance < 1 else f"{100 * chance:.0f}%"
+
+
 def points(change: float) -> str:
     """A difference of fractions in percentage points with its sign: -0.004 -> "−0.4", 0.003 -> "+0.3", 0 -> "0.0"."""
     if not math.isfinite(change):

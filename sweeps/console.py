@@ -17,10 +17,11 @@ from rich.text import Text
 from locft.errors import InputError
 
 if TYPE_CHECKING:
+    from sweeps.answer import Answer
     from sweeps.estimate import Estimate
     from sweeps.prepare import PreparedStudy
     from sweeps.recommendation import Answer as PositionAnswer
-    from sweeps.sweep import Answer, StudyState
+    from sweeps.sweep import StudyState
 
 out = Console(soft_wrap=False)
 err = Console(stderr=True, soft_wrap=True)

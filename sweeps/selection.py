@@ -17,6 +17,7 @@ import pandas as pd
 
 from analysis.choice import FAILED, Outcome, outcome_of
 from locft.positions import TuningPosition
+from sweeps.answer import environment
 from sweeps.baselines import POLICIES
 from sweeps.delivery import Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
@@ -29,7 +30,7 @@ from sweeps.ray_session import Room, ray_session
 from sweeps.records import TrialConfig, TrialResult
 from sweeps.runner import Ending, Reporter, on_workers, run_trials
 from sweeps.study import study_to_yaml
-from sweeps.sweep import Recorder, deliver_kept, environment, find_tracker
+from sweeps.sweep import Recorder, deliver_kept, find_tracker
 from sweeps.tracking import Tracker
 from sweeps.trial import Basis, TrialInputs, resident_workbench
 

@@ -44,6 +44,7 @@ from sweeps.options import (
 if TYPE_CHECKING:
     from sweeps.prepare import PreparedStudy
     from sweeps.sweep import StudyState
+    from sweeps.tracking import Tracker
 
 
 def plan(
@@ -159,24 +160,44 @@ def status(
 def report(
     study: StudyArgument,
     overrides: SetOption = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="A second study, to be compared with STUDY in the same file.")
+    ] = None,
+    compare_set: Annotated[
+        list[str] | None, typer.Option("--compare-set", metavar="KEY=VALUE", help="As --set, for OTHER. Repeatable.")
+    ] = None,
     tracking_uri: UriOption = None,
     report_file: Annotated[Path | None, typer.Option("--out", help="Default NAME.html here.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
-    from sweeps.sweep import answer_of, find_tracker, read_state
+    from sweeps.answer import answer_of, measured
+
+    if compare_set and compare is None:
+        raise InputError("--compare-set: got it without --compare OTHER, the study it is for")
+    prepared = _prepared(study, overrides)
+    second = None if compare is None else _prepared(compare, compare_set)
+    if second is not None and second.id == prepared.id:
+        raise InputError(f"--compare {compare}: got STUDY itself, expected another study (--compare-set changes fields)")
+    report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
+    state, tracker = _recorded(prepared, study, tracking_uri)
+    other = None if second is None else measured(*_recorded(second, compare, tracking_uri))
+    answer = answer_of(state, tracker, other)
+    write(report_file, answer.report_html)
+    print_answer(state, answer, report_file, tracker.uri, as_json)
+
+
+def _recorded(prepared: "PreparedStudy", named: str, tracking_uri: str | None) -> "tuple[StudyState, Tracker]":
+    """What the store holds of a study. Raises InputError when that is nothing."""
+    from sweeps.sweep import find_tracker, read_state
     from sweeps.tracking_uri import redact, resolve_uri
 
-    prepared = _prepared(study, overrides)
-    report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     tracker = find_tracker(prepared, tracking_uri)
     state = read_state(prepared, tracker)
     if tracker is None or state.results.empty:
         where = redact(resolve_uri(tracking_uri))
-        raise InputError(f"study {prepared.study.name!r}: nothing finished in {where}; run `locft sweep {study}`")
-    answer = answer_of(state, tracker)
-    write(report_file, answer.report_html)
-    print_answer(state, answer, report_file, tracker.uri, as_json)
+        raise InputError(f"study {prepared.study.name!r}: nothing finished in {where}; run `locft sweep {named}`")
+    return state, tracker
 
 
 def select(

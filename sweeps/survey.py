@@ -9,7 +9,20 @@ of a race (`sweeps.race`) cost more there than they tell.
 from collections.abc import Generator
 from dataclasses import replace
 
-from sweeps.race import Candidate, Rung, Run, Scores, Task, affordable, confirm, first_run, gentler, leading, nearest, spent
+from sweeps.race import (
+    Candidate,
+    Run,
+    Rung,
+    Scores,
+    Task,
+    affordable,
+    confirm,
+    first_run,
+    gentler,
+    leading,
+    nearest,
+    spent,
+)
 
 
 def survey(task: Task) -> Generator[Rung, Scores, None]:

@@ -2,17 +2,15 @@
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from locft.errors import InputError
+from sweeps.answer import Answer, answer_of, answer_text, environment
 from sweeps.delivery import Delivery, Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
 from sweeps.estimate import memory_bytes
@@ -35,11 +33,9 @@ from sweeps.trial import Basis
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.pareto import ParetoFront, Recommendation
     from locft.workbench import Baseline
 
 BASELINE_FILE = "baseline.json"
-PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", "numpy", "pandas")
 
 
 @dataclass(frozen=True)
@@ -70,15 +66,6 @@ class StudyState:
         """Of these as many as the study's budget of trials allows."""
         limit = self.prepared.study.budget.trials
         return self.left if limit is None else max(0, min(self.left, limit - self.done))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a study says."""
-
-    front: "ParetoFront"
-    recommendation: "Recommendation | None"
-    report_html: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -248,61 +235,6 @@ def _status(state: StudyState, ending: Ending) -> Literal["done", "stopped", "fa
     if state.left == 0:
         return "done"
     return "failed" if ending != "interrupted" and state.failed and not state.done else "stopped"
-
-
-def answer_of(state: StudyState, tracker: Tracker) -> Answer:
-    """Front, pick and report of what is finished so far."""
-    import pandas as pd
-
-    from analysis.pareto import DEFAULT_OBJECTIVES, pareto_front, recommend
-    from analysis.report import render_report
-    from analysis.table import by_setting
-
-    prepared, study, results = state.prepared, state.prepared.study, state.results
-    pick = recommend(results)
-    outcomes = None
-    if pick:
-        run_ids = results.set_index("trial_id")["run_id"]
-        parts = [tracker.load_outcomes(run_ids[trial]).assign(trial_id=trial) for trial in pick.trial_ids]
-        outcomes = pd.concat(parts, ignore_index=True)
-    about = {
-        "name": study.name,
-        "model": study.model,
-        "edits_source": study.edits.source,
-        "n_edits": len(prepared.edits.requests),
-        "findings": list(prepared.edits.findings.sentences()),
-        "capability_source": prepared.capability_source,
-        "n_items": prepared.n_items,
-        "trials_planned": prepared.plan.count,
-        "trials_done": state.done,
-        "trials_failed": state.failed,
-        "finished": datetime.now(UTC),
-        "environment": environment(),
-        "settings_yaml": study_to_yaml(study),
-    }
-    html = render_report(about, results, baseline=state.baseline, outcomes=outcomes)
-    return Answer(pareto_front(by_setting(results), DEFAULT_OBJECTIVES), pick, html)
-
-
-def answer_text(answer: Answer) -> str:
-    """The pick in markdown, for the description of the study's run."""
-    pick = answer.recommendation
-    if not pick:
-        return "No trial succeeded yet."
-    return f"**Edit at {pick.position}.** {pick.rule}\n\n" + "\n".join(f"- {reason}" for reason in pick.reasons)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record of a study."""
-    import os
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), **versions}
 
 
 class Recorder:

@@ -15,6 +15,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -265,6 +266,14 @@ class Tracker:
                 self._client.delete_tag(run_id, key)
             else:
                 self._store.log(run_id, tags={key: value})
+
+    def study_times(self, study_id: str) -> tuple[datetime | None, datetime | None]:
+        """When the study first began and last ended (UTC); None for what did not happen, or is going on again."""
+        with asking("the times of the study"):
+            study = self._store.find(runs.matching("study", study_id))
+        times = (study[0].info.start_time, study[0].info.end_time) if study else (None, None)
+        first, last = (datetime.fromtimestamp(ms / 1000, UTC) if ms else None for ms in times)
+        return first, last
 
     def finished(self, study_id: str | None) -> dict[str, str]:
         """Trial id -> run id of every trial that is done (`load_results` has the failed ones). None: of all studies."""

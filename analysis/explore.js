@@ -1,0 +1,169 @@
+(() => {
+  "use strict";
+  // The controls above the figures: modules, layers and a floor of reliability. They filter every figure and table by
+  // trial, and move the pick: the settings come in the order in which the rule takes them, so the pick is the first one
+  // shown that reaches the floor.
+  const form = document.getElementById("explore");
+  const {modules, layers, floor: ruled, best, settings, trials} = JSON.parse(document.getElementById("explore-data").textContent);
+  const get = id => document.getElementById(id);
+  const slider = get("floor"), from = get("from-layer"), to = get("to-layer");
+  const chips = [...form.querySelectorAll("input[name=module]")];
+  const percent = share => `${(100 * share).toFixed(1)}%`;
+  slider.max = (100 * best).toFixed(1);
+  form.hidden = false;
+
+  let floor = ruled;  // the rule's own, more exact than the slider's steps, until the slider is moved
+  let chosen = null;  // trials that were drawn around in the front
+  const shown = id => {
+    if (!(id in trials)) return true;
+    const [layer, module] = trials[id];
+    return (!chips.length || chips[module].checked)
+      && (!from || (layer >= layers[from.value] && layer <= layers[to.value]))
+      && (!chosen || chosen.has(trials[id][2]));
+  };
+
+  const whole = new Map();  // canvas of each figure, once drawn -> its data as drawn
+  const figures = () => [...whole.keys()];
+  const remember = canvas => {
+    const of = trace => trace.type === "heatmap" ? {z: trace.z} : trace.type === "parcoords"
+      ? {values: trace.dimensions.map(axis => axis.values), color: trace.line.color} : {x: trace.x, y: trace.y};
+    whole.set(canvas, canvas.data.map(trace => trace.customdata ? {ids: trace.customdata, ...of(trace)} : null));
+  };
+  const filter = canvas => {
+    const marks = [], ys = [];
+    whole.get(canvas).forEach((kept, index) => {
+      if (!kept) return;
+      if (kept.z) {
+        const z = kept.z.map((line, i) => line.map((value, j) => kept.ids[i][j] && !shown(kept.ids[i][j]) ? null : value));
+        Plotly.restyle(canvas, {z: [z]}, [index]);
+      } else if (kept.values) {
+        const left = kept.ids.map(shown), keep = list => list.filter((_, i) => left[i]);
+        const change = {"line.color": [keep(kept.color)]};
+        kept.values.forEach((values, axis) => { change[`dimensions[${axis}].values`] = [keep(values)]; });
+        Plotly.restyle(canvas, change, [index]);
+      } else {
+        marks.push(index);
+        ys.push(kept.y.map((y, i) => shown(kept.ids[i]) ? y : null));
+      }
+    });
+    if (marks.length) Plotly.restyle(canvas, {y: ys}, marks);
+  };
+  const point = id => {  // where the front's figure has a setting
+    for (const kept of whole.get(get("plot-front")) ?? []) {
+      const i = kept ? kept.ids.indexOf(id) : -1;
+      if (i >= 0) return [kept.x[i], kept.y[i]];
+    }
+    return null;
+  };
+  const mark = (canvas, id, position) => {
+    if (canvas.id === "plot-front") {
+      const ring = canvas.data.findIndex(trace => trace.name === "pick" && !trace.customdata), at = id && point(id);
+      if (ring < 0) return;
+      Plotly.restyle(canvas, {x: [at ? [at[0]] : []], y: [at ? [at[1]] : []]}, [ring]);
+      const label = (canvas.layout.annotations ?? []).findIndex(note => note.name === "pick");
+      if (label >= 0) {
+        const [low, high] = canvas.layout.xaxis.range, key = `annotations[${label}].`;
+        const text = `<b>${position?.replace(/&/g, "&amp;").replace(/</g, "&lt;")}</b>`;
+        Plotly.relayout(canvas, at
+          ? {[key + "x"]: at[0], [key + "y"]: at[1], [key + "text"]: text, [key + "ax"]: at[0] > (low + high) / 2 ? -46 : 46, [key + "visible"]: true}
+          : {[key + "visible"]: false});
+      }
+    }
+    const frame = (canvas.layout.shapes ?? []).findIndex(shape => shape.name === "pick");
+    const map = (whole.get(canvas) ?? []).find(kept => kept?.z);
+    if (frame >= 0 && map) {
+      const row = map.ids.findIndex(line => line.includes(id)), column = row < 0 ? -1 : map.ids[row].indexOf(id);
+      const key = `shapes[${frame}].`, off = 0.5;
+      Plotly.relayout(canvas, column < 0 || !id ? {[key + "visible"]: false} : {
+        [key + "visible"]: true, [key + "x0"]: column - off, [key + "x1"]: column + off, [key + "y0"]: row - off, [key + "y1"]: row + off});
+    }
+  };
+
+  const rows = [...document.querySelectorAll("tr[data-trial]")];
+  const movePick = () => {
+    get("floor-value").textContent = percent(floor) + (floor === ruled ? " (the rule)" : "");
+    const left = settings.filter(([id]) => shown(id));
+    const pick = left.find(([, reliability]) => reliability >= floor - 1e-9);
+    const [id, , position, text, run] = pick ?? [null];
+    const say = get("floor-pick");
+    say.replaceChildren();
+    say.dataset.pick = id ?? "";
+    const bold = document.createElement("b");
+    if (pick) {
+      bold.textContent = position;
+      say.append("Pick: ", bold, `: ${text}. `);
+      if (run) {
+        const code = document.createElement("code");
+        code.textContent = `--from-run ${run}`;
+        say.append(code, ". ");
+      }
+    } else {
+      say.append("No setting shown is as reliable as that. ");
+    }
+    say.append(`${left.length} of ${settings.length} settings shown.`);
+    if (chosen) say.append(" Only those drawn around in the figure; Reset shows all.");
+    rows.forEach(row => row.classList.toggle("picked", id !== null && trials[row.dataset.trial]?.[2] === id));
+    figures().forEach(canvas => mark(canvas, id, position));
+  };
+  const filterAll = () => {
+    if (from) get("layers-value").textContent = `${layers[from.value]} to ${layers[to.value]}`;
+    rows.forEach(row => { row.hidden = !shown(row.dataset.trial); });
+    figures().forEach(filter);
+    movePick();
+  };
+  let due = 0;
+  const soon = work => { cancelAnimationFrame(due); due = requestAnimationFrame(work); };
+
+  slider.addEventListener("input", () => { floor = slider.value / 100; soon(movePick); });
+  [from, to].forEach(end => end?.addEventListener("input", () => {
+    if (+from.value > +to.value) (end === from ? to : from).value = end.value;
+    soon(filterAll);
+  }));
+  chips.forEach(chip => chip.addEventListener("change", () => soon(filterAll)));
+  form.addEventListener("submit", event => event.preventDefault());
+  const reset = () => {
+    floor = ruled;
+    chosen = null;
+    slider.value = (100 * ruled).toFixed(1);
+    chips.forEach(chip => { chip.checked = true; });
+    if (from) [from.value, to.value] = [0, layers.length - 1];
+    figures().forEach(canvas => { if (canvas.layout.selections?.length) Plotly.relayout(canvas, {selections: []}); });
+    filterAll();
+  };
+  form.addEventListener("reset", event => { event.preventDefault(); reset(); });
+
+  // In the figures: the legend of the front switches modules, a frame or lasso in it keeps settings, and a frame drawn
+  // over a map keeps its layers and modules.
+  const attach = () => {
+    [...document.querySelectorAll(".canvas")].filter(canvas => canvas.data).forEach(canvas => {
+      remember(canvas);
+      const map = canvas.data.find(trace => trace.type === "heatmap");
+      if (canvas.id === "plot-front") {
+        canvas.on("plotly_legendclick", event => {
+          const chip = chips[modules.indexOf(canvas.data[event.curveNumber].meta)];
+          if (chip) chip.click();
+          return false;
+        });
+        canvas.on("plotly_selected", event => {
+          chosen = event?.points.length ? new Set(event.points.map(mark => mark.customdata)) : null;
+          soon(filterAll);
+        });
+        canvas.on("plotly_deselect", () => { chosen = null; soon(filterAll); });
+      } else if (map) {
+        canvas.on("plotly_selected", event => {
+          if (!event?.range) return;
+          const inside = ([a, b], n) => [a, b].sort((p, q) => p - q).map(Math.round).map(i => Math.max(0, Math.min(n - 1, i)));
+          const [first, last] = inside(event.range.x, map.x.length), [top, bottom] = inside(event.range.y, map.y.length);
+          if (from) [from.value, to.value] = [first, last];
+          chips.forEach((chip, index) => { chip.checked = index >= top && index <= bottom; });
+          Plotly.relayout(canvas, {selections: []});
+          soon(filterAll);
+        });
+      }
+    });
+    movePick();
+  };
+  reset();
+  if (document.body.dataset.figures) attach();
+  else document.addEventListener("figures", attach);
+})();
