@@ -7,8 +7,8 @@ Every layer x five modules of the built-in model on the first 100 edits of the f
 draws of edits of its own: all positions on 10 edits (`level0`, at twice the rate), and on 30 edits those that a race can
 ask for there (`level1`; after `full` and `level0`).
 `tune` finds the rates. `probe` writes probe.csv: the probe's scores on draws of edits from the whole file, so on
-others than those of `full`, one for each replay. Each part is a study run by `locft sweep`; what is in the table already is not run again, so the
-same command goes on.
+others than those of `full`, one for each replay. Each other part is a study run by `locft sweep`; what is in the tables
+already is not run again, so the same command goes on.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def tuned(table: pd.DataFrame) -> dict[str, float]:
 
 
 def write_probes(edits: str) -> None:
-    """The probe on draws of the edits that `full` trains."""
+    """The probe's scores on each draw of edits that is not in the file yet."""
     from locft.benchmarks import load_suite
     from locft.capability import encode_suite
     from locft.encoding import encode_edits
@@ -100,13 +100,14 @@ def write_probes(edits: str) -> None:
     loaded, chosen = load_model("smollm2-135m"), load_edits(edits)
     prose = encode_suite(loaded.tokenizer, load_suite("probes", limit=1), PARTS["full"].prose).prose
     positions = [TuningPosition(layer, module) for layer in range(LAYERS) for module in MODULES]
-    rows = []
-    for sample in range(PROBES):
+    rows = pd.read_csv(PROBE).to_dict("records") if PROBE.exists() else []
+    done = {row["sample"] for row in rows}
+    for sample in sorted(set(range(PROBES)) - done):
         drawn = encode_edits(loaded.tokenizer, chosen.sample(PROBED_EDITS, sample).requests)
         for scores in probe_positions(loaded, drawn, prose, positions, seed=sample):
             place = {"sample": sample, "layer": scores.position.layer, "module": scores.position.module}
             rows.append({**place, "disturbance": scores.disturbance, "gain": scores.gain})
-        print(f"probe {sample + 1}/{PROBES}", flush=True)
+        print(f"probe {sample + 1} of {PROBES}", flush=True)
         pd.DataFrame(rows).to_csv(PROBE, index=False, float_format="%.5g")
 
 
