@@ -4,8 +4,10 @@
   // trial, and move the pick: the settings come in the order in which the rule takes them, so the pick is the first one
   // shown that reaches the floor.
   const form = document.getElementById("explore");
-  const {modules, layers, floor: ruled, best, settings, trials} = JSON.parse(document.getElementById("explore-data").textContent);
   const get = id => document.getElementById(id);
+  const {modules, layers, floor: ruled, best, settings, others} = JSON.parse(get("explore-data").textContent);
+  const trials = new Map(others.map(([id, layer, module]) => [id, {layer, module, setting: null}]));
+  settings.forEach(([ids, layer, module]) => ids.forEach(id => trials.set(id, {layer, module, setting: ids[0]})));
   const slider = get("floor"), from = get("from-layer"), to = get("to-layer");
   const chips = [...form.querySelectorAll("input[name=module]")];
   const percent = share => `${(100 * share).toFixed(1)}%`;
@@ -15,11 +17,12 @@
   let floor = ruled;  // the rule's own, more exact than the slider's steps, until the slider is moved
   let chosen = null;  // trials that were drawn around in the front
   const shown = id => {
-    if (!(id in trials)) return true;
-    const [layer, module] = trials[id];
+    const trial = trials.get(id);
+    if (!trial) return true;  // of another study
+    const {layer, module, setting} = trial;
     return (!chips.length || chips[module].checked)
       && (!from || (layer >= layers[from.value] && layer <= layers[to.value]))
-      && (!chosen || chosen.has(trials[id][2]));
+      && (!chosen || chosen.has(setting));
   };
 
   const whole = new Map();  // canvas of each figure, once drawn -> its data as drawn
@@ -48,6 +51,12 @@
     });
     if (marks.length) Plotly.restyle(canvas, {y: ys}, marks);
   };
+  const front = document.querySelector('script[data-for="plot-front"]');
+  const hovers = new Map();  // setting -> what hovering over it says, without its name
+  (front ? JSON.parse(front.textContent).data : []).forEach(trace => trace.customdata?.forEach((id, i) => {
+    hovers.set(id, trace.text[i].split("<br>").slice(1).join("; "));
+  }));
+  const about = id => hovers.has(id) ? new DOMParser().parseFromString(hovers.get(id), "text/html").body.textContent : null;
   const point = id => {  // where the front's figure has a setting
     for (const kept of whole.get(get("plot-front")) ?? []) {
       const i = kept ? kept.ids.indexOf(id) : -1;
@@ -63,7 +72,7 @@
       const label = (canvas.layout.annotations ?? []).findIndex(note => note.name === "pick");
       if (label >= 0) {
         const [low, high] = canvas.layout.xaxis.range, key = `annotations[${label}].`;
-        const text = `<b>${position?.replace(/&/g, "&amp;").replace(/</g, "&lt;")}</b>`;
+        const text = `<b>${position.replace(/&/g, "&amp;").replace(/</g, "&lt;")}</b>`;
         Plotly.relayout(canvas, at
           ? {[key + "x"]: at[0], [key + "y"]: at[1], [key + "text"]: text, [key + "ax"]: at[0] > (low + high) / 2 ? -46 : 46, [key + "visible"]: true}
           : {[key + "visible"]: false});
@@ -82,16 +91,17 @@
   const rows = [...document.querySelectorAll("tr[data-trial]")];
   const movePick = () => {
     get("floor-value").textContent = percent(floor) + (floor === ruled ? " (the rule)" : "");
-    const left = settings.filter(([id]) => shown(id));
-    const pick = left.find(([, reliability]) => reliability >= floor - 1e-9);
-    const [id, , position, text, run] = pick ?? [null];
+    const left = settings.filter(([ids]) => shown(ids[0]));
+    const pick = left.find(([, , , reliability]) => reliability >= floor - 1e-9);
+    const [[id], layer, module, reliability, run] = pick ?? [[null]];
+    const position = `${layer}.${modules[module]}`;
     const say = get("floor-pick");
     say.replaceChildren();
     say.dataset.pick = id ?? "";
     const bold = document.createElement("b");
     if (pick) {
       bold.textContent = position;
-      say.append("Pick: ", bold, `: ${text}. `);
+      say.append("Pick: ", bold, `: ${about(id) ?? `reliability ${percent(reliability)}`}. `);
       if (run) {
         const code = document.createElement("code");
         code.textContent = `--from-run ${run}`;
@@ -102,7 +112,7 @@
     }
     say.append(`${left.length} of ${settings.length} settings shown.`);
     if (chosen) say.append(" Only those drawn around in the figure; Reset shows all.");
-    rows.forEach(row => row.classList.toggle("picked", id !== null && trials[row.dataset.trial]?.[2] === id));
+    rows.forEach(row => row.classList.toggle("picked", id !== null && trials.get(row.dataset.trial)?.setting === id));
     figures().forEach(canvas => mark(canvas, id, position));
   };
   const filterAll = () => {
@@ -140,7 +150,7 @@
       const map = canvas.data.find(trace => trace.type === "heatmap");
       if (canvas.id === "plot-front") {
         canvas.on("plotly_legendclick", event => {
-          const chip = chips[modules.indexOf(canvas.data[event.curveNumber].meta)];
+          const chip = chips[trials.get(canvas.data[event.curveNumber].customdata?.[0])?.module];
           if (chip) chip.click();
           return false;
         });

@@ -5,16 +5,13 @@ The script (`explore.js`) knows no rule of its own. The settings come in the ord
 `recommend(results, floor)` gives.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
 from analysis.gallery import script_json
 from analysis.pareto import Recommendation, by_preference
-from analysis.wording import change_with_interval, number, percent
 
 
 @dataclass(frozen=True)
@@ -23,14 +20,9 @@ class Explorer:
 
     modules: tuple[str, ...]
     layers: tuple[int, ...]
-    floor: float
-    """The reliability that the rule asked for."""
-    highest: float
-    """The best reliability: where the slider ends."""
-    n_settings: int
     data: Markup
-    """JSON: modules, layers, floor, best; settings ([trial id, reliability, position, text, run], the preferred first);
-    trials (trial id -> [layer, index of the module, trial id of its setting or null])."""
+    """JSON: modules, layers, floor (of the rule), best (reliability); settings ([trial ids, layer, index of the module,
+    reliability, run], the preferred first); others ([trial id, layer, index of the module]), trials that belong to none."""
 
 
 def explorer(results: pd.DataFrame, settings: pd.DataFrame, pick: Recommendation | None) -> Explorer | None:
@@ -40,12 +32,13 @@ def explorer(results: pd.DataFrame, settings: pd.DataFrame, pick: Recommendation
         return None
     modules = tuple(dict.fromkeys(map(str, results["module"])))
     layers = tuple(sorted({int(layer) for layer in results["layer"]}))
-    of_trial = {trial: row["trial_id"] for row in ordered for trial in row["trial_ids"]}
-    place = {name: index for index, name in enumerate(modules)}
-    trials = {
-        trial: [int(layer), place[str(module)], of_trial.get(trial)]
+    index = {name: place for place, name in enumerate(modules)}
+    known = {trial for row in ordered for trial in row["trial_ids"]}
+    others = [
+        [trial, int(layer), index[str(module)]]
         for trial, layer, module in zip(results["trial_id"], results["layer"], results["module"], strict=True)
-    }
+        if trial not in known
+    ]
     best = max(row["reliability"] for row in ordered)
     data = {
         "modules": modules,
@@ -53,25 +46,9 @@ def explorer(results: pd.DataFrame, settings: pd.DataFrame, pick: Recommendation
         "floor": pick.floor,
         "best": best,
         "settings": [
-            [row["trial_id"], row["reliability"], f"{row['layer']}.{row['module']}", _said(row), row["run_id"]]
+            [row["trial_ids"], int(row["layer"]), index[str(row["module"])], row["reliability"], row["run_id"]]
             for row in ordered
         ],
-        "trials": trials,
+        "others": others,
     }
-    return Explorer(modules, layers, pick.floor, best, len(ordered), script_json(data))
-
-
-def _said(row: dict[str, Any]) -> str:
-    """Settings and figures of a setting in a line."""
-    parts = [f"reliability {percent(row['reliability'])}"]
-    if math.isfinite(row["generalization"]):
-        parts.append(f"generalization {percent(row['generalization'])}")
-    if math.isfinite(row["capability_change"]):
-        ends = (row[f"capability_change{end}"] for end in ("", "_low", "_high"))
-        parts.append(f"capability change {change_with_interval(*ends)}")
-    elif math.isfinite(row["capability"]):
-        parts.append(f"capability {percent(row['capability'])}")
-    if math.isfinite(row["drift_kl"]):
-        parts.append(f"drift {number(row['drift_kl'])} nats")
-    pipeline = str(row["pipeline"]).replace("_first", "-first")
-    return f"{', '.join(parts)} ({pipeline}, batch {number(row['batch_size'])}, rate {number(row['learning_rate'])})"
+    return Explorer(modules, layers, script_json(data))

@@ -147,7 +147,6 @@ def front_figure(info: FrontInfo) -> go.Figure:
             y=[round(mark.values[1], 5) for mark in marks],
             mode="markers",
             name=escaped(module),
-            meta=module,
             customdata=[mark.trial_id for mark in marks],
             text=[mark.hover for mark in marks],
             hovertemplate="%{text}<extra></extra>",

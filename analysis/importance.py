@@ -29,6 +29,7 @@ BEST = 0.25
 FEWEST = 12
 """Trials below which nothing is said."""
 SHUFFLES = 40
+"""Times that the results are dealt out anew; fewer where trials are many, which makes chance small and shuffling slow."""
 DECISIVE = 10
 """More distinct values than these are a range, fewer are a choice."""
 LOWER_IS_BETTER = ("drift_kl",)
@@ -117,7 +118,8 @@ def _importance(
 
     weights = weigh(loss)
     total = weights.sum() or 1.0
-    chance = np.quantile([weigh(rng.permutation(loss)) for _ in range(SHUFFLES)], 0.95, axis=0)
+    shuffles = max(10, min(SHUFFLES, 20_000 // len(loss)))
+    chance = np.quantile([weigh(rng.permutation(loss)) for _ in range(shuffles)], 0.95, axis=0)
     shares = sorted(zip(axes, weights / total, chance / total, strict=True), key=lambda item: -item[1])
     return Importance(metric, tuple((name, float(a), float(b)) for name, a, b in shares), len(loss), best)
 

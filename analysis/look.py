@@ -26,7 +26,7 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-ser
 
 def hover_text(row: Mapping[str, Any], chance: float | None = None) -> str:
     """What hovering over a trial (or a setting) says: id, position, settings, metrics, and the chance that it is on the
-    front. Escaped."""
+    front where there is one. Escaped."""
     rate, size = number(row["learning_rate"]), number(row["batch_size"])
     seeds = row["seeds"] if "seeds" in row else (row["seed"],)
     named = ", ".join(str(seed) for seed in seeds if not pd.isna(seed))
@@ -40,7 +40,7 @@ def hover_text(row: Mapping[str, Any], chance: float | None = None) -> str:
         lines.append(f"capability {percent(row['capability'])}, change {change}")
     if math.isfinite(row["drift_kl"]):
         lines.append(f"drift {number(row['drift_kl'])} nats per token")
-    if chance is not None:
+    if chance:
         lines.append(f"on the front with a chance of {whole_percent(chance)}")
     return "<br>".join(lines)
 

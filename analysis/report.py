@@ -46,7 +46,7 @@ from analysis.wording import ABSENT, number, percent, plural, points, seconds, w
 
 MAX_MISSES = 20
 """Settings of the front whose wrong answers are listed at most."""
-MAX_TABLE_ROWS = 800
+MAX_TABLE_ROWS = 500
 """Trials listed at most, the most reliable first, which keeps the file under 6 MB; the page says what is left out."""
 
 

@@ -177,7 +177,12 @@ def test_a_sweep_without_capability_has_null_where_nothing_was_measured(swept, l
     said = locft("sweep", "tiny.yaml", "--out", "other.html", *changes)
     assert said.code == 0 and said.json["front"] == [] and "capability" not in said.json["unedited"]
     assert said.json["pick"]["position"] == "1.mlp_down" and said.json["trials"]["done"] == 1
+    compared = ["--compare", "tiny.yaml", *(part.replace("--set", "--compare-set") for part in changes)]
+    assert locft("report", "tiny.yaml", "--out", "other.html", *compared).code == 0
+    assert "Capability was not measured on the same items" in (swept / "other.html").read_text(encoding="utf-8")
     (swept / "other.html").unlink()
+    said = locft("report", "tiny.yaml", "--compare", "tiny.yaml")
+    assert said.code == 2 and "got STUDY itself" in said.err
 
 
 def picked(locft):

@@ -323,3 +323,11 @@ def test_the_pick_is_within_one_error_and_best_there_and_beaten_by_none_in_both(
     inside = [c for r, c in points if r >= best - proportion_se(best, 100) - 1e-9]
     assert reliability >= best - proportion_se(best, 100) - 1e-9 and capability == max(inside)
     assert pick.trial_id in pareto_front(frame).trial_ids
+
+
+def test_a_floor_asks_for_another_reliability_than_that_of_the_rule():
+    results = table((1.0, 0.3), (0.9, 0.5), (0.6, 0.7))
+    assert recommend(results).trial_id == "a" and recommend(results, 0.9).trial_id == "b"
+    assert recommend(results, 0.0).trial_id == "c" and recommend(results, 1.01) is None
+    assert "at least 90.0%" in recommend(results, 0.9).rule and "2 of 3" in recommend(results, 0.9).reasons[0]
+    assert recommend(results, recommend(results).floor).trial_id == recommend(results).trial_id

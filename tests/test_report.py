@@ -132,8 +132,8 @@ def page(results=None, study=STUDY, **options):
 def test_the_questions_are_answered_in_order():
     got = page(outcomes=study_outcomes())
     assert list(got.sections)[1:] == [
-        "What was asked", "What was found", "How sure", "What else is on the front", "Figures", "All trials",
-        "Which edits fail at 22.mlp_down", "What failed", "How it was made",
+        "What was asked", "Which position", "At what cost", "How sure", "What else is on the front", "What matters",
+        "What failed", "Which edits fail", "Figures", "All trials", "How it was made",
     ]  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_what_was_asked_names_model_edits_findings_suite_and_trials():
 
 
 def test_the_pick_is_one_sentence_with_the_command_that_repeats_it():
-    found = page()["What was found"]
+    found = page()["Which position"]
     assert (
         "Edit 22.mlp_down: reliability 98.0% ± 1.7, generalization 70.0%, locality 80.0%, capability change −0.4 points"
         " [−1.2, +0.3]." in found
@@ -161,7 +161,7 @@ def test_the_pick_is_one_sentence_with_the_command_that_repeats_it():
 
 def test_the_command_is_safe_to_paste_and_works_without_a_tracked_run():
     results = results_frame([row("a", run_id=None)])
-    found = page(results, STUDY | {"model": "/models/my model; rm -rf", "edits_source": "a'b.jsonl"})["What was found"]
+    found = page(results, STUDY | {"model": "/models/my model; rm -rf", "edits_source": "a'b.jsonl"})["Which position"]
     assert (
         "locft edit '/models/my model; rm -rf' --from-run a"
         " --out 'my model; rm -rf-0.mlp_down'" in found
@@ -181,7 +181,7 @@ def test_how_sure_says_rule_intervals_runner_up_and_seeds():
 
 def test_several_seeds_are_one_setting_on_front_and_in_the_pick():
     got = page(results_frame([row("a", seed=0), row("b", seed=1, reliability=0.94)]))
-    assert "reliability 92.0%" in got["What was found"] and "Mean of 2 seeds" in got["How sure"]
+    assert "reliability 92.0%" in got["Which position"] and "Mean of 2 seeds" in got["How sure"]
     assert "2 seeds" in got["What else is on the front"]
 
 
@@ -193,18 +193,41 @@ def test_failures_are_counted_by_cause_and_diverged_ones_told_apart():
 
 
 def test_edits_that_fail_at_the_pick_are_listed_with_what_the_model_says():
-    got = page(outcomes=pd.concat([study_outcomes("a"), study_outcomes("b")]))["Which edits fail at 22.mlp_down"]
+    got = page(outcomes=pd.concat([study_outcomes("a"), study_outcomes("b")]))["Which edits fail"]
     assert "1 of 2 edit prompts not answered" in got and "The capital of Peru is Lyon Lima" in got
     assert "1 of 1 rephrased prompts" in got and "None of 1 unrelated prompts" in got
     assert "Chile is" not in got
 
 
+def test_every_setting_on_the_front_leads_to_its_edits_that_fail():
+    results = results_frame([row("a", 22, 0.98, -0.02), row("b", 23, 0.6, 0.01), row("c", 5, 0.5, -0.1)])
+    got = page(results, outcomes=pd.concat([study_outcomes(trial) for trial in "abc"]))
+    assert "22.mlp_down (pick): 1 of 2 edit prompts" in got["Which edits fail"]
+    assert "23.mlp_down: 1 of 2 edit prompts" in got["Which edits fail"] and "5.mlp_down:" not in got["Which edits fail"]
+    assert {"#misses-1", "#misses-2"} <= set(got.links) and {"misses-1", "misses-2"} <= set(got.ids)
+
+
+def test_chances_stand_beside_the_front_and_every_trial():
+    got = page()
+    assert "chance" in got["What else is on the front"] and "95% interval [" in got["What else is on the front"]
+    assert re.search(r"Measured again .* the rule picks this setting in \d+%", got["How sure"])
+    assert "on front" in got["All trials"]
+
+
+def test_what_it_costs_by_task_and_on_plain_text():
+    results = results_frame([row("a", **{"capability.grammar": 0.7, "perplexity": 33.0})])
+    baseline = BASELINE | {"capability.world": 0.6, "capability.grammar": 0.65, "perplexity": 30.0}
+    cost = page(results, baseline=baseline)["At what cost"]
+    for part in ("−1.0 points [−1.8, −0.3]", "grammar 65.0% → 70.0%", "world 60.0% → 50.0%", "perplexity 30 → 33", "80.0%"):
+        assert part in cost, part
+
+
 def test_one_trial_no_trial_and_no_result_at_all():
     one = page(results_frame([row("a", 3)]))
-    assert "Edit 3.mlp_down" in one["What was found"] and "only setting" in one["How sure"]
+    assert "Edit 3.mlp_down" in one["Which position"] and "only setting" in one["How sure"]
     for rows in ([], [failure("e")], [row("a", reliability=math.nan)]):
         got = page(results_frame(rows), outcomes=study_outcomes())
-        assert "No trial gave a result" in got["What was found"]
+        assert "No trial gave a result" in got["Which position"]
         assert "How sure" not in got.sections and "What else is on the front" not in got.sections
 
 
@@ -217,7 +240,7 @@ def test_without_capability_it_speaks_of_what_there_is():
     for item in rows:
         del item["capability.world"]
     got = page(results_frame(rows), STUDY | {"capability_source": None, "n_items": None}, baseline={})
-    assert "Edit 4.mlp_down" in got["What was found"] and "capability change" not in got["What was found"]
+    assert "Edit 4.mlp_down" in got["Which position"] and "capability change" not in got["Which position"]
     assert "Capability" not in got["What was asked"]
     assert "beats one of these in reliability without losing in generalization" in got["What else is on the front"]
 
@@ -254,7 +277,7 @@ def test_nothing_a_user_wrote_becomes_markup():
     assert not any(name.startswith("on") for _, attributes in Page(text).tags for name in attributes)
     scripts = re.findall(r"<script[^>]*>", text)
     plots = text.count('<script type="application/json"')
-    assert len(scripts) == plots + 1
+    assert len(scripts) == plots + 2
     assert text.count("</script>") == len(scripts)
     for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, flags=re.S):
         assert not re.search("<[/!sS]", data)
@@ -313,16 +336,20 @@ def browser():
         running.close()
 
 
+def browsed_results():
+    rows = [row(f"t{i}", i % 30, 0.5 + i / 130, -i / 3000, module=("mlp_down", "attn")[i // 30]) for i in range(60)]
+    rows += [row(f"p{i}", i, batch_size=1, pipeline=("breadth_first", "depth_first")[i % 2]) for i in range(4)]
+    rows += [row(f"q{i}", i, batch_size=1, pipeline=("depth_first", "breadth_first")[i % 2]) for i in range(4)]
+    return results_frame(rows)
+
+
 @pytest.fixture
 def opened(browser, tmp_path):
     """Opens a report at a width, offline, and holds what the console and the network said against it."""
     contexts = []
 
     def open_page(width):
-        rows = [row(f"t{i}", i % 30, 0.5 + i / 130, -i / 3000, module=("mlp_down", "attn")[i // 30]) for i in range(60)]
-        rows += [row(f"p{i}", i, batch_size=1, pipeline=("breadth_first", "depth_first")[i % 2]) for i in range(4)]
-        rows += [row(f"q{i}", i, batch_size=1, pipeline=("depth_first", "breadth_first")[i % 2]) for i in range(4)]
-        results = results_frame(rows)
+        results = browsed_results()
         outcomes = study_outcomes(recommend(results).trial_id).assign(prompt="An unusually long prompt " * 8)
         file = tmp_path / "report.html"
         file.write_text(render_report(STUDY, results, baseline=BASELINE, outcomes=outcomes), encoding="utf-8")
@@ -349,7 +376,7 @@ def opened(browser, tmp_path):
 def test_it_draws_every_figure_offline_and_does_not_scroll_sideways(opened, width):
     tab = opened(width)
     assert tab.complaints == []
-    assert tab.locator("figure .main-svg").count() >= tab.locator("figure").count() == 8
+    assert tab.locator("figure .main-svg").count() >= tab.locator("figure").count() == 9
     assert tab.locator("#plot-front .scatterlayer .point").count() >= 60
     assert tab.locator("#plot-map-reliability .hm image").count() == 1
     assert tab.locator("#plot-losses .scatterlayer path.js-line").count() >= 2
@@ -380,3 +407,58 @@ def test_hovering_a_mark_names_its_trial(opened):
     tab.locator("#plot-front").scroll_into_view_if_needed()
     tab.evaluate("Plotly.Fx.hover('plot-front', [{curveNumber: 1, pointNumber: 0}])")
     assert "0.mlp_down" in tab.locator("#plot-front .hovertext").first.text_content()
+
+
+@pytest.mark.browser
+def test_the_floor_moves_the_pick_as_the_rule_does_and_filters_reach_every_figure(opened):
+    tab = opened(1280)
+    results = browsed_results()
+
+    def shown_pick():
+        tab.wait_for_timeout(60)
+        return tab.locator("#floor-pick").get_attribute("data-pick")
+
+    def expect(floor, keep=slice(None)):
+        found = recommend(results[keep], floor)
+        assert shown_pick() == (found.trial_id if found else ""), floor
+
+    def pull(name, value):
+        tab.locator(name).evaluate(
+            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
+        )
+
+    assert shown_pick() == recommend(results).trial_id, "untouched it is the rule's own"
+    for percent in (0, 55.5, 72.3, 90, 95.3):
+        pull("#floor", percent)
+        expect(percent / 100)
+    pull("#floor", 60)
+    tab.locator("#floor").focus()
+    tab.keyboard.press("ArrowRight")
+    assert "60.1%" in tab.locator("#floor-value").inner_text()
+
+    tab.get_by_role("checkbox", name="attn").uncheck()
+    expect(0.601, results["module"] == "mlp_down")
+    pull("#from-layer", 10)
+    pull("#to-layer", 20)
+    kept = (results["module"] == "mlp_down") & results["layer"].between(10, 20)
+    expect(0.601, kept)
+    assert tab.locator("#all-trials tbody tr:not([hidden])").count() == kept.sum() == 11
+    drawn = "name => document.getElementById(name).data.flatMap(t => t.z ? t.z.flat() : t.customdata ? t.y : [])"
+    for name in ("plot-front", "plot-map-reliability"):
+        assert len([y for y in tab.evaluate(drawn, name) if y is not None]) == 11, name
+    assert tab.evaluate("document.getElementById('plot-parallel').data[0].line.color.length") == 11
+    assert tab.evaluate("document.getElementById('plot-front').data.at(-1).x[0]") == pytest.approx(
+        recommend(results[kept], 0.601).metrics["reliability"], abs=1e-5
+    )
+
+    tab.get_by_role("button", name="Reset").click()
+    assert shown_pick() == recommend(results).trial_id
+    plot = tab.locator("#plot-map-reliability .nsewdrag").first
+    tab.evaluate("document.getElementById('plot-map-reliability').scrollIntoView({block: 'center'})")
+    box = plot.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 0.52, box["y"] + box["height"] * 0.6)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] * 0.98, box["y"] + box["height"] * 0.9, steps=4)
+    tab.mouse.up()
+    expect(None, (results["module"] == "attn") & (results["layer"] >= 15))
+    assert tab.complaints == []
