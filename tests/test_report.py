@@ -210,7 +210,7 @@ def test_every_setting_on_the_front_leads_to_its_edits_that_fail():
 def test_chances_stand_beside_the_front_and_every_trial():
     got = page()
     assert "chance" in got["What else is on the front"] and "95% interval [" in got["What else is on the front"]
-    assert re.search(r"Measured again .* the rule picks this setting in \d+%", got["How sure"])
+    assert re.search(r"Measured again.*, the rule picks this setting in \d+%", got["How sure"])
     assert "on front" in got["All trials"]
 
 
@@ -434,6 +434,7 @@ def test_the_floor_moves_the_pick_as_the_rule_does_and_filters_reach_every_figur
     pull("#floor", 60)
     tab.locator("#floor").focus()
     tab.keyboard.press("ArrowRight")
+    tab.wait_for_timeout(60)
     assert "60.1%" in tab.locator("#floor-value").inner_text()
 
     tab.get_by_role("checkbox", name="attn").uncheck()
@@ -451,7 +452,7 @@ def test_the_floor_moves_the_pick_as_the_rule_does_and_filters_reach_every_figur
         recommend(results[kept], 0.601).metrics["reliability"], abs=1e-5
     )
 
-    tab.get_by_role("button", name="Reset").click()
+    tab.get_by_role("button", name="Reset", exact=True).click()
     assert shown_pick() == recommend(results).trial_id
     plot = tab.locator("#plot-map-reliability .nsewdrag").first
     tab.evaluate("document.getElementById('plot-map-reliability').scrollIntoView({block: 'center'})")
