@@ -77,7 +77,8 @@ def boundary_states(
         return BoundaryStates(_computed(model, tree, rows, wanted, limit, None))
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
     tokens = [tree.token_ids.tolist(), tree.depths.tolist(), limit > 0]
-    key = json.dumps([VERSION, fingerprint, config, str(model.dtype), tokens], sort_keys=True, default=str)
+    computed_by = [torch.__version__, torch.get_num_threads()]  # either can change the last bits
+    key = json.dumps([VERSION, fingerprint, config, str(model.dtype), tokens, computed_by], sort_keys=True, default=str)
     folder = cache_folder() / "states" / hashlib.sha256(key.encode()).hexdigest()[:20]
     kept = _affordable(wanted, len(tree) * model.config.get_text_config().hidden_size * model.dtype.itemsize)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -328,25 +329,25 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workplace, tiny_fol
     assert after["done"] == kept["done"] + before["left"], "nothing was run twice"
 
 
-def test_a_killed_worker_leaves_one_json_object_on_standard_output(
-    workplace, tiny_folder, locft, ray_running, monkeypatch
-):
+def test_a_killed_worker_leaves_one_json_object_on_standard_output(workplace, tiny_folder, locft, ray_running):
     """Ray announces a death on standard output; there it may not be."""
-    from sweeps import progress
     from tests.test_runner import trial_workers
 
-    killed = []
-    started = progress.Progress.started
+    over, killed = threading.Event(), []
 
-    def kill_once(self, running):
-        started(self, running)
-        if not killed:
+    def kill_once():
+        while not killed and not over.wait(0.05):
             killed.extend(trial_workers())
-            for worker in killed:
-                worker.kill()
+        for worker in killed:
+            worker.kill()
 
-    monkeypatch.setattr(progress.Progress, "started", kill_once)
-    write_study(workplace, tiny_folder, space__layer=[1])
-    said = locft("sweep", "tiny.yaml", "--json")
+    write_study(workplace, tiny_folder, space__layer=[1], epochs=300, skip_below=0.0, stop_below=0.0)
+    killer = threading.Thread(target=kill_once)
+    killer.start()
+    try:
+        said = locft("sweep", "tiny.yaml", "--json")
+    finally:
+        over.set()
+        killer.join()
     assert killed and said.code == 0 and said.json["trials"]["done"] == 1
     assert "its worker died and it is tried again" in said.err

@@ -190,6 +190,20 @@ def test_states_are_stored_once_and_read_back(tmp_path, monkeypatch):
     assert not torch.equal(again.states.layers[0], TailEngine(loaded, rows, [0, 1], on_disk=True).states.layers[0])
 
 
+def test_states_of_another_number_of_threads_are_others(tmp_path, monkeypatch):
+    """The number of threads can change the last bits: what is stored may not decide which ones a trial gets."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded, rows, before = tiny_loaded("llama"), edit_rows(), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            stored = TailEngine(loaded, rows, [0], on_disk=True).states.layers[2]
+            assert torch.equal(stored, TailEngine(loaded, rows, [0], on_disk=False).states.layers[2])
+    finally:
+        torch.set_num_threads(before)
+    assert len(list(tmp_path.rglob("002.npy"))) == 2
+
+
 def test_a_half_written_file_is_never_read(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded, rows = tiny_loaded("llama"), edit_rows()
