@@ -273,6 +273,7 @@ def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: st
 def heatmap_figure(info: HeatmapInfo) -> go.Figure:
     """Layers from left to right, a row per module; a colour centred on 0 for a change."""
     change = info.metric == "capability_change"
+    form = "+.1~f" if change else ".2~f" if "drift" in info.metric else ".0%"
     low, high = info.limits
     figure = styled_figure(
         height=96 + 34 * max(2, len(info.modules)),
@@ -294,7 +295,7 @@ def heatmap_figure(info: HeatmapInfo) -> go.Figure:
         colorscale=[list(stop) for stop in CHANGE_SCALE] if change else "Viridis",
         zmin=100 * low if change else low, zmax=100 * high if change else high,
         xgap=1, ygap=1,
-        colorbar={"thickness": 10, "outlinewidth": 0, "tickformat": "+.1~f" if change else ".0%", "nticks": 5},
+        colorbar={"thickness": 10, "outlinewidth": 0, "tickformat": form, "nticks": 5},
     )  # fmt: skip
     figure.update_layout(plot_bgcolor="#eceef1")
     row, column = info.pick or (0, 0)  # the page moves the frame where the pick moves

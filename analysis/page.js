@@ -13,7 +13,8 @@
         layout.height += 40;
       }
       data.filter(trace => trace.type === "heatmap").forEach(trace => {
-        Object.assign(trace.colorbar, below);
+        const plot = layout.height - layout.margin.t - layout.margin.b;
+        Object.assign(trace.colorbar, below, {y: -48 / plot});  // below the axis and its title
         layout.height += 46;
         layout.margin.b += 46;
         layout.xaxis.dtick *= 2;
