@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from locft import bench, benchmarks
+from locft import bench, bench_stages, benchmarks
 from locft.bench import COLUMNS, STAGES, read_settings, report_lines, report_rows, run_bench
 from locft.bench_stages import LEARNING_RATE, Trainee, drawn_batches, step_flops
 from locft.encoding import encode_edits
@@ -42,10 +42,11 @@ def rows(loaded, edits):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def short_products():
-    """The speed of matrix products is measured in milliseconds here."""
+def short_waits():
+    """The speed of matrix products is measured in milliseconds here, and nothing warms up for seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "matrix_speed", partial(matrix_speed, seconds=0.01))
+        patch.setattr(bench_stages, "WARM_UP_SECONDS", 0.1)
         yield
 
 
