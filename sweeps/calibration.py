@@ -6,6 +6,7 @@ loaded, and how long a layer takes does not depend on what its weights are.
 
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,13 +32,14 @@ _log = logging.getLogger(__name__)
 
 
 def calibrated(prepared: "PreparedStudy") -> Costs:
-    """Measured on this machine; the rough rates where that cannot be done (another device, a model whose layers cannot be
-    made alone)."""
+    """Measured on this machine; the rough rates where that cannot be done (another device, more CPUs than there are, a model
+    whose layers cannot be made alone)."""
     import torch
 
     study = prepared.study
     rough = default_costs(prepared.facts, study.resources.cpus)
-    if study.resources.gpus or study.device not in ("auto", "cpu") or not prepared.plan.sample:
+    elsewhere = study.resources.gpus or study.resources.cpus > (os.cpu_count() or 1)
+    if elsewhere or study.device not in ("auto", "cpu") or not prepared.plan.sample:
         return rough
     before = torch.get_num_threads()
     torch.set_num_threads(study.resources.cpus)
