@@ -156,3 +156,14 @@ def _end(process: subprocess.Popen) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+    until = time.monotonic() + _STOP_SECONDS
+    while _has_members(process.pid) and time.monotonic() < until:  # killed, and about to go: the port is theirs until then
+        time.sleep(0.02)
+
+
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in every thread; torch.set_num_threads speaks for the calling one
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -17,10 +18,15 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor keeps anything there
 
 import pytest
-import torch
 import yaml
 
-torch.set_num_threads(1)
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What tests have to say beside that they passed: `record_property("said", …)`."""
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "said" and report.when == "call":
+                terminalreporter.write_line(text)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import moocore
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from analysis.choice import Outcome, outcome_of, preference
@@ -32,6 +33,8 @@ SHARES = (0.05, 0.1, 0.2)
 REGRETS = ("drift", "capability", "capability lost", "drift against the rule's", "generalization against the rule's")
 OURS = "survey"
 UNPROBED = "survey without the probe"
+COLOURS = qualitative.Safe
+"""Of the other policies, by their place."""
 SEEDS = 24
 """Of each policy; each has a draw of the edits that the probe looked at. A race also has every pair of draws of scouts."""
 
@@ -193,6 +196,7 @@ def figure(found: pd.DataFrame) -> go.Figure:
     """Mean regret in drift and lost hypervolume by share of the cost, with 95% intervals over the replays."""
     drawn = make_subplots(1, 2, subplot_titles=("drift above the best at equal reliability, nats", "lost hypervolume"))
     for place, (name, mine) in enumerate(found.groupby("policy", sort=False)):
+        colour = ACCENT if name == OURS else COLOURS[place % len(COLOURS)]
         for column, values in ((1, mine["drift"]), (2, 1 - mine["volume"])):
             groups = values.groupby(mine["share"])
             error = 1.96 * groups.std().fillna(0) / np.sqrt(groups.size())
@@ -203,8 +207,8 @@ def figure(found: pd.DataFrame) -> go.Figure:
                 name=name,
                 legendgroup=name,
                 showlegend=column == 1,
-                line={"width": 4 if name == OURS else 1.5, "color": ACCENT if name == OURS else None},
-                marker={"size": 9, "symbol": SYMBOLS[place % len(SYMBOLS)]},
+                line={"width": 4 if name == OURS else 1.5, "color": colour},
+                marker={"size": 9, "symbol": SYMBOLS[place % len(SYMBOLS)], "color": colour},
                 row=1,
                 col=column,
             )
@@ -212,6 +216,7 @@ def figure(found: pd.DataFrame) -> go.Figure:
     drawn.update_layout(legend={"orientation": "h", "y": -0.18, "yanchor": "top"})
     drawn.update_xaxes(title="share of the full grid's cost", type="category")
     drawn.update_yaxes(rangemode="tozero", gridcolor="#e6e9ee")
+    drawn.update_yaxes(tickformat=".0%", col=2)
     return drawn
 
 
