@@ -25,24 +25,30 @@ from sweeps.race import (
 )
 
 
+FEW = 4
+"""Runs a worker that are not divided into rungs."""
+
+
 def survey(task: Task) -> Generator[Rung, Scores, None]:
     """All at full fidelity: half the budget for positions that served elsewhere and the probe's best, the rest `in_turn`.
 
     Enough is kept to try the leader's half rate and a second seed. Each further rung spends half of what is left, so that
-    estimates of cost are corrected by what runs turn out to cost.
+    estimates of cost are corrected by what runs turn out to cost, unless few runs are left: then none waits for a worker
+    that is still at a long one.
     """
     served = [nearest(task, depth, module) for depth, module in task.priors]
     best = [first_run(task, c, task.full) for c in dict.fromkeys([*served, *_ranked(task)])]
     runs = affordable(task, {}, best, task.budget / 2) or best[:1]
-    scores = yield Rung("survey", tuple(runs), f"{len(runs)} positions: the probe's best, whatever their kind")
+    scores = yield _rung(task, runs, "the probe's best, whatever their kind")
     left = [run for run in in_turn(task) if run not in scores]
     while left:
         rest, kept = task.budget - spent(scores), _confirming(task, scores)
         fit = affordable(task, scores, [*kept, *left], rest)[len(kept) :]
-        runs = fit[: max(len(affordable(task, scores, left, rest / 2)), task.concurrent)]
+        half = max(len(affordable(task, scores, left, rest / 2)), task.concurrent)
+        runs = fit if len(fit) <= FEW * task.concurrent else fit[:half]
         if not runs:
             break
-        scores = yield Rung("survey", tuple(runs), f"{len(runs)} positions: the best of each kind of module, in turn")
+        scores = yield _rung(task, runs, "the best of each kind of module, in turn")
         left = left[len(runs) :]
     yield from confirm(task, scores, [])
 
@@ -61,6 +67,11 @@ def in_turn(task: Task) -> list[Run]:
         if not lines[module]:
             del lines[module]
     return order
+
+
+def _rung(task: Task, runs: list[Run], what: str) -> Rung:
+    """Longest first, so that workers end together."""
+    return Rung("survey", tuple(sorted(runs, key=task.seconds, reverse=True)), f"{len(runs)} positions: {what}")
 
 
 def _ranked(task: Task) -> list[Candidate]:
