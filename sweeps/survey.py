@@ -24,7 +24,6 @@ from sweeps.race import (
     spent,
 )
 
-
 FEW = 4
 """Runs a worker that are not divided into rungs."""
 
