@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sweeps.records import TrialConfig
 from sweeps.registry import register_edit, registered_edit, study_alias
 from sweeps.runner import on_workers
-from sweeps.trial import Basis, TrialInputs, resident_workbench
+from sweeps.trial import Basis, TrialInputs, resident_workbench, train
 
 if TYPE_CHECKING:
     from locft.delta import EditDelta
@@ -57,11 +57,4 @@ def register_pick(
 
 def train_again(inputs: TrialInputs, baseline: "Baseline", config: TrialConfig) -> "EditDelta":
     """The delta of a trial; on a CPU bitwise that which was measured."""
-    import torch
-
-    from locft.finetune import TrainingSettings
-    from locft.positions import TuningPosition
-
-    torch.manual_seed(config.seed)
-    settings = TrainingSettings(**{name: getattr(config, name) for name in TrainingSettings.__dataclass_fields__})
-    return resident_workbench(inputs, baseline).train(TuningPosition(config.layer, config.module), settings).delta
+    return train(resident_workbench(inputs, baseline), config).delta

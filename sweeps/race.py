@@ -132,7 +132,7 @@ def race(task: Task) -> Generator[Rung, Scores, None]:
     The probe orders the scouts, with the priors and an insurance share from the whole grid among them. A rung is left by
     the positions of the lowest non-dominated ranks over reliability, generalization and drift, of equal ones those that drift least.
     """
-    order = sorted(task.candidates, key=lambda c: (c.disturbance, c.layer, c.module))
+    order = ranked(task)
     by_position = {candidate.position: candidate for candidate in order}
     first = [nearest(task, depth, module) for depth, module in (*task.priors, *PAPER)]
     entrants, scores, dropped = list(dict.fromkeys([*first, *_insured(order, task.seed)])), {}, {}
@@ -160,6 +160,11 @@ def full_runs(task: Task, order: Sequence[Candidate], name: str, why: str) -> Ge
             return
         scores = yield Rung(name, tuple(runs), why)
         left = left[len(runs) :]
+
+
+def ranked(task: Task) -> list[Candidate]:
+    """The probe's order: what learning disturbs least comes first."""
+    return sorted(task.candidates, key=lambda c: (c.disturbance, c.layer, c.module))
 
 
 def first_run(task: Task, candidate: Candidate, level: int) -> Run:

@@ -10,7 +10,6 @@ from collections.abc import Generator
 from dataclasses import replace
 
 from sweeps.race import (
-    Candidate,
     Run,
     Rung,
     Scores,
@@ -21,6 +20,7 @@ from sweeps.race import (
     gentler,
     leading,
     nearest,
+    ranked,
     spent,
 )
 
@@ -36,7 +36,7 @@ def survey(task: Task) -> Generator[Rung, Scores, None]:
     that is still at a long one.
     """
     served = [nearest(task, depth, module) for depth, module in task.priors]
-    best = [first_run(task, c, task.full) for c in dict.fromkeys([*served, *_ranked(task)])]
+    best = [first_run(task, c, task.full) for c in dict.fromkeys([*served, *ranked(task)])]
     runs = affordable(task, {}, best, task.budget / 2) or best[:1]
     scores = yield _rung(task, runs, "the probe's best, whatever their kind")
     left = [run for run in in_turn(task) if run not in scores]
@@ -55,7 +55,7 @@ def survey(task: Task) -> Generator[Rung, Scores, None]:
 def in_turn(task: Task) -> list[Run]:
     """Each kind of module in the probe's order, the kinds in turn so that each gets the same time."""
     lines: dict[str, list[Run]] = {}
-    for candidate in _ranked(task):
+    for candidate in ranked(task):
         lines.setdefault(candidate.module, []).append(first_run(task, candidate, task.full))
     taken, order = dict.fromkeys(lines, 0.0), []
     while lines:
@@ -71,10 +71,6 @@ def in_turn(task: Task) -> list[Run]:
 def _rung(task: Task, runs: list[Run], what: str) -> Rung:
     """Longest first, so that workers end together."""
     return Rung("survey", tuple(sorted(runs, key=task.seconds, reverse=True)), f"{len(runs)} positions: {what}")
-
-
-def _ranked(task: Task) -> list[Candidate]:
-    return sorted(task.candidates, key=lambda c: (c.disturbance, c.layer, c.module))
 
 
 def _confirming(task: Task, scores: Scores) -> list[Run]:

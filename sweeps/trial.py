@@ -7,13 +7,14 @@ before it in the process.
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from sweeps.records import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
     from locft.benchmarks import Suite
+    from locft.finetune import Training
     from locft.requests import EditSet
     from locft.workbench import Baseline, Workbench
 
@@ -88,28 +89,24 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
     return _resident[inputs.key]
 
 
-def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
-    """Train and measure one configuration. A divergence is a result, with finite worst values and `diverged` = 1."""
+def train(bench: "Workbench", config: TrialConfig) -> "Training":
+    """The training of a trial; on a CPU bitwise the same whenever it is run."""
     import torch
 
     from locft.finetune import TrainingSettings
     from locft.positions import TuningPosition
+
+    torch.manual_seed(config.seed)  # nothing here draws from it; a model's own code might
+    settings = TrainingSettings(**{field.name: getattr(config, field.name) for field in fields(TrainingSettings)})
+    return bench.train(TuningPosition(config.layer, config.module), settings)
+
+
+def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
+    """Train and measure one configuration. A divergence is a result, with finite worst values and `diverged` = 1."""
     from locft.workbench import diverged_metrics
 
     started = time.perf_counter()
-    torch.manual_seed(config.seed)  # nothing here draws from it; a model's own code might
-    settings = TrainingSettings(
-        pipeline=config.pipeline,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        epochs=config.epochs,
-        loss_average=config.loss_average,
-        skip_below=config.skip_below,
-        stop_below=config.stop_below,
-        seed=config.seed,
-        precision=config.precision,
-    )
-    training = bench.train(TuningPosition(config.layer, config.module), settings)
+    training = train(bench, config)
     if training.diverged:
         metrics, outcomes = diverged_metrics(bench.questions, bench.baseline), ()
         metrics["n_edits"] = float(len(bench.rows))
