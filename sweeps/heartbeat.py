@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import psutil
@@ -27,48 +28,93 @@ GONE_SECONDS = 300.0
 """A driver of which nothing was heard for so long is taken to be dead, and another may take over."""
 
 
-def refuse_second_driver(tracker: "Tracker | None", study_id: str, name: str) -> None:
-    """Raises InputError when a driver elsewhere works on the study; call it before anything is written.
+@dataclass(frozen=True)
+class Driver:
+    """What a driver says of itself: where it runs, when it said so (seconds since the epoch), trials under way then."""
 
-    tracker: None where nothing of the study is recorded yet. One that was killed counts as working for `GONE_SECONDS`,
-    unless it was on this machine.
+    host: str
+    process: int
+    at: float
+    running: int = 0
+
+    @property
+    def silent(self) -> float:
+        """Seconds since it was heard of."""
+        return max(0.0, time.time() - self.at)
+
+
+def driver_at_work(tracker: "Tracker | None", study_id: str) -> Driver | None:
+    """The driver that works on a study; None where there is none, or nothing was heard of it for `GONE_SECONDS`.
+
+    tracker: None where nothing of the study is recorded yet. One that was killed counts as working for so long, unless it
+    was on this machine.
     """
     said = tracker.study_tag(study_id, TAG) if tracker else None
     try:
-        driver = json.loads(said or "{}")
-        host, process, at = str(driver["host"]), int(driver["process"]), float(driver["at"])
+        told = json.loads(said or "{}")
+        driver = Driver(str(told["host"]), int(told["process"]), float(told["at"]), int(told.get("running", 0)))
     except (ValueError, KeyError, TypeError):
-        return
-    silent = max(0.0, time.time() - at)
-    here = host == socket.gethostname()
-    if silent > GONE_SECONDS or here and (process == os.getpid() or not psutil.pid_exists(process)):
+        return None
+    ended = driver.host == socket.gethostname() and not psutil.pid_exists(driver.process)
+    return None if ended or driver.silent > GONE_SECONDS else driver
+
+
+def refuse_second_driver(tracker: "Tracker | None", study_id: str, name: str) -> None:
+    """Raises InputError when another driver works on the study (`driver_at_work`); call it before anything is written."""
+    driver = driver_at_work(tracker, study_id)
+    if driver is None or driver.host == socket.gethostname() and driver.process == os.getpid():
         return
     raise InputError(
-        f"study {name!r} is being run already, by process {process} on {host}, heard of {silent:.0f} s ago: wait for it or"
-        f" end it there; if it was killed, this command takes over in {GONE_SECONDS - silent:.0f} s"
+        f"study {name!r} is being run already, by process {driver.process} on {driver.host}, heard of {driver.silent:.0f} s"
+        " ago: wait for it or end it there; if it was killed, this command takes over in"
+        f" {GONE_SECONDS - driver.silent:.0f} s"
     )
 
 
-@contextmanager
-def at_work(tracker: "Tracker", study_id: str) -> Iterator[None]:
-    """Says so in the store while the block runs. A store that is away hears it later; nothing fails for it."""
-    over = threading.Event()
+class Heartbeat:
+    """What the tag says besides where the driver runs; written by the driver, read by the thread that says it."""
 
-    def say(now: dict[str, object] | None) -> None:
+    def __init__(self) -> None:
+        self.running = 0
+        self._news = threading.Event()
+        self._over = False
+
+    def heard(self, running: int) -> None:
+        """So many trials are under way. Told with the next beat; that it has begun, at once."""
+        if running and not self.running:
+            self._news.set()
+        self.running = running
+
+    def stop(self) -> None:
+        self._over = True
+        self._news.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Until there is something to say; False when it is over."""
+        self._news.wait(seconds)
+        self._news.clear()
+        return not self._over
+
+
+@contextmanager
+def at_work(tracker: "Tracker", study_id: str) -> Iterator[Heartbeat]:
+    """Says so in the store while the block runs. A store that is away hears it later; nothing fails for it."""
+    heartbeat = Heartbeat()
+
+    def say(driver: Driver | None) -> None:
         with suppress(TrackingError):
-            tracker.tag_study(study_id, TAG, now and json.dumps(now))
+            tracker.tag_study(study_id, TAG, driver and json.dumps(asdict(driver)))
 
     def beat() -> None:
-        while True:
-            say({"host": socket.gethostname(), "process": os.getpid(), "at": time.time()})
-            if over.wait(BEAT_SECONDS):
-                return
+        say(Driver(socket.gethostname(), os.getpid(), time.time()))
+        while heartbeat.wait(BEAT_SECONDS):
+            say(Driver(socket.gethostname(), os.getpid(), time.time(), heartbeat.running))
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
     try:
-        yield
+        yield heartbeat
     finally:
-        over.set()
+        heartbeat.stop()
         thread.join()
         say(None)

@@ -22,7 +22,7 @@ from sweeps.baselines import POLICIES
 from sweeps.delivery import Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
 from sweeps.estimate import trial_seconds
-from sweeps.heartbeat import at_work, refuse_second_driver
+from sweeps.heartbeat import Heartbeat, at_work, refuse_second_driver
 from sweeps.question import Budget, Question
 from sweeps.race import Candidate, Run, Rung, Score, Scores, Task, leading, start_rate
 from sweeps.race_search import RaceSearch
@@ -116,17 +116,23 @@ def run_selection(
         tracker.open_study(
             question.id, study.name, study_yaml=study_to_yaml(study), description=description, environment=environment()
         )
-        stack.enter_context(at_work(tracker, question.id))
+        heartbeat = stack.enter_context(at_work(tracker, question.id))
         deliver_kept(levels.full, tracker, question.id, outbox)
         try:
-            return _tried(question, tracker, outbox, reporter, room, began), tracker
+            return _tried(question, tracker, outbox, reporter, heartbeat, room, began), tracker
         except BaseException:
             tracker.abandon_study(question.id)
             raise
 
 
 def _tried(
-    question: Question, tracker: Tracker, outbox: Outbox, reporter: RaceReporter, room: Room, began: float
+    question: Question,
+    tracker: Tracker,
+    outbox: Outbox,
+    reporter: RaceReporter,
+    heartbeat: Heartbeat,
+    room: Room,
+    began: float,
 ) -> Selection:
     levels, study, concurrent = question.levels, question.study, room.trials()
     known, _ = _known(question, tracker.load_results(question.id))
@@ -147,7 +153,7 @@ def _tried(
         level.facts.data_fingerprint: Basis(level.inputs, baseline)
         for level, baseline in zip(question.levels_run, baselines, strict=True)
     }
-    with Recorder(reporter, levels.full, tracker, question.id, outbox) as recorder:
+    with Recorder(reporter, heartbeat, levels.full, tracker, question.id, outbox) as recorder:
         ending = run_trials(
             search,
             bases,

@@ -131,26 +131,35 @@ def sweep(
 def status(
     study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False
 ) -> None:
-    """Say how far STUDY is: done, failed (with causes), left."""
+    """Say how far STUDY is: done, failed (with causes), left, and who runs it."""
     from collections import Counter
 
     from sweeps.delivery import open_outbox
+    from sweeps.heartbeat import driver_at_work
     from sweeps.sweep import find_tracker, read_state
     from sweeps.tracking_store import connect
 
     prepared = _prepared(study, overrides)
     if tracking_uri:  # a store that is named should be there; the one that is not named may be still to come
         connect(tracking_uri)
-    state = read_state(prepared, find_tracker(prepared, tracking_uri))
+    tracker = find_tracker(prepared, tracking_uri)
+    state, driver = read_state(prepared, tracker), driver_at_work(tracker, prepared.id)
     waiting = len(open_outbox(prepared.id, tracking_uri))
     causes = Counter(state.results.loc[state.results["status"] == "failed", "error"])
     if as_json:
         numbers = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
-        return print_json({"study": about(prepared), **numbers, "undelivered": waiting, "causes": dict(causes)})
+        seen = None if driver is None else asdict(driver)
+        return print_json(
+            {"study": about(prepared), **numbers, "driver": seen, "undelivered": waiting, "causes": dict(causes)}
+        )
     out.print(
         f"{prepared.study.name}: {state.done} of {prepared.plan.count} done, {state.failed} failed, {state.left} left",
         highlight=False,
     )
+    if driver:
+        out.print(Text(f"  process {driver.process} on {driver.host}: {driver.running} running {driver.silent:.0f} s ago"))
+    elif state.left:
+        out.print("  not being run; `locft sweep` goes on")
     for cause, count in causes.most_common():
         out.print(Text(f"  {count} x {cause}"))
     if waiting:

@@ -15,7 +15,7 @@ from sweeps.delivery import Delivery, Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
 from sweeps.estimate import memory_bytes
 from sweeps.forecast import machine
-from sweeps.heartbeat import at_work, refuse_second_driver
+from sweeps.heartbeat import Heartbeat, at_work, refuse_second_driver
 from sweeps.pick_edit import is_registered, register_pick
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
@@ -146,11 +146,14 @@ def run_sweep(
             room = stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
         tracker = tracker or Tracker.open(tracking_uri, study.name)
         _open_study(prepared, tracker)
-        stack.enter_context(at_work(tracker, prepared.id))
+        heartbeat = stack.enter_context(at_work(tracker, prepared.id))
         try:
             if state.affordable:
                 baseline = _baseline(prepared, tracker)
-                with show(state) as reporter, Recorder(reporter, prepared, tracker, prepared.id, outbox) as recorder:
+                with (
+                    show(state) as reporter,
+                    Recorder(reporter, heartbeat, prepared, tracker, prepared.id, outbox) as recorder,
+                ):
                     ending = run_trials(
                         _open_trials(prepared, state),
                         {prepared.facts.data_fingerprint: Basis(prepared.inputs, baseline)},
@@ -244,8 +247,16 @@ class Recorder:
     (`sweeps.delivery`).
     """
 
-    def __init__(self, reporter: Reporter, prepared: PreparedStudy, tracker: Tracker, study_id: str, outbox: Outbox):
-        self.reporter = reporter
+    def __init__(
+        self,
+        reporter: Reporter,
+        heartbeat: Heartbeat,
+        prepared: PreparedStudy,
+        tracker: Tracker,
+        study_id: str,
+        outbox: Outbox,
+    ):
+        self.reporter, self.heartbeat = reporter, heartbeat
         deliver = partial(tracker.log_trial, study_id, inputs=_inputs(prepared, tracker, study_id))
         self._delivery = Delivery(deliver, outbox, reporter.note)
 
@@ -260,6 +271,7 @@ class Recorder:
         self.reporter.note(text)
 
     def started(self, running: int) -> None:
+        self.heartbeat.heard(running)
         self.reporter.started(running)
 
     def retried(self, config: TrialConfig, cause: str) -> None:
@@ -267,6 +279,7 @@ class Recorder:
 
     def finished(self, result: TrialResult, running: int) -> None:
         self._delivery.put(result)
+        self.heartbeat.heard(running)
         self.reporter.finished(result, running)
 
 

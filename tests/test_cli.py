@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from sweeps.heartbeat import TAG
+from sweeps.prepare import prepare
+from sweeps.study import load_study
+from sweeps.tracking import Tracker
 from tests.conftest import write_study
 from tests.test_runner import TIMINGS
 
@@ -119,8 +123,9 @@ def test_status_before_anything_ran_makes_no_store(locft, tmp_path, monkeypatch,
     write_study(tmp_path, tiny_folder)
     before = files(tmp_path)
     said = locft("status", "tiny.yaml")
-    assert said.code == 0 and "0 of 2 done, 0 failed, 2 left" in said.out
-    assert locft("status", "tiny.yaml", "--json").json["left"] == 2
+    assert said.code == 0 and "0 of 2 done, 0 failed, 2 left" in said.out and "not being run" in said.out
+    told = locft("status", "tiny.yaml", "--json").json
+    assert told["left"] == 2 and told["driver"] is None
     assert files(tmp_path) == before
 
 
@@ -162,6 +167,17 @@ def test_status_json(swept, locft):
     wider = locft("status", "tiny.yaml", "--set", "space.seed=[0, 1]", "--json").json
     assert (wider["done"], wider["left"]) == (3, 3)
     assert "3 of 3 done" in locft("status", "tiny.yaml").out
+
+
+def test_status_says_who_runs_it(swept, locft):
+    tracker = Tracker.open(None, "tiny")
+    study_id = prepare(load_study("tiny.yaml")).id
+    tracker.tag_study(study_id, TAG, json.dumps({"host": "node-7", "process": 41, "at": time.time(), "running": 2}))
+    try:
+        assert "process 41 on node-7: 2 running" in locft("status", "tiny.yaml").out
+        assert locft("status", "tiny.yaml", "--json").json["driver"]["running"] == 2
+    finally:
+        tracker.tag_study(study_id, TAG, None)
 
 
 def test_report(swept, locft):

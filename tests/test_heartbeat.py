@@ -9,7 +9,7 @@ import pytest
 
 from locft.errors import InputError
 from sweeps import heartbeat
-from sweeps.heartbeat import GONE_SECONDS, TAG, at_work, refuse_second_driver
+from sweeps.heartbeat import GONE_SECONDS, TAG, at_work, driver_at_work, refuse_second_driver
 from sweeps.tracking import Tracker
 
 
@@ -26,17 +26,21 @@ def announce(tracker, host, process=1, age=0.0):
 
 def test_while_one_works_another_machine_is_refused(tracker, monkeypatch):
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
-    with at_work(tracker, "study"):
+    with at_work(tracker, "study") as alive:
         while not (first := tracker.study_tag("study", TAG)):
             time.sleep(0.02)
         while tracker.study_tag("study", TAG) == first:
             time.sleep(0.02)
+        alive.heard(running=2)
+        while (driver := driver_at_work(tracker, "study")) and driver.running != 2:
+            time.sleep(0.02)
+        assert (driver.host, driver.process) == (socket.gethostname(), os.getpid()) and driver.silent < 30
         refuse_second_driver(tracker, "study", "shared")  # this very process may begin again
         with monkeypatch.context() as other:
             other.setattr(socket, "gethostname", lambda: "other")
             with pytest.raises(InputError, match=f"'shared' is being run already, by process {os.getpid()} on .*takes over in"):
                 refuse_second_driver(tracker, "study", "shared")
-    assert tracker.study_tag("study", TAG) is None
+    assert tracker.study_tag("study", TAG) is None and driver_at_work(tracker, "study") is None
     refuse_second_driver(tracker, "study", "shared")
 
 
@@ -51,3 +55,14 @@ def test_a_driver_that_was_killed_is_followed_by_another(tracker):
     tracker.tag_study("study", TAG, "no announcement")
     refuse_second_driver(tracker, "study", "shared")
     refuse_second_driver(None, "study", "shared")
+
+
+def test_the_first_trial_is_told_at_once(tracker):
+    with at_work(tracker, "study") as alive:
+        while driver_at_work(tracker, "study") is None:
+            time.sleep(0.02)
+        alive.heard(running=1)  # the next beat would come in a minute
+        limit = time.monotonic() + 20
+        while driver_at_work(tracker, "study").running != 1:
+            assert time.monotonic() < limit
+            time.sleep(0.02)

@@ -83,6 +83,7 @@ def measured(metrics: list[dict[str, float]], seconds: float) -> dict[str, float
 def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, float]:
     from sweeps import ui
     from sweeps.delivery import open_outbox
+    from sweeps.heartbeat import Heartbeat
     from sweeps.prepare import prepare
     from sweeps.ray_session import ray_session
     from sweeps.runner import run_trials
@@ -103,7 +104,7 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
         with ray_session(cluster.address, study.study.resources) as room:
             began = time.monotonic()
             spent = time.process_time()
-            with Recorder(collected, study, tracker, study.id, outbox) as recorder:
+            with Recorder(collected, Heartbeat(), study, tracker, study.id, outbox) as recorder:
                 ending = run_trials(
                     trials, {}, cpus=1, gpus=0, room=room, reporter=recorder, work=partial(sleep, seconds=seconds)
                 )
