@@ -66,7 +66,7 @@ class _FusedLayer:
         wider = hidden_states.dtype != parts.dtype  # only the forward pass can do that
         ours = ours and not (wider and torch.is_grad_enabled())
         if ours and kwargs.get("past_key_values") is None and parts.unchanged(self):
-            return _Layer.apply(hidden_states, attention_mask, *position_embeddings, parts)
+            return _Layer.apply(hidden_states, _Setting.of(attention_mask, *position_embeddings, parts.dtype), parts)
         return super().forward(
             hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
         )
@@ -136,21 +136,42 @@ class _Product:
         return product
 
 
+class _Setting:
+    """Mask and angles as the operation wants them: the same for all layers of a pass, so the last ones are kept."""
+
+    _last: "_Setting | None" = None
+
+    def __init__(self, given: tuple[torch.Tensor, ...], dtype: torch.dtype):
+        mask, cos, sin = self.given = given
+        self.dtype = dtype
+        self.mask = mask.float()[:, :, None]  # (G, 1, 1, N, N)
+        half = sin.shape[-1] // 2
+        self.cos = cos.to(dtype)[:, :, None]  # (G, N, 1, W)
+        self.sin = torch.cat((-sin[..., :half], sin[..., half:]), -1).to(dtype)[:, :, None]  # as `rotate_half` turns
+        self.back = -self.sin
+
+    @classmethod
+    def of(cls, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> "_Setting":
+        last, given = cls._last, (mask, cos, sin)
+        if last is None or last.dtype != dtype or any(a is not b for a, b in zip(last.given, given, strict=True)):
+            last = cls._last = cls(given, dtype)
+        return last
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, mask, cos, sin, parts: _Parts) -> torch.Tensor:
+    def forward(ctx, hidden, setting: _Setting, parts: _Parts) -> torch.Tensor:
         groups, tokens, _ = hidden.shape
         heads, shared, width = parts.heads, parts.shared, parts.width
         inputs = hidden.reshape(groups * tokens, -1)
         first, entering = _normalised(inputs, parts.first)
         qkv = parts.qkv.forward(entering).view(groups, tokens, heads + 2 * shared, width)
-        cos, sin = cos.to(parts.dtype)[:, :, None], _signed(sin.to(parts.dtype))[:, :, None]
-        turned = _turned(qkv[:, :, : heads + shared], cos, sin)
-        query = _by_head(turned[:, :, :heads], shared)  # (G * K, H/K * N, W)
-        key = _by_head(turned[:, :, heads:], shared)  # (G * K, N, W)
+        _turn(qkv[:, :, : heads + shared], setting.cos, setting.sin)
+        query = _by_head(qkv[:, :, :heads], shared)  # (G * K, H/K * N, W)
+        key = _by_head(qkv[:, :, heads : heads + shared], shared)  # (G * K, N, W)
         value = _by_head(qkv[:, :, heads + shared :], shared)
         scores = torch.bmm(query, key.transpose(1, 2)).view(groups, shared, -1, tokens, tokens)
-        wide = torch.add(mask.float()[:, :, None], scores, alpha=parts.scale)
+        wide = torch.add(setting.mask, scores, alpha=parts.scale)
         weights = wide.softmax(-1).to(parts.dtype).view(query.shape[0], -1, tokens)
         mixed = _by_token(torch.bmm(weights, value), groups, tokens)
         middle = _plus(parts.out.forward(mixed.view(groups * tokens, -1)), inputs)
@@ -158,13 +179,13 @@ class _Layer(torch.autograd.Function):
         gate_up = parts.gate_up.forward(entering)
         gate, up = gate_up.chunk(2, dim=-1)
         active = F.silu(gate)
-        ctx.parts, ctx.scale, ctx.shape = parts, parts.scale, hidden.shape
-        ctx.kept = first, cos, sin, query, key, value, weights, second, gate_up, active
+        ctx.parts, ctx.setting, ctx.shape = parts, setting, hidden.shape
+        ctx.kept = first, query, key, value, weights, second, gate_up, active
         return _plus(parts.down.forward(active * up), middle).view(hidden.shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        first, cos, sin, query, key, value, weights, second, gate_up, active = ctx.kept
+        first, query, key, value, weights, second, gate_up, active = ctx.kept
         parts, (groups, tokens, _) = ctx.parts, ctx.shape
         heads, shared, width = parts.heads, parts.shared, parts.width
         above = gradient.reshape(groups * tokens, -1)
@@ -177,21 +198,21 @@ class _Layer(torch.autograd.Function):
         back = _by_head(parts.out.backward(middle).view(groups, tokens, heads, width), shared)
         by_scores = torch._softmax_backward_data(
             torch.bmm(back, value.transpose(1, 2)), weights, -1, weights.dtype
-        ).mul_(ctx.scale)
+        ).mul_(parts.scale)
         qkv = back.new_empty(groups, tokens, heads + 2 * shared, width)
-        turned = back.new_empty(groups, tokens, heads + shared, width)
-        _put(turned[:, :, :heads], torch.bmm(by_scores, key))
-        _put(turned[:, :, heads:], torch.bmm(by_scores.transpose(1, 2), query))
+        _put(qkv[:, :, :heads], torch.bmm(by_scores, key))
+        _put(qkv[:, :, heads : heads + shared], torch.bmm(by_scores.transpose(1, 2), query))
         _put(qkv[:, :, heads + shared :], torch.bmm(weights.transpose(1, 2), back))
-        qkv[:, :, : heads + shared] = _turned(turned, cos, -sin)
+        _turn(qkv[:, :, : heads + shared], ctx.setting.cos, ctx.setting.back)
         below = _unnormalised(parts.qkv.backward(qkv.view(groups * tokens, -1)), first, parts.first).add_(middle)
-        return below.view(ctx.shape), None, None, None, None
+        return below.view(ctx.shape), None, None
 
 
 def _normalised(inputs: torch.Tensor, norm: FrozenRMSNorm) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """What the norm's gradient needs, and its output."""
     wide = inputs.float()
-    inverse = wide.pow(2).mean(-1, keepdim=True).add_(norm.epsilon).rsqrt_()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = length.square_().div_(inputs.shape[-1]).add_(norm.epsilon).rsqrt_()
     normal = wide * inverse
     return (normal, inverse), normal.to(norm.weight.dtype) * norm.weight
 
@@ -203,20 +224,15 @@ def _plus(product: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
 
 def _unnormalised(gradient: torch.Tensor, kept: tuple[torch.Tensor, torch.Tensor], norm: FrozenRMSNorm) -> torch.Tensor:
     normal, inverse = kept
-    wide = gradient.mul_(norm.weight).float()
+    wide = gradient * norm.weight.float()
     along = (wide * normal).mean(-1, keepdim=True)
-    return torch.addcmul(wide, normal, along, value=-1).mul_(inverse).to(gradient.dtype)
+    return wide.addcmul_(normal, along, value=-1).mul_(inverse).to(gradient.dtype)
 
 
-def _signed(sin: torch.Tensor) -> torch.Tensor:
-    """(..., W): turns a head with its two halves swapped as `rotate_half` turns it."""
-    half = sin.shape[-1] // 2
-    return torch.cat((-sin[..., :half], sin[..., half:]), -1)
-
-
-def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Heads (G, N, H, W) turned by their tokens' angles; by the opposite ones with -sin."""
-    return (heads * cos).add_(torch.roll(heads, heads.shape[-1] // 2, -1).mul_(sin))
+def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Turn heads (G, N, H, W) by their tokens' angles, in place; by the opposite ones with -sin."""
+    halves_swapped = torch.roll(heads, heads.shape[-1] // 2, -1)
+    heads.mul_(cos).addcmul_(halves_swapped, sin)
 
 
 def _by_head(heads: torch.Tensor, shared: int) -> torch.Tensor:
