@@ -2,8 +2,8 @@
 
 Counting arithmetic. A step's floating-point operations are those that it cannot do without: for each token 2 per matrix
 element forward and 2 backward through the activations in the layers above the trained one; 2 forward and 2 for the
-gradient in the trained matrices; 2 and 2 in the head for each supervised token. In the last layer the trained matrices
-count for supervised tokens only, as no other token matters there. Not counted: attention scores, norms, padding, the
+gradient in the trained matrices; 2 and 2 in the head for each supervised token. The last layer counts for supervised
+tokens only, as no other token matters there. Not counted: its keys and values, attention scores, norms, padding, the
 optimiser, experts and convolutions, and what the engine computes of the trained layer itself where it cannot begin
 behind the matrix. So the share of the machine's speed that is reported errs on the low side.
 """
@@ -29,7 +29,7 @@ from locft.finetune import Forward, TrainingSettings, batch_loss, finite
 from locft.machine import added_memory
 from locft.models import DTYPES, LoadedModel
 from locft.packing import pack_rows
-from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
+from locft.positions import TuningPosition, decoder_layers, parameter_names
 from locft.reference import full_forward
 from locft.workbench import Measurement, Workbench
 
@@ -81,11 +81,11 @@ def step_flops(model: PreTrainedModel, position: TuningPosition, tokens: int, su
 
     tokens: of the batch, shared beginnings once. supervised: those of them that are trained on.
     """
-    above = sum(_matrix_elements(layer.parameters()) for layer in decoder_layers(model)[position.layer + 1 :])
+    above = [_matrix_elements(layer.parameters()) for layer in decoder_layers(model)[position.layer + 1 :]]
     trained = _matrix_elements(model.get_parameter(name) for name in parameter_names(model, position))
     head = model.get_output_embeddings().weight.numel()
-    entering = supervised if position.layer + 1 == n_layers(model) else tokens
-    return 4 * (tokens * above + entering * trained + supervised * head)
+    entering = tokens if above else supervised
+    return 4 * (tokens * sum(above[:-1]) + supervised * sum(above[-1:]) + entering * trained + supervised * head)
 
 
 def drawn_batches(rows: Sequence[TokenRow], size: int, count: int) -> list[list[TokenRow]]:

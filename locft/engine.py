@@ -20,7 +20,7 @@ from locft.encoding import SupervisedLogits, TokenRow
 from locft.finetune import Forward
 from locft.frozen import freeze_linears
 from locft.fused import attention_for, fuse
-from locft.fused_layer import fuse_layers, is_fused
+from locft.fused_layer import fuse_layers, is_fused, only_at
 from locft.models import LoadedModel
 from locft.packing import Pack, PrefixTree, pack_rows
 from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
@@ -32,6 +32,9 @@ from locft.tail import head_view, supports_tail, tail_hidden, tail_parameter_nam
 SEQUENCE_TOKENS = 96
 """Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products take
 all sequences of a pack together."""
+
+_FEW = 1.3
+"""Where so many times fewer tokens are supervised than there are, the last layer computes only theirs."""
 
 
 class TailEngine:
@@ -141,11 +144,11 @@ class TailEngine:
 
         def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
             def supervised_logits(batch: Sequence[TokenRow]) -> torch.Tensor:
-                pack = pack_rows(self.tree, batch, self.limit)
                 if layer + 1 == n_layers(self.model):  # no attention follows: other tokens do not matter
-                    local = place_of[pack.nodes[pack.sequence, pack.place]]
+                    local = place_of[torch.from_numpy(np.concatenate([self.tree.predicting(row) for row in batch]))]
                     hidden = outputs[local] + parts.added(names, weights, base, inputs[local])
                     return parts.head(parts.final(hidden))
+                pack = pack_rows(self.tree, batch, self.limit)
                 local = place_of[pack.nodes.clamp(min=0)]
                 boundary = outputs[local] + parts.added(names, weights, base, inputs[local])
                 return parts.logits(parts.tail(layer + 1), boundary, pack, {})
@@ -204,9 +207,15 @@ class _Parts:
     ) -> torch.Tensor:
         """(K, V) from the states (G, N, D) entering a tail."""
         device = self.model.device
-        mask = pack.attention_mask(self.dtype).to(device)
-        hidden = tail_hidden(tail, boundary, mask, pack.position_ids.to(device), weights)
-        return self.head(hidden[pack.sequence, pack.place])
+        mask, position_ids = pack.attention_mask(self.dtype).to(device), pack.position_ids.to(device)
+        run = partial(tail_hidden, tail, boundary, mask, position_ids, weights)
+        places, own = pack.asked()
+        if _FEW * places.shape[1] >= pack.nodes.shape[1]:
+            return self.head(run()[pack.sequence, pack.place])
+        with only_at(decoder_layers(tail)[-1], places):
+            hidden = run()
+        narrow = hidden.shape[1] == places.shape[1]
+        return self.head(hidden[pack.sequence, own if narrow else pack.place])
 
     def final(self, hidden: torch.Tensor) -> torch.Tensor:
         """(K, D) behind the last layer -> (K, D) that the head takes: the final norm."""

@@ -9,11 +9,17 @@ computes as it always does.
 Without a gradient, a layer in bfloat16 also takes states in float32 and adds to them in float32: rounding the sum of all
 layers, again and again, is most of what bfloat16 loses.
 
-Legend: G sequences, N tokens of each, D width, H heads, K of them with keys of their own, W width of a head, F inner width.
+Behind the last layer only the tokens are looked at that predict something. There (`only_at`) keys and values are computed
+for all tokens, everything else for those alone.
+
+Legend: G sequences, N tokens of each, D width, H heads, K of them with keys of their own, W width of a head, F inner width,
+Q tokens of each sequence that are computed, usually all N.
 """
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +55,22 @@ def is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, _FusedLayer)
 
 
+@contextmanager
+def only_at(layer: nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """While the block runs, a fused layer returns (G, Q, D), the states of these places (G, Q) of the sequences only.
+
+    A layer that is not fused, or that a trial trains, returns those of all tokens. Gradients flow back to all tokens.
+    """
+    if not is_fused(layer):
+        yield
+        return
+    layer.fused_parts.places = places
+    try:
+        yield
+    finally:
+        layer.fused_parts.places = None
+
+
 class _FusedLayer:
     """Goes before the class of a layer."""
 
@@ -66,7 +88,8 @@ class _FusedLayer:
         wider = hidden_states.dtype != parts.dtype  # only the forward pass can do that
         ours = ours and not (wider and torch.is_grad_enabled())
         if ours and kwargs.get("past_key_values") is None and parts.unchanged(self):
-            return _Layer.apply(hidden_states, _Setting.of(attention_mask, *position_embeddings, parts.dtype), parts)
+            setting = _Setting.of(attention_mask, *position_embeddings, parts.dtype)
+            return _Layer.apply(hidden_states, setting, parts, parts.places)
         return super().forward(
             hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
         )
@@ -78,6 +101,8 @@ class _Parts:
     def __init__(self, layer: nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self.first, self.second = layer.input_layernorm, layer.post_attention_layernorm
+        self.query = _Product([attention.q_proj])
+        self.key_value = _Product([attention.k_proj, attention.v_proj])
         self.qkv = _Product([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = _Product([attention.o_proj])
         self.gate_up = _Product([mlp.gate_proj, mlp.up_proj])
@@ -87,6 +112,7 @@ class _Parts:
         self.scale = attention.scaling
         self.dtype = attention.q_proj.weight.dtype
         self.parameters = tuple(layer.parameters())
+        self.places: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layer: nn.Module) -> "_Parts | None":
@@ -157,55 +183,86 @@ class _Setting:
             last = cls._last = cls(given, dtype)
         return last
 
+    def at(self, places: torch.Tensor) -> "_Setting":
+        """That of the tokens at the places (G, Q): their mask is (G, 1, 1, Q, N)."""
+        chosen, group = copy.copy(self), torch.arange(len(places), device=places.device)[:, None]
+        chosen.mask = self.mask[group, 0, 0, places][:, None, None]
+        chosen.cos, chosen.sin, chosen.back = (angles[group, places] for angles in (self.cos, self.sin, self.back))
+        return chosen
+
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, setting: _Setting, parts: _Parts) -> torch.Tensor:
+    def forward(ctx, hidden, setting: _Setting, parts: _Parts, places: torch.Tensor | None) -> torch.Tensor:
         groups, tokens, _ = hidden.shape
         heads, shared, width = parts.heads, parts.shared, parts.width
-        inputs = hidden.reshape(groups * tokens, -1)
-        first, entering = _normalised(inputs, parts.first)
-        qkv = parts.qkv.forward(entering).view(groups, tokens, heads + 2 * shared, width)
-        _turn(qkv[:, :, : heads + shared], setting.cos, setting.sin)
-        query = _by_head(qkv[:, :, :heads], shared)  # (G * K, H/K * N, W)
-        key = _by_head(qkv[:, :, heads : heads + shared], shared)  # (G * K, N, W)
-        value = _by_head(qkv[:, :, heads + shared :], shared)
-        scores = torch.bmm(query, key.transpose(1, 2)).view(groups, shared, -1, tokens, tokens)
-        wide = torch.add(setting.mask, scores, alpha=parts.scale)
+        stream = hidden.reshape(groups * tokens, -1)
+        first, entering = _normalised(stream, parts.first)
+        asked = None
+        if places is None:
+            asking, qkv = setting, parts.qkv.forward(entering).view(groups, tokens, -1, width)
+            _turn(qkv[:, :, : heads + shared], setting.cos, setting.sin)
+            query, key_value = qkv[:, :, :heads], qkv[:, :, heads:]
+        else:
+            asked = (torch.arange(groups, device=places.device)[:, None] * tokens + places).flatten()
+            asking, stream = setting.at(places), stream[asked]
+            query = parts.query.forward(entering[asked]).view(groups, -1, heads, width)
+            key_value = parts.key_value.forward(entering).view(groups, tokens, -1, width)
+            _turn(query, asking.cos, asking.sin)
+            _turn(key_value[:, :, :shared], setting.cos, setting.sin)
+        count = query.shape[1]
+        query = _by_head(query, shared)  # (G * K, H/K * Q, W)
+        key = _by_head(key_value[:, :, :shared], shared)  # (G * K, N, W)
+        value = _by_head(key_value[:, :, shared:], shared)
+        scores = torch.bmm(query, key.transpose(1, 2)).view(groups, shared, -1, count, tokens)
+        wide = torch.add(asking.mask, scores, alpha=parts.scale)
         weights = wide.softmax(-1).to(parts.dtype).view(query.shape[0], -1, tokens)
-        mixed = _by_token(torch.bmm(weights, value), groups, tokens)
-        middle = _plus(parts.out.forward(mixed.view(groups * tokens, -1)), inputs)
+        mixed = _by_token(torch.bmm(weights, value), groups, count)
+        middle = _plus(parts.out.forward(mixed.view(groups * count, -1)), stream)
         second, entering = _normalised(middle, parts.second)
         gate_up = parts.gate_up.forward(entering)
         gate, up = gate_up.chunk(2, dim=-1)
         active = F.silu(gate)
-        ctx.parts, ctx.setting, ctx.shape = parts, setting, hidden.shape
+        ctx.parts, ctx.setting, ctx.asking, ctx.asked, ctx.shape = parts, setting, asking, asked, hidden.shape
         ctx.kept = first, query, key, value, weights, second, gate_up, active
-        return _plus(parts.down.forward(active * up), middle).view(hidden.shape)
+        return _plus(parts.down.forward(active * up), middle).view(groups, count, -1)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         first, query, key, value, weights, second, gate_up, active = ctx.kept
-        parts, (groups, tokens, _) = ctx.parts, ctx.shape
+        parts, (groups, tokens, _), count = ctx.parts, ctx.shape, gradient.shape[1]
         heads, shared, width = parts.heads, parts.shared, parts.width
-        above = gradient.reshape(groups * tokens, -1)
+        above = gradient.reshape(groups * count, -1)
         gate, up = gate_up.chunk(2, dim=-1)
         inner, by_gate_up = parts.down.backward(above), torch.empty_like(gate_up)
         by_gate, by_up = by_gate_up.chunk(2, dim=-1)
         torch.mul(inner, active, out=by_up)
         torch.ops.aten.silu_backward.grad_input(inner.mul_(up), gate, grad_input=by_gate)
         middle = _unnormalised(parts.gate_up.backward(by_gate_up), second, parts.second).add_(above)
-        back = _by_head(parts.out.backward(middle).view(groups, tokens, heads, width), shared)
+        back = _by_head(parts.out.backward(middle).view(groups, count, heads, width), shared)
         by_scores = torch._softmax_backward_data(
             torch.bmm(back, value.transpose(1, 2)), weights, -1, weights.dtype
         ).mul_(parts.scale)
-        qkv = back.new_empty(groups, tokens, heads + 2 * shared, width)
-        _put(qkv[:, :, :heads], torch.bmm(by_scores, key))
-        _put(qkv[:, :, heads : heads + shared], torch.bmm(by_scores.transpose(1, 2), query))
-        _put(qkv[:, :, heads + shared :], torch.bmm(weights.transpose(1, 2), back))
-        _turn(qkv[:, :, : heads + shared], ctx.setting.cos, ctx.setting.back)
-        below = _unnormalised(parts.qkv.backward(qkv.view(groups * tokens, -1)), first, parts.first).add_(middle)
-        return below.view(ctx.shape), None, None
+        if ctx.asked is None:
+            qkv = back.new_empty(groups, tokens, heads + 2 * shared, width)
+            by_query, by_key_value = qkv[:, :, :heads], qkv[:, :, heads:]
+        else:
+            by_query = back.new_empty(groups, count, heads, width)
+            by_key_value = back.new_empty(groups, tokens, 2 * shared, width)
+        _put(by_query, torch.bmm(by_scores, key))
+        _put(by_key_value[:, :, :shared], torch.bmm(by_scores.transpose(1, 2), query))
+        _put(by_key_value[:, :, shared:], torch.bmm(weights.transpose(1, 2), back))
+        if ctx.asked is None:
+            _turn(qkv[:, :, : heads + shared], ctx.setting.cos, ctx.setting.back)
+            entering = parts.qkv.backward(qkv.view(groups * tokens, -1))
+            below = _unnormalised(entering, first, parts.first).add_(middle)
+        else:
+            _turn(by_query, ctx.asking.cos, ctx.asking.back)
+            _turn(by_key_value[:, :, :shared], ctx.setting.cos, ctx.setting.back)
+            entering = parts.key_value.backward(by_key_value.view(groups * tokens, -1))
+            entering.index_add_(0, ctx.asked, parts.query.backward(by_query.view(groups * count, -1)))
+            below = _unnormalised(entering, first, parts.first).index_add_(0, ctx.asked, middle)
+        return below.view(ctx.shape), None, None, None
 
 
 def _normalised(inputs: torch.Tensor, norm: FrozenRMSNorm) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -50,6 +50,10 @@ class PrefixTree:
         """Nodes of a row's tokens, (T,). KeyError for a row that is not in the tree."""
         return self._paths[row.token_ids]
 
+    def predicting(self, row: TokenRow) -> np.ndarray:
+        """Nodes of the tokens before the row's supervised ones, (K,)."""
+        return self._paths[row.token_ids][row.start - 1 : -1]
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -67,6 +71,17 @@ class Pack:
         if self.visible is None:
             return (self.nodes >= 0).long()
         return torch.zeros(self.visible.shape, dtype=dtype).masked_fill_(~self.visible, torch.finfo(dtype).min)
+
+    def asked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distinct places of supervised tokens in each sequence, (G, Q), ends filled with 0, and for each of the K
+        supervised tokens which of them is its own, (K,)."""
+        width = self.nodes.shape[1]
+        distinct, own = np.unique((self.sequence * width + self.place).numpy(), return_inverse=True)
+        sequence = distinct // width
+        rank = np.arange(len(distinct)) - np.searchsorted(sequence, sequence)
+        places = np.zeros((len(self.nodes), rank.max() + 1), dtype=np.int64)
+        places[sequence, rank] = distinct % width
+        return torch.from_numpy(places), torch.from_numpy(rank[own])
 
 
 def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:

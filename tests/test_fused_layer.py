@@ -1,5 +1,7 @@
 """Layers of a frozen model as one operation, against the layers' own code."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from locft import engine as engine_module
 from locft.encoding import encode_edit
 from locft.engine import TailEngine
 from locft.finetune import batch_loss
-from locft.fused_layer import fuse_layers
+from locft.fused_layer import fuse_layers, only_at
 from locft.positions import decoder_layers
 from locft.tail import tail_view
 from tests.test_engine import TEXTS
@@ -56,6 +58,40 @@ def test_logits_and_gradients_are_those_of_the_layers_own_code(architecture, dty
     expected = outcome(loaded, dtype)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("architecture", sorted(FUSED))
+def test_a_last_layer_that_computes_few_tokens_computes_them_the_same(architecture, dtype, tolerance, monkeypatch):
+    loaded, shapes = tiny_loaded(architecture), []
+    monkeypatch.setattr(engine_module, "only_at", lambda layer, places: shapes.append(places.shape) or only_at(layer, places))
+    found = outcome(loaded, dtype)
+    assert shapes, "the rows ask for few of their tokens"
+    monkeypatch.setattr(engine_module, "only_at", lambda layer, places: nullcontext())
+    expected = outcome(loaded, dtype)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("architecture", sorted(FUSED))
+def test_a_fused_layer_gives_the_places_asked_for_and_their_gradient(architecture):
+    layer = decoder_layers(computing(tiny_loaded(architecture), torch.float32)[2])[2]
+    generator = torch.Generator().manual_seed(0)
+    width, places = len(layer.fused_parts.first.weight), torch.tensor([[1, 4, 5], [0, 3, 0]])
+    angles = torch.randn(2, 6, layer.fused_parts.width // 2, generator=generator).repeat(1, 1, 2)
+    later = torch.ones(6, 6, dtype=torch.bool).triu(1).expand(2, 1, 6, 6)
+    how = {
+        "attention_mask": torch.zeros(2, 1, 6, 6).masked_fill_(later, torch.finfo(torch.float32).min),
+        "position_embeddings": (angles.cos(), angles.sin()),
+    }
+    states = torch.randn(2, 6, width, generator=generator).requires_grad_()
+    probe = torch.randn(2, 3, width, generator=generator)
+    whole = layer(states, **how)[torch.arange(2)[:, None], places]
+    with only_at(layer, places):
+        few = layer(states, **how)
+    assert few.shape == (2, 3, width) and layer(states, **how).shape == (2, 6, width)
+    torch.testing.assert_close(few, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(found, states, probe)[0] for found in (few, whole)))
 
 
 def test_a_layer_that_computes_something_else_keeps_its_own_code():

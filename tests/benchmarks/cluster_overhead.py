@@ -1,6 +1,6 @@
 """What the platform adds to a trial, and how well more nodes are used: trials of known duration on 1, 2 and 3 nodes.
 
-    python tests/benchmarks/cluster_overhead.py [--seconds 3] [--per-worker 20] [--nodes 1,2,3]
+    python -m tests.benchmarks.cluster_overhead [--seconds 3] [--per-worker 20] [--nodes 1,2,3]
 
 A trial sleeps; everything else is real: a Ray cluster of as many nodes with one worker each beside a head (`tests/ray_nodes`),
 the runner, the recorder with its files, and an MLflow server. Every worker first runs a trial that is not counted (it starts the process).

@@ -1,6 +1,6 @@
 """A study of thousands of trials: does its driver slow down or grow, and how long do resuming and reporting take?
 
-    python tests/benchmarks/long_grid.py [--trials 2000] [--folder DIR] [--profile]
+    python -m tests.benchmarks.long_grid [--trials 2000] [--folder DIR] [--profile]
 
 The trials are those of a tiny random model, so that what is measured is the platform. The study is run in two halves by
 the same call, as after an interruption, then once more with nothing left to do. Prints one JSON line for every hundred trials
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import psutil
 
 from sweeps.delivery import Outbox, open_outbox
+from sweeps.forecast import Forecast, foresee
 from sweeps.prepare import prepare
 from sweeps.progress import Progress
 from sweeps.records import TrialResult
@@ -36,9 +37,9 @@ EVERY = 100
 class Meter(Progress):
     """The command's own progress, with a line of measurements after every hundredth trial."""
 
-    def __init__(self, state: StudyState, outbox: Outbox):
+    def __init__(self, forecast: Forecast, state: StudyState, outbox: Outbox):
         done = state.results[state.results["status"] == "done"]
-        super().__init__(state.prepared.study.name, state.prepared.plan.count, done.to_dict("records"))
+        super().__init__(forecast, done.to_dict("records"))
         self._outbox = outbox
         self._process = psutil.Process()
         self._mark = self._now()
@@ -111,8 +112,9 @@ def main() -> None:
 
     def run(*overrides: str):
         prepared = timed("plan", lambda: prepare(load_study(str(file), overrides)), trials=lambda p: p.plan.count)
+        forecast = timed("forecast", lambda: foresee(prepared, uri), trials=lambda f: f.estimate.trials)
         outbox = open_outbox(prepared.id, uri)
-        return run_sweep(prepared, uri, show=lambda state: Meter(state, outbox))
+        return run_sweep(prepared, uri, show=lambda state: Meter(forecast, state, outbox))
 
     profile = cProfile.Profile()
     if options.profile:
