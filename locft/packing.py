@@ -5,7 +5,7 @@ Legend: U unique tokens, G sequences of a pack, N tokens of a sequence, K superv
 A hidden state depends on the tokens up to its own and on nothing else. So rows with a common beginning (the choices of
 one question, the two sentences of a minimal pair) share its states: the rows form a tree, a node is a token after a
 particular beginning, and a row is a path in it. A pack lays paths side by side into sequences of a bounded length; the
-mask lets a token see its own path only, so nothing is padded but the sequences' ends.
+mask lets a token see its own path only, so nothing is padded but the sequences' ends, and what rounds their width.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,10 @@ import numpy as np
 import torch
 
 from locft.encoding import TokenRow
+
+_STEP = 8
+"""Sequences are as wide as a multiple of it: for every new shape of a product oneDNN compiles a kernel, which takes as long
+as ten such products. A training draws new batches in every step; rounded, they come in some ten shapes instead of 150."""
 
 
 class PrefixTree:
@@ -79,7 +83,7 @@ class Pack:
         distinct, own = np.unique((self.sequence * width + self.place).numpy(), return_inverse=True)
         sequence = distinct // width
         rank = np.arange(len(distinct)) - np.searchsorted(sequence, sequence)
-        places = np.zeros((len(self.nodes), rank.max() + 1), dtype=np.int64)
+        places = np.zeros((len(self.nodes), _rounded(rank.max() + 1)), dtype=np.int64)
         places[sequence, rank] = distinct % width
         return torch.from_numpy(places), torch.from_numpy(rank[own])
 
@@ -106,7 +110,7 @@ def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
             where[index] = (number, places + start)
             seen.append((number, places + start, shared))
     sequences = [sequence for sequence in sequences if sequence]
-    longest = max(map(len, sequences))
+    longest = _rounded(max(map(len, sequences)))
     visible = np.zeros((len(sequences), longest, longest), dtype=bool)
     for number, line, shared in seen:
         visible[number, line[shared:, None], line[None, :]] = np.tri(len(line) - shared, len(line), shared, dtype=bool)
@@ -114,6 +118,10 @@ def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
         ends = np.arange(len(sequence), longest)
         visible[number, ends, ends] = True  # a line that sees nothing would be NaN
     return _pack(tree, rows, sequences, where, visible[:, None])
+
+
+def _rounded(width: int) -> int:
+    return -(-width // _STEP) * _STEP
 
 
 @dataclass
@@ -149,7 +157,8 @@ def _pack(
     where: Sequence[tuple[int, np.ndarray]],
     visible: np.ndarray | None,
 ) -> Pack:
-    nodes = np.full((len(sequences), max(map(len, sequences))), -1, dtype=np.int64)
+    width = max(map(len, sequences)) if visible is None else visible.shape[-1]
+    nodes = np.full((len(sequences), width), -1, dtype=np.int64)
     for number, sequence in enumerate(sequences):
         nodes[number, : len(sequence)] = sequence
     predicting = [line[row.start - 1 : -1] for row, (_, line) in zip(rows, where, strict=True)]

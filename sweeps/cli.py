@@ -14,9 +14,9 @@ import typer
 from rich.text import Text
 
 from locft.errors import InputError
-from sweeps.console import complain, err, out
+from sweeps.console import complain, err, out, print_json
 from sweeps.edit_commands import apply, bench, edit, evaluate, positions
-from sweeps.options import INTERRUPTED, UriOption
+from sweeps.options import INTERRUPTED, JsonOption, UriOption
 from sweeps.study_commands import plan, report, select, status, sweep
 
 app = typer.Typer(
@@ -47,14 +47,18 @@ def main() -> None:
 def ui(
     tracking_uri: UriOption = None,
     port: Annotated[int | None, typer.Option(help="Default 5000, or the next free port.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Open MLflow on 127.0.0.1 and print the pages that matter. Ctrl-C stops it."""
     from sweeps.tracking_lookup import list_studies
     from sweeps.ui import serve
 
     def announce(address: str) -> None:
+        studies = list_studies(address, base=address)
+        if as_json:
+            return print_json({"address": address, "studies": studies})
         out.print(f"MLflow: {address}", highlight=False)
-        for found in list_studies(address, base=address):
+        for found in studies:
             out.print(Text(f"\n{found['name']} ({found['status']})"))
             for name, link in found["links"].items():
                 out.print(Text(f"  {name}: {link}"), soft_wrap=True)

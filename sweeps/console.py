@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -163,7 +162,7 @@ def print_wide(table: Table) -> None:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(plain(value), allow_nan=False) + "\n")
+    print(json.dumps(plain(value), allow_nan=False), flush=True)  # `ui` goes on behind it
 
 
 def plain(value: Any) -> Any:

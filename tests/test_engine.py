@@ -83,7 +83,15 @@ def test_places_are_asked_once_however_many_rows_ask():
     rows = [TokenRow((*question, choice), 10) for choice in (20, 21)] + [TokenRow((*question, 22, 30, 31), 11)]
     pack = pack_rows(PrefixTree(rows), rows, 256)
     places, own = pack.asked()
-    assert places.shape == (1, 3) and own.tolist() == [0, 0, 1, 2]  # behind the question, 22 and 30
+    assert places[0].tolist()[3:] == [0] * (places.shape[1] - 3)
+    assert own.tolist() == [0, 0, 1, 2]  # behind the question, 22 and 30
+
+
+def test_batches_of_similar_length_have_the_same_shape():
+    lengths = range(65, 73)
+    rows = [TokenRow((length, *range(1000, 999 + length)), length - 2) for length in lengths]
+    tree = PrefixTree(rows)
+    assert {pack_rows(tree, [row], 96).nodes.shape for row in rows} == {(1, 72)}
 
 
 def test_sequences_are_filled_evenly():

@@ -69,6 +69,14 @@ def test_a_study_through_a_server(server, study, monkeypatch):
     assert {found["name"] for found in list_studies(address)} == {"layer-sweep"}
 
 
+def test_the_command_says_where_everything_is_as_json(server, study, locft):
+    address, _ = server
+    said = locft("ui", "--tracking-uri", address, "--json").json
+    assert said["address"] == address
+    links = [link for found in said["studies"] if found["name"] == "layer-sweep" for link in found["links"].values()]
+    assert links and all(link.startswith(address) for link in links)
+
+
 def test_a_server_that_goes_away_is_an_error_soon(study, monkeypatch):
     for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
         monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
