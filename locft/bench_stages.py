@@ -130,9 +130,10 @@ class Trainee:
 def training_step(
     bench: Workbench, position: TuningPosition, size: int, settings: BenchSettings, gflops: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Pairs of steps on the same batches. Both sides begin with the same weights and follow their own gradients.
+    """Steps on the same batches. Both sides begin with the same weights and follow their own gradients.
 
-    Before the first pair, both sides train copies that are thrown away, for the same time.
+    The steps of a side follow each other, as in a training: taken in turn, each would find the processor's caches full of
+    the other's numbers. Before the first, both sides train copies that are thrown away, for the same time.
     """
     loaded, engine = bench.loaded, bench.engine
     batches = drawn_batches(bench.rows, size, settings.repeats + 1)
@@ -142,7 +143,8 @@ def training_step(
     for side in sides:
         _warm_up(Trainee(loaded, position, side), batches)
     reference, fast = (Trainee(loaded, position, side) for side in sides)
-    steps = [(reference.step(batch), fast.step(batch)) for batch in batches]
+    theirs, ours = ([side.step(batch) for batch in batches] for side in (reference, fast))
+    steps = list(zip(theirs, ours, strict=True))
     differences = [_difference(theirs, ours) for (theirs, _), (ours, _) in steps]
     exact = Trainee(loaded, position, engine.training_forward(position, bench.rows, torch.float32)).step(batches[0])[0]
     counted = steps[1:]  # both sides of the first pair have the same weights, of the others not quite
