@@ -13,7 +13,7 @@ UNFINISHED := .venv/.unfinished
 .PHONY: help setup demo test clean
 
 help:
-	@echo "make demo    set up, run the study 'quickstart' on a real model, write its dashboard (about 10 minutes)"
+	@echo "make demo    set up, run the study 'quickstart' on a real model, write its dashboard (about 5 minutes)"
 	@echo "make test    set up and run the tests; ARGS='...' goes to pytest"
 	@echo "make setup   only set up: .venv with the tested versions of everything"
 	@echo "make clean   remove .venv and what tools leave behind; results (mlflow.db, dashboards) stay"
