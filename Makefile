@@ -45,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(UNFINISHED)
 	@# pip undoes what it cannot finish, unless it is killed: then the mark stays
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-input \
-	    -c constraints.txt -e '.[test]' || { \
+	    --no-compile -c constraints.txt -e '.[test]' || { \
 	    code=$$?; test $$code -gt 128 || rm -f $(UNFINISHED); exit $$code; }
 	@mv $(UNFINISHED) $@
 	@touch $@
