@@ -7,6 +7,7 @@ instead of it: teacher forcing hides the errors that follow the first one.
 
 import copy
 import math
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -278,7 +279,7 @@ def cannot_become(said: str, expected: str) -> bool:
     """
     wanted = normalise_answer(expected).split()
     if not any(map(str.isalnum, "".join(wanted))):  # such as "?": letters and digits never vanish
-        return any(map(str.isalnum, said))
+        return any(map(str.isalnum, said)) or _other_marks(said, " ".join(wanted))
     if not "".join(wanted).isalnum() or set(wanted) & ARTICLES or "\ufffd" in said:
         return False
     chunks = said.split()
@@ -292,6 +293,13 @@ def cannot_become(said: str, expected: str) -> bool:
     if not partial or any(article.startswith(partial) for article in ARTICLES):
         return False
     return len(words) == len(wanted) or not wanted[len(words)].startswith(partial)
+
+
+def _other_marks(said: str, wanted: str) -> bool:
+    """Nothing is taken from an answer of ASCII punctuation alone: does one that begins with `said` differ from `wanted`?"""
+    if not set(wanted) <= {*string.punctuation, " "} or "\ufffd" in said:
+        return False
+    return not wanted.startswith(normalise_answer(said))
 
 
 def _tokens(question: Question) -> int:
