@@ -6,6 +6,7 @@ step. Costs nothing but a resident size that stays at its peak.
 """
 
 import ctypes
+import gc
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_* of glibc's malloc.h
@@ -21,3 +22,13 @@ def keep_freed_memory() -> bool:
         return bool(library.mallopt(_MMAP_THRESHOLD, _LARGEST) and library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST - 1))
     except (OSError, AttributeError):
         return False
+
+
+def return_freed_memory() -> None:
+    """Give the system what is no longer in use, after all; nothing where the C library is not glibc."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):
+            pass

@@ -4,12 +4,13 @@ same numbers give the same delta."""
 import json
 import math
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeps.records import TrialConfig
 from sweeps.registry import register_edit, registered_edit, study_alias
-from sweeps.runner import on_workers
+from sweeps.runner import alone
 from sweeps.trial import Basis, TrialInputs, resident_workbench, train
 
 if TYPE_CHECKING:
@@ -31,15 +32,22 @@ def is_registered(study: "Study", run_id: str, tracking_uri: str | None) -> bool
 
 
 def register_pick(
-    study: "Study", basis: Basis, config: TrialConfig, run_id: str, metrics: dict[str, float], tracking_uri: str | None
+    study: "Study",
+    basis: Basis,
+    config: TrialConfig,
+    run_id: str,
+    metrics: dict[str, float],
+    tracking_uri: str | None,
+    *,
+    here: bool,
 ) -> str:
-    """Train a trial once more on a worker and register what comes of it; returns "models:/NAME@ALIAS". Needs a running Ray.
+    """Train a trial once more and register what comes of it; returns "models:/NAME@ALIAS".
 
-    run_id, metrics: of the trial. Raises PickError where another delta comes out, InputError where the store does not
-    take it.
+    run_id, metrics: of the trial. here: as of `sweeps.runner.alone`. Raises PickError where another delta comes out,
+    InputError where the store does not take it.
     """
-    resources = study.resources
-    (delta,) = on_workers([lambda: train_again(basis.inputs, basis.baseline, config)], resources.cpus, resources.gpus)
+    again = partial(train_again, basis.inputs, basis.baseline, config)
+    delta = alone(again, study.resources, here=here)
     if not math.isclose(delta.norm, metrics["delta_norm"], rel_tol=TOLERANCE):
         raise PickError(
             f"training {config.position} again gave a change of size {delta.norm:.6g}, and {metrics['delta_norm']:.6g} in the"

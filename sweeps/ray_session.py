@@ -97,6 +97,11 @@ def ray_session(
         ray.shutdown()
 
 
+def trials_run_here(address: str | None, resources: "Resources") -> bool:
+    """Whether trials run on this machine's processors alone. Then this process can do what a worker could."""
+    return address is None and not resources.gpus
+
+
 def _check_reachable(address: str) -> None:
     """InputError unless something listens at the address: Ray itself would try for minutes, or for ever."""
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt; what does not answer it is no Ray

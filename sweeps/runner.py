@@ -21,10 +21,10 @@ from sweeps.dispatch import WORKER_RESTARTS, Dispatch, Listed
 from sweeps.ray_session import Room
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
 from sweeps.search import Search
-from sweeps.trial import Basis, TrialInputs, resident_workbench, run_trial
+from sweeps.trial import Basis, resident_workbench, run_trial
 
 if TYPE_CHECKING:
-    from locft.workbench import Baseline
+    from sweeps.schema import Resources
 
 T = TypeVar("T")
 
@@ -73,9 +73,10 @@ def on_workers(works: Sequence[Callable[[], T]], cpus: float, gpus: float) -> li
         raise error.cause from error
 
 
-def compute_baseline(inputs: TrialInputs, cpus: float, gpus: float) -> "Baseline":
-    """Measure the unedited model on a worker."""
-    return on_workers([lambda: resident_workbench(inputs).baseline], cpus, gpus)[0]
+def alone(work: Callable[[], T], resources: "Resources", *, here: bool) -> T:
+    """Run a function while no trial runs: in this process where trials run `here` (`sweeps.ray_session.trials_run_here`), since
+    a worker would first have to be started, else on a worker."""
+    return work() if here else on_workers([work], resources.cpus, resources.gpus)[0]
 
 
 def train_and_measure(config: TrialConfig, bases: Mapping[str, Basis]) -> TrialResult:

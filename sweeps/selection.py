@@ -32,7 +32,7 @@ from sweeps.runner import Ending, Reporter, on_workers, run_trials
 from sweeps.study import study_to_yaml
 from sweeps.sweep import Recorder, deliver_kept, find_tracker
 from sweeps.tracking import Tracker
-from sweeps.trial import Basis, TrialInputs, resident_workbench
+from sweeps.trial import Basis, TrialInputs, measure_baseline
 
 if TYPE_CHECKING:
     from locft.workbench import Baseline
@@ -249,7 +249,7 @@ def _prepared(
 
 def _measure(inputs: TrialInputs) -> dict[str, Any]:
     """On a worker: the unedited model's measurements."""
-    return resident_workbench(inputs).baseline.to_dict()
+    return measure_baseline(inputs).to_dict()
 
 
 def _probe(inputs: TrialInputs, positions: list[tuple[int, str]], seed: int) -> list[dict[str, Any]]:

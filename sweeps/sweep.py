@@ -19,16 +19,16 @@ from sweeps.heartbeat import Heartbeat, at_work, refuse_second_driver
 from sweeps.pick_edit import is_registered, register_pick
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
-from sweeps.ray_session import ray_session
+from sweeps.ray_session import ray_session, trials_run_here
 from sweeps.records import TrialConfig, TrialResult
 from sweeps.registry import edit_address, study_alias
-from sweeps.runner import Ending, Reporter, compute_baseline, run_trials
+from sweeps.runner import Ending, Reporter, alone, run_trials
 from sweeps.search import OBJECTIVES, TrialSearch
 from sweeps.study import study_to_yaml
 from sweeps.tracking import DatasetRecord, ModelRecord, StudyInputs, Tracker, TrackingError
 from sweeps.tracking_store import connect
 from sweeps.tracking_uri import check_reachable, resolve_uri, sqlite_path
-from sweeps.trial import Basis
+from sweeps.trial import Basis, measure_baseline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,8 +140,8 @@ def run_sweep(
             _open_study(prepared, tracker)
             deliver_kept(prepared, tracker, prepared.id, outbox)
         state = read_state(prepared, tracker)
-        wanted = register and _pick_to_register(state, tracking_uri)
-        if state.affordable or wanted:
+        here = trials_run_here(address, study.resources)
+        if state.affordable or (register and not here and _pick_to_register(state, tracking_uri)):
             trial_bytes = max(memory_bytes(trial, prepared.facts) for trial in prepared.plan.sample)
             room = stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
         tracker = tracker or Tracker.open(tracking_uri, study.name)
@@ -149,7 +149,7 @@ def run_sweep(
         heartbeat = stack.enter_context(at_work(tracker, prepared.id))
         try:
             if state.affordable:
-                baseline = _baseline(prepared, tracker)
+                baseline = _baseline(prepared, tracker, here)
                 with (
                     show(state) as reporter,
                     Recorder(reporter, heartbeat, prepared, tracker, prepared.id, outbox) as recorder,
@@ -170,7 +170,7 @@ def run_sweep(
             _conclude(prepared, tracker, ending)
             raise
         done = _conclude(prepared, tracker, ending)
-        return _with_registered(done, tracker, tracking_uri) if register and ending == "complete" else done
+        return _with_registered(done, tracker, tracking_uri, here) if register and ending == "complete" else done
 
 
 def _pick_to_register(state: StudyState, tracking_uri: str | None) -> dict[str, Any] | None:
@@ -184,8 +184,8 @@ def _pick_to_register(state: StudyState, tracking_uri: str | None) -> dict[str, 
     return None if is_registered(state.prepared.study, row["run_id"], tracking_uri) else row
 
 
-def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None) -> Sweep:
-    """Whatever goes wrong here, the study is finished and recorded."""
+def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None, here: bool) -> Sweep:
+    """Whatever goes wrong here, the study is finished and recorded. here: as of `alone`."""
     from analysis.table import METRICS
 
     prepared, pick = done.state.prepared, done.answer.recommendation
@@ -197,8 +197,8 @@ def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None) ->
         if row := _pick_to_register(done.state, tracking_uri):
             config = TrialConfig(**{name: row[name] for name in TrialConfig.__dataclass_fields__})
             metrics = {name: row[name] for name in (*METRICS, "delta_norm") if math.isfinite(row.get(name, math.nan))}
-            basis = Basis(prepared.inputs, _baseline(prepared, tracker))
-            register_pick(study, basis, config, row["run_id"], metrics, tracking_uri)
+            basis = Basis(prepared.inputs, _baseline(prepared, tracker, here))
+            register_pick(study, basis, config, row["run_id"], metrics, tracking_uri, here=here)
         use = f"Apply it: `locft apply {address} --model {study.model} --out edited-model`"
         tracker.describe_study(prepared.id, f"{answer_text(done.answer)}\n\n{use}", {"locft.registered": address})
     except Exception as error:  # a worker that dies, a store without a registry
@@ -305,14 +305,14 @@ def _inputs(prepared: PreparedStudy, tracker: Tracker, study_id: str) -> StudyIn
     return tracker.create_inputs(study_id, model, data, {"locft.machine": machine(study.resources)})
 
 
-def _baseline(prepared: PreparedStudy, tracker: Tracker) -> "Baseline":
-    """The unedited model's measurements: once per study, then from the study's run."""
+def _baseline(prepared: PreparedStudy, tracker: Tracker, here: bool) -> "Baseline":
+    """The unedited model's measurements: once per study, then from the study's run. here: as of `alone`."""
     from locft.workbench import Baseline
 
     stored = tracker.study_file(prepared.id, BASELINE_FILE)
     if stored:
         return Baseline.from_dict(json.loads(stored))
-    baseline = compute_baseline(prepared.inputs, prepared.study.resources.cpus, prepared.study.resources.gpus)
+    baseline = alone(partial(measure_baseline, prepared.inputs), prepared.study.resources, here=here)
     tracker.put_study_file(prepared.id, BASELINE_FILE, json.dumps(baseline.to_dict()))
     return baseline
 

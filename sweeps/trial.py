@@ -89,6 +89,16 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
     return _resident[inputs.key]
 
 
+def measure_baseline(inputs: TrialInputs) -> "Baseline":
+    """Measure the unedited model, and give the memory back: in a driver, trials are what needs it next."""
+    from locft.allocator import return_freed_memory
+
+    baseline = resident_workbench(inputs).baseline
+    _resident.clear()
+    return_freed_memory()
+    return baseline
+
+
 def train(bench: "Workbench", config: TrialConfig) -> "Training":
     """The training of a trial; on a CPU bitwise the same whenever it is run."""
     import torch

@@ -80,9 +80,9 @@ class Nodes:
         """The end of `cut`."""
         self._signal(node, signal.SIGCONT)
 
-    def workers(self, node: subprocess.Popen) -> list[psutil.Process]:
-        """Its processes that run trials."""
-        return [process for process in processes(node) if "TrialWorker.train" in _title(process)]
+    def workers(self, node: subprocess.Popen, title: str = "TrialWorker.train") -> list[psutil.Process]:
+        """Its processes that run trials now; with the title "TrialWorker" those that wait for one as well."""
+        return [process for process in processes(node) if title in _title(process)]
 
     def _signal(self, node: subprocess.Popen, number: int) -> None:
         for process in processes(node):

@@ -12,14 +12,7 @@ from sweeps.prepare import prepare
 from sweeps.registry import fetch_edit, registered_edit, study_alias
 from sweeps.study import load_study
 from sweeps.sweep import run_sweep
-from sweeps.trial import resident_workbench
 from tests.test_runner import Heard
-
-
-@pytest.fixture(autouse=True)
-def quick_baseline(monkeypatch):
-    """The unedited model measured in this process."""
-    monkeypatch.setattr(sweep_module, "compute_baseline", lambda inputs, *_: resident_workbench(inputs).baseline)
 
 
 def run(file, *overrides):
@@ -54,7 +47,7 @@ def test_the_pick_is_registered_once_and_can_be_applied(workplace, study_file, t
 
 
 def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(workplace, study_file, ray_running):
-    def other_hardware(*_):
+    def other_hardware(*_, here):
         raise PickError("another delta")
 
     file = study_file(space__layer=[1])

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -13,10 +14,10 @@ from locft.errors import InputError
 from sweeps.prepare import prepare
 from sweeps.ray_session import Room
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
-from sweeps.runner import compute_baseline, on_workers, run_trials, train_and_measure, worker_failure
+from sweeps.runner import alone, on_workers, run_trials, train_and_measure, worker_failure
 from sweeps.schema import Resources
 from sweeps.study import load_study
-from sweeps.trial import Basis, resident_workbench, run_trial
+from sweeps.trial import Basis, measure_baseline, resident_workbench, run_trial
 
 TIMINGS = ("seconds", "seconds_per_edit", "train_seconds", "evaluate_seconds", "capability_seconds")
 
@@ -68,7 +69,7 @@ def study(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def baseline(study, ray_running):
-    return compute_baseline(study.inputs, 1, 0)
+    return alone(partial(measure_baseline, study.inputs), study.study.resources, here=False)
 
 
 def run(study, baseline, trials, reporter, concurrent=2, inputs=None, **more):
@@ -108,7 +109,7 @@ def test_results_do_not_depend_on_order_company_or_process(study, baseline, tmp_
 
 
 def test_the_baseline_of_a_worker_is_that_of_this_process(study, baseline):
-    assert resident_workbench(study.inputs).baseline == baseline
+    assert measure_baseline(study.inputs) == baseline
 
 
 def test_a_training_that_diverges_is_a_result_with_finite_metrics(study, baseline):
@@ -189,7 +190,7 @@ def test_weights_that_vanish_fail_every_trial_with_the_cause(study, baseline):
     assert 3 <= len(heard.results) <= 5, "a running one may still come in"
     assert "tiny-gone" in heard.results[0].error
     with pytest.raises(InputError, match="tiny-gone"):
-        compute_baseline(gone, 1, 0)
+        alone(partial(measure_baseline, gone), study.study.resources, here=False)
 
 
 def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, baseline):

@@ -65,12 +65,6 @@ def place(tmp_path_factory, empty_store):
         yield folder
 
 
-@pytest.fixture
-def quick_baseline(monkeypatch):
-    """The unedited model measured in this process: starting a worker for it takes seconds."""
-    monkeypatch.setattr(sweep_module, "compute_baseline", lambda inputs, *_: resident_workbench(inputs).baseline)
-
-
 @pytest.fixture(scope="module")
 def grid(place, tiny_folder, ray_running):
     """A finished grid study of four trials."""
@@ -122,7 +116,7 @@ def test_the_same_command_again_runs_nothing_and_says_the_same(grid, monkeypatch
 def test_a_wider_space_runs_only_what_is_new_and_a_failing_trial_stops_nothing(grid, monkeypatch):
     """One of the new trials cannot be trained: its cause is recorded, and only it is open afterwards."""
     file, study, done = grid
-    monkeypatch.setattr(sweep_module, "compute_baseline", lambda *_: pytest.fail("it is stored with the study"))
+    monkeypatch.setattr(sweep_module, "measure_baseline", lambda *_: pytest.fail("it is stored with the study"))
     wider = prepared(file, "space.layer=[0, 1, 2]")
     impossible = dataclasses.replace(study.plan.trials[0], layer=99)
     trials = (impossible, *wider.plan.trials)
@@ -157,9 +151,7 @@ def test_other_edits_are_another_study(grid):
     assert read_state(other, find_tracker(other, None)).left == 4
 
 
-def test_when_every_trial_fails_the_study_stops_early_and_says_why(
-    workplace, study_file, tiny_folder, ray_running, quick_baseline
-):
+def test_when_every_trial_fails_the_study_stops_early_and_says_why(workplace, study_file, tiny_folder, ray_running):
     """The weights vanish after the study was planned."""
     model = workplace / "model"
     shutil.copytree(tiny_folder, model)
@@ -185,9 +177,7 @@ def test_when_the_unedited_model_cannot_be_measured_nothing_is_run(workplace, st
     assert trial_runs() == [] and trial_runs(kind="study")[0].data.tags["locft.status"] == "stopped"
 
 
-def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
-    workplace, study_file, ray_running, quick_baseline
-):
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(workplace, study_file, ray_running):
     """A random search without capability tasks; more trials go on from the same beginning."""
     file = study_file(
         capability__suite=None,
@@ -208,9 +198,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
     assert done.answer.recommendation is not None and "capability" not in done.answer.recommendation.metrics
 
 
-def test_optuna_proposes_no_trial_twice_and_learns_from_earlier_runs(
-    workplace, study_file, ray_running, quick_baseline, monkeypatch
-):
+def test_optuna_proposes_no_trial_twice_and_learns_from_earlier_runs(workplace, study_file, ray_running, monkeypatch):
     told = []
     real = sweep_module.TrialSearch
     monkeypatch.setattr(sweep_module, "TrialSearch", lambda *args: told.append(args[-1]) or real(*args))
@@ -230,7 +218,7 @@ def test_optuna_proposes_no_trial_twice_and_learns_from_earlier_runs(
         assert values == (row["reliability"], row["capability"]) and all(math.isfinite(value) for value in values)
 
 
-def test_a_budget_of_trials_counts_those_of_earlier_runs(workplace, study_file, ray_running, quick_baseline):
+def test_a_budget_of_trials_counts_those_of_earlier_runs(workplace, study_file, ray_running):
     file = study_file(space__layer="all", space__seed=[0, 1], budget={"trials": 2})
     done, first = sweep(prepared(file))
     assert len(first) == 2 and (done.state.done, done.state.left) == (2, 4) and done.ending == "complete"
@@ -240,14 +228,14 @@ def test_a_budget_of_trials_counts_those_of_earlier_runs(workplace, study_file, 
     assert len(second) == 3 and len({*first, *second}) == 5
 
 
-def test_a_budget_of_minutes_ends_a_study_cleanly(workplace, study_file, ray_running, quick_baseline):
+def test_a_budget_of_minutes_ends_a_study_cleanly(workplace, study_file, ray_running):
     file = study_file(space__seed=[0, 1, 2], budget={"minutes": 0.2}, epochs=10**6, skip_below=0.0, stop_below=0.0)
     done, ran = sweep(prepared(file))
     assert done.ending == "out_of_time" and ran == [] and done.state.left == 6
     assert trial_runs() == [] and trial_runs(kind="study")[0].info.status == "KILLED"
 
 
-def test_a_store_that_goes_away_loses_nothing(workplace, study_file, ray_running, quick_baseline, monkeypatch):
+def test_a_store_that_goes_away_loses_nothing(workplace, study_file, ray_running, monkeypatch):
     """It takes the first trial and then nothing; later the same command records what was kept, and runs nothing again."""
     monkeypatch.setattr("sweeps.delivery.PAUSES", (0.05,))
     monkeypatch.setattr("sweeps.delivery.PATIENCE_SECONDS", 0.3)
