@@ -1,4 +1,4 @@
-"""The one exception for input the user can correct."""
+"""Input the user can correct, and memory that does not suffice: the two causes that are answered, not only told."""
 
 from collections.abc import Iterable
 
@@ -16,3 +16,13 @@ class InputError(Exception):
 
     def __reduce__(self):
         return InputError, (self.problems,)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what PyTorch or Python say when memory does not suffice, on a GPU or a CPU.
+
+    PyTorch's own class is known by its name: who only asks need not have imported PyTorch.
+    """
+    said = str(error).lower()
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "not enough memory" in said or "out of memory" in said

@@ -270,9 +270,3 @@ def _look(
 
 def _supervised(rows: Sequence[TokenRow]) -> int:
     return sum(len(row.target_ids) for row in rows)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what PyTorch or Python say when memory does not suffice, on a GPU or a CPU."""
-    said = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in said or "out of memory" in said

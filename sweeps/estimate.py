@@ -9,9 +9,13 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from sweeps.plan import Plan, StudyFacts
 from sweeps.records import TrialConfig
+
+if TYPE_CHECKING:
+    from sweeps.schema import Resources
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRAINED_BYTES = 4 * 4
@@ -32,6 +36,8 @@ SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8}
 """Of the steps that `epochs` allows, those usually taken before `stop_below` ends the training."""
 LEAST_STEPS = 0.3
 """The same where everything is learnt soon."""
+HANGS, PATIENCE_SECONDS = 30.0, 1800.0
+"""A trial hangs when it takes so many times what it should, but no less than this: its worker may have a model to load."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,13 @@ def trial_seconds(
     epoch = math.ceil(n / trial.batch_size) * costs.step.seconds(layers) + n * costs.edit.seconds(layers)
     taken = costs.shares[trial.pipeline] if share is None else share
     return taken * trial.epochs * epoch + costs.evaluation.seconds(layers) + costs.capability.seconds(layers)
+
+
+def patience_seconds(trial: TrialConfig, facts: StudyFacts, resources: "Resources") -> float:
+    """How long a trial may take before it is given up: `resources.minutes`, or long enough that it must be hanging."""
+    if resources.minutes == "auto":
+        return max(PATIENCE_SECONDS, HANGS * trial_seconds(trial, facts, default_costs(facts, resources.cpus)))
+    return math.inf if resources.minutes is None else 60 * resources.minutes
 
 
 def layers_passed(trial: TrialConfig, facts: StudyFacts) -> int:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from locft.errors import out_of_memory
 from sweeps.dispatch import WORKER_RESTARTS, Dispatch, Listed
 from sweeps.ray_session import Room
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
@@ -94,14 +95,14 @@ def run_trials(
     room: Room,
     reporter: Reporter,
     deadline: float = math.inf,
-    trial_seconds: float = math.inf,
+    patience: Callable[[TrialConfig], float] = lambda trial: math.inf,
     work: Callable[[TrialConfig, Mapping[str, Basis]], TrialResult] = train_and_measure,
 ) -> Ending:
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
     source: the open trials, or a search that proposes them. bases: what `work` needs. room: how many run at a time, asked
-    again and again. deadline: as of `time.monotonic`; what runs then is given up. trial_seconds: a trial that takes longer
-    is killed and failed. One that raises is a failed result and the others go on; one whose worker is lost is tried again
+    again and again. deadline: as of `time.monotonic`; what runs then is given up. patience: a trial that takes more seconds
+    than that is killed and failed. One that raises is a failed result and the others go on; one whose worker is lost is tried again
     (`sweeps.dispatch`). When the first `SAME_FAILURES` results are failures with one cause, the rest is not started. On
     Ctrl-C or SIGTERM the running trials are given up; a second one raises KeyboardInterrupt at once.
     """
@@ -117,7 +118,7 @@ def run_trials(
 
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # what did not complete, the reporter has heard
     dispatch = Dispatch(Listed(source) if isinstance(source, Sequence) else source, room)
-    listener = _listener(dispatch, reporter, deadline, trial_seconds)
+    listener = _listener(dispatch, reporter, deadline, patience)
     worker = tune.with_parameters(_worker(), work=partial(work, bases=dict(bases)))
     worker = tune.with_resources(worker, {"cpu": cpus, "gpu": gpus})
     worker.__qualname__ = worker.__name__  # what lists of processes show: ray::TrialWorker.train
@@ -176,8 +177,6 @@ def _worker():
             return True  # Ray has set it; the process goes on with what it holds
 
         def step(self):
-            from locft.finetune import out_of_memory
-
             trial = TrialConfig(**self.config["trial"])
             try:
                 result = self._work(trial)
@@ -232,7 +231,7 @@ def _scheduler():
     return InOrder()
 
 
-def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, trial_seconds: float):
+def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, patience: Callable[[TrialConfig], float]):
     """Ray Tune callback that turns events into the reporter's; carries the stopper that it feeds."""
     import ray
     from ray import tune
@@ -291,8 +290,8 @@ def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, trial_sec
                 self.running.clear()
                 return
             for key, (config, worker, began) in list(self.running.items()):
-                if now - began > trial_seconds:
-                    error = TimeoutError(f"not done after {trial_seconds / 60:g} minutes (resources.minutes)")
+                if now - began > (allowed := patience(config)):
+                    error = TimeoutError(f"not done after {allowed / 60:.3g} minutes (resources.minutes)")
                     dispatch.given_up(key)
                     self._hear(key, worker_failure(config, error))
                     ray.kill(worker)
@@ -337,8 +336,6 @@ def _death(trial) -> str:
 def _for_want_of_memory(trial) -> bool:
     """Whether Ray ended the worker because its node ran out of memory, or the trial was refused more."""
     import ray
-
-    from locft.finetune import out_of_memory
 
     try:
         error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())

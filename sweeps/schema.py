@@ -4,6 +4,7 @@ They are the keys of the study file, which `sweeps.study` reads. A value of thes
 contradictions; what only the model can tell, `sweeps.study.check_against_model` checks.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -78,6 +79,15 @@ def _concurrent(value: Any) -> int | str:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise _bad("auto or a whole number of at least 1")
+
+
+def _minutes(value: Any) -> float | str | None:
+    if value in (None, "auto"):
+        return value
+    minutes = _number(value)
+    if not 0 < minutes < math.inf:
+        raise _bad("auto, null, or a number of minutes above 0")
+    return minutes
 
 
 def _form(value: Any) -> str:
@@ -204,8 +214,9 @@ class Resources(Section):
     """GPUs of one trial; a fraction lets several trials share one."""
     concurrent: Annotated[int | str, PlainValidator(_concurrent)] = "auto"
     """Trials at a time; auto runs as many as the cores, GPUs and memory of the machine or cluster hold."""
-    minutes: Rate | None = None
-    """A trial that takes longer is given up and counts as failed; null lets it take what it takes."""
+    minutes: Annotated[float | str | None, PlainValidator(_minutes)] = "auto"
+    """A trial that takes longer is given up and counts as failed. auto: half an hour, or thirty times what a slow machine
+    should need where that is longer, so that only what hangs is ended; null lets a trial take what it takes."""
 
 
 class Limits(Section):

@@ -13,7 +13,7 @@ from locft.errors import InputError
 from sweeps.answer import Answer, answer_of, answer_text, environment
 from sweeps.delivery import Delivery, Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
-from sweeps.estimate import memory_bytes
+from sweeps.estimate import memory_bytes, patience_seconds
 from sweeps.forecast import machine
 from sweeps.heartbeat import Heartbeat, at_work, refuse_second_driver
 from sweeps.pick_edit import is_registered, register_pick
@@ -162,7 +162,7 @@ def run_sweep(
                         room=room,
                         reporter=recorder,
                         deadline=began + 60 * (study.budget.minutes or math.inf),
-                        trial_seconds=60 * (study.resources.minutes or math.inf),
+                        patience=partial(patience_seconds, facts=prepared.facts, resources=study.resources),
                     )
         except TrackingError:  # nothing can be written now
             raise

@@ -19,6 +19,8 @@ from sweeps.schema import Resources
 from sweeps.study import load_study
 from sweeps.trial import Basis, measure_baseline, resident_workbench, run_trial
 
+ENDLESS = 10**7
+"""Epochs."""
 TIMINGS = ("seconds", "seconds_per_edit", "train_seconds", "evaluate_seconds", "capability_seconds")
 
 
@@ -73,7 +75,8 @@ def baseline(study, ray_running):
 
 
 def run(study, baseline, trials, reporter, concurrent=2, inputs=None, **more):
-    bases = {study.facts.data_fingerprint: Basis(inputs or study.inputs, baseline)}
+    """baseline: None where the work needs none."""
+    bases = {study.facts.data_fingerprint: Basis(inputs or study.inputs, baseline)} if baseline else {}
     room = Room(Resources(concurrent=concurrent))
     return run_trials(trials, bases, cpus=1, gpus=0, room=room, reporter=reporter, **more)
 
@@ -122,6 +125,17 @@ def test_a_training_that_diverges_is_a_result_with_finite_metrics(study, baselin
     assert after.metrics["diverged"] == 0 and after.metrics["reliability"] <= 1
 
 
+def sleep_or_finish(config, bases):
+    """Work of a trial that takes no time, or all of it: a worker for it starts in half the time of one that trains."""
+    while config.epochs == ENDLESS:
+        time.sleep(1)
+    return TrialResult(config, "done", None, {"reliability": 1.0})
+
+
+def endless(study, seed=0):
+    return dataclasses.replace(study.plan.trials[0], epochs=ENDLESS, seed=seed)
+
+
 def trial_workers():
     """Processes of this test's Ray that run trials."""
     children = psutil.Process().children(recursive=True)
@@ -157,8 +171,7 @@ def test_a_killed_worker_costs_nothing_but_time(study, baseline):
     assert comparable(heard.by_id[long.id]) == comparable(expected)
 
 
-def test_a_trial_whose_worker_always_dies_is_a_failure(study, baseline):
-    endless = dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0)
+def test_a_trial_whose_worker_always_dies_is_a_failure(study, ray_running):
     over = threading.Event()
     killed = set()
 
@@ -173,7 +186,7 @@ def test_a_trial_whose_worker_always_dies_is_a_failure(study, baseline):
     thread.start()
     heard = Heard()
     try:
-        assert run(study, baseline, [endless], heard) == "complete"
+        assert run(study, None, [endless(study)], heard, work=sleep_or_finish) == "complete"
     finally:
         over.set()
         thread.join()
@@ -193,7 +206,7 @@ def test_weights_that_vanish_fail_every_trial_with_the_cause(study, baseline):
         alone(partial(measure_baseline, gone), study.study.resources, here=False)
 
 
-def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, baseline):
+def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, ray_running):
     interrupted = []
 
     def interrupt(result):
@@ -203,11 +216,8 @@ def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, baseline):
 
     heard = Heard(then=interrupt)
     before = signal.getsignal(signal.SIGINT)
-    endless = [
-        dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0, seed=seed)
-        for seed in range(4)
-    ]
-    assert run(study, baseline, [study.plan.trials[0], *endless], heard) == "interrupted"
+    trials = [study.plan.trials[0], *(endless(study, seed) for seed in range(4))]
+    assert run(study, None, trials, heard, work=sleep_or_finish) == "interrupted"
     assert len(heard.results) == 1 and heard.results[0].status == "done"
     assert time.monotonic() - interrupted[0] < 5, "it waits for no endless trial"
     assert signal.getsignal(signal.SIGINT) == before
@@ -225,37 +235,31 @@ def test_results_survive_the_way_to_the_driver(study, baseline):
     assert unpack_result(pack_result(result)) == result
 
 
-def test_at_the_deadline_what_runs_is_given_up(study, baseline):
-    heard = Heard()
-    bases = {study.facts.data_fingerprint: Basis(study.inputs, baseline)}
-    long = [dataclasses.replace(trial, epochs=100_000, stop_below=0.0, skip_below=0.0) for trial in study.plan.trials]
-    began = time.monotonic()
-    ending = run_trials(long, bases, cpus=1, gpus=0, room=Room(Resources()), reporter=heard, deadline=began + 8)
+def test_at_the_deadline_what_runs_is_given_up(study, ray_running):
+    heard, began = Heard(), time.monotonic()
+    trials = [endless(study, seed) for seed in range(6)]
+    ending = run(study, None, trials, heard, work=sleep_or_finish, deadline=began + 8)
     assert ending == "out_of_time" and heard.results == []
     assert 7 < time.monotonic() - began < 40
 
 
-def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, baseline):
-    heard = Heard()
-    bases = {study.facts.data_fingerprint: Basis(study.inputs, baseline)}
-    endless = dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0)
-    trials = [endless, *study.plan.trials[1:4]]
-    began = time.monotonic()
-    ending = run_trials(trials, bases, cpus=1, gpus=0, room=Room(Resources()), reporter=heard, trial_seconds=9)
+def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, ray_running):
+    heard, began = Heard(), time.monotonic()
+    trials = [endless(study), *study.plan.trials[1:4]]
+    ending = run(study, None, trials, heard, work=sleep_or_finish, patience=lambda trial: 9)
     assert ending == "complete" and time.monotonic() - began < 90 and heard.deaths == []
-    late = heard.by_id[endless.id]
+    late = heard.by_id[trials[0].id]
     assert late.status == "failed" and late.error == "TimeoutError: not done after 0.15 minutes (resources.minutes)"
     assert [heard.by_id[trial.id].status for trial in trials[1:]] == ["done"] * 3 and len(heard.results) == 4
 
 
-def test_sigterm_stops_as_ctrl_c_does(study, baseline):
+def test_sigterm_stops_as_ctrl_c_does(study, ray_running):
     heard, before = Heard(then=lambda result: signal.raise_signal(signal.SIGTERM)), signal.getsignal(signal.SIGTERM)
-    endless = dataclasses.replace(study.plan.trials[0], epochs=10**7, skip_below=0.0, stop_below=0.0)
-    assert run(study, baseline, [study.plan.trials[0], endless], heard) == "interrupted"
+    assert run(study, None, [study.plan.trials[0], endless(study)], heard, work=sleep_or_finish) == "interrupted"
     assert len(heard.results) == 1 and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, baseline, tmp_path):
+def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, ray_running, tmp_path):
     """One that needs all the memory there is: refused while another runs, done alone. One that never fits is told."""
     trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(5)]
 
@@ -278,7 +282,7 @@ def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, baselin
             mine.unlink()
 
     heard = Heard()
-    assert run(study, baseline, trials, heard, work=work) == "complete"
+    assert run(study, None, trials, heard, work=work) == "complete"
     assert heard.deaths == [trials[1]], "what fails alone is not tried again"
     assert [heard.by_id[trial.id].status for trial in trials] == ["done"] * 4 + ["failed"]
     assert [heard.by_id[trial.id].metrics["beside"] for trial in trials[1:4]] == [0.0, 0.0, 0.0]
