@@ -1,8 +1,8 @@
 """The engine against the reference loop, side by side in one process: `locft bench`.
 
-Both sides get the same batches, the same starting weights and the same questions, one right after the other (reference,
-engine, reference, engine, ...), so that whatever else the machine does hits both; a ratio is that of one such pair.
-What they compute is compared too: a fast wrong answer is not a fast answer.
+Both sides get the same batches, the same starting weights and the same questions, one side right after the other, at every
+layer anew, so that whatever else the machine does hits both; a ratio is that of a pair, two steps on the same batch or two
+measurements of the same edit. What they compute is compared too: a fast wrong answer is not a fast answer.
 """
 
 import math
@@ -188,12 +188,19 @@ def _prepare(
     requests = edits.requests if asks else ()
     encoded = encode_suite(loaded.tokenizer, suite) if scores and suite else None
     rows = encode_edits(loaded.tokenizer, edits.requests)
-    answers = greedy_answers(loaded, locality_prompts(requests)) if asks else []
+    prompts = locality_prompts(requests) if asks else []
+    answers, asking = timed(lambda: greedy_answers(loaded, prompts))  # the same on both sides
     questions = edit_questions(loaded.tokenizer, requests, answers)
     every = [*rows, *(question.row for question in questions), *(suite_rows(encoded) if encoded else ())]
     with torch.no_grad():
         full_forward(loaded.model)(rows[:1])  # reads the weights into memory, which is no part of the pass
-    engine, seconds = timed(lambda: TailEngine(loaded, every, settings.layers, on_disk=False))
+
+    def make() -> TailEngine:
+        engine = TailEngine(loaded, every, settings.layers, on_disk=False)
+        engine.forward(n_layers(loaded.model) - 1, DTYPES[settings.precision])  # the weights in that dtype, once a process
+        return engine
+
+    engine, seconds = timed(make)
     boundary = {
         "seconds": seconds,
         "tokens": len(engine.tree),
@@ -204,15 +211,15 @@ def _prepare(
         f"boundary: {boundary['tokens']:,} tokens, {boundary['layers']} layer(s), "
         f"{boundary['bytes'] / 2**20:.0f} MiB in {boundary['seconds']:.2f} s"
     )
-    engine.forward(n_layers(loaded.model) - 1, DTYPES[settings.precision])  # the weights in that dtype, once a process
     prepared: dict[str, Any] = {"boundary": boundary}
     baseline = Baseline(tuple(answers), None)
     if questions or encoded:
         measure = partial(measure_unedited, loaded, answers=answers, questions=questions, suite=encoded)
         baseline, seconds = timed(lambda: measure(logits=engine.unedited()))
-        prepared["unedited"] = {"engine_seconds": seconds}
+        prepared["unedited"] = {"engine_seconds": asking + seconds}
         if "study" in settings.stages:
-            prepared["unedited"]["reference_seconds"] = timed(lambda: measure(logits=full_forward(loaded.model)))[1]
+            seconds = timed(lambda: measure(logits=full_forward(loaded.model)))[1]
+            prepared["unedited"]["reference_seconds"] = asking + seconds
         say("unedited model measured: " + ", ".join(f"{n} {s:.2f}" for n, s in prepared["unedited"].items()))
     return Workbench(loaded, rows, questions, encoded, baseline, engine), prepared
 

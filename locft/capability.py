@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from locft.benchmark_layouts import CapabilityItem
 from locft.benchmarks import Suite
-from locft.encoding import SupervisedLogits, TokenRow, encode_continuation
+from locft.encoding import SUPERVISED_AT_ONCE, SupervisedLogits, TokenRow, encode_continuation
 from locft.errors import InputError
 from locft.screening import retake
 from locft.token_scores import slices, targets, token_scores
@@ -28,8 +28,6 @@ PROSE_TOKENS = 2000
 """About so many tokens of prose are measured."""
 BATCH_TOKENS = 2048
 """Tokens of a batch with its padding. On a CPU 1024 and 4096 take the same time, but a full forward's logits grow."""
-SUPERVISED_PER_BATCH = 256
-"""At most so many supervised tokens a batch: more take as long, and with a vocabulary of 256,000 their logits 250 MB."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +284,7 @@ def _batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]
     for index in sorted(range(len(rows)), key=order):
         count = len(rows[index].target_ids)
         longest = max(longest, len(rows[index].token_ids))
-        if batch and ((len(batch) + 1) * longest > batch_tokens or supervised + count > SUPERVISED_PER_BATCH):
+        if batch and ((len(batch) + 1) * longest > batch_tokens or supervised + count > SUPERVISED_AT_ONCE):
             yield batch
             batch, supervised, longest = [], 0, len(rows[index].token_ids)
         batch.append(index)

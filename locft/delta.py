@@ -87,19 +87,22 @@ class EditDelta:
 
 
 def apply_delta(loaded: LoadedModel, delta: EditDelta) -> dict[str, torch.Tensor]:
-    """Edit the model in place; returns the original values, which `revert` puts back to the bit."""
+    """Edit the model in place; returns the original values, which `revert` puts back to the bit.
+
+    The values are exchanged, not written: the model's own may lie in a file that many processes map, and a page that was
+    written to is no longer shared.
+    """
     delta.require_base(loaded)
     edited = delta.weights(loaded.model)
-    originals = {name: loaded.model.get_parameter(name).detach().clone() for name in edited}
+    originals = {name: loaded.model.get_parameter(name).data for name in edited}
     revert(loaded, edited)
     return originals
 
 
 def revert(loaded: LoadedModel, originals: Mapping[str, torch.Tensor]) -> None:
-    """Put the given parameter values into the model."""
-    with torch.no_grad():
-        for name, value in originals.items():
-            loaded.model.get_parameter(name).copy_(value)
+    """Give the model's parameters the given values."""
+    for name, value in originals.items():
+        loaded.model.get_parameter(name).data = value
 
 
 @contextmanager

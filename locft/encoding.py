@@ -8,7 +8,7 @@ tokens and where the supervised span starts; nobody ever derives the span from a
 is off by one, and the first token of the answer is silently never trained).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,23 @@ class TokenRow:
 SupervisedLogits = Callable[[Sequence[TokenRow]], torch.Tensor]
 """A model as this project sees it: rows in, (K, V) float32 logits out, those that predict the supervised tokens, rows
 in order (K sums over the rows). The full forward and the fast engine both have this form."""
+
+
+SUPERVISED_AT_ONCE = 256
+"""Supervised tokens of one call at most: more take as long, and with a vocabulary of 256,000 their logits are 250 MB."""
+
+
+def batches(rows: Sequence[TokenRow], most: int) -> Iterator[Sequence[TokenRow]]:
+    """The rows in their order, at most so many at a time, and at most `SUPERVISED_AT_ONCE` of their tokens supervised."""
+    start = supervised = 0
+    for index, row in enumerate(rows):
+        count = len(row.target_ids)
+        if index > start and (index - start == most or supervised + count > SUPERVISED_AT_ONCE):
+            yield rows[start:index]
+            start, supervised = index, 0
+        supervised += count
+    if start < len(rows):
+        yield rows[start:]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

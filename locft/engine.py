@@ -6,6 +6,7 @@ architecture, and `locft bench` measures both side by side.
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,12 +28,22 @@ from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_
 from locft.prefix import BoundaryStates, boundary_states
 from locft.reference import full_forward
 from locft.screening import coarse_pays, coarse_products
-from locft.tail import head_view, supports_tail, tail_hidden, tail_parameter_name, tail_view
+from locft.tail import (
+    NoTailView,
+    capture_boundary,
+    head_view,
+    supports_tail,
+    tail_hidden,
+    tail_parameter_name,
+    tail_view,
+)
 
 SEQUENCE_TOKENS = 96
 """Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products take
 all sequences of a pack together."""
 
+_SAMPLE = 4
+"""Rows on which an engine is tried before it is used."""
 _FEW = 1.3
 """Where so many times fewer tokens are supervised than there are, the last layer computes only theirs."""
 
@@ -46,19 +57,19 @@ class TailEngine:
         """rows: all that will ever be asked for. layers: where trials will train, to compute their states in one pass; others
         are computed when they are needed. on_disk: as of `boundary_states`.
 
-        Raises ValueError for a model without tail views; ask `supports_tail` first.
+        Raises NoTailView for a model that has none, or whose views, tried on some of the rows, do not compute what it does.
         """
         if reason := supports_tail(loaded.model):
-            raise ValueError(reason)
+            raise NoTailView(reason)
         self.model = loaded.model
         self.tree = PrefixTree(rows)
-        self.limit = SEQUENCE_TOKENS if packing_agrees(loaded.model, rows) else 0
+        self.limit, parts = _tried(loaded.model, rows)
+        self._parts = {loaded.model.dtype: parts}
         self._compute = partial(
             boundary_states, loaded.model, loaded.fingerprint, self.tree, rows, limit=self.limit, on_disk=on_disk
         )
         self.states = self._compute(layers={*layers, n_layers(loaded.model) - 1})
         self._cast = partial(cast_model, loaded.model, fingerprint=loaded.fingerprint, on_disk=on_disk)
-        self._parts: dict[torch.dtype, _Parts] = {}
 
     def forward(self, layer: int, dtype: torch.dtype | None = None) -> Forward:
         """A forward whose weights may differ from the model's in `layer` and above, computed in `dtype` (the model's own)."""
@@ -95,7 +106,8 @@ class TailEngine:
         if not coarse_pays(self.model):
             return None
         start, parts = self._start(layer), self._computing_in(self.model.dtype)
-        tail = parts.with_fused(start, layer + 1, self._computing_in(torch.bfloat16))
+        fused = any(map(is_fused, decoder_layers(parts.model)[layer + 1 :]))
+        tail = parts.with_fused(start, layer + 1, self._computing_in(torch.bfloat16)) if fused else parts.tail(start)
 
         def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
             own = parts.names(start, weights)
@@ -159,10 +171,10 @@ class TailEngine:
 
     def _start(self, layer: int) -> int:
         """The layer whose stored states a tail for `layer` begins with: itself, unless the disk is too small for all."""
-        if layer not in self.states.layers and not (self.states.thinned and min(self.states.layers) <= layer):
-            more = self._compute(layers={layer})
-            self.states = BoundaryStates({**self.states.layers, **more.layers}, self.states.thinned)
-        return self.states.below(layer)
+        start = self.states.below(layer)
+        if start not in self.states.layers:
+            self.states = replace(self.states, layers={**self.states.layers, **self._compute(layers={start}).layers})
+        return start
 
     def _boundary(self, start: int, pack: Pack, parts: "_Parts") -> torch.Tensor:
         states = self.states.gather(start, pack.nodes).to(self.model.device)
@@ -287,27 +299,39 @@ def _chunks(rows: Sequence[TokenRow], tokens: int) -> Iterable[list[TokenRow]]:
 
 
 @torch.no_grad()
-def packing_agrees(model: PreTrainedModel, rows: Sequence[TokenRow]) -> bool:
-    """Does this model compute rows packed into one sequence as it computes them alone?
+def _tried(model: PreTrainedModel, rows: Sequence[TokenRow]) -> tuple[int, _Parts]:
+    """The limit for packs, and the parts that compute as the model does: tried on a few of the rows, through all layers.
 
-    Models with a recurrent state or with position biases made from a two-dimensional mask do not; neither do those with
-    a window shorter than a row. Tried on a few of the rows themselves, through the whole model.
+    Models with a recurrent state or with position biases made from a two-dimensional mask do not compute rows packed into one
+    sequence as they compute them alone, nor do those with a window shorter than a row: their rows have a sequence each.
     """
-    sample = list({row.token_ids: row for row in rows}.values())[:4]
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if window and max(len(row.token_ids) for row in rows) > window:
-        return False
-    if getattr(model, "_is_stateful", False):
-        return False
+    sample = list({row.token_ids: row for row in rows}.values())[:_SAMPLE]
+    expected = torch.cat([full_forward(model)([row]) for row in sample])
+    limits = [SEQUENCE_TOKENS, 0] if _may_be_packed(model, rows) else [0]
+    for limit in limits:
+        parts = _Parts(model, packed=limit > 0)
+        if _agrees(parts, model, sample, limit, expected):
+            return limit, parts
+    raise NoTailView(f"the views of this {model.config.model_type} model do not compute what it computes as a whole")
+
+
+def _may_be_packed(model: PreTrainedModel, rows: Sequence[TokenRow]) -> bool:
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+    longest = max(len(row.token_ids) for row in rows)
+    return not getattr(model, "_is_stateful", False) and all(not window or longest <= window for window in windows)
+
+
+def _agrees(
+    parts: _Parts, model: PreTrainedModel, sample: Sequence[TokenRow], limit: int, expected: torch.Tensor
+) -> bool:
     tree = PrefixTree(sample)
-    pack = pack_rows(tree, sample, sum(len(row.token_ids) for row in sample))
+    pack = pack_rows(tree, sample, limit and sum(len(row.token_ids) for row in sample))
     ids = torch.from_numpy(tree.token_ids)[pack.nodes.clamp(min=0)].to(model.device)
-    mask = pack.attention_mask(model.dtype).to(model.device)
+    mask, places = pack.attention_mask(model.dtype).to(model.device), pack.position_ids.to(model.device)
     try:
-        out = model(input_ids=ids, attention_mask=mask, position_ids=pack.position_ids.to(model.device), use_cache=False)
-    except (TypeError, ValueError, RuntimeError, IndexError):
+        found = parts.logits(parts.tail(0), capture_boundary(model, 0, ids, mask, places)[0], pack, {})
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
-    packed = out.logits[pack.sequence, pack.place].float()
-    alone = torch.cat([full_forward(model)([row]) for row in sample])
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return bool((packed - alone).abs().max() <= tolerance * alone.abs().max().clamp(min=1))
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1))

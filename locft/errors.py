@@ -18,6 +18,12 @@ class InputError(Exception):
         return InputError, (self.problems,)
 
 
+_NO_MEMORY = (
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed",
+)  # fmt: skip
+"""What CUDA, PyTorch's allocators (each system's has words of its own) and the C library say."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether that is what PyTorch or Python say when memory does not suffice, on a GPU or a CPU.
 
@@ -25,4 +31,4 @@ def out_of_memory(error: BaseException) -> bool:
     """
     said = str(error).lower()
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "not enough memory" in said or "out of memory" in said
+    return named or any(words in said for words in _NO_MEMORY)

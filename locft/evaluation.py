@@ -6,6 +6,7 @@ instead of it: teacher forcing hides the errors that follow the first one.
 """
 
 import copy
+import itertools
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from locft.encoding import SupervisedLogits, TokenRow, encode_edit, encode_prompt
+from locft.encoding import SupervisedLogits, TokenRow, batches, encode_edit, encode_prompt
 from locft.models import LoadedModel
 from locft.requests import ARTICLES, EditRequest, normalise_answer
 from locft.screening import retake
@@ -205,10 +206,11 @@ def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[lis
     """And how far each is from being another one: the least gap up to its first miss, in nats."""
     found, margins = [Following(0, None, 0.0)] * len(rows), np.full(len(rows), math.inf)
     by_length = sorted((i for i in range(len(rows)) if rows[i].target_ids), key=lambda index: len(rows[index].token_ids))
-    for start in range(0, len(by_length), BATCH):
-        batch = by_length[start : start + BATCH]
-        scores = token_scores(logits, [rows[index] for index in batch])
-        lengths = [len(rows[index].target_ids) for index in batch]
+    left = iter(by_length)
+    for asked in batches([rows[index] for index in by_length], BATCH):
+        batch = list(itertools.islice(left, len(asked)))
+        scores = token_scores(logits, asked)
+        lengths = [len(row.target_ids) for row in asked]
         parts = (values.split(lengths) for values in (scores.best, scores.gap, scores.log_likelihood))
         for index, best, gaps, log_likelihoods in zip(batch, *parts, strict=True):
             expected, said = rows[index].target_ids, best.tolist()

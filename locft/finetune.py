@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 from locft.delta import EditDelta
-from locft.encoding import SupervisedLogits, TokenRow
+from locft.encoding import SupervisedLogits, TokenRow, batches
+from locft.errors import out_of_memory
 from locft.models import LoadedModel
 from locft.positions import TuningPosition, parameter_names
 from locft.reference import full_forward
@@ -25,7 +26,7 @@ Pipeline = Literal["breadth_first", "depth_first"]
 LossAverage = Literal["edit", "token"]
 
 LOSS_ROWS = 64
-"""Edits whose loss is computed at once when all are looked at."""
+"""Edits at most whose loss is computed at once when all are looked at."""
 
 Forward = Callable[[Mapping[str, torch.Tensor]], SupervisedLogits]
 """Binds weights (parameter name -> tensor) that stand in for the model's own; gradients flow to them."""
@@ -98,7 +99,8 @@ def finetune(
     change = {name: (weights[name].detach() - base[name]).cpu() for name in weights}
     delta = EditDelta(str(position), loaded.fingerprint, change, asdict(settings))
     seconds = time.perf_counter() - started
-    trained_loss = None if progress.diverged else mean_loss(forward(weights), rows)
+    at_once = LOSS_ROWS if progress.pieces == 1 else max(1, settings.batch_size // progress.pieces)
+    trained_loss = None if progress.diverged else mean_loss(forward(weights), rows, at_once)
     return Training(
         delta, tuple(progress.losses), progress.steps, progress.diverged, seconds, progress.pieces, trained_loss
     )
@@ -147,10 +149,9 @@ def finite(gradients: Sequence[torch.Tensor]) -> bool:
 
 
 @torch.no_grad()
-def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> float:
-    """Mean loss of all edits, averaged by edit."""
-    parts = [rows[start : start + LOSS_ROWS] for start in range(0, len(rows), LOSS_ROWS)]
-    return sum(batch_loss(logits(part), part, "edit").item() * len(part) for part in parts) / len(rows)
+def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow], at_once: int = LOSS_ROWS) -> float:
+    """Mean loss of all edits, averaged by edit; at most so many are computed together."""
+    return sum(batch_loss(logits(p), p, "edit").item() * len(p) for p in batches(rows, at_once)) / len(rows)
 
 
 @dataclass

@@ -79,7 +79,7 @@ def fused_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it: query (G, H, N, D), key and value (G, K, N, D), mask (G, 1, N, N), added.
 
-    Returns (G, N, H, D).
+    Values may be narrower than keys. Returns (G, N, H, D of the values).
     """
     if attention_mask is None or any(kwargs.get(name) is not None for name in _UNUSUAL):
         plain = sys.modules[type(module).__module__].eager_attention_forward
@@ -121,12 +121,13 @@ class _Attention(torch.autograd.Function):
         scores.view(groups, shared, -1, tokens, scores.shape[-1]).add_(mask[:, :, None])
         weights = scores.float().softmax(-1).to(query.dtype)  # the softmax of bfloat16 numbers is several times slower
         ctx.kept, ctx.scale, ctx.shape = (long, key, value, weights), scale, query.shape
-        return torch.matmul(weights, value).view(query.shape).transpose(1, 2).contiguous()
+        mixed = torch.matmul(weights, value).view(groups, heads, tokens, -1)  # values may be narrower than keys
+        return mixed.transpose(1, 2).contiguous()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         long, key, value, weights = ctx.kept
-        back = gradient.transpose(1, 2).reshape(long.shape)
+        back = gradient.transpose(1, 2).reshape(*long.shape[:-1], value.shape[-1])
         scores = torch._softmax_backward_data(torch.matmul(back, value.transpose(2, 3)), weights, -1, weights.dtype)
         scores = scores.mul_(ctx.scale)
         by_query = torch.matmul(scores, key).view(ctx.shape)

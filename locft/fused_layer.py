@@ -121,10 +121,11 @@ class _Parts:
             parts = cls(layer)
         except AttributeError:
             return None
+        if not (isinstance(parts.first, FrozenRMSNorm) and isinstance(parts.second, FrozenRMSNorm)):
+            return None
         products = (parts.qkv, parts.out, parts.gate_up, parts.down)
         known = [*(w for p in products for w in p.parameters), parts.first.weight, parts.second.weight]
-        norms = isinstance(parts.first, FrozenRMSNorm) and isinstance(parts.second, FrozenRMSNorm)
-        return parts if norms and {id(p) for p in known} == {id(p) for p in parts.parameters} else None
+        return parts if {id(p) for p in known} == {id(p) for p in parts.parameters} else None
 
     def unchanged(self, layer: nn.Module) -> bool:
         """Whether no parameter of the layer is substituted."""

@@ -16,7 +16,7 @@ import torch
 
 from locft.encoding import TokenRow
 
-_STEP = 8
+STEP = 8
 """Sequences are as wide as a multiple of it: for every new shape of a product oneDNN compiles a kernel, which takes as long
 as ten such products. A training draws new batches in every step; rounded, they come in some ten shapes instead of 150."""
 
@@ -121,7 +121,7 @@ def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
 
 
 def _rounded(width: int) -> int:
-    return -(-width // _STEP) * _STEP
+    return -(-width // STEP) * STEP
 
 
 @dataclass

@@ -59,11 +59,21 @@ class PositionInfo:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The table's row for this model; InputError, with what a row needs, when there is none."""
+    """The table's row for this model. For an architecture without one, a row of the whole layers alone, where its list of
+    blocks is plain to see; else InputError, with what a row needs."""
     family = BY_MODEL_TYPE.get(model.config.model_type)
     if family is None:
-        raise InputError(_no_row(model))
+        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        paths = [path for size, path in _block_lists(model) if size == count]
+        if len(paths) != 1:
+            raise InputError(no_row(model))
+        family = Family((model.config.model_type,), paths[0], {})
     return family
+
+
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether the table of architectures has a row for this model."""
+    return model.config.model_type in BY_MODEL_TYPE
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -92,7 +102,7 @@ def parameter_names(model: PreTrainedModel, position: TuningPosition) -> tuple[s
     prefix = layer_prefix(model, position.layer)
     parts = _parts(model, position.layer)
     if position.module not in parts:
-        raise InputError(_no_module(model, position, tuple(parts)))
+        raise InputError(_no_module(model, position, tuple(parts)) if is_known(model) else no_row(model))
     return tuple(f"{prefix}.{name}" for name in parts[position.module])
 
 
@@ -168,10 +178,14 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _no_row(model: PreTrainedModel) -> str:
-    """What somebody needs to write the row: where the blocks are, what is in one, and how a row looks."""
-    lists = [(len(part), path) for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
-    size, path = max(lists, default=(0, ""))
+def _block_lists(model: PreTrainedModel) -> list[tuple[int, str]]:
+    """Length and path of every list of modules that is not empty."""
+    return [(len(part), path) for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+
+
+def no_row(model: PreTrainedModel) -> str:
+    """What somebody needs to write a row for this model: where the blocks are, what is in one, and how a row looks."""
+    size, path = max(_block_lists(model), default=(0, ""))
     model_type = model.config.model_type
     lines = [f"architecture {model_type!r} ({type(model).__name__}) has no row in the table of architectures"]
     if size:

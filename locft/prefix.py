@@ -9,23 +9,26 @@ own: one forward pass is cheaper than shipping gigabytes.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
-from filelock import FileLock
 from transformers import PreTrainedModel
 
 from locft.encoding import TokenRow
+from locft.machine import describe_machine
 from locft.models import cache_folder
-from locft.packing import PrefixTree, pack_rows
+from locft.packing import STEP, PrefixTree, pack_rows
+from locft.positions import n_layers
 from locft.tail import capture_boundary
 
-VERSION = 2
+VERSION = 3
 """Of the files; raised when the same key would hold other numbers."""
 TOKENS_AT_ONCE = 2048
 """Tokens of one forward pass while states are computed."""
@@ -35,6 +38,7 @@ LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
 """Disk that all stored states may take together; the least recently used go first."""
 
 _STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bfloat16
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,13 @@ class BoundaryStates:
     """Hidden states entering some layers, for every node of a tree."""
 
     layers: Mapping[int, torch.Tensor]  # layer -> (U, D)
-    thinned: bool = False
-    """Not all layers asked for could be stored."""
+    stride: int = 1
+    """States of every so many-th layer are kept at most."""
 
     def below(self, layer: int) -> int:
-        """The highest stored layer that is not above `layer`: the nearest place to start from."""
-        return max(stored for stored in self.layers if stored <= layer)
+        """The layer whose states a trial at `layer` starts from: itself, or the next one below that may be kept. It does not
+        depend on what else is stored, for a trial's last bits depend on it."""
+        return layer // self.stride * self.stride
 
     def gather(self, layer: int, nodes: torch.Tensor) -> torch.Tensor:
         """States of a pack's nodes (G, N) entering a stored layer, (G, N, D); zeros behind the ends (node -1)."""
@@ -68,49 +73,76 @@ def boundary_states(
     """States of all nodes entering the given layers, from files of an earlier call where there are some.
 
     rows: those of the tree. limit: as of `pack_rows`. on_disk: False keeps the states in this process's memory, for a
-    single edit. When the layers do not fit into `LIMIT_BYTES`, evenly spaced ones are stored, always the lowest; a trial
-    between them starts from the next one below (`BoundaryStates.below`).
+    single edit; so does a disk that is full, with a warning. Where the states of all of the model's layers would not fit into
+    `LIMIT_BYTES`, those of evenly spaced ones are used, the lowest among them (`BoundaryStates.below`).
     """
-    wanted = sorted(set(layers))
     rows = list(rows)
+    shape = (len(tree), model.config.get_text_config().hidden_size)
+    layer_bytes, count = shape[0] * shape[1] * model.dtype.itemsize, n_layers(model)
+    stride = -(-count // max(1, min(count, LIMIT_BYTES // layer_bytes)))
+    if stride > 1:
+        _log.warning("hidden states of one layer in %d are kept: all of them take more than %d bytes", stride, LIMIT_BYTES)
+    wanted = sorted({layer // stride * stride for layer in layers})
     if not on_disk:
-        return BoundaryStates(_computed(model, tree, rows, wanted, limit, None))
-    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
-    tokens = [tree.token_ids.tolist(), tree.depths.tolist(), limit > 0]
-    computed_by = [torch.__version__, torch.get_num_threads()]  # either can change the last bits
-    key = json.dumps([VERSION, fingerprint, config, str(model.dtype), tokens, computed_by], sort_keys=True, default=str)
-    folder = cache_folder() / "states" / hashlib.sha256(key.encode()).hexdigest()[:20]
-    kept = _affordable(wanted, len(tree) * model.config.get_text_config().hidden_size * model.dtype.itemsize)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        missing = [layer for layer in kept if not _file(folder, layer).is_file()]
+        return BoundaryStates(_computed(model, tree, rows, wanted, limit, None), stride)
+    folder = cache_folder() / "states" / _key(model, fingerprint, rows, limit)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(_lock(folder)):
+        folder.mkdir(exist_ok=True)
+        states = {layer: _read(_file(folder, layer), shape) for layer in wanted}
+        missing = [layer for layer, found in states.items() if found is None]
         if missing:
-            _make_room(folder)
-            _computed(model, tree, rows, missing, limit, folder)
+            _make_room(folder, len(missing) * layer_bytes)
+            try:
+                states |= _computed(model, tree, rows, missing, limit, folder)
+            except OSError as error:
+                _log.warning("%s: %s; hidden states are kept in memory", folder, error.strerror or error)
+                for layer in missing:
+                    _partial(folder, layer).unlink(missing_ok=True)
+                states |= _computed(model, tree, rows, missing, limit, None)
         os.utime(folder)
-    return BoundaryStates({layer: _mapped(_file(folder, layer)) for layer in kept}, thinned=len(kept) < len(wanted))
+    return BoundaryStates(states, stride)
+
+
+def _key(model: PreTrainedModel, fingerprint: str, rows: list[TokenRow], limit: int) -> str:
+    """Of everything that the bits of the states depend on: weights, rows in their order, and what computes them how."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    parts = [
+        *(VERSION, TOKENS_AT_ONCE, limit, STEP, fingerprint, config, str(model.dtype), describe_machine(), device),
+        list(dict.fromkeys(row.token_ids for row in rows)),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def _computed(
     model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int, folder: Path | None
 ) -> dict[int, torch.Tensor]:
-    """Fill (U, D) per layer chunk by chunk, in memory or into files that appear when they are complete."""
+    """Fill (U, D) per layer chunk by chunk, in memory or into files that appear when they are complete. Raises OSError."""
     states: dict[int, torch.Tensor] = {}
+    files: dict[int, np.memmap] = {}
     for nodes, captured in _passes(model, tree, rows, layers, limit):
         inside = nodes >= 0
         for layer, hidden in captured.items():
             if layer not in states:
-                shape = (len(tree), hidden.shape[-1])
-                partial = folder and _partial(folder, layer)
-                states[layer] = _empty(shape, hidden.dtype, partial) if partial else torch.empty(shape, dtype=hidden.dtype)
+                shape, dtype = (len(tree), hidden.shape[-1]), hidden.dtype
+                if folder:
+                    files[layer] = _empty(shape, dtype, _partial(folder, layer))
+                    states[layer] = torch.from_numpy(files[layer]).view(dtype)
+                else:
+                    states[layer] = torch.empty(shape, dtype=dtype)
             states[layer][nodes[inside]] = hidden.cpu()[inside]
-    if folder:
-        for layer in layers:
-            os.replace(_partial(folder, layer), _file(folder, layer))
-    return states
+    if folder is None:
+        return states
+    for layer, array in files.items():
+        array.flush()  # a file that has its name has its numbers, whatever happens to the machine
+        os.replace(_partial(folder, layer), _file(folder, layer))
+    return {layer: _read(_file(folder, layer), states[layer].shape) for layer in layers}
 
 
-def _passes(model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int):
+def _passes(
+    model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int
+) -> Iterator[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
     """Forward passes over all rows: nodes (G, N), and for each layer the states (G, N, D)."""
     ordered = sorted({row.token_ids: row for row in rows}.values(), key=lambda row: tree.path(row).tolist())
     chunk: list[TokenRow] = []
@@ -129,21 +161,25 @@ def _passes(model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], laye
             tokens += len(row.token_ids)
 
 
-def _affordable(layers: list[int], bytes_per_layer: int) -> list[int]:
-    fit = max(1, LIMIT_BYTES // max(1, bytes_per_layer))
-    return layers if fit >= len(layers) else [layers[index * len(layers) // fit] for index in range(fit)]
+def _make_room(keep: Path, needed: int) -> None:
+    """Remove the least recently used states until `needed` further bytes fit. Those that are being written or read stay."""
+    with filelock.FileLock(keep.parent / "room.lock"):
+        folders = sorted((f for f in keep.parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+        sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.npy")) for folder in folders}
+        total = sum(sizes.values())
+        for folder in folders:
+            if total + needed <= LIMIT_BYTES:
+                return
+            try:
+                with filelock.FileLock(_lock(folder), timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)  # processes that have it mapped keep their pages
+                    total -= sizes[folder]
+            except filelock.Timeout:
+                continue
 
 
-def _make_room(keep: Path) -> None:
-    """Remove the least recently used states until what stays takes at most half of the limit."""
-    folders = sorted((f for f in keep.parent.iterdir() if f.is_dir() and f != keep), key=lambda f: f.stat().st_mtime)
-    sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.npy")) for folder in folders}
-    total = sum(sizes.values())
-    for folder in folders:
-        if total <= LIMIT_BYTES // 2:
-            return
-        shutil.rmtree(folder, ignore_errors=True)  # processes that have it mapped keep their pages
-        total -= sizes[folder]
+def _lock(folder: Path) -> str:
+    return f"{folder}.lock"
 
 
 def _file(folder: Path, layer: int) -> Path:
@@ -154,12 +190,22 @@ def _partial(folder: Path, layer: int) -> Path:
     return folder / f"{layer:03d}.partial"
 
 
-def _empty(shape: tuple[int, int], dtype: torch.dtype, file: Path) -> torch.Tensor:
+def _empty(shape: tuple[int, int], dtype: torch.dtype, file: Path) -> np.memmap:
+    """A mapped file with its place on the disk: writing to a page that the disk has no place for would end the process."""
     array = np.lib.format.open_memmap(file, mode="w+", dtype=_STORED[dtype], shape=shape)
-    return torch.from_numpy(array).view(dtype)
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    return array
 
 
-def _mapped(file: Path) -> torch.Tensor:
-    array = np.load(file, mmap_mode="c")  # copy on write: nothing can change the file
+def _read(file: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The file's states, copied when written to, so that nothing can change the file. None where it is not there or damaged."""
+    try:
+        array = np.load(file, mmap_mode="c")
+    except (OSError, ValueError, EOFError):
+        return None
     tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+    if tensor.dtype == torch.int16:
+        tensor = tensor.view(torch.bfloat16)
+    return tensor if tuple(tensor.shape) == tuple(shape) else None

@@ -31,6 +31,10 @@ from locft.families import BY_MODEL_TYPE, IDENTITY, ZERO, Family
 from locft.positions import decoder_layers, family_of, layer_prefix, n_layers
 
 
+class NoTailView(ValueError):
+    """A model has no view from a layer upwards; the message says why. It can only be computed whole."""
+
+
 def supports_tail(model: PreTrainedModel) -> str | None:
     """None when the views of this model are sound, else the reason why not, in words for the user.
 

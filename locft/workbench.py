@@ -45,7 +45,7 @@ from locft.models import DTYPES, LoadedModel
 from locft.positions import TuningPosition
 from locft.reference import full_forward
 from locft.requests import EditSet
-from locft.tail import supports_tail
+from locft.tail import NoTailView
 
 _log = logging.getLogger(__name__)
 
@@ -116,12 +116,12 @@ class Workbench:
         rows = encode_edits(loaded.tokenizer, edits.requests)
         answers = baseline.locality_answers if baseline else greedy_answers(loaded, locality_prompts(edits.requests))
         questions = edit_questions(loaded.tokenizer, edits.requests, answers)
+        every = [*rows, *(question.row for question in questions), *(suite_rows(encoded) if encoded else ())]
         engine = None
-        if reason := None if full_model else supports_tail(loaded.model):
+        try:
+            engine = None if full_model else TailEngine(loaded, every, layers, on_disk=on_disk)
+        except NoTailView as reason:
             _log.warning("%s: the whole model is computed in every step: %s", loaded.name, reason)
-        elif not full_model:
-            every = [*rows, *(question.row for question in questions), *(suite_rows(encoded) if encoded else ())]
-            engine = TailEngine(loaded, every, layers, on_disk=on_disk)
         if baseline is None:
             unedited = engine.unedited() if engine else full_forward(loaded.model)
             baseline = measure_unedited(loaded, unedited, answers, questions, encoded)

@@ -6,7 +6,9 @@ output is one JSON object. Heavy libraries are imported by the commands that nee
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from typing import Annotated, Literal
 
@@ -30,8 +32,10 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: turns errors into one clear message and an exit code."""
+    """Entry point: turns errors into one clear message and an exit code. SIGTERM ends a command as Ctrl-C does."""
     _be_quiet()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
     except InputError as error:

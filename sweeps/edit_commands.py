@@ -35,9 +35,12 @@ if TYPE_CHECKING:
 def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_code: RemoteCodeOption = False) -> None:
     """List every tuning position of MODEL: layer, module, parameters, shapes, size."""
     from locft.models import load_structure
-    from locft.positions import list_positions
+    from locft.positions import is_known, list_positions, no_row
 
-    found = list_positions(load_structure(model, trust_remote_code=trust_remote_code))
+    structure = load_structure(model, trust_remote_code=trust_remote_code)
+    found = list_positions(structure)
+    if not is_known(structure):
+        err.print(Text(f"whole layers only: {no_row(structure)}"))
     if as_json:
         shapes = [dict(zip(p.names, map(list, p.shapes), strict=True)) for p in found]
         rows = [

@@ -1,8 +1,10 @@
 """Telling somebody that a study ended: a command is run, an address is posted to. Neither is recorded with the study."""
 
+import http.client
 import json
 import shlex
 import subprocess
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +33,8 @@ class Hooks:
             words = tuple(shlex.split(command or ""))
         except ValueError as error:
             problems.append(f"--on-end: got {command!r}, expected a command ({error})")
-        if webhook and not webhook.startswith(("https://", "http://")):
-            problems.append("--webhook: expected an address that begins with https:// or http://")
+        if webhook and not _is_address(webhook):  # it may hold a secret: it is not repeated
+            problems.append("--webhook: expected an address such as https://HOST/PATH or http://HOST:PORT/PATH")
         if problems:
             raise InputError(problems)
         return cls(words, webhook)
@@ -51,8 +53,8 @@ class Hooks:
             request = urllib.request.Request(self.webhook, text, {"Content-Type": "application/json"})
             try:
                 urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS).close()
-            except OSError as error:  # an address may hold a secret: it is not repeated
-                warn(f"--webhook: not delivered ({getattr(error, 'reason', error)})")
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                warn(f"--webhook: not delivered ({getattr(error, 'reason', None) or type(error).__name__})")
 
     @contextmanager
     def at_the_end(self, study: str, warn: Callable[[str], None]) -> Iterator[dict[str, Any]]:
@@ -66,3 +68,11 @@ class Hooks:
             raise
         finally:
             self.tell(event, warn)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False

@@ -120,6 +120,9 @@ def _not_to_choose(study: Study) -> Iterator[str]:
         yield "space.learning_rate: a selection chooses it itself; leave it out"
     if len(study.space.seed) > 1:
         yield "space.seed: a selection chooses seeds itself; leave it out"
+    for limit in ("minutes", "trials"):
+        if (value := getattr(study.budget, limit)) is not None:
+            yield f"budget.{limit}: got {value:g}; a selection has budgets of its own, see --budget-share and --budget-minutes"
     if study.search.method != "grid":
         yield f"search.method: got {study.search.method}; a selection has searches of its own, see --method"
 

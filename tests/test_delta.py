@@ -48,6 +48,15 @@ def test_apply_and_revert_are_exact(loaded, rows, delta):
     assert model_fingerprint(loaded.model) == before
 
 
+def test_an_edit_writes_to_no_memory_of_the_model(loaded, delta):
+    """It may be a file's, which other processes have mapped."""
+    weight = loaded.model.get_parameter(next(iter(delta.tensors)))
+    memory, content, place = weight.detach(), weight.detach().clone(), weight.data_ptr()
+    with applied(loaded, delta):
+        assert torch.equal(memory, content) and not torch.equal(weight, content)
+    assert weight.data_ptr() == place and torch.equal(weight, content)
+
+
 def test_a_failure_inside_leaves_the_model_unedited(loaded, delta):
     before = model_fingerprint(loaded.model)
     with pytest.raises(RuntimeError), applied(loaded, delta):

@@ -1,5 +1,6 @@
 """The engine against the reference: packing, stored states, logits, gradients and whole trials, on every architecture."""
 
+import errno
 import os
 from dataclasses import replace
 
@@ -8,20 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from locft import prefix
+from locft import prefix, tail
 from locft.benchmarks import load_suite
 from locft.encoding import TokenRow, encode_edit
-from locft.engine import TailEngine, packing_agrees
+from locft.engine import TailEngine
 from locft.finetune import TrainingSettings, batch_loss, finetune
-from locft.models import model_fingerprint
+from locft.models import LoadedModel, model_fingerprint
 from locft.packing import PrefixTree, pack_rows
-from locft.positions import TuningPosition, list_positions
+from locft.positions import TuningPosition, list_positions, parameter_names
 from locft.reference import full_forward
 from locft.requests import load_edits
 from locft.tail import supports_tail
 from locft.workbench import Workbench
-from tests.tiny import ARCHITECTURES, tiny_loaded, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, RELATED, tiny_loaded, tiny_tokenizer
 
 UNPACKED = {"gemma2", "gemma3_text", "bloom", "mamba", "rwkv", "mamba2", "lfm2", "qwen3_next"}
 """Windows shorter than the rows, biases made from a two-dimensional mask, recurrent states."""
@@ -235,6 +237,40 @@ def test_a_half_written_file_is_never_read(tmp_path, monkeypatch):
     assert torch.equal(TailEngine(loaded, rows, [1], on_disk=True).states.layers[1], whole.states.layers[1])
 
 
+def test_a_damaged_file_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded, rows = tiny_loaded("llama"), edit_rows()
+    whole = TailEngine(loaded, rows, [1]).states.layers[1].clone()
+    file = next(tmp_path.rglob("001.npy"))
+    for damage in (lambda: os.truncate(file, 200), lambda: os.truncate(file, 5), lambda: np.save(file, np.zeros((3, 32), np.float32))):
+        damage()
+        assert torch.equal(TailEngine(loaded, rows, [1]).states.layers[1], whole)
+
+
+def test_states_are_kept_in_memory_where_the_disk_is_full(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded, rows = tiny_loaded("llama"), edit_rows()
+    expected = TailEngine(loaded, rows, [1], on_disk=False).states.layers[1]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert torch.equal(TailEngine(loaded, rows, [1]).states.layers[1], expected)
+    assert "No space left on device; hidden states are kept in memory" in caplog.text
+    assert not [*tmp_path.rglob("*.npy"), *tmp_path.rglob("*.partial")]
+
+
+def test_rows_whose_tokens_and_depths_are_alike_are_told_apart(tmp_path, monkeypatch):
+    """Both trees hold the tokens 1 2 3 4 5 at the depths 0 1 2 1 2, but the last one follows another."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded = tiny_loaded("llama")
+    for paths in ([(1, 2, 3), (1, 4), (1, 2, 5)], [(1, 2, 3), (1, 4, 5)]):
+        rows = [TokenRow(path, 1) for path in paths]
+        stored = TailEngine(loaded, rows, [2]).states.layers[2]
+        torch.testing.assert_close(stored, TailEngine(loaded, rows, [2], on_disk=False).states.layers[2], rtol=0, atol=0)
+
+
 def test_layers_that_do_not_fit_are_reached_from_the_one_below(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded, rows = tiny_loaded("llama", layers=6), edit_rows()
@@ -242,7 +278,11 @@ def test_layers_that_do_not_fit_are_reached_from_the_one_below(tmp_path, monkeyp
     one_layer = all_layers.states.layers[0].nbytes
     monkeypatch.setattr(prefix, "LIMIT_BYTES", 2 * one_layer)
     few = TailEngine(loaded, rows, range(6), on_disk=True)
-    assert few.states.thinned and sorted(few.states.layers) == [0, 3]
+    assert few.states.stride == 3 and sorted(few.states.layers) == [0, 3]
+    for others in ([2], [2, 5], []):  # where a trial starts from does not depend on what else is studied, nor where states lie
+        for on_disk in (True, False):
+            engine = TailEngine(loaded, rows, others, on_disk=on_disk)
+            assert torch.equal(engine.forward(2)({})(rows), few.forward(2)({})(rows))
     position = TuningPosition(2, "mlp_down")
     weights = {"model.layers.2.mlp.down_proj.weight": loaded.model.get_parameter("model.layers.2.mlp.down_proj.weight") * 1.1}
     torch.testing.assert_close(few.forward(2)(weights)(rows), all_layers.forward(2)(weights)(rows), atol=1e-5, rtol=1e-4)
@@ -276,9 +316,52 @@ def test_a_model_without_a_tail_is_computed_whole_and_says_so(caplog):
 
 
 def test_windows_shorter_than_a_row_forbid_packing():
-    loaded = tiny_loaded("mistral", sliding_window=4)
-    assert not packing_agrees(loaded.model, edit_rows())
-    assert packing_agrees(tiny_loaded("mistral", sliding_window=200).model, edit_rows())
+    assert TailEngine(tiny_loaded("mistral", sliding_window=4), edit_rows(), on_disk=False).limit == 0
+    assert TailEngine(tiny_loaded("mistral", sliding_window=200), edit_rows(), on_disk=False).limit > 0
+
+
+@pytest.mark.parametrize("architecture", RELATED)
+def test_models_that_share_a_row_of_the_table_have_the_references_logits_too(architecture):
+    loaded, rows = tiny_loaded(architecture), edit_rows()
+    engine = TailEngine(loaded, rows, on_disk=False)
+    for layer in (0, 2):
+        weights = {name: loaded.model.get_parameter(name) + 0.01 for name in parameter_names(loaded.model, TuningPosition(layer, "layer"))}
+        weights = {name: value.requires_grad_() for name, value in weights.items()}
+        expected, logits = full_forward(loaded.model, weights)(rows), engine.forward(layer)(weights)(rows)
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+        wanted = gradients(expected, rows, weights)
+        scale = float(max(value.abs().max() for value in wanted.values()))
+        for name, gradient in gradients(logits, rows, weights).items():
+            torch.testing.assert_close(gradient, wanted[name], atol=2e-5 * scale, rtol=1e-3, msg=name)
+
+
+def test_an_engine_that_does_not_compute_what_the_model_does_is_not_used(monkeypatch, caplog):
+    """Whatever is wrong with a view: first packing is given up, then the view."""
+    whole = tail.tail_hidden
+
+    def wrong(view, boundary, attention_mask, *more):
+        return whole(view, boundary, attention_mask, *more) + (0.1 if attention_mask.ndim == everywhere else 0.0)
+
+    monkeypatch.setattr("locft.engine.tail_hidden", wrong)
+    everywhere = 4  # with masks of ours
+    assert TailEngine(tiny_loaded("llama"), edit_rows(), on_disk=False).limit == 0
+    monkeypatch.setattr("locft.engine.tail_hidden", lambda *given: whole(*given) + 0.1)
+    bench = Workbench.prepare(tiny_loaded("llama"), load_edits("atlas", limit=2), None)
+    assert bench.engine is None and "do not compute what it computes as a whole" in caplog.text
+
+
+def test_an_unknown_architecture_is_trained_whole_and_says_so(caplog):
+    config = AutoConfig.for_model(
+        "xglm", num_layers=2, d_model=32, attention_heads=4, ffn_dim=48, vocab_size=len(tiny_tokenizer())
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    loaded = LoadedModel("xglm", model, tiny_tokenizer(), model_fingerprint(model))
+    bench = Workbench.prepare(loaded, load_edits("atlas", limit=2), None)
+    assert bench.engine is None and "architecture 'xglm' has no row in the table" in caplog.text
+    training = bench.train(TuningPosition(1, "layer"), TrainingSettings(learning_rate=1e-2, epochs=5))
+    assert training.losses[-1] < training.losses[0]
+    assert bench.measure(training.delta).metrics["n_edits"] == 2
 
 
 def test_a_trial_does_not_depend_on_what_ran_before():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from locft.encoding import TokenRow, encode_edit, encode_edits
+from locft.errors import out_of_memory
 from locft.finetune import TrainingSettings, batch_loss, finetune
 from locft.models import model_fingerprint
 from locft.positions import TuningPosition
@@ -197,6 +198,13 @@ def test_where_memory_is_short_a_batch_is_computed_in_pieces_with_the_same_gradi
     np.testing.assert_allclose(pieces.losses, plain.losses, rtol=1e-4)
     for name, change in plain.delta.tensors.items():
         torch.testing.assert_close(pieces.delta.tensors[name], change, rtol=2e-3, atol=1e-5)
+
+
+def test_memory_that_a_cpu_does_not_have_is_recognised():
+    with pytest.raises((MemoryError, RuntimeError)) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(error.value)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_when_not_even_one_edit_fits_it_is_an_error(loaded, rows):

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import socket
 import sys
 import threading
 
@@ -51,6 +52,31 @@ def test_command_and_webhook_hear_how_a_study_ended(tmp_path, posted):
         with hooks.at_the_end("mine", warnings.append):
             raise KeyError("why")
     assert got[1] == {"study": "mine", "event": "failed", "error": "'why'"}
+
+
+def test_a_server_that_answers_nonsense_is_a_warning():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        hooks, warnings = Hooks.checked(None, f"http://127.0.0.1:{listening.getsockname()[1]}/secret-token"), []
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"hello\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with hooks.at_the_end("mine", warnings.append):
+            pass
+        thread.join()
+    assert warnings == ["--webhook: not delivered (BadStatusLine)"]
+
+
+@pytest.mark.parametrize("address", ["ftp://host/secret", "https://", "http://host:port/secret", "host/secret"])
+def test_an_address_that_is_none_is_told_at_once_and_not_repeated(address):
+    with pytest.raises(InputError, match="--webhook: expected an address such as") as error:
+        Hooks.checked(None, address)
+    assert "secret" not in str(error.value)
 
 
 def test_what_cannot_be_told_is_a_warning_without_the_address():

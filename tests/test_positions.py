@@ -274,13 +274,23 @@ def test_parse_inverts_str(layer, module):
     assert TuningPosition.parse(str(position)) == position
 
 
-def test_unknown_architecture_shows_how_to_add_it():
+def test_unknown_architecture_has_whole_layers_and_shows_how_to_add_it():
     config = AutoConfig.for_model("xglm", num_layers=2, d_model=32, attention_heads=4, ffn_dim=48, vocab_size=64)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    assert [str(info.position) for info in list_positions(model)] == ["0.layer", "1.layer"]
+    block = [name for name, _ in model.named_parameters() if name.startswith("model.layers.1.")]
+    assert parameter_names(model, TuningPosition(1, "layer")) == tuple(block) and "model.layers.1.fc2.weight" in block
+    with pytest.raises(InputError) as error:
+        parameter_names(model, TuningPosition(1, "mlp_down"))
+    shows_how_to_add_it(str(error.value))
+    model.config.num_layers = 5  # where the list of blocks is not plain to see, there is no position at all
     with pytest.raises(InputError) as error:
         list_positions(model)
-    text = str(error.value)
+    shows_how_to_add_it(str(error.value))
+
+
+def shows_how_to_add_it(text: str) -> None:
     assert "'xglm'" in text and "model.layers (2 of them)" in text
     assert "self_attn.q_proj.weight (32, 32)" in text and "fc2.weight (32, 48)" in text
     assert "locft/families.py" in text and 'Family(("xglm",), "model.layers"' in text

@@ -110,6 +110,7 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workpl
         (("--set", "space.module=[mlp_sideways]"), "has no module 'mlp_sideways'"),
         (("--set", "space.layer=[99]"), "layer 99"),
         (("--set", "search={method: random, trials: 3}"), "search.method: got random"),
+        (("--set", "budget.minutes=3"), "budget.minutes: got 3; a selection has budgets of its own"),
     ],
 )
 def test_wrong_inputs_are_told_before_anything_runs(selected, workplace, arguments, complaint):
