@@ -23,8 +23,9 @@ from locft.engine import TailEngine
 from locft.errors import InputError
 from locft.evaluation import edit_questions, greedy_answers, locality_prompts
 from locft.machine import MATRIX_ROWS, describe_machine, matrix_speed, peak_memory
-from locft.models import DTYPES, LoadedModel, training_precision
+from locft.models import DTYPES, LoadedModel
 from locft.positions import TuningPosition, n_layers, parameter_names
+from locft.precision import training_precision
 from locft.reference import full_forward
 from locft.requests import EditSet
 from locft.tail import supports_tail

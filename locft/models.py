@@ -6,18 +6,15 @@ read, and code that comes with a model runs only when the caller asks for it.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -142,28 +139,6 @@ def load_structure(name: str, *, trust_remote_code: bool = False) -> PreTrainedM
         if not _looks_like_hub_id(name):
             raise InputError(f"model {name!r}: {source}/config.json: {_cause(error)}") from error
         raise InputError(_unavailable(name, _cause(error))) from error
-
-
-def training_precision(device: str) -> str:
-    """The precision in which training is fastest there at equal quality: bfloat16 on GPUs that have it and on CPUs that
-    multiply it faster (with AMX 3 to 6 times, while Intel's AVX512-BF16 alone takes twice as long), else float32."""
-    if torch_device(device).type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if _faster_in_bfloat16() else "float32"
-
-
-@cache
-def _faster_in_bfloat16() -> bool:
-    """Measured on this CPU within some hundredths of a second. Both precisions take turns, so that other work on the machine
-    slows them alike, and the ratios that hardware has (a half, or two and more) are far from the bound."""
-    factors = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    seconds = dict.fromkeys(factors, math.inf)
-    for _ in range(6):
-        for dtype, factor in factors.items():
-            began = time.perf_counter()
-            factor @ factor.T
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
-    return seconds[torch.bfloat16] < seconds[torch.float32] / 1.2
 
 
 def torch_device(device: str) -> torch.device:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from locft.models import training_precision
+from locft.precision import training_precision
 
 SAFETY = 8.0
 """A decision stands when its margin is so many times the root mean square of the shifts seen."""

@@ -1,12 +1,13 @@
 """Which trial is started next: one that lost its worker, else the search's next one, while there is room.
 
 Ray Tune would start a lost trial again at once, beside the same company. Here what killed it decides: what ran out of
-memory waits until fewer trials run, and a trial that ran out of memory alone is not tried again.
+memory waits until fewer trials run, and a trial that ran out of memory alone is not tried again. One that keeps losing
+its worker without a known cause has its last try alone: the kernel too ends what takes too much memory, and says nothing.
 """
 
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sweeps.ray_session import Room
@@ -38,6 +39,8 @@ class _Attempt:
     """The key under which the search proposed it."""
     alone: bool = False
     """Whether no other trial could run beside it."""
+    solo: bool = False
+    """It waits until no other trial runs, and none is started beside it."""
 
 
 class Dispatch:
@@ -52,19 +55,21 @@ class Dispatch:
     def next(self, key: str) -> TrialConfig | Literal["wait"] | None:
         """The trial to run under this key; "wait" while there may be one later; None when there is no further one."""
         room = self._room.trials()
-        if len(self._running) >= room:
+        if len(self._running) >= room or any(attempt.solo for attempt in self._running.values()):
             return "wait"
         if self._again:
-            waiting = self._again.popleft()
-            config, proposal = waiting.config, waiting.proposal
+            if self._again[0].solo and self._running:
+                return "wait"
+            attempt = self._again.popleft()
         else:
-            config, proposal = self._search.propose(key), key
+            config = self._search.propose(key)
             if config is None and self._running:  # what runs may have to be tried again
                 return "wait"
             if config is None or config == "wait":
                 return config
-        self._running[key] = _Attempt(config, proposal, alone=room == 1)
-        return config
+            attempt = _Attempt(config, key)
+        self._running[key] = replace(attempt, alone=attempt.solo or room == 1)
+        return attempt.config
 
     def holds(self, key: str) -> bool:
         """Whether it runs under this key, as far as was heard here."""
@@ -78,22 +83,27 @@ class Dispatch:
         """Nothing will come of it. Its place is free."""
         self._search.learn(self._running.pop(key).proposal, None)
 
-    def died(self, key: str, *, began: bool = True, out_of_memory: bool = False) -> bool:
+    def died(self, key: str, *, began: bool = True, out_of_memory: bool = False, with_its_node: bool = False) -> bool:
         """Its worker is gone, and its place free. Whether it will be tried again; else it is given up.
 
-        began: whether the worker had begun with it; an idle one whose node is gone is noticed when it is given a trial.
+        began: whether the worker had begun with it; an idle one that is gone is noticed when it is given a trial.
+        with_its_node: the worker's whole node is gone, so nothing is known against the trial.
         """
         attempt, beside = self._running[key], len(self._running)
-        if out_of_memory:
-            again = not attempt.alone
+        if out_of_memory and not attempt.alone:
+            self._room.narrow(beside)
+            again = True
+        elif out_of_memory and began:
+            again = False
         else:
             self._deaths[attempt.config.id, began] += 1
-            again = self._deaths[attempt.config.id, began] <= WORKER_RESTARTS
+            left = WORKER_RESTARTS - self._deaths[attempt.config.id, began]
+            again = left >= 0
+            if left == 0 and began and not with_its_node:
+                attempt = replace(attempt, solo=True)
         if not again:
             self.given_up(key)
             return False
-        if out_of_memory:
-            self._room.narrow(beside)
         del self._running[key]
         self._again.append(attempt)
         return True

@@ -42,8 +42,9 @@ class PreparedStudy:
         study = self.study
         return TrialInputs(
             study.model,
+            self.facts.model_fingerprint,
             study.dtype,
-            study.device,
+            _device(study),
             self.edits,
             self.suite,
             study.capability.prose_tokens,
@@ -69,8 +70,9 @@ def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
     edits: in place of those that the study names.
     """
     from locft.benchmarks import load_suite
-    from locft.models import folder_fingerprint, load_structure, load_tokenizer, model_folder, training_precision
+    from locft.models import folder_fingerprint, load_structure, load_tokenizer, model_folder
     from locft.positions import list_positions, n_layers
+    from locft.precision import training_precision
     from locft.requests import load_edits
 
     problems: list[str] = []
@@ -108,7 +110,7 @@ def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
         n_layers=n_layers(structure),
         modules_by_layer=modules,
         n_edits=len(edits.requests),
-        precision=training_precision(study.device) if study.precision == "auto" else study.precision,
+        precision=training_precision(_device(study)) if study.precision == "auto" else study.precision,
         parameters=sum(parameter.numel() for parameter in structure.parameters()),
         layer_parameters=sum(layer_sizes) // len(layer_sizes),
         head_parameters=head.weight.numel() if head is not None else 0,
@@ -117,6 +119,13 @@ def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
         **_token_counts(tokenizer, edits, suite, wanted.prose_tokens),
     )
     return PreparedStudy(study, facts, make_plan(study, facts), edits, suite)
+
+
+def _device(study: Study) -> str:
+    """Where trials compute, and the driver for them: on the CPU unless trials get a GPU, also where the machine has one."""
+    if study.device != "auto":
+        return study.device
+    return "cuda" if study.resources.gpus else "cpu"
 
 
 def _data_fingerprint(edits: str, suite: "Suite | None", prose_tokens: int) -> str:

@@ -4,7 +4,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,8 @@ class Room:
     def __init__(self, resources: "Resources", trial_bytes: int = 0):
         """trial_bytes: predicted memory of a trial. Raises InputError when not a single one fits."""
         self._resources, self._trial_bytes = resources, trial_bytes
+        self.empty = False
+        """Every node that could run a trial is gone."""
         self._most = math.inf
         self._fit = self._look()
         self._looked = time.monotonic()
@@ -39,9 +41,9 @@ class Room:
         """At least one, also while a cluster has no node to run it."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             try:
-                self._fit = self._look()
-            except InputError:  # the last worker node is gone; another may come
-                self._fit = 1
+                self._fit, self.empty = self._look(), False
+            except InputError:  # another may come
+                self._fit, self.empty = 1, True
             self._looked = time.monotonic()
         return min(self._fit, self._most)
 
@@ -52,7 +54,8 @@ class Room:
     def _look(self) -> int:
         import ray
 
-        return concurrent_trials(self._resources, ray.cluster_resources(), self._trial_bytes)
+        there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return concurrent_trials(self._resources, there, self._trial_bytes)
 
 
 @contextmanager
@@ -77,7 +80,7 @@ def ray_session(
     if address is None:  # told at once, not after Ray's seconds
         import torch
 
-        concurrent_trials(resources, {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()})
+        concurrent_trials(resources, [{"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
     quiet = {"include_dashboard": False} if address is None else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **quiet)
@@ -171,23 +174,34 @@ def _no_cluster(address: str | None, cause: str) -> str:
     )
 
 
-def concurrent_trials(resources: "Resources", have: Mapping[str, float], trial_bytes: int = 0) -> int:
-    """Trials at a time that fit into the CPU and GPU there are; InputError when not even one does.
+def concurrent_trials(resources: "Resources", nodes: Sequence[Mapping[str, float]], trial_bytes: int = 0) -> int:
+    """Trials at a time that fit into the CPUs and GPUs of the nodes there are; InputError when no node holds even one.
 
-    have: Ray's resources; its "memory", in bytes, limits the number as well, but to no less than one, since the prediction
-    is rough. A number that the study names is taken at its word there.
+    nodes: Ray's resources of each. "memory", in bytes, limits the number as well, but to no less than one on a node, since
+    the prediction is rough. A number that the study names is taken at its word there.
     """
-    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-    if resources.cpus > cpus or resources.gpus > gpus:
+    fit = 0
+    for node in nodes:
+        held = _trials_held(resources, node)
+        if trial_bytes and "memory" in node and resources.concurrent == "auto":
+            held = min(held, max(1, int(node["memory"] // trial_bytes)))
+        fit += held
+    if not fit:
+        sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes] or [(0, 0)]
+        cpus, gpus = max(sizes, key=lambda size: (size[1], size[0]) if resources.gpus else size)
+        where = " on the largest node that is up" if len(nodes) > 1 else ""
         raise InputError(
             f"resources: a trial wants {resources.cpus:g} CPUs and {resources.gpus:g} GPUs, but there are {cpus:g} "
-            f"CPUs and {gpus:g} GPUs in all; ask for less, or give --address of a larger cluster"
+            f"CPUs and {gpus:g} GPUs in all{where}; ask for less, or give --address of a larger cluster"
         )
-    fit = int(cpus // resources.cpus)
-    if resources.gpus:
-        fit = min(fit, int(gpus / resources.gpus + 1e-9))
-    if resources.concurrent != "auto":
-        return min(fit, resources.concurrent)
-    if trial_bytes and "memory" in have:
-        fit = min(fit, max(1, int(have["memory"] // trial_bytes)))
-    return fit
+    return fit if resources.concurrent == "auto" else min(fit, resources.concurrent)
+
+
+def _trials_held(resources: "Resources", node: Mapping[str, float]) -> int:
+    """Trials that the CPUs and GPUs of a node hold at a time. One that takes a part of a GPU gets it from one GPU."""
+    by_cpus = int(node.get("CPU", 0) // resources.cpus)
+    if not resources.gpus:
+        return by_cpus
+    there = node.get("GPU", 0)
+    by_gpus = int(there // resources.gpus) if resources.gpus >= 1 else int(there) * int(1 / resources.gpus + 1e-9)
+    return min(by_cpus, by_gpus)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from locft.errors import out_of_memory
@@ -23,6 +22,7 @@ from sweeps.ray_session import Room
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
 from sweeps.search import Search
 from sweeps.trial import Basis, resident_workbench, run_trial
+from sweeps.worker_death import death_of, every_death_is_heard
 
 if TYPE_CHECKING:
     from sweeps.schema import Resources
@@ -118,11 +118,15 @@ def run_trials(
 
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # what did not complete, the reporter has heard
     dispatch = Dispatch(Listed(source) if isinstance(source, Sequence) else source, room)
-    listener = _listener(dispatch, reporter, deadline, patience)
+    listener = _listener(dispatch, room, reporter, deadline, patience)
     worker = tune.with_parameters(_worker(), work=partial(work, bases=dict(bases)))
     worker = tune.with_resources(worker, {"cpu": cpus, "gpu": gpus})
     worker.__qualname__ = worker.__name__  # what lists of processes show: ray::TrialWorker.train
-    with tempfile.TemporaryDirectory(prefix="locft-ray-") as scratch, _on_interrupt(listener.stopper.interrupt):
+    with (
+        tempfile.TemporaryDirectory(prefix="locft-ray-") as scratch,
+        _on_interrupt(listener.stopper.interrupt),
+        every_death_is_heard(),
+    ):
         tune.Tuner(
             worker,
             tune_config=tune.TuneConfig(
@@ -231,7 +235,9 @@ def _scheduler():
     return InOrder()
 
 
-def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, patience: Callable[[TrialConfig], float]):
+def _listener(
+    dispatch: Dispatch, room: Room, reporter: Reporter, deadline: float, patience: Callable[[TrialConfig], float]
+):
     """Ray Tune callback that turns events into the reporter's; carries the stopper that it feeds."""
     import ray
     from ray import tune
@@ -270,6 +276,7 @@ def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, patience:
             self.stopper = StudyStopper()
             self.running: dict[str, tuple[TrialConfig, Any, float]] = {}
             """By Ray's id of the trial: what it is, its worker, and when it began."""
+            self.told_empty = False
 
         def __reduce__(self):
             """Ray writes its set-up to disk for a restore that never happens here; screen and client stay out of it."""
@@ -281,6 +288,9 @@ def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, patience:
             reporter.started(len(self.running))
 
         def on_step_end(self, iteration, trials, **info):
+            if room.empty and not self.told_empty:
+                reporter.note("every node that could run a trial is gone; waiting for another")
+            self.told_empty = room.empty
             now = time.monotonic()
             if now > deadline and not self.stopper.given_up:
                 self.stopper.given_up = "out_of_time"
@@ -307,13 +317,14 @@ def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, patience:
             key = trial.trial_id
             if self.stopper.given_up or not dispatch.holds(key):
                 return
-            config, cause = TrialConfig(**trial.config["trial"]), _death(trial)
+            config, death = TrialConfig(**trial.config["trial"]), death_of(trial)
             began = self.running.pop(key, None) is not None
-            if dispatch.died(key, began=began, out_of_memory=_for_want_of_memory(trial)):
+            lost = {"out_of_memory": death.out_of_memory, "with_its_node": death.with_its_node}
+            if dispatch.died(key, began=began, **lost):
                 if began:
-                    reporter.retried(config, cause)
+                    reporter.retried(config, death.cause)
             else:
-                self._hear(key, worker_failure(config, RuntimeError(f"worker died: {cause}")))
+                self._hear(key, worker_failure(config, RuntimeError(f"worker died: {death.cause}")))
 
         def _hear(self, key: str, result: TrialResult) -> None:
             self.running.pop(key, None)
@@ -321,25 +332,3 @@ def _listener(dispatch: Dispatch, reporter: Reporter, deadline: float, patience:
             reporter.finished(result, len(self.running))
 
     return Listener()
-
-
-def _death(trial) -> str:
-    """Why Ray says a trial's worker died, in one line; the advice that follows there is left out."""
-    try:
-        said = Path(trial.error_file).read_text(encoding="utf-8").strip()
-    except OSError:
-        said = ""
-    lines = said.partition(" Some common causes")[0].splitlines()
-    return next((line for line in lines if "low on memory" in line), lines[-1]) if lines else "no cause known"
-
-
-def _for_want_of_memory(trial) -> bool:
-    """Whether Ray ended the worker because its node ran out of memory, or the trial was refused more."""
-    import ray
-
-    try:
-        error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-    except Exception:  # it does not unpickle here: then it is none of those
-        return False
-    cause = getattr(error, "cause", None)
-    return isinstance(error, ray.exceptions.OutOfMemoryError) or isinstance(cause, Exception) and out_of_memory(cause)

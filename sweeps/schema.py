@@ -287,6 +287,11 @@ def _contradictions(study: Study) -> Iterable[tuple[str, tuple[str, ...], str]]:
     if resources.gpus == 0 and study.device.startswith("cuda"):
         fields = ("device", "resources.gpus")
         yield *_at(fields), f"{study.device} needs resources.gpus above 0: a trial without sees no GPU"
+    own, index = max(1, math.ceil(resources.gpus)), int(study.device.partition(":")[2] or 0)
+    if resources.gpus > 0 and index >= own:
+        fields = ("device", "resources.gpus")
+        seen = "its GPU as cuda:0" if own == 1 else f"its {own} GPUs as cuda:0 to cuda:{own - 1}"
+        yield *_at(fields), f"got {study.device}, but a trial sees {seen}, whichever of the machine; expected cuda"
 
 
 def _at(fields: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

@@ -51,8 +51,8 @@ def edit_settings(
     those of the trial. Raises InputError with every bad option, or when there is neither a run nor a position and edits.
     """
     from locft.finetune import TrainingSettings
-    from locft.models import training_precision
     from locft.positions import TuningPosition
+    from locft.precision import training_precision
     from sweeps.schema import Capability
 
     problems = _problems(given)

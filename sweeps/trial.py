@@ -6,15 +6,18 @@ before it in the process.
 """
 
 import math
+import socket
 import time
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
+from locft.errors import InputError
 from sweeps.records import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
     from locft.benchmarks import Suite
     from locft.finetune import Training
+    from locft.models import LoadedModel
     from locft.requests import EditSet
     from locft.workbench import Baseline, Workbench
 
@@ -24,6 +27,8 @@ class TrialInputs:
     """Everything a worker needs besides a trial's configuration; the same for all trials of a study."""
 
     model: str
+    model_fingerprint: str
+    """Of the weights that the study is planned on."""
     dtype: str
     device: str
     edits: "EditSet"
@@ -43,7 +48,8 @@ class TrialInputs:
     def key(self) -> tuple:
         """Tells whether a resident workbench can serve these inputs: first the model's part, then that of the data."""
         suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
-        return (self.model, self.dtype, self.device, self.edits.fingerprint, suite, self.full_model)
+        model = (self.model, self.model_fingerprint, self.dtype, self.device)
+        return (model, self.edits.fingerprint, suite, self.full_model)
 
 
 @dataclass(frozen=True)
@@ -60,22 +66,21 @@ _resident: dict[tuple, "Workbench"] = {}
 def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) -> "Workbench":
     """The process's workbench for these inputs; made on first use.
 
-    Workbenches of one model on several sets of data share it and stay; for another model all are replaced.
+    Workbenches of one model on several sets of data share it and stay; for another model all are replaced. Raises
+    InputError when the weights on this machine are others than those of the plan.
     """
     import torch
 
     from locft.allocator import keep_freed_memory
-    from locft.models import load_model
     from locft.workbench import Workbench
 
     torch.set_num_threads(inputs.threads)
     keep_freed_memory()
     if inputs.key not in _resident:
-        kin = [bench for key, bench in _resident.items() if key[:3] == inputs.key[:3]]
+        kin = [bench for key, bench in _resident.items() if key[0] == inputs.key[0]]
         if not kin:
             _resident.clear()
-        place = {"dtype": inputs.dtype, "device": inputs.device, "spread": inputs.spread}
-        loaded = kin[0].loaded if kin else load_model(inputs.model, **place)
+        loaded = kin[0].loaded if kin else _planned_model(inputs)
         _resident[inputs.key] = Workbench.prepare(
             loaded,
             inputs.edits,
@@ -87,6 +92,18 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
             full_model=inputs.full_model,
         )
     return _resident[inputs.key]
+
+
+def _planned_model(inputs: TrialInputs) -> "LoadedModel":
+    from locft.models import load_model
+
+    loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device, spread=inputs.spread)
+    if loaded.fingerprint != inputs.model_fingerprint:
+        raise InputError(
+            f"model {inputs.model!r} on node {socket.gethostname()}: got weights with fingerprint {loaded.fingerprint}, "
+            f"expected {inputs.model_fingerprint}, on which the study is planned; every node needs the same weights"
+        )
+    return loaded
 
 
 def measure_baseline(inputs: TrialInputs) -> "Baseline":

@@ -42,11 +42,11 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_running():
-    """One Ray for all tests that ask for it, with two CPUs; starting it takes seconds."""
+    """One Ray for all tests that ask for it, with two CPUs and, it believes, two GPUs; starting it takes seconds."""
     import ray
 
     ray.init(
-        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
     )
     yield
     ray.shutdown()

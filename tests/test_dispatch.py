@@ -73,3 +73,28 @@ def test_a_search_hears_what_came_under_the_key_it_proposed():
     found.finished("c", done(first))
     found.given_up("b")
     assert heard == [("a", done(first)), ("b", None)] and not found.holds("b") and second == TRIALS[1]
+
+
+def test_the_last_try_of_what_dies_without_a_cause_is_alone():
+    found, running = dispatch(TRIALS[:5], room=3)
+    assert found.died("a") and found.next("a") == running["a"], "the first time beside the others"
+    assert found.died("a") and found.next("a") == "wait"
+    found.finished("b", done(running["b"]))
+    assert found.next("a") == "wait"
+    found.finished("c", done(running["c"]))
+    assert found.next("a") == running["a"] and found.next("b") == found.next("c") == "wait"
+    assert not found.died("a")
+    assert [found.next(key) for key in "ab"] == TRIALS[3:5]
+
+
+def test_a_trial_is_not_blamed_for_the_loss_of_its_node():
+    found, running = dispatch(TRIALS[:3], room=2)
+    for _ in range(WORKER_RESTARTS):
+        assert found.died("a", with_its_node=True) and found.next("a") == running["a"]
+    assert not found.died("a", with_its_node=True) and found.next("a") == TRIALS[2]
+
+
+def test_an_idle_worker_that_ran_out_of_memory_is_no_try_of_a_trial_that_runs_alone():
+    found, running = dispatch(TRIALS[:1], room=1)
+    assert found.died("a", began=False, out_of_memory=True) and found.next("a") == running["a"]
+    assert not found.died("a", out_of_memory=True)

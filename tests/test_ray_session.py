@@ -32,11 +32,27 @@ def test_a_cluster_that_does_not_answer_is_told_within_seconds():
         ({"concurrent": 30}, {"CPU": 8}, 8),
         ({"gpus": 0.1, "device": "cuda"}, {"CPU": 64, "GPU": 3}, 30),
         ({"gpus": 1, "cpus": 4}, {"CPU": 8, "GPU": 4}, 2),
+        ({"gpus": 0.6}, {"CPU": 64, "GPU": 2}, 2),
+        ({"gpus": 2}, {"CPU": 64, "GPU": 5}, 2),
     ],
 )
 def test_trials_at_a_time(resources, have, expected):
     resources.pop("device", None)
-    assert concurrent_trials(Resources(**resources), have) == expected
+    assert concurrent_trials(Resources(**resources), [have]) == expected
+
+
+def test_a_trial_fits_on_one_node_or_not_at_all():
+    small, large, head = {"CPU": 4.0, "GPU": 1.0, "memory": 4e9}, {"CPU": 9.0, "memory": 16e9}, {"memory": 8e9}
+    assert concurrent_trials(Resources(cpus=3), [small, small, large, head]) == 5
+    assert concurrent_trials(Resources(cpus=6), [small, small, large]) == 1
+    assert concurrent_trials(Resources(gpus=0.5), [small, large, small]) == 4
+    assert concurrent_trials(Resources(), [small, large, head], trial_bytes=3 * 10**9) == 1 + 5
+    with pytest.raises(InputError, match="6 CPUs and 0 GPUs, but there are 4 CPUs and 1 GPUs in all on the largest"):
+        concurrent_trials(Resources(cpus=6), [small, head, small])
+    with pytest.raises(InputError, match="1 CPUs and 2 GPUs, but there are 4 CPUs and 1 GPUs in all on the largest"):
+        concurrent_trials(Resources(gpus=2), [large, small, small])
+    with pytest.raises(InputError, match="0 CPUs and 0 GPUs"):
+        concurrent_trials(Resources(), [head])
 
 
 @pytest.mark.parametrize(
@@ -44,7 +60,7 @@ def test_trials_at_a_time(resources, have, expected):
 )
 def test_no_more_trials_than_memory_holds(resources, gigabytes, expected):
     have = {"CPU": 8.0, "memory": gigabytes * 1e9}
-    assert concurrent_trials(Resources(**resources), have, trial_bytes=3 * 10**9) == expected
+    assert concurrent_trials(Resources(**resources), [have], trial_bytes=3 * 10**9) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +68,7 @@ def test_no_more_trials_than_memory_holds(resources, gigabytes, expected):
 )
 def test_resources_that_nothing_has(resources, named):
     with pytest.raises(InputError, match=named):
-        concurrent_trials(Resources(**resources), {"CPU": 8.0})
+        concurrent_trials(Resources(**resources), [{"CPU": 8.0}])
 
 
 def test_nodes_that_do_not_see_the_model_are_named(ray_running, tmp_path, monkeypatch):
@@ -81,14 +97,16 @@ def test_room_follows_the_nodes_and_shrinks_when_memory_runs_out(ray_running, mo
     from sweeps import ray_session as module
 
     have = {"CPU": 2.0}
-    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    gone = {"Alive": False, "Resources": {"CPU": 64.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [gone, {"Alive": True, "Resources": have}])
     monkeypatch.setattr(module, "LOOK_SECONDS", -1.0)
     room = Room(Resources())
     assert room.trials() == 2
     have["CPU"] = 6.0
-    assert room.trials() == 6
+    assert room.trials() == 6 and not room.empty
     have["CPU"] = 0.0
-    assert room.trials() == 1, "another node may come"
+    assert room.trials() == 1 and room.empty, "another node may come"
     have["CPU"] = 6.0
+    assert room.trials() == 6 and not room.empty
     room.narrow(running=6)
     assert room.trials() == 3

@@ -1,20 +1,24 @@
 """Ray Tune under the study: what comes back from workers, from failures and from killed processes."""
 
 import dataclasses
+import math
 import os
 import signal
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
 
 from locft.errors import InputError
+from sweeps.dispatch import Dispatch, Listed
 from sweeps.prepare import prepare
 from sweeps.ray_session import Room
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
-from sweeps.runner import alone, on_workers, run_trials, train_and_measure, worker_failure
+from sweeps.runner import _listener, alone, on_workers, run_trials, train_and_measure, worker_failure
 from sweeps.schema import Resources
 from sweeps.study import load_study
 from sweeps.trial import Basis, measure_baseline, resident_workbench, run_trial
@@ -287,6 +291,73 @@ def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, ray_run
     assert [heard.by_id[trial.id].status for trial in trials] == ["done"] * 4 + ["failed"]
     assert [heard.by_id[trial.id].metrics["beside"] for trial in trials[1:4]] == [0.0, 0.0, 0.0]
     assert "MemoryError: cannot allocate" in heard.by_id[trials[4].id].error
+
+
+def test_what_rays_memory_monitor_kills_ran_out_of_memory(study, ray_running, monkeypatch):
+    """Ray has an error of its own for it. Here it tells every lost worker with it: for real it takes a machine's memory."""
+    from ray.air.execution._internal import event_manager
+
+    class Monitored:
+        def __getattr__(self, name):
+            return getattr(ray, name)
+
+        def get(self, future):
+            try:
+                return ray.get(future)
+            except ray.exceptions.RayActorError as error:
+                raise ray.exceptions.OutOfMemoryError(f"First line.\n{said}\nAdvice follows.") from error
+
+    said = "3 workers were killed due to the node running low on memory."
+    killed, after = study.plan.trials[:2]
+
+    def work(config, bases):
+        if config == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return TrialResult(config, "done")
+
+    monkeypatch.setattr(event_manager, "ray", Monitored())
+    heard = Heard()
+    assert run(study, None, [killed, after], heard, concurrent=1, work=work) == "complete"
+    assert heard.deaths == [], "what fails alone is not tried again"
+    assert heard.by_id[killed.id].error == f"RuntimeError: worker died: {said}"
+    assert heard.by_id[after.id].status == "done"
+
+
+def test_a_cluster_without_nodes_is_told_once(study):
+    room, heard = SimpleNamespace(empty=False), Heard()
+    listener = _listener(Dispatch(Listed([]), room), room, heard, math.inf, lambda trial: math.inf)
+    for room.empty in (False, True, True, False):
+        listener.on_step_end(0, [])
+    assert heard.notes == ["every node that could run a trial is gone; waiting for another"]
+
+
+def test_other_weights_than_the_planned_ones_are_refused(study, baseline, tmp_path):
+    """A node may have a model of the same name and size, trained further."""
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    trial, data = study.plan.trials[0], study.facts.data_fingerprint
+    there = dataclasses.replace(study.inputs, model=str(tmp_path))
+    with pytest.raises(InputError, match=f"on node .+: got weights .+, expected {trial.model_fingerprint}"):
+        train_and_measure(trial, {data: Basis(there, baseline)})
+
+
+def test_work_gets_the_gpus_that_it_asks_for(study, ray_running, tmp_path):
+    """Ray's accounts of GPUs need none to be there."""
+
+    def work(config, bases):
+        (tmp_path / str(config.seed)).touch()
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        return TrialResult(config, "done", os.environ["CUDA_VISIBLE_DEVICES"])
+
+    trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(2)]
+    heard, room = Heard(), Room(Resources(gpus=0.5))
+    assert run_trials(trials, {}, cpus=1, gpus=0.5, room=room, reporter=heard, work=work) == "complete"
+    first, second = (result.error for result in heard.results)
+    assert first == second in ("0", "1"), "both on one"
+    assert on_workers([lambda: os.environ["CUDA_VISIBLE_DEVICES"]], 1, 2) == ["0,1"]
 
 
 def test_functions_run_on_workers_and_their_errors_come_back(ray_running):

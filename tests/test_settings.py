@@ -6,7 +6,7 @@ import pytest
 
 from locft.errors import InputError
 from locft.finetune import TrainingSettings
-from locft.models import training_precision
+from locft.precision import training_precision
 from sweeps.schema import Capability, Edits
 from sweeps.settings import edit_settings
 from sweeps.study import load_study, study_to_yaml

@@ -189,6 +189,14 @@ MISTAKES = {
     "no trials": ("name: a\nsearch: {method: random}", "2: search.method: random needs search.trials"),
     "gpus on a cpu": ("name: a\ndevice: cpu\nresources:\n  gpus: 1", "4: resources.gpus: got 1 with device cpu"),
     "cuda without gpus": ("name: a\ndevice: cuda", "2: device: cuda needs resources.gpus above 0"),
+    "another GPU": (
+        "name: a\nresources: {gpus: 1}\ndevice: cuda:1",
+        "3: device: got cuda:1, but a trial sees its GPU as cuda:0",
+    ),
+    "a third GPU of two": (
+        "name: a\nresources: {gpus: 2}\ndevice: cuda:2",
+        "3: device: got cuda:2, but a trial sees its 2 GPUs as cuda:0 to cuda:1",
+    ),
     "missing file": ("name: a\nedits:\n  source: ./edits.jsonl", "3: edits.source: no such file: "),
     "missing prose": ("name: a\ncapability: {prose: wiki}", "2: capability.prose: no such file: "),
     "double key": ("name: a\nepochs: 2\nepochs: 3", "3: epochs: given twice, first in line 2"),
