@@ -3,15 +3,18 @@
 import contextlib
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from locft.delta import EditDelta
 from sweeps import sweep as sweep_module
 from sweeps.pick_edit import PickError
 from sweeps.prepare import prepare
-from sweeps.registry import fetch_edit, registered_edit, study_alias
+from sweeps.registry import FOLDER, add_version, fetch_edit, register_edit, registered_edit, registered_name, study_alias
 from sweeps.study import load_study
 from sweeps.sweep import run_sweep
+from sweeps.tracking import Tracker
+from tests.mlflow_store import STUDY, config, result
 from tests.test_runner import Heard
 
 
@@ -62,3 +65,23 @@ def test_aliases_are_what_mlflow_takes(workplace):
     assert study_alias("layer-sweep") == "layer-sweep" and study_alias("a.b_c") == "a-b_c"
     assert study_alias("v2") == "study-v2" and study_alias("latest") == "study-latest"
     assert registered_edit("nothing", "latest-of-all", None) is None
+
+
+def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
+    """The study's pick, then the same run repeated with another rate; and an edit of before, right in the run's folder."""
+    tracker = Tracker.open(None, "registered")
+    tracker.open_study(STUDY, "registered", study_yaml="", description="", environment={})
+    run_id, client = tracker.log_trial(STUDY, result(config(1))), tracker._client
+
+    def saved(size):
+        delta = EditDelta("1.mlp_down", "f" * 16, {"weight": torch.full((2,), size)})
+        return delta.save(workplace / f"{size:g}").parent
+
+    client.log_artifacts(run_id, str(saved(1.0)), FOLDER)
+    source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
+    add_version(client, registered_name("edit", "tiny"), "", source, run_id, "before", tags={}, description="")
+    for size, alias in ((2.0, "study"), (3.0, "chosen")):
+        register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, None, alias)
+    for address, size in {"@before": 1, "@study": 2, "@chosen": 3, "/1": 1, "/2": 2, "/3": 3}.items():
+        folder = fetch_edit(f"models:/locft-edit-tiny{address}", None, workplace / f"fetched{address.strip('/')}")
+        assert EditDelta.load(folder).tensors["weight"].tolist() == [size, size], address
