@@ -61,6 +61,19 @@ def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(workplace, s
     assert run(file).registered, "the same command makes up for it"
 
 
+def test_ctrl_c_or_the_budget_ends_the_registering_and_not_the_answer(workplace, study_file, ray_running, monkeypatch):
+    def interrupted(*_, here):
+        raise KeyboardInterrupt
+
+    file = study_file(space__layer=[1])
+    monkeypatch.setattr(sweep_module, "register_pick", interrupted)
+    done = run(file)
+    assert done.state.left == 0 and done.answer.recommendation.position == "1.mlp_down"
+    assert done.registered is None and done.not_registered == "interrupted; the same command makes up for it"
+    monkeypatch.setattr(sweep_module, "register_pick", lambda *_, here: pytest.fail("there is no time left"))
+    assert "would exceed the budget's minutes" in run(file, "budget.minutes=0.0001").not_registered
+
+
 def test_aliases_are_what_mlflow_takes(workplace):
     assert study_alias("layer-sweep") == "layer-sweep" and study_alias("a.b_c") == "a-b_c"
     assert study_alias("v2") == "study-v2" and study_alias("latest") == "study-latest"
