@@ -1,6 +1,7 @@
 """The study's pick in the model registry: the delta that was measured, under the study's alias, ready to apply."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -62,8 +63,16 @@ def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(workplace, s
 
 
 def test_ctrl_c_or_the_budget_ends_the_registering_and_not_the_answer(workplace, study_file, ray_running, monkeypatch):
+    def half_a_minute_each(source, bases, *, reporter, **_):
+        for trial in source:
+            found = result(trial)
+            reporter.finished(dataclasses.replace(found, metrics={**found.metrics, "train_seconds": 30.0}), 0)
+        return "complete"
+
     def interrupted(*_, here):
         raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_module, "run_trials", half_a_minute_each)
 
     file = study_file(space__layer=[1])
     monkeypatch.setattr(sweep_module, "register_pick", interrupted)
@@ -71,7 +80,7 @@ def test_ctrl_c_or_the_budget_ends_the_registering_and_not_the_answer(workplace,
     assert done.state.left == 0 and done.answer.recommendation.position == "1.mlp_down"
     assert done.registered is None and done.not_registered == "interrupted; the same command makes up for it"
     monkeypatch.setattr(sweep_module, "register_pick", lambda *_, here: pytest.fail("there is no time left"))
-    assert "would exceed the budget's minutes" in run(file, "budget.minutes=0.0001").not_registered
+    assert "would exceed the budget's minutes" in run(file, "budget.minutes=0.4").not_registered
 
 
 def test_aliases_are_what_mlflow_takes(workplace):
