@@ -1,7 +1,8 @@
 """Finished trials on their way to the tracking store: on disk first, and there until the store has them.
 
 A store may be away for minutes, a disk may be full, a driver may be killed between a trial and its record: the study goes
-on, and what was not delivered is delivered by the next run of the same command.
+on, and what was not delivered is delivered by the next run of the same command. A result that the store will not have
+stands in the way of no other.
 """
 
 import logging
@@ -11,12 +12,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sweeps.driver import driver_folder
 from sweeps.records import TrialResult, pack_result, unpack_result
-from sweeps.tracking import TrackingError
+from sweeps.tracking_store import Refused, TrackingError
+
+T = TypeVar("T")
 
 PATIENCE_SECONDS = 120.0
 """How long a driver that has nothing else to do waits for a store that is away."""
@@ -28,6 +33,44 @@ PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)
 _log = logging.getLogger(__name__)
 
 
+def insist(work: Callable[[], T], say: Callable[[str], None], give_up: Callable[[float], bool]) -> T:
+    """Do what a store is needed for, again and again while it is away; returns what `work` does.
+
+    say: hears that the store is away, and that it is back. give_up: waits for so many seconds, and tells whether to end it.
+    Raises TrackingError then; Refused at once.
+    """
+    away_since = None
+    for pause in chain(PAUSES, repeat(PAUSES[-1])):
+        try:
+            found = work()
+        except Refused:
+            raise
+        except TrackingError as error:
+            if away_since is None:
+                away_since = time.monotonic()
+                say(f"not recorded yet, tried again until it is: {error}")
+            if give_up(pause):
+                raise
+        else:
+            if away_since is not None:
+                say(f"recorded again, after {time.monotonic() - away_since:.0f} s")
+            return found
+    raise AssertionError("pauses have no end")
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """The same for a driver that has nothing else to do: for `PATIENCE_SECONDS`, told in the log."""
+    until = time.monotonic() + PATIENCE_SECONDS
+
+    def over(pause: float) -> bool:
+        if time.monotonic() + pause > until:
+            return True
+        time.sleep(pause)
+        return False
+
+    return insist(work, _log.warning, over)
+
+
 class Outbox:
     """A folder of results that the store does not have yet, a file each."""
 
@@ -35,29 +78,36 @@ class Outbox:
         self.folder = folder
 
     def keep(self, result: TrialResult) -> None:
-        """Atomically. Raises OSError."""
+        """Atomically, and so that a power failure does not take it. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+        handle, unfinished = tempfile.mkstemp(dir=self.folder, suffix=".partial")
         try:
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 file.write(pack_result(result))
-            os.replace(partial, self._file(result))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self._file(result))
+            _sync_folder(self.folder)
         except BaseException:
-            Path(partial).unlink(missing_ok=True)
+            Path(unfinished).unlink(missing_ok=True)
             raise
 
     def drop(self, result: TrialResult) -> None:
         """The store has it."""
         self._file(result).unlink(missing_ok=True)
 
+    def set_aside(self, result: TrialResult) -> Path:
+        """The store refuses it for good: it counts no more, and stays as the file that is returned."""
+        return _renamed(self._file(result), ".refused")
+
     def kept(self) -> list[TrialResult]:
-        """All of them, the oldest first; what is no result (a disk that failed) is left alone and logged."""
+        """All of them, the oldest first; what is no result (a disk that failed) is logged and counts no more."""
         found = []
         for file in sorted(self.folder.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):
             try:
                 found.append(unpack_result(file.read_text(encoding="ascii")))
             except Exception as error:  # zlib, base85, JSON and missing keys raise six kinds
-                _log.warning("%s is no readable result: %s", file, error)
+                _log.warning("%s is no readable result: %s", _renamed(file, ".unreadable"), error)
         return found
 
     def __len__(self) -> int:
@@ -65,6 +115,20 @@ class Outbox:
 
     def _file(self, result: TrialResult) -> Path:
         return self.folder / f"{result.config.id}.result"
+
+
+def _renamed(file: Path, ending: str) -> Path:
+    return file.replace(file.with_suffix(ending))
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in it are on the disk then, too."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def open_outbox(study_id: str, tracking_uri: str | None) -> Outbox:
@@ -75,8 +139,9 @@ def open_outbox(study_id: str, tracking_uri: str | None) -> Outbox:
 class Delivery:
     """Hands results to the store in a thread of its own, in their order, for as long as it takes. A context manager.
 
-    Leaving it waits for what is under way, at most `PATIENCE_SECONDS` (less after an error), and raises TrackingError when the store does not have
-    everything then. What is left is in the outbox.
+    Leaving it waits for what is under way, at most `PATIENCE_SECONDS` (less after an error), and raises TrackingError when
+    the store was away until then. What is left is in the outbox. So is what the store refused, which is offered once more
+    at the end: a fault that passes may look like that.
     """
 
     def __init__(self, deliver: Callable[[TrialResult], Any], outbox: Outbox, say: Callable[[str], None]):
@@ -85,6 +150,7 @@ class Delivery:
         self._deliver, self._outbox, self._say = deliver, outbox, say
         self._queue: queue.SimpleQueue[TrialResult | None] = queue.SimpleQueue()
         self._open = 0
+        self._refused: list[TrialResult] = []
         self._cause = ""
         self._give_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="delivery", daemon=True)
@@ -115,27 +181,25 @@ class Delivery:
             )
 
     def _work(self) -> None:
-        while (result := self._queue.get()) is not None:
-            if not self._delivered(result):
-                return
-            self._outbox.drop(result)
-            self._open -= 1
+        try:
+            for result in iter(self._queue.get, None):
+                if not self._taken(result):
+                    self._refused.append(result)
+            for result in self._refused:
+                if not self._taken(result):
+                    self._open -= 1
+        except TrackingError as error:
+            self._cause = str(error)
 
-    def _delivered(self, result: TrialResult) -> bool:
-        """Whether it went through before giving up."""
-        away_since = None
-        for attempt in range(10**9):
-            try:
-                self._deliver(result)
-            except TrackingError as error:
-                self._cause = str(error)
-                if away_since is None:
-                    away_since = time.monotonic()
-                    self._say(f"not recorded yet, tried again until it is: {error}")
-                if self._give_up.wait(PAUSES[min(attempt, len(PAUSES) - 1)]):
-                    return False
-            else:
-                if away_since is not None:
-                    self._say(f"recorded again, after {time.monotonic() - away_since:.0f} s")
-                return True
-        return False
+    def _taken(self, result: TrialResult) -> bool:
+        """False where the store refuses it. Raises TrackingError when it is given up before the store answers."""
+        try:
+            insist(partial(self._deliver, result), self._say, self._give_up.wait)
+        except Refused as error:
+            if result not in self._refused:
+                where = f"kept in {self._outbox.folder} and offered again later"
+                self._say(f"{result.config.position} is finished, but the store refuses it ({where}): {error}")
+            return False
+        self._outbox.drop(result)
+        self._open -= 1
+        return True

@@ -18,6 +18,7 @@ import psutil
 
 from locft.errors import InputError
 from sweeps.tracking_store import TrackingError
+from sweeps.tracking_uri import sqlite_path
 
 if TYPE_CHECKING:
     from sweeps.tracking import Tracker
@@ -26,6 +27,8 @@ TAG = "locft.driver"
 BEAT_SECONDS = 60.0
 GONE_SECONDS = 300.0
 """A driver of which nothing was heard for so long is taken to be dead, and another may take over."""
+CLAIM_SECONDS = 2.0
+"""After which a driver looks whether the tag still names it: others that began in the same moment have set it by then."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,17 @@ def driver_at_work(tracker: "Tracker | None", study_id: str) -> Driver | None:
         driver = Driver(str(told["host"]), int(told["process"]), float(told["at"]), int(told.get("running", 0)))
     except (ValueError, KeyError, TypeError):
         return None
-    ended = driver.host == socket.gethostname() and not psutil.pid_exists(driver.process)
-    return None if ended or driver.silent > GONE_SECONDS else driver
+    return None if _ended(driver) or driver.silent > GONE_SECONDS else driver
+
+
+def _ended(driver: Driver) -> bool:
+    """Whether it is known to be gone: it was on this machine, and its number is nobody's or that of a later process."""
+    if driver.host != socket.gethostname():
+        return False
+    try:
+        return psutil.Process(driver.process).create_time() > driver.at + 2  # it is known to the second
+    except psutil.NoSuchProcess:
+        return True
 
 
 def refuse_second_driver(tracker: "Tracker | None", study_id: str, name: str) -> None:
@@ -98,18 +110,30 @@ class Heartbeat:
 
 @contextmanager
 def at_work(tracker: "Tracker", study_id: str) -> Iterator[Heartbeat]:
-    """Says so in the store while the block runs. A store that is away hears it later; nothing fails for it."""
+    """Says so in the store while the block runs. A store that is away hears it later; nothing fails for it.
+
+    Raises InputError when another driver works on the study. Of several that begin in the same moment on different machines
+    one goes on: whose tag is the last.
+    """
     heartbeat = Heartbeat()
+
+    def refuse_others() -> None:
+        with suppress(TrackingError):
+            refuse_second_driver(tracker, study_id, tracker.study_tag(study_id, "mlflow.runName") or study_id)
 
     def say(driver: Driver | None) -> None:
         with suppress(TrackingError):
             tracker.tag_study(study_id, TAG, driver and json.dumps(asdict(driver)))
 
     def beat() -> None:
-        say(Driver(socket.gethostname(), os.getpid(), time.time()))
         while heartbeat.wait(BEAT_SECONDS):
             say(Driver(socket.gethostname(), os.getpid(), time.time(), heartbeat.running))
 
+    refuse_others()
+    say(Driver(socket.gethostname(), os.getpid(), time.time()))
+    if sqlite_path(tracker.uri) is None:  # in a file of this machine, its lock has decided already
+        time.sleep(CLAIM_SECONDS)
+        refuse_others()
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
     try:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ import numpy as np
 from analysis.choice import RULE, intervals, probabilities
 from analysis.selection_page import Ranked, RungRun, render_selection
 from analysis.wording import number, percent, plural, seconds
+from sweeps.delivery import patiently
 from sweeps.position_file import FORMAT, SETTINGS
 from sweeps.race import Run, Rung, start_rate
 from sweeps.selection import Selection
 from sweeps.study import study_to_yaml
-from sweeps.tracking import Tracker
+from sweeps.tracking import Tracker, TrackingError
 
 UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
 
@@ -31,13 +33,34 @@ class Answer:
     position: dict[str, Any] | None
     """The position file's content; from the probe alone when time ran out before any run finished (`predicted` is empty)."""
     html: str
+    not_recorded: str | None = None
+    """Why MLflow lacks the answer or the registered position."""
 
 
 def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answer:
-    """Work the answer out and write it into the study's run in MLflow. position_file: its name in the command shown."""
-    ranking = _ranking(selection, tracker)
-    content = _position(selection, ranking) if ranking else _unmeasured(selection)
-    page = _page(selection, ranking, content, position_file)
+    """Work the answer out and write it into the study's run in MLflow, which is closed then.
+
+    position_file: its name in the command shown. A store that is away is asked again for a while, and then done without:
+    the answer says so.
+    """
+    try:
+        ranking = _ranking(selection, tracker)
+        content = _position(selection, ranking) if ranking else _unmeasured(selection)
+        answer = Answer(ranking, content, _page(selection, ranking, content, position_file))
+        try:
+            patiently(partial(_record, selection, tracker, answer))
+            if content:
+                tracker.register_position(selection.question.id, selection.question.study.model, content)
+        except TrackingError as error:
+            return replace(answer, not_recorded=str(error))
+        return answer
+    finally:
+        tracker.abandon_study(selection.question.id)  # unless it was finished
+
+
+def _record(selection: Selection, tracker: Tracker, answer: Answer) -> None:
+    """Into the study's run, and that closed."""
+    ranking, content = answer.ranking, answer.position
     if content:
         tracker.put_study_file(selection.question.id, "position.json", json.dumps(content, indent=2))
     summary = {"runs": len(selection.scores), "grid_share": selection.spent_seconds / selection.grid_seconds}
@@ -53,21 +76,20 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answ
     tracker.finish_study(
         selection.question.id,
         selection.results,
-        page,
+        answer.html,
         {**(content or {}), "trial_ids": _trial_ids(selection, ranking)},
         summary,
         status,
         answer=text,
     )
-    if content:
-        model = selection.question.study.model
-        tracker.register_position(selection.question.id, model, content)
-    return Answer(ranking, content, page)
 
 
 def _ranking(selection: Selection, tracker: Tracker) -> tuple[Ranked, ...]:
     settings = selection.ranking
-    correct = [_by_edit(selection, tracker, run) for run, _ in settings]
+    try:
+        correct = patiently(lambda: [_by_edit(selection, tracker, run) for run, _ in settings])
+    except TrackingError:  # the chances are rougher without them, and the answer is there
+        correct = []
     known = bool(correct) and all(found is not None and found.shape == correct[0].shape for found in correct)
     chances = probabilities(
         [outcome for _, outcome in settings], np.stack(correct) if known else None, selection.question.seed

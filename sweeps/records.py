@@ -85,6 +85,8 @@ class TrialResult:
     """Mean training loss of each epoch (breadth-first) or of each batch's last step (depth-first)."""
     outcomes: tuple[dict[str, Any], ...] = ()
     """Per prompt: edit_id, kind (reliability, generalization, locality), prompt, expected, got, correct, correct_tf."""
+    retried: tuple[str, ...] = ()
+    """Why earlier attempts at it were lost, each in one line."""
 
     def to_row(self) -> dict[str, Any]:
         """One row of the results table (its columns are documented in `analysis.table`)."""
@@ -96,6 +98,7 @@ class TrialResult:
             **self.config.to_dict(),
             **self.metrics,
             "epoch_losses": list(self.epoch_losses),
+            "retried": "\n".join(self.retried) or None,
         }
 
 
@@ -108,6 +111,7 @@ def pack_result(result: TrialResult) -> str:
         "metrics": result.metrics,
         "epoch_losses": result.epoch_losses,
         "outcomes": result.outcomes,
+        "retried": result.retried,
     }
     return base64.b85encode(zlib.compress(json.dumps(parts).encode())).decode()
 
@@ -122,4 +126,5 @@ def unpack_result(packed: str) -> TrialResult:
         parts["metrics"],
         tuple(parts["epoch_losses"]),
         tuple(parts["outcomes"]),
+        tuple(parts.get("retried", ())),  # one that an earlier version kept has none
     )

@@ -1,5 +1,6 @@
 """MLflow's model registry: where a model shall be edited, and the edits themselves, under names with aliases."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 PREFIX = "models:/"
 FOLDER = "edit"
-"""Of a run's artifacts, where a registered edit lies."""
+"""Of a run's artifacts, where registered edits lie, each in a folder of its own: a run is repeated with other settings, too."""
 ALIAS = "chosen"
 """Of the edit that somebody registered; those of studies have the study's (`study_alias`), so that none moves another's."""
 SHOWN = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
@@ -93,8 +94,9 @@ def register_edit(
     shown = "\n".join(f"- {key}: {number(value)}" for key, value in metrics.items() if not key.endswith("_seconds"))
     use = f"`locft apply {edit_address(model, alias)} --model {model} --out edited-model`"
     with asking(f"the registered model {name!r}", InputError):
-        client.log_artifacts(run_id, str(folder), FOLDER)
-        source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
+        place = f"{FOLDER}/{_digest(folder)}"
+        client.log_artifacts(run_id, str(folder), place)
+        source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
         return add_version(
             client,
             name,
@@ -124,6 +126,14 @@ def fetch_edit(address: str, tracking_uri: str | None, into: Path) -> Path:
                 registered = client.get_model_version_by_alias(name, alias)
             else:
                 registered = client.get_model_version(name, version)
-            return Path(client.download_artifacts(registered.run_id, FOLDER, str(into)))
+            place = registered.source.removeprefix(f"{client.get_run(registered.run_id).info.artifact_uri}/")
+            return Path(client.download_artifacts(registered.run_id, place, str(into)))
     except TrackingError as error:
         raise InputError(str(error)) from None
+
+
+def _digest(folder: Path) -> str:
+    """Of the delta in a folder, 16 hexadecimal digits."""
+    from locft.delta import FILE_NAME
+
+    return hashlib.sha256((folder / FILE_NAME).read_bytes()).hexdigest()[:16]

@@ -3,30 +3,31 @@
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import call
 from typing import TYPE_CHECKING, Any, Literal
 
-from locft.errors import InputError
 from sweeps.answer import Answer, answer_of, answer_text, environment
-from sweeps.delivery import Delivery, Outbox, open_outbox
+from sweeps.delivery import open_outbox, patiently
 from sweeps.driver import driver_folder, only_driver
 from sweeps.estimate import memory_bytes, patience_seconds
-from sweeps.forecast import machine
 from sweeps.heartbeat import Heartbeat, at_work, refuse_second_driver
-from sweeps.pick_edit import is_registered, register_pick
+from sweeps.pick_edit import PickError, is_registered, register_pick
 from sweeps.plan import optuna_space, point_of, trial_config
 from sweeps.prepare import PreparedStudy
 from sweeps.ray_session import ray_session, trials_run_here
-from sweeps.records import TrialConfig, TrialResult
+from sweeps.recorder import Recorder, deliver_kept
+from sweeps.records import TrialConfig
 from sweeps.registry import edit_address, study_alias
 from sweeps.runner import Ending, Reporter, alone, run_trials
 from sweeps.search import OBJECTIVES, TrialSearch
 from sweeps.study import study_to_yaml
-from sweeps.tracking import DatasetRecord, ModelRecord, StudyInputs, Tracker, TrackingError
-from sweeps.tracking_store import connect
+from sweeps.tracking import Tracker, TrackingError
+from sweeps.tracking_store import NothingThere
 from sweeps.tracking_uri import check_reachable, resolve_uri, sqlite_path
 from sweeps.trial import Basis, measure_baseline
 
@@ -62,6 +63,12 @@ class StudyState:
         return max(0, self.prepared.plan.count - self.done)
 
     @property
+    def retried(self) -> Counter[str]:
+        """Why attempts at trials were lost that were tried again then, and how often each."""
+        causes = self.results.get("retried", ())
+        return Counter(cause for lines in causes if lines for cause in lines.splitlines())
+
+    @property
     def affordable(self) -> int:
         """Of these as many as the study's budget of trials allows."""
         limit = self.prepared.study.budget.trials
@@ -86,27 +93,29 @@ class Sweep:
 def find_tracker(prepared: PreparedStudy, uri: str | None) -> Tracker | None:
     """The study's tracking store; None when nothing of the study is in it yet. Asking creates neither.
 
-    Raises InputError when the store cannot be reached or written.
+    Raises InputError when the store cannot be reached or written, or does not say what it has.
     """
     resolved = resolve_uri(uri)
     path = sqlite_path(resolved)
     if path is not None and not path.exists():
         check_reachable(resolved)
         return None
-    connect(uri)
     try:
         return Tracker.open(uri, prepared.study.name, create=False)
-    except InputError:  # the store answers, so it is the study that is not there
+    except NothingThere:
         return None
 
 
-def read_state(prepared: PreparedStudy, tracker: Tracker | None) -> StudyState:
-    """Everything finished so far, from the tracking store; None where nothing is yet."""
+def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool = True) -> StudyState:
+    """Everything finished so far, from the tracking store; None where nothing is yet.
+
+    curves: whether the loss curves are read, too, which takes a request a trial while the study is not finished.
+    """
     from analysis.table import results_frame
 
     if tracker is None:
         return StudyState(prepared, results_frame([]), {})
-    results = tracker.load_results(prepared.id)
+    results = tracker.load_results(prepared.id, curves=curves)
     if prepared.plan.trials:
         planned = {trial.id for trial in prepared.plan.trials}
         results = results[results["trial_id"].isin(planned)].reset_index(drop=True)
@@ -127,26 +136,27 @@ def run_sweep(
     show: given the state at the start, a context manager whose value hears of every trial. register: at the end train the
     pick once more and put its delta into the model registry, unless it is there. Raises InputError before
     anything is written when the store or the cluster cannot be had, its resources do not suffice, or another driver runs
-    the study; TrackingError when the store went away for good. Finished trials are then kept on this machine.
+    the study; TrackingError when the store went away for good. Finished trials are then kept on this machine. In a store
+    that answers the study's run is closed, however this ends.
     """
     study, outbox, began = prepared.study, open_outbox(prepared.id, tracking_uri), time.monotonic()
     ending: Ending = "complete"
+    deadline = began + 60 * (study.budget.minutes or math.inf)
     with ExitStack() as stack:
         stack.enter_context(only_driver(driver_folder(prepared.id, tracking_uri), study.name))
         tracker = find_tracker(prepared, tracking_uri)
         refuse_second_driver(tracker, prepared.id, study.name)
         if len(outbox):
             tracker = tracker or Tracker.open(tracking_uri, study.name)
-            _open_study(prepared, tracker)
-            deliver_kept(prepared, tracker, prepared.id, outbox)
-        state = read_state(prepared, tracker)
+            with _opened(prepared, tracker):
+                deliver_kept(prepared, tracker, prepared.id, outbox)
+        state = read_state(prepared, tracker, curves=False)
         here = trials_run_here(address, study.resources)
         if state.affordable or (register and not here and _pick_to_register(state, tracking_uri)):
             trial_bytes = max(memory_bytes(trial, prepared.facts) for trial in prepared.plan.sample)
             room = stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
         tracker = tracker or Tracker.open(tracking_uri, study.name)
-        _open_study(prepared, tracker)
-        heartbeat = stack.enter_context(at_work(tracker, prepared.id))
+        heartbeat = stack.enter_context(_opened(prepared, tracker))
         try:
             if state.affordable:
                 baseline = _baseline(prepared, tracker, here)
@@ -161,16 +171,22 @@ def run_sweep(
                         gpus=study.resources.gpus,
                         room=room,
                         reporter=recorder,
-                        deadline=began + 60 * (study.budget.minutes or math.inf),
+                        deadline=deadline,
                         patience=partial(patience_seconds, facts=prepared.facts, resources=study.resources),
                     )
         except TrackingError:  # nothing can be written now
             raise
         except BaseException:  # the study's run shall show what is finished
-            _conclude(prepared, tracker, ending)
+            with suppress(TrackingError):
+                _conclude(prepared, tracker, ending, call)
             raise
-        done = _conclude(prepared, tracker, ending)
-        return _with_registered(done, tracker, tracking_uri, here) if register and ending == "complete" else done
+        try:
+            done = _conclude(prepared, tracker, ending, patiently)
+        except TrackingError as error:
+            raise TrackingError(f"{error}; all finished trials are recorded, and the same command writes the answer") from None
+        if not register or ending != "complete":
+            return done
+        return _with_registered(done, tracker, tracking_uri, deadline, here)
 
 
 def _pick_to_register(state: StudyState, tracking_uri: str | None) -> dict[str, Any] | None:
@@ -184,8 +200,9 @@ def _pick_to_register(state: StudyState, tracking_uri: str | None) -> dict[str, 
     return None if is_registered(state.prepared.study, row["run_id"], tracking_uri) else row
 
 
-def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None, here: bool) -> Sweep:
-    """Whatever goes wrong here, the study is finished and recorded. here: as of `alone`."""
+def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None, deadline: float, here: bool) -> Sweep:
+    """Whatever goes wrong here, Ctrl-C included, the study is finished and recorded. deadline: as of `run_trials`; here: as
+    of `alone`."""
     from analysis.table import METRICS
 
     prepared, pick = done.state.prepared, done.answer.recommendation
@@ -195,20 +212,27 @@ def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None, he
     address = edit_address(study.model, study_alias(study.name))
     try:
         if row := _pick_to_register(done.state, tracking_uri):
+            if time.monotonic() + row["train_seconds"] > deadline:
+                raise PickError("training it again would exceed the budget's minutes; the same command makes up for it")
             config = TrialConfig(**{name: row[name] for name in TrialConfig.__dataclass_fields__})
             metrics = {name: row[name] for name in (*METRICS, "delta_norm") if math.isfinite(row.get(name, math.nan))}
             basis = Basis(prepared.inputs, _baseline(prepared, tracker, here))
             register_pick(study, basis, config, row["run_id"], metrics, tracking_uri, here=here)
         use = f"Apply it: `locft apply {address} --model {study.model} --out edited-model`"
         tracker.describe_study(prepared.id, f"{answer_text(done.answer)}\n\n{use}", {"locft.registered": address})
+    except KeyboardInterrupt:
+        return replace(done, not_registered="interrupted; the same command makes up for it")
     except Exception as error:  # a worker that dies, a store without a registry
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         return replace(done, not_registered=cause)
     return replace(done, registered=address)
 
 
-def _open_study(prepared: PreparedStudy, tracker: Tracker) -> None:
+@contextmanager
+def _opened(prepared: PreparedStudy, tracker: Tracker) -> Iterator[Heartbeat]:
+    """The study's run, open and this driver's while the block runs. Raises InputError when it is another's by now."""
     study = prepared.study
+    refuse_second_driver(tracker, prepared.id, study.name)
     tracker.open_study(
         prepared.id,
         study.name,
@@ -216,20 +240,33 @@ def _open_study(prepared: PreparedStudy, tracker: Tracker) -> None:
         description=f"Layer sweep of {study.model} on {study.edits.source} ({len(prepared.edits.requests)} edits)",
         environment=environment(),
     )
+    with at_work(tracker, prepared.id) as heartbeat:
+        try:
+            yield heartbeat
+        finally:
+            tracker.abandon_study(prepared.id)  # unless it was finished
 
 
-def _conclude(prepared: PreparedStudy, tracker: Tracker, ending: Ending) -> Sweep:
-    """Draw the answer from everything that is recorded, and close the study's run with it."""
-    state = read_state(prepared, tracker)
-    answer = answer_of(state, tracker)
-    tracker.finish_study(
-        prepared.id,
-        state.results,
-        answer.report_html,
-        asdict(answer.recommendation) if answer.recommendation else {},
-        _summary(state, answer),
-        _status(state, ending),
-        answer=answer_text(answer),
+def _conclude(
+    prepared: PreparedStudy, tracker: Tracker, ending: Ending, asked: Callable[[Callable[[], Any]], Any]
+) -> Sweep:
+    """Draw the answer from everything that is recorded, and close the study's run with it.
+
+    asked: calls what needs the store, `patiently` or once.
+    """
+    state = asked(partial(read_state, prepared, tracker))
+    answer = asked(partial(answer_of, state, tracker))
+    asked(
+        partial(
+            tracker.finish_study,
+            prepared.id,
+            state.results,
+            answer.report_html,
+            asdict(answer.recommendation) if answer.recommendation else {},
+            _summary(state, answer),
+            _status(state, ending),
+            answer=answer_text(answer),
+        )
     )
     return Sweep(state, answer, ending, tracker.uri)
 
@@ -238,71 +275,6 @@ def _status(state: StudyState, ending: Ending) -> Literal["done", "stopped", "fa
     if state.left == 0:
         return "done"
     return "failed" if ending != "interrupted" and state.failed and not state.done else "stopped"
-
-
-class Recorder:
-    """Passes trials on to a reporter, and sends finished ones to MLflow, as runs of a study that is open there.
-
-    A context manager: leaving it waits for what is under way, and raises TrackingError when that does not arrive
-    (`sweeps.delivery`).
-    """
-
-    def __init__(
-        self,
-        reporter: Reporter,
-        heartbeat: Heartbeat,
-        prepared: PreparedStudy,
-        tracker: Tracker,
-        study_id: str,
-        outbox: Outbox,
-    ):
-        self.reporter, self.heartbeat = reporter, heartbeat
-        deliver = partial(tracker.log_trial, study_id, inputs=_inputs(prepared, tracker, study_id))
-        self._delivery = Delivery(deliver, outbox, reporter.note)
-
-    def __enter__(self) -> "Recorder":
-        self._delivery.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._delivery.__exit__(*error)
-
-    def note(self, text: str) -> None:
-        self.reporter.note(text)
-
-    def started(self, running: int) -> None:
-        self.heartbeat.heard(running)
-        self.reporter.started(running)
-
-    def retried(self, config: TrialConfig, cause: str) -> None:
-        self.reporter.retried(config, cause)
-
-    def finished(self, result: TrialResult, running: int) -> None:
-        self._delivery.put(result)
-        self.heartbeat.heard(running)
-        self.reporter.finished(result, running)
-
-
-def deliver_kept(prepared: PreparedStudy, tracker: Tracker, study_id: str, outbox: Outbox) -> None:
-    """Record what an earlier driver could not, in a study that is open in the store. Raises TrackingError."""
-    if kept := outbox.kept():
-        inputs = _inputs(prepared, tracker, study_id)
-        for result in kept:
-            tracker.log_trial(study_id, result, inputs)
-            outbox.drop(result)
-
-
-def _inputs(prepared: PreparedStudy, tracker: Tracker, study_id: str) -> StudyInputs:
-    """The data sets and the unedited model, for the runs of the trials."""
-    study, facts = prepared.study, prepared.facts
-    model = ModelRecord(study.model, facts.model_fingerprint, {"layers": facts.n_layers, "dtype": study.dtype})
-    found = {"edits": len(prepared.edits.requests), **asdict(prepared.edits.findings)}
-    data = [DatasetRecord(study.edits.source, prepared.edits.fingerprint, study.edits.source, "edits", found)]
-    if prepared.suite:
-        items = {task.name: len(task.items) for task in prepared.suite.tasks}
-        name = study.capability.suite or "capability"
-        data.append(DatasetRecord(name, prepared.suite.fingerprint, prepared.capability_source, "capability", items))
-    return tracker.create_inputs(study_id, model, data, {"locft.machine": machine(study.resources)})
 
 
 def _baseline(prepared: PreparedStudy, tracker: Tracker, here: bool) -> "Baseline":

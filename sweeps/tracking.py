@@ -52,7 +52,8 @@ class Tracker:
         create: whether a store or an experiment that is not there is created; without, it is an error.
 
         Raises:
-            InputError: within seconds when the store cannot be reached or written, or the name cannot be used.
+            InputError: within seconds when the store cannot be reached or written, or the name cannot be used;
+                `NothingThere` when the experiment is what is not there.
         """
         name = experiment.strip()
         client, shown = connect(uri, create=create)
@@ -191,11 +192,14 @@ class Tracker:
         recommendation: stored whole. Its `trial_ids` and `position`, where present, become tags, and the runs of
             those trials are the ones tagged `locft.pick`.
         answer: markdown, the description of the run from now on; without it that of `open_study` stays.
+
+        Of a trial with several runs (an answer that was lost, two drivers) the best is kept.
         """
         state = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status]
         picked = list(recommendation.get("trial_ids", ()))
         with asking("the end of the study"), tempfile.TemporaryDirectory() as folder:
             run_id = self._study_run(study_id)
+            self._drop_doubles(study_id)
             results.to_parquet(Path(folder, "results.parquet"), index=False)
             Path(folder, "dashboard.html").write_text(report_html, encoding="utf-8")
             recommended = json.dumps(recommendation, indent=2, default=str)
@@ -217,9 +221,11 @@ class Tracker:
             self._store.log(run_id, tags={**tags, "mlflow.note.content": note})
 
     def abandon_study(self, study_id: str) -> None:
-        """Closes the run of a study that broke off, as FAILED; says nothing where even that does not work."""
-        with contextlib.suppress(TrackingError):
-            self._store.abandon(self._study_run(study_id))
+        """Closes the run of a study that is still open, as stopped; says nothing where even that does not work."""
+        with contextlib.suppress(TrackingError), asking("the study"):
+            for run in self._store.find(runs.matching("study", study_id))[:1]:
+                if run.info.status == "RUNNING":
+                    self._store.close(run.info.run_id, "KILLED", "stopped")
 
     def register_position(self, study_id: str, model: str, position: Mapping[str, Any]) -> str:
         """A new version of the model's registered position, with the alias `recommended`; returns "models:/NAME@ALIAS".
@@ -282,17 +288,19 @@ class Tracker:
             done = [run for run in self._store.search(wanted) if runs.recorded(run) == "done"]
         return {run.data.tags["locft.trial_id"]: run.info.run_id for run in done}
 
-    def load_results(self, study_id: str | None) -> "pd.DataFrame":
-        """The results table (columns: `analysis.table`) with `run_id`, one row a trial, in the order of their start.
+    def load_results(self, study_id: str | None, *, curves: bool = True) -> "pd.DataFrame":
+        """The results table (columns: `analysis.table`) with `run_id` and `retried` (why attempts were lost, one a line, or
+        None), one row a trial, in the order of their start.
 
         Failed trials are in it, incomplete ones are not. The loss curves of a finished study come from its table
-        artifact: reading each from its run takes milliseconds. None: the trials of all studies of the experiment.
+        artifact: reading each from its run takes milliseconds. curves: without, they stay empty. study_id: None for the
+        trials of all studies of the experiment.
         """
         from analysis.table import results_frame
 
         rows: dict[str, dict[str, Any]] = {}
         with asking("the results"):
-            curves = self._stored_curves(study_id)
+            stored = self._stored_curves(study_id) if curves else {}
             for run in self._store.search(runs.matching("trial", study_id)):
                 status, run_id = runs.recorded(run), run.info.run_id
                 if status is None:
@@ -302,14 +310,13 @@ class Tracker:
                 except ValueError as error:
                     _log.warning("run %s is no readable trial: %s", run_id, error)
                     continue
-                if status == "failed" and config.id in rows:
+                known = rows.get(config.id)
+                if known and (known["status"] == "done" or status == "failed"):  # as `Store.find` has it
                     continue
-                curve = curves.get(run_id, ()) if "epoch_loss" in run.data.metrics else ()
-                if not curve and "epoch_loss" in run.data.metrics:
-                    curve = self._store.curve(run_id)
-                error = run.data.tags.get("locft.error")
-                result = TrialResult(config, status, error, runs.metrics_of(run), tuple(curve))
-                rows[config.id] = {**result.to_row(), "run_id": run_id}
+                curve = ()
+                if curves and "epoch_loss" in run.data.metrics:
+                    curve = stored.get(run_id) or self._store.curve(run_id)
+                rows[config.id] = {**runs.result_of(run, config, status, curve).to_row(), "run_id": run_id}
         return results_frame(list(rows.values()))
 
     def load_outcomes(self, trial_run_id: str) -> "pd.DataFrame":
@@ -337,6 +344,13 @@ class Tracker:
         if not found:
             raise TrackingError(f"study {study_id} has no run in {self.uri}: open_study comes first")
         return found[0].info.run_id
+
+    def _drop_doubles(self, study_id: str) -> None:
+        seen = set()
+        for run in self._store.find(runs.matching("trial", study_id)):
+            if (trial_id := run.data.tags["locft.trial_id"]) in seen:
+                self._client.delete_run(run.info.run_id)
+            seen.add(trial_id)
 
     def _mark_pick(self, study_id: str, trial_ids: Sequence[str]) -> None:
         for run in list(self._store.search(f"{runs.matching('trial', study_id)} and tags.`locft.pick` = 'pick'")):

@@ -87,7 +87,7 @@ def earlier_trials(model_fingerprint: str, machine: str, limit: int, uri: str | 
     results = []
     for run in found:
         try:
-            results.append(TrialResult(runs.config_of(run), "done", None, runs.metrics_of(run)))
+            results.append(runs.result_of(run, runs.config_of(run), "done"))
         except ValueError:  # of another version
             continue
     return results

@@ -94,6 +94,8 @@ def trial_tags(study_id: str, result: TrialResult, given: Mapping[str, str]) -> 
     tags["locft.status"] = result.status
     if result.status == "failed":
         tags["locft.error"] = result.error or "unknown"
+    if result.retried:
+        tags["locft.retried"] = "\n".join(result.retried)
     if result.outcomes:  # tells MLflow's pages that the file is a table
         tags["mlflow.loggedArtifacts"] = json.dumps([{"path": "outcomes.json", "type": "table"}])
     return {**tags, **given}
@@ -109,6 +111,15 @@ def config_of(run: "Run") -> TrialConfig:
     if missing := [key for key in _TYPES if key not in kept]:
         raise ValueError(f"no {', '.join(missing)} recorded")
     return TrialConfig(**{key: kind(kept[key]) for key, kind in _TYPES.items()})
+
+
+def result_of(
+    run: "Run", config: TrialConfig, status: Literal["done", "failed"], losses: Sequence[float] = ()
+) -> TrialResult:
+    """What a run says of its trial, without outcomes."""
+    tags = run.data.tags
+    retried = tuple(tags.get("locft.retried", "").splitlines())
+    return TrialResult(config, status, tags.get("locft.error"), metrics_of(run), tuple(losses), retried=retried)
 
 
 def metrics_of(run: "Run") -> dict[str, float]:

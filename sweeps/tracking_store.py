@@ -25,8 +25,20 @@ _MOST_METRICS = 900
 """Metrics in one request; servers refuse more than 1,000 entries."""
 
 
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+"""MLflow's codes for what is wrong with what it was given. Without permission (another code) everything waits."""
+
+
 class TrackingError(RuntimeError):
     """The store did not take or give something. The study's results are unharmed: deliver again later."""
+
+
+class Refused(TrackingError):
+    """The store answers, and will not take this very thing: delivering it again helps little."""
+
+
+class NothingThere(InputError):
+    """The store answers, and holds no experiment of that name."""
 
 
 @contextmanager
@@ -38,6 +50,8 @@ def asking(what: str, as_error: type[Exception] = TrackingError) -> Iterator[Non
         raise
     except Exception as error:
         cause = tracking_uri.redact(str(error) or type(error).__name__)[:1000]
+        if as_error is TrackingError and getattr(error, "error_code", None) in _REFUSALS:
+            as_error = Refused
         raise as_error(f"tracking of {what}: {cause}") from None
 
 
@@ -177,15 +191,15 @@ def open_experiment(
     new; None changes nothing.
 
     Raises:
-        InputError: the name cannot be used, is not there, is that of a deleted experiment, or its artifacts cannot be
-            written.
+        NothingThere: there is none of that name, and none shall be created.
+        InputError: the name cannot be used, is that of a deleted experiment, or its artifacts cannot be written.
     """
     if not 0 < len(name) <= 500:
         raise InputError(f"study name has {len(name)} characters, expected 1 to 500 (it names the experiment)")
     with asking(f"experiment {name!r} in {shown}", InputError):
         found = client.get_experiment_by_name(name)
         if found is None and tags is None:
-            raise InputError(f"study {name!r} has nothing in {shown} yet: run it first (locft sweep)")
+            raise NothingThere(f"study {name!r} has nothing in {shown} yet: run it first (locft sweep)")
         if found is None:
             client.create_experiment(name)
             found = client.get_experiment_by_name(name)

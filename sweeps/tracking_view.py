@@ -40,6 +40,8 @@ def trial_note(result: TrialResult, run_id: str) -> str:
         f"**{config.position}** (layer {config.layer} of {config.layers}), {config.pipeline.replace('_', '-')}, "
         f"{config.batch_size} edits a step, learning rate {config.learning_rate:g}, seed {config.seed}"
     )
+    if result.retried:
+        setting += f". Tried again after: {'; '.join(result.retried)}"
     if result.status == "failed":
         return f"{setting}.\n\nFailed: {result.error}"
     figures = [f"{key} {metrics[key]:.3f}" for key in ("reliability", "generalization", "locality") if key in metrics]

@@ -12,10 +12,13 @@ import urllib.error
 import urllib.request
 
 import pytest
+import torch
 
+from locft.delta import EditDelta
 from locft.errors import InputError
+from sweeps.registry import fetch_edit, register_edit
 from sweeps.tracking import Tracker
-from tests.mlflow_store import STUDY, config, open_study, result
+from tests.mlflow_store import STUDY, config, finish, open_study, result
 
 USER, PASSWORD = "owner", "s3cret-and-long"
 
@@ -73,16 +76,22 @@ def nobody(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
 
 
-def test_a_study_is_recorded_with_the_password(guarded, monkeypatch, capfd, caplog):
+def test_a_study_is_recorded_with_the_password(guarded, tmp_path, capfd, caplog):
     """Written with the password from the environment, read with the one in the address."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_USERNAME", USER)
         patch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
         tracker = Tracker.open(guarded, "guarded")
         _, inputs = open_study(tracker)
-        tracker.log_trial(STUDY, result(config(3)), inputs)
+        run_id = tracker.log_trial(STUDY, result(config(3)), inputs)
+        finish(tracker, tracker.load_results(STUDY), "<h1>Report</h1>")
+        delta = EditDelta("3.mlp_down", "f" * 16, {"weight": torch.ones(2)})
+        registered = register_edit(delta.save(tmp_path / "edit").parent, run_id, "tiny", "3.mlp_down", {}, guarded)
+    fetched = fetch_edit(registered, guarded.replace("://", f"://{USER}:{PASSWORD}@"), tmp_path / "fetched")
+    assert EditDelta.load(fetched).norm == delta.norm
     tracker = Tracker.open(guarded.replace("://", f"://{USER}:{PASSWORD}@"), "guarded", create=False)
     assert len(tracker.load_results(STUDY)) == 1 and tracker.uri == guarded
+    assert {run.info.status for run in tracker._client.search_runs([tracker.experiment_id])} == {"FINISHED"}
     said = "".join(capfd.readouterr()) + caplog.text
     tags = tracker._client.get_experiment(tracker.experiment_id).tags
     runs = tracker._client.search_runs([tracker.experiment_id])

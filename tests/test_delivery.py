@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -10,9 +11,9 @@ import pytest
 
 from locft.errors import InputError
 from sweeps import delivery as delivery_module
-from sweeps.delivery import Delivery, Outbox, open_outbox
+from sweeps.delivery import Delivery, Outbox, open_outbox, patiently
 from sweeps.driver import driver_folder, only_driver
-from sweeps.tracking import TrackingError
+from sweeps.tracking_store import Refused, TrackingError
 from tests.mlflow_store import config, result
 
 
@@ -81,12 +82,70 @@ def test_a_full_disk_costs_only_the_copy_on_it(tmp_path, monkeypatch):
     assert len(store.taken) == 1 and "No space left" in said[0]
 
 
-def test_a_damaged_file_hides_no_other(tmp_path):
+def test_a_damaged_file_hides_no_other_and_counts_once(tmp_path):
     outbox, found = Outbox(tmp_path), results(2)
     for each in found:
         outbox.keep(each)
     (tmp_path / f"{found[0].config.id}.result").write_text("half of")
-    assert outbox.kept() == found[1:]
+    assert outbox.kept() == found[1:] and len(outbox) == 1
+    assert (tmp_path / f"{found[0].config.id}.unreadable").read_text() == "half of"
+
+
+def test_a_kept_result_survives_a_power_failure(tmp_path, monkeypatch):
+    """Its content is on the disk before it has its name, and its name before it is counted on."""
+    happened, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle):
+        found = os.fstat(handle)
+        happened.append("folder" if stat.S_ISDIR(found.st_mode) else f"file with content: {found.st_size > 0}")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *names: (happened.append("named"), replace(*names)))
+    Outbox(tmp_path).keep(results(1)[0])
+    assert happened == ["file with content: True", "named", "folder"]
+
+
+class Picky(Away):
+    """A store that refuses some results, so many times, and takes the others."""
+
+    def __init__(self, refused, times):
+        super().__init__()
+        self.refused = {found.config.id: times for found in refused}
+
+    def __call__(self, found):
+        if self.refused.get(found.config.id, 0):
+            self.refused[found.config.id] -= 1
+            raise Refused("a name is too long")
+        self.taken.append(found.config.id)
+
+
+def test_a_result_that_the_store_refuses_stands_in_the_way_of_no_other(tmp_path):
+    found, said = results(3), []
+    store, outbox = Picky(found[:2], times=100), Outbox(tmp_path)
+    store.refused[found[1].config.id] = 1  # a fault that passes looks like a refusal, too
+    with Delivery(store, outbox, said.append) as delivery:
+        for each in found:
+            delivery.put(each)
+    assert store.taken == [found[2].config.id, found[1].config.id]
+    assert outbox.kept() == found[:1] and store.refused[found[0].config.id] == 98, "asked twice, not for ever"
+    assert len(said) == 2 and all("the store refuses it" in text and "name is too long" in text for text in said)
+    assert outbox.set_aside(found[0]).exists() and len(outbox) == 0
+
+
+def test_a_driver_that_has_nothing_else_to_do_waits_for_the_store(monkeypatch, caplog):
+    answers = iter([TrackingError("no answer"), TrackingError("no answer"), "here"])
+
+    def work():
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    assert patiently(work) == "here" and "no answer" in caplog.text and "recorded again" in caplog.text
+    monkeypatch.setattr(delivery_module, "PATIENCE_SECONDS", 0.0)
+    answers = iter([TrackingError("no answer")])
+    with pytest.raises(TrackingError, match="no answer"):
+        patiently(work)
 
 
 def test_an_outbox_belongs_to_one_study_and_store_whatever_the_password():

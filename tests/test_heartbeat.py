@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import threading
 import time
 
 import pytest
@@ -55,6 +57,49 @@ def test_a_driver_that_was_killed_is_followed_by_another(tracker):
     tracker.tag_study("study", TAG, "no announcement")
     refuse_second_driver(tracker, "study", "shared")
     refuse_second_driver(None, "study", "shared")
+
+
+def test_a_later_process_with_its_number_is_not_taken_for_it(tracker):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        announce(tracker, socket.gethostname(), process=other.pid, age=30)
+        refuse_second_driver(tracker, "study", "shared")
+        announce(tracker, socket.gethostname(), process=other.pid)
+        with pytest.raises(InputError, match="being run already"):
+            refuse_second_driver(tracker, "study", "shared")
+        other.kill()
+
+
+def test_of_two_that_begin_at_once_one_goes_on(tracker, monkeypatch):
+    """On a server; each in a thread of its own, whose name is its machine's. Both have looked before either says anything."""
+    monkeypatch.setattr(heartbeat, "CLAIM_SECONDS", 0.5)
+    monkeypatch.setattr(socket, "gethostname", lambda: threading.current_thread().name)
+    monkeypatch.setattr(tracker, "uri", "http://shared:5000")
+    looked, over = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)
+    tag, first, ends = tracker.tag_study, threading.local(), []
+
+    def both_looked(study_id, key, value):
+        if not hasattr(first, "said"):
+            first.said = looked.wait()
+        tag(study_id, key, value)
+
+    def drive():
+        try:
+            with at_work(tracker, "study"):
+                ends.append("at work")
+                over.wait()
+        except InputError as error:
+            ends.append(str(error))
+            over.wait()
+
+    monkeypatch.setattr(tracker, "tag_study", both_looked)
+    machines = [threading.Thread(target=drive, name=name) for name in ("one", "other")]
+    for machine in machines:
+        machine.start()
+    for machine in machines:
+        machine.join()
+    assert len(ends) == 2 and "at work" in ends
+    assert any("'shared' is being run already" in end for end in ends)
+    assert tracker.study_tag("study", TAG) is None
 
 
 def test_the_first_trial_is_told_at_once(tracker):

@@ -1,17 +1,21 @@
 """The study's pick in the model registry: the delta that was measured, under the study's alias, ready to apply."""
 
 import contextlib
+import dataclasses
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from locft.delta import EditDelta
 from sweeps import sweep as sweep_module
 from sweeps.pick_edit import PickError
 from sweeps.prepare import prepare
-from sweeps.registry import fetch_edit, registered_edit, study_alias
+from sweeps.registry import FOLDER, add_version, fetch_edit, register_edit, registered_edit, registered_name, study_alias
 from sweeps.study import load_study
 from sweeps.sweep import run_sweep
+from sweeps.tracking import Tracker
+from tests.mlflow_store import STUDY, config, result
 from tests.test_runner import Heard
 
 
@@ -58,7 +62,48 @@ def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(workplace, s
     assert run(file).registered, "the same command makes up for it"
 
 
+def test_ctrl_c_or_the_budget_ends_the_registering_and_not_the_answer(workplace, study_file, ray_running, monkeypatch):
+    def half_a_minute_each(source, bases, *, reporter, **_):
+        for trial in source:
+            found = result(trial)
+            reporter.finished(dataclasses.replace(found, metrics={**found.metrics, "train_seconds": 30.0}), 0)
+        return "complete"
+
+    def interrupted(*_, here):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_module, "run_trials", half_a_minute_each)
+
+    file = study_file(space__layer=[1])
+    monkeypatch.setattr(sweep_module, "register_pick", interrupted)
+    done = run(file)
+    assert done.state.left == 0 and done.answer.recommendation.position == "1.mlp_down"
+    assert done.registered is None and done.not_registered == "interrupted; the same command makes up for it"
+    monkeypatch.setattr(sweep_module, "register_pick", lambda *_, here: pytest.fail("there is no time left"))
+    assert "would exceed the budget's minutes" in run(file, "budget.minutes=0.4").not_registered
+
+
 def test_aliases_are_what_mlflow_takes(workplace):
     assert study_alias("layer-sweep") == "layer-sweep" and study_alias("a.b_c") == "a-b_c"
     assert study_alias("v2") == "study-v2" and study_alias("latest") == "study-latest"
     assert registered_edit("nothing", "latest-of-all", None) is None
+
+
+def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
+    """The study's pick, then the same run repeated with another rate; and an edit of before, right in the run's folder."""
+    tracker = Tracker.open(None, "registered")
+    tracker.open_study(STUDY, "registered", study_yaml="", description="", environment={})
+    run_id, client = tracker.log_trial(STUDY, result(config(1))), tracker._client
+
+    def saved(size):
+        delta = EditDelta("1.mlp_down", "f" * 16, {"weight": torch.full((2,), size)})
+        return delta.save(workplace / f"{size:g}").parent
+
+    client.log_artifacts(run_id, str(saved(1.0)), FOLDER)
+    source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
+    add_version(client, registered_name("edit", "tiny"), "", source, run_id, "before", tags={}, description="")
+    for size, alias in ((2.0, "study"), (3.0, "chosen")):
+        register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, None, alias)
+    for address, size in {"@before": 1, "@study": 2, "@chosen": 3, "/1": 1, "/2": 2, "/3": 3}.items():
+        folder = fetch_edit(f"models:/locft-edit-tiny{address}", None, workplace / f"fetched{address.strip('/')}")
+        assert EditDelta.load(folder).tensors["weight"].tolist() == [size, size], address

@@ -7,6 +7,7 @@ import pytest
 
 from sweeps.levels import make_levels
 from sweeps.question import Budget, ask
+from sweeps.tracking import Tracker, TrackingError
 
 SMALL = ("--set", "capability.limit=5", "--set", "capability.prose_tokens=64", "--set", "epochs=6")
 
@@ -95,6 +96,27 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workpl
         "edit", tiny_folder, "--edits", "atlas", "--limit", 4, "--position", "select-tiny-atlas.json", "--out", "out", "--json"
     )
     assert edited.code == 0 and edited.json["position"] == content["position"]
+
+
+def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, workplace, monkeypatch):
+    """Once without a registry, once without the store. The probe is made in this process, and nothing is run."""
+    monkeypatch.setattr("sweeps.selection.on_workers", lambda works, *_: [work() for work in works])
+    monkeypatch.setattr("sweeps.selection.run_trials", lambda *_, **__: "out_of_time")
+    monkeypatch.setattr("sweeps.delivery.PATIENCE_SECONDS", 0.0)
+
+    def away(*_, **__):
+        raise TrackingError("connection refused")
+
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
+    for lost, ending in (("register_position", "FINISHED"), ("finish_study", "KILLED")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Tracker, lost, away)
+            said = selected("--budget-minutes", 0.001, "--json", "--out", workplace / f"{lost}.json")
+        assert said.code == 0, said.err
+        assert json.loads((workplace / f"{lost}.json").read_text())["position"] == said.json["position"]["position"]
+        assert (workplace / f"{lost}.html").exists()
+        (study,) = client.search_runs([client.get_experiment_by_name("select-tiny-atlas").experiment_id])
+        assert study.info.status == ending
 
 
 @pytest.mark.parametrize(

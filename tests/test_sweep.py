@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from locft.errors import InputError
 from sweeps import sweep as sweep_module
@@ -18,8 +20,10 @@ from sweeps.prepare import prepare
 from sweeps.study import load_study
 from sweeps.sweep import _open_trials, find_tracker, read_state, run_sweep
 from sweeps.tracking import Tracker, TrackingError
+from sweeps.tracking_store import Refused
 from sweeps.trial import resident_workbench
 from tests.conftest import write_study
+from tests.mlflow_store import result as stored_result
 from tests.test_runner import TIMINGS, Heard
 
 
@@ -260,6 +264,102 @@ def test_a_store_that_goes_away_loses_nothing(workplace, study_file, ray_running
     assert len(open_outbox(study.id, None)) == 0
     expected = {result.config.id: result.metrics["reliability"] for result in heard.results}
     assert dict(zip(done.state.results["trial_id"], done.state.results["reliability"], strict=True)) == expected
+
+
+def instant_trials(source, bases, *, reporter, **_):
+    """In the place of `run_trials`, where what they measure does not matter."""
+    for trial in source:
+        reporter.finished(stored_result(trial), 0)
+    return "complete"
+
+
+def test_a_result_that_the_store_refuses_blocks_nothing_and_its_trial_is_tried_again(
+    workplace, study_file, ray_running, monkeypatch, caplog
+):
+    real, study, heard = Tracker.log_trial, prepared(study_file()), Heard()
+    bad = study.plan.trials[0]
+    monkeypatch.setattr(sweep_module, "run_trials", instant_trials)
+
+    def picky(self, study_id, result, inputs=None):
+        if result.config == bad:
+            raise Refused("tracking of a trial: a name is too long")
+        return real(self, study_id, result, inputs)
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Tracker, "log_trial", picky)
+        done, _ = sweep(study, heard)
+        assert done.ending == "complete" and (done.state.done, done.state.left) == (1, 1)
+        assert len(heard.notes) == 1 and "the store refuses it" in heard.notes[0] and len(open_outbox(study.id, None)) == 1
+        done, ran = sweep(study)
+        assert ran == [bad.id] and "tried again" in caplog.text
+    outbox = open_outbox(study.id, None)
+    assert len(outbox) == 1 and (outbox.folder / f"{bad.id}.refused").exists()
+    done, ran = sweep(study)
+    assert ran == [] and (done.state.done, done.state.left) == (2, 0), "the store takes it now: nothing is run again"
+
+
+def test_a_cluster_that_cannot_be_had_leaves_no_open_run(workplace, study_file, ray_running, monkeypatch):
+    """Kept results are delivered before the cluster is asked."""
+    file = study_file()
+    study = prepared(file)
+    open_outbox(study.id, None).keep(stored_result(study.plan.trials[0]))
+    with pytest.raises(InputError, match="64 CPUs"):
+        sweep(prepared(file, "resources.cpus=64"))
+    (whole,) = trial_runs(kind="study")
+    assert (whole.info.status, whole.data.tags["locft.status"]) == ("KILLED", "stopped")
+    assert len(trial_runs()) == 1 and len(open_outbox(study.id, None)) == 0
+
+
+def test_the_end_of_a_study_waits_for_the_store(grid, monkeypatch):
+    """It is away when everything is done: for a moment, then for good."""
+    file, _, _ = grid
+    monkeypatch.setattr("sweeps.delivery.PAUSES", (0.01,))
+    real, asked = Tracker.finish_study, []
+
+    def away(self, *args, **kwargs):
+        asked.append(args)
+        if len(asked) < 3:
+            raise TrackingError("connection refused")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tracker, "finish_study", away)
+    done, _ = sweep(prepared(file, "space.layer=[0]"))
+    assert done.state.left == 0 and len(asked) == 3 and trial_runs(kind="study")[0].info.status == "FINISHED"
+    asked.clear()
+    monkeypatch.setattr("sweeps.delivery.PATIENCE_SECONDS", 0.0)
+    with pytest.raises(TrackingError, match="connection refused; all finished trials are recorded, and the same command"):
+        sweep(prepared(file, "space.layer=[0]"))
+    assert trial_runs(kind="study")[0].info.status == "KILLED"
+
+
+def test_only_an_experiment_that_is_not_there_means_that_nothing_is(grid, monkeypatch):
+    _, study, _ = grid
+    assert find_tracker(dataclasses.replace(study, study=study.study.model_copy(update={"name": "other"})), None) is None
+
+    def busy(*_):
+        raise MlflowException("the server restarts", error_code=TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", busy)
+    with pytest.raises(InputError, match="the server restarts"):
+        find_tracker(study, None)
+
+
+def test_why_trials_were_tried_again_is_kept(workplace, study_file, ray_running, monkeypatch):
+    study = prepared(study_file())
+    one, other = study.plan.trials
+
+    def run_trials(source, bases, *, reporter, **_):
+        for trial, cause in ((one, "killed"), (other, "killed"), (one, "node lost")):
+            reporter.retried(trial, cause)
+        return instant_trials(source, bases, reporter=reporter)
+
+    monkeypatch.setattr(sweep_module, "run_trials", run_trials)
+    done, _ = sweep(study)
+    assert dict(zip(done.state.results["trial_id"], done.state.results["retried"], strict=True)) == {
+        one.id: "killed\nnode lost", other.id: "killed"
+    }  # fmt: skip
+    assert done.state.retried == {"killed": 2, "node lost": 1}
+    assert read_state(study, None).retried == {}
 
 
 def test_looking_at_a_study_that_never_ran_makes_no_store(tmp_path, monkeypatch, study_file):

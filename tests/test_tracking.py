@@ -13,11 +13,16 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow.entities import Param
+from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2 as error_codes
 
 from locft.errors import InputError
 from sweeps import tracking_uri
+from sweeps.records import pack_result, unpack_result
 from sweeps.tracking import Tracker, TrackingError
 from sweeps.tracking_lookup import find_run, list_studies
+from sweeps.tracking_store import Refused
 from sweeps.tracking_view import run_name
 from tests.mlflow_store import STUDY, config, failure, finish, open_study, result
 
@@ -140,6 +145,64 @@ def test_a_failed_trial_may_succeed_later(tracker):
     assert row["epoch_losses"] == list(trial.epoch_losses)
 
 
+def test_what_the_store_will_not_have_is_told_from_a_store_that_is_away(tracker, monkeypatch):
+    open_study(tracker)
+    trial = dataclasses.replace(result(), metrics={"x" * 300: 0.5})
+    with pytest.raises(Refused, match="x"):
+        tracker.log_trial(STUDY, trial)
+
+    def denied(*args, **kwargs):
+        raise MlflowException("not yours", error_code=error_codes.PERMISSION_DENIED)
+
+    monkeypatch.setattr(tracker._client, "log_batch", denied)
+    with pytest.raises(TrackingError, match="not yours") as caught:
+        tracker.log_trial(STUDY, result())
+    assert not isinstance(caught.value, Refused), "the permission may come, and then it is taken"
+
+
+def test_why_a_trial_was_tried_again_comes_back(tracker):
+    open_study(tracker)
+    trial = dataclasses.replace(result(), retried=("worker died: killed", "node lost"))
+    run_id = tracker.log_trial(STUDY, unpack_result(pack_result(trial)))
+    tracker.log_trial(STUDY, result(config(1)))
+    tags = tracker._client.get_run(run_id).data.tags
+    assert tags["locft.retried"] == "worker died: killed\nnode lost"
+    assert "Tried again after: worker died: killed; node lost" in tags["mlflow.note.content"]
+    table = tracker.load_results(STUDY)
+    assert list(table["retried"]) == ["worker died: killed\nnode lost", None]
+    finish(tracker, table, "")
+
+
+def test_a_study_that_broke_off_is_not_left_open(tracker):
+    run_id, _ = open_study(tracker)
+    tracker.abandon_study(STUDY)
+    run = tracker._client.get_run(run_id)
+    assert run.info.status == "KILLED" and run.data.tags["locft.status"] == "stopped"
+    open_study(tracker)
+    tracker.log_trial(STUDY, result())
+    finish(tracker, tracker.load_results(STUDY), "")
+    tracker.abandon_study(STUDY)
+    assert tracker._client.get_run(run_id).info.status == "FINISHED", "it did not break off"
+    tracker.abandon_study("never ran")
+
+
+def test_doubled_runs_are_one_when_the_study_ends(tracker):
+    """As two drivers would leave them: both finished, or one of them failed."""
+    open_study(tracker)
+    client = tracker._client
+    for trial, state, status in (
+        (result(), "FINISHED", "done"), (result(config(4)), "FAILED", "failed"), (failure(config(5)), "FAILED", "failed")
+    ):  # fmt: skip
+        run = client.get_run(tracker.log_trial(STUDY, trial))
+        double = client.create_run(tracker.experiment_id, tags={**run.data.tags, "locft.status": status}).info.run_id
+        client.log_batch(double, params=[Param(*pair) for pair in run.data.params.items()])
+        client.set_terminated(double, state)
+    table = tracker.load_results(STUDY)
+    assert len(table) == 3 and len(runs(tracker)) == 6
+    finish(tracker, table, "")
+    assert sorted(run.info.run_id for run in runs(tracker)) == sorted(table["run_id"])
+
+
 def test_doubled_runs_are_made_one(tracker):
     open_study(tracker)
     trial = result()
@@ -208,8 +271,11 @@ def test_loss_curves_of_a_finished_study_are_read_from_its_table(tracker, monkey
     monkeypatch.setattr(
         tracker._client, "get_metric_history", lambda run, key: asked.append(run) or history(run, key)
     )
+    bare = tracker.load_results(STUDY, curves=False)
+    assert asked == [] and all(curve == [] for curve in bare["epoch_losses"])
     again = tracker.load_results(STUDY)
     assert asked == [late]
+    pd.testing.assert_frame_equal(again.drop(columns="epoch_losses"), bare.drop(columns="epoch_losses"))
     pd.testing.assert_frame_equal(again.iloc[:3], table)
 
 
