@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from locft.frozen import MOST_BYTES
 from sweeps.plan import Plan, StudyFacts
 from sweeps.records import TrialConfig
 
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRAINED_BYTES = 4 * 4
 """For each trained number: weight, gradient and Adam's two moments in float32."""
-_DRIVER_BYTES = 1_000_000_000
+_DRIVER_BYTES = 1_050_000_000
 """The command with Ray, MLflow and its tables, and Ray's own processes."""
-_PROCESS_BYTES = 600_000_000
-"""A worker with its imports, before it has loaded a model."""
+_PROCESS_BYTES = 380_000_000
+"""A worker with its imports, before it has loaded a model, besides the libraries that it shares."""
+_SLACK = 1.3
+"""What a worker's passing memory comes to in the end: freed pieces are kept, and not every one is used again."""
 _READ_AT_ONCE = 2048
 """Tokens of a forward pass of the unedited model, all of whose logits are held."""
 _RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
@@ -234,7 +237,7 @@ def steps_allowed(trial: TrialConfig, n_edits: float) -> int:
 
 def memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     """Of a single worker at most."""
-    return _shared_bytes(trial, facts) + _kept_bytes(trial, facts) + _passing_bytes(trial, facts)
+    return _shared_bytes(trial, facts) + _kept_bytes(trial, facts) + _added_bytes(trial, facts)
 
 
 def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: int) -> tuple[int, int]:
@@ -243,26 +246,29 @@ def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: i
         return 0, 0
     at_once, always = min(concurrent, len(trials)), _DRIVER_BYTES + _shared_bytes(trials[0], facts)
     kept = [_kept_bytes(trial, facts) for trial in trials]
-    most = max(kept_bytes + _passing_bytes(trial, facts) for kept_bytes, trial in zip(kept, trials, strict=True))
+    most = max(own + _added_bytes(trial, facts) for own, trial in zip(kept, trials, strict=True))
     return always + at_once * min(kept), always + at_once * most
 
 
 def _shared_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Files that all workers of a machine map: the frozen weights in the precision of training."""
-    return 0 if trial.precision == trial.dtype else _BYTES[trial.precision] * facts.parameters
+    """Files that all workers of a machine map: the frozen weights, and once more in the precision of training."""
+    return facts.parameters * sum(_BYTES[name] for name in {trial.dtype, trial.precision})
 
 
 def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Of a worker as long as it trains: the process, the frozen weights, what is trained."""
-    trained = facts.trained_parameters.get(trial.position, facts.layer_parameters)
-    return _PROCESS_BYTES + _BYTES[trial.dtype] * facts.parameters + _TRAINED_BYTES * trained
+    """A worker's own as long as it trains: the process, and what is trained."""
+    return _PROCESS_BYTES + _TRAINED_BYTES * facts.trained_parameters.get(trial.position, facts.layer_parameters)
 
 
-def _passing_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Of a worker for moments: the largest logits."""
+def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """What a worker may add to that: the layouts of the weights that it multiplies by, and the largest logits."""
+    packed = 0
+    if trial.precision == "bfloat16" and 2 * facts.parameters <= MOST_BYTES:
+        packed = 2 * 2 * (layers_passed(trial, facts) * facts.layer_parameters + facts.head_parameters)
     batch_tokens = min(trial.batch_size, facts.n_edits) * edit_tokens(facts) // max(1, facts.n_edits)
     reading = min(_READ_AT_ONCE, edit_tokens(facts) + evaluation_tokens(facts) + facts.capability_tokens)
-    return 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
+    logits = 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
+    return int(_SLACK * (packed + logits))
 
 
 def edit_tokens(facts: StudyFacts) -> int:

@@ -9,7 +9,15 @@ import pytest
 
 import sweeps
 from sweeps.calibration import calibrated
-from sweeps.estimate import Costs, Pass, default_costs, estimate, memory_bytes, trial_seconds
+from sweeps.estimate import (
+    Costs,
+    Pass,
+    default_costs,
+    estimate,
+    memory_bytes,
+    memory_range,
+    trial_seconds,
+)
 from sweeps.forecast import Forecast, foresee, learnt, machine, places
 from sweeps.plan import make_plan
 from sweeps.prepare import PreparedStudy, prepare
@@ -36,8 +44,8 @@ def test_an_estimate_is_its_written_formula():
     assert got.seconds == pytest.approx(20 + 7 + 2 * (0.9 * training + measuring)), "the third waits for a place"
     assert got.seconds_high == pytest.approx(2 * (27 + 2 * (training + measuring)))
     assert got.seconds_low == pytest.approx((27 + 2 * (0.3 * training + measuring)) / 2 / 1.5)
-    held, logits = 2 * (600_000_000 + 4 * 1000 + 16 * 40), 2 * 4 * 50 * int(1.5 * 2048)
-    assert (got.memory_bytes_low, got.memory_bytes_high) == (1_000_000_000 + held, 1_000_000_000 + held + logits)
+    held, logits = 1_050_000_000 + 4 * 1000 + 2 * (380_000_000 + 16 * 40), int(1.3 * 4 * 50 * int(1.5 * 2048))
+    assert (got.memory_bytes_low, got.memory_bytes_high) == (held, held + 2 * logits)
     assert got.disk_bytes_high == got.disk_bytes_low + 4 * 4 * 2000 * 2
     assert got.disk_bytes_low == 10_000_000 + 3 * (30_000 + 24 * 400)
     left = estimate(plan, facts, COSTS, concurrent=2, done=[plan.trials[0].id])
@@ -90,6 +98,16 @@ def test_a_forecast_is_for_the_machines_there_are(monkeypatch):
     assert forecast.on({"CPU": 16.0, "memory": 2.5 * memory_bytes(forecast.prepared.plan.sample[0], FACTS)}).concurrent == 2
     gpu = replace(forecast.prepared, study=make_study(resources={"gpus": 0.5}))
     assert places(gpu, {"CPU": 16.0, "GPU": 2.0}) == 4 and places(gpu, {"CPU": 16.0}) == 1
+
+
+def test_memory_is_what_was_measured():
+    """Two workers, proportional set size of all processes: 5.4 GiB at the first layers of SmolLM2-135M."""
+    facts = replace(make_facts(edit_tokens=500, trained_parameters={"0.mlp": 2_654_208}), precision="bfloat16")
+    trial = make_plan(make_study({"layer": 0, "module": "mlp", "batch_size": 4}), facts).trials[0]
+    low, high = memory_range([trial] * 2, facts, 2)
+    assert low < 5.4 * 2**30 < 1.05 * high and high < 1.2 * 5.4 * 2**30
+    alone = memory_range([trial], facts, 2)
+    assert (2 * alone[1] - high) / 2**30 > 1.5, "driver and weights are there once"
 
 
 def test_what_does_not_fit_is_told(monkeypatch):
