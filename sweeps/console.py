@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +17,12 @@ from rich.text import Text
 from locft.errors import InputError
 
 if TYPE_CHECKING:
+    from analysis.comparison import Comparison
     from sweeps.answer import Answer
-    from sweeps.estimate import Estimate
+    from sweeps.forecast import Forecast
     from sweeps.prepare import PreparedStudy
     from sweeps.recommendation import Answer as PositionAnswer
+    from sweeps.runner import Ending
     from sweeps.sweep import StudyState
 
 out = Console(soft_wrap=False)
@@ -46,27 +49,45 @@ def say_study(prepared: "PreparedStudy") -> None:
         err.print(Text(sentence))
 
 
-def expectation(expected: "Estimate") -> str:
-    """An estimate in words."""
-    from analysis.wording import seconds
+def expectation(forecast: "Forecast", where: str = "on this machine") -> str:
+    """What is to be run of a study, and what it will take, in words."""
+    from analysis.wording import plural, seconds
 
+    expected, budget, planned = forecast.estimate, forecast.prepared.study.budget, forecast.prepared.plan.count
+    trials = plural(expected.trials, "trial")
+    if expected.ended_by == "trials":
+        trials += f" of {planned:,} planned (the budget ends the study after {budget.trials:,})"
+    if expected.ended_by == "minutes":
+        trials = f"about {trials} of {planned:,} planned (the budget ends the study after {seconds(60 * budget.minutes)})"
+    if done := planned - expected.left:
+        trials += f" and {done:,} done"
+    ranges = ((expected.memory_bytes_low, expected.memory_bytes_high), (expected.disk_bytes_low, expected.disk_bytes_high))
+    memory, disk = (f"{low / 2**30:.2g} to {high / 2**30:.2g} GiB" for low, high in ranges)
     return (
-        f"{expected.concurrent} at a time: about {seconds(expected.seconds)} "
-        f"({seconds(expected.seconds_low)} to {seconds(expected.seconds_high)}), "
-        f"{expected.peak_memory_bytes / 2**30:.1f} GiB of memory, {expected.disk_bytes / 2**30:.2f} GiB of disk "
+        f"{trials}, {where} {expected.concurrent} at a time: about {seconds(expected.seconds)} "
+        f"({seconds(expected.seconds_low)} to {seconds(expected.seconds_high)}), {memory} of memory, {disk} of disk "
         f"(from {expected.source})"
     )
 
 
 def print_answer(
-    state: "StudyState", answer: "Answer", report_file: Path, uri: str, as_json: bool, registered: str | None = None
+    state: "StudyState",
+    answer: "Answer",
+    report_file: Path,
+    uri: str,
+    as_json: bool,
+    *,
+    ending: "Ending | None" = None,
+    registered: str | None = None,
+    comparison: "Comparison | None" = None,
 ) -> None:
-    """registered: the address of the pick's edit in the model registry."""
+    """ending: of the run that comes to this answer, where there was one. registered: the address of the pick's edit in the
+    model registry. comparison: with another study."""
     from analysis.wording import percent
     from sweeps.tracking_uri import resolve_uri
 
     pick = answer.recommendation
-    counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed}
+    counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
     by_id = {row["trial_id"]: row for row in state.results.to_dict("records")}
     front = [by_id[trial_id] for trial_id in answer.front.trial_ids]
     names = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
@@ -76,12 +97,15 @@ def print_answer(
             {
                 "study": about(state.prepared),
                 "trials": counts,
+                "causes": failure_causes(state),
+                "ending": ending,
                 "front": [{key: plain(row[key]) for key in shown} for row in front],
                 "hypervolume": answer.front.hypervolume,
                 "pick": asdict(pick) if pick else None,
                 "unedited": state.baseline,
                 "report": str(report_file),
                 "registered": registered,
+                "comparison": comparison and compared(comparison),
                 "tracking_uri": uri,
             }
         )
@@ -105,8 +129,37 @@ def print_answer(
         if registered:
             model = state.prepared.study.model
             out.print(Text(f"Apply it: locft apply {registered} --model {model}{store} --out edited-model"), soft_wrap=True)
+    if comparison:
+        from analysis.comparison import cautions, moved
+
+        out.print(Text(f"\nCompared with {comparison.names[1]}:", style="bold"))
+        for sentence in (*moved(comparison), *cautions(comparison)):
+            out.print(Text(f"  {sentence}"))
     out.print(f"{counts['done']} of {counts['planned']} trials done, {counts['failed']} failed", highlight=False)
     out.print(Text(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {uri}"), soft_wrap=True)
+
+
+def failure_causes(state: "StudyState") -> dict[str, int]:
+    """How many trials failed for each cause, the most frequent first."""
+    failed = state.results.loc[state.results["status"] == "failed", "error"]
+    return dict(Counter(failed).most_common())
+
+
+def compared(comparison: "Comparison") -> dict[str, Any]:
+    """Two studies side by side: intervals are [value, low, high] at 95%, differences are there - here."""
+    from analysis.comparison import cautions, differing, moved
+
+    return {
+        "with": comparison.names[1],
+        "differing": {what: {"here": here, "there": there} for what, here, there in differing(comparison)},
+        "picks": {side: pick and pick.position for side, pick in zip(("here", "there"), comparison.picks, strict=True)},
+        "moved": moved(comparison),
+        "shared_positions": len(comparison.shared),
+        "agreement": {
+            item.metric: {"rank_correlation": item.rank, "difference": item.difference} for item in comparison.agreements
+        },
+        "cautions": cautions(comparison),
+    }
 
 
 def print_selection(answer: "PositionAnswer", file: Path, page: Path, uri: str, edits: str) -> None:

@@ -1,4 +1,4 @@
-"""What a plan will take: time, memory and disk, with a range.
+"""What a plan will take: time, memory and disk, with a range, as far as the study's budget lets it.
 
 A trial's work has a part for every layer that it goes through, from the trained one upwards, and a fixed one (the output
 projection, the optimiser, what generates answers). `Costs` holds both in seconds for the steps and the measurements of one
@@ -7,21 +7,26 @@ study; where they come from is the business of `sweeps.forecast`.
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from locft.frozen import MOST_BYTES
 from sweeps.plan import Plan, StudyFacts
 from sweeps.records import TrialConfig
 
 if TYPE_CHECKING:
-    from sweeps.schema import Resources
+    from sweeps.schema import Limits, Resources
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRAINED_BYTES = 4 * 4
 """For each trained number: weight, gradient and Adam's two moments in float32."""
-_PROCESS_BYTES = 600_000_000
-"""A worker with its imports, before it has loaded a model."""
+_DRIVER_BYTES = 1_050_000_000
+"""The command with Ray, MLflow and its tables, and Ray's own processes."""
+_PROCESS_BYTES = 380_000_000
+"""A worker with its imports, before it has loaded a model, besides the libraries that it shares."""
+_SLACK = 1.3
+"""What a worker's passing memory comes to in the end: freed pieces are kept, and not every one is used again."""
 _READ_AT_ONCE = 2048
 """Tokens of a forward pass of the unedited model, all of whose logits are held."""
 _RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
@@ -36,6 +41,7 @@ SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8}
 """Of the steps that `epochs` allows, those usually taken before `stop_below` ends the training."""
 LEAST_STEPS = 0.3
 """The same where everything is learnt soon."""
+ROUGH = "rough rates, nothing measured here"
 HANGS, PATIENCE_SECONDS = 30.0, 1800.0
 """A trial hangs when it takes so many times what it should, but no less than this: its worker may have a model to load."""
 
@@ -68,7 +74,7 @@ class Costs:
     """Of all capability items and the prose."""
     unedited: float
     """Measuring the unedited model, once."""
-    source: str = "rough rates, nothing measured here"
+    source: str = ROUGH
     """Where the numbers come from, for people."""
     spread: float = 2.0
     """The true time is expected within this factor both ways, beside what early stopping leaves open."""
@@ -76,6 +82,11 @@ class Costs:
     """By how much other work on the machine slowed the measured seconds; the range allows for an idle machine."""
     shares: Mapping[str, float] = field(default_factory=SHARE_OF_STEPS.copy)
     """By pipeline: of the steps allowed, those that trials take."""
+
+    @property
+    def measured(self) -> bool:
+        """On this machine."""
+        return self.source != ROUGH
 
     def training(self, trial: TrialConfig, layers: int, steps: float) -> float:
         """Seconds of so many steps of full batches."""
@@ -94,10 +105,14 @@ class Costs:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the open trials of a plan take. Seconds are of the clock; memory and disk are of one machine."""
+    """What a plan still takes. Seconds are of the clock; memory and disk are of one machine."""
 
     trials: int
-    """Still to be run."""
+    """To be run: those that are open, or as many of them as the budget allows (by minutes, about so many)."""
+    left: int
+    """Planned and not done."""
+    ended_by: Literal["trials", "minutes"] | None
+    """What of the budget ends the study before its plan does."""
     concurrent: int
     seconds_low: float
     """When training stops early, on a machine that does nothing else."""
@@ -106,10 +121,13 @@ class Estimate:
     """When every trial takes all its epochs, on a slow machine."""
     seconds_per_trial: float
     """Mean."""
-    peak_memory_bytes: int
-    """Of all workers together."""
-    disk_bytes: int
-    """Hidden states and weights in the cache, runs and artifacts in the tracking store; the model itself left out."""
+    memory_bytes_low: int
+    """Of the driver and all workers together: what they hold in any case."""
+    memory_bytes_high: int
+    """With what may add: the largest batches of all at one moment, weights in every layout, stored states in full."""
+    disk_bytes_low: int
+    """Hidden states and weights in the cache, the study in the tracking store; the model itself left out."""
+    disk_bytes_high: int
     source: str
     """What the seconds rest on."""
 
@@ -133,31 +151,56 @@ def default_costs(facts: StudyFacts, cpus: int = 2) -> Costs:
     )
 
 
-def estimate(plan: Plan, facts: StudyFacts, costs: Costs, *, concurrent: int = 1, done: Sequence[str] = ()) -> Estimate:
-    """Time, memory and disk of the trials of a plan that are not done, `concurrent` at a time.
+def estimate(
+    plan: Plan,
+    facts: StudyFacts,
+    costs: Costs,
+    *,
+    concurrent: int = 1,
+    done: Collection[str] = (),
+    budget: "Limits | None" = None,
+) -> Estimate:
+    """Time, memory and disk of the trials of a plan that are not done, `concurrent` at a time, until the budget ends them.
 
     The middle value takes the usual share of a trial's epochs, the high one all of them, the low one few.
     """
+    most, minutes = (budget.trials, budget.minutes) if budget else (None, None)
     sample = [trial for trial in plan.sample if trial.id not in set(done)]
-    count = max(0, plan.count - len(done)) if not plan.trials else len(sample)
+    left = len(sample) if plan.trials else max(0, plan.count - len(done))
+    affordable = left if most is None else max(0, min(left, most - len(done)))
+    if plan.trials:
+        sample = sample[:affordable]
+
+    def each(share: float | None) -> list[float]:
+        """Seconds of every trial; what a search will choose is as long as the mean of its sample."""
+        seconds = [trial_seconds(trial, facts, costs, share) for trial in sample]
+        return seconds if plan.trials or not seconds else [sum(seconds) / len(seconds)] * affordable
+
+    def ends(share: float | None) -> list[float]:
+        return [_START_SECONDS + costs.unedited + end for end in _ends(each(share), concurrent)]
+
+    usual, limit = ends(None), 60 * minutes if minutes else math.inf
+    out_of_time = max(usual, default=0.0) > limit
 
     def total(share: float | None) -> float:
-        seconds = [trial_seconds(trial, facts, costs, share) for trial in sample]
-        if not seconds:
-            return 0.0
-        work = _makespan(seconds, concurrent) if plan.trials else count / concurrent * sum(seconds) / len(seconds)
-        return _START_SECONDS + costs.unedited + work
+        return max(ends(share), default=0.0)
 
-    per_trial = [trial_seconds(trial, facts, costs, None) for trial in sample]
+    per_trial = each(None)
+    trials = sum(end <= limit for end in usual)
+    memory, disk = memory_range(sample, facts, concurrent), _disk_range(sample, trials, facts)
     return Estimate(
-        trials=count,
+        trials=trials,
+        left=left,
+        ended_by="minutes" if out_of_time else "trials" if affordable < left else None,
         concurrent=concurrent,
-        seconds_low=total(LEAST_STEPS) / costs.spread / costs.busy,
-        seconds=total(None),
-        seconds_high=total(1.0) * costs.spread,
+        seconds_low=min(limit, total(LEAST_STEPS) / costs.spread / costs.busy),
+        seconds=min(limit, total(None)),
+        seconds_high=min(limit, total(1.0) * costs.spread),
         seconds_per_trial=sum(per_trial) / len(per_trial) if per_trial else 0.0,
-        peak_memory_bytes=concurrent * max((memory_bytes(trial, facts) for trial in sample), default=0),
-        disk_bytes=_disk_bytes(sample, count, facts),
+        memory_bytes_low=memory[0],
+        memory_bytes_high=memory[1],
+        disk_bytes_low=disk[0],
+        disk_bytes_high=disk[1],
         source=costs.source,
     )
 
@@ -193,12 +236,39 @@ def steps_allowed(trial: TrialConfig, n_edits: float) -> int:
 
 
 def memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Of one worker: the process, frozen weights, what is trained, and the largest logits it holds."""
-    trained = facts.trained_parameters.get(trial.position, facts.layer_parameters)
+    """Of a single worker at most."""
+    return _shared_bytes(trial, facts) + _kept_bytes(trial, facts) + _added_bytes(trial, facts)
+
+
+def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: int) -> tuple[int, int]:
+    """Of the driver and of so many workers: what they hold in any case, and that with all that may add."""
+    if not trials:
+        return 0, 0
+    at_once, always = min(concurrent, len(trials)), _DRIVER_BYTES + _shared_bytes(trials[0], facts)
+    kept = [_kept_bytes(trial, facts) for trial in trials]
+    most = max(own + _added_bytes(trial, facts) for own, trial in zip(kept, trials, strict=True))
+    return always + at_once * min(kept), always + at_once * most
+
+
+def _shared_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """Files that all workers of a machine map: the frozen weights, and once more in the precision of training."""
+    return facts.parameters * sum(_BYTES[name] for name in {trial.dtype, trial.precision})
+
+
+def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """A worker's own as long as it trains: the process, and what is trained."""
+    return _PROCESS_BYTES + _TRAINED_BYTES * facts.trained_parameters.get(trial.position, facts.layer_parameters)
+
+
+def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """What a worker may add to that: the layouts of the weights that it multiplies by, and the largest logits."""
+    packed = 0
+    if trial.precision == "bfloat16" and 2 * facts.parameters <= MOST_BYTES:
+        packed = 2 * 2 * (layers_passed(trial, facts) * facts.layer_parameters + facts.head_parameters)
     batch_tokens = min(trial.batch_size, facts.n_edits) * edit_tokens(facts) // max(1, facts.n_edits)
     reading = min(_READ_AT_ONCE, edit_tokens(facts) + evaluation_tokens(facts) + facts.capability_tokens)
     logits = 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
-    return _PROCESS_BYTES + _BYTES[trial.dtype] * facts.parameters + _TRAINED_BYTES * trained + logits
+    return int(_SLACK * (packed + logits))
 
 
 def edit_tokens(facts: StudyFacts) -> int:
@@ -209,21 +279,23 @@ def evaluation_tokens(facts: StudyFacts) -> int:
     return 3 * 32 * facts.n_edits if facts.evaluation_tokens is None else facts.evaluation_tokens
 
 
-def _disk_bytes(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> int:
+def _disk_range(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> tuple[int, int]:
     """Hidden states entering every layer that is trained, the weights in the precision of training, MLflow's records."""
     if not trials:
-        return 0
+        return 0, 0
     dtype = _BYTES[trials[0].dtype]
     hidden = facts.head_parameters // max(1, facts.vocabulary)
     layers = {trial.layer for trial in trials} | {facts.n_layers - 1}
     states = dtype * hidden * (evaluation_tokens(facts) + facts.capability_tokens) * len(layers)
     cast = 0 if trials[0].precision == trials[0].dtype else _BYTES[trials[0].precision] * facts.parameters
-    return states + cast + _STUDY_BYTES + count * (_RUN_BYTES + 4 * facts.n_edits * _OUTCOME_BYTES)
+    records = _STUDY_BYTES + count * (_RUN_BYTES + 4 * facts.n_edits * _OUTCOME_BYTES)
+    return cast + records, states + cast + records
 
 
-def _makespan(seconds: Sequence[float], concurrent: int) -> float:
-    """When the last one ends, each begun in its order as soon as a place is free."""
-    free = [0.0] * min(concurrent, len(seconds))
+def _ends(seconds: Sequence[float], concurrent: int) -> list[float]:
+    """When each ends, begun in their order as soon as a place is free."""
+    free, ends = [0.0] * concurrent, []
     for trial in seconds:
-        heapq.heapreplace(free, free[0] + trial)
-    return max(free)
+        ends.append(free[0] + trial)
+        heapq.heapreplace(free, ends[-1])
+    return ends

@@ -1,17 +1,23 @@
-"""What is left of a study and how long it will take: from earlier trials of the same model on this machine, else from a
-short calibration."""
+"""What is left of a study and what it will take: from earlier trials of the same model on this machine, else from a short
+calibration."""
 
 import os
 import platform
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import psutil
+
+from locft.errors import InputError
 from sweeps import estimate as rates
 from sweeps.calibration import calibrated
 from sweeps.estimate import Costs, Estimate
 from sweeps.plan import StudyFacts
+from sweeps.ray_session import concurrent_trials
 from sweeps.records import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
@@ -22,24 +28,62 @@ TRIALS = 200
 """Earlier trials looked at, the latest."""
 ENOUGH = 3
 """So many earlier trials of one kind count more than a calibration or a rule."""
+FOR_TRIALS = 0.7
+"""Of the memory that is free, what Ray leaves to trials; the rest is its store of objects."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The estimate of a study's open trials, and what a single one is expected to take."""
+    """What the open trials of a study are expected to take, together and each."""
 
-    estimate: Estimate
-    costs: Costs
     prepared: "PreparedStudy"
+    costs: Costs
+    done: frozenset[str] = frozenset()
+    """Ids of the trials that are not open."""
+    concurrent: int = 1
+    """Trials at a time."""
+    made: float = field(default_factory=time.monotonic)
+    """When; the minutes of the budget are counted from there."""
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        prepared = self.prepared
+        return rates.estimate(
+            prepared.plan,
+            prepared.facts,
+            self.costs,
+            concurrent=self.concurrent,
+            done=self.done,
+            budget=prepared.study.budget,
+        )
 
     def seconds(self, trial: TrialConfig) -> float:
         return rates.trial_seconds(trial, self.prepared.facts, self.costs, None)
 
+    def on(self, have: Mapping[str, float]) -> "Forecast":
+        """The same where Ray has these resources instead of this machine's."""
+        return replace(self, concurrent=places(self.prepared, have))
 
-def foresee(prepared: "PreparedStudy", tracking_uri: str | None) -> Forecast:
-    """What is left of the study, from what the tracking store holds. Creates no store.
+    @property
+    def warnings(self) -> list[str]:
+        """What does not fit on this machine, and what to do about it."""
+        expected, have = self.estimate, psutil.virtual_memory().total
+        if expected.memory_bytes_high <= have:
+            return []
+        sure = expected.memory_bytes_low > have
+        wanted = expected.memory_bytes_low if sure else expected.memory_bytes_high
+        return [
+            f"memory: {expected.concurrent} at a time {'take at least' if sure else 'may take'} {wanted / 2**30:.1f} GiB, and"
+            f" this machine has {have / 2**30:.1f} GiB; less is needed with fewer trials at a time (resources.concurrent),"
+            " smaller batches, or dtype: bfloat16"
+        ]
 
-    Raises InputError when the store cannot be reached.
+
+def foresee(prepared: "PreparedStudy", tracking_uri: str | None, *, calibrate: bool = True) -> Forecast:
+    """What is left of the study on this machine, from what the tracking store holds. Creates no store.
+
+    calibrate: whether a calibration is run where the store tells nothing; without, the rates are rough then. Raises
+    InputError when the store cannot be reached.
     """
     from sweeps.sweep import find_tracker
     from sweeps.tracking_lookup import earlier_trials
@@ -48,20 +92,31 @@ def foresee(prepared: "PreparedStudy", tracking_uri: str | None) -> Forecast:
     tracker = find_tracker(prepared, tracking_uri)
     planned = {trial.id for trial in prepared.plan.trials}
     finished = tracker.finished(prepared.id) if tracker else {}
-    done = [trial for trial in finished if not planned or trial in planned]
+    done = frozenset(trial for trial in finished if not planned or trial in planned)
     costs = rates.default_costs(facts, study.resources.cpus)
     if len(done) < prepared.plan.count:
         earlier = earlier_trials(facts.model_fingerprint, machine(study.resources), TRIALS, tracking_uri)
-        costs = learnt(earlier, prepared) or calibrated(prepared)
-    at_once = places(study.resources)
-    return Forecast(rates.estimate(prepared.plan, facts, costs, concurrent=at_once, done=done), costs, prepared)
+        costs = learnt(earlier, prepared) or (calibrated(prepared) if calibrate else costs)
+    return Forecast(prepared, costs, done, places(prepared))
 
 
-def places(resources: "Resources") -> int:
-    """Trials at a time on this machine."""
-    if isinstance(resources.concurrent, int):
-        return resources.concurrent
-    return max(1, (os.cpu_count() or 1) // resources.cpus)
+def places(prepared: "PreparedStudy", have: Mapping[str, float] | None = None) -> int:
+    """Trials at a time where there are these resources of Ray, without any on this machine; one where not even that fits."""
+    resources = prepared.study.resources
+    trial_bytes = max((rates.memory_bytes(trial, prepared.facts) for trial in prepared.plan.sample), default=0)
+    try:
+        return concurrent_trials(resources, have or _this_machine(resources), trial_bytes)
+    except InputError:
+        return 1
+
+
+def _this_machine(resources: "Resources") -> dict[str, float]:
+    gpus = 0
+    if resources.gpus:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    return {"CPU": os.cpu_count() or 1, "GPU": gpus, "memory": FOR_TRIALS * psutil.virtual_memory().available}
 
 
 def machine(resources: "Resources") -> str:

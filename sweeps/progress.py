@@ -1,5 +1,7 @@
 """What a person sees while a study runs, on standard error: on a terminal a table that updates, elsewhere lines."""
 
+import math
+import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,12 +31,17 @@ class Progress:
     def __init__(self, forecast: "Forecast", earlier: Sequence[dict[str, Any]], console: Console | None = None):
         """earlier: results-table rows of the study's trials that were finished before."""
         self.console = console or Console(stderr=True)
-        self.name, self.planned = forecast.prepared.study.name, forecast.prepared.plan.count
-        self.rows = {row["trial_id"]: row for row in earlier}  # by id: a trial whose worker died may be heard of twice
-        self.resumed = len(self.rows)
+        study, plan = forecast.prepared.study, forecast.prepared.plan
+        self.finished_ids = {row["trial_id"] for row in earlier}  # a trial whose worker died may be heard of twice
+        self.resumed = len(self.finished_ids)
+        self.name = study.name
+        self.planned = max(self.resumed, min(plan.count, study.budget.trials or plan.count))
+        """Trials when the study ends: all of its plan, or as many as its budget allows."""
         self.running = 0
         self.failures: dict[str, str] = {}
-        self.pace = Pace(forecast, self.rows)
+        self.pace = Pace(forecast, self.finished_ids, self.planned - self.resumed)
+        self._deadline = forecast.made + 60 * (study.budget.minutes or math.inf)
+        self._front = _front(earlier)
         self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> "Progress":
@@ -64,8 +71,10 @@ class Progress:
         if result.status == "failed":
             self.failures[result.config.id] = result.error or "unknown"
         else:
-            self.rows[result.config.id] = result.to_row()
+            self.finished_ids.add(result.config.id)
             self.failures.pop(result.config.id, None)
+            row = result.to_row()
+            self._front = _front([row, *(other for other in self._front if other["trial_id"] != row["trial_id"])])
         if not self.console.is_terminal:
             left = self.seconds_left()
             count = f"[{self.done + self.failed}/{self.planned}]"
@@ -74,15 +83,16 @@ class Progress:
 
     @property
     def done(self) -> int:
-        return len(self.rows)
+        return len(self.finished_ids)
 
     @property
     def failed(self) -> int:
         return len(self.failures)
 
     def seconds_left(self) -> float | None:
-        """The forecast, set right by the trials of this run so far; None after the last."""
-        return self.pace.seconds_left(self.planned - self.done - self.failed, self.running)
+        """The forecast, set right by the trials of this run so far, until the budget's end; None after the last."""
+        left = self.pace.seconds_left(self.planned - self.done - self.failed, self.running)
+        return left and min(left, max(0.0, self._deadline - time.monotonic()))
 
     def _say(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
@@ -93,9 +103,7 @@ class Progress:
         table = Table(title=Text(f"{self.name}: {state}" + (f", about {seconds(left)} left" if left else "")))
         for column in ("front so far", "setting", *SHOWN_METRICS):
             table.add_column(column, justify="right" if column in SHOWN_METRICS else "left")
-        rows = dict(self.rows)  # the screen is drawn by a thread of its own
-        for trial_id in pareto_front(results_frame(list(rows.values()))).trial_ids[:SHOWN]:
-            row = rows[trial_id]
+        for row in self._front[:SHOWN]:
             setting = f"{row['pipeline']} b{row['batch_size']} lr {row['learning_rate']:g} s{row['seed']}"
             shown = [percent(row[name]) if name in row else "-" for name in SHOWN_METRICS]
             table.add_row(f"{row['layer']}.{row['module']}", setting, *shown)
@@ -107,9 +115,11 @@ class Progress:
 class Pace:
     """What is left of a study: each trial's expected time, times what the finished ones took against theirs."""
 
-    def __init__(self, forecast: "Forecast", done: Collection[str]):
+    def __init__(self, forecast: "Forecast", done: Collection[str], most: int):
+        """most: of the open trials so many will be run."""
         self._forecast = forecast
-        self._open = {trial.id: forecast.seconds(trial) for trial in forecast.prepared.plan.trials if trial.id not in done}
+        trials = [trial for trial in forecast.prepared.plan.trials if trial.id not in done]
+        self._open = {trial.id: forecast.seconds(trial) for trial in trials[:most]}
         self._at_once = 1
         # One trial's worth of trust in the forecast: a worker's first trial warms it up and is slow.
         self._taken = self._expected = forecast.estimate.seconds_per_trial
@@ -127,6 +137,12 @@ class Pace:
         self._at_once = max(self._at_once, running)
         work = sum(self._open.values()) or open_trials * self._forecast.estimate.seconds_per_trial
         return self._taken / self._expected * work * (1 - running / open_trials / 2) / min(self._at_once, open_trials)
+
+
+def _front(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Of these rows those on the front, the most reliable first. With one more row the new front is in the old one and it."""
+    by_id = {row["trial_id"]: row for row in rows}
+    return tuple(by_id[trial_id] for trial_id in pareto_front(results_frame(list(by_id.values()))).trial_ids)
 
 
 class RaceProgress:

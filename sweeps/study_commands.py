@@ -15,6 +15,7 @@ from sweeps.console import (
     about,
     err,
     expectation,
+    failure_causes,
     new_table,
     out,
     plain,
@@ -54,10 +55,11 @@ def plan(
     from sweeps.forecast import foresee
 
     prepared = _prepared(study, overrides)
-    expected = foresee(prepared, tracking_uri).estimate
+    forecast = foresee(prepared, tracking_uri)
     if as_json:
         trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
-        return print_json({"study": about(prepared), "trials": trials, "estimate": asdict(expected)})
+        expected = {"estimate": asdict(forecast.estimate), "warnings": forecast.warnings}
+        return print_json({"study": about(prepared), "trials": trials, **expected})
     say_study(prepared)
     table = new_table(None, "id", "position", "pipeline", "batch", "learning rate", "loss", "seed")
     for t in prepared.plan.trials:
@@ -68,9 +70,9 @@ def plan(
         print_wide(table)
     else:
         out.print(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
-    done = prepared.plan.count - expected.trials
-    kept = f" and {done} done" if done else ""
-    out.print(f"{expected.trials} trials{kept}, {expectation(expected)}", highlight=False, soft_wrap=True)
+    out.print(expectation(forecast), highlight=False, soft_wrap=True)
+    for warning in forecast.warnings:
+        err.print(Text(f"warning: {warning}"))
 
 
 def sweep(
@@ -97,12 +99,19 @@ def sweep(
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     say_study(prepared)
     forecast = foresee(prepared, tracking_uri)
-    if forecast.estimate.trials:
-        err.print(Text(f"{forecast.estimate.trials} trials to run, {expectation(forecast.estimate)}"))
+    if forecast.estimate.left and address is None:
+        err.print(Text(f"to run: {expectation(forecast)}"))
+        for warning in forecast.warnings:
+            err.print(Text(f"warning: {warning}"))
 
     def show(state: "StudyState") -> Progress:
-        done = state.results[state.results["status"] == "done"]
-        return Progress(forecast, done.to_dict("records"))
+        done, expected = state.results[state.results["status"] == "done"], forecast
+        if address is not None:
+            import ray
+
+            expected = forecast.on(ray.cluster_resources())
+            err.print(Text(f"to run: {expectation(expected, 'on the cluster')}"))
+        return Progress(expected, done.to_dict("records"))
 
     with hooks.at_the_end(prepared.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
         done = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
@@ -111,7 +120,15 @@ def sweep(
         event |= {"position": pick and pick.position, "tracking_uri": done.tracking_uri}
         event["registered"] = done.registered
     write(report_file, done.answer.report_html)
-    print_answer(done.state, done.answer, report_file, done.tracking_uri, as_json, done.registered)
+    print_answer(
+        done.state,
+        done.answer,
+        report_file,
+        done.tracking_uri,
+        as_json,
+        ending=done.ending,
+        registered=done.registered,
+    )
     if done.not_registered:
         err.print(Text(f"the pick's edit is not in the model registry: {done.not_registered}"))
     if done.ending == "same_failure":
@@ -131,9 +148,8 @@ def sweep(
 def status(
     study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False
 ) -> None:
-    """Say how far STUDY is: done, failed (with causes), left, and who runs it."""
-    from collections import Counter
-
+    """Say how far STUDY is: done, diverged, failed (with causes), left, who runs it and how long that will take."""
+    from analysis.wording import seconds
     from sweeps.delivery import open_outbox
     from sweeps.heartbeat import driver_at_work
     from sweeps.sweep import find_tracker, read_state
@@ -145,25 +161,38 @@ def status(
     tracker = find_tracker(prepared, tracking_uri)
     state, driver = read_state(prepared, tracker), driver_at_work(tracker, prepared.id)
     waiting = len(open_outbox(prepared.id, tracking_uri))
-    causes = Counter(state.results.loc[state.results["status"] == "failed", "error"])
+    causes, diverged = failure_causes(state), int((state.results["diverged"] == 1).sum())
+    left = _seconds_left(prepared, driver.running, tracking_uri) if driver else None
     if as_json:
-        numbers = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
+        counts = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
         seen = None if driver is None else asdict(driver)
-        return print_json(
-            {"study": about(prepared), **numbers, "driver": seen, "undelivered": waiting, "causes": dict(causes)}
-        )
+        more = {"diverged": diverged, "driver": seen, "seconds_left": left, "undelivered": waiting, "causes": causes}
+        return print_json({"study": about(prepared), **counts, **more})
     out.print(
-        f"{prepared.study.name}: {state.done} of {prepared.plan.count} done, {state.failed} failed, {state.left} left",
+        f"{prepared.study.name}: {state.done} of {prepared.plan.count} done"
+        + (f" ({diverged} diverged)" if diverged else "")
+        + f", {state.failed} failed, {state.left} left",
         highlight=False,
     )
     if driver:
-        out.print(Text(f"  process {driver.process} on {driver.host}: {driver.running} running {driver.silent:.0f} s ago"))
+        line = f"  process {driver.process} on {driver.host}: {driver.running} running {driver.silent:.0f} s ago"
+        out.print(Text(line + (f", about {seconds(left)} left" if left else "")))
     elif state.left:
         out.print("  not being run; `locft sweep` goes on")
-    for cause, count in causes.most_common():
+    for cause, count in causes.items():
         out.print(Text(f"  {count} x {cause}"))
     if waiting:
         out.print(f"  {waiting} more are finished and wait on this machine for the store; `locft sweep` delivers them")
+
+
+def _seconds_left(prepared: "PreparedStudy", running: int, tracking_uri: str | None) -> float | None:
+    """Of a study that runs now, as far as the trials in the store tell: a calibration would slow it down."""
+    from sweeps.forecast import foresee
+    from sweeps.progress import Pace
+
+    forecast = foresee(prepared, tracking_uri, calibrate=False)
+    open_trials = forecast.estimate.trials
+    return Pace(forecast, forecast.done, open_trials).seconds_left(open_trials, running) if forecast.costs.measured else None
 
 
 def report(
@@ -180,6 +209,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
+    from analysis.comparison import compare as compared_with
     from sweeps.answer import answer_of, measured
 
     if compare_set and compare is None:
@@ -193,7 +223,8 @@ def report(
     other = None if second is None else measured(*_recorded(second, compare, tracking_uri))
     answer = answer_of(state, tracker, other)
     write(report_file, answer.report_html)
-    print_answer(state, answer, report_file, tracker.uri, as_json)
+    comparison = compared_with(measured(state, tracker), other) if other else None
+    print_answer(state, answer, report_file, tracker.uri, as_json, comparison=comparison)
 
 
 def _recorded(prepared: "PreparedStudy", named: str, tracking_uri: str | None) -> "tuple[StudyState, Tracker]":

@@ -58,7 +58,7 @@ def asking(what: str, as_error: type[Exception] = TrackingError) -> Iterator[Non
 def connect(uri: str | None, *, create: bool = False) -> tuple["MlflowClient", str]:
     """A client for a store that answers, and the store's address without a password.
 
-    create: whether an SQLite file that is not there is created.
+    create: whether an SQLite file that is not there is created, with its folders.
 
     Raises:
         InputError: within seconds when the store cannot be reached, entered or written.
@@ -74,6 +74,9 @@ def connect(uri: str | None, *, create: bool = False) -> tuple["MlflowClient", s
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for every run that ends
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it would break into the live table
     tracking_uri.check_reachable(resolved)
+    if path is not None and create:
+        with asking(f"store {shown}", InputError):
+            path.parent.mkdir(parents=True, exist_ok=True)
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow"):  # creating the tables is announced line by line

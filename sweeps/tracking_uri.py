@@ -81,21 +81,22 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Creates `folder` and a file in it (removed again), because only writing tells whether writing works.
+    """Makes sure that files can be written in `folder`, or that it can be made; makes nothing.
+
+    A file without a name is written where the folder is or would be, because only writing tells whether writing works.
 
     Raises:
         InputError: with the system's reason.
     """
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise InputError(f"cannot write {what} in {folder}: {error.strerror or error}") from None
 
 
 def check_reachable(uri: str) -> None:
-    """Makes sure that the store at a resolved address answers and lets us in.
+    """Makes sure that the store at a resolved address answers and lets us in, or can be made there; makes nothing.
 
     Raises:
         InputError: what was tried, what happened, and what to do.

@@ -78,6 +78,8 @@ def running(
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its processes would outlive the server
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
+    if store:
+        store.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,

@@ -92,6 +92,15 @@ CASES = [
     Bad("missing task file", "plan study.yaml --set capability.tasks.a=./a.jsonl", ("capability.tasks.a", "a.jsonl")),
     Bad("all at once", "plan bad.yaml", ("3 problems", "space.layer", "e.json", "t.jsonl"), {"bad.yaml?": ""}),
     Bad("results of nothing", "report study.yaml", ("locft sweep study.yaml",)),
+    # selections
+    Bad("missing edit file", "select {model} --edits nothing.json", ("nothing.json", "no such file")),
+    Bad("unknown model", "select smollm2-136m --edits atlas", ("smollm2-136m", "smollm2-135m")),
+    Bad("unknown method", "select {model} --edits atlas --method bayes", ("--method", "bayes", "survey")),
+    Bad("two budgets", "select {model} --edits atlas --budget-share 1 --budget-minutes 5", ("--budget-minutes", "got both")),
+    Bad("more than the grid", "select {model} --edits atlas --budget-share 2", ("--budget-share", "got 2")),
+    Bad("no prior", "select {model} --edits atlas --prior p.json", ("p.json",)),
+    Bad("what it chooses", "select {model} --edits atlas --set space.seed=[0,1]", ("space.seed",)),
+    Bad("answer on a folder", "select {model} --edits atlas --out d", ("it is a folder",), {"d/x": ""}),
     # stores, machines, clusters
     Bad("no tracking server", "sweep study.yaml --tracking-uri http://{closed}", ("{closed}",), first=False),
     Bad("no tracking server", "status study.yaml --tracking-uri http://{closed}", ("{closed}",)),
@@ -99,6 +108,7 @@ CASES = [
     Bad("unknown scheme", "status study.yaml --tracking-uri ftp://x/y", ("ftp",)),
     Bad("store under a file", "status study.yaml --tracking-uri sqlite:///f/m.db", ("f/m.db",), {"f": "text"}),
     Bad("store under a file", "sweep study.yaml --tracking-uri sqlite:///f/m.db", ("f",), {"f": "text"}, first=False),
+    Bad("store in no folder", "status study.yaml --tracking-uri sqlite:///new/m.db", ("new/m.db", "locft sweep")),
     Bad("store that is not there", "status study.yaml --tracking-uri sqlite:///typo.db", ("typo.db",)),
     Bad("file that is no store", "status study.yaml --tracking-uri sqlite:///f.db", ("f.db",), {"f.db": "some text"}),
     Bad("dashboard under a file", "sweep study.yaml --out f/x.html", ("f/x.html",), {"f": "text"}),
@@ -180,4 +190,4 @@ def test_bad_input(bad, as_json, locft, folder, tiny_folder, closed, foreign, em
 
 def test_there_are_cases_for_every_command():
     commands = {bad.call.split()[0] for bad in CASES}
-    assert {"positions", "plan", "sweep", "status", "report", "edit", "apply", "evaluate"} <= commands
+    assert {"positions", "plan", "sweep", "status", "report", "select", "edit", "apply", "evaluate"} <= commands

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_help_answers_without_the_heavy_libraries():
 
 
 def test_every_command_has_a_help_text(locft):
-    for command in ("positions", "plan", "sweep", "status", "report", "edit", "apply", "evaluate", "ui", "bench"):
+    for command in ("positions", "plan", "sweep", "status", "report", "select", "edit", "apply", "evaluate", "ui", "bench"):
         said = locft(command, "--help")
         assert said.code == 0 and f"locft {command}" in said.out
 
@@ -108,6 +109,38 @@ def test_plan_lists_the_trials_and_writes_nothing(locft, tmp_path, monkeypatch, 
     assert planned["study"]["edits"]["count"] == 4 and planned["estimate"]["seconds"] > 0
     assert all(trial["id"] in said.out for trial in planned["trials"]), "more seeds leave the first trials as they are"
     assert files(tmp_path) == before
+
+
+def test_plan_looks_at_a_store_that_is_not_there_and_makes_none(locft, tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, tiny_folder)
+    before = files(tmp_path)
+    assert locft("plan", "tiny.yaml", "--tracking-uri", "sqlite:///new/folder/m.db", "--json").json["estimate"]["left"] == 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///new/folder/m.db")
+    assert locft("status", "tiny.yaml", "--json").json["left"] == 2
+    assert files(tmp_path) == before
+
+
+def test_plan_says_how_far_the_budget_goes(locft, tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, tiny_folder, space__layer="all", space__seed=list(range(20)))
+    said = locft("plan", "tiny.yaml", "--set", "budget.trials=10")
+    assert "10 trials of 60 planned (the budget ends the study after 10), on this machine 2 at a time" in said.out
+    said = locft("plan", "tiny.yaml", "--set", "budget.minutes=0.001")
+    assert "about 0 trials of 60 planned (the budget ends the study after 0.06 s)" in said.out
+    assert "GiB of memory" in said.out and "GiB of disk" in said.out and "warning" not in said.err
+
+
+def test_plan_warns_of_more_memory_than_there_is(locft, tmp_path, monkeypatch, tiny_folder):
+    import psutil
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**30, available=2**30))
+    write_study(tmp_path, tiny_folder)
+    said = locft("plan", "tiny.yaml")
+    assert said.code == 0 and "this machine has 1.0 GiB" in said.err and "resources.concurrent" in said.err
+    (told,) = locft("plan", "tiny.yaml", "--json").json["warnings"]
+    assert told in said.err.replace("\n", " ")
 
 
 def test_plan_of_a_search(locft, tmp_path, monkeypatch, tiny_folder):
@@ -154,7 +187,8 @@ def test_sweep_says_what_it_found(swept, locft):
 
 def test_sweep_json(swept, locft):
     told = locft("sweep", "tiny.yaml", "--json").json
-    assert told["trials"] == {"planned": 3, "done": 3, "failed": 0}
+    assert told["trials"] == {"planned": 3, "done": 3, "failed": 0, "left": 0}
+    assert told["ending"] == "complete" and told["causes"] == {}
     assert told["pick"]["position"] in ("0.mlp_down", "1.mlp_down", "2.mlp_down")
     assert told["pick"]["trial_id"] in {row["trial_id"] for row in told["front"]} | set(told["pick"]["trial_ids"])
     assert told["report"] == "tiny.html" and told["tracking_uri"] == f"sqlite:///{swept}/mlflow.db"
@@ -164,6 +198,7 @@ def test_sweep_json(swept, locft):
 def test_status_json(swept, locft):
     said = locft("status", "tiny.yaml", "--json").json
     assert (said["planned"], said["done"], said["failed"], said["left"], said["causes"]) == (3, 3, 0, 0, {})
+    assert said["diverged"] == 0 and said["seconds_left"] is None
     wider = locft("status", "tiny.yaml", "--set", "space.seed=[0, 1]", "--json").json
     assert (wider["done"], wider["left"]) == (3, 3)
     assert "3 of 3 done" in locft("status", "tiny.yaml").out
@@ -176,6 +211,8 @@ def test_status_says_who_runs_it(swept, locft):
     try:
         assert "process 41 on node-7: 2 running" in locft("status", "tiny.yaml").out
         assert locft("status", "tiny.yaml", "--json").json["driver"]["running"] == 2
+        wider = ("status", "tiny.yaml", "--set", "space.seed=[0, 1]")
+        assert "s left" in locft(*wider).out and locft(*wider, "--json").json["seconds_left"] > 0
     finally:
         tracker.tag_study(study_id, TAG, None)
 
@@ -195,7 +232,12 @@ def test_a_sweep_without_capability_has_null_where_nothing_was_measured(swept, l
     assert said.code == 0 and said.json["front"] == [] and "capability" not in said.json["unedited"]
     assert said.json["pick"]["position"] == "1.mlp_down" and said.json["trials"]["done"] == 1
     compared = ["--compare", "tiny.yaml", *(part.replace("--set", "--compare-set") for part in changes)]
-    assert locft("report", "tiny.yaml", "--out", "other.html", *compared).code == 0
+    told = locft("report", "tiny.yaml", "--out", "other.html", *compared).json["comparison"]
+    assert told["with"] == "tiny (compared)" and told["picks"]["there"] == "1.mlp_down" and told["shared_positions"] == 1
+    assert told["moved"][0].startswith("The pick ") and told["agreement"]["reliability"]["difference"][0] is not None
+    assert any(caution.startswith("Capability was not measured") for caution in told["cautions"])
+    said = locft("report", "tiny.yaml", "--out", "other.html", *compared[:-1])
+    assert said.code == 0 and "Compared with tiny (compared):" in said.out and told["moved"][0] in said.out
     assert "Capability was not measured on the same items" in (swept / "other.html").read_text(encoding="utf-8")
     (swept / "other.html").unlink()
     said = locft("report", "tiny.yaml", "--compare", "tiny.yaml")

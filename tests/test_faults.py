@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from datetime import date
 
 import psutil
 import pytest
@@ -26,14 +27,18 @@ from sweeps.study import load_study
 from sweeps.sweep import find_tracker, read_state
 from sweeps.trial import resident_workbench, run_trial
 from tests.conftest import write_study
-from tests.ray_nodes import Nodes
+from tests.links import Links, possible
+from tests.ray_nodes import TOKEN, Nodes
 from tests.test_runner import TIMINGS
 
-SEED = int(os.environ.get("LOCFT_FAULT_SEED", "0"))
-FAULTS = ("worker", "server and driver", "driver", "server", "terminate", "worker", "node")
-COUNT = int(os.environ.get("LOCFT_FAULTS", "2"))
-"""So many of them, from the first, in an order that is drawn. All take minutes: each driver and node is started again."""
-EVERYTHING = COUNT >= len(FAULTS)
+SEED = int(os.environ.get("LOCFT_FAULT_SEED") or date.today().toordinal())
+"""Another one every day, so that every day's tests draw other faults at other moments."""
+DEATHS = ("driver", "server and driver", "terminate", "interrupt")
+"""Faults that end the command by its process; the command is then given again."""
+FAULTS = ("worker", *DEATHS, "server", "second driver", "node")
+COUNT = max(2, int(os.environ.get("LOCFT_FAULTS", "2")))
+"""So many kinds; 7 and more mean all. These take minutes: each driver and node is started again."""
+EVERYTHING = COUNT >= 7
 FINISHED = re.compile(r"^\[\d+/\d+\] (\d+\.\w+ .* seed \d+): reliability", re.MULTILINE)
 TIMEOUT = 420
 
@@ -66,8 +71,9 @@ class Server:
 class Command:
     """`locft sweep` as a process of its own, its lines collected while it runs."""
 
-    def __init__(self, folder, uri, *more, **environment):
-        command = [sys.executable, "-c", "from sweeps.cli import main; main()", "sweep", "tiny.yaml"]
+    def __init__(self, folder, uri, *more, beside=(), **environment):
+        """beside: what the command begins with, to run in another place."""
+        command = [*beside, sys.executable, "-c", "from sweeps.cli import main; main()", "sweep", "tiny.yaml"]
         arguments = [*command, "--tracking-uri", uri, *more]
         self.process = subprocess.Popen(
             arguments,
@@ -78,6 +84,7 @@ class Command:
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
+        self.folder = folder
         self.text = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -132,16 +139,25 @@ class Command:
                 pass
 
 
+def drawn(draw: random.Random, count: int) -> list[str]:
+    """So many kinds of faults in an order of their own; the death of a worker and that of a driver are always among them."""
+    kinds = ["worker", draw.choice(DEATHS)]
+    others = [kind for kind in FAULTS if kind not in kinds]
+    return draw.sample([*kinds, *draw.sample(others, count - 2)], count)
+
+
 def strike(fault: str, command: Command, server: Server, draw: random.Random) -> list[threading.Thread]:
     """Do it; threads that still bring something back."""
     restarting = []
     if "server" in fault:
         restarting.append(server.restart_after(draw.uniform(0, 4)))
         time.sleep(draw.uniform(0, 2))
-    if "driver" in fault:
+    if fault in ("driver", "server and driver"):
         command.process.kill()
     if fault == "terminate":
         command.process.terminate()
+    if fault == "interrupt":
+        command.process.send_signal(signal.SIGINT)  # of the process alone: Ray's own hear nothing
     if fault == "worker":
         workers = command.children("TrialWorker.train")
         if workers:
@@ -149,6 +165,10 @@ def strike(fault: str, command: Command, server: Server, draw: random.Random) ->
     if fault == "node":
         for process in command.children("raylet/raylet"):
             process.kill()
+    if fault == "second driver":
+        second = Command(command.folder, server.address)
+        assert second.wait() == 2 and "is being run already" in second.text, second.text
+        assert command.process.poll() is None, "the first goes on"
     return restarting
 
 
@@ -164,7 +184,7 @@ def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeyp
     # its node gone, a driver can go on for half a minute with the workers it has: 48 trials leave enough for the other faults
     study = prepare(load_study("tiny.yaml"))
     draw, server = random.Random(SEED), Server(f"sqlite:///{store}")
-    faults = draw.sample(FAULTS[:COUNT], COUNT)
+    faults = drawn(draw, len(FAULTS) if EVERYTHING else COUNT)
     server.start()
     survived, texts, threads = [], [], []
     command = Command(tmp_path, server.address)
@@ -175,7 +195,7 @@ def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeyp
             time.sleep(draw.uniform(0, 1))
             threads += strike(fault, command, server, draw)
             survived.append(fault)
-            if fault not in ("worker", "server"):
+            if fault in (*DEATHS, "node"):
                 code = command.wait()
                 assert code != 0, fault
                 texts.append(command.text)
@@ -191,8 +211,8 @@ def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeyp
     finally:
         command.end()
         server.kill()
-    record_property("said", f"{len(survived)} faults survived (seed {SEED}): {', '.join(survived)}")
-    assert len(survived) == COUNT, texts
+        record_property("said", f"{len(survived)} faults survived (seed {SEED}): {', '.join(survived)}")
+    assert survived == faults, texts
 
 
 @pytest.mark.timeout(900)
@@ -209,9 +229,22 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
     )  # fmt: skip
     study, uri = prepare(load_study("tiny.yaml")), f"sqlite:///{store}"
     draw, happened = random.Random(SEED), []
-    with Nodes() as nodes:
+    with ExitStack() as stack:
+        links = stack.enter_context(Links()) if EVERYTHING and possible() else None
+        nodes = stack.enter_context(Nodes(links=links))
         first = [nodes.add(wait=False), nodes.add()]
-        command = Command(tmp_path, uri, "--address", nodes.address, **nodes.environment)
+
+        def sweep(token: str | None) -> Command:
+            given = {name: value for name, value in nodes.environment.items() if value != TOKEN}
+            given |= {"RAY_AUTH_TOKEN": token} if token else {}
+            return Command(tmp_path, uri, "--address", nodes.address, beside=nodes.beside, **given)
+
+        if EVERYTHING:
+            for token in (None, "0" * 32):
+                refused = sweep(token)
+                assert refused.wait() == 2 and "token" in refused.text, refused.text
+            happened.append("no token and a wrong one were refused")
+        command = sweep(TOKEN)
         try:
             assert command.wait_for(1), command.text
             late = nodes.add(wait=False)
@@ -231,16 +264,16 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
             if EVERYTHING:
                 assert command.wait_for(command.finished + 2), command.text
                 time.sleep(draw.uniform(0, 0.5))
-                nodes.cut(first[0])
+                how = nodes.cut(first[0])
                 time.sleep(20)  # more than HEALTH grants
                 nodes.join(first[0])
                 assert first[0].wait(60) != 0, "it is told that the others gave it up, and ends"
-                happened.append("a link was cut and came back")
+                happened.append(f"{how} and came back")
             assert command.wait() == 0, command.text
         finally:
             command.end()
+            record_property("said", f"{len(happened)} faults of a cluster survived (seed {SEED}): {', '.join(happened)}")
     check(study, uri, command.text, compared=4)
-    record_property("said", f"{len(happened)} faults of a cluster survived (seed {SEED}): {', '.join(happened)}")
 
 
 def check(study, uri: str, said: str, compared: int) -> None:

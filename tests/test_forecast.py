@@ -2,17 +2,27 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 import sweeps
 from sweeps.calibration import calibrated
-from sweeps.estimate import Costs, Pass, default_costs, estimate, trial_seconds
-from sweeps.forecast import foresee, learnt, machine
+from sweeps.estimate import (
+    Costs,
+    Pass,
+    default_costs,
+    estimate,
+    memory_bytes,
+    memory_range,
+    trial_seconds,
+)
+from sweeps.forecast import Forecast, foresee, learnt, machine, places
 from sweeps.plan import make_plan
 from sweeps.prepare import PreparedStudy, prepare
 from sweeps.records import TrialConfig, TrialResult
+from sweeps.schema import Limits
 from sweeps.study import load_study
 from sweeps.tracking import Tracker
 from tests.mlflow_store import result
@@ -34,10 +44,12 @@ def test_an_estimate_is_its_written_formula():
     assert got.seconds == pytest.approx(20 + 7 + 2 * (0.9 * training + measuring)), "the third waits for a place"
     assert got.seconds_high == pytest.approx(2 * (27 + 2 * (training + measuring)))
     assert got.seconds_low == pytest.approx((27 + 2 * (0.3 * training + measuring)) / 2 / 1.5)
-    assert got.peak_memory_bytes == 2 * (600_000_000 + 4 * 1000 + 16 * 40 + 4 * 50 * int(1.5 * 2048))
-    assert got.disk_bytes == 4 * 4 * 2000 * 2 + 10_000_000 + 3 * (30_000 + 24 * 400)
+    held, logits = 1_050_000_000 + 4 * 1000 + 2 * (380_000_000 + 16 * 40), int(1.3 * 4 * 50 * int(1.5 * 2048))
+    assert (got.memory_bytes_low, got.memory_bytes_high) == (held, held + 2 * logits)
+    assert got.disk_bytes_high == got.disk_bytes_low + 4 * 4 * 2000 * 2
+    assert got.disk_bytes_low == 10_000_000 + 3 * (30_000 + 24 * 400)
     left = estimate(plan, facts, COSTS, concurrent=2, done=[plan.trials[0].id])
-    assert left.trials == 2 and left.seconds == pytest.approx(27 + 0.9 * training + measuring)
+    assert left.trials == left.left == 2 and left.ended_by is None and left.seconds == pytest.approx(27 + 0.9 * training + measuring)
     assert estimate(plan, facts, COSTS, done=[trial.id for trial in plan.trials]).seconds == 0
 
 
@@ -50,6 +62,67 @@ def test_estimates_grow_with_what_costs():
     assert seconds(cpus=1) > base and seconds(make_facts(n_edits=200)) > base
     optuna = make_plan(make_study(search={"method": "optuna", "trials": 10}), FACTS)
     assert estimate(optuna, FACTS, default_costs(FACTS)).seconds > 0
+
+
+@pytest.mark.parametrize("search", [{}, {"search": {"method": "optuna", "trials": 300}}], ids=["grid", "optuna"])
+def test_an_estimate_ends_with_the_budget(search):
+    space = {"layer": 5, "seed": list(range(300))}
+    study, facts = make_study(space, **search), make_facts(10)
+    plan, costs = make_plan(study, facts), default_costs(facts)
+
+    def ends(done=(), **budget):
+        return estimate(plan, facts, costs, concurrent=2, done=done, budget=Limits(**budget))
+
+    whole, ten = ends(), ends(trials=10)
+    assert (whole.trials, whole.left, whole.ended_by) == (300, 300, None)
+    assert (ten.trials, ten.left, ten.ended_by) == (10, 300, "trials")
+    started = whole.seconds - 150 * whole.seconds_per_trial
+    assert ten.seconds == pytest.approx(started + 5 * ten.seconds_per_trial)
+    assert ten.seconds_high < whole.seconds_high and ten.disk_bytes_high < whole.disk_bytes_high
+    more = ends([trial.id for trial in plan.sample[:4]], trials=10)
+    assert (more.trials, more.left) == (6, 296), "those that are done count"
+    assert ends([trial.id for trial in plan.sample[:4]], trials=3).trials == 0
+    minutes = (started + 20 * whole.seconds_per_trial + 0.1) / 60
+    short = ends(minutes=minutes)
+    assert (short.trials, short.left, short.ended_by) == (40, 300, "minutes")
+    assert short.seconds == short.seconds_high == pytest.approx(60 * minutes) and short.seconds_low <= short.seconds
+    assert ends(minutes=1e6).ended_by is None
+
+
+def test_a_forecast_is_for_the_machines_there_are(monkeypatch):
+    study = make_study({"seed": list(range(8))})
+    forecast = Forecast(PreparedStudy(study, FACTS, make_plan(study, FACTS), None, None), default_costs(FACTS))
+    wide = forecast.on({"CPU": 16.0, "GPU": 0.0})
+    assert (forecast.estimate.concurrent, wide.estimate.concurrent) == (1, 16)
+    assert wide.estimate.seconds < forecast.estimate.seconds / 4
+    assert forecast.on({"CPU": 16.0, "memory": 2.5 * memory_bytes(forecast.prepared.plan.sample[0], FACTS)}).concurrent == 2
+    gpu = replace(forecast.prepared, study=make_study(resources={"gpus": 0.5}))
+    assert places(gpu, {"CPU": 16.0, "GPU": 2.0}) == 4 and places(gpu, {"CPU": 16.0}) == 1
+
+
+def test_memory_is_what_was_measured():
+    """Two workers, proportional set size of all processes: 5.4 GiB at the first layers of SmolLM2-135M."""
+    facts = replace(make_facts(edit_tokens=500, trained_parameters={"0.mlp": 2_654_208}), precision="bfloat16")
+    trial = make_plan(make_study({"layer": 0, "module": "mlp", "batch_size": 4}), facts).trials[0]
+    low, high = memory_range([trial] * 2, facts, 2)
+    assert low < 5.4 * 2**30 < 1.05 * high and high < 1.2 * 5.4 * 2**30
+    alone = memory_range([trial], facts, 2)
+    assert (2 * alone[1] - high) / 2**30 > 1.5, "driver and weights are there once"
+
+
+def test_what_does_not_fit_is_told(monkeypatch):
+    study = make_study({"seed": list(range(8))})
+    forecast = Forecast(PreparedStudy(study, FACTS, make_plan(study, FACTS), None, None), default_costs(FACTS), concurrent=8)
+    expected = forecast.estimate
+    assert expected.memory_bytes_low < expected.memory_bytes_high
+
+    def warnings(memory):
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=memory, available=memory))
+        return forecast.warnings
+
+    assert warnings(expected.memory_bytes_high) == []
+    assert "8 at a time may take" in warnings(expected.memory_bytes_high - 1)[0]
+    assert "8 at a time take at least" in warnings(expected.memory_bytes_low - 1)[0]
 
 
 def measured(rows: pd.DataFrame, facts, n_edits: int) -> list[TrialResult]:

@@ -5,7 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from sweeps.estimate import default_costs, estimate
+from analysis.pareto import pareto_front
+from analysis.table import results_frame
+from sweeps.estimate import default_costs
 from sweeps.forecast import Forecast
 from sweeps.plan import make_plan
 from sweeps.prepare import PreparedStudy
@@ -14,13 +16,13 @@ from tests.mlflow_store import config, failure, result
 from tests.test_plan import FACTS, make_study
 
 
-def progress(planned=4, earlier=(), terminal=False):
-    study = make_study(name="layers", search={"method": "optuna", "trials": planned})
+def progress(planned=4, earlier=(), terminal=False, **budget):
+    study = make_study(name="layers", search={"method": "optuna", "trials": planned}, budget=budget)
     plan, costs = make_plan(study, FACTS), default_costs(FACTS)
     prepared = PreparedStudy(study, FACTS, plan, None, None)
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=160, color_system=None)
-    forecast = Forecast(estimate(plan, FACTS, costs), costs, prepared)
+    forecast = Forecast(prepared, costs)
     return Progress(forecast, [r.to_row() for r in earlier], console), screen
 
 
@@ -60,6 +62,22 @@ def test_the_time_left_is_the_forecast_set_right_by_what_trials_took():
         assert shown.seconds_left() == pytest.approx(pace * mean * 8 / 2), "more than was expected"
         shown.finished(failure(config(4)), 2)
         assert shown.seconds_left() == pytest.approx(pace * mean * 7 / 2), "a failure says nothing about the pace"
+
+
+def test_a_budget_of_trials_is_what_is_counted_down_from():
+    shown, screen = progress(planned=300, earlier=[result(config(layer)) for layer in range(6)], trials=10)
+    mean = shown.pace._forecast.estimate.seconds_per_trial
+    with shown:
+        assert shown.seconds_left() == pytest.approx(4 * mean)
+        shown.finished(result(config(7)), 1)
+    first, second = screen.getvalue().splitlines()
+    assert first == "layers: 6 of 10 trials were finished before and are kept" and second.startswith("[7/10]")
+    assert progress(planned=5, trials=10)[0].planned == 5
+
+
+def test_no_more_time_is_left_than_the_budget_has():
+    shown, _ = progress(planned=300, minutes=2)
+    assert shown.seconds_left() == pytest.approx(120, abs=5)
 
 
 def test_nothing_is_left_after_the_last():
@@ -111,6 +129,19 @@ def test_the_table_on_a_terminal():
     assert "2 failed" in text and "[red] OutOfMemoryError" in text, "a cause is text, not markup"
     assert "front so far" in text and "breadth_first b10 lr 0.004 s0" in text
     assert "[1/9]" not in text, "no lines between the redrawn table"
+
+
+def test_redrawing_computes_nothing_and_the_front_stays_that_of_all(monkeypatch):
+    from sweeps import progress as module
+
+    shown, _ = progress(planned=99, earlier=[result(config(layer)) for layer in range(10)], terminal=True)
+    for layer in range(10, 30):
+        shown.finished(result(config(layer)), 1)
+    shown.finished(result(config(3)), 0)
+    everything = [result(config(layer)).to_row() for layer in range(30)]
+    assert [row["trial_id"] for row in shown._front] == list(pareto_front(results_frame(everything)).trial_ids)
+    monkeypatch.setattr(module, "results_frame", lambda rows: pytest.fail("the table of all trials is made again"))
+    assert shown._table().row_count == min(len(shown._front), module.SHOWN)
 
 
 def test_the_table_before_anything_came_in():
