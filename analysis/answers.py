@@ -1,33 +1,26 @@
-"""The sentences of the report: what was found, how sure it is, and which edits fail."""
+"""The sentences of the report: what was found, what it costs, and how sure that is."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from analysis.bootstrap import FrontDoubt
+from analysis.intervals import drift_text, interval, with_interval
 from analysis.pareto import ParetoFront, Recommendation, comparable
-from analysis.table import wilson_interval
-from analysis.wording import change_with_interval, number, percent, plural, points, seconds, whole_percent
-
-TOP_MISSES = 12
-"""Edits that fail listed at most; the count is given."""
-
+from analysis.table import FRACTIONS, setting_names
+from analysis.wording import change_with_interval, number, percent, plural, points, points_interval, seconds, share_interval, whole_percent
 
 def headline(pick: Recommendation, baseline: Mapping[str, float]) -> dict[str, Any]:
     """The answer: `position`, and `figures`, a list of (name, value, note) to read next to it."""
     metrics = pick.metrics
-    figures = [("reliability", percent(metrics["reliability"]), _plus_minus(metrics.get("reliability_se", math.nan)))]
-    if "generalization" in metrics:
-        figures.append(("generalization", percent(metrics["generalization"]), ""))
-    if "locality" in metrics:
-        figures.append(("locality", percent(metrics["locality"]), ""))
+    figures = [
+        (name, percent(metrics[name]), share_interval(*interval(metrics, name))) for name in FRACTIONS if name in metrics
+    ]
     if "capability_change" in metrics:
         change = metrics["capability_change"]
-        low, high = (metrics.get(f"capability_change_{end}", math.nan) for end in ("low", "high"))
-        note = f"[{points(low)}, {points(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
+        note = points_interval(*interval(metrics, "capability_change"))
         figures.append(("capability change", f"{points(change)} points", note))
     elif "capability" in metrics:
         before = f"against {percent(baseline['capability'])} unedited" if "capability" in baseline else ""
@@ -63,9 +56,9 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
         by_task = ((name.removeprefix("capability."), baseline[name], metrics[name]) for name in tasks)
         said.append(("By task", ", ".join(f"{task} {percent(a)} → {percent(b)}" for task, a, b in by_task) + "."))
     if "locality" in metrics:
-        said.append(("Locality", f"{percent(metrics['locality'])} of unrelated prompts are answered as before."))
+        said.append(("Locality", f"{with_interval(metrics, 'locality')} of unrelated prompts are answered as before."))
     if "drift_kl" in metrics:
-        text = f"{number(metrics['drift_kl'])} nats per token on plain text"
+        text = f"{drift_text(metrics)} on plain text"
         if "perplexity" in metrics and "perplexity" in baseline:
             text += f"; perplexity {number(baseline['perplexity'])} → {number(metrics['perplexity'])}"
         said.append(("Drift", text + "."))
@@ -76,10 +69,6 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
     return said
 
 
-def _plus_minus(error: float) -> str:
-    return f"± {points(error).lstrip('+')}" if math.isfinite(error) else ""
-
-
 def certainty(
     study: Mapping[str, Any], settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, doubt: FrontDoubt
 ) -> list[tuple[str, str]]:
@@ -87,7 +76,7 @@ def certainty(
     metrics = pick.metrics
     said = [("Rule", pick.rule)]
     n = metrics.get("n_edits", math.nan)
-    low, high = wilson_interval(metrics["reliability"], n)
+    low, high = interval(metrics, "reliability")
     if math.isfinite(low):
         said.append(
             (
@@ -147,14 +136,10 @@ def _measured_again(
     said = []
     what = "edits and items" if doubt.by_edit else "every measurement"
     if doubt.picks:
-        places = settings.set_index("trial_id")
+        names = setting_names(settings)
         others = sorted((item for item in doubt.picks.items() if item[0] != pick.trial_id), key=lambda item: -item[1])
         text = f"With {what} drawn again, the rule picks this setting in {whole_percent(doubt.picks[pick.trial_id])} of cases"
-        rest = [
-            f"{places.loc[trial, 'layer']}.{places.loc[trial, 'module']} in {whole_percent(chance)}"
-            for trial, chance in others[:2]
-            if chance >= 0.05
-        ]
+        rest = [f"{names[trial]} in {whole_percent(chance)}" for trial, chance in others[:2] if chance >= 0.05]
         said.append(("Measured again", text + (f", {' and '.join(rest)}" if rest else "") + "."))
     if doubt.chances:
         low, high = doubt.hypervolume
@@ -170,64 +155,3 @@ def _measured_again(
             )
         )
     return said
-
-
-@dataclass(frozen=True)
-class EditMisses:
-    """The prompts of one kind that a trial does not answer as expected."""
-
-    kind: str
-    prompts: str
-    """Which prompts these are."""
-    fault: str
-    """What is wrong with the wrong ones."""
-    wrong: int
-    total: int
-    shown: tuple[tuple[str, str, str], ...]
-    """(prompt, expected, got), at most `TOP_MISSES`."""
-
-
-_KINDS = {
-    "reliability": ("edit prompts", "not answered with the new target"),
-    "generalization": ("rephrased prompts", "not answered with the new target"),
-    "locality": ("unrelated prompts", "answered otherwise than before"),
-}
-
-
-@dataclass(frozen=True)
-class Misses:
-    """What one trial gets wrong."""
-
-    trial_id: str
-    position: str
-    groups: tuple[EditMisses, ...]
-
-
-def edit_misses(
-    outcomes: pd.DataFrame | None, settings: pd.DataFrame, trial_ids: Sequence[str]
-) -> list[Misses]:
-    """What these trials (rows of `settings`) get wrong, by kind; without those whose outcomes were not given."""
-    if outcomes is None or outcomes.empty:
-        return []
-    places = settings.set_index("trial_id")
-    found = []
-    for trial in dict.fromkeys(trial_ids):
-        groups = _misses(outcomes[outcomes["trial_id"] == trial])
-        if groups:
-            row = places.loc[trial]
-            found.append(Misses(trial, f"{row['layer']}.{row['module']}", groups))
-    return found
-
-
-def _misses(rows: pd.DataFrame) -> tuple[EditMisses, ...]:
-    found = []
-    for kind, (prompts, fault) in _KINDS.items():
-        of_kind = rows[rows["kind"] == kind]
-        wrong = of_kind[~of_kind["correct"].astype(bool)]
-        if len(of_kind):
-            cells = wrong[["prompt", "expected", "got"]].head(TOP_MISSES).itertuples(index=False)
-            shown = tuple(
-                tuple("" if value is None or value != value else str(value) for value in row) for row in cells
-            )
-            found.append(EditMisses(kind, prompts, fault, len(wrong), len(of_kind), shown))
-    return tuple(found)

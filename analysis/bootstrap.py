@@ -7,7 +7,7 @@ Every draw gives each setting another value of each objective:
   varies by its own standard error, which takes shared edits for chance and so errs towards doubt;
 - capability and its change: by the error behind the 95% interval of the paired change, setting by setting. The items are
   shared as well, so this too errs towards doubt;
-- between seeds: by their spread over the root of their number, for reliability (in `reliability_se` or added to the draw);
+- between seeds: by their spread over the root of their number, for what is a fraction of prompts;
 - what has no interval (a single task's accuracy, an unknown number of edits) is taken as exact.
 """
 
@@ -18,12 +18,11 @@ import moocore
 import numpy as np
 import pandas as pd
 
+from analysis.intervals import seed_error, standard_error
 from analysis.pareto import DEFAULT_OBJECTIVES, SAME, ParetoFront, by_preference, comparable
-from analysis.table import Z95, proportion_se
+from analysis.table import FRACTIONS
 
 DRAWS = 1000
-OF_PROMPTS = ("reliability", "generalization", "locality")
-"""Objectives that are fractions of prompts, whose answers may be known."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,14 @@ def front_doubt(
     rows = rows.sort_values("trial_id", key=lambda ids: ids.map(order)).reset_index(drop=True)  # ties: the preferred one
     rng = np.random.default_rng(seed)
     values = rows[list(front.objectives)].to_numpy("float64")  # (settings, objectives)
-    errors = np.stack([_errors(rows, name) for name in front.objectives], axis=1)
+    known = rows.to_dict("records")
+    errors, between = (
+        np.nan_to_num([[error(row, name) for name in front.objectives] for row in known])
+        for error in (standard_error, seed_error)
+    )
     least = [-1.0 if name == "capability_change" else 0.0 for name in front.objectives]
-    answered = {name: _by_edit(rows, name, outcomes) for name in front.objectives if name in OF_PROMPTS}
+    answered = {name: _by_edit(rows, name, outcomes) for name in front.objectives if name in FRACTIONS}
     answered = {name: found for name, found in answered.items() if found is not None}
-    spread = (rows["reliability_sd"].fillna(0.0) / np.sqrt(rows["n_seeds"])).to_numpy("float64")
     ruled = front.objectives == DEFAULT_OBJECTIVES
     slack = float(np.nan_to_num(rows["reliability_se"].to_numpy("float64"))[values[:, 0].argmax()])
     on, picked, volumes = np.zeros(len(rows)), np.zeros(len(rows)), []
@@ -66,8 +68,7 @@ def front_doubt(
         for name, correct in answered.items():
             column = front.objectives.index(name)
             again = rng.integers(correct.shape[1], size=correct.shape[1])
-            drawn[:, column] = np.nanmean(correct[:, again], axis=1)
-            drawn[:, column] += noise[:, column] * spread if name == "reliability" else 0.0
+            drawn[:, column] = np.nanmean(correct[:, again], axis=1) + noise[:, column] * between[:, column]
         drawn = drawn.clip(least, 1.0)
         best = moocore.is_nondominated(drawn, maximise=True, keep_weakly=True)
         on += best
@@ -83,19 +84,6 @@ def front_doubt(
         hypervolume=(low, high),
         by_edit=bool(answered),
     )
-
-
-def _errors(rows: pd.DataFrame, name: str) -> np.ndarray:
-    """Standard error of each setting's value, 0 where it is unknown."""
-    if name == "reliability":
-        found = rows["reliability_se"]
-    elif name in ("capability", "capability_change"):
-        found = (rows["capability_change_high"] - rows["capability_change_low"]) / (2 * Z95)
-    elif name.startswith("capability."):
-        return np.zeros(len(rows))
-    else:
-        found = pd.Series([proportion_se(p, n) for p, n in zip(rows[name], rows["n_edits"], strict=True)])
-    return np.nan_to_num(found.to_numpy("float64"))
 
 
 def _by_edit(rows: pd.DataFrame, kind: str, outcomes: pd.DataFrame | None) -> np.ndarray | None:

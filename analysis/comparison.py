@@ -14,13 +14,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.intervals import standard_error
 from analysis.look import TITLES
 from analysis.pareto import Recommendation, best_by_position, recommend
-from analysis.table import Z95, by_setting, proportion_se
-from analysis.wording import ABSENT, MINUS, change_with_interval, number, percent, plural, points
+from analysis.table import Z95, by_setting
+from analysis.wording import ABSENT, MINUS, change_with_interval, number, percent, plural, points, points_interval, when
 
 Row = Mapping[str, Any]
 Position = tuple[int, str]
+
+
+MAX_SHARED = 300
+"""Shared positions listed at most."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,28 @@ def compare(here: Measured, there: Measured) -> Comparison:
     same_items = suites[0] == suites[1] and bool(suites[0][1])
     names = ["reliability", "generalization", *(["capability_change"] if same_items else []), "drift_kl"]
     agreements = [_agreement(name, shared) for name in names]
-    name, other = here.name, there.name
     return Comparison(
         here=here,
         there=there,
-        names=(name, other if other != name else f"{other} (compared)"),
+        names=_names(here, there),
         shared=shared,
         by_depth=by_depth,
         capability=same_items,
         agreements=tuple(item for item in agreements if item is not None),
         picks=(recommend(here.results), recommend(there.results)),
     )
+
+
+def _names(here: Measured, there: Measured) -> tuple[str, str]:
+    """Of the same study at two dates the dates tell them apart."""
+    names = (here.name, there.name)
+    if names[0] != names[1]:
+        return names
+    dates = tuple(when(study.study.get("started")) for study in (here, there))
+    if all(dates) and dates[0] != dates[1]:
+        days = tuple(date[:10] for date in dates)
+        return tuple(f"{names[0]} ({date})" for date in (days if days[0] != days[1] else dates))
+    return names[0], f"{names[1]} (compared)"
 
 
 def _nearest(here: Mapping[Position, Row], there: Mapping[Position, Row], layers: int) -> list[tuple[Position, Position]]:
@@ -125,19 +141,9 @@ def _agreement(metric: str, shared: Sequence[tuple[Row, Row]]) -> Agreement | No
 
 def difference(metric: str, here: Row, there: Row) -> tuple[float, float, float]:
     """There - here with its 95% interval; NaN for what is unknown."""
-    error = math.hypot(_error(metric, here), _error(metric, there))
+    error = math.hypot(standard_error(here, metric), standard_error(there, metric))
     gap = there[metric] - here[metric]
     return gap, gap - Z95 * error, gap + Z95 * error
-
-
-def _error(metric: str, row: Row) -> float:
-    if metric == "reliability":
-        return float(row["reliability_se"])
-    if metric == "generalization":
-        return proportion_se(row[metric], row["n_edits"])
-    if metric == "capability_change":
-        return float(row["capability_change_high"] - row["capability_change_low"]) / (2 * Z95)
-    return math.nan
 
 
 # in words
@@ -155,11 +161,7 @@ def differing(found: Comparison) -> list[tuple[str, str, str]]:
                 filter(None, (plural(int(count), "edit") if count else "", str(about.get("edits_source") or "")))
             )
         if name == "run":
-            return " to ".join(
-                value.strftime("%Y-%m-%d %H:%M") if hasattr(value, "strftime") else str(value)
-                for value in (about.get("started"), about.get("finished"))
-                if value
-            )
+            return " to ".join(filter(None, (when(about.get("started")), when(about.get("finished")))))
         if name == "capability":
             score = study.baseline.get("capability", math.nan)
             before = f"; unedited {percent(score)}" if math.isfinite(score) else ""
@@ -242,7 +244,8 @@ def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
 
 
 def shared_rows(found: Comparison) -> list[dict[str, Any]]:
-    """The table of shared positions: position, trial_id (here), and cells (here, there, difference) per metric."""
+    """The table of shared positions, the picks first, at most `MAX_SHARED`: position, trial_id (here), and cells (here,
+    there, difference) per metric."""
     rows = []
     for here, there in found.shared:
         cells = []
@@ -253,12 +256,11 @@ def shared_rows(found: Comparison) -> list[dict[str, Any]]:
                 continue
             write = points if metric == "capability_change" else percent
             gap, low, high = difference(metric, here, there)
-            interval = f" [{points(low)}, {points(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
-            cells.append((write(a), write(b), points(gap) + interval))
+            cells.append((write(a), write(b), " ".join(filter(None, (points(gap), points_interval(low, high))))))
         place = _place(here) + ("" if not found.by_depth else f" / {_place(there)}")
         picks = [pick is not None and _place(row) == pick.position for row, pick in zip((here, there), found.picks, strict=True)]
         rows.append({"position": place, "trial_id": here["trial_id"], "cells": cells, "picks": picks})
-    return sorted(rows, key=lambda row: -sum(row["picks"]))
+    return sorted(rows, key=lambda row: -sum(row["picks"]))[:MAX_SHARED]
 
 
 def _place(row: Row) -> str:

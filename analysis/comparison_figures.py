@@ -11,8 +11,11 @@ from analysis.gallery import Plot, page_plot
 from analysis.look import ACCENT, BLUE, INK, TITLES, hover_text, styled_figure
 from analysis.pareto import comparable, pareto_front
 from analysis.table import by_setting
+from analysis.thinning import thinned
 from analysis.wording import escaped, plural
 
+MAX_MARKS = 400
+"""Settings of a study in the figure of both fronts at most."""
 LOOKS = ((BLUE, "circle"), (ACCENT, "diamond"))
 """Colour and symbol here and there."""
 
@@ -25,7 +28,8 @@ def comparison_plots(found: Comparison) -> list[Plot]:
         plots.append(
             page_plot(
                 "compared-fronts", "Both fronts", fronts_figure(found, y),
-                "Full marks are on their study's front, the ring is its pick. Up and to the right is better.",
+                "Full marks are on their study's front, the ring is its pick. Up and to the right is better."
+                + _left_out(found, y),
                 f"Scatter of reliability and {TITLES[y]} of both studies with their fronts.",
             )
         )  # fmt: skip
@@ -41,6 +45,13 @@ def comparison_plots(found: Comparison) -> list[Plot]:
             )
         )  # fmt: skip
     return plots
+
+
+def _left_out(found: Comparison, y: str) -> str:
+    """What the caption says of marks that are not drawn."""
+    counts = [len(comparable(by_setting(study.results), ("reliability", y))) for study in (found.here, found.there)]
+    said = [f"{MAX_MARKS} of {count:,} settings of {name}" for name, count in zip(found.names, counts, strict=True) if count > MAX_MARKS]
+    return f" Drawn are about {' and '.join(said)}, picked at random beside front and pick." if said else ""
 
 
 def _second(found: Comparison) -> str:
@@ -60,7 +71,8 @@ def fronts_figure(found: Comparison, y: str) -> go.Figure:
     for (name, study), (colour, symbol), pick in zip(sides, LOOKS, found.picks, strict=True):
         settings = comparable(by_setting(study.results), ("reliability", y))
         front = pareto_front(settings, ("reliability", y))
-        points = settings.to_dict("records")
+        drawn = thinned(list(settings["trial_id"]), {*front.trial_ids, *((pick.trial_id,) if pick else ())}, MAX_MARKS)
+        points = settings[settings["trial_id"].isin(drawn)].to_dict("records")
         on = [row["trial_id"] in front.trial_ids for row in points]
         corners = front_step(front, [(row["reliability"], row[y]) for row in points])
         figure.add_scatter(
@@ -111,10 +123,12 @@ def shared_figure(found: Comparison, metric: str) -> go.Figure:
         f"<b>{name}</b>" if f"{a['layer']}.{a['module']}" == picks[0] or f"{b['layer']}.{b['module']}" == picks[1] else ""
         for name, (a, b) in zip(names, pairs, strict=True)
     ]
+    below = [f"{b['layer']}.{b['module']}" == picks[1] for _, b in pairs]  # picks are often close to each other
     form = ".3g" if drift else ".1%"
     figure.add_scatter(
         x=[a[metric] for a, _ in pairs], y=[b[metric] for _, b in pairs], mode="markers+text", showlegend=False,
-        customdata=[a["trial_id"] for a, _ in pairs], text=named, textposition="top center", hovertext=names,
+        customdata=[a["trial_id"] for a, _ in pairs], text=named,
+        textposition=["bottom center" if known else "top center" for known in below], hovertext=names,
         hovertemplate=f"<b>%{{hovertext}}</b><br>%{{x:{form}}} and %{{y:{form}}}<extra></extra>",
         marker={
             "size": 10, "color": [float(a["depth"]) for a, _ in pairs], "colorscale": "Cividis", "cmin": 0, "cmax": 1,

@@ -5,7 +5,7 @@ as `customdata`, by which the page filters them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,15 @@ import plotly.graph_objects as go
 from analysis.look import ACCENT, BLUE, TITLES, styled_figure
 from analysis.pareto import comparable
 from analysis.table import SETTING_AXES, by_setting, done
+from analysis.thinning import thinned
 from analysis.wording import escaped, number
 
 MAX_CURVES = 150
 """Loss curves drawn at most; the info says how many were left out."""
+MAX_PAIRS = 200
+"""Pairs of pipelines drawn at most; the mean difference is that of all."""
+MAX_LINES = 1000
+"""Settings in the parallel coordinates at most."""
 
 
 @dataclass(frozen=True)
@@ -111,20 +116,25 @@ class PipelineInfo:
     pairs: tuple[PipelinePair, ...]
     """By batch size. Empty when the study has not both pipelines on any setting."""
     mean_difference: tuple[tuple[int, float, int], ...]
-    """(batch size, mean of breadth_first - depth_first, number of pairs)."""
+    """(batch size, mean of breadth_first - depth_first, number of pairs) of all pairs."""
+    left_out: int
+    """Pairs that are not drawn because there are too many."""
 
 
 def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> PipelineInfo:
     """Breadth-first against depth-first, paired: settings that agree in everything else (seeds averaged)."""
     rows = comparable(by_setting(results), (metric,))
-    shared = [axis for axis in SETTING_AXES if axis != "pipeline"]
-    pairs = []
     if not {"breadth_first", "depth_first"} <= set(rows["pipeline"]):
-        return PipelineInfo(metric, (), ())
-    for _, group in rows.groupby(shared, dropna=False, sort=False):
-        sides = {row["pipeline"]: row for row in group.to_dict("records")}
-        if {"breadth_first", "depth_first"} <= sides.keys():
-            wide, deep = sides["breadth_first"], sides["depth_first"]
+        return PipelineInfo(metric, (), (), 0)
+    shared = [axis for axis in SETTING_AXES if axis != "pipeline"]
+    sides: dict[tuple, dict[str, dict]] = {}
+    for row in rows.to_dict("records"):
+        setting = tuple(None if pd.isna(row[axis]) else row[axis] for axis in shared)
+        sides.setdefault(setting, {})[row["pipeline"]] = row
+    pairs = []
+    for side in sides.values():
+        if {"breadth_first", "depth_first"} <= side.keys():
+            wide, deep = side["breadth_first"], side["depth_first"]
             label = f"{wide['layer']}.{escaped(wide['module'])}, rate {number(wide['learning_rate'])}"
             pairs.append(
                 PipelinePair(
@@ -135,8 +145,12 @@ def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> Pipelin
     pairs.sort(key=lambda pair: pair.batch_size)
     sizes = dict.fromkeys(pair.batch_size for pair in pairs)
     gaps = {size: [p.breadth_first - p.depth_first for p in pairs if p.batch_size == size] for size in sizes}
+    drawn = thinned([pair.trial_ids[0] for pair in pairs], (), MAX_PAIRS)
     return PipelineInfo(
-        metric, tuple(pairs), tuple((size, float(np.mean(gap)), len(gap)) for size, gap in gaps.items())
+        metric=metric,
+        pairs=tuple(pair for pair in pairs if pair.trial_ids[0] in drawn),
+        mean_difference=tuple((size, float(np.mean(gap)), len(gap)) for size, gap in gaps.items()),
+        left_out=len(pairs) - len(drawn),
     )
 
 
@@ -205,11 +219,16 @@ class ParallelInfo:
     """Axes of the space with more than one value, then the metrics measured."""
     colour: tuple[float, ...]
     """Reliability."""
+    left_out: int
+    """Settings that are not drawn because there are too many."""
 
 
-def parallel_info(results: pd.DataFrame) -> ParallelInfo:
-    """Settings (seeds averaged) as lines over every axis that varies and every metric that all of them have."""
-    rows = comparable(by_setting(results), ("reliability",))
+def parallel_info(results: pd.DataFrame, *, keep: Collection[str] = ()) -> ParallelInfo:
+    """Settings (seeds averaged) as lines over every axis that varies and every metric that all of them have.
+
+    keep: settings to draw however many there are."""
+    known = comparable(by_setting(results), ("reliability",))
+    rows = known[known["trial_id"].isin(thinned(list(known["trial_id"]), keep, MAX_LINES))]
     axes = []
     for name in ("layer", "module", "pipeline", "batch_size", "learning_rate", "loss_average"):
         given = list(dict.fromkeys(value for value in rows[name] if not pd.isna(value)))
@@ -230,7 +249,8 @@ def parallel_info(results: pd.DataFrame) -> ParallelInfo:
             units = {"drift_kl": "drift, nats", "capability_change": "change, points", "seconds_per_edit": "s per edit"}
             label = units.get(name, name)
             axes.append(ParallelAxis(name, label, tuple(float(f"{scale * x:.4g}") for x in rows[name]), ()))
-    return ParallelInfo(tuple(rows["trial_id"]), tuple(axes), tuple(float(x) for x in rows["reliability"]))
+    colour = tuple(round(float(x), 4) for x in rows["reliability"])
+    return ParallelInfo(tuple(rows["trial_id"]), tuple(axes), colour, len(known) - len(rows))
 
 
 def parallel_figure(info: ParallelInfo) -> go.Figure:

@@ -2,10 +2,10 @@
   "use strict";
   // The controls above the figures: modules, layers and a floor of reliability. They filter every figure and table by
   // trial, and move the pick: the settings come in the order in which the rule takes them, so the pick is the first one
-  // shown that reaches the floor.
+  // shown that reaches the floor. What is drawn around in a figure filters the others as well.
   const form = document.getElementById("explore");
   const get = id => document.getElementById(id);
-  const {modules, layers, floor: ruled, best, settings, others} = JSON.parse(get("explore-data").textContent);
+  const {modules, layers, floor: ruled, best, left_out: hidden, settings, others} = JSON.parse(get("explore-data").textContent);
   const trials = new Map(others.map(([id, layer, module]) => [id, {layer, module, setting: null}]));
   settings.forEach(([ids, layer, module]) => ids.forEach(id => trials.set(id, {layer, module, setting: ids[0]})));
   const slider = get("floor"), from = get("from-layer"), to = get("to-layer");
@@ -16,7 +16,8 @@
 
   let floor = ruled;  // the rule's own, more exact than the slider's steps, until the slider is moved
   let chosen = null;  // trials that were drawn around in the front
-  const shown = id => {
+  let brushed = null;  // trials whose lines cross the ranges drawn along the axes of the parallel coordinates
+  const within = id => {
     const trial = trials.get(id);
     if (!trial) return true;  // of another study
     const {layer, module, setting} = trial;
@@ -24,12 +25,14 @@
       && (!from || (layer >= layers[from.value] && layer <= layers[to.value]))
       && (!chosen || chosen.has(setting));
   };
+  const shown = id => within(id) && (!brushed || !trials.has(id) || brushed.has(trials.get(id).setting));
 
   const whole = new Map();  // canvas of each figure, once drawn -> its data as drawn
   const figures = () => [...whole.keys()];
   const remember = canvas => {
     const of = trace => trace.type === "heatmap" ? {z: trace.z} : trace.type === "parcoords"
-      ? {values: trace.dimensions.map(axis => axis.values), color: trace.line.color} : {x: trace.x, y: trace.y};
+      ? {values: new Map(trace.dimensions.map(axis => [axis.label, axis.values])), color: trace.line.color}
+      : {x: trace.x, y: trace.y};
     whole.set(canvas, canvas.data.map(trace => trace.customdata ? {ids: trace.customdata, ...of(trace)} : null));
   };
   const filter = canvas => {
@@ -39,10 +42,12 @@
       if (kept.z) {
         const z = kept.z.map((line, i) => line.map((value, j) => kept.ids[i][j] && !shown(kept.ids[i][j]) ? null : value));
         Plotly.restyle(canvas, {z: [z]}, [index]);
-      } else if (kept.values) {
-        const left = kept.ids.map(shown), keep = list => list.filter((_, i) => left[i]);
+      } else if (kept.values) {  // its own ranges leave their other lines there, in grey; the axes may have been moved
+        const left = kept.ids.map(within), keep = list => list.filter((_, i) => left[i]);
         const change = {"line.color": [keep(kept.color)]};
-        kept.values.forEach((values, axis) => { change[`dimensions[${axis}].values`] = [keep(values)]; });
+        canvas.data[index].dimensions.forEach((axis, place) => {
+          change[`dimensions[${place}].values`] = [keep(kept.values.get(axis.label))];
+        });
         Plotly.restyle(canvas, change, [index]);
       } else {
         marks.push(index);
@@ -50,6 +55,19 @@
       }
     });
     if (marks.length) Plotly.restyle(canvas, {y: ys}, marks);
+  };
+  const ranges = axis => {  // along an axis: [[low, high], ...], none where nothing is drawn
+    const range = axis.constraintrange ?? [];
+    return Array.isArray(range[0]) ? range : range.length ? [range] : [];
+  };
+  const brush = canvas => {  // what the ranges keep, of all lines
+    const index = canvas.data.findIndex(trace => trace.type === "parcoords"), kept = whole.get(canvas)[index];
+    const drawn = canvas.data[index].dimensions.filter(axis => ranges(axis).length);
+    const inside = (axis, i) => ranges(axis).some(([low, high]) => {
+      const value = kept.values.get(axis.label)[i];
+      return value >= low && value <= high;
+    });
+    brushed = drawn.length ? new Set(kept.ids.filter((_, i) => drawn.every(axis => inside(axis, i)))) : null;
   };
   const front = document.querySelector('script[data-for="plot-front"]');
   const hovers = new Map();  // setting -> what hovering over it says, without its name
@@ -93,7 +111,7 @@
     get("floor-value").textContent = percent(floor) + (floor === ruled ? " (the rule)" : "");
     const left = settings.filter(([ids]) => shown(ids[0]));
     const pick = left.find(([, , , reliability]) => reliability >= floor - 1e-9);
-    const [[id], layer, module, reliability, run] = pick ?? [[null]];
+    const [[id], layer, module, reliability, run, misses] = pick ?? [[null]];
     const position = `${layer}.${modules[module]}`;
     const say = get("floor-pick");
     say.replaceChildren();
@@ -107,11 +125,18 @@
         code.textContent = `--from-run ${run}`;
         say.append(code, ". ");
       }
+      if (misses) {
+        const link = document.createElement("a");
+        link.href = `#misses-${misses}`;
+        link.textContent = "Which edits fail there";
+        say.append(link, ". ");
+      }
     } else {
       say.append("No setting shown is as reliable as that. ");
     }
     say.append(`${left.length} of ${settings.length} settings shown.`);
-    if (chosen) say.append(" Only those drawn around in the figure; Reset shows all.");
+    if (hidden) say.append(` ${hidden.toLocaleString("en")} more are not on this page; none of them is ever the pick.`);
+    if (chosen || brushed) say.append(" Only those drawn around in a figure; Reset shows all.");
     rows.forEach(row => row.classList.toggle("picked", id !== null && trials.get(row.dataset.trial)?.setting === id));
     figures().forEach(canvas => mark(canvas, id, position));
   };
@@ -133,17 +158,22 @@
   form.addEventListener("submit", event => event.preventDefault());
   const reset = () => {
     floor = ruled;
-    chosen = null;
+    chosen = brushed = null;
     slider.value = (100 * ruled).toFixed(1);
     chips.forEach(chip => { chip.checked = true; });
     if (from) [from.value, to.value] = [0, layers.length - 1];
-    figures().forEach(canvas => { if (canvas.layout.selections?.length) Plotly.relayout(canvas, {selections: []}); });
+    figures().forEach(canvas => {
+      if (canvas.layout.selections?.length) Plotly.relayout(canvas, {selections: []});
+      canvas.data.forEach((trace, index) => trace.dimensions?.forEach((axis, place) => {
+        if (ranges(axis).length) Plotly.restyle(canvas, {[`dimensions[${place}].constraintrange`]: [null]}, [index]);
+      }));
+    });
     filterAll();
   };
   form.addEventListener("reset", event => { event.preventDefault(); reset(); });
 
-  // In the figures: the legend of the front switches modules, a frame or lasso in it keeps settings, and a frame drawn
-  // over a map keeps its layers and modules.
+  // In the figures: the legend of the front switches modules, a frame or lasso in it keeps settings, a frame drawn over a
+  // map keeps its layers and modules, and a range along an axis of the parallel coordinates keeps the lines that cross it.
   const attach = () => {
     [...document.querySelectorAll(".canvas")].filter(canvas => canvas.data).forEach(canvas => {
       remember(canvas);
@@ -159,6 +189,12 @@
           soon(filterAll);
         });
         canvas.on("plotly_deselect", () => { chosen = null; soon(filterAll); });
+      } else if (canvas.data.some(trace => trace.type === "parcoords")) {
+        canvas.on("plotly_restyle", ([change]) => {
+          if (!Object.keys(change).some(key => key.endsWith("constraintrange"))) return;
+          brush(canvas);
+          soon(filterAll);
+        });
       } else if (map) {
         canvas.on("plotly_selected", event => {
           if (!event?.range) return;

@@ -6,7 +6,7 @@ Every mark's hover names its trial. User text is escaped, since plotly reads som
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,11 @@ from analysis.curves import (
     pipeline_figure,
     pipeline_info,
 )
+from analysis.intervals import interval
 from analysis.look import ACCENT, INK, MUTED, TITLES, hover_text, styled_figure
 from analysis.pareto import DEFAULT_OBJECTIVES, ParetoFront, best_by_position, comparable, pareto_front
 from analysis.table import by_setting
+from analysis.thinning import thinned
 from analysis.wording import escaped
 
 __all__ = [
@@ -47,6 +49,10 @@ SYMBOLS = (
     "triangle-down",
     "hourglass",
 )
+MAX_MARKS = 1000
+"""Settings in the figure of the front at most; the info says how many were left out."""
+MAX_BARS = 24
+"""Settings on the front up to which each has the bars of its intervals; of more only the pick has."""
 CHANGE_SCALE = ((0.0, "#b35806"), (0.25, "#f1a340"), (0.5, "#f7f7f7"), (0.75, "#67a9cf"), (1.0, "#2166ac"))
 """Losses orange, gains blue."""
 
@@ -61,6 +67,8 @@ class FrontPoint:
     """Of the two objectives, x and y."""
     on_front: bool
     hover: str
+    intervals: tuple[tuple[float, float], tuple[float, float]] | None
+    """95% intervals of the two values; None where no bars are to be drawn."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,14 @@ class FrontInfo:
     """trial_id of the marked point."""
     unedited: float | None
     """The unedited model's value of the second objective, a reference line."""
+    n_front: int
+    left_out: int
+    """Settings that are not drawn because there are too many."""
+
+    @property
+    def n_barred(self) -> int:
+        """Settings with bars."""
+        return sum(bool(_ends(mark, 0) or _ends(mark, 1)) for mark in self.points)
 
 
 def front_info(
@@ -84,15 +100,19 @@ def front_info(
     baseline: Mapping[str, float] | None = None,
     pick: str | None = None,
     chances: Mapping[str, float] | None = None,
+    keep: Collection[str] = (),
 ) -> FrontInfo:
     """The trade-off of two objectives over the settings (seeds averaged); diverged and unfinished ones are left out.
 
     chances: trial_id -> how likely it is on the front (`analysis.bootstrap`), for the hover texts.
+    keep: settings to draw however many there are, beside front and pick.
     """
     x, y = objectives
     settings = by_setting(results)
     rows = comparable(settings, (x, y))
     front = pareto_front(settings, (x, y))
+    drawn = thinned(list(rows["trial_id"]), {*front.trial_ids, *keep, *((pick,) if pick else ())}, MAX_MARKS)
+    barred = {pick, *(front.trial_ids if len(front.trial_ids) <= MAX_BARS else ())}
     marks = tuple(
         FrontPoint(
             trial_id=row["trial_id"],
@@ -102,8 +122,9 @@ def front_info(
             values=(float(row[x]), float(row[y])),
             on_front=row["trial_id"] in front.trial_ids,
             hover=hover_text(row, (chances or {}).get(row["trial_id"])),
+            intervals=(interval(row, x), interval(row, y)) if row["trial_id"] in barred else None,
         )
-        for row in rows.to_dict("records")
+        for row in rows[rows["trial_id"].isin(drawn)].to_dict("records")
     )
     unedited = float((baseline or {}).get(y, math.nan))
     if y == "capability_change":
@@ -115,6 +136,8 @@ def front_info(
         step=tuple(front_step(front, [mark.values for mark in marks])),
         pick=pick if any(mark.trial_id == pick for mark in marks) else None,
         unedited=unedited if math.isfinite(unedited) and y.startswith("capability") else None,
+        n_front=len(front.trial_ids),
+        left_out=len(rows) - len(marks),
     )
 
 
@@ -132,7 +155,8 @@ def front_step(front: ParetoFront, points: Sequence[tuple[float, float]]) -> lis
 
 
 def front_figure(info: FrontInfo) -> go.Figure:
-    """Scatter coloured by relative depth, a symbol per module, the front as a step, the pick ringed."""
+    """Scatter coloured by relative depth, a symbol per module, the front as a step with bars of its intervals, the pick
+    ringed."""
     x, y = (TITLES.get(name, name) for name in info.objectives)
     figure = styled_figure(height=520, xaxis={"title": {"text": x}}, yaxis={"title": {"text": y}}, dragmode="select")
     if info.step:
@@ -150,6 +174,8 @@ def front_figure(info: FrontInfo) -> go.Figure:
             customdata=[mark.trial_id for mark in marks],
             text=[mark.hover for mark in marks],
             hovertemplate="%{text}<extra></extra>",
+            error_x=_bars(marks, 0),
+            error_y=_bars(marks, 1),
             marker={
                 "symbol": SYMBOLS[index % len(SYMBOLS)],
                 "size": [13 if mark.on_front else 9 for mark in marks],
@@ -186,13 +212,30 @@ def front_figure(info: FrontInfo) -> go.Figure:
                 arrowhead=0, arrowcolor=ACCENT, ax=-46 if left else 46, ay=34, standoff=13,
                 font={"color": ACCENT, "size": 15}, bgcolor="rgba(255,255,255,0.8)", name="pick",
             )  # fmt: skip
-    xs, ys = ([mark.values[axis] for mark in info.points] for axis in (0, 1))
+    xs, ys = ([end for mark in info.points for end in (mark.values[axis], *_ends(mark, axis))] for axis in (0, 1))
     ys += [info.unedited] if info.unedited is not None else []
     figure.update_layout(
         xaxis={"tickformat": ".0%", "range": _padded(xs, least=0.03)},
         yaxis={"tickformat": _tickformat(ys), "range": _padded(ys, least=0.006)},
     )
     return figure
+
+
+def _ends(mark: FrontPoint, axis: int) -> tuple[float, ...]:
+    """Of the bar along an axis; none where the interval is not known."""
+    return tuple(end for end in mark.intervals[axis] if math.isfinite(end)) if mark.intervals else ()
+
+
+def _bars(marks: Sequence[FrontPoint], axis: int) -> dict[str, Any]:
+    """plotly's error bars along an axis, None where a mark has none."""
+    ends = [_ends(mark, axis) for mark in marks]
+    if not any(ends):
+        return {}
+    return {
+        "type": "data", "symmetric": False, "color": "rgba(86,96,110,0.55)", "thickness": 1.2, "width": 3,
+        "array": [round(end[1] - mark.values[axis], 5) if end else None for end, mark in zip(ends, marks, strict=True)],
+        "arrayminus": [round(mark.values[axis] - end[0], 5) if end else None for end, mark in zip(ends, marks, strict=True)],
+    }  # fmt: skip
 
 
 def _padded(values: Sequence[float], least: float) -> list[float]:

@@ -3,9 +3,12 @@
 Those of the report, in reading order: all that the results can fill.
 """
 
+import base64
+import functools
+import gzip
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +16,15 @@ import jinja2
 import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from analysis import figures
 from analysis.look import TITLES
 from analysis.pareto import comparable
 from analysis.table import by_setting, has_values
 from analysis.wording import plural, points
+
+DRAWN = "the front, the pick and the best of each position are"
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Plot:
     """Across the page; otherwise two share a row where there is room."""
     scrolls: bool = False
     """Needs more width than a phone has: scrolls inside its frame."""
+    trials: frozenset[str] = frozenset()
+    """Ids of the trials that it shows, by which the page filters it."""
 
 
 def gallery(
@@ -46,17 +54,23 @@ def gallery(
     front: tuple[str, ...],
     pick: str | None,
     chances: Mapping[str, float],
+    keep: Collection[str] = (),
 ) -> list[Plot]:
-    """The figures that these results can fill, in reading order. chances: of being on the front, by trial_id."""
+    """The figures that these results can fill, in reading order. chances: of being on the front, by trial_id. keep:
+    settings to draw where there are too many to draw all, beside front and pick."""
     plots: list[Plot] = []
     x, y = (TITLES.get(name, name) for name in objectives)
     if len(comparable(by_setting(results), objectives)):
-        info = figures.front_info(results, objectives=objectives, baseline=baseline, pick=pick, chances=chances)
+        info = figures.front_info(
+            results, objectives=objectives, baseline=baseline, pick=pick, chances=chances, keep=keep
+        )
+        barred = ", the bars are 95% intervals " + ("on the front" if info.n_barred > 1 else "of the pick")
         plots.append(
             page_plot(
                 "front", f"{x.capitalize()} against {y}", figures.front_figure(info),
                 f"Each mark is a setting: its colour is the depth of the layer, its shape the module. Up and to the"
-                f" right is better. The dotted step is the front ({plural(len(front), 'setting')}), the ring the pick.",
+                f" right is better. The dotted step is the front ({plural(info.n_front, 'setting')}), the ring the pick"
+                f"{barred if info.n_barred else ''}.{_left_out(info.left_out, 'settings', DRAWN)}",
                 f"Scatter of {x} and {y} of {plural(len(info.points), 'setting')}; the table of the front above holds"
                 " its best ones.",
             )
@@ -88,24 +102,30 @@ def gallery(
         plots.append(
             page_plot(
                 f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", figures.pipeline_figure(pairs),
-                f"Pairs that agree in everything else. Mean advantage of breadth-first: {means}.",
+                f"Pairs that agree in everything else. Mean advantage of breadth-first: {means}."
+                + _left_out(pairs.left_out, "pairs", "the means are of all"),
                 f"{metric.capitalize()} of {plural(len(pairs.pairs), 'pair')} of settings. Mean advantage of"
                 f" breadth-first: {means}.",
                 wide=False,
             )
         )  # fmt: skip
-    parallel = figures.parallel_info(results)
+    parallel = figures.parallel_info(results, keep={*front, *((pick,) if pick else ()), *keep})
     if len(parallel.trial_ids) > 1:
         plots.append(
             page_plot(
                 "parallel", "Everything at once", figures.parallel_figure(parallel),
-                "A line is a setting, coloured by reliability. Drag along an axis to keep the lines that cross there;"
-                " click the axis to let go.",
+                "A line is a setting, coloured by reliability. Drag along an axis to keep the lines that cross there, here"
+                f" and in all figures; click the axis to let go.{_left_out(parallel.left_out, 'settings', DRAWN)}",
                 "Parallel coordinates of settings and metrics; the table of all trials holds the values.",
                 scrolls=True,
             )
         )  # fmt: skip
     return plots
+
+
+def _left_out(count: int, what: str, but: str) -> str:
+    """What a caption says of marks that are not drawn."""
+    return f" {count:,} more {what} are not drawn, picked at random; {but}." if count else ""
 
 
 def page_template(name: str) -> jinja2.Template:
@@ -124,9 +144,22 @@ _PAGES = jinja2.Environment(
 
 def page_plot(id: str, title: str, figure: go.Figure, caption: str, description: str, **shape: bool) -> Plot:
     """A figure for a page. shape: fields of `Plot`."""
-    return Plot(
-        id, title, caption, description, script_json(figure.to_plotly_json()), int(figure.layout.height), **shape
-    )
+    data = script_json(figure.to_plotly_json())
+    return Plot(id, title, caption, description, data, int(figure.layout.height), trials=_trials(figure), **shape)
+
+
+def _trials(figure: go.Figure) -> frozenset[str]:
+    """What the traces carry as `customdata`: a list, or one a row of a map."""
+    found = [item for trace in figure.data for item in (trace.customdata if trace.customdata is not None else ())]
+    rows = [item if isinstance(item, list | tuple) else [item] for item in found]
+    return frozenset(trial for row in rows for trial in row if trial is not None)
+
+
+@functools.cache
+def packed_plotly() -> Markup:
+    """plotly.js as base64 of gzip, 1.9 MB instead of 4.8, for the page's script to unpack."""
+    packed = gzip.compress(get_plotlyjs().encode(), mtime=0)
+    return Markup(base64.b64encode(packed).decode())
 
 
 def script_json(value: Any) -> Markup:

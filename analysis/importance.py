@@ -170,7 +170,7 @@ def importance_figure(weighed: WhatMatters) -> go.Figure:
     bars = [(TITLES[item.metric], *share) for item in weighed.found for share in item.shares]
     figure = styled_figure(
         height=70 + 26 * len(bars) + 14 * len(weighed.found),
-        xaxis={"title": {"text": "share of the importance of all axes"}, "tickformat": ".0%", "rangemode": "tozero"},
+        xaxis={"title": {"text": "share of importance"}, "tickformat": ".0%", "rangemode": "tozero"},
         yaxis={"autorange": "reversed", "showgrid": False, "type": "multicategory", "dividercolor": "#dfe3e9"},
         bargap=0.3,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from analysis.intervals import drift_text, with_interval
 from analysis.wording import change_with_interval, escaped, number, percent, whole_percent
 
 TITLES = {
@@ -34,12 +35,12 @@ def hover_text(row: Mapping[str, Any], chance: float | None = None) -> str:
     lines = [f"<b>{row['layer']}.{escaped(row['module'])}</b>  {escaped(row['trial_id'])}"]
     lines.append(settings + (f", seed{'s' if len(seeds) > 1 else ''} {named}" if named else ""))
     if math.isfinite(row["reliability"]):
-        lines.append(f"reliability {percent(row['reliability'])}, generalization {percent(row['generalization'])}")
+        lines.append(", ".join(f"{name} {with_interval(row, name)}" for name in ("reliability", "generalization")))
     if math.isfinite(row["capability"]):
         change = change_with_interval(*(row[f"capability_change{end}"] for end in ("", "_low", "_high")))
         lines.append(f"capability {percent(row['capability'])}, change {change}")
     if math.isfinite(row["drift_kl"]):
-        lines.append(f"drift {number(row['drift_kl'])} nats per token")
+        lines.append(f"drift {drift_text(row)}")
     if chance:
         lines.append(f"on the front with a chance of {whole_percent(chance)}")
     return "<br>".join(lines)

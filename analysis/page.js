@@ -1,7 +1,6 @@
 (() => {
   "use strict";
   // Figures: the layout is the author's, a narrow screen gets smaller type and its colour bars below.
-  const drawn = [];
   const draw = script => {
     const canvas = document.getElementById(script.dataset.for);
     const {data, layout} = JSON.parse(script.textContent);
@@ -26,15 +25,27 @@
     return Plotly.newPlot(canvas, data, layout, config);
   };
   const scripts = [...document.querySelectorAll("script[data-for]")];
-  if (window.Plotly) {
-    scripts.forEach(script => drawn.push(draw(script)));
-    Promise.all(drawn).then(() => {
-      document.body.dataset.figures = String(drawn.length);
-      document.dispatchEvent(new Event("figures"));
+  const unpack = async () => {  // plotly.js is base64 of gzip, which makes the file less than half as large
+    const packed = document.getElementById("plotly");
+    if (!packed) return;
+    const bytes = Uint8Array.from(atob(packed.textContent), letter => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(stream).text();
+    document.head.append(script);
+  };
+  const drawAll = async () => {
+    if (!window.Plotly) throw new Error("no plotly.js");
+    await Promise.all(scripts.map(draw));
+    document.body.dataset.figures = String(scripts.length);
+    document.dispatchEvent(new Event("figures"));
+  };
+  if (scripts.length) {
+    unpack().then(drawAll).catch(reason => {
+      if (window.Plotly) throw reason;
+      document.getElementById("undrawn").hidden = false;
+      document.querySelectorAll("figure").forEach(figure => { figure.hidden = true; });
     });
-  } else if (scripts.length) {
-    document.getElementById("undrawn").hidden = false;
-    document.querySelectorAll("figure").forEach(figure => { figure.hidden = true; });
   }
 
   // The table of all trials sorts by a click on a heading; empty cells stay at the end.
@@ -65,6 +76,17 @@
       });
     });
   }
+
+  // A link into something folded opens it.
+  const unfold = hash => {
+    const target = hash.length > 1 ? document.getElementById(hash.slice(1)) : null;
+    for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
+  };
+  document.addEventListener("click", event => {
+    const link = event.target.closest("a[href^='#']");
+    if (link) unfold(link.hash);
+  });
+  unfold(location.hash);
 
   const copy = document.getElementById("copy");
   if (copy) {

@@ -12,7 +12,7 @@ import moocore
 import numpy as np
 import pandas as pd
 
-from analysis.table import METRICS, by_setting
+from analysis.table import METRICS, SPREADS, by_setting
 from analysis.wording import change_with_interval, percent, plural, points
 
 DEFAULT_OBJECTIVES = ("reliability", "capability")
@@ -51,7 +51,7 @@ class Recommendation:
     settings: dict[str, Any]
     """Every axis of the setting, and `seeds`."""
     metrics: dict[str, float]
-    """Means over the seeds, finite ones only; with `reliability_se`, `reliability_sd` (several seeds), `n_seeds`."""
+    """Means over the seeds, finite ones only; with `reliability_se`, `SPREADS` (several seeds), `n_seeds`."""
     rule: str
     """How it was chosen, in one sentence to show next to it."""
     runner_up: str | None
@@ -198,6 +198,19 @@ def by_preference(settings: pd.DataFrame) -> list[dict[str, Any]]:
     return sorted(comparable(settings, ("reliability",)).to_dict("records"), key=_preference)
 
 
+def pickable(settings: pd.DataFrame) -> tuple[str, ...]:
+    """trial_ids of the settings that `recommend` takes at some floor from some of the positions, the preferred first.
+    All others stand behind one of the same position that is at least as reliable."""
+    most: dict[tuple[int, str], float] = {}
+    found = []
+    for row in by_preference(settings):
+        place = (int(row["layer"]), row["module"])
+        if row["reliability"] > most.get(place, -math.inf):
+            most[place] = row["reliability"]
+            found.append(row["trial_id"])
+    return tuple(found)
+
+
 def best_by_position(settings: pd.DataFrame) -> dict[tuple[int, str], dict[str, Any]]:
     """(layer, module) -> the best setting tried there: the highest reliability, then the highest capability."""
     best: dict[tuple[int, str], dict[str, Any]] = {}
@@ -239,7 +252,7 @@ def _metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
         *METRICS,
         *(name for name in row if name.startswith("capability.")),
         "reliability_se",
-        "reliability_sd",
+        *SPREADS,
         "n_seeds",
     ]
     return {name: float(row[name]) for name in names if math.isfinite(row[name])}

@@ -1,21 +1,18 @@
 """The report of a study: one self-contained HTML file that answers its owner's questions and works offline.
 
 Here the answers are put together as plain values; `report.html` lays them out (jinja2 with autoescape, so whatever a
-user wrote is text), and the figures ride along as JSON that a small script draws with the inlined plotly.js.
+user wrote is text), and the figures ride along as JSON that a small script draws with the plotly.js in the file.
 """
 
 import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from analysis.answers import Misses, certainty, cost, edit_misses, headline
+from analysis.answers import certainty, cost, headline
 from analysis.bootstrap import FrontDoubt, front_doubt
 from analysis.comparison import (
     Comparison,
@@ -29,9 +26,11 @@ from analysis.comparison import (
 )
 from analysis.comparison_figures import comparison_plots
 from analysis.explorer import explorer
-from analysis.gallery import Plot, gallery, page_plot, page_template
+from analysis.gallery import Plot, gallery, packed_plotly, page_plot, page_template
 from analysis.importance import WhatMatters, importance_figure, sentences, what_matters
+from analysis.intervals import interval, seed_range
 from analysis.look import TITLES
+from analysis.misses import Misses, edit_misses
 from analysis.pareto import (
     DEFAULT_OBJECTIVES,
     ParetoFront,
@@ -39,15 +38,27 @@ from analysis.pareto import (
     can_be_objective,
     knee,
     pareto_front,
+    pickable,
     recommend,
 )
-from analysis.table import by_setting, done, failed, has_values, task_columns
-from analysis.wording import ABSENT, number, percent, plural, points, seconds, whole_percent
+from analysis.table import FRACTIONS, by_setting, done, failed, has_values, setting_names, task_columns
+from analysis.trial_table import trial_table
+from analysis.wording import (
+    ABSENT,
+    number,
+    percent,
+    plural,
+    points,
+    points_interval,
+    seconds,
+    seed_span,
+    share_interval,
+    when,
+    whole_percent,
+)
 
-MAX_MISSES = 20
-"""Settings of the front whose wrong answers are listed at most."""
-MAX_TABLE_ROWS = 500
-"""Trials listed at most, the most reliable first, which keeps the file under 6 MB; the page says what is left out."""
+MAX_MISSES = 40
+"""Settings whose wrong answers are listed at most: the pick, the front, then others that the controls can pick."""
 
 
 def render_report(
@@ -70,8 +81,8 @@ def render_report(
         outcomes: per prompt: trial_id, edit_id, kind, prompt, expected, got, correct. Of the trials whose wrong answers
             are to be listed (the pick, the front); where it holds all trials, the bootstrap draws the edits again.
         other: a study to compare this one with.
-        plotly_js: inline plotly.js (4.8 MB). Without it the file is small, and figures are drawn only where the page
-            is put into one that has `Plotly`.
+        plotly_js: put plotly.js in, packed (1.9 MB). Without it the file is small, and figures are drawn only where the
+            page is put into one that has `Plotly`.
     """
     settings = by_setting(results)
     objectives = _objectives(study, settings)
@@ -80,12 +91,15 @@ def render_report(
     pick_id = pick.trial_id if pick else None
     bend = knee(front) if len(set(front.points)) > 1 else None
     doubt = front_doubt(settings, front, outcomes)
-    plots = gallery(results, objectives, baseline, front.trial_ids, pick_id, doubt.chances)
+    able = pickable(settings)
+    plots = gallery(results, objectives, baseline, front.trial_ids, pick_id, doubt.chances, able)
     weighed = what_matters(results)
     compared = compare(Measured(study, results, baseline), other) if other else None
-    missed = edit_misses(outcomes, settings, [*([pick_id] if pick_id else []), *front.trial_ids][:MAX_MISSES])
+    missed = edit_misses(outcomes, settings, [*([pick_id] if pick_id else []), *front.trial_ids, *able])[:MAX_MISSES]
+    lists = {item.trial_id: place for place, item in enumerate(missed, 1)}
     chances = {trial: doubt.chances.get(row, math.nan) for row, ids in zip(settings["trial_id"], settings["trial_ids"], strict=True) for trial in ids}
-    table = results.assign(on_front=results["trial_id"].map(chances))
+    table = trial_table(results.assign(on_front=results["trial_id"].map(chances)), pick.trial_ids if pick else ())
+    shown = table.trials.union(*(plot.trials for plot in plots))
     found = settings.set_index("trial_id", drop=False)
     broken = failed(results)
     causes = Counter(error if isinstance(error, str) and error else "no cause recorded" for error in broken["error"])
@@ -101,10 +115,10 @@ def render_report(
         cost=cost(pick, baseline) if pick else [],
         certainty=certainty(study, settings, pick, front, doubt) if pick else [],
         front=[
-            _front_row(found.loc[trial], trial == pick_id, trial == bend, doubt.chances[trial], missed)
+            _front_row(found.loc[trial], trial == pick_id, trial == bend, doubt.chances[trial], lists.get(trial), missed)
             for trial in front.trial_ids
         ],
-        near=_near(found, front, doubt),
+        near=_near(settings, front, doubt),
         by_edit=doubt.by_edit,
         front_names=[TITLES.get(name, name) for name in objectives],
         bend=_bend(found, front, pick),
@@ -116,18 +130,17 @@ def render_report(
         weighed=_weighed_plot(weighed) if weighed.found else None,
         compared=_compared(compared) if compared else None,
         plots=plots,
-        explorer=explorer(results, settings, pick),
+        explorer=explorer(results, settings, pick, shown, lists),
         model_argument=shlex.quote(str(study["model"])),
-        columns=[(name, title, note) for name, title, note, _ in _table_columns(table)],
-        common=_common(results),
-        rows=_trial_rows(table, pick.trial_ids if pick else ()),
+        table=table,
         n_trials=len(results),
         misses=missed,
+        n_asked=sum(item.trial_id == pick_id or item.trial_id in front.trial_ids for item in missed),
         causes=causes.most_common(),
         n_failed=len(broken),
         n_diverged=int((done(results)["diverged"] == 1).sum()),
         environment={str(k): _readable(v) for k, v in (study.get("environment") or {}).items()},
-        plotly_js=Markup(get_plotlyjs()) if plotly_js and (plots or compared) else None,
+        plotly_js=packed_plotly() if plotly_js and (plots or compared) else None,
     )
 
 
@@ -164,18 +177,14 @@ def _facts(study: Mapping[str, Any], results: pd.DataFrame, baseline: Mapping[st
     n_failed = int(study.get("trials_failed", len(failed(results))))
     trials = f"{plural(n_done, 'trial')} done" + (f" of {int(planned):,} planned" if planned else "")
     trials += f", {n_failed:,} failed" if n_failed else ""
-    when = " to ".join(filter(None, (_when(study.get("started")), _when(study.get("finished")))))
+    run = " to ".join(filter(None, (when(study.get("started")), when(study.get("finished")))))
     facts = [
         ("Model", str(study.get("model", ABSENT))),
         ("Edits", edits),
         ("Capability", capability),
         ("Trials", trials),
     ]
-    return [(name, value) for name, value in (*facts, ("Run", when)) if value]
-
-
-def _when(value: Any) -> str:
-    return value.strftime("%Y-%m-%d %H:%M") if isinstance(value, datetime) else str(value or "")
+    return [(name, value) for name, value in (*facts, ("Run", run)) if value]
 
 
 def _command(study: Mapping[str, Any], pick: Recommendation, found: pd.DataFrame) -> str:
@@ -200,7 +209,7 @@ def _bend(found: pd.DataFrame, front: ParetoFront, pick: Recommendation | None) 
     return f"It bends most at {row['layer']}.{row['module']}: {' and '.join(gains)} against the pick."
 
 
-def _near(found: pd.DataFrame, front: ParetoFront, doubt: FrontDoubt) -> str | None:
+def _near(settings: pd.DataFrame, front: ParetoFront, doubt: FrontDoubt) -> str | None:
     """The settings that are not on the front as measured, but may well be, in one sentence."""
     near = sorted(
         ((chance, trial) for trial, chance in doubt.chances.items() if chance >= 0.2 and trial not in front.trial_ids),
@@ -208,9 +217,8 @@ def _near(found: pd.DataFrame, front: ParetoFront, doubt: FrontDoubt) -> str | N
     )
     if not near:
         return None
-    named = [
-        f"{found.loc[trial, 'layer']}.{found.loc[trial, 'module']} ({whole_percent(chance)})" for chance, trial in near[:4]
-    ]
+    names = setting_names(settings)
+    named = [f"{names[trial]} ({whole_percent(chance)})" for chance, trial in near[:4]]
     more = f" and {len(near) - 4} more" if len(near) > 4 else ""
     return f"Not on it as measured, but with a chance of a fifth or more: {', '.join(named)}{more}."
 
@@ -235,104 +243,32 @@ def _compared(found: Comparison) -> dict[str, Any]:
         "agreements": agreement_rows(found),
         "metrics": [TITLES[name] for name in found.metrics],
         "shared": shared_rows(found),
+        "n_shared": len(found.shared),
         "plots": comparison_plots(found),
     }
 
 
 def _front_row(
-    row: pd.Series, is_pick: bool, is_knee: bool, chance: float, missed: Sequence[Misses]
+    row: pd.Series, is_pick: bool, is_knee: bool, chance: float, listed: int | None, missed: Sequence[Misses]
 ) -> dict[str, Any]:
-    values = {
+    return {
         "position": f"{row['layer']}.{row['module']}",
         "settings": f"{str(row['pipeline']).replace('_first', '-first')}, batch {number(row['batch_size'])},"
         f" rate {number(row['learning_rate'])}" + (f", {row['n_seeds']} seeds" if row["n_seeds"] > 1 else ""),
-        "reliability": percent(row["reliability"]),
-        "se": points(row["reliability_se"]).lstrip("+"),
-        "generalization": percent(row["generalization"]),
+        "shares": [(percent(row[name]), share_interval(*interval(row, name))) for name in FRACTIONS],
         "capability": percent(row["capability"]),
         "change": points(row["capability_change"]),
-        "interval": f"{points(row['capability_change_low'])}, {points(row['capability_change_high'])}",
+        "interval": points_interval(*interval(row, "capability_change")),
         "drift": number(row["drift_kl"]),
+        "drift_span": seed_span(*seed_range(row)),
         "seconds": seconds(row["seconds_per_edit"]),
-    }
-    if values["interval"] == f"{ABSENT}, {ABSENT}":
-        values["interval"] = ""
-    listed = next((index for index, item in enumerate(missed, 1) if item.trial_id == row["trial_id"]), None)
-    wrong = missed[listed - 1].groups[0].wrong if listed else None
-    return values | {
         "trial_id": row["trial_id"],
         "pick": is_pick,
         "knee": is_knee,
         "chance": whole_percent(chance),
         "misses": listed,
-        "wrong": wrong,
+        "wrong": missed[listed - 1].groups[0].wrong if listed else None,
     }
-
-
-_TABLE_COLUMNS = (
-    # results column, heading, unit or note, how to write it
-    ("layer", "layer", "", number),
-    ("module", "module", "", str),
-    ("pipeline", "pipeline", "", lambda text: str(text).replace("_first", "-first")),
-    ("batch_size", "batch", "", number),
-    ("learning_rate", "rate", "", number),
-    ("seed", "seed", "", number),
-    ("on_front", "on front", "chance", whole_percent),
-    ("reliability", "reliability", "", percent),
-    ("generalization", "generali\u00adzation", "", percent),
-    ("locality", "locality", "", percent),
-    ("capability", "capability", "", percent),
-    ("capability_change", "change", "points", points),
-    ("drift_kl", "drift", "nats", number),
-    ("seconds", "time", "", seconds),
-)
-
-
-_AXES = {"pipeline": "", "batch_size": "batch ", "learning_rate": "learning rate ", "seed": "seed "}
-"""Axes that are columns only where they vary, with what to say before their one value."""
-
-
-def _table_columns(results: pd.DataFrame) -> list[tuple]:
-    """The columns worth showing: those with values, and of `_AXES` those that vary."""
-    return [
-        column
-        for column in _TABLE_COLUMNS
-        if results[column[0]].notna().any() and (column[0] not in _AXES or results[column[0]].nunique(dropna=False) > 1)
-    ]
-
-
-def _common(results: pd.DataFrame) -> str:
-    """The axes that do not vary, in words."""
-    values = {name: list(results[name].unique()) for name in _AXES}
-    return ", ".join(
-        before + number(values[name][0]).replace("_first", "-first")
-        for name, before in _AXES.items()
-        if len(values[name]) == 1 and not pd.isna(values[name][0])
-    )
-
-
-def _trial_rows(results: pd.DataFrame, picked: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Every trial as (key, text) per column, the most reliable first, failed ones last."""
-    order = results.sort_values(["reliability", "capability"], ascending=False, na_position="last", kind="stable")
-    shown = _table_columns(results)
-    rows = []
-    for row in order.head(MAX_TABLE_ROWS).to_dict("records"):
-        cells = []
-        for name, _, _, write in shown:
-            value = row[name]
-            absent = value is None or pd.isna(value)
-            # what the page sorts by: the text, the number it reads from the text, or one it cannot read there
-            key = (
-                str(value)
-                if isinstance(value, str)
-                else float(f"{value:.4g}")
-                if name == "seconds" and not absent
-                else None
-            )
-            cells.append((key, ABSENT if absent else write(value)))
-        status = "diverged" if row["diverged"] == 1 else row["status"]
-        rows.append({"trial_id": row["trial_id"], "status": status, "cells": cells, "pick": row["trial_id"] in picked})
-    return rows
 
 
 def _readable(value: Any) -> str:

@@ -7,15 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from analysis.choice import RULE, Outcome, intervals
 from analysis.figures import SYMBOLS
-from analysis.gallery import Plot, page_plot, page_template
+from analysis.gallery import Plot, packed_plotly, page_plot, page_template
 from analysis.look import ACCENT, INK, styled_figure
 from analysis.table import Z95
-from analysis.wording import change_with_interval, escaped, number, percent, plural, points
+from analysis.wording import (
+    ABSENT,
+    change_with_interval,
+    escaped,
+    number,
+    percent,
+    plural,
+    points,
+    points_interval,
+    share_interval,
+)
+
+
+COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#8a94a3")
+"""Of modules; told apart by colour-blind readers, and none is that of the pick."""
 
 
 @dataclass(frozen=True)
@@ -91,26 +103,31 @@ def render_selection(
         caveat=about.get("caveat"),
         expected=expectations(best.outcome, about["level_edits"]) if best else [],
         level_edits=plural(about["level_edits"], "edit"),
-        ranking=[_row(setting) for setting in ranking],
+        ranking=[_row(setting, about["level_edits"]) for setting in ranking],
         plots=plots,
         how=about["how"],
         rungs=[{"name": name, "why": why, "runs": [_run_row(run) for run in runs]} for name, why, runs in rungs],
         facts=about["facts"],
         settings_yaml=about.get("settings_yaml"),
-        plotly_js=Markup(get_plotlyjs()) if plotly_js and plots else None,
+        plotly_js=packed_plotly() if plotly_js and plots else None,
     )
 
 
-def _row(setting: Ranked) -> dict[str, str]:
-    outcome = setting.outcome
+def _row(setting: Ranked, edits: int) -> dict[str, Any]:
+    outcome, known = setting.outcome, intervals(setting.outcome, edits)
+    values = {
+        "reliability": (percent(outcome.reliability), share_interval(*known["reliability"][1:])),
+        "generalization": (percent(outcome.generalization), share_interval(*known["generalization"][1:])),
+        "change": (points(outcome.capability_change), points_interval(*known["capability_change"][1:])),
+        "drift": (number(outcome.drift), ""),
+    }
+    if not math.isfinite(outcome.drift):
+        values = dict.fromkeys(values, (ABSENT, "")) | {"drift": ("diverged", "")}
     return {
         "position": setting.position,
         "rate": number(setting.learning_rate),
         "chance": percent(round(setting.chance, 3)),
-        "reliability": percent(outcome.reliability),
-        "generalization": percent(outcome.generalization),
-        "change": f"{points(outcome.capability_change)} ± {points(outcome.capability_se).lstrip('+')}",
-        "drift": number(outcome.drift),
+        "values": list(values.values()),
         "seeds": str(setting.seeds),
     }
 
@@ -170,11 +187,14 @@ def probe_figure(
     found = {(layer, module): value for layer, module, value in probe if 0 < value < math.inf}
     figure = styled_figure(
         height=134 + 34 * max(2, len(modules)),
-        xaxis={"title": {"text": "layer"}, "showgrid": False, "dtick": max(1, math.ceil(len(layers) / 16))},
+        xaxis={
+            "title": {"text": "layer"}, "showgrid": False, "dtick": max(1, math.ceil(len(layers) / 16)),
+            "range": [min(layers) - 0.5, max(layers) + 0.5],
+        },
         yaxis={"showgrid": False, "autorange": "reversed", "ticklabelstandoff": 6, "type": "category"},
         margin={"l": 10, "r": 10, "t": 34, "b": 44},  # room for the buttons
         showlegend=False,
-    )
+    )  # fmt: skip
     figure.add_heatmap(
         x=layers,
         y=[escaped(module) for module in modules],
@@ -226,7 +246,7 @@ def trade_figure(ranking: Sequence[Ranked]) -> go.Figure:
             text=[str(s.layer) for s in mine],
             textposition="top right",
             name=escaped(module),
-            marker={"size": 11, "symbol": SYMBOLS[place % len(SYMBOLS)]},
+            marker={"size": 11, "symbol": SYMBOLS[place % len(SYMBOLS)], "color": COLOURS[place % len(COLOURS)]},
             hovertext=[
                 f"<b>{escaped(s.position)}</b> rate {number(s.learning_rate)}<br>reliability"
                 f" {percent(s.outcome.reliability)}, drift {number(s.outcome.drift)}"

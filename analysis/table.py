@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.wording import number
+
 Z95 = 1.959964
 """Standard errors on each side of a 95% interval."""
 TEXT, INTEGER, NUMBER, LIST = "text", "integer", "number", "list"
@@ -98,6 +100,13 @@ METRICS = (
     "seconds_per_edit", "delta_norm",
 )  # fmt: skip
 """The metric columns that are averaged over seeds (besides capability.TASK)."""
+
+
+FRACTIONS = ("reliability", "generalization", "locality")
+"""The metrics that are means over edits of prompts answered right."""
+
+SPREADS = (*(f"{name}_sd" for name in FRACTIONS), "drift_kl_low", "drift_kl_high")
+"""What `by_setting` says of the seeds of a setting."""
 
 
 def results_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -191,7 +200,8 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     - `trial_id`, `run_id`, `seed` and `epoch_losses` are those of the lowest seed, which stands for the group;
     - `diverged` is 1 when any seed diverged;
     - new columns: `trial_ids` and `seeds` (tuples, by seed), `n_seeds`, `n_failed` (seeds of it that failed),
-      `reliability_sd` (between seeds, NaN for one), and `reliability_se`.
+      `reliability_sd`, `generalization_sd`, `locality_sd` (between seeds, NaN for one), `drift_kl_low`, `drift_kl_high`
+      (lowest and highest of the seeds, NaN for one), and `reliability_se`.
 
     `reliability_se` is sqrt(items^2 + sd^2 / seeds): the seeds are measured on the same edits, so more of them do not
     shrink the error that comes from the choice of edits (`proportion_se` of the mean), only that of the training order.
@@ -204,7 +214,8 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     first = finished.loc[~finished.duplicated(keys)].reset_index(drop=True)  # in the order of the groups
     table = first.copy()
     if table.empty:
-        return table.assign(trial_ids=[], seeds=[], n_seeds=0, n_failed=0, reliability_sd=0.0, reliability_se=0.0)
+        absent = dict.fromkeys((*SPREADS, "reliability_se"), 0.0)
+        return table.assign(trial_ids=[], seeds=[], n_seeds=0, n_failed=0, **absent)
     means = groups[names].mean().reset_index(drop=True)
     table[names] = means
     table["diverged"] = groups["diverged"].max().fillna(0.0).to_numpy()
@@ -217,7 +228,11 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     table["trial_ids"] = pd.Series([tuple(group) for group in ids], dtype=object)
     table["seeds"] = pd.Series([tuple(group) for group in seeds], dtype=object)
     table["n_seeds"] = groups.size().to_numpy()
-    table["reliability_sd"] = groups["reliability"].std(ddof=1).to_numpy()
+    for name in FRACTIONS:
+        table[f"{name}_sd"] = groups[name].std(ddof=1).to_numpy()
+    several = (groups["drift_kl"].count() > 1).to_numpy()
+    table["drift_kl_low"] = np.where(several, groups["drift_kl"].min(), np.nan)
+    table["drift_kl_high"] = np.where(several, groups["drift_kl"].max(), np.nan)
     items = np.array([proportion_se(p, n) for p, n in zip(table["reliability"], table["n_edits"], strict=True)])
     between = (table["reliability_sd"].fillna(0.0) ** 2 / table["n_seeds"]).to_numpy()
     table["reliability_se"] = np.sqrt(items**2 + between)
@@ -230,3 +245,16 @@ def _settings_of(frame: pd.DataFrame) -> list[tuple]:
     """The setting of each row, absent values as None."""
     rows = zip(*(frame[axis] for axis in SETTING_AXES), strict=True)
     return [tuple(None if _absent(value) else value for value in row) for row in rows]
+
+
+def setting_names(settings: pd.DataFrame) -> dict[str, str]:
+    """trial_id -> the setting in words: its position, "22.mlp_down", and where more were tried there what tells them
+    apart: "22.mlp_down at rate 0.002". settings: `by_setting(results)`."""
+    words = {"pipeline": "", "batch_size": "batch ", "learning_rate": "rate "}
+    names = {}
+    for (layer, module), group in settings.groupby(["layer", "module"], sort=False):
+        varied = [axis for axis in words if group[axis].nunique(dropna=False) > 1]
+        for row in group.to_dict("records"):
+            apart = ", ".join(words[axis] + number(row[axis]).replace("_first", "-first") for axis in varied)
+            names[row["trial_id"]] = f"{layer}.{module}" + (f" at {apart}" if apart else "")
+    return names

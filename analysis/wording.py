@@ -2,6 +2,7 @@
 
 import html
 import math
+from datetime import datetime
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
@@ -33,8 +34,23 @@ def points(change: float) -> str:
 
 def change_with_interval(change: float, low: float, high: float) -> str:
     """ "−0.4 points [−1.2, +0.3]"; without brackets when the interval is absent."""
-    interval = f" [{points(low)}, {points(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return f"{points(change)} points{interval}"
+    return " ".join(filter(None, (f"{points(change)} points", points_interval(low, high))))
+
+
+def points_interval(low: float, high: float) -> str:
+    """ "[−1.2, +0.3]", in percentage points; empty when absent."""
+    return f"[{points(low)}, {points(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
+
+
+def share_interval(low: float, high: float) -> str:
+    """The interval of a fraction, to stand behind its percentage: "[93.0, 99.4]"; empty when absent."""
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"[{percent(low)}, {percent(high)}]".replace("%", "") if known else ""
+
+
+def seed_span(low: float, high: float) -> str:
+    """What a number is over the seeds: "0.011 to 0.014"; empty for a single seed."""
+    return f"{number(low)} to {number(high)}" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -60,6 +76,11 @@ def seconds(value: float) -> str:
     if value < 120:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def when(moment: Any) -> str:
+    """A moment to the minute: "2026-03-02 09:14"; text as it is; empty when absent."""
+    return moment.strftime("%Y-%m-%d %H:%M") if isinstance(moment, datetime) else str(moment or "")
 
 
 def plural(count: int, noun: str) -> str:

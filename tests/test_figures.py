@@ -125,6 +125,45 @@ def test_front_figure_has_a_symbol_per_module_and_marks_pick_and_unedited():
     assert low < 0.3 and high > 0.6
 
 
+def test_the_front_has_bars_of_its_intervals_and_of_many_only_the_pick(monkeypatch):
+    rows = small().assign(capability_change_low=lambda t: t["capability_change"] - 0.02, capability_change_high=0.1)
+    info = front_info(rows, pick="c")
+    assert {mark.trial_id: mark.intervals is not None for mark in info.points} == {"a": True, "b": False, "c": True, "d": False}
+    (low, high), (least, most) = info.points[2].intervals
+    assert (low, high) == pytest.approx((0.963, 1.0), abs=1e-3) and (least, most) == pytest.approx((0.43, 0.7))
+    figure = drawn(front_figure(info))
+    assert figure["data"][2]["error_x"]["arrayminus"] == [None, pytest.approx(0.037, abs=1e-3), None]
+    assert figure["layout"]["yaxis"]["range"][1] > 0.7, "bars are not cut off"
+    monkeypatch.setattr("analysis.figures.MAX_BARS", 1)
+    assert [mark.trial_id for mark in front_info(rows, pick="c").points if mark.intervals] == ["c"]
+
+
+def test_bars_are_left_out_where_nothing_is_known_of_the_error():
+    info = front_info(small().assign(n_edits=NAN), pick="c")
+    assert info.n_barred == 0 and "array" not in drawn(front_figure(info))["data"][1].get("error_x", {})
+
+
+def test_too_many_settings_are_thinned_but_never_the_front_the_pick_and_what_is_to_be_kept(monkeypatch):
+    for place in ("figures.MAX_MARKS", "curves.MAX_LINES", "curves.MAX_PAIRS"):
+        monkeypatch.setattr(f"analysis.{place}", 12)
+    rows = [
+        row(f"t{i}", i % 11, capability=0.5 - abs(i - 30) / 100, reliability=0.5 + i / 200, learning_rate=i + 1.0)
+        for i in range(50)
+    ]
+    results = results_frame(rows)
+    info = front_info(results, pick="t3", keep={"t5"})
+    ids = [mark.trial_id for mark in info.points]
+    assert len(ids) == max(12, 20 + 2) and info.left_out == 50 - 22 and info.n_front == 20
+    assert {f"t{i}" for i in range(30, 50)} | {"t3", "t5"} == set(ids)
+    lines = parallel_info(results, keep={"t5"})
+    assert len(lines.trial_ids) == 12 and "t5" in lines.trial_ids and lines.left_out == 38
+    assert lines.trial_ids == parallel_info(results, keep={"t5"}).trial_ids, "the same ones every time"
+    assert len({int(trial[1:]) // 10 for trial in lines.trial_ids}) >= 4, "from everywhere"
+    both = [item | {"trial_id": f"{item['trial_id']}-{name}", "pipeline": name} for item in rows for name in ("breadth_first", "depth_first")]
+    pairs = pipeline_info(results_frame(both))
+    assert len(pairs.pairs) == 12 and pairs.left_out == 38 and pairs.mean_difference == ((8, 0.0, 50),)
+
+
 def test_heatmaps_show_the_best_setting_of_each_cell_and_the_same_in_all():
     for metric, there in (("reliability", 1.0), ("capability", 0.45), ("capability_change", -0.15)):
         info = heatmap_info(small(), metric, pick="c")

@@ -9,16 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.pareto import DEFAULT_OBJECTIVES, knee, pareto_front, recommend
+from analysis.intervals import interval, standard_error
+from analysis.pareto import DEFAULT_OBJECTIVES, knee, pareto_front, pickable, recommend
 from analysis.table import (
     COLUMNS,
     METRICS,
     SETTING_AXES,
+    SPREADS,
     by_setting,
     done,
     failed,
     proportion_se,
     results_frame,
+    setting_names,
     wilson_interval,
 )
 
@@ -140,6 +143,40 @@ def test_seeds_of_a_setting_are_averaged_and_counted():
     assert first["reliability_se"] == pytest.approx(math.hypot(proportion_se(0.7, 100), between / math.sqrt(2)))
     assert (second["trial_ids"], second["n_failed"], second["diverged"]) == (("d",), 0, 1)
     assert math.isnan(second["reliability_sd"]) and second["reliability_se"] == pytest.approx(proportion_se(0.9, 100))
+
+
+def test_what_the_seeds_of_a_setting_did_is_kept_and_absent_for_one():
+    rows = [row("a", 0.6, drift_kl=0.2, locality=0.5), row("b", 0.8, seed=1, drift_kl=0.1, locality=0.5), row("c", 0.7, layer=1)]
+    both, one = by_setting(results_frame(rows)).to_dict("records")
+    assert (both["drift_kl_low"], both["drift_kl_high"], both["locality_sd"]) == (0.1, 0.2, 0.0)
+    assert all(math.isnan(one[name]) for name in SPREADS) and math.isnan(both["generalization_sd"])
+
+
+def test_intervals_come_from_edits_seeds_and_items():
+    rows = [
+        row("a", 0.6, 0.5, capability_change=-0.01, capability_change_low=-0.03, capability_change_high=0.02),
+        row("b", 0.8, 0.5, seed=1, capability_change=-0.01, capability_change_low=-0.03, capability_change_high=0.02),
+        row("c", 0.7, 0.5, layer=1),
+        row("d", 0.7, layer=2, n_edits=NAN),
+    ]
+    both, one, bare = by_setting(results_frame(rows)).to_dict("records")
+    assert interval(one, "reliability") == pytest.approx(wilson_interval(0.7, 100))
+    low, high = interval(both, "reliability")
+    more = 1.96 * 0.1  # two seeds 0.2 apart: their mean has a standard error of 0.1
+    assert low == pytest.approx(0.7 - math.hypot(0.7 - wilson_interval(0.7, 100)[0], more), abs=1e-4)
+    assert high == pytest.approx(0.7 + math.hypot(wilson_interval(0.7, 100)[1] - 0.7, more), abs=1e-4)
+    assert interval(both, "capability") == pytest.approx((0.48, 0.53))
+    assert interval(both, "capability_change") == pytest.approx((-0.03, 0.02))
+    assert standard_error(both, "reliability") == pytest.approx(both["reliability_se"])
+    for found in (interval(bare, "reliability"), interval(one, "capability"), interval(one, "drift_kl"), interval(one, "locality")):
+        assert all(map(math.isnan, found))
+
+
+def test_settings_are_named_by_their_position_and_by_what_tells_them_apart_there():
+    rows = [row("a"), row("b", learning_rate=0.002), row("c", layer=1), row("d", learning_rate=0.002, pipeline="depth_first")]
+    names = setting_names(by_setting(results_frame(rows)))
+    assert names["a"] == "0.mlp_down at breadth-first, rate 0.004" and names["c"] == "1.mlp_down"
+    assert names["d"] == "0.mlp_down at depth-first, rate 0.002"
 
 
 def test_averaging_twice_changes_no_metric_and_leaves_the_table_alone():
@@ -331,3 +368,17 @@ def test_a_floor_asks_for_another_reliability_than_that_of_the_rule():
     assert recommend(results, 0.0).trial_id == "c" and recommend(results, 1.01) is None
     assert "at least 90.0%" in recommend(results, 0.9).rule and "2 of 3" in recommend(results, 0.9).reasons[0]
     assert recommend(results, recommend(results).floor).trial_id == recommend(results).trial_id
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), *[st.integers(0, 3).map(lambda k: k / 3)] * 2), min_size=1, max_size=8))
+def test_whatever_floor_and_positions_are_asked_for_the_pick_is_among_the_pickable(points):
+    rows = blank_table(len(points), ()).assign(layer=[layer for layer, _, _ in points], learning_rate=range(1, len(points) + 1))
+    results = rows.assign(reliability=[r for _, r, _ in points], capability=[c for _, _, c in points])
+    able = pickable(by_setting(results))
+    picks = set()
+    for layers in ({0, 1, 2}, {0, 2}, {0}, {1}, {2}):
+        for floor in sorted({r for _, r, _ in points}):
+            pick = recommend(results[results["layer"].isin(layers)], floor)
+            picks |= {pick.trial_id} if pick else set()
+    assert picks == set(able)

@@ -1,18 +1,24 @@
 """The report: what it says for small studies of every shape, that nothing a user wrote becomes markup, and, in a real
 browser, that it draws its figures offline and fits a phone."""
 
+import base64
+import gzip
+import itertools
+import json
 import math
-import os
 import re
-import shutil
 from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
 
+from analysis.comparison import Measured
+from analysis.importance import what_matters
 from analysis.pareto import recommend
-from analysis.report import MAX_TABLE_ROWS, render_report
+from analysis.report import render_report
 from analysis.table import results_frame
+from analysis.trial_table import MAX_ROWS
+from tests.browsing import WIDTHS, assert_it_fits, browser, tabs  # noqa: F401
 
 EVIL = "<script>alert('x')</script>\"&"
 
@@ -151,8 +157,8 @@ def test_what_was_asked_names_model_edits_findings_suite_and_trials():
 def test_the_pick_is_one_sentence_with_the_command_that_repeats_it():
     found = page()["Which position"]
     assert (
-        "Edit 22.mlp_down: reliability 98.0% ± 1.7, generalization 70.0%, locality 80.0%, capability change −0.4 points"
-        " [−1.2, +0.3]." in found
+        "Edit 22.mlp_down: reliability 98.0% [93.0, 99.4], generalization 70.0% [60.4, 78.1], locality 80.0% [71.1, 86.7],"
+        " capability change −0.4 points [−1.2, +0.3]." in found
     )
     assert "breadth-first, batch 32, learning rate 0.004, loss by edit, 25 epochs at most" in found
     assert "locft edit tiny-model --from-run run-a --out tiny-model-22.mlp_down" in found
@@ -185,6 +191,22 @@ def test_several_seeds_are_one_setting_on_front_and_in_the_pick():
     assert "2 seeds" in got["What else is on the front"]
 
 
+def test_intervals_stand_beside_fractions_and_what_the_seeds_did_beside_drift():
+    one = page(results_frame([row("a"), row("b", 4)]))
+    two = page(results_frame([row("a"), row("b", seed=1, generalization=0.6, drift_kl=0.014)]))
+    front = one["What else is on the front"]
+    assert "90.0%[82.6, 94.5]" in front and "70.0%[60.4, 78.1]" in front and "80.0%[71.1, 86.7]" in front
+    assert "90.0% [82.6, 94.5]" in one["All trials"] and "−1.0 [−1.8, −0.3]" in one["All trials"]
+    assert "80.0% [71.1, 86.7] of unrelated prompts" in one["At what cost"]
+    assert "0.01 nats per token on plain text" in one["At what cost"]
+    assert "0.012 nats per token (0.01 to 0.014 over the seeds) on plain text" in two["At what cost"]
+    assert "0.0120.01 to 0.014" in two["What else is on the front"]
+    shares = re.search(r"65.0% \[([\d.]+), ([\d.]+)\]", two["Which position"])
+    assert float(shares[1]) < 52 and float(shares[2]) > 76, "wider than the edits alone make it: the seeds differ"
+    unknown = page(results_frame([row("a", n_edits=math.nan)]))
+    assert "reliability 90.0%, generalization 70.0%," in unknown["Which position"]
+
+
 def test_failures_are_counted_by_cause_and_diverged_ones_told_apart():
     rows = [row("a"), row("d", 3, diverged=1), failure("e"), failure("f"), failure("g", "worker died")]
     failed = page(results_frame(rows))["What failed"]
@@ -203,8 +225,21 @@ def test_every_setting_on_the_front_leads_to_its_edits_that_fail():
     results = results_frame([row("a", 22, 0.98, -0.02), row("b", 23, 0.6, 0.01), row("c", 5, 0.5, -0.1)])
     got = page(results, outcomes=pd.concat([study_outcomes(trial) for trial in "abc"]))
     assert "22.mlp_down (pick): 1 of 2 edit prompts" in got["Which edits fail"]
-    assert "23.mlp_down: 1 of 2 edit prompts" in got["Which edits fail"] and "5.mlp_down:" not in got["Which edits fail"]
-    assert {"#misses-1", "#misses-2"} <= set(got.links) and {"misses-1", "misses-2"} <= set(got.ids)
+    listed, _, more = got["Which edits fail"].partition("1 more settings that the controls below can pick")
+    assert "23.mlp_down: 1 of 2 edit prompts" in listed and "5.mlp_down:" not in listed and "5.mlp_down:" in more
+    assert {"#misses-1", "#misses-2"} <= set(got.links) and {"misses-1", "misses-2", "misses-3"} <= set(got.ids)
+
+
+def test_edits_that_fail_are_those_of_all_seeds_that_are_known():
+    results = results_frame([row("a"), row("b", seed=1), row("c", seed=2)])
+    other = study_outcomes("b")
+    other["got"] = ["Quito", "Lyon", "Oslo", "Madrid"]
+    other["correct"] = [False, False, True, True]
+    got = page(results, outcomes=pd.concat([study_outcomes("a"), other]))["Which edits fail"]
+    assert "2 of 2 edit prompts, 1 of 1 rephrased prompts" in got
+    assert "With at least one of 2 seeds (0, 1); what the other 1 of 3 say is in their runs." in got
+    assert "The capital of Peru is Lyon Lima / Quito 2 The capital of Chile is Oslo Lyon 1" in got
+    assert "With seed 0; what the other 2 of 3" in page(results, outcomes=study_outcomes("a"))["Which edits fail"]
 
 
 def test_chances_stand_beside_the_front_and_every_trial():
@@ -286,7 +321,8 @@ def test_nothing_a_user_wrote_becomes_markup():
 def test_the_page_is_one_file_that_loads_nothing():
     text = render_report(STUDY, study_results(), baseline=BASELINE)
     assert len(text.encode()) < 6_000_000
-    assert text.count("plotly.js v") == 1
+    packed = re.findall(r'<script type="application/gzip" id="plotly">(.*?)</script>', text)
+    assert len(packed) == 1 and gzip.decompress(base64.b64decode(packed[0])).count(b"plotly.js v") == 1
     got = Page(re.sub(r"<script>.*?</script>", "", text, flags=re.S))
     assert got.links and all(link.startswith("#") for link in got.links)
     assert {link[1:] for link in got.links} <= set(got.ids) and len(got.ids) == len(set(got.ids))
@@ -307,33 +343,43 @@ def test_two_thousand_trials_stay_under_six_megabytes():
     ]
     text = render_report(STUDY, results_frame(rows), baseline=BASELINE)
     assert len(text.encode()) < 6_000_000
-    assert f"The first {MAX_TABLE_ROWS} of 2,000" in text
+    assert f"The first {MAX_ROWS} of 2,000" in text
+
+
+def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monkeypatch):
+    monkeypatch.setattr("analysis.bootstrap.DRAWS", 20)
+    monkeypatch.setattr("analysis.report.what_matters", lambda results: what_matters(results.head(200)))
+
+    def many(shift):
+        grid = itertools.product(range(30), ("mlp_down", "mlp_up", "mlp", "attn", "layer"), range(33), ("breadth", "depth"))
+        rows = [
+            row(
+                f"{i:015x}{shift}", layer, (0.5 + (i * 37 % 997) / 2000) - shift / 50, (i * 61 % 499 - 400) / 4000, module=module,
+                pipeline=f"{pipeline}_first", learning_rate=1e-4 * (1 + rate), run_id=f"{i:032x}", locality=i * 13 % 101 / 101,
+                epoch_losses=[3.0 / (1 + epoch) + i / 1e5 for epoch in range(25)],
+            )
+            for i, (layer, module, rate, pipeline) in enumerate(grid)
+        ]  # fmt: skip
+        rows += [failure(f"failed{i}-{shift}", layer=i, learning_rate=1.0) for i in range(30)]
+        return results_frame(rows + [row(f"diverged{shift}", 3, math.nan, diverged=1, learning_rate=2.0)])
+
+    results, then = many(0), many(1)
+    assert len(results) > 9900
+    other = Measured(STUDY | {"started": "2026-05-01 10:00"}, then, BASELINE)
+    text = render_report(STUDY, results, baseline=BASELINE, other=other)
+    assert len(text.encode()) < 6_000_000
+    got = Page(re.sub(r"<script>.*?</script>", "", text, flags=re.S))
+    table, figures = got["All trials"], got["Figures"]
+    assert "The first 469 of 9,931 and all 31 that failed or diverged" in table and "failed29-0" in table
+    assert "8,900 more settings are not drawn" in figures and "Compared with layer-sweep (2026-05-01)" in got.sections
+    front = json.loads(re.search(r'data-for="plot-front">(.*?)</script>', text, flags=re.S)[1])
+    drawn = {trial for trace in front["data"] for trial in trace.get("customdata", ())}
+    known = json.loads(re.search(r'id="explore-data">(.*?)</script>', text, flags=re.S)[1])
+    assert {recommend(results, floor).trial_id for floor in (0, 0.6, 0.7, 0.8, 0.9, 0.99, None)} <= drawn
+    assert known["left_out"] + len(known["settings"]) == 9900 and len(drawn) == 1000
 
 
 # in a browser
-
-
-def chromium():
-    found = os.environ.get("CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if not found:
-        pytest.skip("no Chromium: set CHROMIUM to its path to run the browser tests")
-    return found
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = chromium()
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    arguments = [
-        "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync",
-    ]  # fmt: skip
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=arguments)
-        yield running
-        running.close()
 
 
 def browsed_results():
@@ -344,43 +390,30 @@ def browsed_results():
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a report at a width, offline, and holds what the console and the network said against it."""
-    contexts = []
+def opened(tabs, tmp_path):  # noqa: F811
+    """Opens a report at a width."""
 
-    def open_page(width):
+    def open_report(width, **options):
         results = browsed_results()
         outcomes = study_outcomes(recommend(results).trial_id).assign(prompt="An unusually long prompt " * 8)
+        options = {"outcomes": outcomes} | options
         file = tmp_path / "report.html"
-        file.write_text(render_report(STUDY, results, baseline=BASELINE, outcomes=outcomes), encoding="utf-8")
-        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.complaints = []
-        tab.on("console", lambda message: tab.complaints.append(message.text) if message.type == "error" else None)
-        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
-        tab.on(
-            "request", lambda request: tab.complaints.append(request.url) if request.url.startswith("http") else None
-        )
-        tab.goto(file.as_uri())
-        tab.wait_for_selector("body[data-figures]", state="attached", timeout=60_000)
-        return tab
+        file.write_text(render_report(STUDY, results, baseline=BASELINE, **options), encoding="utf-8")
+        return tabs(file, width)
 
-    yield open_page
-    for context in contexts:
-        context.close()
+    return open_report
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_it_draws_every_figure_offline_and_does_not_scroll_sideways(opened, width):
     tab = opened(width)
-    assert tab.complaints == []
-    assert tab.locator("figure .main-svg").count() >= tab.locator("figure").count() == 9
+    assert_it_fits(tab, width)
+    assert tab.locator("figure").count() == 9
     assert tab.locator("#plot-front .scatterlayer .point").count() >= 60
     assert tab.locator("#plot-map-reliability .hm image").count() == 1
     assert tab.locator("#plot-losses .scatterlayer path.js-line").count() >= 2
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.locator("#plot-front .errorbar").count() >= 2, "intervals of the front"
 
 
 @pytest.mark.browser
@@ -392,7 +425,7 @@ def test_the_table_sorts_by_keyboard_with_absent_values_last(opened):
 
     def values():
         cells = tab.locator(f"#all-trials tbody td:nth-child({index + 1})").all_inner_texts()
-        return [float(cell.rstrip("%")) for cell in cells]
+        return [float(cell.split("%")[0]) for cell in cells]
 
     column.locator("button").focus()
     tab.keyboard.press("Enter")
@@ -463,3 +496,76 @@ def test_the_floor_moves_the_pick_as_the_rule_does_and_filters_reach_every_figur
     tab.mouse.up()
     expect(None, (results["module"] == "attn") & (results["layer"] >= 15))
     assert tab.complaints == []
+
+
+@pytest.mark.browser
+def test_the_pick_of_the_floor_leads_to_the_edits_that_fail_there(opened):
+    results = browsed_results()
+    lower = recommend(results, 0.6).trial_id
+    tab = opened(1280, outcomes=study_outcomes(lower))
+    assert tab.locator("#floor-pick a").count() == 0, "the answers of the rule's own pick are not known here"
+    tab.locator("#floor").evaluate("slider => { slider.value = 60; slider.dispatchEvent(new Event('input')); }")
+    link = tab.locator("#floor-pick a")
+    link.wait_for()
+    answer = tab.get_by_text("Lyon")
+    tab.locator("details.trial").evaluate("details => { details.open = false; }")
+    assert not answer.is_visible()
+    link.focus()
+    tab.keyboard.press("Enter")
+    assert answer.is_visible() and tab.locator("details.trial").bounding_box()["y"] < 900
+
+
+@pytest.mark.browser
+def test_a_range_along_an_axis_filters_the_other_figures_also_after_axes_were_moved(opened):
+    tab = opened(1280)
+    marks = "document.getElementById('plot-front').data.flatMap(t => t.customdata ? t.y : []).filter(y => y !== null).length"
+    drawn = tab.evaluate(marks)
+
+    def brush(name, ranges):
+        tab.evaluate(
+            """([name, ranges]) => { const plot = document.getElementById('plot-parallel'), axes = plot.data[0].dimensions;
+            const key = `dimensions[${axes.findIndex(axis => axis.label === name)}].constraintrange`;
+            return Plotly.restyle(plot, {[key]: ranges}, [0]); }""",
+            [name, ranges],
+        )
+        tab.wait_for_timeout(100)
+
+    def shown(trials):
+        return tab.locator("#all-trials tbody tr:not([hidden])").count() == trials
+
+    results = browsed_results()
+    tab.locator("#floor").evaluate("slider => { slider.value = 60; slider.dispatchEvent(new Event('input')); }")
+    brush("layer", [[9.5, 20.5]])
+    inside = results[results["layer"].between(10, 20)]
+    assert tab.evaluate(marks) == len(inside) == 22 and shown(22)
+    assert tab.locator("#floor-pick").get_attribute("data-pick") == recommend(inside, 0.6).trial_id
+    assert tab.evaluate("document.getElementById('plot-parallel').data[0].line.color.length") == drawn, "its own lines stay"
+    tab.evaluate(
+        """() => { const plot = document.getElementById('plot-parallel'), axes = plot.data[0].dimensions;
+        return Plotly.restyle(plot, {dimensions: [[...axes].reverse()]}, [0]); }"""
+    )
+    tab.get_by_role("checkbox", name="attn").uncheck()
+    tab.wait_for_timeout(100)
+    assert tab.evaluate(marks) == 11 and shown(11)
+    axes = tab.evaluate("document.getElementById('plot-parallel').data[0].dimensions.map(a => [a.label, a.values])")
+    assert max(dict(axes)["layer"]) == 29 and max(dict(axes)["reliability"]) <= 1, "values stay with their axes"
+    tab.get_by_role("button", name="Reset", exact=True).click()
+    tab.wait_for_timeout(100)
+    assert tab.evaluate(marks) == drawn and shown(len(results)) and tab.complaints == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_two_dates_of_a_study_side_by_side(opened, width):
+    results = browsed_results()
+    later = results.assign(reliability=results["reliability"] - 0.02, drift_kl=results["drift_kl"] * (1 + results["layer"]))
+    tab = opened(width, other=Measured(STUDY | {"started": "2026-05-01 10:00"}, later, BASELINE))
+    assert_it_fits(tab, width)
+    assert tab.get_by_role("heading", name="Compared with layer-sweep (2026-05-01)").is_visible()
+    section = tab.locator("section", has=tab.locator("#compared"))
+    assert "The pick" in section.inner_text() and "2026-05-01" in section.locator("table").first.inner_text()
+    assert tab.locator("#plot-compared-fronts .scatterlayer .point").count() >= 2 * 60
+    tab.get_by_role("checkbox", name="attn").uncheck()
+    tab.wait_for_timeout(100)
+    kept = "document.getElementById('plot-compared-positions').data.find(t => t.customdata).y.filter(y => y !== null).length"
+    assert tab.evaluate(kept) == 30

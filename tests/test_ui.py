@@ -2,7 +2,6 @@
 
 import http.server
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,22 +10,22 @@ import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from analysis.pareto import recommend
+from analysis.report import render_report
 from locft.errors import InputError
 from sweeps import ui
+from sweeps.registry import register_edit
 from sweeps.tracking import Tracker, TrackingError
 from sweeps.tracking_lookup import find_run, list_studies
+from tests.browsing import browser  # noqa: F401
 from tests.mlflow_store import STUDY, config, failure, finish, open_study, result
-
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-DASHBOARD = """<!doctype html><title>Report</title><h1>Where to edit</h1><div id="drawn">not yet</div>
-<script>document.getElementById("drawn").textContent = "drawn " + (6 * 7)</script>"""
-
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A finished study in an SQLite store: its address, tracker and the run of one trial."""
+    """A finished study in an SQLite store with its report and a registered edit: address, tracker and a trial's run."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("served")
         patch.chdir(folder)
@@ -39,8 +38,25 @@ def study(tmp_path_factory):
                 trial = tracker.log_trial(STUDY, result(config(layer, module)), inputs)
         tracker.log_trial(STUDY, failure(config(5)), inputs)
         table = tracker.load_results(STUDY)
-        finish(tracker, table[table["status"] == "done"], DASHBOARD)
+        finish(tracker, table[table["status"] == "done"], report_of(tracker, table))
+        best = recommend(table)
+        delta = folder / "delta"
+        delta.mkdir()
+        (delta / "delta.safetensors").write_bytes(b"a delta")
+        run_id = table.set_index("trial_id")["run_id"][best.trial_id]
+        register_edit(delta, run_id, "smollm2-135m", best.position, best.metrics, uri, edits="20 edits from atlas")
         yield uri, tracker, trial
+
+
+def report_of(tracker, table):
+    """The report of these trials, as `sweeps.answer` makes it."""
+    finished = table[table["status"] == "done"]
+    outcomes = [
+        tracker.load_outcomes(run_id).assign(trial_id=trial)
+        for trial, run_id in zip(finished["trial_id"], finished["run_id"], strict=True)
+    ]
+    about = {"name": "layer-sweep", "model": "smollm2-135m", "edits_source": "atlas", "n_edits": 20, "n_items": 640}
+    return render_report(about, table, baseline={"capability": 0.55}, outcomes=pd.concat(outcomes, ignore_index=True))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +74,7 @@ def test_a_study_through_a_server(server, study, monkeypatch):
     trials = [result(config(layer, learning_rate=1e-05), epochs=1100) for layer in (1, 2)]
     ids = [tracker.log_trial(STUDY, trial, inputs) for trial in (*trials, trials[0])]
     assert ids[0] == ids[2]
-    finish(tracker, tracker.load_results(STUDY), DASHBOARD)
+    finish(tracker, tracker.load_results(STUDY), "<title>Report</title>")
     tracker.log_trial(STUDY, failure(config(3)), inputs)
     again = Tracker.open(address, "over-http").load_results(STUDY)
     assert list(again["trial_id"]) == [*(trial.config.id for trial in trials), config(3).id]
@@ -144,21 +160,8 @@ def test_a_signal_ends_the_server_and_its_children(study, number):
             os.killpg(leader, 0)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("no Chromium: install it, or name it in the environment variable CHROMIUM")
-    playwright = pytest.importorskip("playwright.sync_api")
-    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    quiet += ["--disable-component-update", "--disable-sync"]
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=quiet)
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
-def page(browser):
+def page(browser):  # noqa: F811
     context = browser.new_context(viewport={"width": 1500, "height": 950})
     opened = context.new_page()
     opened.set_default_timeout(60_000)
@@ -167,11 +170,42 @@ def page(browser):
 
 
 @pytest.mark.browser
-def test_the_dashboard_opens_in_the_study_run(server, study, page):
+def test_the_report_works_in_the_study_run(server, study, page):
+    """MLflow shows it in a frame of its own that may run scripts and nothing else."""
     page.goto(study[1].links(STUDY, base=server[0])["dashboard"])
     frame = page.frame_locator("iframe")
-    frame.get_by_text("Where to edit").wait_for()
-    assert frame.locator("#drawn").text_content() == "drawn 42"  # scripts run, so plotly draws
+    pick = recommend(study[1].load_results(STUDY))
+    frame.get_by_text(f"Edit {pick.position}: reliability").wait_for()
+    frame.locator("body[data-figures]").wait_for(state="attached")
+    assert frame.locator("#plot-front .scatterlayer .point").count() >= 8
+    assert frame.locator("#floor-pick").get_attribute("data-pick") == pick.trial_id
+    frame.get_by_role("checkbox", name=pick.position.split(".")[1]).uncheck()
+    frame.get_by_text("4 of 8 settings shown").wait_for()
+    frame.locator("#floor").evaluate("slider => { slider.value = 0; slider.dispatchEvent(new Event('input')); }")
+    frame.locator("#floor-pick a").click()  # stays in the frame: the address of the page around it is another one
+    wrong = frame.locator("details.trial[open]:visible", has_text="Österby")
+    wrong.last.wait_for()
+    assert frame.locator("h1").inner_text() == "layer-sweep"
+
+
+@pytest.mark.browser
+def test_the_pages_of_experiment_study_and_registered_edit_say_what_they_are(server, study, page):
+    uri, tracker, _ = study
+    pick = recommend(tracker.load_results(STUDY))
+
+    def read(address, *texts):
+        page.goto(address)
+        for text in texts:
+            page.get_by_text(text).first.wait_for()
+
+    links = tracker.links(STUDY, base=server[0])
+    read(links["study"], "edits best.", "Dashboard", "Charts of the trials", "hypervolume", "locft.pick.position")
+    read(links["table"], "Dashboard · Table of the trials", "layer-sweep")
+    read(f"{server[0]}/#/models/locft-edit-smollm2-135m", "Edits of smollm2-135m, each a safetensors delta", "Version 1")
+    read(
+        f"{server[0]}/#/models/locft-edit-smollm2-135m/versions/1",
+        f"Edited at {pick.position} (20 edits from atlas).", "Apply it:", "chosen", "locft.position",
+    )  # fmt: skip
 
 
 @pytest.mark.browser
