@@ -555,6 +555,21 @@ def test_a_range_along_an_axis_filters_the_other_figures_also_after_axes_were_mo
 
 
 @pytest.mark.browser
+def test_a_browser_that_cannot_unpack_the_figures_says_so_and_the_controls_still_filter_the_tables(browser, tmp_path):  # noqa: F811
+    file = tmp_path / "report.html"
+    file.write_text(render_report(STUDY, browsed_results(), baseline=BASELINE), encoding="utf-8")
+    context = browser.new_context(offline=True)
+    context.add_init_script("delete window.DecompressionStream")
+    tab = context.new_page()
+    tab.goto(file.as_uri())
+    tab.get_by_text("The figures are not drawn").wait_for()
+    assert not tab.locator("figure:visible").count()
+    tab.get_by_role("checkbox", name="attn").uncheck()
+    tab.get_by_text("38 of 68 settings shown").wait_for()
+    context.close()
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("width", WIDTHS)
 def test_two_dates_of_a_study_side_by_side(opened, width):
     results = browsed_results()
