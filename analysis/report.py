@@ -137,6 +137,7 @@ def render_report(
         misses=missed,
         n_asked=sum(item.trial_id == pick_id or item.trial_id in front.trial_ids for item in missed),
         causes=causes.most_common(),
+        retried=Counter(cause for causes in results["retried"].dropna() for cause in causes.splitlines()).most_common(),
         n_failed=len(broken),
         n_diverged=int((done(results)["diverged"] == 1).sum()),
         environment={str(k): _readable(v) for k, v in (study.get("environment") or {}).items()},

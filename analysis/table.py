@@ -33,6 +33,7 @@ COLUMNS: dict[str, Column] = {
     "trial_id": Column(TEXT, "content id of the trial"),
     "status": Column(TEXT, "done or failed"),
     "error": Column(TEXT, "cause of a failure in one line, None for a trial that is done"),
+    "retried": Column(TEXT, "why attempts at it were lost before this one, a cause a line; None where none was"),
     # what was tried
     "layers": Column(INTEGER, "layers of the model"),
     "layer": Column(INTEGER, "trained layer, 0 is the first"),

@@ -25,7 +25,7 @@ from locft.fused_layer import fuse_layers, is_fused, only_at
 from locft.models import LoadedModel
 from locft.packing import Pack, PrefixTree, pack_rows
 from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
-from locft.prefix import BoundaryStates, boundary_states
+from locft.prefix import boundary_states
 from locft.reference import full_forward
 from locft.screening import coarse_pays, coarse_products
 from locft.tail import (

@@ -40,7 +40,9 @@ def answer_of(state: "StudyState", tracker: Tracker, other: "Measured | None" = 
     settings, pick = by_setting(state.results), recommend(state.results)
     front = pareto_front(settings, DEFAULT_OBJECTIVES)
     finished = [trial for ids in settings["trial_ids"] for trial in ids]
-    wanted = finished if len(finished) <= MOST_READ else [*(pick.trial_ids if pick else ()), *front.trial_ids]
+    on_front = settings.loc[settings["trial_id"].isin(front.trial_ids), "trial_ids"]
+    shown = [*(pick.trial_ids if pick else ()), *(trial for ids in on_front for trial in ids)]
+    wanted = finished if len(finished) <= MOST_READ else shown
     outcomes = _outcomes(state.results, wanted, tracker)
     html = render_report(own.study, own.results, baseline=own.baseline, outcomes=outcomes, other=other)
     return Answer(front, pick, html)

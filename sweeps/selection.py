@@ -27,10 +27,11 @@ from sweeps.question import Budget, Question
 from sweeps.race import Candidate, Run, Rung, Score, Scores, Task, leading, start_rate
 from sweeps.race_search import RaceSearch
 from sweeps.ray_session import Room, ray_session
+from sweeps.recorder import Recorder, deliver_kept
 from sweeps.records import TrialConfig, TrialResult
 from sweeps.runner import Ending, Reporter, on_workers, run_trials
 from sweeps.study import study_to_yaml
-from sweeps.sweep import Recorder, deliver_kept, find_tracker
+from sweeps.sweep import find_tracker
 from sweeps.tracking import Tracker
 from sweeps.trial import Basis, TrialInputs, measure_baseline
 
@@ -119,8 +120,8 @@ def run_selection(
             question.id, study.name, study_yaml=study_to_yaml(study), description=description, environment=environment()
         )
         heartbeat = stack.enter_context(at_work(tracker, question.id))
-        deliver_kept(levels.full, tracker, question.id, outbox)
         try:
+            deliver_kept(levels.full, tracker, question.id, outbox)
             return _tried(question, tracker, outbox, reporter, heartbeat, room, began), tracker
         except BaseException:
             tracker.abandon_study(question.id)
@@ -137,7 +138,7 @@ def _tried(
     began: float,
 ) -> Selection:
     levels, study, concurrent = question.levels, question.study, room.trials()
-    known, _ = _known(question, tracker.load_results(question.id))
+    known, _ = _known(question, tracker.load_results(question.id, curves=False))
     candidates, baselines = _prepared(question, tracker, reporter.note)
     minutes = question.budget.minutes
     deadline = math.inf if minutes is None else began + 60 * minutes - FINISHING_SECONDS

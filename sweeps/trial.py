@@ -48,7 +48,7 @@ class TrialInputs:
     def key(self) -> tuple:
         """Tells whether a resident workbench can serve these inputs: first the model's part, then that of the data."""
         suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
-        model = (self.model, self.model_fingerprint, self.dtype, self.device)
+        model = (self.model, self.model_fingerprint, self.dtype, self.device, self.threads, self.spread)
         return (model, self.edits.fingerprint, suite, self.full_model)
 
 

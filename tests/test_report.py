@@ -212,6 +212,8 @@ def test_failures_are_counted_by_cause_and_diverged_ones_told_apart():
     failed = page(results_frame(rows))["What failed"]
     assert "2 out of memory 1 worker died" in failed and "1 further trial has diverged" in failed
     assert page(results_frame([row("a")]))["What failed"] == "No trial failed."
+    again = page(results_frame([row("a", retried="out of memory\nits node died"), row("b", retried="its node died")]))
+    assert "2 times because of: its node died" in again["What failed"] and "1 time because of: out of memory" in again["What failed"]
 
 
 def test_edits_that_fail_at_the_pick_are_listed_with_what_the_model_says():

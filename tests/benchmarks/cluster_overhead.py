@@ -82,13 +82,14 @@ def measured(metrics: list[dict[str, float]], seconds: float) -> dict[str, float
 
 def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, float]:
     from sweeps import ui
+    from sweeps.answer import environment
     from sweeps.delivery import open_outbox
     from sweeps.heartbeat import Heartbeat
     from sweeps.prepare import prepare
     from sweeps.ray_session import ray_session
+    from sweeps.recorder import Recorder
     from sweeps.runner import run_trials
     from sweeps.study import load_study
-    from sweeps.sweep import Recorder, environment
     from sweeps.tracking import Tracker
 
     study = prepare(load_study(str(write_study(folder, folder / "model", name=f"overhead-{nodes}", resources__concurrent="auto"))))
