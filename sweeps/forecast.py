@@ -60,9 +60,9 @@ class Forecast:
     def seconds(self, trial: TrialConfig) -> float:
         return rates.trial_seconds(trial, self.prepared.facts, self.costs, None)
 
-    def on(self, have: Mapping[str, float]) -> "Forecast":
-        """The same where Ray has these resources instead of this machine's."""
-        return replace(self, concurrent=places(self.prepared, have))
+    def on(self, nodes: Sequence[Mapping[str, float]]) -> "Forecast":
+        """The same on these nodes (Ray's resources of each) instead of this machine."""
+        return replace(self, concurrent=places(self.prepared, nodes))
 
     @property
     def warnings(self) -> list[str]:
@@ -100,12 +100,12 @@ def foresee(prepared: "PreparedStudy", tracking_uri: str | None, *, calibrate: b
     return Forecast(prepared, costs, done, places(prepared))
 
 
-def places(prepared: "PreparedStudy", have: Mapping[str, float] | None = None) -> int:
-    """Trials at a time where there are these resources of Ray, without any on this machine; one where not even that fits."""
+def places(prepared: "PreparedStudy", nodes: Sequence[Mapping[str, float]] | None = None) -> int:
+    """Trials at a time on nodes with these resources of Ray, None for this machine; one where not even that fits."""
     resources = prepared.study.resources
     trial_bytes = max((rates.memory_bytes(trial, prepared.facts) for trial in prepared.plan.sample), default=0)
     try:
-        return concurrent_trials(resources, have or _this_machine(resources), trial_bytes)
+        return concurrent_trials(resources, nodes or [_this_machine(resources)], trial_bytes)
     except InputError:
         return 1
 

@@ -52,10 +52,14 @@ class Room:
         self._most = min(self._most, max(1, running // 2))
 
     def _look(self) -> int:
-        import ray
+        return concurrent_trials(self._resources, nodes_there(), self._trial_bytes)
 
-        there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return concurrent_trials(self._resources, there, self._trial_bytes)
+
+def nodes_there() -> list[dict[str, float]]:
+    """Ray's resources of each node that is up."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @contextmanager

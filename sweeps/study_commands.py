@@ -107,9 +107,9 @@ def sweep(
     def show(state: "StudyState") -> Progress:
         done, expected = state.results[state.results["status"] == "done"], forecast
         if address is not None:
-            import ray
+            from sweeps.ray_session import nodes_there
 
-            expected = forecast.on(ray.cluster_resources())
+            expected = forecast.on(nodes_there())
             err.print(Text(f"to run: {expectation(expected, 'on the cluster')}"))
         return Progress(expected, done.to_dict("records"))
 
@@ -119,6 +119,8 @@ def sweep(
         event |= {"ending": done.ending, "done": done.state.done, "failed": done.state.failed, "left": done.state.left}
         event |= {"position": pick and pick.position, "tracking_uri": done.tracking_uri}
         event["registered"] = done.registered
+        if done.ending == "same_failure" or done.state.done == 0 and done.state.failed:
+            event |= {"event": "failed", "error": next(iter(failure_causes(done.state)), None)}
     write(report_file, done.answer.report_html)
     print_answer(
         done.state,
@@ -159,7 +161,7 @@ def status(
     if tracking_uri:  # a store that is named should be there; the one that is not named may be still to come
         connect(tracking_uri)
     tracker = find_tracker(prepared, tracking_uri)
-    state, driver = read_state(prepared, tracker), driver_at_work(tracker, prepared.id)
+    state, driver = read_state(prepared, tracker, curves=False), driver_at_work(tracker, prepared.id)
     waiting = len(open_outbox(prepared.id, tracking_uri))
     causes, diverged = failure_causes(state), int((state.results["diverged"] == 1).sum())
     left = _seconds_left(prepared, driver.running, tracking_uri) if driver else None
@@ -167,6 +169,7 @@ def status(
         counts = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
         seen = None if driver is None else asdict(driver)
         more = {"diverged": diverged, "driver": seen, "seconds_left": left, "undelivered": waiting, "causes": causes}
+        more["retried"] = dict(state.retried)
         return print_json({"study": about(prepared), **counts, **more})
     out.print(
         f"{prepared.study.name}: {state.done} of {prepared.plan.count} done"
@@ -181,6 +184,8 @@ def status(
         out.print("  not being run; `locft sweep` goes on")
     for cause, count in causes.items():
         out.print(Text(f"  {count} x {cause}"))
+    for cause, count in state.retried.most_common():
+        out.print(Text(f"  tried again {count} x: {cause}"))
     if waiting:
         out.print(f"  {waiting} more are finished and wait on this machine for the store; `locft sweep` delivers them")
 
@@ -204,6 +209,10 @@ def report(
     compare_set: Annotated[
         list[str] | None, typer.Option("--compare-set", metavar="KEY=VALUE", help="As --set, for OTHER. Repeatable.")
     ] = None,
+    compare_uri: Annotated[
+        str | None,
+        typer.Option("--compare-uri", metavar="URI", help="The store that holds OTHER; default that of STUDY."),
+    ] = None,
     tracking_uri: UriOption = None,
     report_file: Annotated[Path | None, typer.Option("--out", help="Default NAME.html here.")] = None,
     as_json: JsonOption = False,
@@ -211,16 +220,22 @@ def report(
     """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
     from analysis.comparison import compare as compared_with
     from sweeps.answer import answer_of, measured
+    from sweeps.tracking_uri import resolve_uri
 
-    if compare_set and compare is None:
-        raise InputError("--compare-set: got it without --compare OTHER, the study it is for")
+    for name, given in (("--compare-set", compare_set), ("--compare-uri", compare_uri)):
+        if given and compare is None:
+            raise InputError(f"{name}: got it without --compare OTHER, the study it is for")
     prepared = _prepared(study, overrides)
     second = None if compare is None else _prepared(compare, compare_set)
-    if second is not None and second.id == prepared.id:
-        raise InputError(f"--compare {compare}: got STUDY itself, expected another study (--compare-set changes fields)")
+    elsewhere = compare_uri or tracking_uri
+    if second is not None and second.id == prepared.id and resolve_uri(elsewhere) == resolve_uri(tracking_uri):
+        raise InputError(
+            f"--compare {compare}: got STUDY itself, expected another study (--compare-set changes fields) or the same one of"
+            " another date in another store (--compare-uri)"
+        )
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     state, tracker = _recorded(prepared, study, tracking_uri)
-    other = None if second is None else measured(*_recorded(second, compare, tracking_uri))
+    other = None if second is None else measured(*_recorded(second, compare, elsewhere))
     answer = answer_of(state, tracker, other)
     write(report_file, answer.report_html)
     comparison = compared_with(measured(state, tracker), other) if other else None
@@ -296,13 +311,18 @@ def select(
         answer = conclude(found, tracker, str(file))
         picked = answer.position and answer.position["position"]
         event |= {"ending": found.ending, "runs": len(found.scores), "position": picked, "tracking_uri": tracker.uri}
+        if found.ending == "same_failure" or answer.position is None:
+            event["event"] = "failed"
     write(page, answer.html)
     if answer.position:
         write(file, json.dumps(plain(answer.position), indent=2) + "\n")
     if as_json:
-        print_json({"position": answer.position, "file": str(file), "page": str(page), "tracking_uri": tracker.uri})
+        written = {"file": str(file), "page": str(page), "tracking_uri": tracker.uri}
+        print_json({"position": answer.position, **written, "not_recorded": answer.not_recorded})
     else:
         print_selection(answer, file, page, tracker.uri, edits if limit is None else f"{edits} --limit {limit}")
+    if answer.not_recorded:
+        err.print(Text(f"MLflow does not have all of this ({answer.not_recorded}); the same command records it"))
     if found.ending == "same_failure":
         err.print("stopped: the first runs all failed for the same reason, so the others would as well")
     if found.ending == "interrupted":

@@ -95,9 +95,9 @@ def test_a_forecast_is_for_the_machines_there_are(monkeypatch):
     wide = forecast.on({"CPU": 16.0, "GPU": 0.0})
     assert (forecast.estimate.concurrent, wide.estimate.concurrent) == (1, 16)
     assert wide.estimate.seconds < forecast.estimate.seconds / 4
-    assert forecast.on({"CPU": 16.0, "memory": 2.5 * memory_bytes(forecast.prepared.plan.sample[0], FACTS)}).concurrent == 2
+    assert forecast.on([{"CPU": 16.0, "memory": 2.5 * memory_bytes(forecast.prepared.plan.sample[0], FACTS)}]).concurrent == 2
     gpu = replace(forecast.prepared, study=make_study(resources={"gpus": 0.5}))
-    assert places(gpu, {"CPU": 16.0, "GPU": 2.0}) == 4 and places(gpu, {"CPU": 16.0}) == 1
+    assert places(gpu, [{"CPU": 16.0, "GPU": 2.0}]) == 4 and places(gpu, [{"CPU": 16.0}]) == 1
 
 
 def test_memory_is_what_was_measured():
