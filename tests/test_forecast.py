@@ -92,7 +92,7 @@ def test_an_estimate_ends_with_the_budget(search):
 def test_a_forecast_is_for_the_machines_there_are(monkeypatch):
     study = make_study({"seed": list(range(8))})
     forecast = Forecast(PreparedStudy(study, FACTS, make_plan(study, FACTS), None, None), default_costs(FACTS))
-    wide = forecast.on({"CPU": 16.0, "GPU": 0.0})
+    wide = forecast.on([{"CPU": 16.0, "GPU": 0.0}])
     assert (forecast.estimate.concurrent, wide.estimate.concurrent) == (1, 16)
     assert wide.estimate.seconds < forecast.estimate.seconds / 4
     assert forecast.on([{"CPU": 16.0, "memory": 2.5 * memory_bytes(forecast.prepared.plan.sample[0], FACTS)}]).concurrent == 2
