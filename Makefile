@@ -4,6 +4,9 @@
 PYTHON ?= python3
 ARGS ?=
 
+# Nothing is compiled at the set-up; where this is set, every process would compile all of PyTorch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The two marks lie inside the environment, so that they go when it goes. While it is being filled it is marked
 # unfinished; what carries that mark at the start was interrupted and is made anew, since nobody knows what it lacks.
 READY := .venv/.set-up

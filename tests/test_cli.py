@@ -245,7 +245,7 @@ def test_a_sweep_without_capability_has_null_where_nothing_was_measured(swept, l
     shutil.copy(swept / "mlflow.db", swept / "older.db")  # the same study as it was in another store
     older = ["--compare", "tiny.yaml", "--compare-uri", "sqlite:///older.db", "--json"]
     told = locft("report", "tiny.yaml", "--out", "other.html", *older).json["comparison"]
-    assert told["picks"]["here"] == told["picks"]["there"] and told["shared_positions"] == 2
+    assert told["picks"]["here"] == told["picks"]["there"] and told["shared_positions"] == 3
     said = locft("report", "tiny.yaml", "--compare-uri", "sqlite:///older.db")
     assert said.code == 2 and "--compare-uri: got it without --compare" in said.err
 

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
-from datetime import date
 
 import psutil
 import pytest
@@ -31,8 +30,7 @@ from tests.links import Links, possible
 from tests.ray_nodes import TOKEN, Nodes
 from tests.test_runner import TIMINGS
 
-SEED = int(os.environ.get("LOCFT_FAULT_SEED") or date.today().toordinal())
-"""Another one every day, so that every day's tests draw other faults at other moments."""
+SEED = int(os.environ.get("LOCFT_FAULT_SEED", "1"))
 DEATHS = ("driver", "server and driver", "terminate", "interrupt")
 """Faults that end the command by its process; the command is then given again."""
 FAULTS = ("worker", *DEATHS, "server", "second driver", "node")
@@ -179,9 +177,9 @@ def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeyp
     store.write_bytes(empty_store.read_bytes())
     write_study(
         tmp_path, tiny_folder, space__layer="all", space__module=["mlp_down", "attn"],
-        space__seed=list(range(8 if EVERYTHING else 2)), epochs=200, skip_below=0.0, stop_below=0.0,
+        space__seed=list(range(30 if EVERYTHING else 2)), epochs=200, skip_below=0.0, stop_below=0.0,
     )  # fmt: skip
-    # its node gone, a driver can go on for half a minute with the workers it has: 48 trials leave enough for the other faults
+    # its node gone, a driver can go on for half a minute with the workers it has: 180 trials leave enough for the other faults
     study = prepare(load_study("tiny.yaml"))
     draw, server = random.Random(SEED), Server(f"sqlite:///{store}")
     faults = drawn(draw, len(FAULTS) if EVERYTHING else COUNT)
@@ -207,7 +205,7 @@ def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeyp
         assert code == 0, command.text
         for thread in threads:
             thread.join()
-        check(study, server.address, "".join(texts), compared=len(study.plan.trials) if EVERYTHING else 6)
+        check(study, server.address, "".join(texts), compared=60 if EVERYTHING else 6)
     finally:
         command.end()
         server.kill()
