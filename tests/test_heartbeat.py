@@ -10,7 +10,6 @@ import time
 import pytest
 
 from locft.errors import InputError
-from sweeps import heartbeat
 from sweeps.heartbeat import GONE_SECONDS, TAG, at_work, driver_at_work, refuse_second_driver
 from sweeps.tracking import Tracker
 
@@ -71,7 +70,6 @@ def test_a_later_process_with_its_number_is_not_taken_for_it(tracker):
 
 def test_of_two_that_begin_at_once_one_goes_on(tracker, monkeypatch):
     """On a server; each in a thread of its own, whose name is its machine's. Both have looked before either says anything."""
-    monkeypatch.setattr(heartbeat, "CLAIM_SECONDS", 0.5)
     monkeypatch.setattr(socket, "gethostname", lambda: threading.current_thread().name)
     monkeypatch.setattr(tracker, "uri", "http://shared:5000")
     looked, over = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)

@@ -157,18 +157,23 @@ def test_a_killed_worker_costs_nothing_but_time(study, baseline):
     """kill -9 in the middle of a long trial: tried again, finished once, and the same result."""
     long = dataclasses.replace(study.plan.trials[0], epochs=300, skip_below=0.0, stop_below=0.0)
     short = study.plan.trials[1]
-    killed = []
+    heard, killed, over = Heard(), [], threading.Event()
 
-    def kill_the_survivor(result):
-        if not killed:
-            time.sleep(0.2)
-            workers = trial_workers()
-            killed.extend(worker.pid for worker in workers)
-            for worker in workers:
-                worker.send_signal(signal.SIGKILL)
+    def kill_the_survivor():
+        while not killed and not over.wait(0.05):
+            if heard.results and (workers := trial_workers()):  # the short one is done, the long one has begun
+                over.wait(0.2)
+                killed.extend(worker.pid for worker in workers)
+                for worker in workers:
+                    worker.send_signal(signal.SIGKILL)
 
-    heard = Heard(then=kill_the_survivor)
-    assert run(study, baseline, [long, short], heard) == "complete"
+    killer = threading.Thread(target=kill_the_survivor)
+    killer.start()
+    try:
+        assert run(study, baseline, [long, short], heard) == "complete"
+    finally:
+        over.set()
+        killer.join()
     assert killed and heard.deaths == [long]
     assert heard.by_id[long.id].status == "done" and heard.by_id[short.id].status == "done"
     expected = run_trial(resident_workbench(study.inputs, baseline), long)
