@@ -10,6 +10,7 @@ import time
 import pytest
 
 from locft.errors import InputError
+from sweeps import heartbeat
 from sweeps.heartbeat import GONE_SECONDS, TAG, at_work, driver_at_work, refuse_second_driver
 from sweeps.tracking import Tracker
 
