@@ -25,7 +25,7 @@ _DRIVER_BYTES = 1_050_000_000
 """The command with Ray, MLflow and its tables, and Ray's own processes."""
 _PROCESS_BYTES = 380_000_000
 """A worker with its imports, before it has loaded a model, besides the libraries that it shares."""
-_SLACK = 1.3
+_SLACK = 1.6
 """What a worker's passing memory comes to in the end: freed pieces are kept, and not every one is used again."""
 _READ_AT_ONCE = 2048
 """Tokens of a forward pass of the unedited model, all of whose logits are held."""
@@ -35,8 +35,8 @@ _SUPERVISED_SHARE = 0.3
 """Of the tokens read, those whose logits are computed."""
 GENERATED_SHARE = 0.3
 """Of the tokens of edit evaluation, those that generating undecided answers reads again, through all layers."""
-_START_SECONDS = 20.0
-"""Ray, the model and the tracking store, once a study."""
+_START_SECONDS = 40.0
+"""Once a study: Ray and its workers, the model and the tracking store, and at the end the report and the pick once more."""
 SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8}
 """Of the steps that `epochs` allows, those usually taken before `stop_below` ends the training."""
 LEAST_STEPS = 0.3

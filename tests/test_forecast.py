@@ -41,15 +41,15 @@ def test_an_estimate_is_its_written_formula():
     training = 10 * (2 * (0.1 + 5 * 0.02) + 6 * (0.01 + 5 * 0.002))
     measuring = 3 + 5 * 0.5 + 2 + 5 * 0.25
     assert got.seconds_per_trial == pytest.approx(0.9 * training + measuring)
-    assert got.seconds == pytest.approx(20 + 7 + 2 * (0.9 * training + measuring)), "the third waits for a place"
-    assert got.seconds_high == pytest.approx(2 * (27 + 2 * (training + measuring)))
-    assert got.seconds_low == pytest.approx((27 + 2 * (0.3 * training + measuring)) / 2 / 1.5)
-    held, logits = 1_050_000_000 + 4 * 1000 + 2 * (380_000_000 + 16 * 40), int(1.3 * 4 * 50 * int(1.5 * 2048))
+    assert got.seconds == pytest.approx(40 + 7 + 2 * (0.9 * training + measuring)), "the third waits for a place"
+    assert got.seconds_high == pytest.approx(2 * (47 + 2 * (training + measuring)))
+    assert got.seconds_low == pytest.approx((47 + 2 * (0.3 * training + measuring)) / 2 / 1.5)
+    held, logits = 1_050_000_000 + 4 * 1000 + 2 * (380_000_000 + 16 * 40), int(1.6 * 4 * 50 * int(1.5 * 2048))
     assert (got.memory_bytes_low, got.memory_bytes_high) == (held, held + 2 * logits)
     assert got.disk_bytes_high == got.disk_bytes_low + 4 * 4 * 2000 * 2
     assert got.disk_bytes_low == 10_000_000 + 3 * (30_000 + 24 * 400)
     left = estimate(plan, facts, COSTS, concurrent=2, done=[plan.trials[0].id])
-    assert left.trials == left.left == 2 and left.ended_by is None and left.seconds == pytest.approx(27 + 0.9 * training + measuring)
+    assert left.trials == left.left == 2 and left.ended_by is None and left.seconds == pytest.approx(47 + 0.9 * training + measuring)
     assert estimate(plan, facts, COSTS, done=[trial.id for trial in plan.trials]).seconds == 0
 
 
@@ -101,11 +101,11 @@ def test_a_forecast_is_for_the_machines_there_are(monkeypatch):
 
 
 def test_memory_is_what_was_measured():
-    """Two workers, proportional set size of all processes: 5.4 GiB at the first layers of SmolLM2-135M."""
+    """Two workers, proportional set size of all processes: 5.4 and 5.8 GiB in two runs at the first layers of SmolLM2-135M."""
     facts = replace(make_facts(edit_tokens=500, trained_parameters={"0.mlp": 2_654_208}), precision="bfloat16")
     trial = make_plan(make_study({"layer": 0, "module": "mlp", "batch_size": 4}), facts).trials[0]
     low, high = memory_range([trial] * 2, facts, 2)
-    assert low < 5.4 * 2**30 < 1.05 * high and high < 1.2 * 5.4 * 2**30
+    assert low < 5.4 * 2**30 < 5.8 * 2**30 < high < 1.2 * 5.4 * 2**30
     alone = memory_range([trial], facts, 2)
     assert (2 * alone[1] - high) / 2**30 > 1.5, "driver and weights are there once"
 
