@@ -240,6 +240,11 @@ def memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     return _shared_bytes(trial, facts) + _kept_bytes(trial, facts) + _added_bytes(trial, facts)
 
 
+def most_memory_bytes(plan: Plan, facts: StudyFacts) -> int:
+    """Of the worker that takes the most."""
+    return max((memory_bytes(trial, facts) for trial in plan.sample), default=0)
+
+
 def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: int) -> tuple[int, int]:
     """Of the driver and of so many workers: what they hold in any case, and that with all that may add."""
     if not trials:

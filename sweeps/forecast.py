@@ -103,7 +103,7 @@ def foresee(prepared: "PreparedStudy", tracking_uri: str | None, *, calibrate: b
 def places(prepared: "PreparedStudy", nodes: Sequence[Mapping[str, float]] | None = None) -> int:
     """Trials at a time on nodes with these resources of Ray, None for this machine; one where not even that fits."""
     resources = prepared.study.resources
-    trial_bytes = max((rates.memory_bytes(trial, prepared.facts) for trial in prepared.plan.sample), default=0)
+    trial_bytes = rates.most_memory_bytes(prepared.plan, prepared.facts)
     try:
         return concurrent_trials(resources, nodes or [_this_machine(resources)], trial_bytes)
     except InputError:

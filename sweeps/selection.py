@@ -21,7 +21,7 @@ from sweeps.answer import environment
 from sweeps.baselines import POLICIES
 from sweeps.delivery import Outbox, open_outbox
 from sweeps.driver import driver_folder, only_driver
-from sweeps.estimate import memory_bytes, patience_seconds, trial_seconds
+from sweeps.estimate import most_memory_bytes, patience_seconds, trial_seconds
 from sweeps.heartbeat import Heartbeat, at_work, refuse_second_driver
 from sweeps.question import Budget, Question
 from sweeps.race import Candidate, Run, Rung, Score, Scores, Task, leading, start_rate
@@ -110,8 +110,7 @@ def run_selection(
         stack.enter_context(only_driver(driver_folder(question.id, tracking_uri), study.name))
         tracker = find_tracker(levels.full, tracking_uri)
         refuse_second_driver(tracker, question.id, study.name)
-        full = levels.full
-        trial_bytes = max(memory_bytes(trial, full.facts) for trial in full.plan.sample)
+        trial_bytes = most_memory_bytes(levels.full.plan, levels.full.facts)
         room = stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
         reporter = stack.enter_context(progress)
         tracker = tracker or Tracker.open(tracking_uri, study.name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sweeps.answer import Answer, answer_of, answer_text, environment
 from sweeps.delivery import open_outbox, patiently
 from sweeps.driver import driver_folder, only_driver
-from sweeps.estimate import memory_bytes, patience_seconds
+from sweeps.estimate import most_memory_bytes, patience_seconds
 from sweeps.heartbeat import Heartbeat, at_work, refuse_second_driver
 from sweeps.pick_edit import PickError, is_registered, register_pick
 from sweeps.plan import optuna_space, point_of, trial_config
@@ -153,7 +153,7 @@ def run_sweep(
         state = read_state(prepared, tracker, curves=False)
         here = trials_run_here(address, study.resources)
         if state.affordable or (register and not here and _pick_to_register(state, tracking_uri)):
-            trial_bytes = max(memory_bytes(trial, prepared.facts) for trial in prepared.plan.sample)
+            trial_bytes = most_memory_bytes(prepared.plan, prepared.facts)
             room = stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
         tracker = tracker or Tracker.open(tracking_uri, study.name)
         heartbeat = stack.enter_context(_opened(prepared, tracker))
