@@ -21,7 +21,7 @@ from locft.encoding import SupervisedLogits, TokenRow
 from locft.finetune import Forward
 from locft.frozen import freeze_linears
 from locft.fused import attention_for, fuse
-from locft.fused_layer import fuse_layers, is_fused, only_at
+from locft.fused_layer import forget_layouts, fuse_layers, is_fused, only_at
 from locft.models import LoadedModel
 from locft.packing import Pack, PrefixTree, pack_rows
 from locft.positions import TuningPosition, decoder_layers, n_layers, parameter_names
@@ -311,6 +311,7 @@ def _tried(model: PreTrainedModel, rows: Sequence[TokenRow]) -> tuple[int, _Part
     for limit in limits:
         parts = _Parts(model, packed=limit > 0)
         if _agrees(parts, model, sample, limit, expected):
+            forget_layouts(parts.model)
             return limit, parts
     raise NoTailView(f"the views of this {model.config.model_type} model do not compute what it computes as a whole")
 

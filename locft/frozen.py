@@ -42,12 +42,12 @@ class FrozenLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self._packed = PackedWeight([linear.weight])
+        self.packed = PackedWeight([linear.weight])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
-        if self.weight is not self._packed.weights[0] or inputs.dtype != self.weight.dtype:
+        if self.weight is not self.packed.weights[0] or inputs.dtype != self.weight.dtype:
             return F.linear(inputs, self.weight, self.bias)
-        product = _FrozenProduct.apply(inputs, self._packed)
+        product = _FrozenProduct.apply(inputs, self.packed)
         return product if self.bias is None else product + self.bias
 
 
@@ -69,6 +69,10 @@ class PackedWeight:
             return _times(inputs, layouts[0])
         pieces = zip(inputs.split(_PIECE, dim=-1), layouts, strict=True)
         return sum(_times(piece, layout).float() for piece, layout in pieces).to(inputs.dtype)
+
+    def forget(self) -> None:
+        """Give up the layouts; they are made again when they are asked for."""
+        self._layouts.clear()
 
 
 def _times(inputs: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:

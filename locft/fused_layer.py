@@ -55,6 +55,17 @@ def is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, _FusedLayer)
 
 
+def forget_layouts(tree: nn.Module) -> None:
+    """Give up what trying a module tree out has packed: many a layer is never computed again."""
+    for module in tree.modules():
+        if isinstance(module, FrozenLinear):
+            module.packed.forget()
+        elif is_fused(module):
+            for product in module.fused_parts.products:
+                if product.packed:
+                    product.packed.forget()
+
+
 @contextmanager
 def only_at(layer: nn.Module, places: torch.Tensor) -> Iterator[None]:
     """While the block runs, a fused layer returns (G, Q, D), the states of these places (G, Q) of the sequences only.
@@ -107,6 +118,7 @@ class _Parts:
         self.out = _Product([attention.o_proj])
         self.gate_up = _Product([mlp.gate_proj, mlp.up_proj])
         self.down = _Product([mlp.down_proj])
+        self.products = (self.query, self.key_value, self.qkv, self.out, self.gate_up, self.down)
         self.width = attention.head_dim
         self.heads, self.shared = (p.weight.shape[0] // self.width for p in (attention.q_proj, attention.k_proj))
         self.scale = attention.scaling
@@ -339,5 +351,7 @@ def _agrees(layer: nn.Module) -> bool:
                 found.append((output.detach(), *torch.autograd.grad(output, entering, probe)))
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
+    finally:
+        forget_layouts(layer)
     tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
     return all((ours - own).norm() <= tolerance * own.norm() for own, ours in zip(*found, strict=True))

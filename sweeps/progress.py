@@ -41,7 +41,7 @@ class Progress:
         self.failures: dict[str, str] = {}
         self.pace = Pace(forecast, self.finished_ids, self.planned - self.resumed)
         self._deadline = forecast.made + 60 * (study.budget.minutes or math.inf)
-        self._front = _front(earlier)
+        self._front = _front(earlier) if self.console.is_terminal else ()
         self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> "Progress":
@@ -73,8 +73,9 @@ class Progress:
         else:
             self.finished_ids.add(result.config.id)
             self.failures.pop(result.config.id, None)
-            row = result.to_row()
-            self._front = _front([row, *(other for other in self._front if other["trial_id"] != row["trial_id"])])
+            if self.console.is_terminal:
+                row = result.to_row()
+                self._front = _front([*(other for other in self._front if other["trial_id"] != row["trial_id"]), row])
         if not self.console.is_terminal:
             left = self.seconds_left()
             count = f"[{self.done + self.failed}/{self.planned}]"
@@ -140,9 +141,12 @@ class Pace:
 
 
 def _front(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Of these rows those on the front, the most reliable first. With one more row the new front is in the old one and it."""
+    """Of these rows those on the front, the most reliable first, and of equal ones one: thousands may be equal. With one more
+    row the new front is in the old one and it."""
     by_id = {row["trial_id"]: row for row in rows}
-    return tuple(by_id[trial_id] for trial_id in pareto_front(results_frame(list(by_id.values()))).trial_ids)
+    front = pareto_front(results_frame(list(by_id.values())))
+    first = dict(zip(reversed(front.points), reversed(front.trial_ids), strict=True))
+    return tuple(by_id[first[point]] for point in dict.fromkeys(front.points))
 
 
 class RaceProgress:

@@ -9,6 +9,7 @@ from locft import engine as engine_module
 from locft.encoding import encode_edit
 from locft.engine import TailEngine
 from locft.finetune import batch_loss
+from locft.frozen import FrozenLinear
 from locft.fused_layer import fuse_layers, only_at
 from locft.positions import decoder_layers
 from locft.tail import tail_view
@@ -46,6 +47,25 @@ def test_which_layers_are_recognised(architecture):
 def engine_packs(loaded):
     rows = [encode_edit(tiny_tokenizer(), prompt, target) for prompt, target in TEXTS]
     return TailEngine(loaded, rows, on_disk=False).limit > 0
+
+
+def test_only_layers_that_are_computed_keep_their_weights_in_more_layouts():
+    """Each layer is tried out when the engine is made: what that packs is two further copies of its weights, twice."""
+    loaded = tiny_loaded("llama")
+    rows, forward, tree = computing(loaded, torch.bfloat16)
+
+    def layouts():
+        held = []
+        for layer in decoder_layers(tree):
+            linears = [module.packed for module in layer.modules() if isinstance(module, FrozenLinear)]
+            held.append(sum(len(p._layouts) for p in [*(product.packed for product in layer.fused_parts.products), *linears]))
+        return held
+
+    assert layouts() == [0, 0, 0]
+    weight = loaded.model.get_parameter(BETWEEN).detach().clone().requires_grad_()
+    forward({BETWEEN: weight})(rows).sum().backward()
+    below, trained, above = layouts()
+    assert below == 0 and trained > 0 and above > 0
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])

@@ -1,6 +1,7 @@
 """What is seen while a study runs: lines where output is kept, a table on a terminal."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -142,6 +143,14 @@ def test_redrawing_computes_nothing_and_the_front_stays_that_of_all(monkeypatch)
     assert [row["trial_id"] for row in shown._front] == list(pareto_front(results_frame(everything)).trial_ids)
     monkeypatch.setattr(module, "results_frame", lambda rows: pytest.fail("the table of all trials is made again"))
     assert shown._table().row_count == min(len(shown._front), module.SHOWN)
+
+
+def test_of_equal_trials_the_front_shows_one():
+    equal = [replace(result(config(layer)), metrics=result(config(0)).metrics) for layer in range(20)]
+    shown, _ = progress(planned=99, earlier=equal[:10], terminal=True)
+    for one in equal[10:]:
+        shown.finished(one, 1)
+    assert shown._table().row_count == 1
 
 
 def test_the_table_before_anything_came_in():

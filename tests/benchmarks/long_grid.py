@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from rich.console import Console
 
 from sweeps.delivery import Outbox, open_outbox
 from sweeps.forecast import Forecast, foresee
@@ -35,11 +36,12 @@ EVERY = 100
 
 
 class Meter(Progress):
-    """The command's own progress, with a line of measurements after every hundredth trial."""
+    """The command's own progress, redrawn as on a terminal, with a line of measurements after every hundredth trial."""
 
     def __init__(self, forecast: Forecast, state: StudyState, outbox: Outbox):
         done = state.results[state.results["status"] == "done"]
-        super().__init__(forecast, done.to_dict("records"))
+        screen = Console(file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115, as long as the process
+        super().__init__(forecast, done.to_dict("records"), screen)
         self._outbox = outbox
         self._process = psutil.Process()
         self._mark = self._now()
