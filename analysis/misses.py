@@ -63,9 +63,11 @@ class Misses:
     groups: tuple[EditMisses, ...]
 
 
-def edit_misses(outcomes: pd.DataFrame | None, settings: pd.DataFrame, trial_ids: Sequence[str]) -> list[Misses]:
+def edit_misses(
+    outcomes: pd.DataFrame | None, settings: pd.DataFrame, trial_ids: Sequence[str], most: int
+) -> list[Misses]:
     """What these settings (trial_ids of rows of `settings`) get wrong with all seeds whose outcomes were given; without
-    the settings of which none were. The first is listed at greater length."""
+    the settings of which none were, and at most so many. The first is listed at greater length."""
     if outcomes is None or outcomes.empty:
         return []
     places, names = settings.set_index("trial_id"), setting_names(settings)
@@ -81,6 +83,8 @@ def edit_misses(outcomes: pd.DataFrame | None, settings: pd.DataFrame, trial_ids
         if groups:
             seeds = tuple(seed for _, seed in known)
             found.append(Misses(trial, names[trial], seeds, int(row["n_seeds"]), groups))
+        if len(found) == most:
+            break
     return found
 
 

@@ -95,7 +95,7 @@ def render_report(
     plots = gallery(results, objectives, baseline, front.trial_ids, pick_id, doubt.chances, able)
     weighed = what_matters(results)
     compared = compare(Measured(study, results, baseline), other) if other else None
-    missed = edit_misses(outcomes, settings, [*([pick_id] if pick_id else []), *front.trial_ids, *able])[:MAX_MISSES]
+    missed = edit_misses(outcomes, settings, [*([pick_id] if pick_id else []), *front.trial_ids, *able], MAX_MISSES)
     lists = {item.trial_id: place for place, item in enumerate(missed, 1)}
     chances = {trial: doubt.chances.get(row, math.nan) for row, ids in zip(settings["trial_id"], settings["trial_ids"], strict=True) for trial in ids}
     table = trial_table(results.assign(on_front=results["trial_id"].map(chances)), pick.trial_ids if pick else ())

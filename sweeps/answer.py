@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", "numpy", "pandas")
 MOST_READ = 60
-"""Trials up to which all their answers are read, for a bootstrap over edits; of more, those of front and pick."""
+"""Trials up to which all their answers are read, for a bootstrap over edits; of more, those of the pick and of what the
+report lists of the front."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Answer:
 def answer_of(state: "StudyState", tracker: Tracker, other: "Measured | None" = None) -> Answer:
     """Front, pick and report of what is finished so far. other: a study to compare with in the report."""
     from analysis.pareto import DEFAULT_OBJECTIVES, pareto_front, recommend
-    from analysis.report import render_report
+    from analysis.report import MAX_MISSES, render_report
     from analysis.table import by_setting
 
     own = measured(state, tracker)
     settings, pick = by_setting(state.results), recommend(state.results)
     front = pareto_front(settings, DEFAULT_OBJECTIVES)
     finished = [trial for ids in settings["trial_ids"] for trial in ids]
-    on_front = settings.loc[settings["trial_id"].isin(front.trial_ids), "trial_ids"]
+    on_front = settings.set_index("trial_id").loc[list(front.trial_ids[:MAX_MISSES]), "trial_ids"]
     shown = [*(pick.trial_ids if pick else ()), *(trial for ids in on_front for trial in ids)]
     wanted = finished if len(finished) <= MOST_READ else shown
     outcomes = _outcomes(state.results, wanted, tracker)

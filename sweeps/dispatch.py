@@ -10,12 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sweeps.ray_session import Room
+from sweeps.ray_session import WORKER_RESTARTS, Room
 from sweeps.records import TrialConfig, TrialResult
 from sweeps.search import Search
-
-WORKER_RESTARTS = 2
-"""A trial whose worker process died is tried so many times more."""
 
 
 class Listed:

@@ -24,6 +24,9 @@ NODE_SECONDS = 120
 LOOK_SECONDS = 2.0
 """How often a cluster is asked what it holds."""
 
+WORKER_RESTARTS = 2
+"""Work whose worker process died is tried so many times more."""
+
 
 class Room:
     """How many trials run at a time: as many as the nodes that are there now hold, fewer once memory ran out."""
@@ -74,6 +77,7 @@ def ray_session(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(WORKER_RESTARTS))  # Ray's own number has no end
     if address is not None:
         _check_reachable(address)
     import ray

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from locft.errors import out_of_memory
-from sweeps.dispatch import WORKER_RESTARTS, Dispatch, Listed
-from sweeps.ray_session import Room
+from locft.errors import InputError, out_of_memory
+from sweeps.dispatch import Dispatch, Listed
+from sweeps.ray_session import WORKER_RESTARTS, Room
 from sweeps.records import TrialConfig, TrialResult, pack_result, unpack_result
 from sweeps.search import Search
 from sweeps.trial import Basis, resident_workbench, run_trial
@@ -60,7 +60,7 @@ def worker_failure(config: TrialConfig, error: BaseException) -> TrialResult:
 def on_workers(works: Sequence[Callable[[], T]], cpus: float, gpus: float) -> list[T]:
     """Run functions on workers, side by side where there is room; what they return, in their order.
 
-    Raises whatever the first one that fails raises.
+    Raises whatever the first one that fails raises; InputError where Ray ended each attempt because a node ran out of memory.
     """
     import ray
 
@@ -72,6 +72,9 @@ def on_workers(works: Sequence[Callable[[], T]], cpus: float, gpus: float) -> li
         return ray.get([task.remote(work) for work in works])
     except ray.exceptions.RayTaskError as error:  # its own text is the worker's whole traceback
         raise error.cause from error
+    except ray.exceptions.OutOfMemoryError as error:
+        tries = f"measuring on a worker ran out of memory {WORKER_RESTARTS + 1} times"
+        raise InputError(f"{tries}: {str(error).splitlines()[0]}") from error
 
 
 def alone(work: Callable[[], T], resources: "Resources", *, here: bool) -> T:

@@ -1,6 +1,7 @@
 """What is started next when workers die and memory runs out, without workers."""
 
-from sweeps.dispatch import WORKER_RESTARTS, Dispatch, Listed
+from sweeps.dispatch import Dispatch, Listed
+from sweeps.ray_session import WORKER_RESTARTS
 from sweeps.records import TrialConfig, TrialResult
 
 TRIALS = [TrialConfig("m", "d", 30, 3, "mlp", "breadth_first", 8, 0.1, seed, "edit", 5, 0.0, 0.0) for seed in range(6)]

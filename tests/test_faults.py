@@ -329,3 +329,26 @@ def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder):
         assert (state.done, state.left) == (3, 0)
     finally:
         subprocess.run(["umount", "-l", disk], check=False)
+
+
+OUT_OF_MEMORY = """
+import time
+from locft.errors import InputError
+from sweeps.ray_session import ray_session
+from sweeps.runner import on_workers
+from sweeps.schema import Resources
+with ray_session(None, Resources(cpus=1)):
+    try:
+        on_workers([lambda: time.sleep(600)], 1, 0)
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="20 seconds of waiting for Ray's memory monitor: with LOCFT_FAULTS=7")
+def test_work_that_never_fits_into_memory_ends_with_the_reason():
+    """Ray would try it again without end."""
+    tight = {**os.environ, "RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    command = [sys.executable, "-c", OUT_OF_MEMORY]
+    done = subprocess.run(command, env=tight, capture_output=True, text=True, timeout=120, check=True)
+    assert "ran out of memory 3 times" in done.stdout and "low on memory" in done.stdout
