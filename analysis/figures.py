@@ -319,13 +319,13 @@ def heatmap_figure(info: HeatmapInfo) -> go.Figure:
     form = "+.1~f" if change else ".2~f" if "drift" in info.metric else ".0%"
     low, high = info.limits
     figure = styled_figure(
-        height=96 + 34 * max(2, len(info.modules)),
+        height=120 + 34 * max(2, len(info.modules)),
         xaxis={
             "title": {"text": "layer"}, "showgrid": False, "type": "category", "tickangle": 0, "tick0": 0,
             "dtick": max(1, math.ceil(len(info.layers) / 16)),
         },
         yaxis={"showgrid": False, "type": "category", "autorange": "reversed", "ticklabelstandoff": 6},
-        margin={"l": 10, "r": 10, "t": 10, "b": 44}, dragmode="select",
+        dragmode="select",
     )  # fmt: skip
     figure.add_heatmap(
         x=[str(layer) for layer in info.layers],
