@@ -90,6 +90,7 @@ def _measured(prepared: "PreparedStudy", rough: Costs) -> Costs:
         steps = [_step_seconds(bench, position, size, facts.precision, watch) for size in sizes]
         settings = TrainingSettings(batch_size=sizes[-1], epochs=1, precision=facts.precision)
         delta = bench.train(position, settings).delta
+        bench.measure(delta)  # what is done once a process (imports, packed weights) would be counted as often as items are read
         measured, spent = watch.time(partial(bench.measure, delta))
         parts = [measured.metrics["evaluate_seconds"], measured.metrics.get("capability_seconds", 0.0)]
         found[layers] = [*steps, *(spent * part / sum(parts) for part in parts)]
