@@ -70,7 +70,7 @@ class Meter(Progress):
 
 def say(**numbers: Any) -> None:
     rounded = {name: round(value, 2) if isinstance(value, float) else value for name, value in numbers.items()}
-    print(json.dumps(rounded), flush=True)
+    print(json.dumps(rounded), file=sys.__stdout__, flush=True)  # the screen that is redrawn takes standard output
 
 
 def timed(phase: str, work: Callable[[], T], **more: Callable[[T], Any]) -> T:
