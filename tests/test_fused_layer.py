@@ -53,6 +53,8 @@ def test_only_layers_that_are_computed_keep_their_weights_in_more_layouts():
     """Each layer is tried out when the engine is made: what that packs is two further copies of its weights, twice."""
     loaded = tiny_loaded("llama")
     rows, forward, tree = computing(loaded, torch.bfloat16)
+    if not any(isinstance(module, FrozenLinear) for module in tree.modules()):
+        pytest.skip("this PyTorch packs no weights")
 
     def layouts():
         held = []
