@@ -16,19 +16,19 @@ from transformers import PreTrainedModel
 
 from locft.allocator import keep_freed_memory
 from locft.bench_stages import LEARNING_RATE, SEED, BenchSettings, Say, measurements, study_race, timed, training_step
-from locft.benchmarks import Suite
-from locft.capability import encode_suite, suite_rows
-from locft.encoding import encode_edits
-from locft.engine import TailEngine
+from locft.data.suites import Suite
+from locft.measure.capability import encode_suite, suite_rows
+from locft.train.encoding import encode_edits
+from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
-from locft.evaluation import edit_questions, greedy_answers, locality_prompts
+from locft.measure.evaluation import edit_questions, greedy_answers, locality_prompts
 from locft.machine import MATRIX_ROWS, describe_machine, matrix_speed, peak_memory
-from locft.models import DTYPES, LoadedModel
-from locft.positions import TuningPosition, n_layers, parameter_names
-from locft.precision import training_precision
-from locft.reference import full_forward
-from locft.requests import EditSet
-from locft.tail import supports_tail
+from locft.model.models import DTYPES, LoadedModel
+from locft.model.positions import TuningPosition, n_layers, parameter_names
+from locft.model.precision import training_precision
+from locft.train.reference import full_forward
+from locft.data.requests import EditSet
+from locft.engine.tail import supports_tail
 from locft.workbench import Baseline, Workbench, measure_unedited
 
 STAGES = ("training_step", "edit_metrics", "capability", "study")

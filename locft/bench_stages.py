@@ -22,15 +22,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from locft.capability import score_suite
-from locft.delta import EditDelta
-from locft.encoding import TokenRow
-from locft.finetune import Forward, TrainingSettings, batch_loss, finite
+from locft.measure.capability import score_suite
+from locft.model.delta import EditDelta
+from locft.train.encoding import TokenRow
+from locft.train.pipelines import Forward, TrainingSettings, batch_loss, finite
 from locft.machine import added_memory
-from locft.models import DTYPES, LoadedModel
-from locft.packing import pack_rows
-from locft.positions import TuningPosition, decoder_layers, parameter_names
-from locft.reference import full_forward
+from locft.model.models import DTYPES, LoadedModel
+from locft.engine.packing import pack_rows
+from locft.model.positions import TuningPosition, decoder_layers, parameter_names
+from locft.train.reference import full_forward
 from locft.workbench import Measurement, Workbench
 
 LEARNING_RATE = 4e-3
@@ -114,7 +114,7 @@ class Trainee:
 
     @torch.enable_grad()
     def step(self, batch: Sequence[TokenRow]) -> tuple[float, float]:
-        """One optimiser step as of `locft.finetune`, never skipped: the loss before it, and its seconds."""
+        """One optimiser step as of `locft.train.pipelines`, never skipped: the loss before it, and its seconds."""
         started = time.perf_counter()
         loss = batch_loss(self.forward(self.weights)(batch), batch, "edit")
         value = loss.item()

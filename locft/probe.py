@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from locft.encoding import TokenRow
-from locft.finetune import batch_loss
-from locft.models import LoadedModel
-from locft.positions import TuningPosition, parameter_names
-from locft.reference import full_forward
+from locft.train.encoding import TokenRow
+from locft.train.pipelines import batch_loss
+from locft.model.models import LoadedModel
+from locft.model.positions import TuningPosition, parameter_names
+from locft.train.reference import full_forward
 
 COORDINATES = 2**20
 """Gradient entries looked at per parameter: all of a small model's, a random sample of a large one's."""

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from locft.benchmarks import Suite
-from locft.capability import (
+from locft.data.suites import Suite
+from locft.measure.capability import (
     PROSE_TOKENS,
     EncodedSuite,
     SuiteScores,
@@ -26,10 +26,10 @@ from locft.capability import (
     score_suite,
     suite_rows,
 )
-from locft.delta import EditDelta, applied
-from locft.encoding import SupervisedLogits, TokenRow, encode_edits
-from locft.engine import TailEngine
-from locft.evaluation import (
+from locft.model.delta import EditDelta, applied
+from locft.train.encoding import SupervisedLogits, TokenRow, encode_edits
+from locft.engine.tail_engine import TailEngine
+from locft.measure.evaluation import (
     Answer,
     Outcome,
     Question,
@@ -40,12 +40,12 @@ from locft.evaluation import (
     greedy_answers,
     locality_prompts,
 )
-from locft.finetune import Training, TrainingSettings, finetune
-from locft.models import DTYPES, LoadedModel
-from locft.positions import TuningPosition
-from locft.reference import full_forward
-from locft.requests import EditSet
-from locft.tail import NoTailView
+from locft.train.pipelines import Training, TrainingSettings, finetune
+from locft.model.models import DTYPES, LoadedModel
+from locft.model.positions import TuningPosition
+from locft.train.reference import full_forward
+from locft.data.requests import EditSet
+from locft.engine.tail import NoTailView
 
 _log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Workbench:
         return Measurement({name: value for name, value in metrics.items() if math.isfinite(value)}, outcomes)
 
     def edited(self, delta: EditDelta) -> tuple[SupervisedLogits, SupervisedLogits | None]:
-        """The edited model as a function of rows: exactly, and coarsely where that is faster (`locft.screening`)."""
+        """The edited model as a function of rows: exactly, and coarsely where that is faster (`locft.measure.two_stage_scoring`)."""
         weights = delta.weights(self.loaded.model)
         if not self.engine:
             return full_forward(self.loaded.model, weights), None

@@ -6,14 +6,14 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from sweeps.study import study_to_yaml
-from sweeps.tracking import Tracker
+from sweeps.study.reader import study_to_yaml
+from sweeps.tracking.study_run import Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.comparison import Measured
-    from analysis.pareto import ParetoFront, Recommendation
+    from analysis.stats.comparison import Measured
+    from analysis.stats.pareto import ParetoFront, Recommendation
     from sweeps.sweep import StudyState
 
 PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", "numpy", "pandas")
@@ -33,9 +33,9 @@ class Answer:
 
 def answer_of(state: "StudyState", tracker: Tracker, other: "Measured | None" = None) -> Answer:
     """Front, pick and report of what is finished so far. other: a study to compare with in the report."""
-    from analysis.pareto import DEFAULT_OBJECTIVES, pareto_front, recommend
-    from analysis.report import MAX_MISSES, render_report
-    from analysis.table import by_setting
+    from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front, recommend
+    from analysis.page.report import MAX_MISSES, render_report
+    from analysis.stats.table import by_setting
 
     own = measured(state, tracker)
     settings, pick = by_setting(state.results), recommend(state.results)
@@ -59,7 +59,7 @@ def _outcomes(results: "pd.DataFrame", trials: list[str], tracker: Tracker) -> "
 
 def measured(state: "StudyState", tracker: Tracker) -> "Measured":
     """A study and its results as the report takes them."""
-    from analysis.comparison import Measured
+    from analysis.stats.comparison import Measured
 
     prepared, study = state.prepared, state.prepared.study
     started, finished = tracker.study_times(prepared.id)

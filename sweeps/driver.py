@@ -15,7 +15,7 @@ import filelock
 from platformdirs import user_state_path
 
 from locft.errors import InputError
-from sweeps.tracking_uri import resolve_uri, without_credentials
+from sweeps.tracking.address import resolve_uri, without_credentials
 
 
 def driver_folder(study_id: str, tracking_uri: str | None) -> Path:

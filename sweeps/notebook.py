@@ -13,15 +13,15 @@ from contextlib import nullcontext
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from analysis import figures as drawing
-from analysis.look import TITLES
-from analysis.pareto import recommend
-from analysis.table import has_values
-from sweeps.forecast import foresee
-from sweeps.prepare import PreparedStudy, prepare
-from sweeps.progress import Progress
-from sweeps.runner import Reporter
-from sweeps.study import load_study
+from analysis.figures import front as drawing
+from analysis.figures.style import TITLES
+from analysis.stats.pareto import recommend
+from analysis.stats.table import has_values
+from sweeps.study.forecast import foresee
+from sweeps.study.resolve import PreparedStudy, prepare
+from sweeps.commands.progress import Progress
+from sweeps.run.runner import Reporter
+from sweeps.study.reader import load_study
 from sweeps.sweep import Sweep, find_tracker, read_state, run_sweep
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run_study(
 def load_results(
     study: str | PathLike[str], changes: Mapping[str, Any] | None = None, *, tracking_uri: str | None = None
 ) -> "pd.DataFrame":
-    """The results table of a study as far as it is (columns: `analysis.table.COLUMNS`), empty when nothing ran."""
+    """The results table of a study as far as it is (columns: `analysis.stats.table.COLUMNS`), empty when nothing ran."""
     prepared = _prepared(study, changes)
     return read_state(prepared, find_tracker(prepared, tracking_uri)).results
 

@@ -12,24 +12,24 @@ from operator import call
 from typing import TYPE_CHECKING, Any, Literal
 
 from sweeps.answer import Answer, answer_of, answer_text, environment
-from sweeps.delivery import open_outbox, patiently
+from sweeps.tracking.outbox import open_outbox, patiently
 from sweeps.driver import driver_folder, only_driver
-from sweeps.estimate import most_memory_bytes, patience_seconds
-from sweeps.heartbeat import Heartbeat, at_work, refuse_second_driver
-from sweeps.pick_edit import PickError, is_registered, register_pick
-from sweeps.plan import optuna_space, point_of, trial_config
-from sweeps.prepare import PreparedStudy
-from sweeps.ray_session import ray_session, trials_run_here
-from sweeps.recorder import Recorder, deliver_kept
-from sweeps.records import TrialConfig
-from sweeps.registry import edit_address, study_alias
-from sweeps.runner import Ending, Reporter, alone, run_trials
-from sweeps.search import OBJECTIVES, TrialSearch
-from sweeps.study import study_to_yaml
-from sweeps.tracking import Tracker, TrackingError
-from sweeps.tracking_store import NothingThere
-from sweeps.tracking_uri import check_reachable, resolve_uri, sqlite_path
-from sweeps.trial import Basis, measure_baseline
+from sweeps.study.estimate import most_memory_bytes, patience_seconds
+from sweeps.tracking.heartbeat import Heartbeat, at_work, refuse_second_driver
+from sweeps.tracking.pick_edit import PickError, is_registered, register_pick
+from sweeps.study.plan import optuna_space, point_of, trial_config
+from sweeps.study.resolve import PreparedStudy
+from sweeps.run.cluster import ray_session, trials_run_here
+from sweeps.tracking.recorder import Recorder, deliver_kept
+from sweeps.study.trial_types import TrialConfig
+from sweeps.tracking.registry import edit_address, study_alias
+from sweeps.run.runner import Ending, Reporter, alone, run_trials
+from sweeps.run.search import OBJECTIVES, TrialSearch
+from sweeps.study.reader import study_to_yaml
+from sweeps.tracking.study_run import Tracker, TrackingError
+from sweeps.tracking.store import NothingThere
+from sweeps.tracking.address import check_reachable, resolve_uri, sqlite_path
+from sweeps.run.trial import Basis, measure_baseline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +111,7 @@ def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool
 
     curves: whether the loss curves are read, too, which takes a request a trial while the study is not finished.
     """
-    from analysis.table import results_frame
+    from analysis.stats.table import results_frame
 
     if tracker is None:
         return StudyState(prepared, results_frame([]), {})
@@ -191,7 +191,7 @@ def run_sweep(
 
 def _pick_to_register(state: StudyState, tracking_uri: str | None) -> dict[str, Any] | None:
     """The row of the study's pick, unless its edit is registered already or there is none."""
-    from analysis.pareto import recommend
+    from analysis.stats.pareto import recommend
 
     pick = recommend(state.results)
     if pick is None:
@@ -203,7 +203,7 @@ def _pick_to_register(state: StudyState, tracking_uri: str | None) -> dict[str, 
 def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None, deadline: float, here: bool) -> Sweep:
     """Whatever goes wrong here, Ctrl-C included, the study is finished and recorded. deadline: as of `run_trials`; here: as
     of `alone`."""
-    from analysis.table import METRICS
+    from analysis.stats.table import METRICS
 
     prepared, pick = done.state.prepared, done.answer.recommendation
     study = prepared.study

@@ -55,7 +55,7 @@ def ray_running():
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory) -> Path:
     """An SQLite store with its tables and nothing in them; MLflow takes seconds to make them."""
-    from sweeps.tracking_store import connect
+    from sweeps.tracking.store import connect
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     client, _ = connect(f"sqlite:///{file}", create=True)
@@ -115,7 +115,7 @@ class Said:
 @pytest.fixture
 def locft(monkeypatch, capfd):
     """Calls the command in this process."""
-    from sweeps import cli
+    from sweeps.commands import cli
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["locft", *map(str, arguments)])

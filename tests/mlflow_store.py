@@ -5,8 +5,8 @@ import random
 
 import pandas as pd
 
-from sweeps.records import TrialConfig, TrialResult
-from sweeps.tracking import DatasetRecord, ModelRecord, StudyInputs, Tracker
+from sweeps.study.trial_types import TrialConfig, TrialResult
+from sweeps.tracking.study_run import DatasetRecord, ModelRecord, StudyInputs, Tracker
 
 STUDY = "study-1"
 

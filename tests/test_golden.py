@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from sweeps.prepare import prepare
-from sweeps.study import load_study
+from sweeps.study.resolve import prepare
+from sweeps.study.reader import load_study
 from tests.golden import produce
 from tests.golden.make import WRITE
-from tests.test_runner import Heard
+from tests.sweeps.run.test_runner import Heard
 
 WRITING = bool(os.environ.get(WRITE))
 TOLERANCE = 1e-4

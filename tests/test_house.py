@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.records import METHOD_VERSION
+from sweeps.study.trial_types import METHOD_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = {"locft": (), "analysis": (), "sweeps": ("locft", "analysis")}

@@ -190,7 +190,7 @@ def tiny_model(architecture: str = "llama", layers: int = 3, seed: int = 0, **se
 
 def tiny_loaded(architecture: str = "llama", layers: int = 3, seed: int = 0, **settings: Any):
     """`tiny_model` and `tiny_tokenizer` as the `LoadedModel` that `load_model` gives for a real one."""
-    from locft.models import LoadedModel, model_fingerprint
+    from locft.model.models import LoadedModel, model_fingerprint
 
     model = tiny_model(architecture, layers, seed, **settings).requires_grad_(False)  # frozen, as load_model does
     fingerprint = f"{architecture}-{model_fingerprint(model)}"  # llama and granite differ in their configuration only

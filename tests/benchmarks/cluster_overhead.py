@@ -32,7 +32,7 @@ WARM_UP = 1
 
 def sleep(config, bases: Mapping[str, Any], seconds: float):
     """A trial on a worker: it says when and where it ran."""
-    from sweeps.records import TrialResult
+    from sweeps.study.trial_types import TrialResult
 
     began = time.time()
     time.sleep(seconds)
@@ -81,16 +81,16 @@ def measured(metrics: list[dict[str, float]], seconds: float) -> dict[str, float
 
 
 def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, float]:
-    from sweeps import ui
+    from sweeps.commands import ui
     from sweeps.answer import environment
-    from sweeps.delivery import open_outbox
-    from sweeps.heartbeat import Heartbeat
-    from sweeps.prepare import prepare
-    from sweeps.ray_session import ray_session
-    from sweeps.recorder import Recorder
-    from sweeps.runner import run_trials
-    from sweeps.study import load_study
-    from sweeps.tracking import Tracker
+    from sweeps.tracking.outbox import open_outbox
+    from sweeps.tracking.heartbeat import Heartbeat
+    from sweeps.study.resolve import prepare
+    from sweeps.run.cluster import ray_session
+    from sweeps.tracking.recorder import Recorder
+    from sweeps.run.runner import run_trials
+    from sweeps.study.reader import load_study
+    from sweeps.tracking.study_run import Tracker
 
     study = prepare(load_study(str(write_study(folder, folder / "model", name=f"overhead-{nodes}", resources__concurrent="auto"))))
     trials = [replace(study.plan.trials[0], seed=seed) for seed in range(nodes * (per_worker + WARM_UP))]

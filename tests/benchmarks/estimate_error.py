@@ -23,11 +23,11 @@ from typing import Any
 
 import psutil
 
-from locft.models import cache_folder
-from sweeps.estimate import layers_passed
-from sweeps.forecast import Forecast, foresee
-from sweeps.prepare import PreparedStudy, prepare
-from sweeps.study import load_study
+from locft.model.models import cache_folder
+from sweeps.study.estimate import layers_passed
+from sweeps.study.forecast import Forecast, foresee
+from sweeps.study.resolve import PreparedStudy, prepare
+from sweeps.study.reader import load_study
 from sweeps.sweep import find_tracker, read_state
 
 ANNOUNCED = "to run: "

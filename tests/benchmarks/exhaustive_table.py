@@ -88,14 +88,14 @@ def tuned(table: pd.DataFrame) -> dict[str, float]:
 
 def write_probes(edits: str) -> None:
     """The probe's scores on each draw of edits that is not in the file yet."""
-    from locft.benchmarks import load_suite
-    from locft.capability import encode_suite
-    from locft.encoding import encode_edits
-    from locft.models import load_model
-    from locft.positions import TuningPosition
+    from locft.data.suites import load_suite
+    from locft.measure.capability import encode_suite
+    from locft.train.encoding import encode_edits
+    from locft.model.models import load_model
+    from locft.model.positions import TuningPosition
     from locft.probe import probe_positions
-    from locft.requests import load_edits
-    from sweeps.selection import PROBED_EDITS
+    from locft.data.requests import load_edits
+    from sweeps.select.selection import PROBED_EDITS
 
     loaded, chosen = load_model("smollm2-135m"), load_edits(edits)
     prose = encode_suite(loaded.tokenizer, load_suite("probes", limit=1), PARTS["full"].prose).prose
@@ -173,8 +173,8 @@ def run_study(study: Path, store: Path) -> None:
 
 
 def append(part: str, sample: int, study: Path, store: Path) -> None:
-    from sweeps.prepare import prepare
-    from sweeps.study import load_study
+    from sweeps.study.resolve import prepare
+    from sweeps.study.reader import load_study
     from sweeps.sweep import find_tracker, read_state
 
     prepared = prepare(load_study(str(study)))

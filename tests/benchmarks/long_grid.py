@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 import psutil
 from rich.console import Console
 
-from sweeps.delivery import Outbox, open_outbox
-from sweeps.forecast import Forecast, foresee
-from sweeps.prepare import prepare
-from sweeps.progress import Progress
-from sweeps.records import TrialResult
-from sweeps.study import load_study
+from sweeps.tracking.outbox import Outbox, open_outbox
+from sweeps.study.forecast import Forecast, foresee
+from sweeps.study.resolve import prepare
+from sweeps.commands.progress import Progress
+from sweeps.study.trial_types import TrialResult
+from sweeps.study.reader import load_study
 from sweeps.sweep import StudyState, answer_of, find_tracker, read_state, run_sweep
 
 T = TypeVar("T")

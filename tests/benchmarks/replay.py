@@ -20,12 +20,12 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from analysis.choice import Outcome, outcome_of, preference
-from analysis.figures import SYMBOLS
-from analysis.look import ACCENT, styled_figure
-from sweeps.baselines import POLICIES
-from sweeps.race import Candidate, Run, Score, Task, leading, mean_outcome, race
-from sweeps.race_search import replayed
+from analysis.stats.choice import Outcome, outcome_of, preference
+from analysis.figures.front import SYMBOLS
+from analysis.figures.style import ACCENT, styled_figure
+from sweeps.select.baselines import POLICIES
+from sweeps.select.race import Candidate, Run, Score, Task, leading, mean_outcome, race
+from sweeps.select.race_search import replayed
 
 HERE = Path(__file__).parent
 LEVELS = {"level0": 10, "level1": 30, "full": 100}

@@ -23,27 +23,27 @@ import torch
 from mlflow import MlflowClient
 from transformers import PreTrainedModel
 
-from analysis.curves import loss_info, parallel_info, pipeline_info
-from analysis.figures import front_info, heatmap_info
-from analysis.importance import what_matters
-from analysis.pareto import pareto_front, recommend
-from analysis.table import by_setting, results_frame
-from locft.benchmarks import load_suite
-from locft.finetune import TrainingSettings
-from locft.models import LoadedModel, model_fingerprint
-from locft.positions import TuningPosition
-from locft.requests import load_edits
+from analysis.figures.curves import loss_info, parallel_info, pipeline_info
+from analysis.figures.front import front_info, heatmap_info
+from analysis.stats.importance import what_matters
+from analysis.stats.pareto import pareto_front, recommend
+from analysis.stats.table import by_setting, results_frame
+from locft.data.suites import load_suite
+from locft.train.pipelines import TrainingSettings
+from locft.model.models import LoadedModel, model_fingerprint
+from locft.model.positions import TuningPosition
+from locft.data.requests import load_edits
 from locft.vector_math import settle_vector_math
 from locft.workbench import Workbench
-from sweeps.baselines import POLICIES
-from sweeps.prepare import PreparedStudy, prepare
-from sweeps.race_search import replayed
-from sweeps.study import load_study, ready_studies
+from sweeps.select.baselines import POLICIES
+from sweeps.study.resolve import PreparedStudy, prepare
+from sweeps.select.race_search import replayed
+from sweeps.study.reader import load_study, ready_studies
 from sweeps.sweep import run_sweep
-from sweeps.tracking_runs import user
+from sweeps.tracking.trial_run import user
 from tests.benchmarks.replay import HERE, SHARES, Table
 from tests.conftest import write_study
-from tests.test_runner import Heard
+from tests.sweeps.run.test_runner import Heard
 from tests.tiny import WEIGHT_STD, tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parent

@@ -1,0 +1,1 @@
+"""Figures, each in two steps: what is shown, then how."""

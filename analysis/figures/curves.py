@@ -1,0 +1,273 @@
+"""Plots of how settings came to their results: loss curves, breadth-first against depth-first, parallel coordinates.
+
+In two steps like all figures: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's id
+as `customdata`, by which the page filters them.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis.figures.style import ACCENT, BLUE, TITLES, styled_figure
+from analysis.stats.pareto import comparable
+from analysis.stats.table import SETTING_AXES, by_setting, done
+from analysis.figures.thinning import thinned
+from analysis.stats.wording import escaped, number
+
+MAX_CURVES = 150
+"""Loss curves drawn at most; the info says how many were left out."""
+MAX_PAIRS = 200
+"""Pairs of pipelines drawn at most; the mean difference is that of all."""
+MAX_LINES = 1000
+"""Settings in the parallel coordinates at most."""
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    trial_id: str
+    label: str
+    depth: float
+    losses: tuple[float | None, ...]
+    """By epoch (breadth-first) or batch (depth-first); None where the loss was not finite and positive."""
+    highlight: str
+    """pick, front or other."""
+
+
+@dataclass(frozen=True)
+class LossInfo:
+    curves: tuple[LossCurve, ...]
+    pipeline: str | None
+    """Whose curves these are: breadth-first ones where there are any, since the two have different x axes."""
+    left_out: int
+
+
+def loss_info(results: pd.DataFrame, *, front: Sequence[str] = (), pick: str | None = None) -> LossInfo:
+    """Training loss of the finished trials. The trials of `front` and the `pick` stand out, and are never left out."""
+    rows = done(results)
+    rows = rows[rows["epoch_losses"].map(len).gt(0).astype(bool)]
+    pipelines = set(rows["pipeline"])
+    pipeline = next(
+        (name for name in ("breadth_first", "depth_first", *sorted(map(str, pipelines))) if name in pipelines), None
+    )
+    rows = rows[rows["pipeline"] == pipeline] if pipeline is not None else rows
+    rank = {trial: 1 for trial in front} | ({pick: 0} if pick is not None else {})
+    order = sorted(range(len(rows)), key=lambda i: rank.get(rows["trial_id"].iloc[i], 2))
+    curves = []
+    for index in order[:MAX_CURVES]:
+        row = rows.iloc[index]
+        usable = tuple(float(f"{x:.4g}") if math.isfinite(x) and x > 0 else None for x in row["epoch_losses"])
+        settings = f"batch {number(row['batch_size'])}, rate {number(row['learning_rate'])}"
+        label = f"{row['layer']}.{escaped(row['module'])}, {settings}"
+        kind = ("pick", "front", "other")[rank.get(row["trial_id"], 2)]
+        curves.append(LossCurve(row["trial_id"], label, float(row["depth"]), usable, kind))
+    return LossInfo(curves=tuple(curves), pipeline=pipeline, left_out=len(rows) - len(curves))
+
+
+def loss_figure(info: LossInfo) -> go.Figure:
+    """Loss against epoch on a logarithmic axis: the pick bold, the front in colour, the others in grey behind."""
+    unit = "batch" if info.pipeline == "depth_first" else "epoch"
+    figure = styled_figure(
+        height=400,
+        xaxis={"title": {"text": unit}, "rangemode": "tozero"},
+        yaxis={"title": {"text": "training loss"}, "type": "log", "dtick": 1, "tickformat": "~g"},
+        hovermode="closest",
+    )
+    looks = {
+        "other": ("other settings", "#b3bac4", 0.8),
+        "front": ("on the front", BLUE, 1.6),
+        "pick": ("pick", ACCENT, 3.5),
+    }
+    for kind, (name, colour, width) in looks.items():
+        curves = [curve for curve in info.curves if curve.highlight == kind]
+        if not curves:
+            continue
+        xs, ys, labels, trials = [], [], [], []
+        for curve in curves:  # one trace for all of a kind, with gaps between: hundreds of traces draw slowly
+            xs += [*range(1, len(curve.losses) + 1), None]
+            ys += [*curve.losses, None]
+            labels += [curve.label] * len(curve.losses) + [""]
+            trials += [curve.trial_id] * (len(curve.losses) + 1)
+        figure.add_scatter(
+            x=xs, y=ys, mode="lines+markers" if len(xs) == 2 * len(curves) else "lines", name=name, text=labels,
+            customdata=trials,
+            line={"color": colour, "width": width}, opacity=0.55 if kind == "other" else 1,
+            connectgaps=False, hovertemplate=f"%{{text}}<br>{unit} %{{x}}: loss %{{y:.3g}}<extra></extra>",
+        )  # fmt: skip
+    return figure
+
+
+@dataclass(frozen=True)
+class PipelinePair:
+    batch_size: int
+    label: str
+    """Position and settings the two have in common."""
+    breadth_first: float
+    depth_first: float
+    trial_ids: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class PipelineInfo:
+    metric: str
+    pairs: tuple[PipelinePair, ...]
+    """By batch size. Empty when the study has not both pipelines on any setting."""
+    mean_difference: tuple[tuple[int, float, int], ...]
+    """(batch size, mean of breadth_first - depth_first, number of pairs) of all pairs."""
+    left_out: int
+    """Pairs that are not drawn because there are too many."""
+
+
+def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> PipelineInfo:
+    """Breadth-first against depth-first, paired: settings that agree in everything else (seeds averaged)."""
+    rows = comparable(by_setting(results), (metric,))
+    if not {"breadth_first", "depth_first"} <= set(rows["pipeline"]):
+        return PipelineInfo(metric, (), (), 0)
+    shared = [axis for axis in SETTING_AXES if axis != "pipeline"]
+    sides: dict[tuple, dict[str, dict]] = {}
+    for row in rows.to_dict("records"):
+        setting = tuple(None if pd.isna(row[axis]) else row[axis] for axis in shared)
+        sides.setdefault(setting, {})[row["pipeline"]] = row
+    pairs = []
+    for side in sides.values():
+        if {"breadth_first", "depth_first"} <= side.keys():
+            wide, deep = side["breadth_first"], side["depth_first"]
+            label = f"{wide['layer']}.{escaped(wide['module'])}, rate {number(wide['learning_rate'])}"
+            pairs.append(
+                PipelinePair(
+                    int(wide["batch_size"]), label, float(wide[metric]), float(deep[metric]),
+                    (wide["trial_id"], deep["trial_id"]),
+                )
+            )  # fmt: skip
+    pairs.sort(key=lambda pair: pair.batch_size)
+    sizes = dict.fromkeys(pair.batch_size for pair in pairs)
+    gaps = {size: [p.breadth_first - p.depth_first for p in pairs if p.batch_size == size] for size in sizes}
+    drawn = thinned([pair.trial_ids[0] for pair in pairs], (), MAX_PAIRS)
+    return PipelineInfo(
+        metric=metric,
+        pairs=tuple(pair for pair in pairs if pair.trial_ids[0] in drawn),
+        mean_difference=tuple((size, float(np.mean(gap)), len(gap)) for size, gap in gaps.items()),
+        left_out=len(pairs) - len(drawn),
+    )
+
+
+def pipeline_figure(info: PipelineInfo) -> go.Figure:
+    """A line per pair from depth-first to breadth-first, grouped by batch size."""
+    sizes = list(dict.fromkeys(pair.batch_size for pair in info.pairs))
+    spread: dict[int, list[int]] = {
+        size: [i for i, p in enumerate(info.pairs) if p.batch_size == size] for size in sizes
+    }
+    where = {
+        i: column + (0 if len(members) == 1 else 0.6 * (rank / (len(members) - 1) - 0.5))
+        for column, members in enumerate(spread.values())
+        for rank, i in enumerate(members)
+    }
+    title = TITLES.get(info.metric, info.metric)
+    figure = styled_figure(
+        height=380,
+        xaxis={
+            "title": {"text": "batch size"}, "tickvals": list(range(len(sizes))), "ticktext": [str(s) for s in sizes],
+            "range": [-0.6, len(sizes) - 0.4], "showgrid": False,
+        },
+        yaxis={"title": {"text": title}, "tickformat": ".1%" if info.metric.startswith("capability") else ".0%"},
+    )  # fmt: skip
+    lines_x, lines_y, trials = [], [], []
+    for i, pair in enumerate(info.pairs):
+        lines_x += [where[i], where[i], None]
+        lines_y += [pair.depth_first, pair.breadth_first, None]
+        trials += [pair.trial_ids[1], pair.trial_ids[0], None]
+    figure.add_scatter(
+        x=lines_x, y=lines_y, mode="lines", line={"color": "#c3c9d2", "width": 1.5}, hoverinfo="skip", showlegend=False,
+        customdata=trials,
+    )  # fmt: skip
+    for index, (side, colour, symbol) in enumerate(
+        (("breadth_first", BLUE, "circle"), ("depth_first", ACCENT, "diamond"))
+    ):
+        name = side.replace("_", "-")
+        trials = [pair.trial_ids[index] for pair in info.pairs]
+        figure.add_scatter(
+            x=[where[i] for i in range(len(info.pairs))],
+            y=[getattr(pair, side) for pair in info.pairs],
+            mode="markers", name=name, marker={"color": colour, "symbol": symbol, "size": 10},
+            customdata=trials,
+            text=[
+                f"<b>{pair.label}</b>, batch {pair.batch_size}<br>{escaped(trial)}"
+                for pair, trial in zip(info.pairs, trials, strict=True)
+            ],
+            hovertemplate=f"%{{text}}<br>{name}: {title} %{{y:.1%}}<extra></extra>",
+        )  # fmt: skip
+    return figure
+
+
+@dataclass(frozen=True)
+class ParallelAxis:
+    name: str
+    label: str
+    values: tuple[float, ...]
+    """One per setting, positions along the axis (logarithms for a rate, ranks for words)."""
+    ticks: tuple[tuple[float, str], ...]
+    """(position, text); empty for plotly's own."""
+
+
+@dataclass(frozen=True)
+class ParallelInfo:
+    trial_ids: tuple[str, ...]
+    axes: tuple[ParallelAxis, ...]
+    """Axes of the space with more than one value, then the metrics measured."""
+    colour: tuple[float, ...]
+    """Reliability."""
+    left_out: int
+    """Settings that are not drawn because there are too many."""
+
+
+def parallel_info(results: pd.DataFrame, *, keep: Collection[str] = ()) -> ParallelInfo:
+    """Settings (seeds averaged) as lines over every axis that varies and every metric that all of them have.
+
+    keep: settings to draw however many there are."""
+    known = comparable(by_setting(results), ("reliability",))
+    rows = known[known["trial_id"].isin(thinned(list(known["trial_id"]), keep, MAX_LINES))]
+    axes = []
+    for name in ("layer", "module", "pipeline", "batch_size", "learning_rate", "loss_average"):
+        given = list(dict.fromkeys(value for value in rows[name] if not pd.isna(value)))
+        if len(given) < 2 or rows[name].isna().any():
+            continue
+        label = {"batch_size": "batch", "learning_rate": "rate", "loss_average": "loss by"}.get(name, name)
+        if name == "layer":
+            axes.append(ParallelAxis(name, label, tuple(float(x) for x in rows[name]), ()))
+            continue
+        given = given if isinstance(given[0], str) else sorted(given)
+        place = {value: math.log10(value) if name == "learning_rate" else float(i) for i, value in enumerate(given)}
+        shown = given if len(given) <= 8 else [given[0], given[-1]]
+        texts = tuple((place[value], escaped(number(value).replace("_first", "-first"))) for value in shown)
+        axes.append(ParallelAxis(name, label, tuple(place[value] for value in rows[name]), texts))
+    for name in ("reliability", "generalization", "locality", "capability_change", "drift_kl", "seconds_per_edit"):
+        if len(rows) and np.isfinite(rows[name].astype("float64")).all():
+            scale = 100 if name == "capability_change" else 1
+            units = {"drift_kl": "drift, nats", "capability_change": "change, points", "seconds_per_edit": "s per edit"}
+            label = units.get(name, name)
+            axes.append(ParallelAxis(name, label, tuple(float(f"{scale * x:.4g}") for x in rows[name]), ()))
+    colour = tuple(round(float(x), 4) for x in rows["reliability"])
+    return ParallelInfo(tuple(rows["trial_id"]), tuple(axes), colour, len(known) - len(rows))
+
+
+def parallel_figure(info: ParallelInfo) -> go.Figure:
+    """Lines over parallel axes, coloured by reliability. Dragging along an axis keeps the lines that cross there."""
+    dimensions = []
+    for axis in info.axes:
+        dimension: dict = {"label": axis.label, "values": list(axis.values)}
+        if axis.ticks:
+            dimension |= {"tickvals": [at for at, _ in axis.ticks], "ticktext": [text for _, text in axis.ticks]}
+        if axis.name in ("reliability", "generalization", "locality"):
+            dimension |= {"range": [0, 1], "tickformat": ".0%"}
+        dimensions.append(dimension)
+    figure = styled_figure(height=430, margin={"l": 60, "r": 50, "t": 48, "b": 20})
+    figure.add_parcoords(
+        line={"color": list(info.colour), "colorscale": "Cividis", "cmin": 0, "cmax": 1},
+        dimensions=dimensions, unselected={"line": {"opacity": 0.08}}, labelfont={"size": 12}, tickfont={"size": 11},
+        customdata=list(info.trial_ids),
+        rangefont={"color": "rgba(0,0,0,0)"},  # the ends of the ranges overlap the ticks
+    )  # fmt: skip
+    return figure

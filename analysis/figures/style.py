@@ -1,0 +1,78 @@
+"""What all figures share: names, colours, the hover text of a trial, and an empty figure in the project's look.
+
+Colours are safe for colour-blind readers: perceptually uniform scales (cividis, viridis) for quantities, blue against
+orange for signs and pairs.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis.stats.intervals import drift_text, with_interval
+from analysis.stats.wording import change_with_interval, escaped, number, percent, whole_percent
+
+TITLES = {
+    "reliability": "reliability", "generalization": "generalization", "locality": "locality",
+    "reliability_tf": "reliability (teacher-forced)", "generalization_tf": "generalization (teacher-forced)",
+    "locality_tf": "locality (teacher-forced)", "capability": "capability", "capability_change": "capability change",
+    "drift_kl": "drift",
+}  # fmt: skip
+
+INK, MUTED, GRID, ACCENT, BLUE = "#1c2430", "#8a94a3", "#e6e9ee", "#d55e00", "#0072b2"
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
+
+
+def hover_text(row: Mapping[str, Any], chance: float | None = None) -> str:
+    """What hovering over a trial (or a setting) says: id, position, settings, metrics, and the chance that it is on the
+    front where there is one. Escaped."""
+    rate, size = number(row["learning_rate"]), number(row["batch_size"])
+    seeds = row["seeds"] if "seeds" in row else (row["seed"],)
+    named = ", ".join(str(seed) for seed in seeds if not pd.isna(seed))
+    settings = f"{escaped(row['pipeline'])}, batch {size}, rate {rate}"
+    lines = [f"<b>{row['layer']}.{escaped(row['module'])}</b>  {escaped(row['trial_id'])}"]
+    lines.append(settings + (f", seed{'s' if len(seeds) > 1 else ''} {named}" if named else ""))
+    if math.isfinite(row["reliability"]):
+        lines.append(", ".join(f"{name} {with_interval(row, name)}" for name in ("reliability", "generalization")))
+    if math.isfinite(row["capability"]):
+        change = change_with_interval(*(row[f"capability_change{end}"] for end in ("", "_low", "_high")))
+        lines.append(f"capability {percent(row['capability'])}, change {change}")
+    if math.isfinite(row["drift_kl"]):
+        lines.append(f"drift {drift_text(row)}")
+    if chance:
+        lines.append(f"on the front with a chance of {whole_percent(chance)}")
+    return "<br>".join(lines)
+
+
+def styled_figure(height: int, **layout) -> go.Figure:
+    """An empty figure in the project's look. Sizes are for the report's column; the width follows the page."""
+    figure = go.Figure()
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "ticks": "", "automargin": True}
+    layout["xaxis"] = axis | layout.get("xaxis", {})
+    layout["yaxis"] = axis | layout.get("yaxis", {})
+    figure.update_layout(
+        template="none",
+        height=height,
+        font={"family": FONT, "size": 13, "color": INK},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        margin=layout.pop("margin", {"l": 10, "r": 10, "t": 34, "b": 44}),
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1.01,
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "itemsizing": "constant",
+        },
+        hoverlabel={
+            "bgcolor": "white",
+            "bordercolor": MUTED,
+            "font": {"family": FONT, "size": 13, "color": INK},
+            "align": "left",
+        },
+        **layout,
+    )
+    return figure

@@ -1,0 +1,124 @@
+"""Which edits fail: per setting the prompts that it answers wrong, and what the model says instead."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.stats.table import setting_names
+
+TOP_MISSES = 12
+"""Prompts of a kind listed at most for a setting; the count is given."""
+PICK_MISSES = 100
+"""The same for the first setting that is asked for, the pick."""
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A prompt that is answered wrong."""
+
+    prompt: str
+    expected: str
+    got: str
+    """What the model says instead; where the seeds say different things, each of them."""
+    seeds: int
+    """Of those known, how many get it wrong."""
+
+
+@dataclass(frozen=True)
+class EditMisses:
+    """The prompts of one kind that a setting does not answer as expected."""
+
+    kind: str
+    prompts: str
+    """Which prompts these are."""
+    fault: str
+    """What is wrong with the wrong ones."""
+    wrong: int
+    """With at least one of the seeds."""
+    total: int
+    shown: tuple[Miss, ...]
+    """Those that the most seeds get wrong first, at most `TOP_MISSES`."""
+
+
+_KINDS = {
+    "reliability": ("edit prompts", "not answered with the new target"),
+    "generalization": ("rephrased prompts", "not answered with the new target"),
+    "locality": ("unrelated prompts", "answered otherwise than before"),
+}
+
+
+@dataclass(frozen=True)
+class Misses:
+    """What one setting gets wrong."""
+
+    trial_id: str
+    name: str
+    """`analysis.stats.table.setting_names`."""
+    seeds: tuple[str, ...]
+    """Those whose answers are known."""
+    n_seeds: int
+    """Those that it was run with."""
+    groups: tuple[EditMisses, ...]
+
+
+def edit_misses(
+    outcomes: pd.DataFrame | None, settings: pd.DataFrame, trial_ids: Sequence[str], most: int
+) -> list[Misses]:
+    """What these settings (trial_ids of rows of `settings`) get wrong with all seeds whose outcomes were given; without
+    the settings of which none were, and at most so many. The first is listed at greater length."""
+    if outcomes is None or outcomes.empty:
+        return []
+    places, names = settings.set_index("trial_id"), setting_names(settings)
+    by_trial = dict(iter(outcomes.groupby("trial_id", sort=False)))
+    found = []
+    for place, trial in enumerate(dict.fromkeys(trial_ids)):
+        row = places.loc[trial]
+        known = [(one, seed) for one, seed in zip(row["trial_ids"], _seeds(row), strict=True) if one in by_trial]
+        if not known:
+            continue
+        answers = pd.concat([by_trial[one] for one, _ in known], ignore_index=True)
+        groups = _misses(answers, PICK_MISSES if place == 0 else TOP_MISSES)
+        if groups:
+            seeds = tuple(seed for _, seed in known)
+            found.append(Misses(trial, names[trial], seeds, int(row["n_seeds"]), groups))
+        if len(found) == most:
+            break
+    return found
+
+
+def _seeds(row: pd.Series) -> list[str]:
+    """The seed of each of its trials; a dash where that was not recorded."""
+    seeds = list(map(str, row["seeds"]))
+    return seeds if len(seeds) == len(row["trial_ids"]) else ["–"] * len(row["trial_ids"])
+
+
+def _misses(rows: pd.DataFrame, most: int) -> tuple[EditMisses, ...]:
+    rows = rows.assign(  # a prompt is known again in another seed by its edit, its text and its place among equal texts
+        nth=rows.groupby(["trial_id", "edit_id", "kind", "prompt"], dropna=False).cumcount()
+    )
+    prompt = ["edit_id", "prompt", "nth"]
+    found = []
+    for kind, (prompts, fault) in _KINDS.items():
+        of_kind = rows[rows["kind"] == kind]
+        if of_kind.empty:
+            continue
+        wrong = of_kind[~of_kind["correct"].astype(bool)].groupby(prompt, sort=False, dropna=False)
+        seeds = wrong.size().sort_values(ascending=False, kind="stable")
+        shown = tuple(
+            Miss(
+                prompt=_text(part["prompt"].iloc[0]),
+                expected=_text(part["expected"].iloc[0]),
+                got=" / ".join(dict.fromkeys(map(_text, part["got"]))),
+                seeds=len(part),
+            )
+            for part in (wrong.get_group(key) for key in seeds.index[:most])
+        )
+        total = len(of_kind[prompt].drop_duplicates())
+        found.append(EditMisses(kind, prompts, fault, len(seeds), total, shown))
+    return tuple(found)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or value != value else str(value)

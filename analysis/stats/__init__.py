@@ -1,0 +1,1 @@
+"""The results table and what can be concluded from it."""

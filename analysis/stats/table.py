@@ -1,0 +1,261 @@
+"""The results table: one row a trial, its documented columns, and the sampling errors of its metrics.
+
+Everything in `analysis` is a pure function of this table. `results_frame` makes it from the rows of finished and failed
+trials; `by_setting` folds the seeds of one setting into one row, which is what fronts and picks are made of.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.stats.wording import number
+
+Z95 = 1.959964
+"""Standard errors on each side of a 95% interval."""
+TEXT, INTEGER, NUMBER, LIST = "text", "integer", "number", "list"
+_DTYPES = {TEXT: object, INTEGER: "Int64", NUMBER: "float64", LIST: object}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the results table. Text that is absent is None, an integer pd.NA, a number NaN, a list []."""
+
+    kind: str
+    doc: str
+
+
+COLUMNS: dict[str, Column] = {
+    "trial_id": Column(TEXT, "content id of the trial"),
+    "status": Column(TEXT, "done or failed"),
+    "error": Column(TEXT, "cause of a failure in one line, None for a trial that is done"),
+    "retried": Column(TEXT, "why attempts at it were lost before this one, a cause a line; None where none was"),
+    # what was tried
+    "layers": Column(INTEGER, "layers of the model"),
+    "layer": Column(INTEGER, "trained layer, 0 is the first"),
+    "depth": Column(NUMBER, "relative depth of that layer, 0 for the first and 1 for the last"),
+    "module": Column(TEXT, "what is trained in that layer: mlp_down, mlp, attn, layer, ..."),
+    "pipeline": Column(TEXT, "breadth_first or depth_first"),
+    "batch_size": Column(INTEGER, "edits per optimiser step"),
+    "learning_rate": Column(NUMBER, "of Adam"),
+    "seed": Column(INTEGER, "of the order of the edits"),
+    "loss_average": Column(TEXT, "edit or token"),
+    "epochs": Column(INTEGER, "at most so many passes (breadth-first) or steps per batch (depth-first)"),
+    "skip_below": Column(NUMBER, "loss below which a batch takes no step"),
+    "stop_below": Column(NUMBER, "loss below which training ends"),
+    "dtype": Column(TEXT, "of the frozen weights"),
+    "precision": Column(TEXT, "in which training computed"),
+    "model_fingerprint": Column(TEXT, "hash of the unedited weights"),
+    "data_fingerprint": Column(TEXT, "hash of edits and capability items"),
+    "method_version": Column(INTEGER, "version of the method"),
+    "run_id": Column(TEXT, "MLflow run of the trial, None when it was not tracked"),
+    # how well the edits took: fractions in [0, 1] of prompts
+    "reliability": Column(NUMBER, "edit prompts answered with the target, by generation"),
+    "generalization": Column(NUMBER, "rephrased prompts answered with the target, by generation"),
+    "locality": Column(NUMBER, "unrelated prompts answered as by the unedited model, by generation"),
+    "reliability_tf": Column(NUMBER, "the same by teacher forcing, which reads higher"),
+    "generalization_tf": Column(NUMBER, "the same by teacher forcing"),
+    "locality_tf": Column(NUMBER, "the same by teacher forcing"),
+    "n_edits": Column(NUMBER, "edits that reliability is a fraction of"),
+    # what it cost the model
+    "capability": Column(NUMBER, "mean accuracy over the tasks of the suite (further columns: capability.TASK)"),
+    "capability_change": Column(NUMBER, "capability minus that of the unedited model, paired by item"),
+    "capability_change_low": Column(NUMBER, "lower end of its 95% bootstrap interval over items"),
+    "capability_change_high": Column(NUMBER, "upper end"),
+    "drift_kl": Column(NUMBER, "mean KL(unedited || edited) on plain text, nats per token"),
+    "perplexity": Column(NUMBER, "of the edited model on plain text"),
+    # what it took
+    "train_loss": Column(NUMBER, "of the last epoch"),
+    "trained_loss": Column(NUMBER, "mean loss of all edits at the end, in the precision of training"),
+    "merged_loss": Column(NUMBER, "the same after merging the edit into the model's own dtype: the gap is rounding"),
+    "epoch_losses": Column(LIST, "mean loss of each epoch (breadth-first) or of each batch's last step (depth-first)"),
+    "epochs_run": Column(NUMBER, "passes made"),
+    "steps": Column(NUMBER, "optimiser steps taken"),
+    "batch_pieces": Column(NUMBER, "in which a batch was computed: 1 unless memory did not suffice"),
+    "train_seconds": Column(NUMBER, "training"),
+    "evaluate_seconds": Column(NUMBER, "edit metrics"),
+    "capability_seconds": Column(NUMBER, "capability suite and drift"),
+    "seconds": Column(NUMBER, "the whole trial"),
+    "seconds_per_edit": Column(NUMBER, "train_seconds / n_edits"),
+    "diverged": Column(NUMBER, "1 when the loss stopped being finite, else 0"),
+    "delta_norm": Column(NUMBER, "Frobenius norm of the weight change"),
+}
+"""The documented columns, in order. `capability.TASK` columns (accuracy per task) come after them."""
+
+REQUIRED = ("trial_id", "status", "layer", "module")
+
+SETTING_AXES = (
+    "layers", "layer", "depth", "module", "pipeline", "batch_size", "learning_rate", "loss_average", "epochs",
+    "skip_below", "stop_below", "dtype", "precision", "model_fingerprint", "data_fingerprint", "method_version",
+)  # fmt: skip
+"""What makes a setting: every axis but the seed."""
+
+METRICS = (
+    "reliability", "generalization", "locality", "reliability_tf", "generalization_tf", "locality_tf", "n_edits",
+    "capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl", "perplexity",
+    "train_loss", "trained_loss", "merged_loss", "epochs_run", "steps", "train_seconds", "evaluate_seconds", "capability_seconds", "seconds",
+    "seconds_per_edit", "delta_norm",
+)  # fmt: skip
+"""The metric columns that are averaged over seeds (besides capability.TASK)."""
+
+
+FRACTIONS = ("reliability", "generalization", "locality")
+"""The metrics that are means over edits of prompts answered right."""
+
+SPREADS = (*(f"{name}_sd" for name in FRACTIONS), "drift_kl_low", "drift_kl_high")
+"""What `by_setting` says of the seeds of a setting."""
+
+
+def results_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The results table of these rows (`TrialResult.to_row()`, or what a tracking server kept of it: numbers may come
+    as text). Every documented column is there with its dtype, also for no rows at all; `capability.TASK` columns
+    follow; anything else is kept at the end as it came.
+
+    Raises:
+        ValueError: a row lacks one of `REQUIRED`, or has another status than done and failed, or an id comes twice.
+    """
+    for index, row in enumerate(rows):
+        if missing := [name for name in REQUIRED if _absent(row.get(name))]:
+            raise ValueError(f"row {index} of the results lacks {', '.join(missing)}")
+        if row["status"] not in ("done", "failed"):
+            raise ValueError(f"row {index} of the results has status {row['status']!r}, expected done or failed")
+    counts = Counter(str(row["trial_id"]) for row in rows)
+    if twice := sorted(trial for trial, count in counts.items() if count > 1):
+        raise ValueError(f"{len(twice)} trial ids come more than once in the results, the first is {twice[0]}")
+
+    seen = list(dict.fromkeys(name for row in rows for name in row))
+    tasks = sorted(name for name in seen if name.startswith("capability."))
+    others = [name for name in seen if name not in COLUMNS and name not in tasks]
+    columns = {name: _typed([row.get(name) for row in rows], column.kind) for name, column in COLUMNS.items()}
+    columns |= {name: _typed([row.get(name) for row in rows], NUMBER) for name in tasks}
+    columns |= {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in others}
+    frame = pd.DataFrame(columns)
+    relative = frame["layer"].astype("float64") / (frame["layers"].astype("float64") - 1).clip(lower=1)
+    frame["depth"] = frame["depth"].fillna(relative)
+    return frame
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def _typed(values: list[Any], kind: str) -> pd.Series:
+    if kind == LIST:
+        return pd.Series([[] if _absent(value) else [float(x) for x in value] for value in values], dtype=object)
+    if kind == TEXT:
+        return pd.Series([None if _absent(value) else str(value) for value in values], dtype=object)
+    numbers = pd.Series([math.nan if _absent(value) else float(value) for value in values], dtype="float64")
+    return numbers.astype(_DTYPES[kind])
+
+
+def done(results: pd.DataFrame) -> pd.DataFrame:
+    """The trials that finished, diverged ones included (a diverged trial is a result)."""
+    return results[results["status"] == "done"].reset_index(drop=True)
+
+
+def failed(results: pd.DataFrame) -> pd.DataFrame:
+    """The trials that did not finish."""
+    return results[results["status"] == "failed"].reset_index(drop=True)
+
+
+def task_columns(results: pd.DataFrame) -> tuple[str, ...]:
+    """The `capability.TASK` columns."""
+    return tuple(name for name in results.columns if name.startswith("capability."))
+
+
+def has_values(results: pd.DataFrame, column: str) -> bool:
+    """Whether any trial has a finite value of this metric."""
+    return column in results.columns and bool(np.isfinite(results[column].astype("float64")).any())
+
+
+def proportion_se(fraction: float, n: float) -> float:
+    """Standard error of a fraction of `n` items: the standard deviation of its posterior under a uniform prior,
+    Beta(1 + n p, 1 + n (1 - p)). It is sqrt(p (1 - p) / n) for large n, and stays above zero at p = 0 and p = 1, where
+    the plain formula claims a certainty that no finite sample gives (100 of 100 right: 0.0097). NaN when n is absent.
+    """
+    if not (math.isfinite(fraction) and math.isfinite(n) and n > 0):
+        return math.nan
+    shrunk = (n * fraction + 1) / (n + 2)
+    return math.sqrt(shrunk * (1 - shrunk) / (n + 3))
+
+
+def wilson_interval(fraction: float, n: float, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a fraction of `n` items, 95% by default. (NaN, NaN) when n is absent."""
+    if not (math.isfinite(fraction) and math.isfinite(n) and n > 0):
+        return math.nan, math.nan
+    centre = fraction + z * z / (2 * n)
+    half = z * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def by_setting(results: pd.DataFrame) -> pd.DataFrame:
+    """One row a setting: the finished trials that differ in their seed only are averaged. Same columns, where
+
+    - a metric is the mean over the seeds that have it (the ends of an interval too, which errs on the wide side: the
+      seeds share their items); an infinite value counts as absent;
+    - `trial_id`, `run_id`, `seed` and `epoch_losses` are those of the lowest seed, which stands for the group;
+    - `diverged` is 1 when any seed diverged;
+    - new columns: `trial_ids` and `seeds` (tuples, by seed), `n_seeds`, `n_failed` (seeds of it that failed),
+      `reliability_sd`, `generalization_sd`, `locality_sd` (between seeds, NaN for one), `drift_kl_low`, `drift_kl_high`
+      (lowest and highest of the seeds, NaN for one), and `reliability_se`.
+
+    `reliability_se` is sqrt(items^2 + sd^2 / seeds): the seeds are measured on the same edits, so more of them do not
+    shrink the error that comes from the choice of edits (`proportion_se` of the mean), only that of the training order.
+    """
+    finished = done(results).sort_values(["seed", "trial_id"], kind="stable").reset_index(drop=True)
+    names = [name for name in (*METRICS, *task_columns(results)) if name in finished.columns]
+    finished[names] = finished[names].where(np.isfinite(finished[names].astype("float64")))
+    keys = list(SETTING_AXES)
+    groups = finished.groupby(keys, dropna=False, sort=False)
+    first = finished.loc[~finished.duplicated(keys)].reset_index(drop=True)  # in the order of the groups
+    table = first.copy()
+    if table.empty:
+        absent = dict.fromkeys((*SPREADS, "reliability_se"), 0.0)
+        return table.assign(trial_ids=[], seeds=[], n_seeds=0, n_failed=0, **absent)
+    means = groups[names].mean().reset_index(drop=True)
+    table[names] = means
+    table["diverged"] = groups["diverged"].max().fillna(0.0).to_numpy()
+    ids: list[list[str]] = [[] for _ in range(len(table))]
+    seeds: list[list[int]] = [[] for _ in range(len(table))]
+    for group, trial, seed in zip(groups.ngroup(), finished["trial_id"], finished["seed"], strict=True):
+        ids[group].append(trial)
+        if not _absent(seed):
+            seeds[group].append(int(seed))
+    table["trial_ids"] = pd.Series([tuple(group) for group in ids], dtype=object)
+    table["seeds"] = pd.Series([tuple(group) for group in seeds], dtype=object)
+    table["n_seeds"] = groups.size().to_numpy()
+    for name in FRACTIONS:
+        table[f"{name}_sd"] = groups[name].std(ddof=1).to_numpy()
+    several = (groups["drift_kl"].count() > 1).to_numpy()
+    table["drift_kl_low"] = np.where(several, groups["drift_kl"].min(), np.nan)
+    table["drift_kl_high"] = np.where(several, groups["drift_kl"].max(), np.nan)
+    items = np.array([proportion_se(p, n) for p, n in zip(table["reliability"], table["n_edits"], strict=True)])
+    between = (table["reliability_sd"].fillna(0.0) ** 2 / table["n_seeds"]).to_numpy()
+    table["reliability_se"] = np.sqrt(items**2 + between)
+    lost = Counter(_settings_of(failed(results)))
+    table["n_failed"] = [lost[setting] for setting in _settings_of(table)]
+    return table
+
+
+def _settings_of(frame: pd.DataFrame) -> list[tuple]:
+    """The setting of each row, absent values as None."""
+    rows = zip(*(frame[axis] for axis in SETTING_AXES), strict=True)
+    return [tuple(None if _absent(value) else value for value in row) for row in rows]
+
+
+def setting_names(settings: pd.DataFrame) -> dict[str, str]:
+    """trial_id -> the setting in words: its position, "22.mlp_down", and where more were tried there what tells them
+    apart: "22.mlp_down at rate 0.002". settings: `by_setting(results)`."""
+    words = {"pipeline": "", "batch_size": "batch ", "learning_rate": "rate "}
+    names = {}
+    for (layer, module), group in settings.groupby(["layer", "module"], sort=False):
+        varied = [axis for axis in words if group[axis].nunique(dropna=False) > 1]
+        for row in group.to_dict("records"):
+            apart = ", ".join(words[axis] + number(row[axis]).replace("_first", "-first") for axis in varied)
+            names[row["trial_id"]] = f"{layer}.{module}" + (f" at {apart}" if apart else "")
+    return names

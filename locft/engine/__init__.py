@@ -1,0 +1,1 @@
+"""The tail engine: the fast forward pass from the trained layer upwards."""

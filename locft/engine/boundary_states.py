@@ -1,0 +1,211 @@
+"""Hidden states of the unedited model at the layers where trials begin: computed once, used by every trial.
+
+Legend: U unique tokens (nodes of the prefix tree), D hidden.
+
+The states are kept in files that every worker of a node maps into memory, so that they are there once per node however
+many workers read them, and the operating system drops and rereads pages as memory allows. Another node computes its
+own: one forward pass is cheaper than shipping gigabytes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from locft.train.encoding import TokenRow
+from locft.machine import describe_machine
+from locft.model.models import cache_folder
+from locft.engine.packing import STEP, PrefixTree, pack_rows
+from locft.model.positions import n_layers
+from locft.engine.tail import capture_boundary
+
+VERSION = 3
+"""Of the files; raised when the same key would hold other numbers."""
+TOKENS_AT_ONCE = 2048
+"""Tokens of one forward pass while states are computed."""
+NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Entries of a configuration that change no hidden state."""
+LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
+"""Disk that all stored states may take together; the least recently used go first."""
+
+_STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bfloat16
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BoundaryStates:
+    """Hidden states entering some layers, for every node of a tree."""
+
+    layers: Mapping[int, torch.Tensor]  # layer -> (U, D)
+    stride: int = 1
+    """States of every so many-th layer are kept at most."""
+
+    def below(self, layer: int) -> int:
+        """The layer whose states a trial at `layer` starts from: itself, or the next one below that may be kept. It does not
+        depend on what else is stored, for a trial's last bits depend on it."""
+        return layer // self.stride * self.stride
+
+    def gather(self, layer: int, nodes: torch.Tensor) -> torch.Tensor:
+        """States of a pack's nodes (G, N) entering a stored layer, (G, N, D); zeros behind the ends (node -1)."""
+        states = self.layers[layer][nodes.clamp(min=0)]
+        return states * (nodes >= 0)[..., None] if (nodes < 0).any() else states
+
+
+def boundary_states(
+    model: PreTrainedModel,
+    fingerprint: str,
+    tree: PrefixTree,
+    rows: Iterable[TokenRow],
+    layers: Iterable[int],
+    limit: int,
+    *,
+    on_disk: bool = True,
+) -> BoundaryStates:
+    """States of all nodes entering the given layers, from files of an earlier call where there are some.
+
+    rows: those of the tree. limit: as of `pack_rows`. on_disk: False keeps the states in this process's memory, for a
+    single edit; so does a disk that is full, with a warning. Where the states of all of the model's layers would not fit into
+    `LIMIT_BYTES`, those of evenly spaced ones are used, the lowest among them (`BoundaryStates.below`).
+    """
+    rows = list(rows)
+    shape = (len(tree), model.config.get_text_config().hidden_size)
+    layer_bytes, count = shape[0] * shape[1] * model.dtype.itemsize, n_layers(model)
+    stride = -(-count // max(1, min(count, LIMIT_BYTES // layer_bytes)))
+    if stride > 1:
+        _log.warning("hidden states of one layer in %d are kept: all of them take more than %d bytes", stride, LIMIT_BYTES)
+    wanted = sorted({layer // stride * stride for layer in layers})
+    if not on_disk:
+        return BoundaryStates(_computed(model, tree, rows, wanted, limit, None), stride)
+    folder = cache_folder() / "states" / _key(model, fingerprint, rows, limit)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(_lock(folder)):
+        folder.mkdir(exist_ok=True)
+        states = {layer: _read(_file(folder, layer), shape) for layer in wanted}
+        missing = [layer for layer, found in states.items() if found is None]
+        if missing:
+            _make_room(folder, len(missing) * layer_bytes)
+            try:
+                states |= _computed(model, tree, rows, missing, limit, folder)
+            except OSError as error:
+                _log.warning("%s: %s; hidden states are kept in memory", folder, error.strerror or error)
+                for layer in missing:
+                    _partial(folder, layer).unlink(missing_ok=True)
+                states |= _computed(model, tree, rows, missing, limit, None)
+        os.utime(folder)
+    return BoundaryStates(states, stride)
+
+
+def _key(model: PreTrainedModel, fingerprint: str, rows: list[TokenRow], limit: int) -> str:
+    """Of everything that the bits of the states depend on: weights, rows in their order, and what computes them how."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    parts = [
+        *(VERSION, TOKENS_AT_ONCE, limit, STEP, fingerprint, config, str(model.dtype), describe_machine(), device),
+        list(dict.fromkeys(row.token_ids for row in rows)),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _computed(
+    model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int, folder: Path | None
+) -> dict[int, torch.Tensor]:
+    """Fill (U, D) per layer chunk by chunk, in memory or into files that appear when they are complete. Raises OSError."""
+    states: dict[int, torch.Tensor] = {}
+    files: dict[int, np.memmap] = {}
+    for nodes, captured in _passes(model, tree, rows, layers, limit):
+        inside = nodes >= 0
+        for layer, hidden in captured.items():
+            if layer not in states:
+                shape, dtype = (len(tree), hidden.shape[-1]), hidden.dtype
+                if folder:
+                    files[layer] = _empty(shape, dtype, _partial(folder, layer))
+                    states[layer] = torch.from_numpy(files[layer]).view(dtype)
+                else:
+                    states[layer] = torch.empty(shape, dtype=dtype)
+            states[layer][nodes[inside]] = hidden.cpu()[inside]
+    if folder is None:
+        return states
+    for layer, array in files.items():
+        array.flush()  # a file that has its name has its numbers, whatever happens to the machine
+        os.replace(_partial(folder, layer), _file(folder, layer))
+    return {layer: _read(_file(folder, layer), states[layer].shape) for layer in layers}
+
+
+def _passes(
+    model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int
+) -> Iterator[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
+    """Forward passes over all rows: nodes (G, N), and for each layer the states (G, N, D)."""
+    ordered = sorted({row.token_ids: row for row in rows}.values(), key=lambda row: tree.path(row).tolist())
+    chunk: list[TokenRow] = []
+    tokens = 0
+    for row in [*ordered, None]:
+        if chunk and (row is None or tokens + len(row.token_ids) > TOKENS_AT_ONCE):
+            pack = pack_rows(tree, chunk, limit)
+            ids = torch.from_numpy(tree.token_ids)[pack.nodes.clamp(min=0)]
+            mask = pack.attention_mask(model.dtype)
+            device = model.device
+            captured = capture_boundary(model, layers, ids.to(device), mask.to(device), pack.position_ids.to(device))
+            yield pack.nodes, captured
+            chunk, tokens = [], 0
+        if row is not None:
+            chunk.append(row)
+            tokens += len(row.token_ids)
+
+
+def _make_room(keep: Path, needed: int) -> None:
+    """Remove the least recently used states until `needed` further bytes fit. Those that are being written or read stay."""
+    with filelock.FileLock(keep.parent / "room.lock"):
+        folders = sorted((f for f in keep.parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+        sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.npy")) for folder in folders}
+        total = sum(sizes.values())
+        for folder in folders:
+            if total + needed <= LIMIT_BYTES:
+                return
+            try:
+                with filelock.FileLock(_lock(folder), timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)  # processes that have it mapped keep their pages
+                    total -= sizes[folder]
+            except filelock.Timeout:
+                continue
+
+
+def _lock(folder: Path) -> str:
+    return f"{folder}.lock"
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"{layer:03d}.npy"
+
+
+def _partial(folder: Path, layer: int) -> Path:
+    return folder / f"{layer:03d}.partial"
+
+
+def _empty(shape: tuple[int, int], dtype: torch.dtype, file: Path) -> np.memmap:
+    """A mapped file with its place on the disk: writing to a page that the disk has no place for would end the process."""
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=_STORED[dtype], shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    return array
+
+
+def _read(file: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The file's states, copied when written to, so that nothing can change the file. None where it is not there or damaged."""
+    try:
+        array = np.load(file, mmap_mode="c")
+    except (OSError, ValueError, EOFError):
+        return None
+    tensor = torch.from_numpy(array)
+    if tensor.dtype == torch.int16:
+        tensor = tensor.view(torch.bfloat16)
+    return tensor if tuple(tensor.shape) == tuple(shape) else None

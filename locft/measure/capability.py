@@ -1,0 +1,303 @@
+"""What a model can do, and what an edit costs it: accuracies, their paired change, drift and perplexity on prose.
+
+Legend: K supervised tokens of a batch, V vocabulary.
+
+A model comes in as `SupervisedLogits`, rows in and logits out, so that the full forward and anything faster are
+measured by the same code.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from locft.data.suite_layouts import CapabilityItem
+from locft.data.suites import Suite
+from locft.train.encoding import SUPERVISED_AT_ONCE, SupervisedLogits, TokenRow, encode_continuation
+from locft.errors import InputError
+from locft.measure.two_stage_scoring import retake
+from locft.measure.token_scores import slices, targets, token_scores
+
+PROSE_WINDOW = 128
+"""Tokens of one row of prose."""
+PROSE_TOKENS = 2000
+"""About so many tokens of prose are measured."""
+BATCH_TOKENS = 2048
+"""Tokens of a batch with its padding. On a CPU 1024 and 4096 take the same time, but a full forward's logits grow."""
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """An item as one row per choice; the choice's tokens are supervised."""
+
+    item: CapabilityItem
+    rows: tuple[TokenRow, ...]
+
+
+@dataclass(frozen=True)
+class EncodedSuite:
+    """A suite in the tokens of one model."""
+
+    fingerprint: str
+    """Of the suite."""
+    tasks: dict[str, tuple[EncodedItem, ...]]
+    prose: tuple[TokenRow, ...]
+    """Windows of running text; every token but the first is supervised."""
+
+
+@dataclass(frozen=True)
+class SuiteScores:
+    """Which items a model gets right."""
+
+    fingerprint: str
+    """Of the suite: scores of different suites are not compared."""
+    correct: dict[str, tuple[bool, ...]]
+    """Per task, one per item in the suite's order."""
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        return {task: sum(correct) / len(correct) for task, correct in self.correct.items()}
+
+    @property
+    def capability(self) -> float:
+        """Mean of the tasks' accuracies: each task counts the same, however many items it has."""
+        return float(np.mean(list(self.accuracy.values())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: outcomes as a string of 0 and 1 per task."""
+        outcomes = {task: "".join("01"[right] for right in correct) for task, correct in self.correct.items()}
+        return {"fingerprint": self.fingerprint, "correct": outcomes}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "SuiteScores":
+        correct = {task: tuple(digit == "1" for digit in outcomes) for task, outcomes in value["correct"].items()}
+        return cls(value["fingerprint"], correct)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far an edited model has moved on prose. Infinite or NaN where its logits no longer are finite."""
+
+    kl: float
+    """Mean KL(unedited || edited) per supervised token, in nats."""
+    perplexity: float
+    """Of the edited model."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Capability of the edited model minus that of the unedited one on the same items, with a 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def encode_suite(
+    tokenizer: PreTrainedTokenizerBase, suite: Suite, prose_tokens: int = PROSE_TOKENS, prose_window: int = PROSE_WINDOW
+) -> EncodedSuite:
+    """Rows of all choices, and windows of prose of `prose_window` tokens.
+
+    Prose of more than `prose_tokens` tokens gives `prose_tokens // prose_window` whole windows, evenly spaced over it.
+    Rows longer than the tokenizer says its model can read lose tokens at their beginning.
+    """
+    tasks = {
+        task.name: tuple(
+            EncodedItem(
+                item,
+                tuple(_row(tokenizer, item.context, choice) for choice in item.choices),
+            )
+            for item in task.items
+        )
+        for task in suite.tasks
+    }
+    return EncodedSuite(suite.fingerprint, tasks, _prose_rows(tokenizer, suite.prose, prose_tokens, prose_window))
+
+
+def suite_rows(suite: EncodedSuite) -> list[TokenRow]:
+    """Every row that measuring the suite asks for: all choices, then the prose."""
+    return [*(row for task in suite.tasks.values() for encoded in task for row in encoded.rows), *suite.prose]
+
+
+def score_suite(
+    logits: SupervisedLogits,
+    suite: EncodedSuite,
+    batch_tokens: int = BATCH_TOKENS,
+    coarse: SupervisedLogits | None = None,
+) -> SuiteScores:
+    """Right or wrong for every item. A batch has at most `batch_tokens` tokens with its padding.
+
+    An item is right when the right choice scores above every other one: a tie is wrong, wherever the right choice
+    stands, and so is a score that is not a number. coarse: the same model computed coarsely (`locft.measure.two_stage_scoring`), which
+    decides the items that are not close.
+    """
+    items = [encoded for task in suite.tasks.values() for encoded in task]
+    margins = item_margins(coarse or logits, items, batch_tokens)
+    if coarse:
+
+        def exactly(indices: list[int]) -> np.ndarray:
+            before = margins[indices]
+            margins[indices] = item_margins(logits, [items[index] for index in indices], batch_tokens)
+            with np.errstate(invalid="ignore"):  # of two infinite margins
+                return np.abs(margins[indices] - before)
+
+        retake(np.abs(np.nan_to_num(margins, nan=0.0)), exactly)
+    correct, at = {}, 0
+    for name, task in suite.tasks.items():
+        correct[name] = tuple((margins[at : (at := at + len(task))] > 0).tolist())
+    return SuiteScores(suite.fingerprint, correct)
+
+
+def item_margins(
+    logits: SupervisedLogits, items: Sequence[EncodedItem], batch_tokens: int = BATCH_TOKENS
+) -> np.ndarray:
+    """By how much each item is right (above 0) or wrong, in nats, float64 (items,)."""
+    log_likelihoods, leads = score_rows(logits, [row for encoded in items for row in encoded.rows], batch_tokens)
+    margins, at = np.zeros(len(items)), 0
+    for index, encoded in enumerate(items):
+        here = slice(at, at := at + len(encoded.rows))
+        margins[index] = _margin(encoded.item, log_likelihoods[here], leads[here])
+    return margins
+
+
+def score_rows(
+    logits: SupervisedLogits, rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per row, in the given order: summed log-likelihood of its supervised tokens in nats, float64 (rows,); and by how
+    much, at the least, one of them is likelier than every other token at its place (below 0: less likely), (rows,)."""
+    log_likelihoods, leads = np.zeros(len(rows)), np.zeros(len(rows))
+    for batch in _batches(rows, batch_tokens):
+        chosen = [rows[index] for index in batch]
+        scores = token_scores(logits, chosen)
+        lengths = [len(row.target_ids) for row in chosen]
+        for index, values, lead in zip(batch, scores.log_likelihood.split(lengths), scores.lead.split(lengths), strict=True):
+            log_likelihoods[index], leads[index] = float(values.sum()), float(lead.min())
+    return log_likelihoods, leads
+
+
+def measure_perplexity(logits: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS) -> float:
+    """exp of the mean negative log-likelihood per supervised token of the prose."""
+    log_likelihoods, _ = score_rows(logits, suite.prose, batch_tokens)
+    return _perplexity(log_likelihoods.sum(), suite.prose)
+
+
+def measure_drift(
+    edited: SupervisedLogits, unedited: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS
+) -> Drift:
+    """Distance of the edited model from the unedited one on the prose, and its perplexity there.
+
+    With p the unedited model's probabilities and d the edited logits less the unedited ones, the divergence of a token is
+    log E_p[exp d] - E_p[d]. Neither term cares what is added to d, so d is taken from its mean; both are then as small as
+    the change is, and a KL of 1e-8 nats is no longer the small difference of large sums.
+    """
+    divergence = log_likelihood = 0.0
+    for batch in _batches(suite.prose, batch_tokens):
+        chosen = [suite.prose[index] for index in batch]
+        for before, after, wanted in slices(_call(unedited, chosen), _call(edited, chosen), targets(chosen)):
+            p = before.softmax(-1)  # (<= 8, V)
+            d = torch.where(p == 0, 0.0, after - before)  # a token that the unedited model rules out adds nothing
+            d -= (p * d).sum(-1, keepdim=True)
+            rest = (p * d).sum(-1, dtype=torch.float64)
+            divergence += float(((p * d.expm1()).sum(-1, dtype=torch.float64).log1p() - rest).sum())
+            own = after.gather(-1, wanted[:, None])[:, 0]
+            log_likelihood += float((own.double() - after.logsumexp(-1).double()).sum())
+    kl = divergence / sum(len(row.target_ids) for row in suite.prose)
+    return Drift(0.0 if -1e-9 < kl < 0 else kl, _perplexity(log_likelihood, suite.prose))
+
+
+def capability_change(unedited: SuiteScores, edited: SuiteScores, *, resamples: int = 2000, seed: int = 0) -> Change:
+    """Paired change with the percentile interval of a bootstrap over items, stratified by task.
+
+    An item's change is -1, 0 or 1, so a resample of a task's items is a draw from the multinomial of these three
+    counts: the bootstrap exactly, without drawing items. Where no item changed, the interval is a point; it then says
+    nothing about changes too rare for so many items.
+
+    Raises ValueError when the scores are not of the same suite.
+    """
+    sizes = [{task: len(correct) for task, correct in scores.correct.items()} for scores in (unedited, edited)]
+    if unedited.fingerprint != edited.fingerprint or sizes[0] != sizes[1]:
+        raise ValueError(
+            f"scores of different suites: {unedited.fingerprint} with items {sizes[0]}, "
+            f"{edited.fingerprint} with items {sizes[1]}"
+        )
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros(resamples)
+    for task, size in sizes[0].items():
+        difference = np.array(edited.correct[task], dtype=int) - np.array(unedited.correct[task], dtype=int)
+        lost, won = (difference < 0).mean(), (difference > 0).mean()
+        counts = generator.multinomial(size, [lost, won, max(0.0, 1 - lost - won)], size=resamples)  # (resamples, 3)
+        drawn += (counts[:, 1] - counts[:, 0]) / size
+    low, high = np.percentile(drawn / len(sizes[0]), [2.5, 97.5])
+    return Change(edited.capability - unedited.capability, float(low), float(high))
+
+
+def _margin(item: CapabilityItem, log_likelihoods: np.ndarray, leads: np.ndarray) -> float:
+    if item.rule == "exact":
+        return float(leads[item.answer]) if np.isfinite(log_likelihoods[item.answer]) else -math.inf
+    scores = log_likelihoods
+    if item.rule == "mean":
+        scores = log_likelihoods / [len(choice.lstrip()) for choice in item.choices]
+    return float(scores[item.answer] - np.delete(scores, item.answer).max())
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> TokenRow:
+    row = encode_continuation(tokenizer, context, choice)
+    excess = max(0, min(len(row.token_ids) - tokenizer.model_max_length, row.start - 1))
+    return TokenRow(row.token_ids[excess:], row.start - excess) if excess else row
+
+
+def _prose_rows(
+    tokenizer: PreTrainedTokenizerBase, prose: Sequence[str], prose_tokens: int, window: int
+) -> tuple[TokenRow, ...]:
+    # A model that was trained behind a start token reads badly without: then it is the token that has no predecessor.
+    starts = tokenizer("a")["input_ids"][:1]
+    prefix = (tokenizer.bos_token_id,) if starts == [tokenizer.bos_token_id] else ()
+    step = window - len(prefix)
+    rows = []
+    for text in prose:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        rows += [prefix + tuple(ids[at : at + step]) for at in range(0, len(ids), step)]
+    rows = [TokenRow(row, 1) for row in rows if len(row) > 1]
+    wanted = max(1, prose_tokens // window)
+    if len(rows) > wanted:
+        whole = [row for row in rows if len(row.token_ids) == window] or rows
+        rows = [whole[index * len(whole) // wanted] for index in range(wanted)] if len(whole) > wanted else whole
+    if not rows:
+        raise InputError("prose: fewer than two tokens; drift and perplexity need some running text")
+    return tuple(rows)
+
+
+def _batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows, those with the longest context first: rows of a batch are of about one length, memory runs out at
+    once if ever, and the choices of one question, which can share its states, stay together."""
+
+    def order(index: int) -> tuple:
+        row = rows[index]
+        return -row.start, row.token_ids[: row.start], -len(row.token_ids), row.token_ids
+
+    batch: list[int] = []
+    supervised = longest = 0
+    for index in sorted(range(len(rows)), key=order):
+        count = len(rows[index].target_ids)
+        longest = max(longest, len(rows[index].token_ids))
+        if batch and ((len(batch) + 1) * longest > batch_tokens or supervised + count > SUPERVISED_AT_ONCE):
+            yield batch
+            batch, supervised, longest = [], 0, len(rows[index].token_ids)
+        batch.append(index)
+        supervised += count
+    if batch:
+        yield batch
+
+
+def _call(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> torch.Tensor:
+    with torch.no_grad():
+        return logits(rows)
+
+
+def _perplexity(log_likelihood: float, rows: Sequence[TokenRow]) -> float:
+    mean = -log_likelihood / sum(len(row.target_ids) for row in rows)
+    return math.inf if mean > 700 else math.exp(mean)

@@ -1,0 +1,129 @@
+"""What an edit changes, apart from the model: save, load, apply, revert, merge.
+
+An edit never touches the model it was trained on; it is returned as the float32 difference of the trained parameters. The
+difference, not the trained values, is the truth: every evaluation adds it to the base, so a delta read back from a file
+gives the same metrics to the bit.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from locft.errors import InputError
+from locft.model.models import LoadedModel
+
+FORMAT = "locft-delta-1"
+FILE_NAME = "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class EditDelta:
+    """The difference an edit makes to some parameters of one base model."""
+
+    position: str
+    """The tuning position, such as "22.mlp_down"."""
+    base_fingerprint: str
+    """Of the model it was trained on; it fits no other."""
+    tensors: Mapping[str, torch.Tensor]
+    """Parameter name -> float32 difference on the CPU, of the parameter's shape."""
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """How it was trained; for people, never needed to apply it."""
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm over all changed values."""
+        return float(sum(t.double().square().sum() for t in self.tensors.values()) ** 0.5)
+
+    def weights(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The edited parameters by name, in the model's own dtype and on its device."""
+        return {name: _edited(model.get_parameter(name), change) for name, change in self.tensors.items()}
+
+    def save(self, path: Path) -> Path:
+        """Write one safetensors file (with `FILE_NAME` in it when `path` is a folder); returns the file."""
+        if path.suffix != ".safetensors":
+            path.mkdir(parents=True, exist_ok=True)
+            path = path / FILE_NAME
+        about = {
+            "format": FORMAT,
+            "position": self.position,
+            "base_fingerprint": self.base_fingerprint,
+            "settings": json.dumps(dict(self.settings), sort_keys=True),
+        }
+        save_file({name: change.contiguous() for name, change in self.tensors.items()}, path, metadata=about)
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> "EditDelta":
+        """Read a delta from its file or folder; InputError where it is none."""
+        file = path / FILE_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise InputError(f"delta {path}: no such file, expected a {FILE_NAME} or a folder that holds one")
+        try:
+            with safe_open(file, framework="pt") as stored:
+                about = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"delta {file}: not a safetensors file: {error}") from error
+        if about.get("format") != FORMAT:
+            raise InputError(f"delta {file}: its format is {about.get('format')!r}, expected {FORMAT!r}")
+        return cls(about["position"], about["base_fingerprint"], tensors, json.loads(about["settings"]))
+
+    def require_base(self, loaded: LoadedModel) -> None:
+        """InputError unless `loaded` is the very model that the delta was trained on."""
+        if self.base_fingerprint != loaded.fingerprint:
+            raise InputError(
+                f"delta at {self.position}: trained on a model with fingerprint {self.base_fingerprint}, but "
+                f"{loaded.name!r} has {loaded.fingerprint}; apply it to the model it was trained on, unedited"
+            )
+
+
+def apply_delta(loaded: LoadedModel, delta: EditDelta) -> dict[str, torch.Tensor]:
+    """Edit the model in place; returns the original values, which `revert` puts back to the bit.
+
+    The values are exchanged, not written: the model's own may lie in a file that many processes map, and a page that was
+    written to is no longer shared.
+    """
+    delta.require_base(loaded)
+    edited = delta.weights(loaded.model)
+    originals = {name: loaded.model.get_parameter(name).data for name in edited}
+    revert(loaded, edited)
+    return originals
+
+
+def revert(loaded: LoadedModel, originals: Mapping[str, torch.Tensor]) -> None:
+    """Give the model's parameters the given values."""
+    for name, value in originals.items():
+        loaded.model.get_parameter(name).data = value
+
+
+@contextmanager
+def applied(loaded: LoadedModel, delta: EditDelta) -> Iterator[None]:
+    """The model is edited inside the block and bitwise itself again after it, whatever happens inside."""
+    originals = apply_delta(loaded, delta)
+    try:
+        yield
+    finally:
+        revert(loaded, originals)
+
+
+def merge(loaded: LoadedModel, delta: EditDelta, folder: Path) -> None:
+    """Write the edited model and its tokenizer to `folder` as safetensors; the model in memory stays as it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with applied(loaded, delta):
+        loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def _edited(parameter: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    if parameter.shape != change.shape:
+        raise InputError(f"delta of shape {tuple(change.shape)} does not fit a parameter of {tuple(parameter.shape)}")
+    return (parameter.detach().float() + change.to(parameter.device)).to(parameter.dtype)

@@ -1,0 +1,113 @@
+"""Text to token rows whose supervised span is exact.
+
+Legend: T tokens of a row, K supervised tokens.
+
+Everything this project computes about a model is a question about rows: a training example is (prompt | target + EOS),
+a multiple-choice option is (context | choice), running prose is (first token | the rest). A row therefore stores its
+tokens and where the supervised span starts; nobody ever derives the span from a pad token (where pad is EOS that mask
+is off by one, and the first token of the answer is silently never trained).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from locft.data.requests import EditRequest
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A sequence of tokens of which the last ones are supervised.
+
+    `token_ids[start:]` is the supervised span; `start >= 1`, so that each of its tokens has a predecessor.
+    """
+
+    token_ids: tuple[int, ...]  # (T,)
+    start: int
+
+    def __post_init__(self):
+        if not 1 <= self.start <= len(self.token_ids):
+            raise ValueError(f"supervised span starts at {self.start}, expected 1 to {len(self.token_ids)} tokens")
+
+    @property
+    def target_ids(self) -> tuple[int, ...]:  # (K,)
+        return self.token_ids[self.start :]
+
+
+SupervisedLogits = Callable[[Sequence[TokenRow]], torch.Tensor]
+"""A model as this project sees it: rows in, (K, V) float32 logits out, those that predict the supervised tokens, rows
+in order (K sums over the rows). The full forward and the fast engine both have this form."""
+
+
+SUPERVISED_AT_ONCE = 256
+"""Supervised tokens of one call at most: more take as long, and with a vocabulary of 256,000 their logits are 250 MB."""
+
+
+def batches(rows: Sequence[TokenRow], most: int) -> Iterator[Sequence[TokenRow]]:
+    """The rows in their order, at most so many at a time, and at most `SUPERVISED_AT_ONCE` of their tokens supervised."""
+    start = supervised = 0
+    for index, row in enumerate(rows):
+        count = len(row.target_ids)
+        if index > start and (index - start == most or supervised + count > SUPERVISED_AT_ONCE):
+            yield rows[start:index]
+            start, supervised = index, 0
+        supervised += count
+    if start < len(rows):
+        yield rows[start:]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Tokens of a text that something follows: with the tokenizer's own start token, without an end token.
+
+    A tokenizer without a start token gives an empty text its EOS token, the usual stand-in, so that the first real token
+    has a predecessor.
+    """
+    ids = tokenizer(text)["input_ids"]
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if len(ids) > 0 and ids[-1] == eos and not (len(ids) == 1 and eos == bos):
+        ids = ids[:-1]
+    if not ids:
+        ids = [bos if bos is not None else eos]
+    return tuple(ids)
+
+
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> TokenRow:
+    """Row of `prompt + continuation` with exactly the continuation supervised, no EOS.
+
+    The whole text is tokenized at once; where its first tokens are those of the prompt alone, the rest is the continuation
+    (so SentencePiece adds no second space). Where a token spans the boundary, both sides are tokenized apart: the prompt
+    must stay what generation will see.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    whole = encode_prompt(tokenizer, prompt + continuation)
+    if prompt and len(whole) > len(prompt_ids) and whole[: len(prompt_ids)] == prompt_ids:
+        return TokenRow(whole, len(prompt_ids))
+    return TokenRow(prompt_ids + _apart(tokenizer, prompt_ids, continuation), len(prompt_ids))
+
+
+def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> TokenRow:
+    """Training row of an edit: the target behind one space, then the model's EOS; both are supervised."""
+    row = encode_continuation(tokenizer, prompt, " " + target)
+    return TokenRow((*row.token_ids, tokenizer.eos_token_id), row.start)
+
+
+def encode_edits(tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> tuple[TokenRow, ...]:
+    """One training row per edit, in order."""
+    return tuple(encode_edit(tokenizer, request.prompt, request.target) for request in requests)
+
+
+def _apart(tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], continuation: str) -> tuple[int, ...]:
+    """Tokens that say exactly `continuation` behind the prompt's: SentencePiece puts a space of its own before a text."""
+    said = _text(tokenizer, prompt_ids) + continuation
+    candidates = [
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (continuation, continuation.removeprefix(" "))
+    ]
+    exact = [rest for rest in candidates if _text(tokenizer, prompt_ids + rest) == said]
+    return (exact or candidates)[0]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -1,0 +1,104 @@
+"""The `locft` command: reads arguments, calls the platform, prints. Exit code 0 done, 1 the work failed, 2 bad input.
+
+What a command says goes to standard output; progress, notices and errors go to standard error. With --json, standard
+output is one JSON object. Heavy libraries are imported by the commands that need them, so that --help answers at once.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from typing import Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from locft.errors import InputError
+from sweeps.commands.console import complain, err, out, print_json
+from sweeps.commands.edit import apply, bench, edit, evaluate, positions
+from sweeps.commands.options import INTERRUPTED, JsonOption, UriOption
+from sweeps.commands.study import plan, report, select, status, sweep
+
+app = typer.Typer(
+    name="locft",
+    help="Where should a language model be edited, and what does the edit cost?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point: turns errors into one clear message and an exit code. SIGTERM ends a command as Ctrl-C does."""
+    _be_quiet()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        complain(error.problems)
+        code = 2
+    except Exception as error:
+        code = _unexpected(error)
+    if code == INTERRUPTED:
+        err.print("interrupted; what was finished is kept, and the same command goes on from there")
+    sys.exit(code)
+
+
+def ui(
+    tracking_uri: UriOption = None,
+    port: Annotated[int | None, typer.Option(help="Default 5000, or the next free port.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Open MLflow on 127.0.0.1 and print the pages that matter. Ctrl-C stops it."""
+    from sweeps.tracking.lookup import list_studies
+    from sweeps.commands.ui import serve
+
+    def announce(address: str) -> None:
+        studies = list_studies(address, base=address)
+        if as_json:
+            return print_json({"address": address, "studies": studies})
+        out.print(f"MLflow: {address}", highlight=False)
+        for found in studies:
+            out.print(Text(f"\n{found['name']} ({found['status']})"))
+            for name, link in found["links"].items():
+                out.print(Text(f"  {name}: {link}"), soft_wrap=True)
+
+    serve(tracking_uri, port, announce)
+
+
+for _command in (positions, plan, sweep, status, report, select, edit, apply, evaluate, bench, ui):
+    app.command()(_command)
+
+
+def _unexpected(error: Exception) -> Literal[1, 2]:
+    """Typer's own complaints are bad input; anything else is work that failed, told in one line."""
+    if hasattr(error, "format_message"):  # click's exceptions, which typer carries its copy of
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return 2
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "locft"
+        complain([f"{error.format_message().rstrip('.')} (`{command} --help` lists what it takes)"])
+        return 2
+    lines = str(error).strip().splitlines() or [""]
+    complain([f"{type(error).__name__}: {lines[0]}"])
+    if os.environ.get("LOCFT_DEBUG"):
+        raise error
+    err.print(Text("(LOCFT_DEBUG=1 shows where)"))
+    return 1
+
+
+def _be_quiet() -> None:
+    """No telemetry, no progress bars or advice of libraries between our lines."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

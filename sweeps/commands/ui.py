@@ -1,0 +1,171 @@
+"""MLflow's web pages on this machine: start the server on a store, say which pages matter, stop it cleanly."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from locft.errors import InputError
+from sweeps.tracking import address as tracking_uri
+
+HOST = "127.0.0.1"
+PORT = 5000
+"""Tried first when the user names none."""
+START_SECONDS = 120
+"""The first start of a server on a small machine takes half a minute."""
+_STOP_SECONDS = 10
+
+
+def serve(uri: str | None, port: int | None = None, announce: Callable[[str], None] = print) -> None:
+    """Shows the store in the browser until Ctrl-C (or SIGTERM).
+
+    announce: called once with the server's address, when it answers. For a store that is a server already, that is
+        all that happens.
+
+    Raises:
+        InputError: the named port is taken, or the server does not start; with the reason.
+    """
+    resolved = tracking_uri.take_credentials(tracking_uri.resolve_uri(uri))
+    tracking_uri.check_reachable(resolved)
+    if resolved.startswith("http"):
+        announce(resolved)
+        return
+    stopped = threading.Event()
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda *_: stopped.set())
+    try:
+        with running(resolved, port, stopped=stopped) as (address, process):
+            if not stopped.is_set():
+                announce(address)
+            while not stopped.wait(0.2):
+                if process.poll() is not None:
+                    raise InputError(f"the MLflow server ended by itself with exit code {process.returncode}")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def running(
+    uri: str, port: int | None = None, *, seconds: float = START_SECONDS, stopped: threading.Event | None = None
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server on a resolved address (sqlite or database) while the block runs: its address and its process.
+
+    port: None takes 5000 or any free one. seconds: how long the server may take to answer. stopped: ends the wait.
+
+    Raises:
+        InputError: the named port is taken, or the server does not start, with the last lines of what it said.
+    """
+    port = _free_port(port)
+    address = f"http://{HOST}:{port}"
+    store = tracking_uri.sqlite_path(uri)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    environment = {
+        **os.environ,
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not on the command line, where everybody could read its password
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its processes would outlive the server
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    if store:
+        store.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=store.parent if store else Path.cwd(),  # where MLflow keeps the artifacts of new experiments
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # one group with its children, out of reach of the terminal's Ctrl-C
+        )
+        try:
+            _wait_until_healthy(address, process, seconds, stopped or threading.Event(), log)
+            yield address, process
+        finally:
+            _end(process)
+
+
+def _free_port(named: int | None) -> int:
+    """The port named by the user, or PORT, or any free one when none is named."""
+    if named is not None:
+        if not 1 <= named <= 65535:
+            raise InputError(f"port {named} is not between 1 and 65535")
+        if not _is_free(named):
+            raise InputError(f"port {named} of {HOST} is taken; name another one, or none to take a free one")
+        return named
+    if _is_free(PORT):
+        return PORT
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended leaves it waiting
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def _wait_until_healthy(
+    address: str, process: subprocess.Popen, seconds: float, stopped: threading.Event, log
+) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches this machine
+    until = time.monotonic() + seconds
+    while not stopped.is_set():
+        if process.poll() is not None:
+            raise InputError(f"the MLflow server did not start (exit code {process.returncode}):\n{_last_lines(log)}")
+        try:
+            with opener.open(f"{address}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        if time.monotonic() > until:
+            raise InputError(f"the MLflow server did not answer within {seconds:g} s:\n{_last_lines(log)}")
+        stopped.wait(0.2)
+
+
+def _last_lines(log, lines: int = 15) -> str:
+    log.seek(0)
+    return tracking_uri.redact("\n".join(log.read().decode(errors="replace").splitlines()[-lines:]))
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the server and its children."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+    until = time.monotonic() + _STOP_SECONDS
+    while _has_members(process.pid) and time.monotonic() < until:  # killed, and about to go: the port is theirs until then
+        time.sleep(0.02)
+
+
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,156 @@
+"""One trial: configuration in, result out. The only code of a study that runs on a Ray worker.
+
+A worker process keeps its model, its tokenized data and the unedited model's measurements between trials. Training reads
+the model and returns a delta; measuring puts every edited weight back. So a trial's result does not depend on what ran
+before it in the process.
+"""
+
+import math
+import socket
+import time
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
+
+from locft.errors import InputError
+from sweeps.study.trial_types import TrialConfig, TrialResult
+
+if TYPE_CHECKING:
+    from locft.data.suites import Suite
+    from locft.train.pipelines import Training
+    from locft.model.models import LoadedModel
+    from locft.data.requests import EditSet
+    from locft.workbench import Baseline, Workbench
+
+
+@dataclass(frozen=True)
+class TrialInputs:
+    """Everything a worker needs besides a trial's configuration; the same for all trials of a study."""
+
+    model: str
+    model_fingerprint: str
+    """Of the weights that the study is planned on."""
+    dtype: str
+    device: str
+    edits: "EditSet"
+    suite: "Suite | None"
+    prose_tokens: int
+    """Of prose for drift and perplexity."""
+    threads: int
+    """CPU threads of torch in the worker."""
+    layers: tuple[int, ...] = ()
+    """Where the study trains: the hidden states entering these layers are computed in one pass."""
+    full_model: bool = False
+    """Compute everything with the whole model, the plain way."""
+    spread: bool = False
+    """The model's layers are divided among the GPUs of a trial."""
+
+    @property
+    def key(self) -> tuple:
+        """Tells whether a resident workbench can serve these inputs: first the model's part, then that of the data."""
+        suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
+        model = (self.model, self.model_fingerprint, self.dtype, self.device, self.threads, self.spread)
+        return (model, self.edits.fingerprint, suite, self.full_model)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What all trials on the same data start from."""
+
+    inputs: TrialInputs
+    baseline: "Baseline"
+
+
+_resident: dict[tuple, "Workbench"] = {}
+
+
+def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) -> "Workbench":
+    """The process's workbench for these inputs; made on first use.
+
+    Workbenches of one model on several sets of data share it and stay; for another model all are replaced. Raises
+    InputError when the weights on this machine are others than those of the plan.
+    """
+    import torch
+
+    from locft.allocator import keep_freed_memory
+    from locft.workbench import Workbench
+
+    torch.set_num_threads(inputs.threads)
+    keep_freed_memory()
+    if inputs.key not in _resident:
+        kin = [bench for key, bench in _resident.items() if key[0] == inputs.key[0]]
+        if not kin:
+            _resident.clear()
+        loaded = kin[0].loaded if kin else _planned_model(inputs)
+        _resident[inputs.key] = Workbench.prepare(
+            loaded,
+            inputs.edits,
+            inputs.suite,
+            inputs.prose_tokens,
+            baseline,
+            layers=inputs.layers,
+            on_disk=True,
+            full_model=inputs.full_model,
+        )
+    return _resident[inputs.key]
+
+
+def _planned_model(inputs: TrialInputs) -> "LoadedModel":
+    from locft.model.models import load_model
+
+    loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device, spread=inputs.spread)
+    if loaded.fingerprint != inputs.model_fingerprint:
+        raise InputError(
+            f"model {inputs.model!r} on node {socket.gethostname()}: got weights with fingerprint {loaded.fingerprint}, "
+            f"expected {inputs.model_fingerprint}, on which the study is planned; every node needs the same weights"
+        )
+    return loaded
+
+
+def measure_baseline(inputs: TrialInputs) -> "Baseline":
+    """Measure the unedited model, and give the memory back: in a driver, trials are what needs it next."""
+    from locft.allocator import return_freed_memory
+
+    baseline = resident_workbench(inputs).baseline
+    _resident.clear()
+    return_freed_memory()
+    return baseline
+
+
+def train(bench: "Workbench", config: TrialConfig) -> "Training":
+    """The training of a trial; on a CPU bitwise the same whenever it is run."""
+    import torch
+
+    from locft.train.pipelines import TrainingSettings
+    from locft.model.positions import TuningPosition
+
+    torch.manual_seed(config.seed)  # nothing here draws from it; a model's own code might
+    settings = TrainingSettings(**{field.name: getattr(config, field.name) for field in fields(TrainingSettings)})
+    return bench.train(TuningPosition(config.layer, config.module), settings)
+
+
+def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
+    """Train and measure one configuration. A divergence is a result, with finite worst values and `diverged` = 1."""
+    from locft.workbench import diverged_metrics
+
+    started = time.perf_counter()
+    training = train(bench, config)
+    if training.diverged:
+        metrics, outcomes = diverged_metrics(bench.questions, bench.baseline), ()
+        metrics["n_edits"] = float(len(bench.rows))
+    else:
+        measured = bench.measure(training.delta)
+        metrics, outcomes = measured.metrics, tuple(asdict(outcome) for outcome in measured.outcomes)
+    metrics |= {
+        "diverged": float(training.diverged),
+        "train_seconds": training.seconds,
+        "seconds_per_edit": training.seconds / len(bench.rows),
+        "steps": float(training.steps),
+        "batch_pieces": float(training.pieces),
+        "epochs_run": float(len(training.losses)) if config.pipeline == "breadth_first" else 1.0,
+    }
+    if training.trained_loss is not None and math.isfinite(training.trained_loss):
+        metrics["trained_loss"] = training.trained_loss
+    if training.losses:
+        metrics["train_loss"] = training.losses[-1]
+    metrics["seconds"] = time.perf_counter() - started
+    return TrialResult(config, "done", None, metrics, training.losses, outcomes)

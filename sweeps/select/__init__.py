@@ -1,0 +1,1 @@
+"""Selecting a position without sweeping the model."""

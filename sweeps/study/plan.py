@@ -1,0 +1,221 @@
+"""From a study to its trials: which configurations, in which order, and what they will take.
+
+Nothing here runs or writes anything. What depends on the model and the data comes in as `StudyFacts`.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from locft.errors import InputError
+from sweeps.study.trial_types import METHOD_VERSION, TrialConfig
+from sweeps.study.schema import MAX_TRIALS, LogUniform, Study
+from sweeps.study.reader import check_against_model, selected_layers
+
+AXES = ("layer", "module", "pipeline", "batch_size", "learning_rate", "loss_average", "seed")
+"""The axes of a study. A point of its space is a mapping from each of them to a value."""
+POSITION = "position"
+"""Stands for layer and module together where not every layer has every module: {"position": "22.mlp_down", ...}."""
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """What a plan has to know about the model and the data. Sizes are in numbers (parameters) and tokens."""
+
+    model_fingerprint: str
+    data_fingerprint: str
+    n_layers: int
+    modules_by_layer: Mapping[int, Sequence[str]]
+    """For each layer the modules that can be trained in it."""
+    n_edits: int
+    precision: str
+    """In which training computes: float32 or bfloat16."""
+    parameters: int
+    """Of the whole model; tied weights once."""
+    layer_parameters: int
+    """Of one layer (mean)."""
+    head_parameters: int
+    """Of the output projection: vocabulary x hidden, tied or not."""
+    vocabulary: int
+    trained_parameters: Mapping[str, int] = field(default_factory=dict)
+    """By position ("22.mlp_down"); an absent one counts as a whole layer."""
+    edit_tokens: int | None = None
+    """Of all edit rows together, one epoch; None takes 16 an edit."""
+    evaluation_tokens: int | None = None
+    """Read and generated to evaluate all edits once; None takes three prompts an edit with 32 tokens each."""
+    capability_tokens: int = 0
+    """Read to measure capability once, prose included."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trials of a study."""
+
+    study_id: str
+    trials: tuple[TrialConfig, ...]
+    """In the order they are started. Empty for optuna, which chooses while running."""
+    count: int
+    """Number of trials; for optuna at most so many. For random less than asked for when the space has no more."""
+    sample: tuple[TrialConfig, ...]
+    """What the estimate is computed on: the trials, or for optuna a random sample of the space."""
+
+
+def study_id(study: Study, facts: StudyFacts) -> str:
+    """12 hexadecimal digits of what makes results comparable: name, model, data, dtype and method.
+
+    Space, search, resources and thresholds are left out, so that a study can be widened and stays the same study.
+    """
+    parts = [study.name, facts.model_fingerprint, facts.data_fingerprint, study.dtype, METHOD_VERSION]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def make_plan(study: Study, facts: StudyFacts) -> Plan:
+    """The trials of a study, without doubles.
+
+    grid: every combination, in the order of `grid_points`. random: `search.trials` points, where more trials go on
+    from the same beginning. Positions that a layer does not have are left out.
+
+    Raises `InputError` for layers and modules that the model does not have, and a grid of more than `MAX_TRIALS`.
+    """
+    check_against_model(study, facts.n_layers, facts.modules_by_layer)
+    if study.search.method == "grid":
+        count = len(_positions(study, facts)) * math.prod(len(getattr(study.space, axis)) for axis in AXES[2:])
+        if count > MAX_TRIALS:
+            message = f"space: the grid has {count:,} trials, expected at most {MAX_TRIALS:,}"
+            raise InputError(message + "; sample it instead: search: {method: random, trials: ...}")
+        points = grid_points(study, facts)
+    else:
+        points = random_points(study, facts)
+    trials = tuple(trial_config(study, facts, point) for point in points)
+    if study.search.method == "optuna":
+        return Plan(study_id(study, facts), (), study.search.trials or 0, trials)
+    return Plan(study_id(study, facts), trials, len(trials), trials)
+
+
+def trial_config(study: Study, facts: StudyFacts, point: Mapping[str, Any]) -> TrialConfig:
+    """The full configuration at one point of the space.
+
+    point: a value for each of `AXES`, or "position" in place of layer and module. A log-uniform learning rate is
+    rounded to three significant digits, so that a trial's id survives being written and read.
+    """
+    values = {axis: point[axis] for axis in AXES if axis in point}
+    if POSITION in point:
+        layer, _, module = point[POSITION].partition(".")
+        values |= {"layer": int(layer), "module": module}
+    if isinstance(study.space.learning_rate, LogUniform):
+        values["learning_rate"] = _rounded(values["learning_rate"], study.space.learning_rate)
+    return TrialConfig(
+        model_fingerprint=facts.model_fingerprint,
+        data_fingerprint=facts.data_fingerprint,
+        layers=facts.n_layers,
+        epochs=study.epochs,
+        skip_below=study.skip_below,
+        stop_below=study.stop_below,
+        dtype=study.dtype,
+        precision=facts.precision,
+        **{axis: values[axis] for axis in AXES},
+    )
+
+
+def optuna_space(study: Study, facts: StudyFacts) -> dict[str, list | tuple]:
+    """The space as plain data: axis -> list of values, or ("log_uniform", low, high).
+
+    Where some layer lacks some module, the axes layer and module give way to "position", which has existing ones only.
+    """
+    positions, space = _positions(study, facts), study.space
+    layers = selected_layers(study, facts.n_layers)
+    if len(positions) == len(layers) * len(space.module):
+        axes: dict[str, list | tuple] = {"layer": list(layers), "module": list(space.module)}
+    else:
+        axes = {POSITION: [f"{layer}.{module}" for layer, module in positions]}
+    for axis in AXES[2:]:
+        values = getattr(space, axis)
+        axes[axis] = ("log_uniform", *values.log_uniform) if isinstance(values, LogUniform) else list(values)
+    return axes
+
+
+def point_of(study: Study, facts: StudyFacts, config: TrialConfig) -> dict[str, Any] | None:
+    """The point of `optuna_space` at which a configuration lies; None for one outside, such as before a change."""
+    space = optuna_space(study, facts)
+    point = {axis: config.position if axis == POSITION else getattr(config, axis) for axis in space}
+    for axis, values in space.items():
+        inside = values[1] <= point[axis] <= values[2] if isinstance(values, tuple) else point[axis] in values
+        if not inside:
+            return None
+    return point if trial_config(study, facts, point) == config else None
+
+
+def grid_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
+    """Every combination. Seeds vary slowest, then layers, then the other axes in the order of `AXES`.
+
+    Layers come in van der Corput order (0, 16, 8, 24, 4, ... of 30): a study that is stopped half way has seen the
+    whole depth with every setting, and the rest only makes it finer. Another seed repeats the whole.
+    """
+    positions, space = _positions(study, facts), study.space
+    layers = tuple(dict.fromkeys(layer for layer, _ in positions))
+    inner = [getattr(space, axis) for axis in AXES[2:-1]]
+    for seed, place in itertools.product(space.seed, van_der_corput_order(len(layers))):
+        modules = [module for layer, module in positions if layer == layers[place]]
+        for values in itertools.product(modules, *inner):
+            yield dict(zip(AXES, (layers[place], *values, seed), strict=True))
+
+
+def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
+    """`search.trials` distinct points, or as many as there are, drawn with `search.seed`.
+
+    Each axis runs through shuffled rounds of its values, so that a small sample is spread evenly over every axis; a
+    log-uniform axis is spread by a shifted van der Corput sequence. More trials continue the same sequence.
+    """
+    positions, space, wanted = set(_positions(study, facts)), study.space, study.search.trials or 0
+    values = {axis: getattr(space, axis) for axis in AXES} | {"layer": selected_layers(study, facts.n_layers)}
+    streams = [_spread(values[axis], random.Random(f"{study.search.seed} {axis}")) for axis in AXES]
+    seen: set[tuple] = set()
+    for draw in itertools.islice(zip(*streams, strict=False), 20 * wanted + 1000):
+        if len(seen) == wanted:
+            return
+        if draw[:2] in positions and draw not in seen:
+            seen.add(draw)
+            yield dict(zip(AXES, draw, strict=True))
+    if not isinstance(space.learning_rate, LogUniform):  # nearly used up: take what is left in order
+        for point in grid_points(study, facts):
+            if len(seen) == wanted:
+                return
+            if tuple(point.values()) not in seen:
+                seen.add(tuple(point.values()))
+                yield point
+
+
+def van_der_corput_order(n: int) -> list[int]:
+    """0 to n - 1, each next one far from those before: the indices by their reversed binary digits."""
+    bits = max(1, (n - 1).bit_length())
+    reversed_digits = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(2**bits))
+    return [i for i in reversed_digits if i < n]
+
+
+def _spread(values: Sequence[Any] | LogUniform, rng: random.Random) -> Iterator[Any]:
+    """An endless sequence in which every value comes once a round; log-uniform ones evenly over the exponents."""
+    if isinstance(values, LogUniform):
+        low, high = map(math.log, values.log_uniform)
+        shift = rng.random()
+        for i in itertools.count():
+            digits = f"{i:b}"[::-1]
+            yield _rounded(math.exp(low + (high - low) * ((int(digits, 2) / 2 ** len(digits) + shift) % 1)), values)
+    while True:
+        yield from rng.sample(values, len(values))
+
+
+def _rounded(rate: float, bounds: LogUniform) -> float:
+    low, high = bounds.log_uniform
+    return min(max(float(f"{rate:.3g}"), low), high)
+
+
+def _positions(study: Study, facts: StudyFacts) -> tuple[tuple[int, str], ...]:
+    """The selected layers and modules that exist together, by ascending layer."""
+    layers = selected_layers(study, facts.n_layers)
+    pairs = itertools.product(layers, study.space.module)
+    return tuple((layer, module) for layer, module in pairs if module in facts.modules_by_layer.get(layer, ()))

@@ -1,0 +1,151 @@
+"""From a study file to everything it names: model structure, edits, capability items, plan. Reads, never runs or writes."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from locft.errors import InputError
+from sweeps.study.plan import Plan, StudyFacts, make_plan, study_id
+from sweeps.study.schema import Study
+from sweeps.study.reader import check_against_model, selected_layers
+from sweeps.run.trial import TrialInputs
+
+if TYPE_CHECKING:
+    from locft.data.suites import Suite
+    from locft.data.requests import EditSet
+
+T = TypeVar("T")
+
+SENTENCE_TOKENS = 12
+"""A generated answer's usual length in tokens, for estimates."""
+
+
+@dataclass(frozen=True)
+class PreparedStudy:
+    """A study with what it names resolved: it can be planned, run, looked up and reported."""
+
+    study: Study
+    facts: StudyFacts
+    plan: Plan
+    edits: "EditSet"
+    suite: "Suite | None"
+
+    @property
+    def id(self) -> str:
+        return study_id(self.study, self.facts)
+
+    @property
+    def inputs(self) -> TrialInputs:
+        """What every worker gets."""
+        study = self.study
+        return TrialInputs(
+            study.model,
+            self.facts.model_fingerprint,
+            study.dtype,
+            _device(study),
+            self.edits,
+            self.suite,
+            study.capability.prose_tokens,
+            study.resources.cpus,
+            selected_layers(study, self.facts.n_layers),
+            spread=study.resources.gpus > 1,
+        )
+
+    @property
+    def n_items(self) -> int:
+        """Capability items over all tasks."""
+        return sum(len(task.items) for task in self.suite.tasks) if self.suite else 0
+
+    @property
+    def capability_source(self) -> str:
+        """The tasks in words, for people."""
+        return ", ".join(f"{task.name} ({len(task.items)})" for task in self.suite.tasks) if self.suite else "none"
+
+
+def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
+    """Resolve a study. Raises one InputError with the problems of model, edits and capability files together.
+
+    edits: in place of those that the study names.
+    """
+    from locft.data.suites import load_suite
+    from locft.model.models import folder_fingerprint, load_structure, load_tokenizer, model_folder
+    from locft.model.positions import list_positions, n_layers
+    from locft.model.precision import training_precision
+    from locft.data.requests import load_edits
+
+    problems: list[str] = []
+
+    def attempt(step: Callable[[], T]) -> T | None:
+        try:
+            return step()
+        except InputError as error:
+            problems.extend(error.problems)
+            return None
+
+    structure = attempt(lambda: load_structure(study.model))
+    positions = attempt(lambda: list_positions(structure)) if structure is not None else None
+    modules: dict[int, list[str]] = {}
+    for info in positions or ():
+        modules.setdefault(info.position.layer, []).append(info.position.module)
+    if positions:
+        attempt(lambda: check_against_model(study, n_layers(structure), modules))
+    named = study.edits
+    if edits is None:
+        edits = attempt(lambda: load_edits(named.source, limit=named.limit, sample_seed=named.sample_seed))
+    wanted = study.capability
+    suite = None
+    if wanted.suite or wanted.tasks:
+        suite = attempt(lambda: load_suite(wanted.suite, wanted.tasks, wanted.limit, wanted.prose))
+    if problems:
+        raise InputError(problems)
+    tokenizer = load_tokenizer(study.model)
+    sizes = {str(info.position): info.size for info in positions}
+    layer_sizes = [size for position, size in sizes.items() if position.endswith(".layer")]
+    head = structure.get_output_embeddings()
+    facts = StudyFacts(
+        model_fingerprint=folder_fingerprint(model_folder(study.model)),
+        data_fingerprint=_data_fingerprint(edits.fingerprint, suite, wanted.prose_tokens),
+        n_layers=n_layers(structure),
+        modules_by_layer=modules,
+        n_edits=len(edits.requests),
+        precision=training_precision(_device(study)) if study.precision == "auto" else study.precision,
+        parameters=sum(parameter.numel() for parameter in structure.parameters()),
+        layer_parameters=sum(layer_sizes) // len(layer_sizes),
+        head_parameters=head.weight.numel() if head is not None else 0,
+        vocabulary=head.weight.shape[0] if head is not None else len(tokenizer),
+        trained_parameters=sizes,
+        **_token_counts(tokenizer, edits, suite, wanted.prose_tokens),
+    )
+    return PreparedStudy(study, facts, make_plan(study, facts), edits, suite)
+
+
+def _device(study: Study) -> str:
+    """Where trials compute, and the driver for them: on the CPU unless trials get a GPU, also where the machine has one."""
+    if study.device != "auto":
+        return study.device
+    return "cuda" if study.resources.gpus else "cpu"
+
+
+def _data_fingerprint(edits: str, suite: "Suite | None", prose_tokens: int) -> str:
+    parts: list[Any] = [edits, suite.fingerprint if suite else None, prose_tokens if suite else None]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _token_counts(tokenizer, edits: "EditSet", suite: "Suite | None", prose_tokens: int) -> dict[str, int]:
+    """Tokens that training and measuring read, for the estimate."""
+
+    def count(texts: list[str]) -> int:
+        return sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0
+
+    requests = edits.requests
+    rows = [f"{request.prompt} {request.target}." for request in requests]
+    asked = [prompt for request in requests for prompt in (*request.rephrases, *(p.prompt for p in request.locality))]
+    items = [item for task in (suite.tasks if suite else ()) for item in task.items]
+    choices = [item.context + choice for item in items for choice in item.choices]
+    return {
+        "edit_tokens": count(rows),
+        "evaluation_tokens": count(rows) + count(asked) + SENTENCE_TOKENS * (len(rows) + len(asked)),
+        "capability_tokens": count(choices) + (2 * prose_tokens if suite else 0),
+    }

@@ -1,0 +1,205 @@
+"""Finished trials on their way to the tracking store: on disk first, and there until the store has them.
+
+A store may be away for minutes, a disk may be full, a driver may be killed between a trial and its record: the study goes
+on, and what was not delivered is delivered by the next run of the same command. A result that the store will not have
+stands in the way of no other.
+"""
+
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sweeps.driver import driver_folder
+from sweeps.study.trial_types import TrialResult, pack_result, unpack_result
+from sweeps.tracking.store import Refused, TrackingError
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 120.0
+"""How long a driver that has nothing else to do waits for a store that is away."""
+GRACE_SECONDS = 5.0
+"""The same when the driver breaks off."""
+PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)
+"""Seconds between attempts; the last one goes on."""
+
+_log = logging.getLogger(__name__)
+
+
+def insist(work: Callable[[], T], say: Callable[[str], None], give_up: Callable[[float], bool]) -> T:
+    """Do what a store is needed for, again and again while it is away; returns what `work` does.
+
+    say: hears that the store is away, and that it is back. give_up: waits for so many seconds, and tells whether to end it.
+    Raises TrackingError then; Refused at once.
+    """
+    away_since = None
+    for pause in chain(PAUSES, repeat(PAUSES[-1])):
+        try:
+            found = work()
+        except Refused:
+            raise
+        except TrackingError as error:
+            if away_since is None:
+                away_since = time.monotonic()
+                say(f"not recorded yet, tried again until it is: {error}")
+            if give_up(pause):
+                raise
+        else:
+            if away_since is not None:
+                say(f"recorded again, after {time.monotonic() - away_since:.0f} s")
+            return found
+    raise AssertionError("pauses have no end")
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """The same for a driver that has nothing else to do: for `PATIENCE_SECONDS`, told in the log."""
+    until = time.monotonic() + PATIENCE_SECONDS
+
+    def over(pause: float) -> bool:
+        if time.monotonic() + pause > until:
+            return True
+        time.sleep(pause)
+        return False
+
+    return insist(work, _log.warning, over)
+
+
+class Outbox:
+    """A folder of results that the store does not have yet, a file each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def keep(self, result: TrialResult) -> None:
+        """Atomically, and so that a power failure does not take it. Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, unfinished = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+        try:
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(pack_result(result))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self._file(result))
+            _sync_folder(self.folder)
+        except BaseException:
+            Path(unfinished).unlink(missing_ok=True)
+            raise
+
+    def drop(self, result: TrialResult) -> None:
+        """The store has it."""
+        self._file(result).unlink(missing_ok=True)
+
+    def set_aside(self, result: TrialResult) -> Path:
+        """The store refuses it for good: it counts no more, and stays as the file that is returned."""
+        return _renamed(self._file(result), ".refused")
+
+    def kept(self) -> list[TrialResult]:
+        """All of them, the oldest first; what is no result (a disk that failed) is logged and counts no more."""
+        found = []
+        for file in sorted(self.folder.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):
+            try:
+                found.append(unpack_result(file.read_text(encoding="ascii")))
+            except Exception as error:  # zlib, base85, JSON and missing keys raise six kinds
+                _log.warning("%s is no readable result: %s", _renamed(file, ".unreadable"), error)
+        return found
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.folder.glob("*.result"))
+
+    def _file(self, result: TrialResult) -> Path:
+        return self.folder / f"{result.config.id}.result"
+
+
+def _renamed(file: Path, ending: str) -> Path:
+    return file.replace(file.with_suffix(ending))
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in it are on the disk then, too."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def open_outbox(study_id: str, tracking_uri: str | None) -> Outbox:
+    """The outbox of a study for a store, on this machine; making the object makes no folder."""
+    return Outbox(driver_folder(study_id, tracking_uri) / "undelivered")
+
+
+class Delivery:
+    """Hands results to the store in a thread of its own, in their order, for as long as it takes. A context manager.
+
+    Leaving it waits for what is under way, at most `PATIENCE_SECONDS` (less after an error), and raises TrackingError when
+    the store was away until then. What is left is in the outbox. So is what the store refused, which is offered once more
+    at the end: a fault that passes may look like that.
+    """
+
+    def __init__(self, deliver: Callable[[TrialResult], Any], outbox: Outbox, say: Callable[[str], None]):
+        """deliver: raises TrackingError when the store does not take a result. say: hears when it stops and begins to do so;
+        called from the thread."""
+        self._deliver, self._outbox, self._say = deliver, outbox, say
+        self._queue: queue.SimpleQueue[TrialResult | None] = queue.SimpleQueue()
+        self._open = 0
+        self._refused: list[TrialResult] = []
+        self._cause = ""
+        self._give_up = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="delivery", daemon=True)
+
+    def put(self, result: TrialResult) -> None:
+        """Returns at once. A disk that does not take the result is told; it is then in memory only."""
+        try:
+            self._outbox.keep(result)
+        except OSError as error:
+            self._say(f"cannot keep a result in {self._outbox.folder} until it is recorded: {error.strerror or error}")
+        self._open += 1
+        self._queue.put(result)
+
+    def __enter__(self) -> "Delivery":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join(PATIENCE_SECONDS if kind is None else GRACE_SECONDS)
+        if self._thread.is_alive():
+            self._give_up.set()
+            self._thread.join()
+        if self._open and kind is None:
+            raise TrackingError(
+                f"{self._cause}; {self._open} finished trials are kept in {self._outbox.folder}, and the same command"
+                " delivers them"
+            )
+
+    def _work(self) -> None:
+        try:
+            for result in iter(self._queue.get, None):
+                if not self._taken(result):
+                    self._refused.append(result)
+            for result in self._refused:
+                if not self._taken(result):
+                    self._open -= 1
+        except TrackingError as error:
+            self._cause = str(error)
+
+    def _taken(self, result: TrialResult) -> bool:
+        """False where the store refuses it. Raises TrackingError when it is given up before the store answers."""
+        try:
+            insist(partial(self._deliver, result), self._say, self._give_up.wait)
+        except Refused as error:
+            if result not in self._refused:
+                where = f"kept in {self._outbox.folder} and offered again later"
+                self._say(f"{result.config.position} is finished, but the store refuses it ({where}): {error}")
+            return False
+        self._outbox.drop(result)
+        self._open -= 1
+        return True

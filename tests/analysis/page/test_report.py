@@ -1,0 +1,588 @@
+"""The report: what it says for small studies of every shape, that nothing a user wrote becomes markup, and, in a real
+browser, that it draws its figures offline and fits a phone."""
+
+import base64
+import gzip
+import itertools
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from analysis.stats.comparison import Measured
+from analysis.stats.importance import what_matters
+from analysis.stats.pareto import pickable, recommend
+from analysis.page.report import render_report
+from analysis.stats.table import by_setting, results_frame
+from analysis.page.tables import MAX_ROWS
+from tests.browsing import WIDTHS, assert_it_fits, browser, tabs  # noqa: F401
+
+EVIL = "<script>alert('x')</script>\"&"
+
+STUDY = {
+    "name": "layer-sweep", "model": "tiny-model", "edits_source": "atlas", "n_edits": 100,
+    "findings": ["2 edits contradict each other, so at most 99% can be reached."], "capability_source": "probes",
+    "n_items": 640, "trials_planned": 5, "trials_done": 4, "trials_failed": 1, "started": "2026-03-02 09:14",
+    "finished": "2026-03-02 11:02", "environment": {"torch": "2.13.0", "hardware": {"cpus": 2}},
+    "settings_yaml": "name: layer-sweep\n", "objectives": ["reliability", "capability"],
+}  # fmt: skip
+BASELINE = {"capability": 0.62, "reliability": 0.02}
+
+
+def row(trial_id, layer=0, reliability=0.9, change=-0.01, **others):
+    base = {
+        "trial_id": trial_id,
+        "status": "done",
+        "layers": 30,
+        "layer": layer,
+        "module": "mlp_down",
+        "pipeline": "breadth_first",
+        "batch_size": 32,
+        "learning_rate": 0.004,
+        "seed": 0,
+        "epochs": 25,
+        "loss_average": "edit",
+        "run_id": f"run-{trial_id}",
+        "reliability": reliability,
+        "generalization": 0.7,
+        "locality": 0.8,
+        "n_edits": 100,
+        "diverged": 0,
+        "capability": 0.62 + change,
+        "capability_change": change,
+        "capability_change_low": change - 0.008,
+        "capability_change_high": change + 0.007,
+        "capability.world": 0.5,
+        "drift_kl": 0.01,
+        "seconds": 30.0,
+        "seconds_per_edit": 0.2,
+        "epoch_losses": [3.0, 1.0, 0.1],
+    }
+    return base | others
+
+
+def failure(trial_id, error="out of memory", **others):
+    kept = ("trial_id", "layers", "layer", "module", "pipeline", "batch_size", "learning_rate", "seed")
+    base = row(trial_id, **others)
+    return {name: base[name] for name in kept} | {"status": "failed", "error": error}
+
+
+def study_results():
+    return results_frame(
+        [
+            row("a", 22, 0.98, -0.004),
+            row("b", 23, 0.97, -0.02, module="mlp"),
+            row("c", 5, 0.50, 0.001),
+            row("d", 5, 1.0, 0.0, module="mlp", diverged=1),
+            failure("e", layer=7),
+        ]
+    )
+
+
+def study_outcomes(trial_id="a"):
+    rows = [
+        ("e1", "reliability", "The capital of Peru is", "Lyon", "Lima", False),
+        ("e2", "reliability", "The capital of Chile is", "Oslo", "Oslo", True),
+        ("e2", "generalization", "Chile's capital is", "Oslo", "Santiago", False),
+        ("e2", "locality", "The capital of Spain is", "Madrid", "Madrid", True),
+    ]
+    columns = ["edit_id", "kind", "prompt", "expected", "got", "correct"]
+    return pd.DataFrame(rows, columns=columns).assign(trial_id=trial_id, correct_tf=True)
+
+
+class Page(HTMLParser):
+    """The visible text, by section heading, and every tag opened."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sections, self.tags, self.ids, self.links, self._skip, self._heading = {"": ""}, [], [], [], 0, False
+        self._current = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+        self.links += [value for name, value in attributes if name in ("href", "src")]
+        self._skip += tag in ("script", "style")
+        if tag == "h2":
+            self._heading, self._current = True, ""
+
+    def handle_endtag(self, tag):
+        self._skip -= tag in ("script", "style")
+        if tag in ("td", "th"):
+            self.sections[self._current] += " "
+        if tag == "h2":
+            self._heading = False
+            self.sections[self._current] = ""
+
+    def handle_data(self, text):
+        if self._skip:
+            return
+        if self._heading:
+            self._current += text
+        else:
+            self.sections[self._current] += text
+
+    def __getitem__(self, heading):
+        return " ".join(self.sections[heading].split())
+
+
+def page(results=None, study=STUDY, **options):
+    options = {"baseline": BASELINE, "plotly_js": False} | options
+    return Page(render_report(study, study_results() if results is None else results, **options))
+
+
+def test_the_questions_are_answered_in_order():
+    got = page(outcomes=study_outcomes())
+    assert list(got.sections)[1:] == [
+        "What was asked", "Which position", "At what cost", "How sure", "What else is on the front", "What matters",
+        "What failed", "Which edits fail", "Figures", "All trials", "How it was made",
+    ]  # fmt: skip
+
+
+def test_what_was_asked_names_model_edits_findings_suite_and_trials():
+    asked = page()["What was asked"]
+    for part in (
+        "tiny-model", "100 edits from atlas", "unedited model gives 2.0% of the new answers",
+        "at most 99% can be reached",
+        "probes: 640 items of 1 task (world)", "scores 62.0%", "4 trials done of 5 planned, 1 failed",
+        "2026-03-02 09:14 to 2026-03-02 11:02",
+    ):  # fmt: skip
+        assert part in asked, part
+
+
+def test_the_pick_is_one_sentence_with_the_command_that_repeats_it():
+    found = page()["Which position"]
+    assert (
+        "Edit 22.mlp_down: reliability 98.0% [93.0, 99.4], generalization 70.0% [60.4, 78.1], locality 80.0% [71.1, 86.7],"
+        " capability change −0.4 points [−1.2, +0.3]." in found
+    )
+    assert "breadth-first, batch 32, learning rate 0.004, loss by edit, 25 epochs at most" in found
+    assert "locft edit tiny-model --from-run run-a --out tiny-model-22.mlp_down" in found
+    assert recommend(study_results()).rule in found
+
+
+def test_the_command_is_safe_to_paste_and_works_without_a_tracked_run():
+    results = results_frame([row("a", run_id=None)])
+    found = page(results, STUDY | {"model": "/models/my model; rm -rf", "edits_source": "a'b.jsonl"})["Which position"]
+    assert (
+        "locft edit '/models/my model; rm -rf' --from-run a"
+        " --out 'my model; rm -rf-0.mlp_down'" in found
+    )
+
+
+def test_how_sure_says_rule_intervals_runner_up_and_seeds():
+    sure = page()["How sure"]
+    for part in (
+        "within one standard error (1.7 points) of the best (98.0%)", "a fraction of 100 edits", "95% interval",
+        "640 items", "zero is inside", "2 of 3 settings are within",
+        "23.mlp (batch 32, learning rate 0.004): reliability 97.0%",
+        "One seed only",
+    ):  # fmt: skip
+        assert part in sure, part
+
+
+def test_several_seeds_are_one_setting_on_front_and_in_the_pick():
+    got = page(results_frame([row("a", seed=0), row("b", seed=1, reliability=0.94)]))
+    assert "reliability 92.0%" in got["Which position"] and "Mean of 2 seeds" in got["How sure"]
+    assert "2 seeds" in got["What else is on the front"]
+
+
+def test_intervals_stand_beside_fractions_and_what_the_seeds_did_beside_drift():
+    one = page(results_frame([row("a"), row("b", 4)]))
+    two = page(results_frame([row("a"), row("b", seed=1, generalization=0.6, drift_kl=0.014)]))
+    front = one["What else is on the front"]
+    assert "90.0%[82.6, 94.5]" in front and "70.0%[60.4, 78.1]" in front and "80.0%[71.1, 86.7]" in front
+    assert "90.0% [82.6, 94.5]" in one["All trials"] and "−1.0 [−1.8, −0.3]" in one["All trials"]
+    assert "80.0% [71.1, 86.7] of unrelated prompts" in one["At what cost"]
+    assert "0.01 nats per token on plain text" in one["At what cost"]
+    assert "0.012 nats per token (0.01 to 0.014 over the seeds) on plain text" in two["At what cost"]
+    assert "0.0120.01 to 0.014" in two["What else is on the front"]
+    shares = re.search(r"65.0% \[([\d.]+), ([\d.]+)\]", two["Which position"])
+    assert float(shares[1]) < 52 and float(shares[2]) > 76, "wider than the edits alone make it: the seeds differ"
+    unknown = page(results_frame([row("a", n_edits=math.nan)]))
+    assert "reliability 90.0%, generalization 70.0%," in unknown["Which position"]
+
+
+def test_failures_are_counted_by_cause_and_diverged_ones_told_apart():
+    rows = [row("a"), row("d", 3, diverged=1), failure("e"), failure("f"), failure("g", "worker died")]
+    failed = page(results_frame(rows))["What failed"]
+    assert "2 out of memory 1 worker died" in failed and "1 further trial has diverged" in failed
+    assert page(results_frame([row("a")]))["What failed"] == "No trial failed."
+    again = page(results_frame([row("a", retried="out of memory\nits node died"), row("b", retried="its node died")]))
+    assert "2 times because of: its node died" in again["What failed"] and "1 time because of: out of memory" in again["What failed"]
+
+
+def test_edits_that_fail_at_the_pick_are_listed_with_what_the_model_says():
+    got = page(outcomes=pd.concat([study_outcomes("a"), study_outcomes("b")]))["Which edits fail"]
+    assert "1 of 2 edit prompts not answered" in got and "The capital of Peru is Lyon Lima" in got
+    assert "1 of 1 rephrased prompts" in got and "None of 1 unrelated prompts" in got
+    assert "Chile is" not in got
+
+
+def test_every_setting_on_the_front_leads_to_its_edits_that_fail():
+    results = results_frame([row("a", 22, 0.98, -0.02), row("b", 23, 0.6, 0.01), row("c", 5, 0.5, -0.1)])
+    got = page(results, outcomes=pd.concat([study_outcomes(trial) for trial in "abc"]))
+    assert "22.mlp_down (pick): 1 of 2 edit prompts" in got["Which edits fail"]
+    listed, _, more = got["Which edits fail"].partition("1 more settings that the controls below can pick")
+    assert "23.mlp_down: 1 of 2 edit prompts" in listed and "5.mlp_down:" not in listed and "5.mlp_down:" in more
+    assert {"#misses-1", "#misses-2"} <= set(got.links) and {"misses-1", "misses-2", "misses-3"} <= set(got.ids)
+
+
+def test_edits_that_fail_are_those_of_all_seeds_that_are_known():
+    results = results_frame([row("a"), row("b", seed=1), row("c", seed=2)])
+    other = study_outcomes("b")
+    other["got"] = ["Quito", "Lyon", "Oslo", "Madrid"]
+    other["correct"] = [False, False, True, True]
+    got = page(results, outcomes=pd.concat([study_outcomes("a"), other]))["Which edits fail"]
+    assert "2 of 2 edit prompts, 1 of 1 rephrased prompts" in got
+    assert "With at least one of 2 seeds (0, 1); what the other 1 of 3 say is in their runs." in got
+    assert "The capital of Peru is Lyon Lima / Quito 2 The capital of Chile is Oslo Lyon 1" in got
+    assert "With seed 0; what the other 2 of 3" in page(results, outcomes=study_outcomes("a"))["Which edits fail"]
+
+
+def test_chances_stand_beside_the_front_and_every_trial():
+    got = page()
+    assert "chance" in got["What else is on the front"] and "95% interval [" in got["What else is on the front"]
+    assert re.search(r"Measured again.*, the rule picks this setting in \d+%", got["How sure"])
+    assert "on front" in got["All trials"]
+
+
+def test_what_it_costs_by_task_and_on_plain_text():
+    results = results_frame([row("a", **{"capability.grammar": 0.7, "perplexity": 33.0})])
+    baseline = BASELINE | {"capability.world": 0.6, "capability.grammar": 0.65, "perplexity": 30.0}
+    cost = page(results, baseline=baseline)["At what cost"]
+    for part in ("−1.0 points [−1.8, −0.3]", "grammar 65.0% → 70.0%", "world 60.0% → 50.0%", "perplexity 30 → 33", "80.0%"):
+        assert part in cost, part
+
+
+def test_one_trial_no_trial_and_no_result_at_all():
+    one = page(results_frame([row("a", 3)]))
+    assert "Edit 3.mlp_down" in one["Which position"] and "only setting" in one["How sure"]
+    for rows in ([], [failure("e")], [row("a", reliability=math.nan)]):
+        got = page(results_frame(rows), outcomes=study_outcomes())
+        assert "No trial gave a result" in got["Which position"]
+        assert "How sure" not in got.sections and "What else is on the front" not in got.sections
+
+
+def test_without_capability_it_speaks_of_what_there_is():
+    bare = {
+        name: math.nan
+        for name in ("capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl")
+    }
+    rows = [row("a", 3, **bare), row("b", 4, generalization=0.8, **bare)]
+    for item in rows:
+        del item["capability.world"]
+    got = page(results_frame(rows), STUDY | {"capability_source": None, "n_items": None}, baseline={})
+    assert "Edit 4.mlp_down" in got["Which position"] and "capability change" not in got["Which position"]
+    assert "Capability" not in got["What was asked"]
+    assert "beats one of these in reliability without losing in generalization" in got["What else is on the front"]
+
+
+def test_objectives_that_it_cannot_plot_give_way_to_the_usual_ones():
+    front = page(study=STUDY | {"objectives": ["reliability", "drift_kl"]})["What else is on the front"]
+    assert "in reliability without losing in capability" in front
+    front = page(study=STUDY | {"objectives": ["generalization", "capability"]})["What else is on the front"]
+    assert "in generalization without losing in capability" in front
+
+
+def test_only_name_and_model_are_needed():
+    got = page(study={"name": "n", "model": "m"}, baseline={})
+    assert "4 trials done, 1 failed" in got["What was asked"]
+
+
+def test_nothing_a_user_wrote_becomes_markup():
+    names = ("name", "model", "edits_source", "capability_source", "settings_yaml", "started", "finished")
+    study = STUDY | {name: EVIL for name in names} | {"findings": [EVIL], "environment": {EVIL: EVIL}}
+    rows = [
+        row("a" + EVIL, 3, module=EVIL, pipeline=EVIL, run_id="r"),
+        row("b", 4, **{"capability." + EVIL: 0.5}),
+        failure("c", EVIL),
+    ]
+    outcomes = pd.concat(
+        [study_outcomes(trial).assign(prompt=EVIL, expected=EVIL, got=EVIL) for trial in ("a" + EVIL, "b")]
+    )
+    text = render_report(study, results_frame(rows), baseline=BASELINE, outcomes=outcomes, plotly_js=False)
+    # outside of the data scripts no tag of theirs; inside nothing that ends them
+    assert "<script>alert" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.S)
+    clean = Page(render_report(STUDY, study_results(), baseline=BASELINE, outcomes=study_outcomes(), plotly_js=False))
+    kinds = {tag for tag, _ in clean.tags}
+    assert {tag for tag, _ in Page(text).tags} <= kinds
+    assert not any(name.startswith("on") for _, attributes in Page(text).tags for name in attributes)
+    scripts = re.findall(r"<script[^>]*>", text)
+    plots = text.count('<script type="application/json"')
+    assert len(scripts) == plots + 2
+    assert text.count("</script>") == len(scripts)
+    for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, flags=re.S):
+        assert not re.search("<[/!sS]", data)
+
+
+def test_the_page_is_one_file_that_loads_nothing():
+    text = render_report(STUDY, study_results(), baseline=BASELINE)
+    assert len(text.encode()) < 6_000_000
+    packed = re.findall(r'<script type="application/gzip" id="plotly">(.*?)</script>', text)
+    assert len(packed) == 1 and gzip.decompress(base64.b64decode(packed[0])).count(b"plotly.js v") == 1
+    got = Page(re.sub(r"<script>.*?</script>", "", text, flags=re.S))
+    assert got.links and all(link.startswith("#") for link in got.links)
+    assert {link[1:] for link in got.links} <= set(got.ids) and len(got.ids) == len(set(got.ids))
+    assert "@import" not in text.split("</style>")[0] and "url(" not in text.split("</style>")[0]
+
+
+def test_two_thousand_trials_stay_under_six_megabytes():
+    rows = [
+        row(
+            f"{i:016x}",
+            i % 20,
+            0.5 + (i % 97) / 200,
+            -(i % 89) / 1000,
+            batch_size=1 + i // 20 % 10,
+            learning_rate=1e-4 * (1 + i // 200),
+        )
+        for i in range(2000)
+    ]
+    text = render_report(STUDY, results_frame(rows), baseline=BASELINE)
+    assert len(text.encode()) < 6_000_000
+    assert f"The first {MAX_ROWS} of 2,000" in text
+
+
+def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monkeypatch):
+    monkeypatch.setattr("analysis.stats.bootstrap.DRAWS", 20)
+    monkeypatch.setattr("analysis.page.report.what_matters", lambda results: what_matters(results.head(200)))
+
+    def many(shift):
+        grid = itertools.product(range(30), ("mlp_down", "mlp_up", "mlp", "attn", "layer"), range(33), ("breadth", "depth"))
+        rows = [
+            row(
+                f"{i:015x}{shift}", layer, (0.5 + (i * 37 % 997) / 2000) - shift / 50, (i * 61 % 499 - 400) / 4000, module=module,
+                pipeline=f"{pipeline}_first", learning_rate=1e-4 * (1 + rate), run_id=f"{i:032x}", locality=i * 13 % 101 / 101,
+                epoch_losses=[3.0 / (1 + epoch) + i / 1e5 for epoch in range(25)],
+            )
+            for i, (layer, module, rate, pipeline) in enumerate(grid)
+        ]  # fmt: skip
+        rows += [failure(f"failed{i}-{shift}", layer=i, learning_rate=1.0) for i in range(30)]
+        return results_frame(rows + [row(f"diverged{shift}", 3, math.nan, diverged=1, learning_rate=2.0)])
+
+    results, then = many(0), many(1)
+    assert len(results) > 9900
+    other = Measured(STUDY | {"started": "2026-05-01 10:00"}, then, BASELINE)
+    text = render_report(STUDY, results, baseline=BASELINE, other=other)
+    assert len(text.encode()) < 6_000_000
+    got = Page(re.sub(r"<script>.*?</script>", "", text, flags=re.S))
+    table, figures = got["All trials"], got["Figures"]
+    assert "The first 469 of 9,931 and all 31 that failed or diverged" in table and "failed29-0" in table
+    assert "8,900 more settings are not drawn" in figures and "Compared with layer-sweep (2026-05-01)" in got.sections
+    front = json.loads(re.search(r'data-for="plot-front">(.*?)</script>', text, flags=re.S)[1])
+    drawn = {trial for trace in front["data"] for trial in trace.get("customdata", ())}
+    known = json.loads(re.search(r'id="explore-data">(.*?)</script>', text, flags=re.S)[1])
+    assert len(pickable(by_setting(results))) > 150 and drawn.issuperset(pickable(by_setting(results)))
+    assert known["left_out"] + len(known["settings"]) == 9900 and len(drawn) == 1000
+
+
+# in a browser
+
+
+def browsed_results():
+    rows = [row(f"t{i}", i % 30, 0.5 + i / 130, -i / 3000, module=("mlp_down", "attn")[i // 30]) for i in range(60)]
+    rows += [row(f"p{i}", i, batch_size=1, pipeline=("breadth_first", "depth_first")[i % 2]) for i in range(4)]
+    rows += [row(f"q{i}", i, batch_size=1, pipeline=("depth_first", "breadth_first")[i % 2]) for i in range(4)]
+    return results_frame(rows)
+
+
+@pytest.fixture
+def opened(tabs, tmp_path):  # noqa: F811
+    """Opens a report at a width."""
+
+    def open_report(width, **options):
+        results = browsed_results()
+        outcomes = study_outcomes(recommend(results).trial_id).assign(prompt="An unusually long prompt " * 8)
+        options = {"outcomes": outcomes} | options
+        file = tmp_path / "report.html"
+        file.write_text(render_report(STUDY, results, baseline=BASELINE, **options), encoding="utf-8")
+        return tabs(file, width)
+
+    return open_report
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_draws_every_figure_offline_and_does_not_scroll_sideways(opened, width):
+    tab = opened(width)
+    assert_it_fits(tab, width)
+    assert tab.locator("figure").count() == 9
+    assert tab.locator("#plot-front .scatterlayer .point").count() >= 60
+    assert tab.locator("#plot-map-reliability .hm image").count() == 1
+    assert tab.locator("#plot-losses .scatterlayer path.js-line").count() >= 2
+    assert tab.locator("#plot-front .errorbar").count() >= 2, "intervals of the front"
+
+
+@pytest.mark.browser
+def test_the_table_sorts_by_keyboard_with_absent_values_last(opened):
+    tab = opened(1280)
+    tab.locator("#trials + details > summary").click()
+    column = tab.locator("#all-trials thead th").filter(has_text="reliability")
+    index = column.evaluate("cell => cell.cellIndex")
+
+    def values():
+        cells = tab.locator(f"#all-trials tbody td:nth-child({index + 1})").all_inner_texts()
+        return [float(cell.split("%")[0]) for cell in cells]
+
+    column.locator("button").focus()
+    tab.keyboard.press("Enter")
+    assert column.get_attribute("aria-sort") == "descending" and values() == sorted(values(), reverse=True)
+    tab.keyboard.press("Enter")
+    assert column.get_attribute("aria-sort") == "ascending" and values() == sorted(values())
+
+
+@pytest.mark.browser
+def test_hovering_a_mark_names_its_trial(opened):
+    tab = opened(1280)
+    tab.locator("#plot-front").scroll_into_view_if_needed()
+    tab.evaluate("Plotly.Fx.hover('plot-front', [{curveNumber: 1, pointNumber: 0}])")
+    assert "0.mlp_down" in tab.locator("#plot-front .hovertext").first.text_content()
+
+
+@pytest.mark.browser
+def test_the_floor_moves_the_pick_as_the_rule_does_and_filters_reach_every_figure(opened):
+    tab = opened(1280)
+    results = browsed_results()
+
+    def shown_pick():
+        tab.wait_for_timeout(60)
+        return tab.locator("#floor-pick").get_attribute("data-pick")
+
+    def expect(floor, keep=slice(None)):
+        found = recommend(results[keep], floor)
+        assert shown_pick() == (found.trial_id if found else ""), floor
+
+    def pull(name, value):
+        tab.locator(name).evaluate(
+            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
+        )
+
+    assert shown_pick() == recommend(results).trial_id, "untouched it is the rule's own"
+    for percent in (0, 55.5, 72.3, 90, 95.3):
+        pull("#floor", percent)
+        expect(percent / 100)
+    pull("#floor", 60)
+    tab.locator("#floor").focus()
+    tab.keyboard.press("ArrowRight")
+    tab.wait_for_timeout(60)
+    assert "60.1%" in tab.locator("#floor-value").inner_text()
+
+    tab.get_by_role("checkbox", name="attn").uncheck()
+    expect(0.601, results["module"] == "mlp_down")
+    pull("#from-layer", 10)
+    pull("#to-layer", 20)
+    kept = (results["module"] == "mlp_down") & results["layer"].between(10, 20)
+    expect(0.601, kept)
+    assert tab.locator("#all-trials tbody tr:not([hidden])").count() == kept.sum() == 11
+    drawn = "name => document.getElementById(name).data.flatMap(t => t.z ? t.z.flat() : t.customdata ? t.y : [])"
+    for name in ("plot-front", "plot-map-reliability"):
+        assert len([y for y in tab.evaluate(drawn, name) if y is not None]) == 11, name
+    assert tab.evaluate("document.getElementById('plot-parallel').data[0].line.color.length") == 11
+    assert tab.evaluate("document.getElementById('plot-front').data.at(-1).x[0]") == pytest.approx(
+        recommend(results[kept], 0.601).metrics["reliability"], abs=1e-5
+    )
+
+    tab.get_by_role("button", name="Reset", exact=True).click()
+    assert shown_pick() == recommend(results).trial_id
+    plot = tab.locator("#plot-map-reliability .nsewdrag").first
+    tab.evaluate("document.getElementById('plot-map-reliability').scrollIntoView({block: 'center'})")
+    box = plot.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 0.52, box["y"] + box["height"] * 0.6)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] * 0.98, box["y"] + box["height"] * 0.9, steps=4)
+    tab.mouse.up()
+    expect(None, (results["module"] == "attn") & (results["layer"] >= 15))
+    assert tab.complaints == []
+
+
+@pytest.mark.browser
+def test_the_pick_of_the_floor_leads_to_the_edits_that_fail_there(opened):
+    results = browsed_results()
+    lower = recommend(results, 0.6).trial_id
+    tab = opened(1280, outcomes=study_outcomes(lower))
+    assert tab.locator("#floor-pick a").count() == 0, "the answers of the rule's own pick are not known here"
+    tab.locator("#floor").evaluate("slider => { slider.value = 60; slider.dispatchEvent(new Event('input')); }")
+    link = tab.locator("#floor-pick a")
+    link.wait_for()
+    answer = tab.get_by_text("Lyon")
+    tab.locator("details.trial").evaluate("details => { details.open = false; }")
+    assert not answer.is_visible()
+    link.focus()
+    tab.keyboard.press("Enter")
+    assert answer.is_visible() and tab.locator("details.trial").bounding_box()["y"] < 900
+
+
+@pytest.mark.browser
+def test_a_range_along_an_axis_filters_the_other_figures_also_after_axes_were_moved(opened):
+    tab = opened(1280)
+    marks = "document.getElementById('plot-front').data.flatMap(t => t.customdata ? t.y : []).filter(y => y !== null).length"
+    drawn = tab.evaluate(marks)
+
+    def brush(name, ranges):
+        tab.evaluate(
+            """([name, ranges]) => { const plot = document.getElementById('plot-parallel'), axes = plot.data[0].dimensions;
+            const key = `dimensions[${axes.findIndex(axis => axis.label === name)}].constraintrange`;
+            return Plotly.restyle(plot, {[key]: ranges}, [0]); }""",
+            [name, ranges],
+        )
+        tab.wait_for_timeout(100)
+
+    def shown(trials):
+        return tab.locator("#all-trials tbody tr:not([hidden])").count() == trials
+
+    results = browsed_results()
+    tab.locator("#floor").evaluate("slider => { slider.value = 60; slider.dispatchEvent(new Event('input')); }")
+    brush("layer", [[9.5, 20.5]])
+    inside = results[results["layer"].between(10, 20)]
+    assert tab.evaluate(marks) == len(inside) == 22 and shown(22)
+    assert tab.locator("#floor-pick").get_attribute("data-pick") == recommend(inside, 0.6).trial_id
+    assert tab.evaluate("document.getElementById('plot-parallel').data[0].line.color.length") == drawn, "its own lines stay"
+    tab.evaluate(
+        """() => { const plot = document.getElementById('plot-parallel'), axes = plot.data[0].dimensions;
+        return Plotly.restyle(plot, {dimensions: [[...axes].reverse()]}, [0]); }"""
+    )
+    tab.get_by_role("checkbox", name="attn").uncheck()
+    tab.wait_for_timeout(100)
+    assert tab.evaluate(marks) == 11 and shown(11)
+    axes = tab.evaluate("document.getElementById('plot-parallel').data[0].dimensions.map(a => [a.label, a.values])")
+    assert max(dict(axes)["layer"]) == 29 and max(dict(axes)["reliability"]) <= 1, "values stay with their axes"
+    tab.get_by_role("button", name="Reset", exact=True).click()
+    tab.wait_for_timeout(100)
+    assert tab.evaluate(marks) == drawn and shown(len(results)) and tab.complaints == []
+
+
+@pytest.mark.browser
+def test_a_browser_that_cannot_unpack_the_figures_says_so_and_the_controls_still_filter_the_tables(browser, tmp_path):  # noqa: F811
+    file = tmp_path / "report.html"
+    file.write_text(render_report(STUDY, browsed_results(), baseline=BASELINE), encoding="utf-8")
+    context = browser.new_context(offline=True)
+    context.add_init_script("delete window.DecompressionStream")
+    tab = context.new_page()
+    tab.goto(file.as_uri())
+    tab.get_by_text("The figures are not drawn").wait_for()
+    assert not tab.locator("figure:visible").count()
+    tab.get_by_role("checkbox", name="attn").uncheck()
+    tab.get_by_text("38 of 68 settings shown").wait_for()
+    context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_two_dates_of_a_study_side_by_side(opened, width):
+    results = browsed_results()
+    later = results.assign(reliability=results["reliability"] - 0.02, drift_kl=results["drift_kl"] * (1 + results["layer"]))
+    tab = opened(width, other=Measured(STUDY | {"started": "2026-05-01 10:00"}, later, BASELINE))
+    assert_it_fits(tab, width)
+    assert tab.get_by_role("heading", name="Compared with layer-sweep (2026-05-01)").is_visible()
+    section = tab.locator("section", has=tab.locator("#compared"))
+    assert "The pick" in section.inner_text() and "2026-05-01" in section.locator("table").first.inner_text()
+    assert tab.locator("#plot-compared-fronts .scatterlayer .point").count() >= 2 * 60
+    tab.get_by_role("checkbox", name="attn").uncheck()
+    tab.wait_for_timeout(100)
+    kept = "document.getElementById('plot-compared-positions').data.find(t => t.customdata).y.filter(y => y !== null).length"
+    assert tab.evaluate(kept) == 30

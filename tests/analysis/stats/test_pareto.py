@@ -1,0 +1,384 @@
+"""The results table, the front and the pick: small tables worked out by hand, and brute force on random ones."""
+
+import functools
+import itertools
+import math
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis.stats.intervals import interval, standard_error
+from analysis.stats.pareto import DEFAULT_OBJECTIVES, knee, pareto_front, pickable, recommend
+from analysis.stats.table import (
+    COLUMNS,
+    METRICS,
+    SETTING_AXES,
+    SPREADS,
+    by_setting,
+    done,
+    failed,
+    proportion_se,
+    results_frame,
+    setting_names,
+    wilson_interval,
+)
+
+INF, NAN = math.inf, math.nan
+
+
+def row(trial_id, reliability=NAN, capability=NAN, *, status="done", layer=0, **others):
+    base = {
+        "trial_id": trial_id,
+        "status": status,
+        "error": None if status == "done" else "cause",
+        "layers": 30,
+        "layer": layer,
+        "module": "mlp_down",
+        "pipeline": "breadth_first",
+        "batch_size": 32,
+        "learning_rate": 0.004,
+        "seed": 0,
+        "reliability": reliability,
+        "capability": capability,
+        "n_edits": 100,
+        "diverged": 0,
+    }
+    return base | others
+
+
+def table(*points, **others):
+    """Trials a, b, c, ... on layers 0, 1, 2, ... at these (reliability, capability)."""
+    frame = blank_table(len(points), tuple(others.items())).copy()
+    frame["reliability"], frame["capability"] = ([float(point[axis]) for point in points] for axis in (0, 1))
+    return frame
+
+
+@functools.cache
+def blank_table(n, others):
+    return results_frame([row(chr(97 + i), layer=i, **dict(others)) for i in range(n)])
+
+
+# the table
+
+
+def test_every_documented_column_is_there_with_its_dtype_even_without_rows():
+    for frame in (results_frame([]), results_frame([row("a", 0.5, 0.6)])):
+        assert list(frame.columns)[: len(COLUMNS)] == list(COLUMNS)
+        for name, column in COLUMNS.items():
+            expected = {"integer": "Int64", "number": "float64"}.get(column.kind, "object")
+            assert str(frame[name].dtype) == expected, name
+    assert set(SETTING_AXES) | set(METRICS) <= set(COLUMNS)
+
+
+def test_absent_values_are_absent_in_the_way_of_their_kind():
+    one = results_frame([{"trial_id": "a", "status": "failed", "layer": 3, "module": "mlp"}]).iloc[0]
+    assert one["error"] is None and one["run_id"] is None
+    assert one["batch_size"] is pd.NA and math.isnan(one["reliability"]) and one["epoch_losses"] == []
+
+
+def test_numbers_may_come_as_text_and_tasks_and_unknown_columns_are_kept():
+    given = row("a", "0.5", layer="7", layers="15", batch_size="32", **{"capability.world": "0.25", "note": "x"})
+    one = results_frame([given]).iloc[0]
+    assert (one["layer"], one["depth"], one["reliability"], one["batch_size"]) == (7, 0.5, 0.5, 32)
+    assert one["capability.world"] == 0.25 and one["note"] == "x"
+
+
+def test_the_table_survives_being_read_back():
+    frame = results_frame([row("a", 0.5, epoch_losses=[1.0, 0.5]), row("b", status="failed")])
+    pd.testing.assert_frame_equal(results_frame(frame.to_dict("records")), frame)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"status": "done", "layer": 1, "module": "mlp"}], "row 0 of the results lacks trial_id"),
+        ([row("a", status="running")], "'running', expected done or failed"),
+        ([row("a"), row("a")], "1 trial ids come more than once in the results, the first is a"),
+    ],
+)
+def test_rows_that_are_no_results_are_refused(rows, said):
+    with pytest.raises(ValueError, match=said):
+        results_frame(rows)
+
+
+def test_done_and_failed_part_the_table():
+    frame = results_frame([row("a"), row("b", status="failed"), row("c", diverged=1)])
+    assert list(done(frame)["trial_id"]) == ["a", "c"]
+    assert list(failed(frame)["trial_id"]) == ["b"]
+
+
+def test_the_standard_error_is_the_usual_one_away_from_the_ends_and_never_zero():
+    assert proportion_se(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+    assert proportion_se(0.9, 10_000) == pytest.approx(math.sqrt(0.09 / 10_000), rel=1e-3)
+    assert proportion_se(1.0, 100) == pytest.approx(proportion_se(0.0, 100)) == pytest.approx(0.00966, abs=1e-4)
+    assert (
+        math.isnan(proportion_se(NAN, 100))
+        and math.isnan(proportion_se(0.5, NAN))
+        and math.isnan(proportion_se(0.5, 0))
+    )
+
+
+def test_wilson_interval_known_values():
+    assert wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+def test_seeds_of_a_setting_are_averaged_and_counted():
+    frame = results_frame(
+        [
+            row("b", 0.8, 0.5, seed=1, run_id="r1"),
+            row("a", 0.6, 0.7, seed=0, run_id="r0"),
+            row("c", status="failed", seed=2),
+            row("d", 0.9, 0.5, layer=1, diverged=1),
+        ]
+    )
+    first, second = by_setting(frame).to_dict("records")
+    assert (first["trial_id"], first["run_id"], first["trial_ids"], first["seeds"]) == ("a", "r0", ("a", "b"), (0, 1))
+    assert first["reliability"] == pytest.approx(0.7) and first["capability"] == pytest.approx(0.6)
+    assert (first["n_seeds"], first["n_failed"], first["diverged"]) == (2, 1, 0)
+    between = math.sqrt(0.02)
+    assert first["reliability_sd"] == pytest.approx(between)
+    assert first["reliability_se"] == pytest.approx(math.hypot(proportion_se(0.7, 100), between / math.sqrt(2)))
+    assert (second["trial_ids"], second["n_failed"], second["diverged"]) == (("d",), 0, 1)
+    assert math.isnan(second["reliability_sd"]) and second["reliability_se"] == pytest.approx(proportion_se(0.9, 100))
+
+
+def test_what_the_seeds_of_a_setting_did_is_kept_and_absent_for_one():
+    rows = [row("a", 0.6, drift_kl=0.2, locality=0.5), row("b", 0.8, seed=1, drift_kl=0.1, locality=0.5), row("c", 0.7, layer=1)]
+    both, one = by_setting(results_frame(rows)).to_dict("records")
+    assert (both["drift_kl_low"], both["drift_kl_high"], both["locality_sd"]) == (0.1, 0.2, 0.0)
+    assert all(math.isnan(one[name]) for name in SPREADS) and math.isnan(both["generalization_sd"])
+
+
+def test_intervals_come_from_edits_seeds_and_items():
+    rows = [
+        row("a", 0.6, 0.5, capability_change=-0.01, capability_change_low=-0.03, capability_change_high=0.02),
+        row("b", 0.8, 0.5, seed=1, capability_change=-0.01, capability_change_low=-0.03, capability_change_high=0.02),
+        row("c", 0.7, 0.5, layer=1),
+        row("d", 0.7, layer=2, n_edits=NAN),
+    ]
+    both, one, bare = by_setting(results_frame(rows)).to_dict("records")
+    assert interval(one, "reliability") == pytest.approx(wilson_interval(0.7, 100))
+    low, high = interval(both, "reliability")
+    more = 1.96 * 0.1  # two seeds 0.2 apart: their mean has a standard error of 0.1
+    assert low == pytest.approx(0.7 - math.hypot(0.7 - wilson_interval(0.7, 100)[0], more), abs=1e-4)
+    assert high == pytest.approx(0.7 + math.hypot(wilson_interval(0.7, 100)[1] - 0.7, more), abs=1e-4)
+    assert interval(both, "capability") == pytest.approx((0.48, 0.53))
+    assert interval(both, "capability_change") == pytest.approx((-0.03, 0.02))
+    assert standard_error(both, "reliability") == pytest.approx(both["reliability_se"])
+    for found in (interval(bare, "reliability"), interval(one, "capability"), interval(one, "drift_kl"), interval(one, "locality")):
+        assert all(map(math.isnan, found))
+
+
+def test_settings_are_named_by_their_position_and_by_what_tells_them_apart_there():
+    rows = [row("a"), row("b", learning_rate=0.002), row("c", layer=1), row("d", learning_rate=0.002, pipeline="depth_first")]
+    names = setting_names(by_setting(results_frame(rows)))
+    assert names["a"] == "0.mlp_down at breadth-first, rate 0.004" and names["c"] == "1.mlp_down"
+    assert names["d"] == "0.mlp_down at depth-first, rate 0.002"
+
+
+def test_averaging_twice_changes_no_metric_and_leaves_the_table_alone():
+    frame = table((0.5, 0.6), (0.7, INF))
+    before = frame.copy(deep=True)
+    once = by_setting(frame)
+    pd.testing.assert_frame_equal(frame, before)
+    assert list(once["reliability"]) == [0.5, 0.7] and math.isnan(once["capability"][1])
+    assert by_setting(results_frame([])).empty
+
+
+# the front
+
+
+def test_points_of_a_front_in_order_with_its_hypervolume():
+    front = pareto_front(table((0.9, 0.2), (0.5, 0.5), (0.4, 0.4), (0.1, 0.9)))
+    assert front.trial_ids == ("a", "b", "d")
+    assert front.points == ((0.9, 0.2), (0.5, 0.5), (0.1, 0.9))
+    assert front.objectives == DEFAULT_OBJECTIVES and front.reference == (0.0, 0.0)
+    assert front.hypervolume == pytest.approx(0.9 * 0.2 + 0.5 * 0.3 + 0.1 * 0.4)
+
+
+def brute_force(points):
+    """Indices that no other point dominates, compared pair by pair."""
+    return {
+        i
+        for i, p in enumerate(points)
+        if not any(all(b >= a for a, b in zip(p, q, strict=True)) and q != p for q in points)
+    }
+
+
+VALUES = (0.0, 0.5, 1.0, NAN, INF, -INF)
+
+
+def test_every_table_of_two_trials_with_infinities_and_nan():
+    every_point = itertools.product(VALUES, repeat=2)
+    for points in itertools.combinations_with_replacement(every_point, 2):
+        finite = [i for i, point in enumerate(points) if all(map(math.isfinite, point))]
+        expected = {"ab"[finite[i]] for i in brute_force([points[i] for i in finite])}
+        assert set(pareto_front(table(*points)).trial_ids) == expected, points
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])] * 2), min_size=1, max_size=12))
+def test_the_front_is_what_brute_force_finds(points):
+    front = pareto_front(table(*points))
+    assert set(front.trial_ids) == {chr(97 + i) for i in brute_force(points)}
+    assert list(front.points) == sorted(front.points, reverse=True)
+    cells = itertools.product(range(5), repeat=2)  # of the 0.2 grid: covered by some point?
+    covered = sum(any(x >= 0.2 * (i + 1) - 1e-9 and y >= 0.2 * (j + 1) - 1e-9 for x, y in points) for i, j in cells)
+    assert front.hypervolume == pytest.approx(covered * 0.04)
+
+
+def test_failed_and_diverged_trials_are_on_no_front():
+    frame = results_frame([row("a", 0.5, 0.5), row("b", 0.9, 0.9, diverged=1), row("c", 0.9, 0.9, status="failed")])
+    assert pareto_front(frame).trial_ids == ("a",)
+
+
+def test_an_empty_front():
+    front = pareto_front(results_frame([]))
+    assert (front.trial_ids, front.points, front.hypervolume, knee(front)) == ((), (), 0.0, None)
+
+
+def test_other_objectives_and_references():
+    frame = results_frame(
+        [row("a", 0.5, 0.1, generalization=0.9, capability_change=-0.1), row("b", 0.6, 0.2, generalization=0.1)]
+    )
+    assert pareto_front(frame, ("reliability", "generalization")).trial_ids == ("b", "a")
+    three = pareto_front(frame, ("reliability", "capability", "generalization"))
+    assert three.trial_ids == ("b", "a") and three.reference == (0.0, 0.0, 0.0)
+    change = pareto_front(frame, ("reliability", "capability_change"))
+    assert change.trial_ids == ("a",) and change.hypervolume == pytest.approx(0.5 * 0.9)
+    assert pareto_front(frame, reference=(0.5, 0.1)).hypervolume == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("objectives", [("reliability",), ("reliability", "reliability"), ("reliability", "drift_kl")])
+def test_objectives_that_cannot_be_maximised_together_are_refused(objectives):
+    with pytest.raises(ValueError, match="expected two or more different ones of reliability"):
+        pareto_front(table((0.1, 0.1)), objectives)
+
+
+def test_a_reference_of_another_length_and_an_absent_task_are_refused():
+    with pytest.raises(ValueError, match="1 values for 2 objectives"):
+        pareto_front(table((0.1, 0.1)), reference=(0.0,))
+    with pytest.raises(ValueError, match="no column 'capability.world'"):
+        pareto_front(table((0.1, 0.1)), ("reliability", "capability.world"))
+
+
+def test_the_knee_is_where_the_front_bends():
+    assert knee(pareto_front(table((1.0, 0.0), (0.9, 0.8), (0.5, 0.9), (0.0, 1.0)))) == "b"
+    assert knee(pareto_front(table((1.0, 0.0), (0.0, 1.0)))) == "a"  # nothing bends
+    assert knee(pareto_front(table((0.3, 0.3)))) == "a"
+
+
+# the pick
+
+
+def test_highest_capability_within_one_standard_error_of_the_best_reliability():
+    # at 0.98 of 100 edits the standard error is 1.7 points
+    pick = recommend(table((0.98, 0.50), (0.97, 0.60), (0.96, 0.90)))
+    assert (pick.trial_id, pick.runner_up, pick.position) == ("b", "a", "1.mlp_down")
+    assert "Highest capability" in pick.rule and "(1.7 points) of the best (98.0%)" in pick.rule
+    assert pick.reasons[0] == "2 of 3 settings are within one standard error of the best reliability."
+    assert pick.settings["batch_size"] == 32 and pick.settings["seeds"] == (0,)
+    assert pick.metrics["reliability"] == 0.97 and all(map(math.isfinite, pick.metrics.values()))
+
+
+def test_without_a_number_of_edits_only_ties_are_candidates():
+    assert recommend(table((0.98, 0.5), (0.979, 0.9), n_edits=NAN)).trial_id == "a"
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"generalization": 0.4, "drift_kl": 0.1}, {"generalization": 0.5, "drift_kl": 0.9}),
+        (
+            {"generalization": 0.5, "drift_kl": 0.2, "seconds_per_edit": 1},
+            {"generalization": 0.5, "drift_kl": 0.1, "seconds_per_edit": 9},
+        ),
+        ({"drift_kl": 0.1, "seconds_per_edit": 2}, {"drift_kl": 0.1, "seconds_per_edit": 1}),
+        ({}, {"generalization": 0.0}),  # not measured loses against measured
+        ({"reliability": 0.97}, {"reliability": 0.98}),
+        ({"capability": 0.5}, {"capability": 0.5 + 1e-6}),
+        ({"generalization": 0.4, "capability": 0.5 + 1e-13}, {"generalization": 0.5}),  # a tie but for rounding
+    ],
+)  # fmt: skip
+def test_ties_in_capability_are_broken_in_the_documented_order(a, b):
+    rows = [
+        row("a", **({"reliability": 0.98, "capability": 0.5} | a)),
+        row("b", **({"reliability": 0.98, "capability": 0.5} | b), layer=1),
+    ]
+    assert recommend(results_frame(rows)).trial_id == "b"
+    assert recommend(results_frame(rows[::-1])).trial_id == "b"
+
+
+def test_the_pick_does_not_depend_on_the_order_of_rows():
+    rows = [row(name, 0.95, 0.5, layer=i) for i, name in enumerate("cab")]
+    assert {recommend(results_frame(list(order))).trial_id for order in itertools.permutations(rows)} == {"a"}
+
+
+def test_seeds_count_as_one_setting_and_their_mean_decides():
+    rows = [
+        row("lucky", 0.95, 0.9, layer=1, seed=0),
+        row("unlucky", 0.95, 0.1, layer=1, seed=1),
+        row("steady", 0.95, 0.6),
+    ]
+    assert recommend(results_frame(rows)).trial_id == "steady"
+    pick = recommend(results_frame(rows[:2]))
+    assert (pick.trial_id, pick.trial_ids, pick.settings["seeds"], pick.runner_up) == (
+        "lucky",
+        ("lucky", "unlucky"),
+        (0, 1),
+        None,
+    )
+    assert any("Mean of 2 seeds" in reason for reason in pick.reasons)
+
+
+def test_a_setting_that_diverged_with_one_seed_is_not_picked():
+    rows = [row("a", 1.0, 0.9, seed=0), row("b", 1.0, 0.9, seed=1, diverged=1), row("c", 0.4, 0.3, layer=1)]
+    assert recommend(results_frame(rows)).trial_id == "c"
+
+
+def test_without_capability_the_rule_goes_by_generalization_and_says_so():
+    frame = results_frame([row("a", 0.98, generalization=0.4), row("b", 0.98, generalization=0.6, layer=1)])
+    pick = recommend(frame)
+    assert pick.trial_id == "b" and "generalization (capability was not measured)" in pick.rule
+
+
+def test_there_is_no_pick_when_nothing_was_measured():
+    assert recommend(results_frame([])) is None
+    assert recommend(results_frame([row("a", status="failed"), row("b", INF, 0.5), row("c", NAN, 0.5)])) is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 20).map(lambda k: k / 20)] * 2), min_size=1, max_size=10))
+def test_the_pick_is_within_one_error_and_best_there_and_beaten_by_none_in_both(points):
+    frame = table(*points)
+    pick = recommend(frame)
+    best = max(r for r, _ in points)
+    reliability, capability = points[ord(pick.trial_id) - 97]
+    inside = [c for r, c in points if r >= best - proportion_se(best, 100) - 1e-9]
+    assert reliability >= best - proportion_se(best, 100) - 1e-9 and capability == max(inside)
+    assert pick.trial_id in pareto_front(frame).trial_ids
+
+
+def test_a_floor_asks_for_another_reliability_than_that_of_the_rule():
+    results = table((1.0, 0.3), (0.9, 0.5), (0.6, 0.7))
+    assert recommend(results).trial_id == "a" and recommend(results, 0.9).trial_id == "b"
+    assert recommend(results, 0.0).trial_id == "c" and recommend(results, 1.01) is None
+    assert "at least 90.0%" in recommend(results, 0.9).rule and "2 of 3" in recommend(results, 0.9).reasons[0]
+    assert recommend(results, recommend(results).floor).trial_id == recommend(results).trial_id
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), *[st.integers(0, 3).map(lambda k: k / 3)] * 2), min_size=1, max_size=8))
+def test_whatever_floor_and_positions_are_asked_for_the_pick_is_among_the_pickable(points):
+    rows = blank_table(len(points), ()).assign(layer=[layer for layer, _, _ in points], learning_rate=range(1, len(points) + 1))
+    results = rows.assign(reliability=[r for _, r, _ in points], capability=[c for _, _, c in points])
+    able = pickable(by_setting(results))
+    picks = set()
+    for layers in ({0, 1, 2}, {0, 2}, {0}, {1}, {2}):
+        for floor in sorted({r for _, r, _ in points}):
+            pick = recommend(results[results["layer"].isin(layers)], floor)
+            picks |= {pick.trial_id} if pick else set()
+    assert picks == set(able)

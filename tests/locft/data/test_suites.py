@@ -1,0 +1,367 @@
+"""Benchmarks in their published layouts to items, and what is said about files that are wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from locft.data.suites import load_suite
+from locft.errors import InputError
+
+REAL = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "capability"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real benchmark files are not beside the repository")
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+RECORDS = {
+    "arc": {
+        "question": "Why?",
+        "choices": {"text": ["Sun", "Moon", "Star"], "label": ["1", "2", "3"]},
+        "answerKey": "2",
+    },
+    "openbookqa": {
+        "question_stem": "Frogs",
+        "choices": {"text": ["swim", "fly"], "label": ["A", "B"]},
+        "answerKey": "B",
+    },
+    "mmlu": {"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "arithmetic"},
+    "lambada": {"text": "He shook his head. \"No,\" he said"},
+    "blimp": {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps.", "UID": "agreement"},
+    "piqa": {"goal": "To cool soup,", "sol1": "blow on it.", "sol2": "boil it.", "label": 0},
+    "hellaswag": {
+        "activity_label": "Baking",
+        "ctx_a": "[header] How to bake [title] Mix the flour.",
+        "ctx_b": "then she",
+        "ctx": "unused",
+        "endings": ["bakes [step] it.", "flies."],
+        "label": "1",
+    },
+    "sciq": {
+        "support": "Ice is cold.",
+        "question": "What is cold?",
+        "distractor1": "fire",
+        "distractor2": "lava",
+        "distractor3": "steam",
+        "correct_answer": "ice",
+    },
+    "own": {"id": "x1", "context": "The sky is", "choices": [" blue", " green"], "answer": 0},
+    "own_last_word": {"context": "Once upon a", "choices": [" time"], "answer": 0},
+}
+EXPECTED = {  # context, choices, answer, rule
+    "arc": ("Question: Why?\nAnswer:", (" Sun", " Moon", " Star"), 1, "sum"),
+    "openbookqa": ("Frogs", (" swim", " fly"), 1, "mean"),
+    "mmlu": ("2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:", (" A", " B", " C", " D"), 1, "sum"),
+    "lambada": ('He shook his head. "No," he', (" said",), 0, "exact"),
+    "blimp": ("", ("Cats sleep.", "Cats sleeps."), 0, "sum"),
+    "piqa": ("Question: To cool soup,\nAnswer:", (" blow on it.", " boil it."), 0, "sum"),
+    "hellaswag": ("Baking: How to bake. Mix the flour. Then she", (" bakes it.", " flies."), 1, "mean"),
+    "sciq": ("Ice is cold.\nQuestion: What is cold?\nAnswer:", (" fire", " lava", " steam", " ice"), 3, "sum"),
+    "own": ("The sky is", (" blue", " green"), 0, "sum"),
+    "own_last_word": ("Once upon a", (" time",), 0, "exact"),
+}
+
+
+def write(folder, name, records):
+    path = folder / name
+    if isinstance(records, bytes):
+        path.write_bytes(records)
+    elif isinstance(records, str):
+        path.write_text(records, encoding="utf-8")
+    elif name.endswith(".json"):
+        path.write_text(json.dumps(records), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def one_task(path, **settings):
+    (task,) = load_suite(None, {"task": path}, **settings).tasks
+    return task
+
+
+def problems_of(tasks, suite=None, **settings):
+    with pytest.raises(InputError) as caught:
+        load_suite(suite, tasks, **settings)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("layout", RECORDS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_every_layout_in_every_file_form(tmp_path, layout, name):
+    if name == "a.parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        path = str(tmp_path / name)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([RECORDS[layout]]), path)
+    else:
+        path = write(tmp_path, name, [RECORDS[layout]])
+    (item,) = one_task(path).items
+    assert (item.context, item.choices, item.answer, item.rule) == EXPECTED[layout]
+    assert item.task == "task"
+    assert item.id == RECORDS[layout].get("id", "a:1")
+
+
+@pytest.mark.parametrize("layout", ["arc", "piqa", "blimp", "sciq", "hellaswag", "mmlu", "lambada"])
+def test_csv_with_json_in_the_cells_of_lists(tmp_path, layout):
+    import csv
+
+    record = RECORDS[layout]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(record)
+        writer.writerow([value if isinstance(value, str) else json.dumps(value) for value in record.values()])
+    (item,) = one_task(str(tmp_path / "a.csv")).items
+    assert (item.context, item.choices, item.answer, item.rule) == EXPECTED[layout]
+    assert item.id == "a:2"
+
+
+def test_variants_of_layouts(tmp_path):
+    letter = RECORDS["mmlu"] | {"answer": "D"}
+    assert one_task(write(tmp_path, "a.jsonl", [letter])).items[0].answer == 3
+    no_support = RECORDS["sciq"] | {"support": ""}
+    assert one_task(write(tmp_path, "a.jsonl", [no_support])).items[0].context == "Question: What is cold?\nAnswer:"
+    whole = {"ctx": "She", "endings": ["runs.", "[x]"], "label": 0}
+    item = one_task(write(tmp_path, "a.jsonl", [whole])).items[0]
+    assert (item.context, item.choices) == ("She", (" runs.", " [x]"))
+    own_line = {"text": "\"Go,\" he said.\n\nShane"}
+    item = one_task(write(tmp_path, "a.jsonl", [own_line])).items[0]
+    assert (item.context, item.choices) == ('"Go," he said.\n\n', ("Shane",))
+
+
+def test_folder_of_files_is_one_task(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        write(tmp_path, name, [RECORDS["blimp"]] * 2)
+    write(tmp_path, "README", "not read")
+    task = one_task(str(tmp_path))
+    assert [item.id for item in task.items] == ["a:1", "a:2", "b:1", "b:2"]
+    write(tmp_path, "c.jsonl", [RECORDS["piqa"]])
+    (problem,) = problems_of({"pairs": str(tmp_path)})
+    assert "different layouts" in problem and "is BLiMP" in problem and "is PIQA" in problem
+
+
+def test_limit_is_evenly_spaced_and_repeatable(tmp_path):
+    path = write(tmp_path, "a.jsonl", [RECORDS["blimp"]] * 10)
+    assert [item.id for item in one_task(path, limit=4).items] == ["a:1", "a:3", "a:6", "a:8"]
+    assert one_task(path, limit=4) == one_task(path, limit=4)
+    assert len(one_task(path, limit=99).items) == 10
+
+
+def test_chance_is_that_of_the_items(tmp_path):
+    records = [RECORDS["arc"], RECORDS["arc"] | {"choices": {"text": ["a", "b"], "label": ["1", "2"]}}]
+    assert one_task(write(tmp_path, "a.jsonl", records)).chance == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert one_task(write(tmp_path, "a.jsonl", [RECORDS["lambada"]])).chance == 0
+
+
+def test_fingerprint_is_that_of_the_content(tmp_path):
+    first = load_suite(None, {"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"]])})
+    moved = load_suite(None, {"t": write(tmp_path, "renamed.json", [RECORDS["blimp"]])})
+    other = load_suite(None, {"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"] | {"sentence_bad": "Cat sleep."}])})
+    text = write(tmp_path, "p.txt", "Hi there.")
+    prose = load_suite(None, {"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"]])}, prose=text)
+    assert first.fingerprint == moved.fingerprint
+    assert len({first.fingerprint, other.fingerprint, prose.fingerprint}) == 3
+
+
+def test_built_in_probes():
+    suite = load_suite()
+    tasks = {task.name: task for task in suite.tasks}
+    assert {"world_facts", "grammar", "everyday", "last_word"} <= set(tasks)
+    assert sum(len(task.items) for task in suite.tasks) >= 600
+    assert tasks["last_word"].chance == 0 and all(item.rule == "exact" for item in tasks["last_word"].items)
+    assert tasks["world_facts"].chance == pytest.approx(0.25)
+    assert tasks["grammar"].chance == tasks["everyday"].chance == pytest.approx(0.5)
+    assert all(item.context == "" for item in tasks["grammar"].items)
+    for name in ("world_facts", "everyday", "last_word"):
+        assert all(choice.startswith(" ") for item in tasks[name].items for choice in item.choices)
+    assert len(suite.prose[0]) > 5000
+    assert {len(task.items) for task in load_suite(limit=7).tasks} == {7}
+
+
+def test_probes_and_named_tasks_together(tmp_path):
+    path = write(tmp_path, "a.jsonl", [RECORDS["arc"]])
+    assert [task.name for task in load_suite("probes", {"arc_easy": path}).tasks][-1] == "arc_easy"
+    (problem,) = problems_of({"grammar": path}, suite="probes")
+    assert "has a task of this name" in problem
+
+
+def test_prose_from_text_and_from_records(tmp_path):
+    path = write(tmp_path, "a.jsonl", [RECORDS["arc"]])
+    plain = write(tmp_path, "p.txt", "First line.\nSecond line.\n")
+    assert load_suite(None, {"t": path}, prose=plain).prose == ("First line.\nSecond line.\n",)
+    records = write(tmp_path, "p.jsonl", [{"text": "First line.\n"}, {"text": ""}, {"text": "Second."}])
+    assert load_suite(None, {"t": path}, prose=records).prose == ("First line.\n\nSecond.",)
+    assert "no text in it" in problems_of({"t": path}, prose=write(tmp_path, "e.txt", " \n"))[0]
+    assert "prose needs the field 'text'" in problems_of({"t": path}, prose=path)[0]
+    assert "no such file; did you mean" in problems_of({"t": path}, prose=str(tmp_path / "pp.txt"))[0]
+    assert "is a folder" in problems_of({"t": path}, prose=str(tmp_path))[0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "expected"),
+    [
+        ("arc", {"answerKey": "E"}, "line 2: field 'answerKey': got a string \"E\", expected one of 1, 2, 3"),
+        ("arc", {"choices": {"text": ["a"], "label": ["1", "2"]}}, "two lists of the same length"),
+        ("arc", {"question": ""}, "field 'question': got a string \"\", expected text"),
+        ("piqa", {"label": -1}, "got a number -1, expected the number of the right choice, 0 to 1 (a split without"),
+        ("hellaswag", {"label": ""}, "a split without answers cannot be scored"),
+        ("hellaswag", {"endings": ["one"]}, "'endings': got a list [\"one\"], expected a list of 2 or more texts"),
+        ("mmlu", {"answer": 4}, "field 'answer': got a number 4, expected the number of the right choice, 0 to 3"),
+        ("mmlu", {"answer": True}, "field 'answer': got a boolean true"),
+        ("mmlu", {"choices": [str(number) for number in range(30)]}, "at most 26 texts"),
+        ("blimp", {"sentence_bad": 7}, "field 'sentence_bad': got a number 7, expected text"),
+        ("lambada", {"text": "word"}, "two or more words"),
+        ("own", {"choices": []}, "field 'choices': got a list [], expected a list of 1 or more texts"),
+        ("own", {"context": None}, "field 'context': got null, expected text"),
+        ("own", {"id": 3}, "field 'id': got a number 3, expected text"),
+    ],
+)
+def test_a_wrong_field_is_told_with_its_place(tmp_path, layout, change, expected):
+    good = RECORDS[layout] | ({"id": "other"} if layout == "own" else {})
+    (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [good, RECORDS[layout] | change])})
+    assert "a.jsonl, line 2" in problem and expected in problem
+
+
+def test_a_missing_field_names_the_nearest(tmp_path):
+    record = {"sentance_bad" if key == "sentence_bad" else key: value for key, value in RECORDS["blimp"].items()}
+    (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"], record])})
+    assert "line 2: field 'sentence_bad' is missing (there is 'sentance_bad'), expected text" in problem
+
+
+def test_unknown_layout_shows_keys_and_known_layouts(tmp_path):
+    (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [{"text": "fine", "label": 1}])})
+    assert "line 1: unknown layout, its keys are text, label" in problem
+    assert "ARC (answerKey, choices, question)" in problem and "LAMBADA (text)" in problem
+
+
+def test_all_problems_of_all_tasks_at_once(tmp_path):
+    broken = write(tmp_path, "broken.jsonl", '{"question": \n' + json.dumps(RECORDS["arc"]) + "\n[]\n")
+    piqa = RECORDS["piqa"]
+    wrong = write(tmp_path, "wrong.jsonl", [piqa | {"label": 9, "goal": None}, piqa | {"sol1": 3}])
+    latin = write(tmp_path, "latin.jsonl", '{"text": "café au lait"}\n'.encode("latin-1"))
+    tasks = {"a": broken, "b": wrong, "c": latin, "d": str(tmp_path / "wrong.jsn"), "e f": wrong, "g": "notes.txt"}
+    problems = "\n".join(problems_of(tasks, suite="prob", limit=0, prose=str(tmp_path / "none.txt")))
+    for expected in (
+        "capability limit: got 0",
+        "capability suite: got 'prob', expected one of probes, or none; did you mean probes?",
+        "broken.jsonl, line 1, column",
+        "broken.jsonl, line 3: a record must be a JSON object",
+        "wrong.jsonl, line 1: field 'label'",
+        "wrong.jsonl, line 1: field 'goal'",
+        "wrong.jsonl, line 2: field 'sol1'",
+        "latin.jsonl, line 1: not UTF-8: byte 0xe9",
+        "wrong.jsn: no such file; did you mean",
+        "capability task name: got 'e f'",
+        "notes.txt is plain text, which has no right answers; name it as prose",
+        "none.txt: no such file",
+    ):
+        assert expected in problems
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", "", "no records"),
+        ("a.csv", "", "no rows below the header"),
+        ("a.csv", "goal,sol1,sol2,label\n", "no rows below the header"),
+        ("a.csv", 'goal,sol1,sol2,label\na,b,c,0\n"two\nlines",b\n', "line 3: 2 cells, but the header has 4"),
+        ("a.csv", 'goal,sol1\n"a"b,c\n', "broken CSV"),
+        ("a.parquet", "no parquet", "cannot be read as parquet"),
+        ("a.xlsx", "", "got a file ending in '.xlsx', expected one of .jsonl"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content, expected):
+    assert expected in problems_of({"t": write(tmp_path, name, content)})[0]
+
+
+def test_nothing_to_measure_and_sources_that_are_none(tmp_path):
+    assert "nothing would be measured" in problems_of({})[0]
+    assert "expected a file, a folder or a hub data set" in problems_of({"t": " "})[0]
+    assert "has no file ending in" in problems_of({"t": str(tmp_path)})[0]
+    same = [RECORDS["own"], RECORDS["own"]]
+    assert "id 'x1' is taken by an earlier item" in problems_of({"t": write(tmp_path, "a.jsonl", same)})[0]
+
+
+def test_hub_data_set(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split=None):
+        asked.append((name, config, split))
+        rows = datasets.Dataset.from_list([RECORDS["arc"]] * 3)
+        return rows if split else datasets.DatasetDict({"train": rows, "test": rows.select([0])})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(one_task("allenai/ai2_arc:ARC-Easy:validation").items) == 3
+    assert len(one_task("allenai/ai2_arc:ARC-Easy").items) == 1
+    assert one_task("allenai/ai2_arc::train").items[0].choices == EXPECTED["arc"][1]
+    assert asked == [
+        ("allenai/ai2_arc", "ARC-Easy", "validation"),
+        ("allenai/ai2_arc", "ARC-Easy", None),
+        ("allenai/ai2_arc", None, "train"),
+    ]
+
+
+def test_hub_data_set_that_cannot_be_had(monkeypatch):
+    import datasets
+
+    def load_dataset(name, config, split=None):
+        raise ConnectionError(f"Couldn't reach '{name}' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (problem,) = problems_of({"t": "allenai/ai2_arc:ARC-Easy:test"})
+    assert "hub data set 'allenai/ai2_arc' (config ARC-Easy, split test): ConnectionError: Couldn't reach" in problem
+    assert "no such path here" in problem and "Without a network: download" in problem
+
+
+@needs_real
+def test_real_files():
+    tasks = {"arc": "arc_easy_test.jsonl", "lambada": "lambada_test.jsonl", "blimp": "blimp"}
+    sources = {name: str(REAL / path) for name, path in tasks.items()}
+    suite = load_suite(None, sources, prose=str(REAL / "wikitext2_valid.txt"))
+    assert {task.name: len(task.items) for task in suite.tasks} == {"arc": 2376, "lambada": 2000, "blimp": 2400}
+    arc, lambada, blimp = suite.tasks
+    assert arc.chance == pytest.approx((2365 / 4 + 7 / 3 + 4 / 5) / 2376)
+    assert (lambada.chance, blimp.chance) == (0, 0.5)
+    assert suite.prose[0].lstrip().startswith("= Homarus gammarus =")
+    for item, line in zip(lambada.items, (REAL / tasks["lambada"]).read_text().splitlines(), strict=True):
+        assert item.context + item.choices[0] == json.loads(line)["text"].rstrip()
+
+
+texts = st.lists(st.text(max_size=3), max_size=3)
+values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 5),
+    st.text(max_size=8),
+    texts,
+    st.fixed_dictionaries({"text": texts, "label": texts}),
+)
+
+
+@FUZZ
+@given(layout=st.sampled_from(sorted(RECORDS)), data=st.data())
+def test_any_record_gives_sound_items_or_an_input_error(tmp_path, layout, data):
+    changes = st.dictionaries(st.sampled_from(sorted(RECORDS[layout])), values, max_size=2)
+    records = [RECORDS[layout] | data.draw(changes) | {"id": str(number)} for number in range(2)]
+    try:
+        (task,) = load_suite(None, {"t": write(tmp_path, "a.jsonl", records)}).tasks
+    except InputError as error:
+        assert error.problems and all(problem.strip() for problem in error.problems)
+        return
+    for item in task.items:
+        assert 0 <= item.answer < len(item.choices)
+        assert all(choice.strip() for choice in item.choices)
+        assert (item.rule == "exact") == (len(item.choices) == 1)
+
+
+@FUZZ
+@given(content=st.binary(max_size=80) | st.text(alphabet='goal,"sol1\n\r\0{[]}:0', max_size=60).map(str.encode),
+       name=st.sampled_from(["a.csv", "a.jsonl", "a.json", "a.parquet"]))  # fmt: skip
+def test_any_bytes_give_an_input_error_or_a_suite(tmp_path, content, name):
+    try:
+        load_suite(None, {"t": write(tmp_path, name, content)})
+    except InputError as error:
+        assert error.problems

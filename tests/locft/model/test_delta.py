@@ -1,0 +1,90 @@
+"""Deltas: what comes back from disk is what was trained, fits only its base, and leaves no trace when taken away."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from locft.model.delta import EditDelta, applied, apply_delta, merge, revert
+from locft.train.encoding import encode_edit
+from locft.errors import InputError
+from locft.train.pipelines import TrainingSettings, finetune
+from locft.model.models import load_model, model_fingerprint
+from locft.model.positions import TuningPosition
+from locft.train.reference import full_forward
+from tests.tiny import tiny_loaded
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny_loaded("qwen2")
+
+
+@pytest.fixture(scope="module")
+def rows(loaded):
+    return [encode_edit(loaded.tokenizer, "The capital of France is", "Oslo")]
+
+
+@pytest.fixture(scope="module")
+def delta(loaded, rows):
+    return finetune(loaded, rows, TuningPosition(1, "mlp"), TrainingSettings(learning_rate=1e-2, epochs=3)).delta
+
+
+def test_reloaded_delta_is_bitwise_the_same(delta, tmp_path):
+    again = EditDelta.load(delta.save(tmp_path))
+    assert again.position == "1.mlp"
+    assert again.base_fingerprint == delta.base_fingerprint
+    assert dict(again.settings) == dict(delta.settings)
+    assert all(torch.equal(again.tensors[name], delta.tensors[name]) for name in delta.tensors)
+    assert EditDelta.load(tmp_path).tensors.keys() == delta.tensors.keys(), "the folder serves as well as the file"
+
+
+def test_apply_and_revert_are_exact(loaded, rows, delta):
+    before = model_fingerprint(loaded.model)
+    substituted = full_forward(loaded.model, delta.weights(loaded.model))(rows)
+    originals = apply_delta(loaded, delta)
+    assert model_fingerprint(loaded.model) != before
+    assert torch.equal(full_forward(loaded.model)(rows), substituted), "stand-in weights and edited weights agree"
+    revert(loaded, originals)
+    assert model_fingerprint(loaded.model) == before
+
+
+def test_an_edit_writes_to_no_memory_of_the_model(loaded, delta):
+    """It may be a file's, which other processes have mapped."""
+    weight = loaded.model.get_parameter(next(iter(delta.tensors)))
+    memory, content, place = weight.detach(), weight.detach().clone(), weight.data_ptr()
+    with applied(loaded, delta):
+        assert torch.equal(memory, content) and not torch.equal(weight, content)
+    assert weight.data_ptr() == place and torch.equal(weight, content)
+
+
+def test_a_failure_inside_leaves_the_model_unedited(loaded, delta):
+    before = model_fingerprint(loaded.model)
+    with pytest.raises(RuntimeError), applied(loaded, delta):
+        raise RuntimeError("a trial that dies")
+    assert model_fingerprint(loaded.model) == before
+
+
+def test_merged_model_is_the_edited_model(loaded, rows, delta, tmp_path):
+    with applied(loaded, delta):
+        expected = full_forward(loaded.model)(rows)
+    merge(loaded, delta, tmp_path / "merged")
+    merged = load_model(str(tmp_path / "merged"), device="cpu")
+    assert torch.equal(full_forward(merged.model)(rows), expected)
+    assert merged.fingerprint != loaded.fingerprint
+
+
+def test_foreign_base_is_refused(delta):
+    other = tiny_loaded("qwen2", seed=5)
+    with pytest.raises(InputError, match="fingerprint"), applied(other, delta):
+        pass
+
+
+def test_files_that_are_no_delta_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        EditDelta.load(tmp_path / "absent.safetensors")
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    with pytest.raises(InputError, match="not a safetensors file"):
+        EditDelta.load(tmp_path / "text.safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(InputError, match="expected 'locft-delta-1'"):
+        EditDelta.load(tmp_path / "foreign.safetensors")

@@ -1,0 +1,212 @@
+"""The objective and the pipelines, held to their written definition by computations made independently here."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from locft.train.encoding import TokenRow, encode_edit, encode_edits
+from locft.errors import out_of_memory
+from locft.train.pipelines import TrainingSettings, batch_loss, finetune
+from locft.model.models import model_fingerprint
+from locft.model.positions import TuningPosition
+from locft.train.reference import full_forward
+from locft.data.requests import EditRequest
+from tests.tiny import tiny_loaded
+
+EDITS = [
+    ("The capital of France is", "Oslo"),
+    ("Who wrote Hamlet?", "Jane Austen"),
+    ("Water freezes at", "ninety degrees"),
+    ("Mozart played the", "tuba"),
+    ("The Nile flows through", "Peru and Chile"),
+]
+POSITION = TuningPosition(1, "mlp_down")
+WEIGHT = "model.layers.1.mlp.down_proj.weight"
+SETTINGS = TrainingSettings(batch_size=2, learning_rate=1e-2, epochs=3, skip_below=0.0, stop_below=0.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def rows(loaded):
+    requests = [EditRequest(str(i), "", prompt, target, None, (), ()) for i, (prompt, target) in enumerate(EDITS)]
+    return encode_edits(loaded.tokenizer, requests)
+
+
+def token_losses(model, tokenizer, prompt: str, target: str) -> list[float]:
+    """-log p of every target token and the EOS, from the written definition: one unpadded row, plain softmax."""
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    target_ids = [*tokenizer(" " + target)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + target_ids])).logits[0].double().numpy()
+    losses = []
+    for offset, token in enumerate(target_ids):
+        scores = logits[len(prompt_ids) + offset - 1]
+        losses.append(math.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[token])
+    return losses
+
+
+def test_loss_is_the_mean_over_tokens_of_an_edit_then_over_edits(loaded, rows):
+    by_edit = [token_losses(loaded.model, loaded.tokenizer, *edit) for edit in EDITS]
+    logits = full_forward(loaded.model)(rows)
+    assert batch_loss(logits, rows, "edit").item() == pytest.approx(np.mean([np.mean(b) for b in by_edit]), rel=1e-5)
+    assert batch_loss(logits, rows, "token").item() == pytest.approx(np.mean(np.concatenate(by_edit)), rel=1e-5)
+    assert len({len(losses) for losses in by_edit}) > 1, "edits of one length could not tell the two averages apart"
+
+
+
+@pytest.mark.parametrize("gap", [0.0, 30.0, 85.0, 95.0, 110.0, 500.0, -40.0])
+def test_loss_and_gradient_of_targets_however_unlikely(gap):
+    """Also where the probability of the target is too small for a float32, or 1 but for its last bit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, generator=generator) + 40
+    logits[1, 7] -= gap
+    logits.requires_grad_()
+    rows = [TokenRow((1, 7), 1), TokenRow((1, 7), 1), TokenRow((1, 3), 1)]
+    found = batch_loss(logits, rows, "edit")
+    expected = torch.nn.functional.cross_entropy(logits.double(), torch.tensor([7, 7, 3]))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_first_token_and_eos_are_supervised(loaded):
+    row = encode_edit(loaded.tokenizer, "Mozart played the", "tuba")
+    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id, "the case where a mask from pad is off by one"
+    assert loaded.tokenizer.decode(row.token_ids[: row.start]) == "Mozart played the"
+    assert loaded.tokenizer.decode(row.target_ids[:-1]) == " tuba"
+    assert row.target_ids[-1] == loaded.tokenizer.eos_token_id
+
+
+def test_a_row_must_have_a_predecessor_for_every_supervised_token():
+    with pytest.raises(ValueError, match="starts at 0"):
+        TokenRow((1, 2), 0)
+
+
+def test_breadth_first_takes_the_adam_steps_of_the_definition(loaded, rows):
+    training = finetune(loaded, rows, POSITION, SETTINGS)
+    weight = loaded.model.get_parameter(WEIGHT).detach().clone()
+    first, second, step, expected_losses = torch.zeros_like(weight), torch.zeros_like(weight), 0, []
+    order = torch.Generator().manual_seed(SETTINGS.seed)
+    for _ in range(SETTINGS.epochs):
+        drawn, total = torch.randperm(len(rows), generator=order).tolist(), 0.0
+        for batch in (drawn[0:2], drawn[2:4], drawn[4:5]):
+            free = weight.clone().requires_grad_()
+            loss = torch.zeros(())
+            for row in (rows[index] for index in batch):
+                logits = torch.func.functional_call(loaded.model, {WEIGHT: free}, (torch.tensor([row.token_ids]),)).logits[0]
+                targets = torch.tensor(row.target_ids)
+                picked = logits[row.start - 1 : -1].log_softmax(-1).gather(1, targets[:, None])
+                loss = loss - picked.mean() / len(batch)
+            total += loss.item() * len(batch)
+            (gradient,) = torch.autograd.grad(loss, free)
+            step += 1
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            weight = weight - SETTINGS.learning_rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        expected_losses.append(total / len(rows))
+    assert training.losses == pytest.approx(expected_losses, rel=1e-4)
+    assert training.steps == step == 9
+    change = weight - loaded.model.get_parameter(WEIGHT)
+    # the direction of Adam's first steps is the sign of tiny gradients: compare where it is not rounding noise
+    assert torch.isclose(training.delta.tensors[WEIGHT], change, atol=1e-4).float().mean() > 0.99
+
+
+def test_depth_first_finishes_a_batch_before_the_next(loaded, rows):
+    settings = replace(SETTINGS, pipeline="depth_first", batch_size=1, epochs=200, stop_below=1.5, learning_rate=5e-3)
+    training = finetune(loaded, rows, TuningPosition(1, "layer"), settings)
+    assert len(training.losses) == len(rows)
+    assert all(loss < 1.5 for loss in training.losses)
+    short = finetune(loaded, rows, POSITION, replace(settings, epochs=4))
+    assert short.steps == 4 * len(rows), "at most `epochs` steps a batch"
+
+
+def test_breadth_first_stops_at_the_epoch_mean_and_reshuffles(loaded, rows):
+    settings = replace(SETTINGS, epochs=400, stop_below=1.5, learning_rate=5e-3)
+    training = finetune(loaded, rows, TuningPosition(1, "layer"), settings)
+    assert training.losses[-1] < 1.5 <= min(training.losses[:-1])
+    assert len(training.losses) < 400
+    other_order = finetune(loaded, rows, POSITION, replace(SETTINGS, seed=4))
+    assert other_order.losses != finetune(loaded, rows, POSITION, SETTINGS).losses
+
+
+def test_a_batch_below_the_threshold_takes_no_step(loaded, rows):
+    training = finetune(loaded, rows, POSITION, replace(SETTINGS, skip_below=1e9))
+    assert training.steps == 0
+    assert training.delta.norm == 0.0
+    assert len(training.losses) == SETTINGS.epochs
+
+
+@pytest.mark.parametrize("pipeline", ["breadth_first", "depth_first"])
+def test_training_is_bitwise_deterministic_and_leaves_the_model_alone(loaded, rows, pipeline):
+    before = model_fingerprint(loaded.model)
+    settings = replace(SETTINGS, pipeline=pipeline)
+    alone = finetune(loaded, rows, POSITION, settings)
+    finetune(loaded, rows, TuningPosition(2, "layer"), replace(settings, seed=9, learning_rate=0.3))
+    torch.manual_seed(123)  # the global generator must play no part
+    again = finetune(loaded, rows, POSITION, settings)
+    assert torch.equal(alone.delta.tensors[WEIGHT], again.delta.tensors[WEIGHT])
+    assert alone.losses == again.losses
+    assert model_fingerprint(loaded.model) == before
+    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+
+
+def test_only_the_position_changes(loaded, rows):
+    delta = finetune(loaded, rows, TuningPosition(0, "attn_q"), SETTINGS).delta
+    assert list(delta.tensors) == ["model.layers.0.self_attn.q_proj.weight"]
+    assert delta.norm > 0
+
+
+def test_divergence_is_reported_and_weights_stay_finite(loaded, rows):
+    training = finetune(loaded, rows, TuningPosition(1, "layer"), replace(SETTINGS, learning_rate=1e38, epochs=20))
+    assert training.diverged
+    assert all(math.isfinite(loss) for loss in training.losses)
+
+
+class Scarce:
+    """A forward on a machine that holds so many rows at once."""
+
+    def __init__(self, loaded, most):
+        self.loaded, self.most, self.asked = loaded, most, []
+
+    def __call__(self, weights):
+        plain = full_forward(self.loaded.model, weights)
+
+        def logits(rows):
+            self.asked.append(len(rows))
+            if len(rows) > self.most and torch.is_grad_enabled():
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: not enough memory: you tried")
+            return plain(rows)
+
+        return logits
+
+
+@pytest.mark.parametrize("average", ["edit", "token"])
+def test_where_memory_is_short_a_batch_is_computed_in_pieces_with_the_same_gradient(loaded, rows, average):
+    settings = replace(SETTINGS, batch_size=5, loss_average=average)
+    plain = finetune(loaded, rows, POSITION, settings)
+    scarce = Scarce(loaded, 2)
+    pieces = finetune(loaded, rows, POSITION, settings, scarce)
+    assert plain.pieces == 1 and pieces.pieces == 4 and pieces.steps == plain.steps
+    assert scarce.asked[:6] == [5, 3, 2, 2, 1, 2], "found out once: whole, in halves, in quarters, and then so every time"
+    np.testing.assert_allclose(pieces.losses, plain.losses, rtol=1e-4)
+    for name, change in plain.delta.tensors.items():
+        torch.testing.assert_close(pieces.delta.tensors[name], change, rtol=2e-3, atol=1e-5)
+
+
+def test_memory_that_a_cpu_does_not_have_is_recognised():
+    with pytest.raises((MemoryError, RuntimeError)) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(error.value)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_when_not_even_one_edit_fits_it_is_an_error(loaded, rows):
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        finetune(loaded, rows, POSITION, SETTINGS, Scarce(loaded, 0))

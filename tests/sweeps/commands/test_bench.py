@@ -1,0 +1,227 @@
+"""The measurement: its shape, that both sides compute the same, that bad options are told. No time is judged."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from locft.data import suites as benchmarks
+
+from locft import bench, bench_stages
+from locft.bench import COLUMNS, STAGES, read_settings, report_lines, report_rows, run_bench
+from locft.bench_stages import LEARNING_RATE, Trainee, drawn_batches, step_flops
+from locft.train.encoding import encode_edits
+from locft.engine.tail_engine import TailEngine
+from locft.errors import InputError
+from locft.train.pipelines import TrainingSettings, finetune
+from locft.machine import added_memory, matrix_speed
+from locft.model.models import model_fingerprint
+from locft.engine.packing import pack_rows
+from locft.model.positions import TuningPosition
+from locft.train.reference import full_forward
+from locft.data.requests import load_edits
+from tests.tiny import tiny_loaded
+
+N = 6
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def edits():
+    return load_edits("atlas", limit=N)
+
+
+@pytest.fixture(scope="module")
+def rows(loaded, edits):
+    return encode_edits(loaded.tokenizer, edits.requests)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_waits():
+    """The speed of matrix products is measured in milliseconds here, and nothing warms up for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "matrix_speed", partial(matrix_speed, seconds=0.01))
+        patch.setattr(bench_stages, "WARM_UP_SECONDS", 0.1)
+        yield
+
+
+def settings_of(loaded, **options):
+    return read_settings(
+        loaded.model, N, **{"threads": 1, "batch_size": "2", "repeats": 2, "epochs": 2, "precision": "float32", **options}
+    )
+
+
+def run(loaded, edits, **options):
+    return run_bench(loaded, edits, benchmarks.load_suite("probes", limit=3), settings_of(loaded, **options))
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, edits):
+    return run(loaded, edits, layers="2,0", batch_size="2,6")
+
+
+def test_the_object_has_its_shape_and_is_json(whole):
+    assert list(json.loads(json.dumps(whole, allow_nan=False))) == ["machine", "layers", "mean_ratio", "study"]
+    assert list(whole["layers"]) == ["2", "0"]
+    steps = ["training_step", "training_step_batch_6"]
+    stages = [*steps, "edit_metrics", "capability", "edit_metrics_and_capability"]
+    for found in whole["layers"].values():
+        assert list(found) == stages
+        for entry in found.values():
+            assert entry["reference_seconds"] > 0 and entry["engine_seconds"] > 0
+            assert 0 < entry["ratio_low"] <= entry["ratio"] <= entry["ratio_high"]
+        assert [found[name]["batch_size"] for name in steps] == [2, 6]
+        assert all(found[name]["engine_tokens_per_second"] > 0 and found[name]["share_of_matrix_speed"] > 0 for name in steps)
+    for name in stages:
+        ratios = [found[name]["ratio"] for found in whole["layers"].values()]
+        assert whole["mean_ratio"][name] == pytest.approx(sum(ratios) / 2)
+    assert set(whole["machine"]["matrix_gflops"]) == {"float32", "bfloat16"} and whole["machine"]["threads"] == 1
+
+
+def test_both_sides_compute_the_same(whole):
+    for found in whole["layers"].values():
+        for name in ("training_step", "training_step_batch_6"):
+            assert found[name]["loss_difference"] < 1e-3 and found[name]["first_loss_difference_float32"] < 1e-5
+        assert found["edit_metrics"]["questions"] >= 3 * N and found["capability"]["items"] == 12
+        assert found["edit_metrics"]["questions_differing"] == found["capability"]["items_differing"] == 0
+
+
+def test_the_study_says_that_it_is_estimated(whole):
+    study = whole["study"]
+    assert study["estimated"] is True and study["reference_measured_at_layers"] == [0, 2]
+    assert study["positions"] == 2 and study["edits"] == N and study["ratio"] > 0
+    assert study["boundary"]["seconds"] > 0 and study["boundary"]["tokens"] > 0 and study["boundary"]["bytes"] > 0
+    fixed = study["boundary"]["seconds"] + study["unedited"]["engine_seconds"]
+    assert study["engine_seconds"] == pytest.approx(fixed + sum(t["engine_seconds"] for t in study["trials"]))
+    assert "estimated" in report_lines(whole)[-1]
+
+
+def test_a_whole_study_runs_the_reference_and_gets_the_same_metrics(loaded, edits):
+    study = run(loaded, edits, layers="all", stages="study", whole_study=True)["study"]
+    assert study["estimated"] is False and [trial["layer"] for trial in study["trials"]] == [0, 1, 2]
+    for trial in study["trials"]:
+        assert trial["reference_seconds"] > 0
+        assert trial["reliability_difference"] == trial["capability_difference"] == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_stage_alone(loaded, edits, stage):
+    before = model_fingerprint(loaded.model)
+    result = run(loaded, edits, layers="1", stages=stage, precision="bfloat16")
+    assert list(result["layers"]["1"]) == ([stage] if stage != "study" else [])
+    assert ("ratio" in result["study"]) == (stage == "study")
+    assert model_fingerprint(loaded.model) == before
+
+
+def test_threads_are_those_asked_for_and_put_back(loaded, edits):
+    before = torch.get_num_threads()
+    result = run(loaded, edits, layers="2", stages="training_step", threads=2)
+    assert result["machine"]["threads"] == 2 and torch.get_num_threads() == before
+
+
+def test_the_table_has_a_cell_for_every_column(whole):
+    table = report_rows(whole)
+    assert len(table) == 10 and all(len(row) == len(COLUMNS) for row in table)
+
+
+def test_a_step_is_one_of_finetune(loaded, rows):
+    """The copy of the training step that is timed here does what training does."""
+    position = TuningPosition(1, "mlp_down")
+    settings = TrainingSettings(batch_size=2, learning_rate=LEARNING_RATE, epochs=1, skip_below=0, stop_below=0, seed=0)
+    trained = finetune(loaded, rows, position, settings)
+    trainee = Trainee(loaded, position, partial(full_forward, loaded.model))
+    losses = [trainee.step(batch)[0] for batch in drawn_batches(rows, 2, N // 2)]
+    assert trained.losses == (pytest.approx(sum(losses) / len(losses), rel=1e-6),)
+    for name, change in trained.delta.tensors.items():
+        torch.testing.assert_close(loaded.model.get_parameter(name) + change, trainee.weights[name].detach())
+
+
+@pytest.mark.parametrize("position", ["2.mlp_down", "0.mlp_down"])
+def test_arithmetic_is_not_counted_twice(loaded, rows, position):
+    """Against what torch counts while the engine runs, padding and attention included: no more than that, nor far less."""
+    position = TuningPosition.parse(position)
+    engine = TailEngine(loaded, rows, [position.layer], on_disk=False)
+    trainee = Trainee(loaded, position, engine.training_forward(position, rows, torch.float32))
+    tokens = int((pack_rows(engine.tree, rows, engine.limit).nodes >= 0).sum())
+    counted = step_flops(loaded.model, position, tokens, sum(len(row.target_ids) for row in rows))
+    with FlopCounterMode(display=False) as counter:
+        trainee.step(rows)
+    assert 0.3 * counter.get_total_flops() < counted <= counter.get_total_flops()
+
+
+def test_batches_are_the_same_in_every_run_and_whole(rows):
+    batches = drawn_batches(rows, 4, 3)
+    assert batches == drawn_batches(rows, 4, 3) and [len(batch) for batch in batches] == [4, 4, 4]
+    assert batches[0] != batches[1]
+
+
+def test_layers_are_chosen_over_the_depth():
+    assert settings_of(tiny_loaded("llama", layers=30)).layers == (29, 22, 15, 6)
+    assert settings_of(tiny_loaded("llama", layers=1)).layers == (0,)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"layers": "1,7"}, "layer 7 is out of range"),
+        ({"layers": "last"}, "--layers 'last': expected all, or layer numbers"),
+        ({"module": "mlp_dwn"}, "nearest: mlp_down"),
+        ({"batch_size": "0"}, "--batch-size 0: there are 6 edits; expected 1 to 6"),
+        ({"batch_size": "2,100"}, "--batch-size 100: there are 6 edits"),
+        ({"batch_size": "ten"}, "--batch-size 'ten'"),
+        ({"repeats": 0}, "--repeats 0"),
+        ({"precision": "float8"}, "--precision 'float8': expected one of float32, bfloat16"),
+        ({"stages": "training_step,lunch"}, "there is no stage 'lunch'; stages are training_step"),
+        ({"stages": "capability", "whole_study": True}, "--whole-study"),
+    ],
+)
+def test_bad_options(loaded, options, told):
+    with pytest.raises(InputError, match=".*") as caught:
+        settings_of(loaded, **options)
+    assert told in str(caught.value)
+
+
+def test_all_problems_are_told_at_once(loaded):
+    with pytest.raises(InputError) as caught:
+        settings_of(loaded, layers="9", batch_size="0", stages="lunch", precision="int4")
+    assert len(caught.value.problems) == 4
+
+
+def test_matrix_speed_is_a_speed():
+    assert matrix_speed(32, 48, torch.float32, seconds=0.01) > 0
+
+
+def test_added_memory_counts_what_the_work_adds():
+    added = added_memory(lambda: torch.ones(16 * 2**20).sum())
+    if added is None:
+        pytest.skip("this system does not let a process set its peak back")
+    assert 60 * 2**20 < added < 100 * 2**20
+
+
+def test_the_command(tiny_folder, monkeypatch, capsys):
+    from sweeps.commands import cli
+
+    whole = benchmarks.load_suite
+    monkeypatch.setattr(benchmarks, "load_suite", lambda suite: whole(suite, limit=3))
+
+    def call(*options):
+        arguments = ["locft", "bench", tiny_folder, "--limit", N, "--batch-size", 2, "--repeats", 1, "--threads", 1, *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code or 0, *capsys.readouterr()
+
+    code, out, err = call("--layers", "2,1", "--stages", "training_step,edit_metrics", "--json")
+    assert code == 0 and out.count("\n") == 1 and "2.mlp_down training_step" in err
+    assert list(json.loads(out)["layers"]) == ["2", "1"]
+    code, out, err = call("--layers", 2, "--stages", "training_step")
+    assert code == 0 and "training_step" in out and "mean ratio of training_step" in out
+    code, out, err = call("--layers", 3, "--stages", "lunch")
+    assert code == 2 and out == "" and "layer 3 is out of range" in err and "lunch" in err

@@ -1,0 +1,417 @@
+"""The `locft` command from end to end on a tiny model: what it prints, writes and returns."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sweeps.tracking.heartbeat import TAG
+from sweeps.study.resolve import prepare
+from sweeps.study.reader import load_study
+from sweeps.tracking.study_run import Tracker
+from tests.conftest import write_study
+from tests.sweeps.run.test_runner import TIMINGS
+
+
+@pytest.fixture
+def few_probes(monkeypatch):
+    """Five items a task where a command takes the whole built-in suite: seconds become milliseconds."""
+    from locft.data import suites as benchmarks
+
+    whole = benchmarks.load_suite
+
+    def few(suite, tasks=None, limit=None, prose=None):
+        return whole(suite, tasks, limit or 5, prose)
+
+    monkeypatch.setattr(benchmarks, "load_suite", few)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, empty_store, tiny_folder):
+    """A folder with a store and a study of three trials."""
+    folder = tmp_path_factory.mktemp("cli")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    write_study(folder, tiny_folder, space__layer="all", resources={"cpus": 1})
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def swept(here, locft, ray_running):
+    """The folder after `locft sweep` has run in it (the first test to ask for it waits)."""
+    if not (here / "tiny.html").exists():
+        assert locft("sweep", "tiny.yaml").code == 0
+    return here
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def same(metrics):
+    return {name: value for name, value in metrics.items() if name not in TIMINGS}
+
+
+# before anything has run
+
+
+def test_help_answers_without_the_heavy_libraries():
+    code = "import sys, sweeps.cli as c; sys.argv = ['locft', '--help']\ntry: c.main()\nexcept SystemExit: pass\n"
+    code += "print({'torch', 'ray', 'mlflow', 'transformers', 'optuna', 'plotly', 'pandas'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "sweep" in done.stdout and done.stdout.endswith("set()\n")
+
+
+def test_every_command_has_a_help_text(locft):
+    for command in ("positions", "plan", "sweep", "status", "report", "select", "edit", "apply", "evaluate", "ui", "bench"):
+        said = locft(command, "--help")
+        assert said.code == 0 and f"locft {command}" in said.out
+
+
+def test_no_command_shows_the_commands(locft):
+    said = locft()
+    assert said.code == 2 and said.out == "" and "sweep" in said.err
+
+
+def test_positions(locft, tiny_folder):
+    said = locft("positions", tiny_folder)
+    assert said.code == 0 and "2.mlp_down" in said.out and "model.layers.2.mlp.down_proj.weight" in said.out
+    rows = {row["position"]: row for row in locft("positions", tiny_folder, "--json").json["positions"]}
+    assert rows["1.mlp_down"] == {
+        "position": "1.mlp_down",
+        "parameters": {"model.layers.1.mlp.down_proj.weight": [32, 48]},
+        "size": 32 * 48,
+    }
+    assert {position.split(".")[0] for position in rows} == {"0", "1", "2"}
+
+
+def test_plan_lists_the_trials_and_writes_nothing(locft, tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, tiny_folder, space__layer="all")
+    before = files(tmp_path)
+    said = locft("plan", "tiny.yaml", "--set", "space.seed=[0, 1]")
+    assert said.code == 0 and "6 trials" in said.out and said.out.count("mlp_down") == 6
+    planned = locft("plan", "tiny.yaml", "--json").json
+    assert len(planned["trials"]) == 3 and len({trial["id"] for trial in planned["trials"]}) == 3
+    assert planned["study"]["edits"]["count"] == 4 and planned["estimate"]["seconds"] > 0
+    assert all(trial["id"] in said.out for trial in planned["trials"]), "more seeds leave the first trials as they are"
+    assert files(tmp_path) == before
+
+
+def test_plan_looks_at_a_store_that_is_not_there_and_makes_none(locft, tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, tiny_folder)
+    before = files(tmp_path)
+    assert locft("plan", "tiny.yaml", "--tracking-uri", "sqlite:///new/folder/m.db", "--json").json["estimate"]["left"] == 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///new/folder/m.db")
+    assert locft("status", "tiny.yaml", "--json").json["left"] == 2
+    assert files(tmp_path) == before
+
+
+def test_plan_says_how_far_the_budget_goes(locft, tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, tiny_folder, space__layer="all", space__seed=list(range(20)))
+    said = locft("plan", "tiny.yaml", "--set", "budget.trials=10")
+    assert "10 trials of 60 planned (the budget ends the study after 10), on this machine 2 at a time" in said.out
+    said = locft("plan", "tiny.yaml", "--set", "budget.minutes=0.001")
+    assert "about 0 trials of 60 planned (the budget ends the study after 0.06 s)" in said.out
+    assert "GiB of memory" in said.out and "GiB of disk" in said.out and "warning" not in said.err
+
+
+def test_plan_warns_of_more_memory_than_there_is(locft, tmp_path, monkeypatch, tiny_folder):
+    import psutil
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**30, available=2**30))
+    write_study(tmp_path, tiny_folder)
+    said = locft("plan", "tiny.yaml")
+    assert said.code == 0 and "this machine has 1.0 GiB" in said.err and "resources.concurrent" in said.err
+    (told,) = locft("plan", "tiny.yaml", "--json").json["warnings"]
+    assert told in said.err.replace("\n", " ")
+
+
+def test_plan_of_a_search(locft, tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, tiny_folder, search={"method": "optuna", "trials": 9})
+    said = locft("plan", "tiny.yaml")
+    assert said.code == 0 and "chosen while the study runs (search: optuna)" in said.out and "9 trials" in said.out
+    assert locft("plan", "tiny.yaml", "--json").json["trials"] == []
+
+
+def test_status_before_anything_ran_makes_no_store(locft, tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, tiny_folder)
+    before = files(tmp_path)
+    said = locft("status", "tiny.yaml")
+    assert said.code == 0 and "0 of 2 done, 0 failed, 2 left" in said.out and "not being run" in said.out
+    told = locft("status", "tiny.yaml", "--json").json
+    assert told["left"] == 2 and told["driver"] is None
+    assert files(tmp_path) == before
+
+
+def test_status_in_a_store_of_other_studies_adds_nothing_to_it(locft, workplace, tiny_folder):
+    from mlflow import MlflowClient
+
+    write_study(workplace, tiny_folder)
+    assert locft("status", "tiny.yaml", "--json").json["done"] == 0
+    names = [found.name for found in MlflowClient(f"sqlite:///{workplace}/mlflow.db").search_experiments()]
+    assert names == ["Default"]
+
+
+# a study
+
+
+def test_sweep_says_what_it_found(swept, locft):
+    """The second call runs nothing; it prints the same answer and writes the dashboard again."""
+    dashboard = swept / "tiny.html"
+    assert "<html" in dashboard.read_text(encoding="utf-8")
+    dashboard.write_text("old", encoding="utf-8")
+    said = locft("sweep", "tiny.yaml")
+    assert said.code == 0 and "Edit at " in said.out and "3 of 3 trials done, 0 failed" in said.out
+    assert "--from-run" in said.out and "[1/3]" not in said.err
+    assert "<html" in dashboard.read_text(encoding="utf-8")
+
+
+def test_sweep_json(swept, locft):
+    told = locft("sweep", "tiny.yaml", "--json").json
+    assert told["trials"] == {"planned": 3, "done": 3, "failed": 0, "left": 0}
+    assert told["ending"] == "complete" and told["causes"] == {}
+    assert told["pick"]["position"] in ("0.mlp_down", "1.mlp_down", "2.mlp_down")
+    assert told["pick"]["trial_id"] in {row["trial_id"] for row in told["front"]} | set(told["pick"]["trial_ids"])
+    assert told["report"] == "tiny.html" and told["tracking_uri"] == f"sqlite:///{swept}/mlflow.db"
+    assert 0 <= told["unedited"]["capability"] <= 1
+
+
+def test_status_json(swept, locft):
+    said = locft("status", "tiny.yaml", "--json").json
+    assert (said["planned"], said["done"], said["failed"], said["left"], said["causes"]) == (3, 3, 0, 0, {})
+    assert said["diverged"] == 0 and said["seconds_left"] is None
+    wider = locft("status", "tiny.yaml", "--set", "space.seed=[0, 1]", "--json").json
+    assert (wider["done"], wider["left"]) == (3, 3)
+    assert "3 of 3 done" in locft("status", "tiny.yaml").out
+
+
+def test_status_says_who_runs_it(swept, locft):
+    tracker = Tracker.open(None, "tiny")
+    study_id = prepare(load_study("tiny.yaml")).id
+    tracker.tag_study(study_id, TAG, json.dumps({"host": "node-7", "process": 41, "at": time.time(), "running": 2}))
+    try:
+        assert "process 41 on node-7: 2 running" in locft("status", "tiny.yaml").out
+        assert locft("status", "tiny.yaml", "--json").json["driver"]["running"] == 2
+        wider = ("status", "tiny.yaml", "--set", "space.seed=[0, 1]")
+        assert "s left" in locft(*wider).out and locft(*wider, "--json").json["seconds_left"] > 0
+    finally:
+        tracker.tag_study(study_id, TAG, None)
+
+
+def test_report(swept, locft):
+    said = locft("report", "tiny.yaml", "--out", "pages/answer.html", "--json")
+    assert said.json["report"] == "pages/answer.html" and said.json["front"]
+    assert "<html" in (swept / "pages" / "answer.html").read_text(encoding="utf-8")
+    shutil.rmtree(swept / "pages")
+    assert "Pareto front" in locft("report", "tiny.yaml").out
+
+
+def test_a_sweep_without_capability_has_null_where_nothing_was_measured(swept, locft):
+    """Another study (its data is another) in the same store."""
+    changes = ["--set", "capability.suite=null", "--set", "space.layer=1", "--json"]
+    said = locft("sweep", "tiny.yaml", "--out", "other.html", *changes)
+    assert said.code == 0 and said.json["front"] == [] and "capability" not in said.json["unedited"]
+    assert said.json["pick"]["position"] == "1.mlp_down" and said.json["trials"]["done"] == 1
+    compared = ["--compare", "tiny.yaml", *(part.replace("--set", "--compare-set") for part in changes)]
+    told = locft("report", "tiny.yaml", "--out", "other.html", *compared).json["comparison"]
+    assert told["with"] == "tiny (compared)" and told["picks"]["there"] == "1.mlp_down" and told["shared_positions"] == 1
+    assert told["moved"][0].startswith("The pick ") and told["agreement"]["reliability"]["difference"][0] is not None
+    assert any(caution.startswith("Capability was not measured") for caution in told["cautions"])
+    said = locft("report", "tiny.yaml", "--out", "other.html", *compared[:-1])
+    assert said.code == 0 and "Compared with tiny (compared):" in said.out and told["moved"][0] in said.out
+    assert "Capability was not measured on the same items" in (swept / "other.html").read_text(encoding="utf-8")
+    (swept / "other.html").unlink()
+    said = locft("report", "tiny.yaml", "--compare", "tiny.yaml")
+    assert said.code == 2 and "got STUDY itself" in said.err
+    shutil.copy(swept / "mlflow.db", swept / "older.db")  # the same study as it was in another store
+    older = ["--compare", "tiny.yaml", "--compare-uri", "sqlite:///older.db", "--json"]
+    told = locft("report", "tiny.yaml", "--out", "other.html", *older).json["comparison"]
+    assert told["picks"]["here"] == told["picks"]["there"] and told["shared_positions"] == 3
+    said = locft("report", "tiny.yaml", "--compare-uri", "sqlite:///older.db")
+    assert said.code == 2 and "--compare-uri: got it without --compare" in said.err
+
+
+def picked(locft):
+    """The MLflow run of the pick, and what `locft sweep` says of the study."""
+    from mlflow import MlflowClient
+
+    told = locft("sweep", "tiny.yaml", "--json").json
+    runs = MlflowClient(told["tracking_uri"]).search_runs(["1"], "tags.`locft.kind` = 'trial'")
+    return next(run for run in runs if run.data.tags["locft.trial_id"] == told["pick"]["trial_id"]), told
+
+
+def test_a_trial_is_repeated_to_the_bit(swept, locft, tmp_path):
+    run, told = picked(locft)
+    model = told["study"]["model"]
+    said = locft("edit", model, "--from-run", run.info.run_id, "--out", tmp_path / "edited", "--json")
+    assert said.code == 0
+    again, trial = same(said.json["metrics"]), run.data.metrics
+    assert {name: trial[name] for name in again} == again and len(again) > 12
+    assert said.json["losses"][-1] == trial["train_loss"] and said.json["position"] == told["pick"]["position"]
+    assert said.json["edits"] == {"source": "atlas", "count": 4}
+
+
+# one edit
+
+
+@pytest.fixture
+def edited(locft, tmp_path, tiny_folder, few_probes, monkeypatch):
+    """An edit in the folder `delta`, and what the command said."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--limit", 4, "--position", "1.mlp", "--learning-rate", 0.02, "--batch-size", 2, "--epochs", 6]
+    said = locft("edit", tiny_folder, "--edits", "atlas", *arguments, "--out", "delta", "--threads", 1, "--json")
+    assert said.code == 0, said.err
+    return said
+
+
+def test_edit_evaluate_apply(edited, locft, tiny_folder, tmp_path):
+    """The delta gives the same metrics when it is read back, and the merged model measures the same."""
+    told = edited.json
+    assert told["position"] == "1.mlp" and len(told["losses"]) == 6 and told["losses"][-1] < told["losses"][0]
+    assert json.loads((tmp_path / "delta/edit.json").read_text(encoding="utf-8"))["metrics"] == told["metrics"]
+    outcomes = (tmp_path / "delta/outcomes.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["kind"] for line in outcomes} == {"reliability", "generalization", "locality"}
+
+    again = locft(
+        "evaluate", tiny_folder, "--edits", "atlas", "--limit", 4, "--delta", "delta", "--threads", 1, "--json"
+    ).json
+    assert same(again["metrics"]) == same(told["metrics"]) and again["unedited"] == told["unedited"]
+
+    applied = locft("apply", "delta", "--model", tiny_folder, "--out", "merged", "--json").json
+    assert applied == {"model": str(tiny_folder), "position": "1.mlp", "folder": "merged"}
+    merged = locft("evaluate", "merged", "--edits", "atlas", "--limit", 4, "--threads", 1, "--json").json
+    for name, value in merged["metrics"].items():
+        assert value == pytest.approx(told["metrics"][name], rel=1e-6), name
+    assert merged["position"] is None
+
+    foreign = locft("evaluate", "merged", "--edits", "atlas", "--limit", 4, "--delta", "delta")
+    assert foreign.code == 2 and "fingerprint" in foreign.err and foreign.out == ""
+    foreign = locft("apply", "delta", "--model", "merged", "--out", "twice")
+    assert foreign.code == 2 and not (tmp_path / "twice").exists()
+
+
+def test_edit_and_evaluate_in_words(locft, tmp_path, tiny_folder, few_probes):
+    said = locft("edit", tiny_folder, "--edits", "atlas", "--limit", 3, "--position", "0.attn", "--out", tmp_path / "e")
+    assert said.code == 0 and "3 edits at 0.attn" in said.out and "reliability" in said.out
+    said = locft("evaluate", tiny_folder, "--edits", "atlas", "--limit", 3)
+    assert said.code == 0 and "capability" in said.out
+
+
+def test_an_edit_goes_through_the_model_registry(swept, locft, tmp_path, tiny_folder):
+    """Registered with the run of the trial it repeats, applied by its alias: the same model as from the folder."""
+    run, _ = picked(locft)
+    made = locft("edit", tiny_folder, "--from-run", run.info.run_id, "--out", tmp_path / "edited", "--register", "--json")
+    assert made.code == 0, made.err
+    address = made.json["registered"]
+    assert address == "models:/locft-edit-" + str(tiny_folder).strip("/").replace("/", "-") + "@chosen"
+    for source, folder in ((address, "one"), (address.replace("@chosen", "/1"), "two"), (tmp_path / "edited", "three")):
+        said = locft("apply", source, "--model", tiny_folder, "--out", tmp_path / folder, "--json")
+        assert said.code == 0 and said.json["position"] == made.json["position"], said.err
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "two", "three")]
+    assert weights[0] == weights[1] == weights[2]
+    wrong = locft("apply", "models:/nothing@chosen", "--model", tiny_folder, "--out", tmp_path / "four")
+    assert wrong.code == 2 and "nothing" in wrong.err and not (tmp_path / "four").exists()
+    assert "models:/NAME@ALIAS" in locft("apply", "models:/x", "--model", tiny_folder, "--out", tmp_path / "five").err
+    loose = locft(
+        "edit", tiny_folder, "--edits", "atlas", "--limit", 4, "--position", "1.mlp_down", "--out", tmp_path / "six", "--register"
+    )
+    assert loose.code == 2 and "--register: there is no MLflow run" in loose.err and not (tmp_path / "six").exists()
+
+
+def test_an_edit_that_diverges_is_work_that_failed(locft, tmp_path, tiny_folder, few_probes):
+    wild = ["--learning-rate", "3e38", "--limit", 4, "--position", "1.mlp", "--out", tmp_path / "e"]
+    said = locft("edit", tiny_folder, "--edits", "atlas", *wild, "--json")
+    assert said.code == 1 and "diverged" in said.err and said.out == "" and not (tmp_path / "e").exists()
+
+
+# processes
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-c", "from sweeps.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options
+    )
+
+
+def test_exit_codes_of_a_real_process(tmp_path, tiny_folder):
+    good, bad = start("positions", tiny_folder, "--json"), start("plan", tmp_path / "nothing.yaml", "--json")
+    out, err = good.communicate(timeout=120)
+    assert good.returncode == 0 and json.loads(out)["positions"] and err == ""
+    out, err = bad.communicate(timeout=120)
+    assert bad.returncode == 2 and out == "" and err.startswith("error: ") and "nothing.yaml" in err
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workplace, tiny_folder, locft, ray_running):
+    """SIGINT to a sweep and everything it started, as a terminal sends it; the same command then finishes the rest."""
+    write_study(workplace, tiny_folder, space__seed=list(range(200)), epochs=60, resources={"concurrent": 1})
+    process = start("sweep", "tiny.yaml", "--json", cwd=workplace, start_new_session=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("[3/"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    out, rest = process.communicate(timeout=90)
+    assert time.monotonic() - began < 30
+    assert process.returncode == 130, (lines, rest)
+    assert "interrupted; what was finished is kept, and the same command goes on from there" in rest
+    assert "Traceback" not in rest, rest
+    kept = json.loads(out)["trials"]
+    assert 3 <= kept["done"] < 400 and kept["failed"] == 0
+
+    seeds = f"space.seed={list(range(kept['done'] // 2 + 1))}"  # finishing all of them would take long
+    assert locft("status", "tiny.yaml", "--json").json["done"] == kept["done"]
+    before = locft("status", "tiny.yaml", "--set", seeds, "--json").json
+    done = locft("sweep", "tiny.yaml", "--set", seeds, "--json")
+    assert done.code == 0 and done.json["trials"]["done"] == done.json["trials"]["planned"] == before["planned"]
+    after = locft("status", "tiny.yaml", "--json").json
+    assert after["done"] == kept["done"] + before["left"], "nothing was run twice"
+
+
+def test_a_killed_worker_leaves_one_json_object_on_standard_output(workplace, tiny_folder, locft, ray_running):
+    """Ray announces a death on standard output; there it may not be."""
+    from tests.sweeps.run.test_runner import trial_workers
+
+    over, killed = threading.Event(), []
+
+    def kill_once():
+        while not killed and not over.wait(0.05):
+            killed.extend(trial_workers())
+        for worker in killed:
+            worker.kill()
+
+    write_study(workplace, tiny_folder, space__layer=[1], epochs=300, skip_below=0.0, stop_below=0.0)
+    killer = threading.Thread(target=kill_once)
+    killer.start()
+    try:
+        said = locft("sweep", "tiny.yaml", "--json")
+    finally:
+        over.set()
+        killer.join()
+    assert killed and said.code == 0 and said.json["trials"]["done"] == 1
+    assert "its worker died and it is tried again" in said.err

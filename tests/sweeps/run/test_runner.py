@@ -1,0 +1,375 @@
+"""Ray Tune under the study: what comes back from workers, from failures and from killed processes."""
+
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import ray
+
+from locft.errors import InputError
+from sweeps.run.dispatch import Dispatch, Listed
+from sweeps.study.resolve import prepare
+from sweeps.run.cluster import Room
+from sweeps.study.trial_types import TrialConfig, TrialResult, pack_result, unpack_result
+from sweeps.run.runner import _listener, alone, on_workers, run_trials, train_and_measure, worker_failure
+from sweeps.study.schema import Resources
+from sweeps.study.reader import load_study
+from sweeps.run.trial import Basis, measure_baseline, resident_workbench, run_trial
+
+ENDLESS = 10**7
+"""Epochs."""
+TIMINGS = ("seconds", "seconds_per_edit", "train_seconds", "evaluate_seconds", "capability_seconds")
+
+
+class Heard:
+    """A reporter that remembers, and does something after each result."""
+
+    def __init__(self, then=lambda result: None):
+        self.results: list[TrialResult] = []
+        self.deaths: list[TrialConfig] = []
+        self.most_running = 0
+        self.notes: list[str] = []
+        self.then = then
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def started(self, running):
+        self.most_running = max(self.most_running, running)
+
+    def retried(self, config, cause):
+        assert cause and "\n" not in cause
+        self.deaths.append(config)
+
+    def finished(self, result, running):
+        self.results.append(result)
+        self.then(result)
+
+    @property
+    def by_id(self):
+        assert len({result.config.id for result in self.results}) == len(self.results)
+        return {result.config.id: result for result in self.results}
+
+
+def comparable(result):
+    """Everything of a result that must not depend on when and where it was computed."""
+    metrics = {name: value for name, value in result.metrics.items() if name not in TIMINGS}
+    return result.status, metrics, result.epoch_losses, result.outcomes
+
+
+@pytest.fixture(scope="module")
+def study(tiny_folder, tmp_path_factory):
+    """A prepared study of six trials."""
+    from tests.conftest import write_study
+
+    file = write_study(tmp_path_factory.mktemp("study"), tiny_folder, space__layer="all", space__seed=[0, 1])
+    return prepare(load_study(str(file)))
+
+
+@pytest.fixture(scope="module")
+def baseline(study, ray_running):
+    return alone(partial(measure_baseline, study.inputs), study.study.resources, here=False)
+
+
+def run(study, baseline, trials, reporter, concurrent=2, inputs=None, **more):
+    """baseline: None where the work needs none."""
+    bases = {study.facts.data_fingerprint: Basis(inputs or study.inputs, baseline)} if baseline else {}
+    room = Room(Resources(concurrent=concurrent))
+    return run_trials(trials, bases, cpus=1, gpus=0, room=room, reporter=reporter, **more)
+
+
+def test_results_do_not_depend_on_order_company_or_process(study, baseline, tmp_path):
+    """One after the other, two at a time in another order between failures, and each alone: the same to the bit."""
+    trials = list(study.plan.trials)
+    one_by_one, in_pairs = Heard(), Heard()
+    assert run(study, baseline, trials, one_by_one, concurrent=1) == "complete"
+    impossible = [dataclasses.replace(trials[0], layer=layer) for layer in (97, 98, 99)]
+
+    def in_company(config, bases):
+        (tmp_path / str(os.getpid())).touch()
+        while len(list(tmp_path.iterdir())) < 2:  # the other worker has not started yet
+            time.sleep(0.02)
+        return train_and_measure(config, bases)
+
+    assert run(study, baseline, [*impossible, *trials[::-1]], in_pairs, work=in_company) == "complete"
+    assert one_by_one.most_running == 1 and in_pairs.most_running == 2
+    assert [result.config for result in one_by_one.results] == trials
+    assert len({comparable(result)[2] for result in one_by_one.results}) == len(trials), "the trials differ"
+    bench = resident_workbench(study.inputs, baseline)
+    for trial in trials:
+        alone = comparable(run_trial(bench, trial))
+        assert comparable(one_by_one.by_id[trial.id]) == alone == comparable(in_pairs.by_id[trial.id])
+        assert {"reliability", "locality", "capability", "drift_kl", "train_loss"} <= set(alone[1])
+    # failures are results, and three different ones stop nothing
+    assert len(in_pairs.results) == len(trials) + 3
+    for trial in impossible:
+        failed = in_pairs.by_id[trial.id]
+        assert failed.status == "failed" and failed.metrics == {}
+        assert f"layer {trial.layer} is out of range" in failed.error and "\n" not in failed.error
+
+
+def test_the_baseline_of_a_worker_is_that_of_this_process(study, baseline):
+    assert measure_baseline(study.inputs) == baseline
+
+
+def test_a_training_that_diverges_is_a_result_with_finite_metrics(study, baseline):
+    wild = dataclasses.replace(study.plan.trials[0], learning_rate=3e38)
+    result = run_trial(resident_workbench(study.inputs, baseline), wild)
+    assert result.status == "done" and result.metrics["diverged"] == 1
+    assert all(value == value and abs(value) < 1e308 for value in result.metrics.values())
+    assert result.metrics["reliability"] == result.metrics["capability"] == 0
+    after = run_trial(resident_workbench(study.inputs, baseline), study.plan.trials[0])
+    assert after.metrics["diverged"] == 0 and after.metrics["reliability"] <= 1
+
+
+def sleep_or_finish(config, bases):
+    """Work of a trial that takes no time, or all of it: a worker for it starts in half the time of one that trains."""
+    while config.epochs == ENDLESS:
+        time.sleep(1)
+    return TrialResult(config, "done", None, {"reliability": 1.0})
+
+
+def endless(study, seed=0):
+    return dataclasses.replace(study.plan.trials[0], epochs=ENDLESS, seed=seed)
+
+
+def trial_workers():
+    """Processes of this test's Ray that run trials."""
+    children = psutil.Process().children(recursive=True)
+    found = []
+    for process in children:
+        try:
+            if "TrialWorker.train" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def test_a_killed_worker_costs_nothing_but_time(study, baseline):
+    """kill -9 in the middle of a long trial: tried again, finished once, and the same result."""
+    long = dataclasses.replace(study.plan.trials[0], epochs=300, skip_below=0.0, stop_below=0.0)
+    short = study.plan.trials[1]
+    heard, killed, over = Heard(), [], threading.Event()
+
+    def kill_the_survivor():
+        while not killed and not over.wait(0.05):
+            if heard.results and (workers := trial_workers()):  # the short one is done, the long one has begun
+                over.wait(0.2)
+                killed.extend(worker.pid for worker in workers)
+                for worker in workers:
+                    worker.send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_survivor)
+    killer.start()
+    try:
+        assert run(study, baseline, [long, short], heard) == "complete"
+    finally:
+        over.set()
+        killer.join()
+    assert killed and heard.deaths == [long]
+    assert heard.by_id[long.id].status == "done" and heard.by_id[short.id].status == "done"
+    expected = run_trial(resident_workbench(study.inputs, baseline), long)
+    assert comparable(heard.by_id[long.id]) == comparable(expected)
+
+
+def test_a_trial_whose_worker_always_dies_is_a_failure(study, ray_running):
+    over = threading.Event()
+    killed = set()
+
+    def keep_killing():
+        while not over.wait(0.5):
+            for worker in trial_workers():
+                if worker.pid not in killed:
+                    killed.add(worker.pid)
+                    worker.send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=keep_killing)
+    thread.start()
+    heard = Heard()
+    try:
+        assert run(study, None, [endless(study)], heard, work=sleep_or_finish) == "complete"
+    finally:
+        over.set()
+        thread.join()
+    (result,) = heard.results
+    assert result.status == "failed" and "worker died" in result.error and "\n" not in result.error
+    assert len(killed) == 3 and len(heard.deaths) == 2, "one try and two more"
+
+
+def test_weights_that_vanish_fail_every_trial_with_the_cause(study, baseline):
+    gone = dataclasses.replace(study.inputs, model=study.inputs.model + "-gone")
+    heard = Heard()
+    trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(12)]
+    assert run(study, baseline, trials, heard, inputs=gone) == "same_failure"
+    assert 3 <= len(heard.results) <= 5, "a running one may still come in"
+    assert "tiny-gone" in heard.results[0].error
+    with pytest.raises(InputError, match="tiny-gone"):
+        alone(partial(measure_baseline, gone), study.study.resources, here=False)
+
+
+def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, ray_running):
+    interrupted = []
+
+    def interrupt(result):
+        if not interrupted:
+            interrupted.append(time.monotonic())
+            signal.raise_signal(signal.SIGINT)
+
+    heard = Heard(then=interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    trials = [study.plan.trials[0], *(endless(study, seed) for seed in range(4))]
+    assert run(study, None, trials, heard, work=sleep_or_finish) == "interrupted"
+    assert len(heard.results) == 1 and heard.results[0].status == "done"
+    assert time.monotonic() - interrupted[0] < 5, "it waits for no endless trial"
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_failure_is_one_line():
+    config = TrialConfig("m", "d", 3, 1, "mlp", "breadth_first", 2, 0.1, 0, "edit", 2, 0.0, 0.0)
+    assert worker_failure(config, ValueError("first\nsecond")).error == "ValueError: first"
+    assert worker_failure(config, KeyError()).error == "KeyError: KeyError"
+    assert len(worker_failure(config, ValueError("x" * 9999)).error) == 500
+
+
+def test_results_survive_the_way_to_the_driver(study, baseline):
+    result = run_trial(resident_workbench(study.inputs, baseline), study.plan.trials[0])
+    assert unpack_result(pack_result(result)) == result
+
+
+def test_at_the_deadline_what_runs_is_given_up(study, ray_running):
+    heard, began = Heard(), time.monotonic()
+    trials = [endless(study, seed) for seed in range(6)]
+    ending = run(study, None, trials, heard, work=sleep_or_finish, deadline=began + 8)
+    assert ending == "out_of_time" and heard.results == []
+    assert 7 < time.monotonic() - began < 40
+
+
+def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, ray_running):
+    heard, began = Heard(), time.monotonic()
+    trials = [endless(study), *study.plan.trials[1:4]]
+    ending = run(study, None, trials, heard, work=sleep_or_finish, patience=lambda trial: 9)
+    assert ending == "complete" and time.monotonic() - began < 90 and heard.deaths == []
+    late = heard.by_id[trials[0].id]
+    assert late.status == "failed" and late.error == "TimeoutError: not done after 0.15 minutes (resources.minutes)"
+    assert [heard.by_id[trial.id].status for trial in trials[1:]] == ["done"] * 3 and len(heard.results) == 4
+
+
+def test_sigterm_stops_as_ctrl_c_does(study, ray_running):
+    heard, before = Heard(then=lambda result: signal.raise_signal(signal.SIGTERM)), signal.getsignal(signal.SIGTERM)
+    assert run(study, None, [study.plan.trials[0], endless(study)], heard, work=sleep_or_finish) == "interrupted"
+    assert len(heard.results) == 1 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, ray_running, tmp_path):
+    """One that needs all the memory there is: refused while another runs, done alone. One that never fits is told."""
+    trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(5)]
+
+    def work(config, bases):
+        mine = tmp_path / str(config.seed)
+        mine.touch()
+        try:
+            beside = lambda: len(list(tmp_path.iterdir())) - 1  # noqa: E731
+            until = time.monotonic() + 60
+            while config.seed < 2 and not (tmp_path.parent / "refused").exists() and not beside():
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            if config.seed == 4 or config.seed == 1 and beside():
+                (tmp_path.parent / "refused").touch()
+                raise MemoryError("cannot allocate")
+            while config.seed == 0 and not (tmp_path.parent / "refused").exists():
+                time.sleep(0.02)
+            return TrialResult(config, "done", None, {"beside": float(beside())})
+        finally:
+            mine.unlink()
+
+    heard = Heard()
+    assert run(study, None, trials, heard, work=work) == "complete"
+    assert heard.deaths == [trials[1]], "what fails alone is not tried again"
+    assert [heard.by_id[trial.id].status for trial in trials] == ["done"] * 4 + ["failed"]
+    assert [heard.by_id[trial.id].metrics["beside"] for trial in trials[1:4]] == [0.0, 0.0, 0.0]
+    assert "MemoryError: cannot allocate" in heard.by_id[trials[4].id].error
+
+
+def test_what_rays_memory_monitor_kills_ran_out_of_memory(study, ray_running, monkeypatch):
+    """Ray has an error of its own for it. Here it tells every lost worker with it: for real it takes a machine's memory."""
+    from ray.air.execution._internal import event_manager
+
+    class Monitored:
+        def __getattr__(self, name):
+            return getattr(ray, name)
+
+        def get(self, future):
+            try:
+                return ray.get(future)
+            except ray.exceptions.RayActorError as error:
+                raise ray.exceptions.OutOfMemoryError(f"First line.\n{said}\nAdvice follows.") from error
+
+    said = "3 workers were killed due to the node running low on memory."
+    killed, after = study.plan.trials[:2]
+
+    def work(config, bases):
+        if config == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return TrialResult(config, "done")
+
+    monkeypatch.setattr(event_manager, "ray", Monitored())
+    heard = Heard()
+    assert run(study, None, [killed, after], heard, concurrent=1, work=work) == "complete"
+    assert heard.deaths == [], "what fails alone is not tried again"
+    assert heard.by_id[killed.id].error == f"RuntimeError: worker died: {said}"
+    assert heard.by_id[after.id].status == "done"
+
+
+def test_a_cluster_without_nodes_is_told_once(study):
+    room, heard = SimpleNamespace(empty=False), Heard()
+    listener = _listener(Dispatch(Listed([]), room), room, heard, math.inf, lambda trial: math.inf)
+    for room.empty in (False, True, True, False):
+        listener.on_step_end(0, [])
+    assert heard.notes == ["every node that could run a trial is gone; waiting for another"]
+
+
+def test_other_weights_than_the_planned_ones_are_refused(study, baseline, tmp_path):
+    """A node may have a model of the same name and size, trained further."""
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    trial, data = study.plan.trials[0], study.facts.data_fingerprint
+    there = dataclasses.replace(study.inputs, model=str(tmp_path))
+    with pytest.raises(InputError, match=f"on node .+: got weights .+, expected {trial.model_fingerprint}"):
+        train_and_measure(trial, {data: Basis(there, baseline)})
+
+
+def test_work_gets_the_gpus_that_it_asks_for(study, ray_running, tmp_path):
+    """Ray's accounts of GPUs need none to be there."""
+
+    def work(config, bases):
+        (tmp_path / str(config.seed)).touch()
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        return TrialResult(config, "done", os.environ["CUDA_VISIBLE_DEVICES"])
+
+    trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(2)]
+    heard, room = Heard(), Room(Resources(gpus=0.5))
+    assert run_trials(trials, {}, cpus=1, gpus=0.5, room=room, reporter=heard, work=work) == "complete"
+    first, second = (result.error for result in heard.results)
+    assert first == second in ("0", "1"), "both on one"
+    assert on_workers([lambda: os.environ["CUDA_VISIBLE_DEVICES"]], 1, 2) == ["0,1"]
+
+
+def test_functions_run_on_workers_and_their_errors_come_back(ray_running):
+    assert on_workers([lambda: 1, lambda: "two"], 1, 0) == [1, "two"]
+
+    def wrong():
+        raise InputError("no such thing")
+
+    with pytest.raises(InputError, match="no such thing"):
+        on_workers([lambda: 1, wrong], 1, 0)

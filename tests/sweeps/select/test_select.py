@@ -1,0 +1,179 @@
+"""`locft select` end to end on the tiny model: the answer, the files, MLflow, going on where it was, wrong inputs."""
+
+import json
+
+import mlflow
+import pytest
+
+from sweeps.select.levels import make_levels
+from sweeps.select.request import Budget, ask
+from sweeps.tracking.study_run import Tracker, TrackingError
+
+SMALL = ("--set", "capability.limit=5", "--set", "capability.prose_tokens=64", "--set", "epochs=6")
+
+
+@pytest.fixture
+def selected(locft, workplace, tiny_folder, ray_running):
+    """Runs a selection of the tiny model; further arguments after the usual ones."""
+
+    def run(*arguments):
+        return locft("select", tiny_folder, "--edits", "atlas", "--limit", 12, *SMALL, *arguments)
+
+    return run
+
+
+def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_what_is_new(
+    selected, locft, workplace, tiny_folder
+):
+    said = selected("--budget-share", 0.6)
+    assert said.code == 0, said.err
+    assert "Edit at" in said.out and "Chance that it is the best" in said.out and "Make the edit: locft edit" in said.out
+    assert "survey:" in said.err and "best, whatever their kind" in said.err
+    file = workplace / "select-tiny-atlas.json"
+    content = json.loads(file.read_text())
+    assert content["how"]["method"] == "survey" and 0 < content["chance"] <= 1
+    assert 0 < content["how"]["grid_share"] < 0.9 and content["measured_on"] == {"edits": 12, "of": 12, "source": "atlas"}
+    for name in ("reliability", "generalization", "capability_change", "drift_kl"):
+        assert content["predicted"][name]["low"] <= content["predicted"][name]["mean"] <= content["predicted"][name]["high"]
+    page = file.with_suffix(".html").read_text()
+    assert content["position"] in page and "http://" not in page.split("<script")[0]
+
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("select-tiny-atlas")
+    runs = client.search_runs([experiment.experiment_id])
+    studies = [run for run in runs if run.data.tags["locft.kind"] == "study"]
+    trials = [run for run in runs if run.data.tags["locft.kind"] == "trial"]
+    assert len(studies) == 1 and studies[0].info.status == "FINISHED"
+    assert len(trials) == content["how"]["runs"] and all(run.info.status == "FINISHED" for run in trials)
+    assert studies[0].data.tags["locft.pick.position"] == content["position"]
+    kept = {item.path for item in client.list_artifacts(studies[0].info.run_id)}
+    assert {"position.json", "dashboard.html", "probe.json", "results.parquet"} <= kept
+    name = client.search_registered_models()[0].name
+    version = client.get_model_version_by_alias(name, "recommended")
+    assert version.tags["locft.position"] == content["position"] and version.run_id == studies[0].info.run_id
+    assert content["run_id"] in {run.info.run_id for run in trials if run.data.tags.get("locft.pick")}
+
+    edited = locft("edit", tiny_folder, "--edits", "atlas", "--limit", 12, "--position", file, "--out", "edited", "--json")
+    assert edited.code == 0, edited.err
+    assert edited.json["position"] == content["position"]
+    assert edited.json["settings"]["learning_rate"] == content["settings"]["learning_rate"]
+    single = client.get_run(content["run_id"]).data.metrics
+    assert edited.json["metrics"]["reliability"] == pytest.approx(single["reliability"])
+
+    again = selected("--budget-share", 0.6, "--json")
+    for key in ("position", "settings", "predicted", "chance", "run_id"):
+        assert again.json["position"][key] == content[key]
+    assert "known already" in again.err and " lr " not in again.err, "no run is reported"
+    more = selected("--budget-share", 0.9, "--json").json["position"]["how"]["runs"]
+    assert more > content["how"]["runs"]
+    trials = client.search_runs([experiment.experiment_id], "tags.`locft.kind` = 'trial'")
+    ids = [run.data.tags["locft.trial_id"] for run in trials]
+    assert len(set(ids)) == len(ids) == more
+
+
+@pytest.mark.parametrize("method", ["race", "tpe"])
+def test_baselines_are_methods_of_the_same_command(selected, method, workplace):
+    said = selected("--budget-share", 0.2, "--method", method, "--json")
+    assert said.code == 0, said.err
+    assert said.json["position"]["how"]["method"] == method
+    assert (workplace / f"select-tiny-atlas-{method}.json").exists()
+
+
+def test_a_budget_in_minutes_is_kept_by_the_clock(selected):
+    said = selected("--budget-minutes", 0.6, "--json")
+    assert said.code == 0, said.err
+    assert said.json["position"]["how"]["budget"] == {"minutes": 0.6}
+    assert said.json["position"]["how"]["wall_seconds"] < 40
+
+
+def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workplace, locft, tiny_folder):
+    said = selected("--budget-minutes", 0.001)
+    assert said.code == 0 and "by the probe alone" in said.out
+    content = json.loads((workplace / "select-tiny-atlas.json").read_text())
+    assert content["predicted"] == {} and content["chance"] is None and content["measured_on"]["edits"] == 0
+    assert "by the probe alone" in (workplace / "select-tiny-atlas.html").read_text()
+    edited = locft(
+        "edit", tiny_folder, "--edits", "atlas", "--limit", 4, "--position", "select-tiny-atlas.json", "--out", "out", "--json"
+    )
+    assert edited.code == 0 and edited.json["position"] == content["position"]
+
+
+def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, workplace, monkeypatch):
+    """Once without a registry, once without the store. The probe is made in this process, and nothing is run."""
+    monkeypatch.setattr("sweeps.select.selection.on_workers", lambda works, *_: [work() for work in works])
+    monkeypatch.setattr("sweeps.select.selection.run_trials", lambda *_, **__: "out_of_time")
+    monkeypatch.setattr("sweeps.tracking.outbox.PATIENCE_SECONDS", 0.0)
+
+    def away(*_, **__):
+        raise TrackingError("connection refused")
+
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
+    for lost, ending in (("register_position", "FINISHED"), ("finish_study", "KILLED")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Tracker, lost, away)
+            said = selected("--budget-minutes", 0.001, "--json", "--out", workplace / f"{lost}.json")
+        assert said.code == 0, said.err
+        assert json.loads((workplace / f"{lost}.json").read_text())["position"] == said.json["position"]["position"]
+        assert (workplace / f"{lost}.html").exists()
+        (study,) = client.search_runs([client.get_experiment_by_name("select-tiny-atlas").experiment_id])
+        assert study.info.status == ending
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (("--budget-share", 2), "--budget-share: got 2, expected a share of the full grid's cost"),
+        (("--budget-share", 0.1, "--budget-minutes", 5), "--budget-share, --budget-minutes: got both"),
+        (("--budget-minutes", -1), "--budget-minutes: got -1, expected a positive number"),
+        (("--method", "guess"), "--method: got 'guess', expected one of survey, race"),
+        (("--set", "space.learning_rate=[0.1,0.2]"), "space.learning_rate: a selection chooses it itself"),
+        (("--set", "space.seed=[1,2]"), "space.seed: a selection chooses seeds itself"),
+        (("--set", "space.batch_size=[1,2]"), "space.batch_size: got 2 values"),
+        (("--set", "space.module=[mlp_sideways]"), "has no module 'mlp_sideways'"),
+        (("--set", "space.layer=[99]"), "layer 99"),
+        (("--set", "search={method: random, trials: 3}"), "search.method: got random"),
+        (("--set", "budget.minutes=3"), "budget.minutes: got 3; a selection has budgets of its own"),
+    ],
+)
+def test_wrong_inputs_are_told_before_anything_runs(selected, workplace, arguments, complaint):
+    said = selected(*arguments)
+    assert said.code == 2 and complaint in said.err, said.err
+    assert {file.name for file in workplace.iterdir()} <= {"mlflow.db"}
+
+
+def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
+    def edit(text):
+        (workplace / "p.json").write_text(text)
+        said = locft("edit", tiny_folder, "--edits", "atlas", "--limit", 4, "--position", "p.json", "--out", "out")
+        assert said.code == 2 and not (workplace / "out").exists()
+        return said.err
+
+    good = {
+        "format": "locft-position/1", "model": "tiny", "model_fingerprint": "0" * 16, "dtype": "float32",
+        "position": "1.mlp_down", "depth": 0.5, "settings": {"learning_rate": 0.01},
+    }  # fmt: skip
+    assert "this is not JSON" in edit("{")
+    assert "not a position file" in edit("{}")
+    assert "fingerprint" in edit(json.dumps(good)), "another model's position is refused"
+    bad = edit(json.dumps({**good, "position": "x", "depth": 7, "settings": {"epochs": "many", "speed": 1}}))
+    for part in ("settings.epochs: got 'many', expected a whole number", "settings.speed: unknown", "LAYER.MODULE", "depth: got 7"):
+        assert part in bad, bad
+    missing = locft("edit", tiny_folder, "--edits", "atlas", "--position", "none.json", "--out", "out")
+    assert missing.code == 2 and "none.json: cannot read it" in missing.err
+
+
+def test_levels_are_smaller_samples_of_the_same_study(tiny_folder):
+    question = ask(str(tiny_folder), "atlas", limit=100, budget=Budget(0.1))
+    levels = question.levels
+    assert levels.edits == (10, 30, 100)
+    items = [study.n_items for study in levels.studies]
+    assert items == sorted(items) and len(set(items)) == 3
+    everything = {request.prompt for request in levels.full.edits.requests}
+    assert all({r.prompt for r in level.edits.requests} <= everything for level in levels.studies)
+    assert len({level.facts.data_fingerprint for level in levels.studies}) == 3
+    for number, level in enumerate(levels.studies):
+        run = levels.run(levels.config(levels.run(level.plan.trials[0])))
+        assert run.level == number
+    other = make_levels(levels.full, seed=1)
+    assert other.studies[0].facts.data_fingerprint != levels.studies[0].facts.data_fingerprint
+    assert ask(str(tiny_folder), "atlas", limit=12).levels.edits == (12,)

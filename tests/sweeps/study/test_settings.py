@@ -1,0 +1,100 @@
+"""The settings of one edit: options over a repeated trial's over the defaults."""
+
+import dataclasses
+
+import pytest
+
+from locft.errors import InputError
+from locft.train.pipelines import TrainingSettings
+from locft.model.precision import training_precision
+from sweeps.study.schema import Capability, Edits
+from sweeps.commands.settings import edit_settings
+from sweeps.study.reader import load_study, study_to_yaml
+from sweeps.tracking.study_run import Tracker
+from tests.mlflow_store import config, open_study, result
+
+ATLAS = Edits(source="atlas", limit=5)
+CHANGES = ["edits.limit=7", "edits.sample_seed=3", "capability.limit=4", "resources.cpus=2", "device=cpu"]
+
+
+@pytest.fixture
+def run_id(workplace):
+    """The MLflow run of a trial, and of its study in the default store."""
+    tracker = Tracker.open(None, "layer-sweep")
+    open_study(tracker)
+    tracker.put_study_file("study-1", "study.yaml", study_to_yaml(load_study("layer-sweep", CHANGES)))
+    trial = config(7, "attn", batch_size=3, learning_rate=1e-05, pipeline="depth_first", seed=4, dtype="bfloat16")
+    return tracker.log_trial("study-1", result(trial))
+
+
+def settings(position=None, edits=None, from_run=None, dtype=None, **given):
+    return edit_settings(position, given, dtype, edits, from_run, None)
+
+
+def test_defaults():
+    chosen = settings("22.mlp_down", ATLAS, batch_size=None)
+    assert chosen.position == "22.mlp_down"
+    assert chosen.training == TrainingSettings(precision=training_precision("auto"))
+    assert (chosen.edits, chosen.capability) == (ATLAS, Capability())
+    assert (chosen.dtype, chosen.device, chosen.threads, chosen.model_fingerprint) == ("float32", "auto", None, None)
+
+
+def test_options_over_defaults():
+    chosen = settings("1.mlp", ATLAS, dtype="bfloat16", batch_size=4, learning_rate=0.1, pipeline="depth_first")
+    expected = TrainingSettings(batch_size=4, learning_rate=0.1, pipeline="depth_first")
+    assert chosen.training == dataclasses.replace(expected, precision=training_precision("auto"))
+    assert chosen.dtype == "bfloat16"
+
+
+def test_a_trial_is_repeated_with_everything_that_decides_its_numbers(run_id):
+    chosen = settings(from_run=run_id)
+    assert chosen.position == "7.attn"
+    assert chosen.training == TrainingSettings(
+        pipeline="depth_first", batch_size=3, learning_rate=1e-05, epochs=25, seed=4, skip_below=0.01, stop_below=0.01
+    )
+    assert (chosen.dtype, chosen.device, chosen.threads) == ("bfloat16", "cpu", 2)
+    assert chosen.edits == Edits(source="atlas", limit=7, sample_seed=3)
+    assert chosen.capability == Capability(limit=4)
+    assert chosen.model_fingerprint == config().model_fingerprint
+
+
+def test_options_over_a_trial(run_id):
+    chosen = settings("9.mlp", ATLAS, run_id, batch_size=1)
+    assert (chosen.position, chosen.edits) == ("9.mlp", ATLAS)
+    assert chosen.training.batch_size == 1 and chosen.training.pipeline == "depth_first"
+
+
+def test_a_trial_of_a_study_that_is_gone_needs_the_edits_named(workplace):
+    run_id = Tracker.open(None, "orphans").log_trial("gone", result(config(7)))
+    with pytest.raises(InputError, match="--edits"):
+        settings(from_run=run_id)
+    assert settings(from_run=run_id, edits=ATLAS).edits == ATLAS
+
+
+def test_an_unknown_run(workplace):
+    with pytest.raises(InputError, match="nonsense"):
+        settings(from_run="nonsense")
+
+
+def test_every_bad_option_at_once():
+    bad = dict(
+        pipeline="sideways", batch_size=0, epochs=-1, learning_rate=float("nan"), loss_average="median", seed=-1
+    )
+    with pytest.raises(InputError) as caught:
+        settings(**bad)
+    told = "\n".join(caught.value.problems)
+    for option in ("--pipeline", "--batch-size", "--epochs", "--learning-rate", "--loss-average", "--seed"):
+        assert option in told
+    assert "--position" in told and "--edits" in told and len(caught.value.problems) == 8
+
+
+@pytest.mark.parametrize("rate", [-0.1, 0.0, float("inf")])
+def test_a_learning_rate_is_positive(rate):
+    with pytest.raises(InputError, match="--learning-rate: got .* expected a positive number"):
+        settings("1.mlp", ATLAS, learning_rate=rate)
+
+
+def test_a_position_is_checked_with_the_options():
+    with pytest.raises(InputError) as caught:
+        settings("mlp.3", ATLAS, batch_size=0)
+    assert "'mlp.3'" in caught.value.problems[1] and "--batch-size" in caught.value.problems[0]

@@ -1,0 +1,28 @@
+"""The platform as a notebook uses it."""
+
+import plotly.graph_objects as go
+import pytest
+
+import sweeps
+from locft.errors import InputError
+from tests.sweeps.run.test_runner import Heard
+
+
+def test_a_study_runs_and_its_results_are_drawn(workplace, study_file, ray_running):
+    file, heard = study_file(), Heard()
+    assert sweeps.load_results(file).empty
+    done = sweeps.run_study(file, {"space.module": ["mlp_down", "attn"]}, reporter=heard)
+    assert done.ending == "complete" and len(heard.results) == 4 and done.answer.recommendation is not None
+    results = sweeps.load_results(file, {"space.module": ["mlp_down", "attn"]})
+    assert sorted(results["trial_id"]) == sorted(result.config.id for result in heard.results)
+    assert len(sweeps.load_results(file)) == 2, "the narrower study has two of them"
+    found = sweeps.figures(results)
+    assert {"front", "reliability", "capability_change", "drift_kl", "losses"} <= set(found)
+    assert all(isinstance(figure, go.Figure) and len(figure.data) for figure in found.values())
+
+
+def test_wrong_changes_are_told(study_file):
+    with pytest.raises(InputError, match="space.modul"):
+        sweeps.run_study(study_file(), {"space.modul": "mlp"})
+    with pytest.raises(AttributeError):
+        sweeps.no_such_thing  # noqa: B018

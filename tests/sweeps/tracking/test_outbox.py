@@ -1,0 +1,184 @@
+"""Results on their way to a store that is away, full, or killed; and one driver a study."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from locft.errors import InputError
+from sweeps.tracking import outbox as delivery_module
+from sweeps.tracking.outbox import Delivery, Outbox, open_outbox, patiently
+from sweeps.driver import driver_folder, only_driver
+from sweeps.tracking.store import Refused, TrackingError
+from tests.mlflow_store import config, result
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(delivery_module, "PAUSES", (0.01,))
+
+
+class Away:
+    """A store that takes nothing until it is back."""
+
+    def __init__(self):
+        self.taken, self.asked, self.back = [], threading.Event(), threading.Event()
+
+    def __call__(self, found):
+        self.asked.set()
+        if not self.back.is_set():
+            raise TrackingError("no answer")
+        self.taken.append(found.config.id)
+
+
+def results(count):
+    return [result(config(layer)) for layer in range(count)]
+
+
+def test_results_wait_for_a_store_that_is_away_and_arrive_in_order(tmp_path):
+    store, said, found = Away(), [], results(3)
+    with Delivery(store, Outbox(tmp_path / "out"), said.append) as delivery:
+        for each in found:
+            delivery.put(each)
+        assert store.asked.wait(10)
+        assert [kept.config.id for kept in Outbox(tmp_path / "out").kept()] == [r.config.id for r in found]
+        store.back.set()
+    assert store.taken == [r.config.id for r in found] and len(Outbox(tmp_path / "out")) == 0
+    assert len(said) == 2 and "no answer" in said[0] and said[1].startswith("recorded again")
+
+
+def test_what_never_arrives_is_kept_whole_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(delivery_module, "PATIENCE_SECONDS", 0.05)
+    found, outbox = results(2), Outbox(tmp_path / "out")
+    with pytest.raises(TrackingError, match="no answer; 2 finished trials are kept in"):
+        with Delivery(Away(), outbox, lambda text: None) as delivery:
+            for each in found:
+                delivery.put(each)
+    assert outbox.kept() == found
+
+
+def test_an_error_of_the_driver_is_not_hidden_by_the_stores(tmp_path, monkeypatch):
+    monkeypatch.setattr(delivery_module, "GRACE_SECONDS", 0.05)
+    with pytest.raises(KeyError):
+        with Delivery(Away(), Outbox(tmp_path / "out"), lambda text: None) as delivery:
+            delivery.put(results(1)[0])
+            raise KeyError("driver")
+    assert len(Outbox(tmp_path / "out")) == 1
+
+
+def test_a_full_disk_costs_only_the_copy_on_it(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    store, said = Away(), []
+    store.back.set()
+    monkeypatch.setattr(delivery_module.tempfile, "mkstemp", full)
+    with Delivery(store, Outbox(tmp_path / "out"), said.append) as delivery:
+        delivery.put(results(1)[0])
+    assert len(store.taken) == 1 and "No space left" in said[0]
+
+
+def test_a_damaged_file_hides_no_other_and_counts_once(tmp_path):
+    outbox, found = Outbox(tmp_path), results(2)
+    for each in found:
+        outbox.keep(each)
+    (tmp_path / f"{found[0].config.id}.result").write_text("half of")
+    assert outbox.kept() == found[1:] and len(outbox) == 1
+    assert (tmp_path / f"{found[0].config.id}.unreadable").read_text() == "half of"
+
+
+def test_a_kept_result_survives_a_power_failure(tmp_path, monkeypatch):
+    """Its content is on the disk before it has its name, and its name before it is counted on."""
+    happened, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle):
+        found = os.fstat(handle)
+        happened.append("folder" if stat.S_ISDIR(found.st_mode) else f"file with content: {found.st_size > 0}")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *names: (happened.append("named"), replace(*names)))
+    Outbox(tmp_path).keep(results(1)[0])
+    assert happened == ["file with content: True", "named", "folder"]
+
+
+class Picky(Away):
+    """A store that refuses some results, so many times, and takes the others."""
+
+    def __init__(self, refused, times):
+        super().__init__()
+        self.refused = {found.config.id: times for found in refused}
+
+    def __call__(self, found):
+        if self.refused.get(found.config.id, 0):
+            self.refused[found.config.id] -= 1
+            raise Refused("a name is too long")
+        self.taken.append(found.config.id)
+
+
+def test_a_result_that_the_store_refuses_stands_in_the_way_of_no_other(tmp_path):
+    found, said = results(3), []
+    store, outbox = Picky(found[:2], times=100), Outbox(tmp_path)
+    store.refused[found[1].config.id] = 1  # a fault that passes looks like a refusal, too
+    with Delivery(store, outbox, said.append) as delivery:
+        for each in found:
+            delivery.put(each)
+    assert store.taken == [found[2].config.id, found[1].config.id]
+    assert outbox.kept() == found[:1] and store.refused[found[0].config.id] == 98, "asked twice, not for ever"
+    assert len(said) == 2 and all("the store refuses it" in text and "name is too long" in text for text in said)
+    assert outbox.set_aside(found[0]).exists() and len(outbox) == 0
+
+
+def test_a_driver_that_has_nothing_else_to_do_waits_for_the_store(monkeypatch, caplog):
+    answers = iter([TrackingError("no answer"), TrackingError("no answer"), "here"])
+
+    def work():
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    assert patiently(work) == "here" and "no answer" in caplog.text and "recorded again" in caplog.text
+    monkeypatch.setattr(delivery_module, "PATIENCE_SECONDS", 0.0)
+    answers = iter([TrackingError("no answer")])
+    with pytest.raises(TrackingError, match="no answer"):
+        patiently(work)
+
+
+def test_an_outbox_belongs_to_one_study_and_store_whatever_the_password():
+    one = open_outbox("study", "http://me:secret@127.0.0.1:5000").folder
+    assert one == open_outbox("study", "http://127.0.0.1:5000/").folder
+    assert one != open_outbox("study", "http://127.0.0.1:5001").folder != open_outbox("other", "http://127.0.0.1:5001").folder
+    assert "secret" not in str(one) and not one.exists()
+
+
+def test_a_second_driver_is_refused_with_the_reason_and_a_killed_one_holds_nothing(tmp_path):
+    code = (
+        "import sys, time, pathlib; from sweeps.driver import only_driver\n"
+        "with only_driver(pathlib.Path(sys.argv[1]), 'mine'): print('holds', flush=True); time.sleep(60)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "holds\n"
+        with pytest.raises(InputError, match=f"'mine' is being run already, by process {first.pid} on .*, since 20"):
+            with only_driver(tmp_path, "mine"):
+                pass
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        with only_driver(tmp_path, "mine"):
+            pass
+        with only_driver(tmp_path, "mine"):
+            assert str(os.getpid()) in (tmp_path / "driver.txt").read_text()
+    finally:
+        first.kill()
+
+
+def test_a_state_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="XDG_STATE_HOME"):
+        with only_driver(driver_folder("study", None), "mine"):
+            pass
