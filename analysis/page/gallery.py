@@ -134,7 +134,7 @@ def page_template(name: str) -> jinja2.Template:
 
 
 _PAGES = jinja2.Environment(
-    loader=jinja2.PackageLoader("analysis", "."),
+    loader=jinja2.PackageLoader("analysis.page", "."),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,

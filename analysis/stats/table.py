@@ -4,7 +4,9 @@ Everything in `analysis` is a pure function of this table. `results_frame` makes
 trials; `by_setting` folds the seeds of one setting into one row, which is what fronts and picks are made of.
 """
 
+import base64
 import math
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.stats.axes import AXES, SETTING
 from analysis.stats.wording import number
 
 Z95 = 1.959964
@@ -29,6 +32,8 @@ class Column:
     doc: str
 
 
+_KINDS = {int: INTEGER, float: NUMBER, str: TEXT}
+
 COLUMNS: dict[str, Column] = {
     "trial_id": Column(TEXT, "content id of the trial"),
     "status": Column(TEXT, "done or failed"),
@@ -36,19 +41,8 @@ COLUMNS: dict[str, Column] = {
     "retried": Column(TEXT, "why attempts at it were lost before this one, a cause a line; None where none was"),
     # what was tried
     "layers": Column(INTEGER, "layers of the model"),
-    "layer": Column(INTEGER, "trained layer, 0 is the first"),
-    "depth": Column(NUMBER, "relative depth of that layer, 0 for the first and 1 for the last"),
-    "module": Column(TEXT, "what is trained in that layer: mlp_down, mlp, attn, layer, ..."),
-    "pipeline": Column(TEXT, "breadth_first or depth_first"),
-    "batch_size": Column(INTEGER, "edits per optimiser step"),
-    "learning_rate": Column(NUMBER, "of Adam"),
-    "seed": Column(INTEGER, "of the order of the edits"),
-    "loss_average": Column(TEXT, "edit or token"),
-    "epochs": Column(INTEGER, "at most so many passes (breadth-first) or steps per batch (depth-first)"),
-    "skip_below": Column(NUMBER, "loss below which a batch takes no step"),
-    "stop_below": Column(NUMBER, "loss below which training ends"),
-    "dtype": Column(TEXT, "of the frozen weights"),
-    "precision": Column(TEXT, "in which training computed"),
+    "depth": Column(NUMBER, "relative depth of the trained layer, 0 for the first and 1 for the last"),
+    **{axis.name: Column(_KINDS[axis.type], axis.doc) for axis in AXES},
     "model_fingerprint": Column(TEXT, "hash of the unedited weights"),
     "data_fingerprint": Column(TEXT, "hash of edits and capability items"),
     "method_version": Column(INTEGER, "version of the method"),
@@ -61,6 +55,7 @@ COLUMNS: dict[str, Column] = {
     "generalization_tf": Column(NUMBER, "the same by teacher forcing"),
     "locality_tf": Column(NUMBER, "the same by teacher forcing"),
     "n_edits": Column(NUMBER, "edits that reliability is a fraction of"),
+    "right": Column(TEXT, "which edits were answered right, packed (`unpack_right`); None where that is not known"),
     # what it cost the model
     "capability": Column(NUMBER, "mean accuracy over the tasks of the suite (further columns: capability.TASK)"),
     "capability_change": Column(NUMBER, "capability minus that of the unedited model, paired by item"),
@@ -86,12 +81,12 @@ COLUMNS: dict[str, Column] = {
 }
 """The documented columns, in order. `capability.TASK` columns (accuracy per task) come after them."""
 
+MAX_PACKED = 5000
+"""Characters of a packed `right`."""
+
 REQUIRED = ("trial_id", "status", "layer", "module")
 
-SETTING_AXES = (
-    "layers", "layer", "depth", "module", "pipeline", "batch_size", "learning_rate", "loss_average", "epochs",
-    "skip_below", "stop_below", "dtype", "precision", "model_fingerprint", "data_fingerprint", "method_version",
-)  # fmt: skip
+SETTING_AXES = ("layers", "depth", *SETTING, "model_fingerprint", "data_fingerprint", "method_version")
 """What makes a setting: every axis but the seed."""
 
 METRICS = (
@@ -152,6 +147,21 @@ def _typed(values: list[Any], kind: str) -> pd.Series:
     return numbers.astype(_DTYPES[kind])
 
 
+def pack_right(right: Sequence[bool]) -> str | None:
+    """Which edits were answered right as one short text: "N:" and the packed bits, compressed, in base 85. None where the
+    text would be longer than a tag of a tracking store may be."""
+    packed = base64.b85encode(zlib.compress(np.packbits(np.array(right, dtype=bool)).tobytes(), 9)).decode()
+    text = f"{len(right)}:{packed}"
+    return text if len(text) <= MAX_PACKED else None
+
+
+def unpack_right(text: str) -> np.ndarray:
+    """(E,) bool: the inverse of `pack_right`."""
+    count, _, packed = text.partition(":")
+    bits = np.frombuffer(zlib.decompress(base64.b85decode(packed)), dtype=np.uint8)
+    return np.unpackbits(bits, count=int(count)).astype(bool)
+
+
 def done(results: pd.DataFrame) -> pd.DataFrame:
     """The trials that finished, diverged ones included (a diverged trial is a result)."""
     return results[results["status"] == "done"].reset_index(drop=True)
@@ -201,6 +211,7 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     - `trial_id`, `run_id`, `seed` and `epoch_losses` are those of the lowest seed, which stands for the group;
     - `diverged` is 1 when any seed diverged;
     - new columns: `trial_ids` and `seeds` (tuples, by seed), `n_seeds`, `n_failed` (seeds of it that failed),
+      `right_by_edit` ((E,) array, the share of seeds that got each edit right; None where not known),
       `reliability_sd`, `generalization_sd`, `locality_sd` (between seeds, NaN for one), `drift_kl_low`, `drift_kl_high`
       (lowest and highest of the seeds, NaN for one), and `reliability_se`.
 
@@ -216,18 +227,22 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     table = first.copy()
     if table.empty:
         absent = dict.fromkeys((*SPREADS, "reliability_se"), 0.0)
-        return table.assign(trial_ids=[], seeds=[], n_seeds=0, n_failed=0, **absent)
+        return table.assign(trial_ids=[], seeds=[], right_by_edit=[], n_seeds=0, n_failed=0, **absent)
     means = groups[names].mean().reset_index(drop=True)
     table[names] = means
     table["diverged"] = groups["diverged"].max().fillna(0.0).to_numpy()
     ids: list[list[str]] = [[] for _ in range(len(table))]
     seeds: list[list[int]] = [[] for _ in range(len(table))]
-    for group, trial, seed in zip(groups.ngroup(), finished["trial_id"], finished["seed"], strict=True):
+    right: list[list[str | None]] = [[] for _ in range(len(table))]
+    columns = (finished[name] for name in ("trial_id", "seed", "right"))
+    for group, trial, seed, packed in zip(groups.ngroup(), *columns, strict=True):
         ids[group].append(trial)
+        right[group].append(packed)
         if not _absent(seed):
             seeds[group].append(int(seed))
     table["trial_ids"] = pd.Series([tuple(group) for group in ids], dtype=object)
     table["seeds"] = pd.Series([tuple(group) for group in seeds], dtype=object)
+    table["right_by_edit"] = pd.Series([_mean_right(group) for group in right], dtype=object)
     table["n_seeds"] = groups.size().to_numpy()
     for name in FRACTIONS:
         table[f"{name}_sd"] = groups[name].std(ddof=1).to_numpy()
@@ -240,6 +255,14 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     lost = Counter(_settings_of(failed(results)))
     table["n_failed"] = [lost[setting] for setting in _settings_of(table)]
     return table
+
+
+def _mean_right(packed: Sequence[str | None]) -> np.ndarray | None:
+    """(E,) over the seeds of a setting; None unless it is known for each of them, on as many edits."""
+    if any(text is None for text in packed):
+        return None
+    known = [unpack_right(text) for text in packed if text is not None]
+    return np.mean(known, axis=0) if len({len(one) for one in known}) == 1 else None
 
 
 def _settings_of(frame: pd.DataFrame) -> list[tuple]:

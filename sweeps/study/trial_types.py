@@ -9,53 +9,27 @@ import base64
 import hashlib
 import json
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any, Literal
+
+from analysis.stats.axes import AXES
+from analysis.stats.table import pack_right
 
 METHOD_VERSION = 1
 """Raised whenever the same configuration would give another result: old results are then not taken for new ones."""
 
 
-@dataclass(frozen=True)
-class TrialConfig:
-    """One edit of one model at one position with one setting, fully specified."""
-
-    model_fingerprint: str
-    """Hash of the unedited model's weights (`LoadedModel.fingerprint`)."""
-    data_fingerprint: str
-    """Hash of edits and capability items together: everything the metrics are computed on."""
-    layers: int
-    """Layers of the model, for the relative depth."""
-    layer: int
-    """Index of the trained layer, 0 is the first."""
-    module: str
-    """What is trained in that layer: mlp_down, mlp, attn, layer, ..."""
-    pipeline: str
-    """breadth_first or depth_first."""
-    batch_size: int
-    """Edits per optimiser step."""
-    learning_rate: float
-    """Of Adam."""
-    seed: int
-    """Of the order of the edits."""
-    loss_average: str
-    """edit: mean over the tokens of an edit, then over edits. token: mean over all tokens of the batch."""
-    epochs: int
-    """At most so many passes over all edits (breadth-first) or steps per batch (depth-first)."""
-    skip_below: float
-    """A batch whose loss is below takes no step."""
-    stop_below: float
-    """An epoch (breadth-first) or a batch (depth-first) whose loss is below ends."""
-    dtype: str = "float32"
-    """Of the frozen weights. The trained ones are float32 always."""
-    precision: str = "float32"
-    """In which training computes: float32 or bfloat16. The metrics are those of the edit merged into `dtype`."""
-    method_version: int = METHOD_VERSION
+class _TrialConfigMethods:
+    """What a trial's configuration can tell of itself."""
 
     @property
     def id(self) -> str:
-        """The content id: 16 hexadecimal digits."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """The content id: 16 hexadecimal digits. A newer axis counts only where it is not at its default."""
+        values = self.to_dict()
+        for axis in AXES:
+            if not axis.in_first_ids and values[axis.name] == axis.default:
+                del values[axis.name]
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
@@ -70,6 +44,25 @@ class TrialConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+TrialConfig = make_dataclass(
+    "TrialConfig",
+    [
+        ("model_fingerprint", str),  # hash of the unedited model's weights (`LoadedModel.fingerprint`)
+        ("data_fingerprint", str),  # hash of edits and capability items together: all that the metrics are computed on
+        ("layers", int),  # of the model, for the relative depth
+        *((axis.name, axis.type) for axis in AXES if axis.default is None),
+        *((axis.name, axis.type, field(default=axis.default)) for axis in AXES if axis.default is not None),
+        ("method_version", int, field(default=METHOD_VERSION)),
+    ],
+    bases=(_TrialConfigMethods,),
+    frozen=True,
+    kw_only=True,
+)
+TrialConfig.__module__ = __name__  # pickle looks for it here
+TrialConfig.__doc__ = """One edit of one model at one position with one setting, fully specified: fingerprints of model and
+data, the number of layers, a value for each of `analysis.stats.axes.AXES`, and the version of the method."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +80,14 @@ class TrialResult:
     """Per prompt: edit_id, kind (reliability, generalization, locality), prompt, expected, got, correct, correct_tf."""
     retried: tuple[str, ...] = ()
     """Why earlier attempts at it were lost, each in one line."""
+    packed_right: str | None = None
+    """`right` as the tracking store kept it, for a result that was read without its outcomes."""
+
+    @property
+    def right(self) -> str | None:
+        """Which edits were answered right, packed (`analysis.stats.table.pack_right`); None where that is not known."""
+        asked = [bool(outcome["correct"]) for outcome in self.outcomes if outcome["kind"] == "reliability"]
+        return pack_right(asked) if asked else self.packed_right
 
     def to_row(self) -> dict[str, Any]:
         """One row of the results table (its columns are documented in `analysis.stats.table`)."""
@@ -99,6 +100,7 @@ class TrialResult:
             **self.metrics,
             "epoch_losses": list(self.epoch_losses),
             "retried": "\n".join(self.retried) or None,
+            "right": self.right,
         }
 
 

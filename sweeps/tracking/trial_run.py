@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from analysis.stats.axes import AXIS
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Run
 
-PARAMETERS = (
-    *("layer", "module", "pipeline", "batch_size", "learning_rate", "seed", "loss_average", "epochs"),
-    *("skip_below", "stop_below", "dtype", "precision"),
-)
+PARAMETERS = tuple(AXIS)
 """Fields of `TrialConfig` shown as parameters, beside `depth` and `position`. The others are tags: they rarely vary."""
 OUTCOMES = ["edit_id", "kind", "prompt", "expected", "got", "correct", "correct_tf"]
 """Columns of the table of outcomes."""
@@ -96,6 +94,8 @@ def trial_tags(study_id: str, result: TrialResult, given: Mapping[str, str]) -> 
         tags["locft.error"] = result.error or "unknown"
     if result.retried:
         tags["locft.retried"] = "\n".join(result.retried)
+    if result.right:
+        tags["locft.right"] = result.right
     if result.outcomes:  # tells MLflow's pages that the file is a table
         tags["mlflow.loggedArtifacts"] = json.dumps([{"path": "outcomes.json", "type": "table"}])
     return {**tags, **given}
@@ -108,9 +108,10 @@ def config_of(run: "Run") -> TrialConfig:
         ValueError: a field is missing or is no number.
     """
     kept = {key.removeprefix("locft."): value for key, value in run.data.tags.items()} | run.data.params
-    if missing := [key for key in _TYPES if key not in kept]:
+    newer = {axis.name for axis in AXIS.values() if not axis.in_first_ids}  # absent in older runs: at its default
+    if missing := [key for key in _TYPES if key not in kept and key not in newer]:
         raise ValueError(f"no {', '.join(missing)} recorded")
-    return TrialConfig(**{key: kind(kept[key]) for key, kind in _TYPES.items()})
+    return TrialConfig(**{key: kind(kept[key]) for key, kind in _TYPES.items() if key in kept})
 
 
 def result_of(
@@ -119,7 +120,15 @@ def result_of(
     """What a run says of its trial, without outcomes."""
     tags = run.data.tags
     retried = tuple(tags.get("locft.retried", "").splitlines())
-    return TrialResult(config, status, tags.get("locft.error"), metrics_of(run), tuple(losses), retried=retried)
+    return TrialResult(
+        config,
+        status,
+        tags.get("locft.error"),
+        metrics_of(run),
+        tuple(losses),
+        retried=retried,
+        packed_right=tags.get("locft.right"),
+    )
 
 
 def metrics_of(run: "Run") -> dict[str, float]:

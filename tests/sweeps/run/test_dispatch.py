@@ -4,7 +4,24 @@ from sweeps.run.dispatch import Dispatch, Listed
 from sweeps.run.cluster import WORKER_RESTARTS
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
-TRIALS = [TrialConfig("m", "d", 30, 3, "mlp", "breadth_first", 8, 0.1, seed, "edit", 5, 0.0, 0.0) for seed in range(6)]
+TRIALS = [
+    TrialConfig(
+        model_fingerprint="m",
+        data_fingerprint="d",
+        layers=30,
+        layer=3,
+        module="mlp",
+        pipeline="breadth_first",
+        batch_size=8,
+        learning_rate=0.1,
+        seed=seed,
+        loss_average="edit",
+        epochs=5,
+        skip_below=0.0,
+        stop_below=0.0,
+    )
+    for seed in range(6)
+]
 
 
 class Space:

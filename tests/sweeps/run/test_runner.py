@@ -233,7 +233,21 @@ def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, ray_running
 
 
 def test_a_failure_is_one_line():
-    config = TrialConfig("m", "d", 3, 1, "mlp", "breadth_first", 2, 0.1, 0, "edit", 2, 0.0, 0.0)
+    config = TrialConfig(
+        model_fingerprint="m",
+        data_fingerprint="d",
+        layers=3,
+        layer=1,
+        module="mlp",
+        pipeline="breadth_first",
+        batch_size=2,
+        learning_rate=0.1,
+        seed=0,
+        loss_average="edit",
+        epochs=2,
+        skip_below=0.0,
+        stop_below=0.0,
+    )
     assert worker_failure(config, ValueError("first\nsecond")).error == "ValueError: first"
     assert worker_failure(config, KeyError()).error == "KeyError: KeyError"
     assert len(worker_failure(config, ValueError("x" * 9999)).error) == 500

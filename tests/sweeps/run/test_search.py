@@ -12,7 +12,21 @@ SPACE = {"layer": list(range(6)), "module": ["attn", "mlp"], "learning_rate": ("
 
 def to_config(point):
     rate = float(f"{point['learning_rate']:.3g}")
-    return TrialConfig("m", "d", 30, point["layer"], point["module"], "breadth_first", 8, rate, 0, "edit", 5, 0.0, 0.0)
+    return TrialConfig(
+        model_fingerprint="m",
+        data_fingerprint="d",
+        layers=30,
+        layer=point["layer"],
+        module=point["module"],
+        pipeline="breadth_first",
+        batch_size=8,
+        learning_rate=rate,
+        seed=0,
+        loss_average="edit",
+        epochs=5,
+        skip_below=0.0,
+        stop_below=0.0,
+    )
 
 
 def done(config, reliability=0.5, capability=0.5):

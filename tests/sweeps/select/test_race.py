@@ -155,7 +155,19 @@ def test_seeds_of_a_setting_are_one_setting():
 
 def config_of(run):
     return TrialConfig(
-        "m", f"d{run.level}", 24, run.layer, run.module, "breadth_first", 8, run.learning_rate, run.seed, "edit", 5, 0, 0
+        model_fingerprint="m",
+        data_fingerprint=f"d{run.level}",
+        layers=24,
+        layer=run.layer,
+        module=run.module,
+        pipeline="breadth_first",
+        batch_size=8,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+        loss_average="edit",
+        epochs=5,
+        skip_below=0,
+        stop_below=0,
     )
 
 
@@ -182,4 +194,7 @@ def test_a_search_waits_for_the_rung_and_goes_on_from_what_is_known():
     again.learn("x", TrialResult(missing, "done"))
     while (config := again.propose("x")) is not None:
         again.learn("x", TrialResult(config, "done"))
-    assert set(again.rungs[0].runs) <= set(again.scores) and [rung.name for rung in again.rungs[:2]] == ["scouts", "semifinal"]
+    assert set(again.rungs[0].runs) <= set(again.scores) and [rung.name for rung in again.rungs[:2]] == [
+        "scouts",
+        "semifinal",
+    ]

@@ -49,7 +49,11 @@ def test_an_estimate_is_its_written_formula():
     assert got.disk_bytes_high == got.disk_bytes_low + 4 * 4 * 2000 * 2
     assert got.disk_bytes_low == 10_000_000 + 3 * (30_000 + 24 * 400)
     left = estimate(plan, facts, COSTS, concurrent=2, done=[plan.trials[0].id])
-    assert left.trials == left.left == 2 and left.ended_by is None and left.seconds == pytest.approx(47 + 0.9 * training + measuring)
+    assert (
+        left.trials == left.left == 2
+        and left.ended_by is None
+        and left.seconds == pytest.approx(47 + 0.9 * training + measuring)
+    )
     assert estimate(plan, facts, COSTS, done=[trial.id for trial in plan.trials]).seconds == 0
 
 
@@ -95,7 +99,10 @@ def test_a_forecast_is_for_the_machines_there_are(monkeypatch):
     wide = forecast.on([{"CPU": 16.0, "GPU": 0.0}])
     assert (forecast.estimate.concurrent, wide.estimate.concurrent) == (1, 16)
     assert wide.estimate.seconds < forecast.estimate.seconds / 4
-    assert forecast.on([{"CPU": 16.0, "memory": 2.5 * memory_bytes(forecast.prepared.plan.sample[0], FACTS)}]).concurrent == 2
+    assert (
+        forecast.on([{"CPU": 16.0, "memory": 2.5 * memory_bytes(forecast.prepared.plan.sample[0], FACTS)}]).concurrent
+        == 2
+    )
     gpu = replace(forecast.prepared, study=make_study(resources={"gpus": 0.5}))
     assert places(gpu, [{"CPU": 16.0, "GPU": 2.0}]) == 4 and places(gpu, [{"CPU": 16.0}]) == 1
 
@@ -112,7 +119,9 @@ def test_memory_is_what_was_measured():
 
 def test_what_does_not_fit_is_told(monkeypatch):
     study = make_study({"seed": list(range(8))})
-    forecast = Forecast(PreparedStudy(study, FACTS, make_plan(study, FACTS), None, None), default_costs(FACTS), concurrent=8)
+    forecast = Forecast(
+        PreparedStudy(study, FACTS, make_plan(study, FACTS), None, None), default_costs(FACTS), concurrent=8
+    )
     expected = forecast.estimate
     assert expected.memory_bytes_low < expected.memory_bytes_high
 
@@ -130,8 +139,8 @@ def measured(rows: pd.DataFrame, facts, n_edits: int) -> list[TrialResult]:
     names = ("steps", "train_seconds", "evaluate_seconds", "capability_seconds", "diverged")
     return [
         TrialResult(
-            TrialConfig("model", facts.data_fingerprint if n_edits == 100 else "other", 30, row["layer"], row["module"],
-                        "breadth_first", 10, row["learning_rate"], row["seed"], "edit", 25, 0.01, 0.01),
+            TrialConfig(
+model_fingerprint="model", data_fingerprint=facts.data_fingerprint if n_edits == 100 else "other", layers=30, layer=row["layer"], module=row["module"], pipeline="breadth_first", batch_size=10, learning_rate=row["learning_rate"], seed=row["seed"], loss_average="edit", epochs=25, skip_below=0.01, stop_below=0.01),
             "done", None, {"n_edits": float(n_edits), **{name: row[name] for name in names}},
         )
         for row in rows.to_dict("records")

@@ -1,0 +1,122 @@
+"""The axes of a study, each declared once: its name, type, default, check, title, and how it is drawn and sorted.
+
+Everything else derives from here: the fields of a trial's configuration and what of them its id hashes, the `space` of a
+study file and its checks, the options of `locft edit`, the settings of a position file, the columns of the results table,
+MLflow's parameters, and the names and scales in figures. To add an axis, declare it here and use it where trials train.
+
+The declarations lie in `analysis` because figures and tables need them, and `analysis` imports nothing from `sweeps`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting of a trial. An axis without `swept` has one value for a whole study."""
+
+    name: str
+    type: type
+    """int, float or str."""
+    default: Any
+    title: str
+    """In figures and tables."""
+    doc: str
+    """What it is, for the study file's reference and the columns of the results table."""
+    choices: tuple[str, ...] = ()
+    """The valid texts, in the order in which they are sorted and drawn; empty allows any."""
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    log: bool = False
+    """Drawn on a logarithmic scale."""
+    short: str = ""
+    """Written before a value where settings are told apart ("rate 0.004"); a text value may stand alone."""
+    swept: bool = True
+    """In `space`, where it takes a list; otherwise a field of the study itself."""
+    trained: bool = True
+    """A field of `locft.train.TrainingSettings`."""
+    in_first_ids: bool = False
+    """Part of every trial id, since the first ids hashed it. A newer axis is left out of the id at its default, so that
+    it does not make old results foreign."""
+
+    def expected(self) -> str:
+        """What a valid value is, in words."""
+        if self.choices:
+            *others, last = self.choices
+            return f"{', '.join(others)} or {last}" if others else last
+        kind = {int: "a whole number", float: "a number", str: "text"}[self.type]
+        bounds = (("of at least", self.at_least), ("above", self.above), ("below", self.below))
+        said = " and ".join(f"{word} {bound:,}" for word, bound in bounds if bound is not None)
+        return f"{kind} {said}".rstrip()
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value of the right type is valid."""
+        if self.choices:
+            return value in self.choices
+        if self.type is str:
+            return isinstance(value, str) and bool(value)
+        if isinstance(value, bool) or not isinstance(value, int if self.type is int else (int, float)):
+            return False
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+AXES: tuple[Axis, ...] = (
+    Axis("layer", int, None, "layer", "trained layer, 0 is the first", at_least=0, trained=False, in_first_ids=True),
+    Axis(
+        "module", str, "mlp_down", "module", "what is trained in the layer: mlp_down, mlp_up, mlp, attn, layer, ...",
+        trained=False, in_first_ids=True,
+    ),
+    Axis(
+        "pipeline", str, "breadth_first", "pipeline",
+        "breadth_first: epochs over all edits; depth_first: each batch to its end before the next",
+        choices=("breadth_first", "depth_first"), in_first_ids=True,
+    ),
+    Axis(
+        "batch_size", int, 32, "batch size", "edits per optimiser step",
+        at_least=1, log=True, short="batch ", in_first_ids=True,
+    ),
+    Axis(
+        "learning_rate", float, 0.004, "learning rate", "of Adam",
+        above=0, log=True, short="rate ", in_first_ids=True,
+    ),
+    Axis(
+        "loss_average", str, "edit", "loss average",
+        "edit: mean over the tokens of an edit, then over edits; token: mean over all tokens of the batch",
+        choices=("edit", "token"), short="loss by ", in_first_ids=True,
+    ),
+    Axis("seed", int, 0, "seed", "of the order of the edits", at_least=0, below=2**32, in_first_ids=True),
+    Axis(
+        "epochs", int, 25, "epochs", "at most this many passes (breadth_first) or steps per batch (depth_first)",
+        at_least=1, swept=False, in_first_ids=True,
+    ),
+    Axis(
+        "skip_below", float, 0.01, "skip below", "a batch whose loss is below takes no step; 0 never skips",
+        at_least=0, swept=False, in_first_ids=True,
+    ),
+    Axis(
+        "stop_below", float, 0.01, "stop below",
+        "an epoch (breadth_first) or a batch (depth_first) whose loss is below ends; 0 never stops early",
+        at_least=0, swept=False, in_first_ids=True,
+    ),
+    Axis(
+        "dtype", str, "float32", "dtype", "of the frozen weights; the trained ones are always float32",
+        choices=("float32", "bfloat16", "float16"), swept=False, trained=False, in_first_ids=True,
+    ),
+    Axis(
+        "precision", str, "float32", "precision", "in which training computes; metrics are measured in dtype",
+        choices=("float32", "bfloat16"), swept=False, in_first_ids=True,
+    ),
+)  # fmt: skip
+"""In the order of columns and tables. Layer and module make the position; seeds are averaged."""
+
+AXIS = {axis.name: axis for axis in AXES}
+SWEPT = tuple(axis for axis in AXES if axis.swept)
+SETTING = tuple(axis.name for axis in AXES if axis.name != "seed")
+"""What tells settings apart: every axis but the seed."""
