@@ -70,8 +70,9 @@ def ui(
     serve(tracking_uri, port, announce)
 
 
-for _command in (positions, plan, sweep, status, report, select, edit, apply, evaluate, bench, ui):
+for _command in (positions, plan, sweep, status, report, select, edit, apply, evaluate, ui):
     app.command()(_command)
+app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(bench)
 
 
 def _unexpected(error: Exception) -> Literal[1, 2]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -206,54 +207,15 @@ def evaluate(
     print_metrics(metrics, bench.baseline.metrics)
 
 
-def bench(
-    model: ModelArgument = "smollm2-135m",
-    edits: EditsOption = "atlas",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Use the first N edits.")] = 100,
-    layers: Annotated[str | None, typer.Option(help="29,22 or all; default four over the depth.")] = None,
-    module: Annotated[str, typer.Option(help="What is trained in the layer.")] = "mlp_down",
-    batch_size: Annotated[str, typer.Option(help="Edits per step; the first is the study's.")] = "10,100",
-    repeats: Annotated[int, typer.Option(help="Pairs of steps; of measurements, at most 2.")] = 5,
-    epochs: Annotated[int, typer.Option(help="Of the study's trials, at most.")] = 25,
-    threads: ThreadsOption = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Of the engine: float32 or bfloat16; default the faster.")
-    ] = None,
-    stages: Annotated[str, typer.Option(help="Which are measured.")] = "training_step,edit_metrics,capability,study",
-    whole_study: Annotated[bool, typer.Option("--whole-study", help="Run the reference's study, too: hours.")] = False,
-    as_json: JsonOption = False,
-    trust_remote_code: RemoteCodeOption = False,
-) -> None:
-    """Measure the engine against the plain full forward on this machine, side by side."""
-    from locft.bench import COLUMNS, read_settings, report_lines, report_rows, run_bench
-    from locft.data.suites import load_suite
-    from locft.model.models import load_model, load_structure
-    from locft.data.requests import load_edits
+def bench(context: typer.Context) -> None:
+    """Measure the engine against the plain full forward on this machine. Needs a checkout of the repository."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "tests" / "benchmarks" / "bench.py").is_file():
+        raise InputError("locft bench needs a checkout of the repository (tests/benchmarks/), not an installed package")
+    sys.path.insert(0, str(root))
+    from tests.benchmarks.bench import app
 
-    requests = load_edits(edits_of(edits, limit).source, limit=limit)
-    settings = read_settings(
-        load_structure(model, trust_remote_code=trust_remote_code),
-        len(requests.requests),
-        threads=threads or os.cpu_count() or 1,
-        layers=layers,
-        module=module,
-        batch_size=batch_size,
-        repeats=repeats,
-        epochs=epochs,
-        precision=precision,
-        stages=stages,
-        whole_study=whole_study,
-    )
-    loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
-    result = run_bench(loaded, requests, load_suite("probes"), settings, say=lambda line: err.print(Text(line)))
-    if as_json:
-        return print_json(result)
-    table = new_table(None, *COLUMNS)
-    for row in report_rows(result):
-        table.add_row(*row)
-    print_wide(table)
-    for line in report_lines(result):
-        out.print(Text(line), soft_wrap=True)
+    app(args=context.args, prog_name=context.command_path, standalone_mode=False)
 
 
 def _workbench(

@@ -8,7 +8,7 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from sweeps.study.estimate import GENERATED_SHARE, Costs, Pass, default_costs
 
 if TYPE_CHECKING:
     from locft.model.models import LoadedModel
+    from locft.train.encoding import TokenRow
     from locft.model.positions import TuningPosition
     from locft.data.requests import EditRequest
     from locft.workbench import Workbench
@@ -155,7 +156,6 @@ def _usual_module(prepared: "PreparedStudy") -> str:
 def _step_seconds(
     bench: "Workbench", position: "TuningPosition", size: int, precision: str, watch: _Stopwatch
 ) -> float:
-    from locft.bench_stages import Trainee, drawn_batches
     from locft.model.models import DTYPES
     from locft.train.reference import full_forward
 
@@ -167,6 +167,54 @@ def _step_seconds(
     for batch in batches[:WARM_UP]:
         trainee.step(batch)
     return watch.time(lambda: [trainee.step(batch) for batch in batches[WARM_UP:]])[1] / TIMED
+
+
+def drawn_batches(rows: Sequence["TokenRow"], size: int, count: int) -> list[list["TokenRow"]]:
+    """So many whole batches, drawn as epochs are; the same for both sides and in every run."""
+
+    import torch
+
+    def forever() -> "Iterator[list[TokenRow]]":
+        order = torch.Generator().manual_seed(0)
+        while True:
+            drawn = torch.randperm(len(rows), generator=order).tolist()
+            for start in range(0, len(rows) - size + 1, size):
+                yield [rows[index] for index in drawn[start : start + size]]
+
+    batches = forever()
+    return [next(batches) for _ in range(count)]
+
+
+class Trainee:
+    """One side of a race of training steps: trained copies, their Adam, and how logits are computed."""
+
+    def __init__(self, loaded: "LoadedModel", position: "TuningPosition", forward: Callable[..., Any]):
+        import torch
+
+        from locft.model.positions import parameter_names
+
+        model = loaded.model
+        names = parameter_names(model, position)
+        self.weights = {name: model.get_parameter(name).detach().float().clone().requires_grad_() for name in names}
+        self.optimiser = torch.optim.Adam(self.weights.values(), lr=4e-3, weight_decay=0.0, fused=True)
+        self.forward = forward
+
+    def step(self, batch: Sequence["TokenRow"]) -> tuple[float, float]:
+        """One optimiser step as of `locft.train.pipelines`, never skipped: the loss before it, and its seconds."""
+        import torch
+
+        from locft.train.pipelines import batch_loss, finite
+
+        started = time.perf_counter()
+        loss = batch_loss(self.forward(self.weights)(batch), batch, "edit")
+        value = loss.item()
+        gradients = torch.autograd.grad(loss, list(self.weights.values()))
+        if not finite(gradients):
+            raise FloatingPointError(f"a gradient is not finite at loss {value}")
+        for weight, gradient in zip(self.weights.values(), gradients, strict=True):
+            weight.grad = gradient
+        self.optimiser.step()
+        return value, time.perf_counter() - started
 
 
 def _questions(request: "EditRequest") -> int:

@@ -22,16 +22,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from locft.engine.packing import pack_rows
 from locft.measure.capability import score_suite
 from locft.model.delta import EditDelta
+from locft.model.models import DTYPES, LoadedModel
+from locft.model.positions import TuningPosition, decoder_layers, parameter_names
 from locft.train.encoding import TokenRow
 from locft.train.pipelines import Forward, TrainingSettings, batch_loss, finite
-from locft.machine import added_memory
-from locft.model.models import DTYPES, LoadedModel
-from locft.engine.packing import pack_rows
-from locft.model.positions import TuningPosition, decoder_layers, parameter_names
 from locft.train.reference import full_forward
 from locft.workbench import Measurement, Workbench
+from tests.benchmarks.machine_speed import added_memory
 
 LEARNING_RATE = 4e-3
 SEED = 0

@@ -1,4 +1,4 @@
-"""The engine against the reference loop, side by side in one process: `locft bench`.
+"""The engine against the reference loop, side by side in one process: `locft bench`, or `python -m tests.benchmarks.bench`.
 
 Both sides get the same batches, the same starting weights and the same questions, one side right after the other, at every
 layer anew, so that whatever else the machine does hits both; a ratio is that of a pair, two steps on the same batch or two
@@ -6,30 +6,45 @@ measurements of the same edit. What they compute is compared too: a fast wrong a
 """
 
 import math
+import os
 import statistics
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from locft.allocator import keep_freed_memory
-from locft.bench_stages import LEARNING_RATE, SEED, BenchSettings, Say, measurements, study_race, timed, training_step
-from locft.data.suites import Suite
-from locft.measure.capability import encode_suite, suite_rows
-from locft.train.encoding import encode_edits
+from locft.data.requests import EditSet, load_edits
+from locft.data.suites import Suite, load_suite
+from locft.engine.tail import supports_tail
 from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
+from locft.machine import describe_machine
+from locft.measure.capability import encode_suite, suite_rows
 from locft.measure.evaluation import edit_questions, greedy_answers, locality_prompts
-from locft.machine import MATRIX_ROWS, describe_machine, matrix_speed, peak_memory
-from locft.model.models import DTYPES, LoadedModel
+from locft.model.models import DTYPES, LoadedModel, load_model, load_structure
 from locft.model.positions import TuningPosition, n_layers, parameter_names
 from locft.model.precision import training_precision
+from locft.train.encoding import encode_edits
 from locft.train.reference import full_forward
-from locft.data.requests import EditSet
-from locft.engine.tail import supports_tail
 from locft.workbench import Baseline, Workbench, measure_unedited
+from sweeps.commands.console import err, new_table, out, print_json, print_wide
+from sweeps.commands.options import EditsOption, JsonOption, ModelArgument, RemoteCodeOption, ThreadsOption, edits_of
+from tests.benchmarks.bench_stages import (
+    LEARNING_RATE,
+    SEED,
+    BenchSettings,
+    Say,
+    measurements,
+    study_race,
+    timed,
+    training_step,
+)
+from tests.benchmarks.machine_speed import MATRIX_ROWS, matrix_speed, peak_memory
 
 STAGES = ("training_step", "edit_metrics", "capability", "study")
 PRECISIONS = ("float32", "bfloat16")
@@ -265,3 +280,56 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    model: ModelArgument = "smollm2-135m",
+    edits: EditsOption = "atlas",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Use the first N edits.")] = 100,
+    layers: Annotated[str | None, typer.Option(help="29,22 or all; default four over the depth.")] = None,
+    module: Annotated[str, typer.Option(help="What is trained in the layer.")] = "mlp_down",
+    batch_size: Annotated[str, typer.Option(help="Edits per step; the first is the study's.")] = "10,100",
+    repeats: Annotated[int, typer.Option(help="Pairs of steps; of measurements, at most 2.")] = 5,
+    epochs: Annotated[int, typer.Option(help="Of the study's trials, at most.")] = 25,
+    threads: ThreadsOption = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the engine: float32 or bfloat16; default the faster.")
+    ] = None,
+    stages: Annotated[str, typer.Option(help="Which are measured.")] = "training_step,edit_metrics,capability,study",
+    whole_study: Annotated[bool, typer.Option("--whole-study", help="Run the reference's study, too: hours.")] = False,
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Measure the engine against the plain full forward on this machine, side by side."""
+    requests = load_edits(edits_of(edits, limit).source, limit=limit)
+    settings = read_settings(
+        load_structure(model, trust_remote_code=trust_remote_code),
+        len(requests.requests),
+        threads=threads or os.cpu_count() or 1,
+        layers=layers,
+        module=module,
+        batch_size=batch_size,
+        repeats=repeats,
+        epochs=epochs,
+        precision=precision,
+        stages=stages,
+        whole_study=whole_study,
+    )
+    loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
+    result = run_bench(loaded, requests, load_suite("probes"), settings, say=lambda line: err.print(Text(line)))
+    if as_json:
+        return print_json(result)
+    table = new_table(None, *COLUMNS)
+    for row in report_rows(result):
+        table.add_row(*row)
+    print_wide(table)
+    for line in report_lines(result):
+        out.print(Text(line), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

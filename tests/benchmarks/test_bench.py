@@ -8,21 +8,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from locft.data import suites as benchmarks
-
-from locft import bench, bench_stages
-from locft.bench import COLUMNS, STAGES, read_settings, report_lines, report_rows, run_bench
-from locft.bench_stages import LEARNING_RATE, Trainee, drawn_batches, step_flops
-from locft.train.encoding import encode_edits
+from locft.data.requests import load_edits
+from locft.data.suites import load_suite
+from locft.engine.packing import pack_rows
 from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
-from locft.train.pipelines import TrainingSettings, finetune
-from locft.machine import added_memory, matrix_speed
 from locft.model.models import model_fingerprint
-from locft.engine.packing import pack_rows
 from locft.model.positions import TuningPosition
+from locft.train.encoding import encode_edits
+from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
-from locft.data.requests import load_edits
+from tests.benchmarks import bench, bench_stages
+from tests.benchmarks.bench import COLUMNS, STAGES, read_settings, report_lines, report_rows, run_bench
+from tests.benchmarks.bench_stages import LEARNING_RATE, Trainee, drawn_batches, step_flops
+from tests.benchmarks.machine_speed import added_memory, matrix_speed
 from tests.tiny import tiny_loaded
 
 N = 6
@@ -59,7 +58,7 @@ def settings_of(loaded, **options):
 
 
 def run(loaded, edits, **options):
-    return run_bench(loaded, edits, benchmarks.load_suite("probes", limit=3), settings_of(loaded, **options))
+    return run_bench(loaded, edits, load_suite("probes", limit=3), settings_of(loaded, **options))
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +207,7 @@ def test_added_memory_counts_what_the_work_adds():
 def test_the_command(tiny_folder, monkeypatch, capsys):
     from sweeps.commands import cli
 
-    whole = benchmarks.load_suite
-    monkeypatch.setattr(benchmarks, "load_suite", lambda suite: whole(suite, limit=3))
+    monkeypatch.setattr(bench, "load_suite", lambda suite: load_suite(suite, limit=3))
 
     def call(*options):
         arguments = ["locft", "bench", tiny_folder, "--limit", N, "--batch-size", 2, "--repeats", 1, "--threads", 1, *options]
@@ -225,3 +223,11 @@ def test_the_command(tiny_folder, monkeypatch, capsys):
     assert code == 0 and "training_step" in out and "mean ratio of training_step" in out
     code, out, err = call("--layers", 3, "--stages", "lunch")
     assert code == 2 and out == "" and "layer 3 is out of range" in err and "lunch" in err
+
+
+def test_the_command_needs_a_checkout(locft, monkeypatch, tmp_path):
+    from sweeps.commands import edit
+
+    monkeypatch.setattr(edit, "__file__", str(tmp_path / "sweeps" / "commands" / "edit.py"))
+    said = locft("bench")
+    assert said.code == 2 and "needs a checkout of the repository" in said.err
