@@ -10,6 +10,7 @@ own: one forward pass is cheaper than shipping gigabytes.
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from locft.train.encoding import TokenRow
+from locft.train.encoding import TokenRow, batches
 from locft.machine import describe_machine
 from locft.model.models import cache_folder
 from locft.engine.packing import STEP, PrefixTree, pack_rows
@@ -145,20 +146,11 @@ def _passes(
 ) -> Iterator[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
     """Forward passes over all rows: nodes (G, N), and for each layer the states (G, N, D)."""
     ordered = sorted({row.token_ids: row for row in rows}.values(), key=lambda row: tree.path(row).tolist())
-    chunk: list[TokenRow] = []
-    tokens = 0
-    for row in [*ordered, None]:
-        if chunk and (row is None or tokens + len(row.token_ids) > TOKENS_AT_ONCE):
-            pack = pack_rows(tree, chunk, limit)
-            ids = torch.from_numpy(tree.token_ids)[pack.nodes.clamp(min=0)]
-            mask = pack.attention_mask(model.dtype)
-            device = model.device
-            captured = capture_boundary(model, layers, ids.to(device), mask.to(device), pack.position_ids.to(device))
-            yield pack.nodes, captured
-            chunk, tokens = [], 0
-        if row is not None:
-            chunk.append(row)
-            tokens += len(row.token_ids)
+    for part in batches(ordered, tokens=TOKENS_AT_ONCE, supervised=math.inf):
+        pack = pack_rows(tree, ordered[part], limit)
+        ids = torch.from_numpy(tree.token_ids)[pack.nodes.clamp(min=0)]
+        mask, device = pack.attention_mask(model.dtype), model.device
+        yield pack.nodes, capture_boundary(model, layers, ids.to(device), mask.to(device), pack.position_ids.to(device))
 
 
 def _make_room(keep: Path, needed: int) -> None:

@@ -5,6 +5,7 @@ architecture, and `locft bench` measures both side by side.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,18 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from locft.model.dtype_copy import cast_model
-from locft.train.encoding import SupervisedLogits, TokenRow
-from locft.train.pipelines import Forward
-from locft.engine.packed_linear import freeze_linears
+from locft.engine.boundary_states import TOKENS_AT_ONCE, boundary_states
 from locft.engine.fused_attention import attention_for, fuse
 from locft.engine.llama_kernel import forget_layouts, fuse_layers, is_fused, only_at
-from locft.model.models import LoadedModel
+from locft.engine.packed_linear import freeze_linears
 from locft.engine.packing import Pack, PrefixTree, pack_rows
-from locft.model.positions import TuningPosition, decoder_layers, n_layers, parameter_names
-from locft.engine.boundary_states import boundary_states
-from locft.train.reference import full_forward
-from locft.measure.two_stage_scoring import coarse_pays, coarse_products
 from locft.engine.tail import (
     NoTailView,
     capture_boundary,
@@ -37,6 +31,12 @@ from locft.engine.tail import (
     tail_parameter_name,
     tail_view,
 )
+from locft.measure.two_stage_scoring import coarse_pays, coarse_products
+from locft.model.dtype_copy import cast_model
+from locft.model.models import LoadedModel
+from locft.model.positions import TuningPosition, decoder_layers, n_layers, parameter_names
+from locft.train.encoding import Forward, SupervisedLogits, TokenRow, batches
+from locft.train.reference import full_forward
 
 SEQUENCE_TOKENS = 96
 """Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products take
@@ -135,8 +135,8 @@ class TailEngine:
         start, base = self._start(layer), {name: self.model.get_parameter(name).detach().float() for name in names}
         nodes = np.unique(np.concatenate([self.tree.path(row) for row in rows]))
         outputs = inputs = None  # (nodes, D), (nodes, F)
-        for chunk in _chunks(rows, 2048):
-            pack = pack_rows(self.tree, chunk, self.limit)
+        for part in batches(rows, tokens=TOKENS_AT_ONCE, supervised=math.inf):
+            pack = pack_rows(self.tree, rows[part], self.limit)
             boundary, inside = self._boundary(start, pack, parts), pack.nodes >= 0
             after, entering = parts.through(start, layer, names[0], boundary, pack, base)
             if outputs is None:
@@ -286,16 +286,6 @@ class _Parts:
             if is_fused(layer):
                 layers[index - start] = layer
         return tail
-
-
-def _chunks(rows: Sequence[TokenRow], tokens: int) -> Iterable[list[TokenRow]]:
-    chunk: list[TokenRow] = []
-    for row in rows:
-        if chunk and sum(len(r.token_ids) for r in chunk) + len(row.token_ids) > tokens:
-            yield chunk
-            chunk = []
-        chunk.append(row)
-    yield chunk
 
 
 @torch.no_grad()

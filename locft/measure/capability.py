@@ -7,7 +7,7 @@ measured by the same code.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from locft.data.suite_layouts import CapabilityItem
 from locft.data.suites import Suite
-from locft.train.encoding import SUPERVISED_AT_ONCE, SupervisedLogits, TokenRow, encode_continuation
+from locft.train.encoding import SupervisedLogits, TokenRow, batches, encode_continuation
 from locft.errors import InputError
 from locft.measure.two_stage_scoring import retake
-from locft.measure.token_scores import slices, targets, token_scores
+from locft.measure.token_scores import scores_by_row, slices, targets
 
 PROSE_WINDOW = 128
 """Tokens of one row of prose."""
@@ -167,16 +167,11 @@ def item_margins(
 def score_rows(
     logits: SupervisedLogits, rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per row, in the given order: summed log-likelihood of its supervised tokens in nats, float64 (rows,); and by how
-    much, at the least, one of them is likelier than every other token at its place (below 0: less likely), (rows,)."""
-    log_likelihoods, leads = np.zeros(len(rows)), np.zeros(len(rows))
-    for batch in _batches(rows, batch_tokens):
-        chosen = [rows[index] for index in batch]
-        scores = token_scores(logits, chosen)
-        lengths = [len(row.target_ids) for row in chosen]
-        for index, values, lead in zip(batch, scores.log_likelihood.split(lengths), scores.lead.split(lengths), strict=True):
-            log_likelihoods[index], leads[index] = float(values.sum()), float(lead.min())
-    return log_likelihoods, leads
+    """Two values per row, float64 (rows,), in nats: the summed log-likelihood of its supervised tokens, and the smallest
+    lead of one of them over every other token at its place (below 0: another token is likelier)."""
+    scores = scores_by_row(logits, rows, _longest_context_first, padded_tokens=batch_tokens)
+    log_likelihoods = np.array([float(row.log_likelihood.sum()) for row in scores])
+    return log_likelihoods, np.array([float(row.lead.min()) for row in scores])
 
 
 def measure_perplexity(logits: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS) -> float:
@@ -195,8 +190,9 @@ def measure_drift(
     the change is, and a KL of 1e-8 nats is no longer the small difference of large sums.
     """
     divergence = log_likelihood = 0.0
-    for batch in _batches(suite.prose, batch_tokens):
-        chosen = [suite.prose[index] for index in batch]
+    prose = sorted(suite.prose, key=_longest_context_first)
+    for part in batches(prose, padded_tokens=batch_tokens):
+        chosen = prose[part]
         for before, after, wanted in slices(_call(unedited, chosen), _call(edited, chosen), targets(chosen)):
             p = before.softmax(-1)  # (<= 8, V)
             d = torch.where(p == 0, 0.0, after - before)  # a token that the unedited model rules out adds nothing
@@ -271,26 +267,10 @@ def _prose_rows(
     return tuple(rows)
 
 
-def _batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows, those with the longest context first: rows of a batch are of about one length, memory runs out at
-    once if ever, and the choices of one question, which can share its states, stay together."""
-
-    def order(index: int) -> tuple:
-        row = rows[index]
-        return -row.start, row.token_ids[: row.start], -len(row.token_ids), row.token_ids
-
-    batch: list[int] = []
-    supervised = longest = 0
-    for index in sorted(range(len(rows)), key=order):
-        count = len(rows[index].target_ids)
-        longest = max(longest, len(rows[index].token_ids))
-        if batch and ((len(batch) + 1) * longest > batch_tokens or supervised + count > SUPERVISED_AT_ONCE):
-            yield batch
-            batch, supervised, longest = [], 0, len(rows[index].token_ids)
-        batch.append(index)
-        supervised += count
-    if batch:
-        yield batch
+def _longest_context_first(row: TokenRow) -> tuple:
+    """Sorts rows so that those of a batch have about one length, memory runs out at once if ever, and the choices of one
+    question, which can share its states, stay together."""
+    return -row.start, row.token_ids[: row.start], -len(row.token_ids), row.token_ids
 
 
 def _call(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> torch.Tensor:

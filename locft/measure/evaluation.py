@@ -6,7 +6,6 @@ instead of it: teacher forcing hides the errors that follow the first one.
 """
 
 import copy
-import itertools
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from locft.train.encoding import SupervisedLogits, TokenRow, batches, encode_edit, encode_prompt
+from locft.train.encoding import SupervisedLogits, TokenRow, encode_edit, encode_prompt
 from locft.model.models import LoadedModel
 from locft.data.requests import ARTICLES, EditRequest, normalise_answer
 from locft.measure.two_stage_scoring import retake
-from locft.measure.token_scores import token_scores
+from locft.measure.token_scores import scores_by_row
 
 Kind = Literal["reliability", "generalization", "locality"]
 NEW_TOKENS = 32
@@ -204,20 +203,14 @@ def follow(
 
 def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[list[Following], np.ndarray]:
     """And how far each is from being another one: the least gap up to its first miss, in nats."""
-    found, margins = [Following(0, None, 0.0)] * len(rows), np.full(len(rows), math.inf)
-    by_length = sorted((i for i in range(len(rows)) if rows[i].target_ids), key=lambda index: len(rows[index].token_ids))
-    left = iter(by_length)
-    for asked in batches([rows[index] for index in by_length], BATCH):
-        batch = list(itertools.islice(left, len(asked)))
-        scores = token_scores(logits, asked)
-        lengths = [len(row.target_ids) for row in asked]
-        parts = (values.split(lengths) for values in (scores.best, scores.gap, scores.log_likelihood))
-        for index, best, gaps, log_likelihoods in zip(batch, *parts, strict=True):
-            expected, said = rows[index].target_ids, best.tolist()
-            matched = next((at for at, token in enumerate(said) if token != expected[at]), len(expected))
-            instead = said[matched] if matched < len(expected) else None
-            found[index] = Following(matched, instead, float(-log_likelihoods.mean()))
-            margins[index] = float(gaps[: matched + 1].min())
+    found, margins = [], np.full(len(rows), math.inf)
+    scores = scores_by_row(logits, rows, lambda row: len(row.token_ids), most=BATCH)
+    for index, (row, score) in enumerate(zip(rows, scores, strict=True)):
+        said = score.best.tolist()
+        matched = next((at for at, token in enumerate(said) if token != row.target_ids[at]), len(said))
+        instead = said[matched] if matched < len(said) else None
+        found.append(Following(matched, instead, float(-score.log_likelihood.mean())))
+        margins[index] = float(score.gap[: matched + 1].min())
     return found, margins
 
 

@@ -1,29 +1,47 @@
-"""What logits say of the tokens that were expected: how likely each was, and what would have come instead.
+"""What logits say about the expected tokens: how likely each was, and which would have come instead.
 
 Legend: K supervised tokens of a batch, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from locft.train.encoding import SupervisedLogits, TokenRow
+from locft.train.encoding import SupervisedLogits, TokenRow, batches
 
 _TOKENS_AT_ONCE = 8
-"""Supervised tokens whose probabilities are computed at once: only the logits themselves are of (K, V), and slices that
-stay in the processor's cache take half the time of large ones."""
+"""Supervised tokens whose probabilities are computed at once. Slices that stay in the processor's cache take half the time of
+large ones, and nothing but the logits themselves has size (K, V)."""
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of the supervised tokens of a batch, rows in the order given. All on the CPU."""
+    """One value per supervised token, on the CPU."""
 
     log_likelihood: torch.Tensor  # (K,) float64, nats
     best: torch.Tensor  # (K,) int64: the most likely token
-    lead: torch.Tensor  # (K,) float64: by how many nats the expected token is likelier than every other; below 0: less likely
-    gap: torch.Tensor  # (K,) float64: by how many nats the best token is likelier than the second best
+    lead: torch.Tensor  # (K,) float64: nats by which the expected token is likelier than any other; below 0: less likely
+    gap: torch.Tensor  # (K,) float64: nats by which the best token is likelier than the second best
+
+
+def scores_by_row(
+    logits: SupervisedLogits, rows: Sequence[TokenRow], key: Callable[[TokenRow], Any], **limits: float
+) -> list[TokenScores]:
+    """Scores of each row, in the order given.
+
+    The rows are computed in the order of `key`, in batches within the `limits` (those of `locft.train.encoding.batches`).
+    """
+    order = sorted(range(len(rows)), key=lambda index: key(rows[index]))
+    ordered = [rows[index] for index in order]
+    found: dict[int, TokenScores] = {}
+    for part in batches(ordered, **limits):
+        scores, lengths = token_scores(logits, ordered[part]), [len(row.target_ids) for row in ordered[part]]
+        split = (values.split(lengths) for values in (scores.log_likelihood, scores.best, scores.lead, scores.gap))
+        found |= {index: TokenScores(*values) for index, *values in zip(order[part], *split, strict=True)}
+    return [found[index] for index in range(len(rows))]
 
 
 @torch.no_grad()

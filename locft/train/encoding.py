@@ -2,13 +2,14 @@
 
 Legend: T tokens of a row, K supervised tokens.
 
-Everything this project computes about a model is a question about rows: a training example is (prompt | target + EOS),
-a multiple-choice option is (context | choice), running prose is (first token | the rest). A row therefore stores its
-tokens and where the supervised span starts; nobody ever derives the span from a pad token (where pad is EOS that mask
-is off by one, and the first token of the answer is silently never trained).
+Everything that is computed with a model is computed on rows: a training example is (prompt | target + EOS), a choice of
+an item is (context | choice), running prose is (first token | the rest). A row stores its tokens and where the supervised
+span starts. The span is never derived from pad tokens: where pad is EOS, such a mask is off by one, and the first token
+of the answer is silently never trained.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,30 +39,48 @@ class TokenRow:
 
 SupervisedLogits = Callable[[Sequence[TokenRow]], torch.Tensor]
 """A model as this project sees it: rows in, (K, V) float32 logits out, those that predict the supervised tokens, rows
-in order (K sums over the rows). The full forward and the fast engine both have this form."""
+in order (K summed over the rows). The full forward and the tail engine both have this form."""
 
+Forward = Callable[[Mapping[str, torch.Tensor]], SupervisedLogits]
+"""Binds weights (parameter name -> tensor) that stand in for the model's own; gradients flow to them."""
 
 SUPERVISED_AT_ONCE = 256
-"""Supervised tokens of one call at most: more take as long, and with a vocabulary of 256,000 their logits are 250 MB."""
+"""Supervised tokens per batch: more are no faster, and with a vocabulary of 256,000 their logits already take 250 MB."""
 
 
-def batches(rows: Sequence[TokenRow], most: int) -> Iterator[Sequence[TokenRow]]:
-    """The rows in their order, at most so many at a time, and at most `SUPERVISED_AT_ONCE` of their tokens supervised."""
-    start = supervised = 0
+def batches(
+    rows: Sequence[TokenRow],
+    *,
+    most: float = math.inf,
+    tokens: float = math.inf,
+    padded_tokens: float = math.inf,
+    supervised: float = SUPERVISED_AT_ONCE,
+) -> Iterator[slice]:
+    """Cut rows into batches of consecutive ones, each as large as the limits allow; a row over a limit gets its own.
+
+    most: rows of a batch. tokens: of its rows. padded_tokens: with padding to its longest row. supervised: tokens to predict.
+    """
+    start = total = longest = asked = 0
     for index, row in enumerate(rows):
-        count = len(row.target_ids)
-        if index > start and (index - start == most or supervised + count > SUPERVISED_AT_ONCE):
-            yield rows[start:index]
-            start, supervised = index, 0
-        supervised += count
-    if start < len(rows):
-        yield rows[start:]
+        length, targets = len(row.token_ids), len(row.target_ids)
+        count = index - start + 1
+        if index > start and (
+            count > most
+            or total + length > tokens
+            or count * max(longest, length) > padded_tokens
+            or asked + targets > supervised
+        ):
+            yield slice(start, index)
+            start, total, longest, asked = index, 0, 0, 0
+        total, longest, asked = total + length, max(longest, length), asked + targets
+    if rows:
+        yield slice(start, len(rows))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Tokens of a text that something follows: with the tokenizer's own start token, without an end token.
 
-    A tokenizer without a start token gives an empty text its EOS token, the usual stand-in, so that the first real token
+    For a tokenizer without a start token an empty text is the EOS token, the usual stand-in, so that the first real token
     has a predecessor.
     """
     ids = tokenizer(text)["input_ids"]
@@ -76,19 +95,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, .
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> TokenRow:
     """Row of `prompt + continuation` with exactly the continuation supervised, no EOS.
 
-    The whole text is tokenized at once; where its first tokens are those of the prompt alone, the rest is the continuation
-    (so SentencePiece adds no second space). Where a token spans the boundary, both sides are tokenized apart: the prompt
+    The whole text is tokenized at once. If its first tokens are those of the prompt alone, the rest is the continuation
+    (so SentencePiece adds no second space). If a token spans the boundary, both sides are tokenized separately: the prompt
     must stay what generation will see.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     whole = encode_prompt(tokenizer, prompt + continuation)
     if prompt and len(whole) > len(prompt_ids) and whole[: len(prompt_ids)] == prompt_ids:
         return TokenRow(whole, len(prompt_ids))
-    return TokenRow(prompt_ids + _apart(tokenizer, prompt_ids, continuation), len(prompt_ids))
+    return TokenRow(prompt_ids + _continuation_ids(tokenizer, prompt_ids, continuation), len(prompt_ids))
 
 
 def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> TokenRow:
-    """Training row of an edit: the target behind one space, then the model's EOS; both are supervised."""
+    """Training row of an edit: one space, the target, the model's EOS, all of it supervised."""
     row = encode_continuation(tokenizer, prompt, " " + target)
     return TokenRow((*row.token_ids, tokenizer.eos_token_id), row.start)
 
@@ -98,8 +117,8 @@ def encode_edits(tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequ
     return tuple(encode_edit(tokenizer, request.prompt, request.target) for request in requests)
 
 
-def _apart(tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], continuation: str) -> tuple[int, ...]:
-    """Tokens that say exactly `continuation` behind the prompt's: SentencePiece puts a space of its own before a text."""
+def _continuation_ids(tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], continuation: str) -> tuple[int, ...]:
+    """Tokens that decode to exactly `continuation` behind the prompt's: SentencePiece adds a space before every text."""
     said = _text(tokenizer, prompt_ids) + continuation
     candidates = [
         tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -157,13 +157,15 @@ def _step_seconds(
     bench: "Workbench", position: "TuningPosition", size: int, precision: str, watch: _Stopwatch
 ) -> float:
     from locft.model.models import DTYPES
+    from locft.train.pipelines import PositionTrainer, TrainingSettings
     from locft.train.reference import full_forward
 
     if bench.engine:
         forward = bench.engine.training_forward(position, bench.rows, DTYPES[precision])
     else:
         forward = partial(full_forward, bench.loaded.model)
-    trainee, batches = Trainee(bench.loaded, position, forward), drawn_batches(bench.rows, size, WARM_UP + TIMED)
+    trainee = PositionTrainer(bench.loaded, position, TrainingSettings(skip_below=0.0), forward)
+    batches = drawn_batches(bench.rows, size, WARM_UP + TIMED)
     for batch in batches[:WARM_UP]:
         trainee.step(batch)
     return watch.time(lambda: [trainee.step(batch) for batch in batches[WARM_UP:]])[1] / TIMED
@@ -183,38 +185,6 @@ def drawn_batches(rows: Sequence["TokenRow"], size: int, count: int) -> list[lis
 
     batches = forever()
     return [next(batches) for _ in range(count)]
-
-
-class Trainee:
-    """One side of a race of training steps: trained copies, their Adam, and how logits are computed."""
-
-    def __init__(self, loaded: "LoadedModel", position: "TuningPosition", forward: Callable[..., Any]):
-        import torch
-
-        from locft.model.positions import parameter_names
-
-        model = loaded.model
-        names = parameter_names(model, position)
-        self.weights = {name: model.get_parameter(name).detach().float().clone().requires_grad_() for name in names}
-        self.optimiser = torch.optim.Adam(self.weights.values(), lr=4e-3, weight_decay=0.0, fused=True)
-        self.forward = forward
-
-    def step(self, batch: Sequence["TokenRow"]) -> tuple[float, float]:
-        """One optimiser step as of `locft.train.pipelines`, never skipped: the loss before it, and its seconds."""
-        import torch
-
-        from locft.train.pipelines import batch_loss, finite
-
-        started = time.perf_counter()
-        loss = batch_loss(self.forward(self.weights)(batch), batch, "edit")
-        value = loss.item()
-        gradients = torch.autograd.grad(loss, list(self.weights.values()))
-        if not finite(gradients):
-            raise FloatingPointError(f"a gradient is not finite at loss {value}")
-        for weight, gradient in zip(self.weights.values(), gradients, strict=True):
-            weight.grad = gradient
-        self.optimiser.step()
-        return value, time.perf_counter() - started
 
 
 def _questions(request: "EditRequest") -> int:

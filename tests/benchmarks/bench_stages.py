@@ -27,9 +27,8 @@ from locft.measure.capability import score_suite
 from locft.model.delta import EditDelta
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition, decoder_layers, parameter_names
-from locft.train.encoding import TokenRow
-from locft.train.pipelines import Forward, TrainingSettings, batch_loss, finite
-from locft.train.reference import full_forward
+from locft.train.encoding import Forward, TokenRow
+from locft.train.pipelines import PositionTrainer, TrainingSettings
 from locft.workbench import Measurement, Workbench
 from tests.benchmarks.machine_speed import added_memory
 
@@ -102,29 +101,17 @@ def drawn_batches(rows: Sequence[TokenRow], size: int, count: int) -> list[list[
     return [next(batches) for _ in range(count)]
 
 
-class Trainee:
-    """One side of a race of training steps: trained copies, their Adam, and how logits are computed."""
+def step_seconds(trainer: PositionTrainer, batch: Sequence[TokenRow]) -> tuple[float, float]:
+    """One optimiser step: the loss before it, and its seconds."""
+    loss, seconds = timed(lambda: trainer.step(batch))
+    if trainer.diverged:
+        raise FloatingPointError(f"the loss or a gradient is not finite at loss {loss}")
+    return loss, seconds
 
-    def __init__(self, loaded: LoadedModel, position: TuningPosition, forward: Forward):
-        model = loaded.model
-        names = parameter_names(model, position)
-        self.weights = {name: model.get_parameter(name).detach().float().clone().requires_grad_() for name in names}
-        self.optimiser = torch.optim.Adam(self.weights.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        self.forward = forward
 
-    @torch.enable_grad()
-    def step(self, batch: Sequence[TokenRow]) -> tuple[float, float]:
-        """One optimiser step as of `locft.train.pipelines`, never skipped: the loss before it, and its seconds."""
-        started = time.perf_counter()
-        loss = batch_loss(self.forward(self.weights)(batch), batch, "edit")
-        value = loss.item()
-        gradients = torch.autograd.grad(loss, list(self.weights.values()))
-        if not finite(gradients):
-            raise FloatingPointError(f"a gradient is not finite at loss {value}")
-        for weight, gradient in zip(self.weights.values(), gradients, strict=True):
-            weight.grad = gradient
-        self.optimiser.step()
-        return value, time.perf_counter() - started
+def trainer_of(loaded: LoadedModel, position: TuningPosition, forward: Forward | None = None) -> PositionTrainer:
+    """Of a training that skips no step. forward: the full one by default."""
+    return PositionTrainer(loaded, position, TrainingSettings(learning_rate=LEARNING_RATE, skip_below=0.0), forward)
 
 
 def training_step(
@@ -139,14 +126,14 @@ def training_step(
     batches = drawn_batches(bench.rows, size, settings.repeats + 1)
     make_forward = partial(engine.training_forward, position, bench.rows, DTYPES[settings.precision])
     forward, setup_seconds = timed(make_forward)
-    sides = (partial(full_forward, loaded.model), forward)
+    sides = (None, forward)
     for side in sides:
-        _warm_up(Trainee(loaded, position, side), batches)
-    reference, fast = (Trainee(loaded, position, side) for side in sides)
-    theirs, ours = ([side.step(batch) for batch in batches] for side in (reference, fast))
+        _warm_up(trainer_of(loaded, position, side), batches)
+    reference, fast = (trainer_of(loaded, position, side) for side in sides)
+    theirs, ours = ([step_seconds(side, batch) for batch in batches] for side in (reference, fast))
     steps = list(zip(theirs, ours, strict=True))
     differences = [_difference(theirs, ours) for (theirs, _), (ours, _) in steps]
-    exact = Trainee(loaded, position, engine.training_forward(position, bench.rows, torch.float32)).step(batches[0])[0]
+    exact = trainer_of(loaded, position, engine.training_forward(position, bench.rows, torch.float32)).step(batches[0])
     counted = steps[1:]  # both sides of the first pair have the same weights, of the others not quite
     tokens, shares, engine_rates, reference_rates = [], [], [], []
     for batch, ((_, slow), (_, quick)) in zip(batches[1:], counted, strict=True):
@@ -169,9 +156,9 @@ def training_step(
         "loss_difference": max(differences),
         "setup_seconds": setup_seconds,
         "reference_added_bytes": added_memory(
-            lambda: Trainee(loaded, position, partial(full_forward, loaded.model)).step(batches[0])
+            lambda: step_seconds(trainer_of(loaded, position), batches[0])
         ),
-        "engine_added_bytes": added_memory(lambda: Trainee(loaded, position, make_forward()).step(batches[0])),
+        "engine_added_bytes": added_memory(lambda: step_seconds(trainer_of(loaded, position, make_forward()), batches[0])),
     }
 
 
@@ -257,12 +244,12 @@ def study_race(bench: Workbench, prepared: Mapping[str, Any], settings: BenchSet
     }
 
 
-def _warm_up(trainee: Trainee, batches: Iterable[Sequence[TokenRow]]) -> None:
+def _warm_up(trainer: PositionTrainer, batches: Iterable[Sequence[TokenRow]]) -> None:
     spent = 0.0
     for batch in itertools.cycle(batches):
         if spent >= WARM_UP_SECONDS:
             return
-        spent += trainee.step(batch)[1]
+        spent += step_seconds(trainer, batch)[1]
 
 
 def _difference(theirs: float, ours: float) -> float:
@@ -271,9 +258,9 @@ def _difference(theirs: float, ours: float) -> float:
 
 
 def _reference_step_seconds(bench: Workbench, position: TuningPosition, settings: BenchSettings) -> float:
-    trainee = Trainee(bench.loaded, position, partial(full_forward, bench.loaded.model))
+    trainer = trainer_of(bench.loaded, position)
     batches = drawn_batches(bench.rows, settings.batch_sizes[0], settings.repeats + 1)
-    return statistics.median([trainee.step(batch)[1] for batch in batches][1:])
+    return statistics.median([step_seconds(trainer, batch)[1] for batch in batches][1:])
 
 
 def _differences(theirs: Measurement, ours: Measurement) -> dict[str, int]:

@@ -17,10 +17,9 @@ from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.train.encoding import encode_edits
 from locft.train.pipelines import TrainingSettings, finetune
-from locft.train.reference import full_forward
 from tests.benchmarks import bench, bench_stages
 from tests.benchmarks.bench import COLUMNS, STAGES, read_settings, report_lines, report_rows, run_bench
-from tests.benchmarks.bench_stages import LEARNING_RATE, Trainee, drawn_batches, step_flops
+from tests.benchmarks.bench_stages import LEARNING_RATE, drawn_batches, step_flops, trainer_of
 from tests.benchmarks.machine_speed import added_memory, matrix_speed
 from tests.tiny import tiny_loaded
 
@@ -131,15 +130,15 @@ def test_the_table_has_a_cell_for_every_column(whole):
 
 
 def test_a_step_is_one_of_finetune(loaded, rows):
-    """The copy of the training step that is timed here does what training does."""
+    """The steps that are timed here are those of training."""
     position = TuningPosition(1, "mlp_down")
     settings = TrainingSettings(batch_size=2, learning_rate=LEARNING_RATE, epochs=1, skip_below=0, stop_below=0, seed=0)
     trained = finetune(loaded, rows, position, settings)
-    trainee = Trainee(loaded, position, partial(full_forward, loaded.model))
-    losses = [trainee.step(batch)[0] for batch in drawn_batches(rows, 2, N // 2)]
+    trainer = trainer_of(loaded, position)
+    losses = [trainer.step(batch) for batch in drawn_batches(rows, 2, N // 2)]
     assert trained.losses == (pytest.approx(sum(losses) / len(losses), rel=1e-6),)
     for name, change in trained.delta.tensors.items():
-        torch.testing.assert_close(loaded.model.get_parameter(name) + change, trainee.weights[name].detach())
+        torch.testing.assert_close(loaded.model.get_parameter(name) + change, trainer.weights[name].detach())
 
 
 @pytest.mark.parametrize("position", ["2.mlp_down", "0.mlp_down"])
@@ -147,11 +146,11 @@ def test_arithmetic_is_not_counted_twice(loaded, rows, position):
     """Against what torch counts while the engine runs, padding and attention included: no more than that, nor far less."""
     position = TuningPosition.parse(position)
     engine = TailEngine(loaded, rows, [position.layer], on_disk=False)
-    trainee = Trainee(loaded, position, engine.training_forward(position, rows, torch.float32))
+    trainer = trainer_of(loaded, position, engine.training_forward(position, rows, torch.float32))
     tokens = int((pack_rows(engine.tree, rows, engine.limit).nodes >= 0).sum())
     counted = step_flops(loaded.model, position, tokens, sum(len(row.target_ids) for row in rows))
     with FlopCounterMode(display=False) as counter:
-        trainee.step(rows)
+        trainer.step(rows)
     assert 0.3 * counter.get_total_flops() < counted <= counter.get_total_flops()
 
 

@@ -8,7 +8,7 @@ import torch
 from locft.engine import tail_engine as engine_module
 from locft.train.encoding import encode_edit
 from locft.engine.tail_engine import TailEngine
-from locft.train.pipelines import batch_loss
+from locft.train.objective import batch_loss
 from locft.engine.packed_linear import FrozenLinear
 from locft.engine.llama_kernel import fuse_layers, only_at
 from locft.model.positions import decoder_layers

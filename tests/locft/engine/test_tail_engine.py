@@ -17,7 +17,8 @@ from locft.engine import tail
 from locft.data.suites import load_suite
 from locft.train.encoding import TokenRow, encode_edit
 from locft.engine.tail_engine import TailEngine
-from locft.train.pipelines import TrainingSettings, batch_loss, finetune
+from locft.train.objective import batch_loss
+from locft.train.pipelines import TrainingSettings, finetune
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.engine.packing import PrefixTree, pack_rows
 from locft.model.positions import TuningPosition, list_positions, parameter_names

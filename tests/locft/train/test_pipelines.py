@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from locft.train.encoding import TokenRow, encode_edit, encode_edits
+from locft.data.requests import EditRequest
 from locft.errors import out_of_memory
-from locft.train.pipelines import TrainingSettings, batch_loss, finetune
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
+from locft.train.encoding import TokenRow, encode_edit, encode_edits
+from locft.train.objective import batch_loss
+from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
-from locft.data.requests import EditRequest
 from tests.tiny import tiny_loaded
 
 EDITS = [
