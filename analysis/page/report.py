@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.page.sentences import certainty, cost, headline
-from analysis.stats.bootstrap import FrontDoubt, front_doubt
+from analysis.stats.bootstrap import MeasuredAgain, measured_again
 from analysis.stats.comparison import (
     Comparison,
     Measured,
@@ -90,7 +90,7 @@ def render_report(
     pick = recommend(results)
     pick_id = pick.trial_id if pick else None
     bend = knee(front) if len(set(front.points)) > 1 else None
-    doubt = front_doubt(settings, front, outcomes)
+    doubt = measured_again(settings, front)
     able = pickable(settings)
     plots = gallery(results, objectives, baseline, front.trial_ids, pick_id, doubt.chances, able)
     weighed = what_matters(results)
@@ -210,7 +210,7 @@ def _bend(found: pd.DataFrame, front: ParetoFront, pick: Recommendation | None) 
     return f"It bends most at {row['layer']}.{row['module']}: {' and '.join(gains)} against the pick."
 
 
-def _near(settings: pd.DataFrame, front: ParetoFront, doubt: FrontDoubt) -> str | None:
+def _near(settings: pd.DataFrame, front: ParetoFront, doubt: MeasuredAgain) -> str | None:
     """The settings that are not on the front as measured, but may well be, in one sentence."""
     near = sorted(
         ((chance, trial) for trial, chance in doubt.chances.items() if chance >= 0.2 and trial not in front.trial_ids),

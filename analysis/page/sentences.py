@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.stats.bootstrap import FrontDoubt
+from analysis.stats.bootstrap import MeasuredAgain
 from analysis.stats.intervals import drift_text, interval, with_interval
 from analysis.stats.pareto import ParetoFront, Recommendation, comparable
 from analysis.stats.table import FRACTIONS, setting_names
@@ -70,7 +70,7 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
 
 
 def certainty(
-    study: Mapping[str, Any], settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, doubt: FrontDoubt
+    study: Mapping[str, Any], settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, doubt: MeasuredAgain
 ) -> list[tuple[str, str]]:
     """(name, sentence) pairs on how far the pick can be trusted."""
     metrics = pick.metrics
@@ -130,7 +130,7 @@ def certainty(
 
 
 def _measured_again(
-    settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, doubt: FrontDoubt
+    settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, doubt: MeasuredAgain
 ) -> list[tuple[str, str]]:
     """What the bootstrap says about pick and front."""
     said = []

@@ -1,101 +1,103 @@
-"""How much of the front is chance: what would be on it, and what the rule would pick, if everything were measured again.
+"""How much of front and pick is chance: what would be on the front, and what the rule would pick, if everything were
+measured again.
 
-Every draw gives each setting another value of each objective:
+Every draw gives each setting other values:
 
-- reliability, generalization and locality: where the answers to each edit are known for all settings, the edits are drawn
-  again with replacement, the same ones for every setting (which keeps what the settings share); otherwise each setting
-  varies by its own standard error, which takes shared edits for chance and so errs towards doubt;
-- capability and its change: by the error behind the 95% interval of the paired change, setting by setting. The items are
-  shared as well, so this too errs towards doubt;
+- reliability: the edits are drawn again with replacement, the same ones for every setting, which keeps what the settings
+  share; a setting whose answers by edit are not known varies by its own standard error instead;
+- generalization, locality, drift and the change of capability: by their standard errors, setting by setting. The settings
+  were measured on the same prompts and items, so this takes too much for chance: it errs towards doubt;
 - between seeds: by their spread over the root of their number, for what is a fraction of prompts;
 - what has no interval (a single task's accuracy, an unknown number of edits) is taken as exact.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import moocore
 import numpy as np
 import pandas as pd
 
 from analysis.stats.intervals import seed_error, standard_error
-from analysis.stats.pareto import DEFAULT_OBJECTIVES, SAME, ParetoFront, by_preference, comparable
-from analysis.stats.table import FRACTIONS
+from analysis.stats.pareto import ParetoFront, pareto_front
+from analysis.stats.pick import evidence_of, judge, ranked
 
-DRAWS = 1000
+DRAWS, FEWEST = 1000, 200
+"""Draws for up to a thousand settings; for more, fewer, so that the time does not grow with the study."""
 
 
 @dataclass(frozen=True)
-class FrontDoubt:
-    """The front over `DRAWS` measurements."""
+class MeasuredAgain:
+    """Front and pick over many measurements."""
 
     chances: dict[str, float]
-    """trial_id of each setting -> how often it is on the front."""
+    """trial_id of each setting that has both objectives -> how often it is on the front."""
     picks: dict[str, float]
-    """trial_id -> how often the rule of `recommend` picks it; empty unless the objectives are those of the rule."""
+    """trial_id of each setting that can be picked -> how often the rule picks it."""
     hypervolume: tuple[float, float]
     """95% interval. The best of many noisy settings reads high, so the draws lie above the measured hypervolume by about
     as much as that lies above the truth; the interval is mirrored to take this off (the basic bootstrap)."""
     by_edit: bool
-    """Whether the edits were drawn again, rather than each setting by its error."""
+    """Whether the edits were drawn again for all settings."""
+    draws: int = 0
 
 
-def front_doubt(
-    settings: pd.DataFrame, front: ParetoFront, outcomes: pd.DataFrame | None = None, *, seed: int = 0
-) -> FrontDoubt:
-    """settings: `by_setting(results)`. front: its front. outcomes: per prompt (trial_id, edit_id, kind, correct)."""
-    rows = comparable(settings, front.objectives)
+def measured_again(settings: pd.DataFrame, front: ParetoFront | None = None, *, seed: int = 0) -> MeasuredAgain:
+    """settings: `by_setting(results)`. front: its front, by default that of reliability and capability."""
+    rows = ranked(settings)
     if rows.empty:
-        return FrontDoubt({}, {}, (0.0, 0.0), False)
-    order = {row["trial_id"]: rank for rank, row in enumerate(by_preference(rows))}
-    rows = rows.sort_values("trial_id", key=lambda ids: ids.map(order)).reset_index(drop=True)  # ties: the preferred one
-    rng = np.random.default_rng(seed)
-    values = rows[list(front.objectives)].to_numpy("float64")  # (settings, objectives)
+        return MeasuredAgain({}, {}, (0.0, 0.0), False)
+    front = pareto_front(rows) if front is None else front
+    evidence, rng = evidence_of(rows), np.random.default_rng(seed)
+    n_edits = len(evidence.counts)
+    by_edit = np.full(len(rows), n_edits > 0) & ~np.isnan(evidence.right).any(axis=1)
+    names = list(dict.fromkeys([*front.objectives, "reliability", "generalization", "capability_change", "drift_kl"]))
+    values = dict(zip(names, rows[names].to_numpy("float64").T, strict=True))  # name -> (S,)
     known = rows.to_dict("records")
-    errors, between = (
-        np.nan_to_num([[error(row, name) for name in front.objectives] for row in known])
-        for error in (standard_error, seed_error)
-    )
-    least = [-1.0 if name == "capability_change" else 0.0 for name in front.objectives]
-    answered = {name: _by_edit(rows, name, outcomes) for name in front.objectives if name in FRACTIONS}
-    answered = {name: found for name, found in answered.items() if found is not None}
-    ruled = front.objectives == DEFAULT_OBJECTIVES
-    slack = float(np.nan_to_num(rows["reliability_se"].to_numpy("float64"))[values[:, 0].argmax()])
+    errors = {name: np.nan_to_num([standard_error(row, name) for row in known]) for name in names}
+    between = np.array([seed_error(row, "reliability") for row in known])
+    on_front = np.isfinite([values[name] for name in front.objectives]).all(axis=0)
     on, picked, volumes = np.zeros(len(rows)), np.zeros(len(rows)), []
-    for _ in range(DRAWS):
-        noise = rng.standard_normal(values.shape)
-        drawn = values + noise * errors
-        for name, correct in answered.items():
-            column = front.objectives.index(name)
-            again = rng.integers(correct.shape[1], size=correct.shape[1])
-            drawn[:, column] = np.nanmean(correct[:, again], axis=1) + noise[:, column] * between[:, column]
-        drawn = drawn.clip(least, 1.0)
-        best = moocore.is_nondominated(drawn, maximise=True, keep_weakly=True)
-        on += best
-        volumes.append(moocore.hypervolume(drawn[best], ref=front.reference, maximise=True))
-        if ruled:
-            reliable = drawn[:, 0] >= drawn[:, 0].max() - slack - SAME
-            picked[np.where(reliable, drawn[:, 1], -math.inf).argmax()] += 1
-    low, high = (max(0.0, 2 * front.hypervolume - float(np.quantile(volumes, q))) for q in (0.975, 0.025))
+    draws = min(DRAWS, max(FEWEST, 1000 * DRAWS // len(rows)))
+    for _ in range(draws):
+        noise = {name: rng.standard_normal(len(rows)) for name in names}
+        if "capability" in noise:  # the two have the same error
+            noise["capability"] = noise["capability_change"]
+        drawn = {name: values[name] + noise[name] * errors[name] for name in names}
+        counts = np.bincount(rng.integers(n_edits, size=n_edits), minlength=n_edits) if n_edits else evidence.counts
+        if n_edits:
+            again = evidence.right @ counts / n_edits + noise["reliability"] * between
+            drawn["reliability"] = np.where(by_edit, again, drawn["reliability"])
+        drawn = {name: value.clip(-1.0 if name == "capability_change" else 0.0, None) for name, value in drawn.items()}
+        drawn |= {name: value.clip(None, 1.0) for name, value in drawn.items() if name != "drift_kl"}
+        verdict = judge(
+            replace(
+                evidence,
+                reliability=drawn["reliability"],
+                generalization=drawn["generalization"],
+                change=drawn["capability_change"],
+                change_high=evidence.change_high + drawn["capability_change"] - evidence.change,
+                drift=drawn["drift_kl"],
+                counts=counts,
+            )
+        )
+        picked[verdict.order[0]] += 1
+        if on_front.any():
+            points = np.stack([drawn[name][on_front] for name in front.objectives], axis=1)
+            best = moocore.is_nondominated(points, maximise=True, keep_weakly=True)
+            on[np.flatnonzero(on_front)[best]] += 1
+            volumes.append(moocore.hypervolume(points[best], ref=front.reference, maximise=True))
+    low, high = (max(0.0, 2 * front.hypervolume - float(np.quantile(volumes or [0.0], q))) for q in (0.975, 0.025))
     ids = rows["trial_id"]
-    return FrontDoubt(
-        chances=dict(zip(ids, (on / DRAWS).tolist(), strict=True)),
-        picks=dict(zip(ids, (picked / DRAWS).tolist(), strict=True)) if ruled else {},
+    return MeasuredAgain(
+        chances=dict(zip(ids[on_front], (on[on_front] / draws).tolist(), strict=True)),
+        picks=dict(zip(ids, (picked / draws).tolist(), strict=True)),
         hypervolume=(low, high),
-        by_edit=bool(answered),
+        by_edit=bool(by_edit.all()),
+        draws=draws,
     )
 
 
-def _by_edit(rows: pd.DataFrame, kind: str, outcomes: pd.DataFrame | None) -> np.ndarray | None:
-    """(settings, edits): the share of an edit's prompts of this kind that were answered right, mean over the seeds. None
-    unless known for every setting on the same edits."""
-    if outcomes is None or outcomes.empty:
-        return None
-    known = outcomes[outcomes["kind"] == kind]
-    setting = {trial: row for row, ids in enumerate(rows["trial_ids"]) for trial in ids}
-    known = known.assign(setting=known["trial_id"].map(setting)).dropna(subset=["setting"])
-    if known["trial_id"].nunique() < len(setting):
-        return None
-    table = known.assign(correct=known["correct"].astype("float64")).pivot_table("correct", "setting", "edit_id")
-    found = table.to_numpy("float64")
-    return None if found.size == 0 or np.isnan(found).any() else found
+def chances(settings: pd.DataFrame, *, seed: int = 0) -> dict[str, float]:
+    """trial_id of each setting that can be picked -> how often the rule picks it when everything is measured again.
+    settings: `by_setting(results)`."""
+    return measured_again(settings, seed=seed).picks

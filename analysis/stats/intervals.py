@@ -4,7 +4,8 @@
   prompts of an edit stand and fall together. Where there are several seeds, the error of their mean is added to each side
   (sides are added as roots of squares, as errors are).
 - capability and its change: the bootstrap interval of the change, paired by item.
-- drift has no interval: how it varies over the text is not recorded. Of several seeds the lowest and highest are known.
+- drift: how it varies over the text is not recorded, so `interval` has none; of several seeds the lowest and highest are
+  known. Where a guess beats silence, the standard error of a single seed is taken to be `DRIFT_ERROR` of the drift.
 
 A row is one of `analysis.stats.table.by_setting`, of the results table (a single seed) or the metrics of a pick.
 """
@@ -15,6 +16,11 @@ from typing import Any
 
 from analysis.stats.table import FRACTIONS, Z95, proportion_se, wilson_interval
 from analysis.stats.wording import number, percent, seed_span, share_interval
+
+
+DRIFT_ERROR = 0.1
+"""Standard error of a single seed's drift, as a share of it: about what other seeds of the built-in model's settings gave."""
+EXPECTED = ("reliability", "generalization", "capability_change", "drift_kl")
 
 
 def seed_error(row: Mapping[str, Any], name: str) -> float:
@@ -30,6 +36,8 @@ def standard_error(row: Mapping[str, Any], name: str) -> float:
     if name in ("capability", "capability_change"):
         low, high = (row.get(f"capability_change_{end}", math.nan) for end in ("low", "high"))
         return float(high - low) / (2 * Z95)
+    if name == "drift_kl":
+        return DRIFT_ERROR * row.get(name, math.nan) / math.sqrt(row.get("n_seeds", 1))
     return math.nan
 
 
@@ -46,6 +54,14 @@ def interval(row: Mapping[str, Any], name: str) -> tuple[float, float]:
         change, low, high = (row.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
         return value + (low - change), value + (high - change)
     return math.nan, math.nan
+
+
+def expected(row: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Metric -> (value, low, high): what to expect of such an edit, with 95% intervals, as far as it was measured."""
+    found = {name: (float(row[name]), *interval(row, name)) for name in EXPECTED[:3]}
+    drift, more = float(row["drift_kl"]), Z95 * standard_error(row, "drift_kl")
+    found["drift_kl"] = (drift, max(0.0, drift - more), drift + more)
+    return {name: tuple(map(float, values)) for name, values in found.items() if all(map(math.isfinite, values))}
 
 
 def seed_range(row: Mapping[str, Any]) -> tuple[float, float]:

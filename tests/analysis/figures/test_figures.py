@@ -144,8 +144,8 @@ def test_bars_are_left_out_where_nothing_is_known_of_the_error():
 
 
 def test_too_many_settings_are_thinned_but_never_the_front_the_pick_and_what_is_to_be_kept(monkeypatch):
-    for place in ("figures.MAX_MARKS", "curves.MAX_LINES", "curves.MAX_PAIRS"):
-        monkeypatch.setattr(f"analysis.{place}", 12)
+    for place in ("front.MAX_MARKS", "curves.MAX_LINES", "curves.MAX_PAIRS"):
+        monkeypatch.setattr(f"analysis.figures.{place}", 12)
     rows = [
         row(f"t{i}", i % 11, capability=0.5 - abs(i - 30) / 100, reliability=0.5 + i / 200, learning_rate=i + 1.0)
         for i in range(50)
