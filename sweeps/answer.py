@@ -1,25 +1,80 @@
-"""What a study says: its front, its pick, and the report of everything finished so far."""
+"""What the tracking store holds of a study, and what that says: front, pick, and the report of everything finished so far."""
 
-import platform
+import json
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sweeps.study.reader import study_to_yaml
+from sweeps.study.resolve import PreparedStudy
 from sweeps.tracking.study_run import Tracker
+from sweeps.tracking.trial_run import environment
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.stats.comparison import Measured
     from analysis.stats.pareto import ParetoFront, Recommendation
-    from sweeps.sweep import StudyState
 
-PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", "numpy", "pandas")
+BASELINE_FILE = "baseline.json"
+"""File of the study's run: measurements of the unedited model."""
 MOST_READ = 60
 """Trials up to which all their answers are read, for a bootstrap over edits; of more, those of the pick and of what the
 report lists of the front."""
+
+
+@dataclass(frozen=True)
+class StudyState:
+    """What the tracking store holds of a study, measured against its plan."""
+
+    prepared: PreparedStudy
+    results: "pd.DataFrame"
+    """Finished and failed trials that belong to the study as it is planned now."""
+    baseline: dict[str, float]
+    """Metrics of the unedited model; empty before anything ran."""
+
+    @property
+    def done(self) -> int:
+        return int((self.results["status"] == "done").sum())
+
+    @property
+    def failed(self) -> int:
+        return int((self.results["status"] == "failed").sum())
+
+    @property
+    def left(self) -> int:
+        """Planned trials that are not done (failed ones are tried again)."""
+        return max(0, self.prepared.plan.count - self.done)
+
+    @property
+    def retried(self) -> Counter[str]:
+        """Why attempts at trials were lost that were tried again then, and how often each."""
+        causes = self.results.get("retried", ())
+        return Counter(cause for lines in causes if lines for cause in lines.splitlines())
+
+    @property
+    def affordable(self) -> int:
+        """Of these as many as the study's budget of trials allows."""
+        limit = self.prepared.study.budget.trials
+        return self.left if limit is None else max(0, min(self.left, limit - self.done))
+
+
+def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool = True) -> StudyState:
+    """Everything finished so far, from the tracking store; None where nothing is yet.
+
+    curves: whether the loss curves are read, too, which takes a request a trial while the study is not finished.
+    """
+    from analysis.stats.table import results_frame
+
+    if tracker is None:
+        return StudyState(prepared, results_frame([]), {})
+    results = tracker.load_results(prepared.id, curves=curves)
+    if prepared.plan.trials:
+        planned = {trial.id for trial in prepared.plan.trials}
+        results = results[results["trial_id"].isin(planned)].reset_index(drop=True)
+    stored = tracker.study_file(prepared.id, BASELINE_FILE)
+    return StudyState(prepared, results, json.loads(stored)["metrics"] if stored else {})
 
 
 @dataclass(frozen=True)
@@ -31,7 +86,7 @@ class Answer:
     report_html: str = field(repr=False)
 
 
-def answer_of(state: "StudyState", tracker: Tracker, other: "Measured | None" = None) -> Answer:
+def answer_of(state: StudyState, tracker: Tracker, other: "Measured | None" = None) -> Answer:
     """Front, pick and report of what is finished so far. other: a study to compare with in the report."""
     from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front, recommend
     from analysis.page.report import MAX_MISSES, render_report
@@ -57,7 +112,7 @@ def _outcomes(results: "pd.DataFrame", trials: list[str], tracker: Tracker) -> "
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
-def measured(state: "StudyState", tracker: Tracker) -> "Measured":
+def measured(state: StudyState, tracker: Tracker) -> "Measured":
     """A study and its results as the report takes them."""
     from analysis.stats.comparison import Measured
 
@@ -88,16 +143,3 @@ def answer_text(answer: Answer) -> str:
     if not pick:
         return "No trial succeeded yet."
     return f"**Edit at {pick.position}.** {pick.rule}\n\n" + "\n".join(f"- {reason}" for reason in pick.reasons)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record of a study."""
-    import os
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), **versions}

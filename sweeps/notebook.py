@@ -20,9 +20,11 @@ from analysis.stats.table import has_values
 from sweeps.study.forecast import foresee
 from sweeps.study.resolve import PreparedStudy, prepare
 from sweeps.commands.progress import Progress
+from sweeps.answer import read_state
 from sweeps.run.runner import Reporter
 from sweeps.study.reader import load_study
-from sweeps.sweep import Sweep, find_tracker, read_state, run_sweep
+from sweeps.sweep import Sweep, run_sweep
+from sweeps.tracking.study_run import find_tracker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +65,7 @@ def load_results(
 ) -> "pd.DataFrame":
     """The results table of a study as far as it is (columns: `analysis.stats.table.COLUMNS`), empty when nothing ran."""
     prepared = _prepared(study, changes)
-    return read_state(prepared, find_tracker(prepared, tracking_uri)).results
+    return read_state(prepared, find_tracker(tracking_uri, prepared.study.name)).results
 
 
 def figures(results: "pd.DataFrame") -> dict[str, "go.Figure"]:

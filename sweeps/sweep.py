@@ -3,76 +3,30 @@
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import call
 from typing import TYPE_CHECKING, Any, Literal
 
-from sweeps.answer import Answer, answer_of, answer_text, environment
-from sweeps.tracking.outbox import open_outbox, patiently
-from sweeps.driver import driver_folder, only_driver
-from sweeps.study.estimate import most_memory_bytes, patience_seconds
-from sweeps.tracking.heartbeat import Heartbeat, at_work, refuse_second_driver
+from sweeps.answer import BASELINE_FILE, Answer, StudyState, answer_of, answer_text, read_state
+from sweeps.session import study_session
+from sweeps.tracking.outbox import patiently
+from sweeps.study.estimate import patience_seconds
 from sweeps.tracking.pick_edit import PickError, is_registered, register_pick
 from sweeps.study.plan import optuna_space, point_of, trial_config
 from sweeps.study.resolve import PreparedStudy
-from sweeps.run.cluster import ray_session, trials_run_here
-from sweeps.tracking.recorder import Recorder, deliver_kept
+from sweeps.run.cluster import trials_run_here
 from sweeps.study.trial_types import TrialConfig
 from sweeps.tracking.registry import edit_address, study_alias
 from sweeps.run.runner import Ending, Reporter, alone, run_trials
 from sweeps.run.search import OBJECTIVES, TrialSearch
-from sweeps.study.reader import study_to_yaml
 from sweeps.tracking.study_run import Tracker, TrackingError
-from sweeps.tracking.store import NothingThere
-from sweeps.tracking.address import check_reachable, resolve_uri, sqlite_path
 from sweeps.run.trial import Basis, measure_baseline
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from locft.workbench import Baseline
-
-BASELINE_FILE = "baseline.json"
-
-
-@dataclass(frozen=True)
-class StudyState:
-    """What the tracking store holds of a study, measured against its plan."""
-
-    prepared: PreparedStudy
-    results: "pd.DataFrame"
-    """Finished and failed trials that belong to the study as it is planned now."""
-    baseline: dict[str, float]
-    """Metrics of the unedited model; empty before anything ran."""
-
-    @property
-    def done(self) -> int:
-        return int((self.results["status"] == "done").sum())
-
-    @property
-    def failed(self) -> int:
-        return int((self.results["status"] == "failed").sum())
-
-    @property
-    def left(self) -> int:
-        """Planned trials that are not done (failed ones are tried again)."""
-        return max(0, self.prepared.plan.count - self.done)
-
-    @property
-    def retried(self) -> Counter[str]:
-        """Why attempts at trials were lost that were tried again then, and how often each."""
-        causes = self.results.get("retried", ())
-        return Counter(cause for lines in causes if lines for cause in lines.splitlines())
-
-    @property
-    def affordable(self) -> int:
-        """Of these as many as the study's budget of trials allows."""
-        limit = self.prepared.study.budget.trials
-        return self.left if limit is None else max(0, min(self.left, limit - self.done))
 
 
 @dataclass(frozen=True)
@@ -88,39 +42,6 @@ class Sweep:
     """The address of the pick's edit in the model registry, models:/NAME@ALIAS."""
     not_registered: str | None = None
     """Why there is none, where it was asked for."""
-
-
-def find_tracker(prepared: PreparedStudy, uri: str | None) -> Tracker | None:
-    """The study's tracking store; None when nothing of the study is in it yet. Asking creates neither.
-
-    Raises InputError when the store cannot be reached or written, or does not say what it has.
-    """
-    resolved = resolve_uri(uri)
-    path = sqlite_path(resolved)
-    if path is not None and not path.exists():
-        check_reachable(resolved)
-        return None
-    try:
-        return Tracker.open(uri, prepared.study.name, create=False)
-    except NothingThere:
-        return None
-
-
-def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool = True) -> StudyState:
-    """Everything finished so far, from the tracking store; None where nothing is yet.
-
-    curves: whether the loss curves are read, too, which takes a request a trial while the study is not finished.
-    """
-    from analysis.stats.table import results_frame
-
-    if tracker is None:
-        return StudyState(prepared, results_frame([]), {})
-    results = tracker.load_results(prepared.id, curves=curves)
-    if prepared.plan.trials:
-        planned = {trial.id for trial in prepared.plan.trials}
-        results = results[results["trial_id"].isin(planned)].reset_index(drop=True)
-    stored = tracker.study_file(prepared.id, BASELINE_FILE)
-    return StudyState(prepared, results, json.loads(stored)["metrics"] if stored else {})
 
 
 def run_sweep(
@@ -139,31 +60,20 @@ def run_sweep(
     the study; TrackingError when the store went away for good. Finished trials are then kept on this machine. In a store
     that answers the study's run is closed, however this ends.
     """
-    study, outbox, began = prepared.study, open_outbox(prepared.id, tracking_uri), time.monotonic()
+    study, began = prepared.study, time.monotonic()
     ending: Ending = "complete"
     deadline = began + 60 * (study.budget.minutes or math.inf)
-    with ExitStack() as stack:
-        stack.enter_context(only_driver(driver_folder(prepared.id, tracking_uri), study.name))
-        tracker = find_tracker(prepared, tracking_uri)
-        refuse_second_driver(tracker, prepared.id, study.name)
-        if len(outbox):
-            tracker = tracker or Tracker.open(tracking_uri, study.name)
-            with _opened(prepared, tracker):
-                deliver_kept(prepared, tracker, prepared.id, outbox)
-        state = read_state(prepared, tracker, curves=False)
-        here = trials_run_here(address, study.resources)
+    description = f"Layer sweep of {study.model} on {study.edits.source} ({len(prepared.edits.requests)} edits)"
+    here = trials_run_here(address, study.resources)
+    with study_session(prepared, tracking_uri, description) as session:
+        state = read_state(prepared, session.tracker, curves=False)
         if state.affordable or (register and not here and _pick_to_register(state, tracking_uri)):
-            trial_bytes = most_memory_bytes(prepared.plan, prepared.facts)
-            room = stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
-        tracker = tracker or Tracker.open(tracking_uri, study.name)
-        heartbeat = stack.enter_context(_opened(prepared, tracker))
+            room = session.start_ray(address)
+        tracker = session.open_run()
         try:
             if state.affordable:
                 baseline = _baseline(prepared, tracker, here)
-                with (
-                    show(state) as reporter,
-                    Recorder(reporter, heartbeat, prepared, tracker, prepared.id, outbox) as recorder,
-                ):
+                with show(state) as reporter, session.recorder(reporter) as recorder:
                     ending = run_trials(
                         _open_trials(prepared, state),
                         {prepared.facts.data_fingerprint: Basis(prepared.inputs, baseline)},
@@ -226,25 +136,6 @@ def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None, de
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         return replace(done, not_registered=cause)
     return replace(done, registered=address)
-
-
-@contextmanager
-def _opened(prepared: PreparedStudy, tracker: Tracker) -> Iterator[Heartbeat]:
-    """The study's run, open and this driver's while the block runs. Raises InputError when it is another's by now."""
-    study = prepared.study
-    refuse_second_driver(tracker, prepared.id, study.name)
-    tracker.open_study(
-        prepared.id,
-        study.name,
-        study_yaml=study_to_yaml(study),
-        description=f"Layer sweep of {study.model} on {study.edits.source} ({len(prepared.edits.requests)} edits)",
-        environment=environment(),
-    )
-    with at_work(tracker, prepared.id) as heartbeat:
-        try:
-            yield heartbeat
-        finally:
-            tracker.abandon_study(prepared.id)  # unless it was finished
 
 
 def _conclude(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sweeps.study.resolve import PreparedStudy
     from sweeps.select.answer import Answer as PositionAnswer
     from sweeps.run.runner import Ending
-    from sweeps.sweep import StudyState
+    from sweeps.answer import StudyState
 
 out = Console(soft_wrap=False)
 err = Console(stderr=True, soft_wrap=True)

@@ -44,7 +44,7 @@ from sweeps.commands.options import (
 
 if TYPE_CHECKING:
     from sweeps.study.resolve import PreparedStudy
-    from sweeps.sweep import StudyState
+    from sweeps.answer import StudyState
     from sweeps.tracking.study_run import Tracker
 
 
@@ -153,18 +153,19 @@ def status(
     """Say how far STUDY is: done, diverged, failed (with causes), left, who runs it and how long that will take."""
     from analysis.stats.wording import seconds
     from sweeps.tracking.outbox import open_outbox
-    from sweeps.tracking.heartbeat import driver_at_work
-    from sweeps.sweep import find_tracker, read_state
+    from sweeps.answer import read_state
+    from sweeps.session import driver_of
     from sweeps.tracking.store import connect
+    from sweeps.tracking.study_run import find_tracker
 
     prepared = _prepared(study, overrides)
     if tracking_uri:  # a store that is named should be there; the one that is not named may be still to come
         connect(tracking_uri)
-    tracker = find_tracker(prepared, tracking_uri)
-    state, driver = read_state(prepared, tracker, curves=False), driver_at_work(tracker, prepared.id)
+    tracker = find_tracker(tracking_uri, prepared.study.name)
+    state, driver = read_state(prepared, tracker, curves=False), driver_of(tracker, prepared.id)
     waiting = len(open_outbox(prepared.id, tracking_uri))
     causes, diverged = failure_causes(state), int((state.results["diverged"] == 1).sum())
-    left = _seconds_left(prepared, driver.running, tracking_uri) if driver else None
+    left = _seconds_left(prepared, tracking_uri) if driver else None
     if as_json:
         counts = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
         seen = None if driver is None else asdict(driver)
@@ -178,7 +179,7 @@ def status(
         highlight=False,
     )
     if driver:
-        line = f"  process {driver.process} on {driver.host}: {driver.running} running {driver.silent:.0f} s ago"
+        line = f"  run by process {driver.process} on {driver.host} since {driver.began}"
         out.print(Text(line + (f", about {seconds(left)} left" if left else "")))
     elif state.left:
         out.print("  not being run; `locft sweep` goes on")
@@ -190,14 +191,14 @@ def status(
         out.print(f"  {waiting} more are finished and wait on this machine for the store; `locft sweep` delivers them")
 
 
-def _seconds_left(prepared: "PreparedStudy", running: int, tracking_uri: str | None) -> float | None:
+def _seconds_left(prepared: "PreparedStudy", tracking_uri: str | None) -> float | None:
     """Of a study that runs now, as far as the trials in the store tell: a calibration would slow it down."""
     from sweeps.study.forecast import foresee
     from sweeps.commands.progress import Pace
 
     forecast = foresee(prepared, tracking_uri, calibrate=False)
     open_trials = forecast.estimate.trials
-    return Pace(forecast, forecast.done, open_trials).seconds_left(open_trials, running) if forecast.costs.measured else None
+    return Pace(forecast, forecast.done, open_trials).seconds_left(open_trials, forecast.concurrent) if forecast.costs.measured else None
 
 
 def report(
@@ -244,10 +245,11 @@ def report(
 
 def _recorded(prepared: "PreparedStudy", named: str, tracking_uri: str | None) -> "tuple[StudyState, Tracker]":
     """What the store holds of a study. Raises InputError when that is nothing."""
-    from sweeps.sweep import find_tracker, read_state
+    from sweeps.answer import read_state
     from sweeps.tracking.address import redact, resolve_uri
+    from sweeps.tracking.study_run import find_tracker
 
-    tracker = find_tracker(prepared, tracking_uri)
+    tracker = find_tracker(tracking_uri, prepared.study.name)
     state = read_state(prepared, tracker)
     if tracker is None or state.results.empty:
         where = redact(resolve_uri(tracking_uri))
@@ -307,8 +309,8 @@ def select(
     page = writable(file.with_suffix(".html"))
     say_study(question.levels.full)
     with hooks.at_the_end(question.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
-        found, tracker = run_selection(question, tracking_uri, address=address, progress=RaceProgress())
-        answer = conclude(found, tracker, str(file))
+        with run_selection(question, tracking_uri, address=address, progress=RaceProgress()) as (found, tracker):
+            answer = conclude(found, tracker, str(file))
         picked = answer.position and answer.position["position"]
         event |= {"ending": found.ending, "runs": len(found.scores), "position": picked, "tracking_uri": tracker.uri}
         if found.ending == "same_failure" or answer.position is None:

@@ -7,8 +7,8 @@ on where it was, and nothing runs twice.
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,21 +17,15 @@ import pandas as pd
 
 from analysis.stats.choice import FAILED, Outcome, outcome_of
 from locft.model.positions import TuningPosition
-from sweeps.answer import environment
 from sweeps.select.baselines import POLICIES
-from sweeps.tracking.outbox import Outbox, open_outbox
-from sweeps.driver import driver_folder, only_driver
-from sweeps.study.estimate import most_memory_bytes, patience_seconds, trial_seconds
-from sweeps.tracking.heartbeat import Heartbeat, at_work, refuse_second_driver
+from sweeps.study.estimate import patience_seconds, trial_seconds
 from sweeps.select.request import Budget, Question
 from sweeps.select.race import Candidate, Run, Rung, Score, Scores, Task, leading, start_rate
 from sweeps.select.race_search import RaceSearch
-from sweeps.run.cluster import Room, ray_session
-from sweeps.tracking.recorder import Recorder, deliver_kept
+from sweeps.run.cluster import Room
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.run.runner import Ending, Reporter, on_workers, run_trials
-from sweeps.study.reader import study_to_yaml
-from sweeps.sweep import find_tracker
+from sweeps.session import StudySession, study_session
 from sweeps.tracking.study_run import Tracker
 from sweeps.run.trial import Basis, TrialInputs, measure_baseline
 
@@ -91,52 +85,39 @@ class RaceReporter(Reporter, Protocol):
     def rung(self, rung: Rung, open_runs: int) -> None: ...
 
 
+@contextmanager
 def run_selection(
     question: Question,
     tracking_uri: str | None,
     *,
     address: str | None = None,
     progress: AbstractContextManager[RaceReporter],
-) -> tuple[Selection, Tracker]:
+) -> Iterator[tuple[Selection, Tracker]]:
     """Probe and try; every trial goes to MLflow. The same call again goes on where it was.
 
-    The study's run is left open: `sweeps.select.answer.conclude` writes the answer into it. Raises InputError before
+    The study's run is open while the `with` block runs: `sweeps.select.answer.conclude` writes the answer into it there. Raises InputError before
     anything is written when store or cluster cannot be had.
     """
     began = time.monotonic()
     levels, study = question.levels, question.study
-    outbox = open_outbox(question.id, tracking_uri)
-    with ExitStack() as stack:
-        stack.enter_context(only_driver(driver_folder(question.id, tracking_uri), study.name))
-        tracker = find_tracker(levels.full, tracking_uri)
-        refuse_second_driver(tracker, question.id, study.name)
-        trial_bytes = most_memory_bytes(levels.full.plan, levels.full.facts)
-        room = stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
-        reporter = stack.enter_context(progress)
-        tracker = tracker or Tracker.open(tracking_uri, study.name)
-        description = f"Selection of a position for {study.model} on {study.edits.source} ({question.method})"
-        tracker.open_study(
-            question.id, study.name, study_yaml=study_to_yaml(study), description=description, environment=environment()
-        )
-        heartbeat = stack.enter_context(at_work(tracker, question.id))
-        try:
-            deliver_kept(levels.full, tracker, question.id, outbox)
-            return _tried(question, tracker, outbox, reporter, heartbeat, room, began), tracker
-        except BaseException:
-            tracker.abandon_study(question.id)
-            raise
+    description = f"Selection of a position for {study.model} on {study.edits.source} ({question.method})"
+    with study_session(levels.full, tracking_uri, description, study_id=question.id) as session:
+        room = session.start_ray(address)
+        with progress as reporter:
+            tracker = session.open_run()
+            found = _tried(question, session, reporter, room, began)
+        yield found, tracker
 
 
 def _tried(
     question: Question,
-    tracker: Tracker,
-    outbox: Outbox,
+    session: StudySession,
     reporter: RaceReporter,
-    heartbeat: Heartbeat,
     room: Room,
     began: float,
 ) -> Selection:
     levels, study, concurrent = question.levels, question.study, room.trials()
+    tracker = session.open_run()
     known, _ = _known(question, tracker.load_results(question.id, curves=False))
     candidates, baselines = _prepared(question, tracker, reporter.note)
     minutes = question.budget.minutes
@@ -155,7 +136,7 @@ def _tried(
         level.facts.data_fingerprint: Basis(level.inputs, baseline)
         for level, baseline in zip(question.levels_run, baselines, strict=True)
     }
-    with Recorder(reporter, heartbeat, levels.full, tracker, question.id, outbox) as recorder:
+    with session.recorder(reporter) as recorder:
         ending = run_trials(
             search,
             bases,

@@ -5,6 +5,7 @@ on, and what was not delivered is delivered by the next run of the same command.
 stands in the way of no other.
 """
 
+import hashlib
 import logging
 import os
 import queue
@@ -17,8 +18,10 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sweeps.driver import driver_folder
+from platformdirs import user_state_path
+
 from sweeps.study.trial_types import TrialResult, pack_result, unpack_result
+from sweeps.tracking.address import resolve_uri, without_credentials
 from sweeps.tracking.store import Refused, TrackingError
 
 T = TypeVar("T")
@@ -131,9 +134,16 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def study_folder(study_id: str, tracking_uri: str | None) -> Path:
+    """Where this machine keeps a study's lock and undelivered results: in the user's state folder (XDG_STATE_HOME), one folder
+    a study and tracking store. It need not exist."""
+    store = hashlib.sha256(without_credentials(resolve_uri(tracking_uri)).encode()).hexdigest()[:12]
+    return user_state_path("locft") / "studies" / f"{study_id}-{store}"
+
+
 def open_outbox(study_id: str, tracking_uri: str | None) -> Outbox:
     """The outbox of a study for a store, on this machine; making the object makes no folder."""
-    return Outbox(driver_folder(study_id, tracking_uri) / "undelivered")
+    return Outbox(study_folder(study_id, tracking_uri) / "undelivered")
 
 
 class Delivery:

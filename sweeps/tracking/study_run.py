@@ -24,12 +24,13 @@ from sweeps.tracking import pages as tracking_view
 from sweeps.study.trial_types import TrialResult
 from sweeps.tracking.registry import add_version, registered_name
 from sweeps.tracking.trial_run import DatasetRecord, ModelRecord, StudyInputs
-from sweeps.tracking.store import Store, TrackingError, asking, connect, open_experiment
+from sweeps.tracking.address import check_reachable, resolve_uri, sqlite_path
+from sweeps.tracking.store import NothingThere, Store, TrackingError, asking, connect, open_experiment
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["DatasetRecord", "ModelRecord", "StudyInputs", "Tracker", "TrackingError"]
+__all__ = ["DatasetRecord", "ModelRecord", "StudyInputs", "Tracker", "TrackingError", "find_tracker"]
 
 _log = logging.getLogger(__name__)
 
@@ -376,3 +377,19 @@ class Tracker:
         except (OSError, KeyError, ValueError, TypeError) as error:  # broken off while written; or without run_id
             _log.warning("the stored results table is not readable (%s); reading the runs instead", error)
             return {}
+
+
+def find_tracker(uri: str | None, experiment: str) -> Tracker | None:
+    """The tracking store of an experiment; None when the store or the experiment does not exist. Creates neither.
+
+    Raises InputError when the store cannot be reached or written, or does not say what it has.
+    """
+    resolved = resolve_uri(uri)
+    path = sqlite_path(resolved)
+    if path is not None and not path.exists():
+        check_reachable(resolved)
+        return None
+    try:
+        return Tracker.open(uri, experiment, create=False)
+    except NothingThere:
+        return None

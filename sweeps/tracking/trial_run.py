@@ -2,10 +2,13 @@
 
 import getpass
 import json
+import os
+import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.stats.axes import AXIS
@@ -18,6 +21,8 @@ PARAMETERS = tuple(AXIS)
 """Fields of `TrialConfig` shown as parameters, beside `depth` and `position`. The others are tags: they rarely vary."""
 OUTCOMES = ["edit_id", "kind", "prompt", "expected", "got", "correct", "correct_tf"]
 """Columns of the table of outcomes."""
+PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", "numpy", "pandas")
+"""Packages whose versions are kept with a study."""
 MOST_TAG = 5000
 """Characters of a tag's value (older servers refuse more)."""
 _TYPES: dict[str, Callable[[str], Any]] = {field.name: field.type for field in fields(TrialConfig)}
@@ -165,3 +170,14 @@ def user() -> str:
 def now() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record of a study."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), **versions}

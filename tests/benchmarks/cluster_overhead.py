@@ -82,15 +82,10 @@ def measured(metrics: list[dict[str, float]], seconds: float) -> dict[str, float
 
 def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, float]:
     from sweeps.commands import ui
-    from sweeps.answer import environment
-    from sweeps.tracking.outbox import open_outbox
-    from sweeps.tracking.heartbeat import Heartbeat
+    from sweeps.session import study_session
     from sweeps.study.resolve import prepare
-    from sweeps.run.cluster import ray_session
-    from sweeps.tracking.recorder import Recorder
     from sweeps.run.runner import run_trials
     from sweeps.study.reader import load_study
-    from sweeps.tracking.study_run import Tracker
 
     study = prepare(load_study(str(write_study(folder, folder / "model", name=f"overhead-{nodes}", resources__concurrent="auto"))))
     trials = [replace(study.plan.trials[0], seed=seed) for seed in range(nodes * (per_worker + WARM_UP))]
@@ -99,13 +94,11 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
         for _ in range(nodes):
             cluster.add()
         os.environ.update(cluster.environment)
-        tracker = Tracker.open(server, study.study.name)
-        tracker.open_study(study.id, study.study.name, study_yaml="", description="", environment=environment())
-        outbox = open_outbox(study.id, server)
-        with ray_session(cluster.address, study.study.resources) as room:
+        with study_session(study, server, "") as session:
+            room, tracker = session.start_ray(cluster.address), session.open_run()
             began = time.monotonic()
             spent = time.process_time()
-            with Recorder(collected, Heartbeat(), study, tracker, study.id, outbox) as recorder:
+            with session.recorder(collected) as recorder:
                 ending = run_trials(
                     trials, {}, cpus=1, gpus=0, room=room, reporter=recorder, work=partial(sleep, seconds=seconds)
                 )

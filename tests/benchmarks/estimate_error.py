@@ -28,7 +28,8 @@ from sweeps.study.estimate import layers_passed
 from sweeps.study.forecast import Forecast, foresee
 from sweeps.study.resolve import PreparedStudy, prepare
 from sweeps.study.reader import load_study
-from sweeps.sweep import find_tracker, read_state
+from sweeps.answer import read_state
+from sweeps.tracking.study_run import find_tracker
 
 ANNOUNCED = "to run: "
 """The line with which the command says what it expects begins so."""
@@ -96,7 +97,7 @@ def measured(study: str, overrides: list[str], prepared: PreparedStudy, folder: 
         raise SystemExit(f"the command failed with exit code {process.returncode}")
     seconds = time.monotonic() - began
     memory.join()
-    results = read_state(prepared, find_tracker(prepared, store(folder))).results
+    results = read_state(prepared, find_tracker(store(folder), prepared.study.name)).results
     return {
         "seconds": round(seconds),
         "trials_seconds": round(results["seconds"].sum()),

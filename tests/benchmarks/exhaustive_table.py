@@ -175,10 +175,11 @@ def run_study(study: Path, store: Path) -> None:
 def append(part: str, sample: int, study: Path, store: Path) -> None:
     from sweeps.study.resolve import prepare
     from sweeps.study.reader import load_study
-    from sweeps.sweep import find_tracker, read_state
+    from sweeps.answer import read_state
+    from sweeps.tracking.study_run import find_tracker
 
     prepared = prepare(load_study(str(study)))
-    results = read_state(prepared, find_tracker(prepared, f"sqlite:///{store / 'mlflow.db'}")).results
+    results = read_state(prepared, find_tracker(f"sqlite:///{store / 'mlflow.db'}", prepared.study.name)).results
     rows = results[results.status == "done"].assign(part=part, sample=sample)
     columns = [*AXES, *(name for name in METRICS if name in rows)]
     together = pd.concat([read_table(), rows[columns]]).drop_duplicates(AXES, keep="first")

@@ -29,7 +29,9 @@ from sweeps.study.resolve import prepare
 from sweeps.commands.progress import Progress
 from sweeps.study.trial_types import TrialResult
 from sweeps.study.reader import load_study
-from sweeps.sweep import StudyState, answer_of, find_tracker, read_state, run_sweep
+from sweeps.answer import StudyState, answer_of, read_state
+from sweeps.sweep import run_sweep
+from sweeps.tracking.study_run import find_tracker
 
 T = TypeVar("T")
 EVERY = 100
@@ -127,7 +129,7 @@ def main() -> None:
     profile.disable()
     timed("the same command again", run, done=lambda sweep: sweep.state.done, left=lambda sweep: sweep.state.left)
     prepared = prepare(load_study(str(file)))
-    tracker = find_tracker(prepared, uri)
+    tracker = find_tracker(uri, prepared.study.name)
     state = timed("status", lambda: read_state(prepared, tracker), done=lambda state: state.done)
     timed("report", lambda: answer_of(state, tracker), mib=lambda answer: len(answer.report_html) / 2**20)
     if options.profile:

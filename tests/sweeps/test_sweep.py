@@ -18,8 +18,9 @@ from sweeps import sweep as sweep_module
 from sweeps.tracking.outbox import open_outbox
 from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
-from sweeps.sweep import _open_trials, find_tracker, read_state, run_sweep
-from sweeps.tracking.study_run import Tracker, TrackingError
+from sweeps.answer import read_state
+from sweeps.sweep import _open_trials, run_sweep
+from sweeps.tracking.study_run import Tracker, TrackingError, find_tracker
 from sweeps.tracking.store import Refused
 from sweeps.run.trial import resident_workbench
 from tests.conftest import write_study
@@ -110,7 +111,7 @@ def test_the_answer_names_a_trial_of_the_study(grid):
 
 def test_the_same_command_again_runs_nothing_and_says_the_same(grid, monkeypatch):
     file, _, done = grid
-    monkeypatch.setattr(sweep_module, "ray_session", lambda *_: pytest.fail("there is nothing to run"))
+    monkeypatch.setattr("sweeps.session.ray_session", lambda *_: pytest.fail("there is nothing to run"))
     again, ran = sweep(prepared(file))
     assert ran == [] and len(trial_runs()) == 4 and len(trial_runs(kind="study")) == 1
     assert numbers(again.state) == numbers(done.state)
@@ -126,7 +127,7 @@ def test_a_wider_space_runs_only_what_is_new_and_a_failing_trial_stops_nothing(g
     trials = (impossible, *wider.plan.trials)
     wider = dataclasses.replace(wider, plan=dataclasses.replace(wider.plan, trials=trials, count=len(trials)))
     assert wider.id == study.id
-    before = read_state(wider, find_tracker(wider, None))
+    before = read_state(wider, find_tracker(None, "tiny"))
     assert (before.done, before.failed, before.left) == (4, 0, 3)
 
     more, ran = sweep(wider)
@@ -152,7 +153,7 @@ def test_other_edits_are_another_study(grid):
     file, study, _ = grid
     other = prepared(file, "edits.limit=3")
     assert other.id != study.id
-    assert read_state(other, find_tracker(other, None)).left == 4
+    assert read_state(other, find_tracker(None, "tiny")).left == 4
 
 
 def test_when_every_trial_fails_the_study_stops_early_and_says_why(workplace, study_file, tiny_folder, ray_running):
@@ -334,14 +335,14 @@ def test_the_end_of_a_study_waits_for_the_store(grid, monkeypatch):
 
 def test_only_an_experiment_that_is_not_there_means_that_nothing_is(grid, monkeypatch):
     _, study, _ = grid
-    assert find_tracker(dataclasses.replace(study, study=study.study.model_copy(update={"name": "other"})), None) is None
+    assert find_tracker(None, "other") is None
 
     def busy(*_):
         raise MlflowException("the server restarts", error_code=TEMPORARILY_UNAVAILABLE)
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", busy)
     with pytest.raises(InputError, match="the server restarts"):
-        find_tracker(study, None)
+        find_tracker(None, "tiny")
 
 
 def test_why_trials_were_tried_again_is_kept(workplace, study_file, ray_running, monkeypatch):
@@ -366,7 +367,7 @@ def test_looking_at_a_study_that_never_ran_makes_no_store(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     study = prepared(study_file())
     before = sorted(tmp_path.iterdir())
-    assert find_tracker(study, None) is None
+    assert find_tracker(None, "tiny") is None
     state = read_state(study, None)
     assert (state.done, state.failed, state.left, state.baseline) == (0, 0, 2, {})
     assert sorted(tmp_path.iterdir()) == before

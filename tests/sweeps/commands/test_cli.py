@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sweeps.tracking.heartbeat import TAG
+from sweeps.session import DRIVER_TAG
 from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
 from sweeps.tracking.study_run import Tracker
@@ -207,14 +207,15 @@ def test_status_json(swept, locft):
 def test_status_says_who_runs_it(swept, locft):
     tracker = Tracker.open(None, "tiny")
     study_id = prepare(load_study("tiny.yaml")).id
-    tracker.tag_study(study_id, TAG, json.dumps({"host": "node-7", "process": 41, "at": time.time(), "running": 2}))
+    driver = {"host": "node-7", "process": 41, "began": "2026-11-25T18:00:00+00:00"}
+    tracker.tag_study(study_id, DRIVER_TAG, json.dumps(driver))
     try:
-        assert "process 41 on node-7: 2 running" in locft("status", "tiny.yaml").out
-        assert locft("status", "tiny.yaml", "--json").json["driver"]["running"] == 2
+        assert "process 41 on node-7 since 2026-11-25T18:00" in locft("status", "tiny.yaml").out
+        assert locft("status", "tiny.yaml", "--json").json["driver"] == driver
         wider = ("status", "tiny.yaml", "--set", "space.seed=[0, 1]")
         assert "s left" in locft(*wider).out and locft(*wider, "--json").json["seconds_left"] > 0
     finally:
-        tracker.tag_study(study_id, TAG, None)
+        tracker.tag_study(study_id, DRIVER_TAG, None)
 
 
 def test_report(swept, locft):

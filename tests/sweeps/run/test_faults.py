@@ -23,7 +23,8 @@ from sweeps.commands import ui
 from sweeps.tracking.outbox import open_outbox
 from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
-from sweeps.sweep import find_tracker, read_state
+from sweeps.answer import read_state
+from sweeps.tracking.study_run import find_tracker
 from sweeps.run.trial import resident_workbench, run_trial
 from tests.conftest import write_study
 from tests.links import Links, possible
@@ -276,7 +277,7 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
 
 def check(study, uri: str, said: str, compared: int) -> None:
     """Everything recorded once; so many trials, drawn, are compared with the same run here, undisturbed."""
-    state = read_state(study, find_tracker(study, uri))
+    state = read_state(study, find_tracker(uri, study.study.name))
     assert (state.done, state.failed, state.left) == (len(study.plan.trials), 0, 0)
     assert len(open_outbox(study.id, uri)) == 0
     told = FINISHED.findall(said)
@@ -325,7 +326,7 @@ def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder):
         filler.unlink()
         assert command.wait() == 0, command.text
         study = prepare(load_study(str(tmp_path / "tiny.yaml")))
-        state = read_state(study, find_tracker(study, uri))
+        state = read_state(study, find_tracker(uri, study.study.name))
         assert (state.done, state.left) == (3, 0)
     finally:
         subprocess.run(["umount", "-l", disk], check=False)

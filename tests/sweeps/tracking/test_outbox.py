@@ -11,8 +11,8 @@ import pytest
 
 from locft.errors import InputError
 from sweeps.tracking import outbox as delivery_module
-from sweeps.tracking.outbox import Delivery, Outbox, open_outbox, patiently
-from sweeps.driver import driver_folder, only_driver
+from sweeps.session import study_lock
+from sweeps.tracking.outbox import Delivery, Outbox, open_outbox, patiently, study_folder
 from sweeps.tracking.store import Refused, TrackingError
 from tests.mlflow_store import config, result
 
@@ -157,20 +157,20 @@ def test_an_outbox_belongs_to_one_study_and_store_whatever_the_password():
 
 def test_a_second_driver_is_refused_with_the_reason_and_a_killed_one_holds_nothing(tmp_path):
     code = (
-        "import sys, time, pathlib; from sweeps.driver import only_driver\n"
-        "with only_driver(pathlib.Path(sys.argv[1]), 'mine'): print('holds', flush=True); time.sleep(60)"
+        "import sys, time, pathlib; from sweeps.session import study_lock\n"
+        "with study_lock(pathlib.Path(sys.argv[1]), 'mine'): print('holds', flush=True); time.sleep(60)"
     )
     first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "holds\n"
-        with pytest.raises(InputError, match=f"'mine' is being run already, by process {first.pid} on .*, since 20"):
-            with only_driver(tmp_path, "mine"):
+        with pytest.raises(InputError, match=f"'mine' is already being run by process {first.pid} on .*, since 20"):
+            with study_lock(tmp_path, "mine"):
                 pass
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
-        with only_driver(tmp_path, "mine"):
+        with study_lock(tmp_path, "mine"):
             pass
-        with only_driver(tmp_path, "mine"):
+        with study_lock(tmp_path, "mine"):
             assert str(os.getpid()) in (tmp_path / "driver.txt").read_text()
     finally:
         first.kill()
@@ -180,5 +180,5 @@ def test_a_state_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="XDG_STATE_HOME"):
-        with only_driver(driver_folder("study", None), "mine"):
+        with study_lock(study_folder("study", None), "mine"):
             pass

@@ -1,0 +1,237 @@
+"""A study while this process runs it: the lock, what an earlier driver could not deliver, Ray, and the study's run in MLflow.
+
+A driver is the process that runs a study. The lock refuses a second one on this machine. On another machine a second driver
+would cost duplicate work and nothing else, since a trial is known by its content; `locft status` tells who runs a study
+from a tag of its run.
+"""
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import filelock
+import psutil
+
+from locft.errors import InputError
+from sweeps.run.cluster import Room, ray_session
+from sweeps.run.runner import Reporter
+from sweeps.study.estimate import most_memory_bytes
+from sweeps.study.forecast import machine
+from sweeps.study.reader import study_to_yaml
+from sweeps.study.resolve import PreparedStudy
+from sweeps.study.trial_types import TrialConfig, TrialResult
+from sweeps.tracking.outbox import Delivery, open_outbox, study_folder
+from sweeps.tracking.store import Refused, TrackingError
+from sweeps.tracking.study_run import DatasetRecord, ModelRecord, StudyInputs, Tracker, find_tracker
+from sweeps.tracking.trial_run import environment
+
+DRIVER_TAG = "locft.driver"
+"""Tag of a study's run that names its driver while one is at work."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The process that runs a study."""
+
+    host: str
+    process: int
+    began: str
+    """UTC, in ISO 8601 to the second."""
+
+
+def driver_of(tracker: Tracker | None, study_id: str) -> Driver | None:
+    """Who runs a study, as its run says; None when nobody does. tracker: None when nothing of the study is recorded yet.
+
+    A driver of this machine whose process is gone counts as none. One of another machine that was killed keeps its tag
+    until the next driver ends.
+    """
+    text = tracker.study_tag(study_id, DRIVER_TAG) if tracker else None
+    try:
+        driver = Driver(**json.loads(text or "{}"))
+    except (ValueError, TypeError):  # no tag, or that of an earlier version
+        return None
+    return None if driver.host == socket.gethostname() and _is_gone(driver) else driver
+
+
+def _is_gone(driver: Driver) -> bool:
+    """True if no process of this machine has the driver's number, or a later one has it."""
+    try:
+        created = psutil.Process(driver.process).create_time()
+    except psutil.NoSuchProcess:
+        return True
+    return created > datetime.fromisoformat(driver.began).timestamp() + 2  # both are known to about a second
+
+
+@contextmanager
+def study_lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold the study against other drivers on this machine; the hold of a killed process ends with it.
+
+    folder: `sweeps.tracking.outbox.study_folder`. name: the study's, for the message. Raises InputError when another process
+    holds it, or when the folder cannot be written.
+    """
+    owner = folder / "driver.txt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / "driver.lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        by = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise InputError(
+            f"study {name!r} is already being run by {by}: wait for it, or stop it (Ctrl-C there keeps what is finished)"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot write {folder} ({error.strerror or error}); set XDG_STATE_HOME") from None
+    try:
+        began = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {began}", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def study_session(
+    prepared: PreparedStudy, tracking_uri: str | None, description: str, *, study_id: str | None = None
+) -> Iterator["StudySession"]:
+    """Hold a study's lock and deliver what an earlier driver could not; in the end close the study's run, however it ends.
+
+    description: of the study's run, in markdown. study_id: `prepared.id` unless given. Raises InputError before anything is
+    written when another driver of this machine runs the study, or when the store cannot be used; TrackingError when the store
+    does not take what was kept.
+    """
+    study_id = study_id or prepared.id
+    with ExitStack() as stack:
+        stack.enter_context(study_lock(study_folder(study_id, tracking_uri), prepared.study.name))
+        session = StudySession(prepared, tracking_uri, description, study_id, stack)
+        if len(session.outbox):
+            session.open_run()
+            session.deliver_kept()
+        yield session
+
+
+class StudySession:
+    """What a study needs while it runs. Call `start_ray` before `open_run`: what cannot run writes nothing."""
+
+    def __init__(
+        self, prepared: PreparedStudy, tracking_uri: str | None, description: str, study_id: str, stack: ExitStack
+    ):
+        """stack: holds what has to be undone at the end of the session."""
+        self.prepared, self.study_id = prepared, study_id
+        self.outbox = open_outbox(study_id, tracking_uri)
+        self.tracker = find_tracker(tracking_uri, prepared.study.name)
+        """None until the study's experiment exists (`open_run` creates it)."""
+        self._tracking_uri, self._description, self._stack = tracking_uri, description, stack
+        self._run_is_open = False
+
+    def start_ray(self, address: str | None) -> Room:
+        """Connect to the cluster at `address`, or start Ray here, until the session ends. Raises InputError."""
+        study, facts = self.prepared.study, self.prepared.facts
+        trial_bytes = most_memory_bytes(self.prepared.plan, facts)
+        return self._stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
+
+    def open_run(self) -> Tracker:
+        """Open the study's run in the tracking store, and the store where it is new; a second call does nothing.
+
+        Raises InputError when the store cannot be used, TrackingError when it does not take the run.
+        """
+        study = self.prepared.study
+        self.tracker = tracker = self.tracker or Tracker.open(self._tracking_uri, study.name)
+        if not self._run_is_open:
+            self._run_is_open = True
+            driver = Driver(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
+            self._stack.callback(self._close_run)
+            tracker.open_study(
+                self.study_id,
+                study.name,
+                study_yaml=study_to_yaml(study),
+                description=self._description,
+                environment=environment(),
+                tags={DRIVER_TAG: json.dumps(asdict(driver))},
+            )
+        return tracker
+
+    def _close_run(self) -> None:
+        """Nothing fails here: the store may be away."""
+        self.tracker.abandon_study(self.study_id)  # unless it was finished
+        with suppress(TrackingError):
+            self.tracker.tag_study(self.study_id, DRIVER_TAG, None)
+
+    def recorder(self, reporter: Reporter) -> "Recorder":
+        """A context manager that passes trials on to `reporter` and records the finished ones in the study's open run."""
+        deliver = partial(self.tracker.log_trial, self.study_id, inputs=self._inputs())
+        return Recorder(reporter, Delivery(deliver, self.outbox, reporter.note))
+
+    def deliver_kept(self) -> None:
+        """Record in the study's open run what an earlier driver could not. Raises TrackingError.
+
+        What the store refuses, though it has just taken the study, is set aside: its trial counts as not done.
+        """
+        if kept := self.outbox.kept():
+            inputs = self._inputs()
+            for result in kept:
+                try:
+                    self.tracker.log_trial(self.study_id, result, inputs)
+                    self.outbox.drop(result)
+                except Refused as error:
+                    file = self.outbox.set_aside(result)
+                    said = "%s is tried again: the store refuses its result (kept as %s): %s"
+                    _log.warning(said, result.config.position, file, error)
+
+    def _inputs(self) -> StudyInputs:
+        """The data sets and the unedited model, for the runs of the trials."""
+        prepared, study, facts = self.prepared, self.prepared.study, self.prepared.facts
+        model = ModelRecord(study.model, facts.model_fingerprint, {"layers": facts.n_layers, "dtype": study.dtype})
+        found = {"edits": len(prepared.edits.requests), **asdict(prepared.edits.findings)}
+        data = [DatasetRecord(study.edits.source, prepared.edits.fingerprint, study.edits.source, "edits", found)]
+        if prepared.suite:
+            items = {task.name: len(task.items) for task in prepared.suite.tasks}
+            name = study.capability.suite or "capability"
+            data.append(
+                DatasetRecord(name, prepared.suite.fingerprint, prepared.capability_source, "capability", items)
+            )
+        return self.tracker.create_inputs(self.study_id, model, data, {"locft.machine": machine(study.resources)})
+
+
+class Recorder:
+    """Passes trials on to a reporter, and finished ones to the tracking store. A context manager.
+
+    Leaving it waits for deliveries under way, and raises TrackingError when they do not arrive (`Delivery`).
+    """
+
+    def __init__(self, reporter: Reporter, delivery: Delivery):
+        self._reporter, self._delivery = reporter, delivery
+        self._lost: dict[str, tuple[str, ...]] = {}
+        """Trial id -> why attempts at it were lost."""
+
+    def __enter__(self) -> "Recorder":
+        self._delivery.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._delivery.__exit__(*error)
+
+    def note(self, text: str) -> None:
+        self._reporter.note(text)
+
+    def started(self, running: int) -> None:
+        self._reporter.started(running)
+
+    def retried(self, config: TrialConfig, cause: str) -> None:
+        self._lost[config.id] = (*self._lost.get(config.id, ()), cause)
+        self._reporter.retried(config, cause)
+
+    def finished(self, result: TrialResult, running: int) -> None:
+        result = replace(result, retried=self._lost.pop(result.config.id, ()))
+        self._delivery.put(result)
+        self._reporter.finished(result, running)
