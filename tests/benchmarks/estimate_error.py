@@ -84,7 +84,7 @@ def size(folder: Path) -> int:
 def measured(study: str, overrides: list[str], prepared: PreparedStudy, folder: Path) -> dict[str, Any]:
     """What the command takes; of its trials, the sum of what each took."""
     options = [part for override in overrides for part in ("--set", override)]
-    command = [sys.executable, "-c", "from sweeps.cli import main; main()", "sweep", study, *options, "--json"]
+    command = [sys.executable, "-c", "from sweeps.commands.cli import main; main()", "sweep", study, *options, "--json"]
     before = size(folder)
     process = subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     memory, began = MemoryPeak(process.pid), time.monotonic()

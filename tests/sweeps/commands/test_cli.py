@@ -69,7 +69,7 @@ def same(metrics):
 
 
 def test_help_answers_without_the_heavy_libraries():
-    code = "import sys, sweeps.cli as c; sys.argv = ['locft', '--help']\ntry: c.main()\nexcept SystemExit: pass\n"
+    code = "import sys, sweeps.commands.cli as c; sys.argv = ['locft', '--help']\ntry: c.main()\nexcept SystemExit: pass\n"
     code += "print({'torch', 'ray', 'mlflow', 'transformers', 'optuna', 'plotly', 'pandas'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "sweep" in done.stdout and done.stdout.endswith("set()\n")
@@ -352,7 +352,7 @@ def environment():
 
 
 def start(*arguments, **options):
-    command = [sys.executable, "-c", "from sweeps.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from sweeps.commands.cli import main; main()", *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options
     )

@@ -72,7 +72,7 @@ class Command:
 
     def __init__(self, folder, uri, *more, beside=(), **environment):
         """beside: what the command begins with, to run in another place."""
-        command = [*beside, sys.executable, "-c", "from sweeps.cli import main; main()", "sweep", "tiny.yaml"]
+        command = [*beside, sys.executable, "-c", "from sweeps.commands.cli import main; main()", "sweep", "tiny.yaml"]
         arguments = [*command, "--tracking-uri", uri, *more]
         self.process = subprocess.Popen(
             arguments,
@@ -166,7 +166,7 @@ def strike(fault: str, command: Command, server: Server, draw: random.Random) ->
             process.kill()
     if fault == "second driver":
         second = Command(command.folder, server.address)
-        assert second.wait() == 2 and "is being run already" in second.text, second.text
+        assert second.wait() == 2 and "is already being run" in second.text, second.text
         assert command.process.poll() is None, "the first goes on"
     return restarting
 
