@@ -1,6 +1,7 @@
-"""Input the user can correct, and memory that does not suffice: the two causes that are answered, not only told."""
+"""Errors that get an answer: input that the user can correct, and memory that runs out."""
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class InputError(Exception):
@@ -21,14 +22,26 @@ class InputError(Exception):
 _NO_MEMORY = (
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed",
 )  # fmt: skip
-"""What CUDA, PyTorch's allocators (each system's has words of its own) and the C library say."""
+"""Phrases of CUDA, of PyTorch's allocators (which differ by system) and of the C library."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what PyTorch or Python say when memory does not suffice, on a GPU or a CPU.
+    """True if the exception is an out-of-memory error from PyTorch or Python, on a GPU or a CPU.
 
-    PyTorch's own class is known by its name: who only asks need not have imported PyTorch.
+    PyTorch's own class is recognised by its name, so that callers need not import PyTorch.
     """
-    said = str(error).lower()
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(words in said for words in _NO_MEMORY)
+    message = str(error).lower()
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(phrase in message for phrase in _NO_MEMORY)
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message in one line of at most 300 characters (some list every architecture there is)."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} …"
+
+
+def did_you_mean(got: str, choices: Iterable[str]) -> str:
+    """A clause for a message that names the choice most like `got`; empty if none is near."""
+    near = get_close_matches(got, list(choices), 1)
+    return f"; did you mean {near[0]}?" if near else ""

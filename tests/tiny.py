@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from locft.vector_math import settle_vector_math
+from locft.process import settle_vector_math
 
 HIDDEN = 32
 HEADS = 4

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from locft.data.edit_layouts import RawEdit, read_edits
-from locft.errors import InputError
+from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.data.record_files import missing_path, read_records, read_text, shortened
+from locft.errors import InputError
 
 BUILT_IN = ("atlas",)
 """Names of the edit sets that come with the project. A file of such a name is reached as ./atlas."""
@@ -30,30 +31,6 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = frozenset({"a", "an", "the"})
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-
-@dataclass(frozen=True)
-class LocalityPrompt:
-    """A prompt the edit must not touch. `answer` is the data set's, None where it gives none; locality is measured
-    against the unedited model, not against it."""
-
-    prompt: str
-    answer: str | None
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """One fact to write into a model. All texts are without whitespace around them; a target is a single line."""
-
-    id: str
-    """The file's own id or case_id, otherwise layout-N where N is the record's number in the file, from 1."""
-    subject: str
-    prompt: str
-    target: str
-    ground_truth: str | None
-    """The answer before the edit (the first where the file has several); None where it gives none."""
-    rephrases: tuple[str, ...]
-    locality: tuple[LocalityPrompt, ...]
 
 
 @dataclass(frozen=True)

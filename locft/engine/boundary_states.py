@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from locft.train.encoding import TokenRow, batches
-from locft.machine import describe_machine
-from locft.model.models import cache_folder
+from locft.cache import cache_folder
 from locft.engine.packing import STEP, PrefixTree, pack_rows
-from locft.model.positions import n_layers
 from locft.engine.tail import capture_boundary
+from locft.model.positions import n_layers
+from locft.process import describe_machine
+from locft.train.encoding import TokenRow, batches
 
 VERSION = 3
 """Of the files; raised when the same key would hold other numbers."""

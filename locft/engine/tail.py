@@ -42,7 +42,7 @@ def supports_tail(model: PreTrainedModel) -> str | None:
     """
     model_type = model.config.model_type
     if model_type not in BY_MODEL_TYPE:
-        return f"architecture {model_type!r} has no row in the table of architectures (locft/families.py)"
+        return f"architecture {model_type!r} has no row in the table of architectures (locft/model/families.py)"
     rescale_every = getattr(model.config, "rescale_every", 0)
     if rescale_every and n_layers(model) >= rescale_every:
         return (

@@ -19,7 +19,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from locft.train.encoding import SupervisedLogits, TokenRow, encode_edit, encode_prompt
 from locft.model.models import LoadedModel
-from locft.data.requests import ARTICLES, EditRequest, normalise_answer
+from locft.data.edit_request import EditRequest
+from locft.data.requests import ARTICLES, normalise_answer
 from locft.measure.two_stage_scoring import retake
 from locft.measure.token_scores import scores_by_row
 

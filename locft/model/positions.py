@@ -193,7 +193,7 @@ def no_row(model: PreTrainedModel) -> str:
         lines.append(f"its blocks seem to be {path} ({size} of them); the last one has these parameters:")
         lines += [f"  {name} {tuple(parameter.shape)}" for name, parameter in block.named_parameters()]
     lines += [
-        "add a row to FAMILIES in locft/families.py, with paths inside the block, for example:",
+        "add a row to FAMILIES in locft/model/families.py, with paths inside the block, for example:",
         f'  Family(("{model_type}",), "{path or "model.layers"}", {{"mlp_down": ("mlp.down_proj",), "mlp": ("mlp",)}})',
         f"known architectures: {', '.join(sorted(BY_MODEL_TYPE))}",
     ]

@@ -1,22 +1,23 @@
-"""In which precision training computes, where nobody says."""
+"""The precision in which training computes if nobody chooses one."""
 
 import hashlib
 import json
 import math
 import time
+from contextlib import suppress
 from functools import cache
 
 import torch
 
-from locft.machine import describe_machine
-from locft.model.models import cache_folder, torch_device, write_atomically
+from locft.cache import cache_folder, write_atomically
+from locft.process import describe_machine, torch_device
 
 
 def training_precision(device: str) -> str:
-    """The precision in which training is fastest there at equal quality: bfloat16 on GPUs that have it and on CPUs that
-    multiply it faster (with AMX 3 to 6 times, while Intel's AVX512-BF16 alone takes twice as long), else float32.
+    """The faster precision at equal quality: bfloat16 on GPUs that have it and on CPUs that multiply it faster, else
+    float32. (With AMX bfloat16 is 3 to 6 times faster; with Intel's AVX512-BF16 alone it takes twice as long.)
 
-    A GPU of another machine, where this one has none, is taken to have it.
+    device: as for `torch_device`. A GPU of another machine, asked for on one without, is taken to have bfloat16.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         return "bfloat16"
@@ -27,28 +28,24 @@ def training_precision(device: str) -> str:
 
 @cache
 def _faster_in_bfloat16() -> bool:
-    """Measured once on every kind of CPU, and kept in the cache folder: the precision is part of a trial's identity, and a
-    measurement that came out otherwise would make a study start anew."""
+    """Measured once for every kind of CPU and kept in the cache folder, because the precision is part of a trial's
+    identity: a measurement with another outcome would make a study start anew."""
     machine = describe_machine()
     kind = [machine["cpu"], machine["instructions"], machine["versions"]["torch"]]
     note = cache_folder() / "precision" / f"{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:16]}.txt"
-    try:
+    with suppress(OSError, ValueError):
         kept = note.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        kept = ""
-    if kept in ("float32", "bfloat16"):
-        return kept == "bfloat16"
+        if kept in ("float32", "bfloat16"):
+            return kept == "bfloat16"
     faster = _multiplies_bfloat16_faster()
-    try:
+    with suppress(OSError):  # without a cache, the next process measures again
         write_atomically(note, "bfloat16" if faster else "float32")
-    except OSError:
-        pass  # it is measured again then
     return faster
 
 
 def _multiplies_bfloat16_faster() -> bool:
-    """Within some hundredths of a second. Both precisions take turns, so that other work on the machine slows them alike,
-    and the ratios that hardware has (a half, or two and more) are far from the bound."""
+    """Takes some hundredths of a second. The two precisions take turns, so that other work on the machine slows both;
+    the ratios that hardware has (a half, or two and more) are far from the bound of 1.2."""
     factors = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     seconds = dict.fromkeys(factors, math.inf)
     for _ in range(6):

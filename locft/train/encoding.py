@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from locft.data.requests import EditRequest
+from locft.data.edit_request import EditRequest
 
 
 @dataclass(frozen=True)

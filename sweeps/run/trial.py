@@ -71,7 +71,7 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
     """
     import torch
 
-    from locft.allocator import keep_freed_memory
+    from locft.process import keep_freed_memory
     from locft.workbench import Workbench
 
     torch.set_num_threads(inputs.threads)
@@ -108,7 +108,7 @@ def _planned_model(inputs: TrialInputs) -> "LoadedModel":
 
 def measure_baseline(inputs: TrialInputs) -> "Baseline":
     """Measure the unedited model, and give the memory back: in a driver, trials are what needs it next."""
-    from locft.allocator import return_freed_memory
+    from locft.process import return_freed_memory
 
     baseline = resident_workbench(inputs).baseline
     _resident.clear()

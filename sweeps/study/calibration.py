@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from locft.model.models import LoadedModel
     from locft.train.encoding import TokenRow
     from locft.model.positions import TuningPosition
-    from locft.data.requests import EditRequest
+    from locft.data.edit_request import EditRequest
     from locft.workbench import Workbench
     from sweeps.study.resolve import PreparedStudy
 

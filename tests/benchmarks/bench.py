@@ -17,23 +17,29 @@ import typer
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from locft.allocator import keep_freed_memory
 from locft.data.requests import EditSet, load_edits
 from locft.data.suites import Suite, load_suite
 from locft.engine.tail import supports_tail
 from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
-from locft.machine import describe_machine
 from locft.measure.capability import encode_suite, suite_rows
 from locft.measure.evaluation import edit_questions, greedy_answers, locality_prompts
 from locft.model.models import DTYPES, LoadedModel, load_model, load_structure
 from locft.model.positions import TuningPosition, n_layers, parameter_names
 from locft.model.precision import training_precision
+from locft.process import describe_machine, keep_freed_memory
 from locft.train.encoding import encode_edits
 from locft.train.reference import full_forward
 from locft.workbench import Baseline, Workbench, measure_unedited
 from sweeps.commands.console import err, new_table, out, print_json, print_wide
-from sweeps.commands.options import EditsOption, JsonOption, ModelArgument, RemoteCodeOption, ThreadsOption, edits_of
+from sweeps.commands.options import (
+    EditsOption,
+    JsonOption,
+    ModelArgument,
+    RemoteCodeOption,
+    ThreadsOption,
+    edits_of,
+)
 from tests.benchmarks.bench_stages import (
     LEARNING_RATE,
     SEED,

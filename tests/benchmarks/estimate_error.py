@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from locft.model.models import cache_folder
+from locft.cache import cache_folder
 from sweeps.study.estimate import layers_passed
 from sweeps.study.forecast import Forecast, foresee
 from sweeps.study.resolve import PreparedStudy, prepare

@@ -33,7 +33,7 @@ from locft.train.pipelines import TrainingSettings
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.data.requests import load_edits
-from locft.vector_math import settle_vector_math
+from locft.process import settle_vector_math
 from locft.workbench import Workbench
 from sweeps.select.baselines import POLICIES
 from sweeps.study.resolve import PreparedStudy, prepare

@@ -15,7 +15,8 @@ from locft.measure.evaluation import edit_metrics, greedy_answers, locality_prom
 from locft.train.pipelines import TrainingSettings
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
-from locft.data.requests import EditFindings, EditRequest, EditSet, LocalityPrompt, load_edits
+from locft.data.edit_request import EditRequest, LocalityPrompt
+from locft.data.requests import EditFindings, EditSet, load_edits
 from locft.workbench import Baseline, Workbench, diverged_metrics
 from tests.tiny import tiny_loaded
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from locft.data.edit_request import EditRequest, LocalityPrompt
+from locft.data.requests import EditFindings, load_edits, normalise_answer
 from locft.errors import InputError
-from locft.data.requests import EditFindings, EditRequest, LocalityPrompt, load_edits, normalise_answer
 
 REAL = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "editing"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real edit files are not in ../shared/data/editing")
@@ -713,7 +714,7 @@ def test_hub_problems(hub, tmp_path, monkeypatch):
 
 
 def test_reading_edits_needs_neither_torch_nor_datasets():
-    code = "import sys, locft.requests; sys.exit(bool({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+    code = "import sys, locft.data.requests; sys.exit(bool({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], check=False).returncode
         == 0

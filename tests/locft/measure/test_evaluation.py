@@ -33,7 +33,8 @@ from locft.train.pipelines import TrainingSettings, finetune
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.train.reference import full_forward
-from locft.data.requests import EditRequest, LocalityPrompt, normalise_answer
+from locft.data.edit_request import EditRequest, LocalityPrompt
+from locft.data.requests import normalise_answer
 from tests.tiny import ARCHITECTURES, tiny_config, tiny_loaded, tiny_model, tiny_tokenizer
 
 PROMPTS = [

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from locft.model import models
+from locft.cache import write_atomically
 from locft.errors import InputError
+from locft.model import models
 from locft.model.models import (
     WheelModel,
     folder_fingerprint,
@@ -24,9 +25,8 @@ from locft.model.models import (
     load_structure,
     load_tokenizer,
     model_folder,
-    torch_device,
-    write_atomically,
 )
+from locft.process import torch_device
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 
@@ -427,7 +427,7 @@ def test_from_the_hub_come_the_files_that_are_read_and_no_code(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("smollm2-135", ["did you mean 'smollm2-135m'?", "not a built-in model (smollm2-135m)", "owner/name"]),
+        ("smollm2-135", ["did you mean smollm2-135m?", "not a built-in model (smollm2-135m)", "owner/name"]),
         ("gpt-9", ["'gpt-9': not a built-in model", "no such folder or .gguf file"]),
         ("./nowhere", ["no such folder"]),
         ("/nowhere/at/all", ["no such folder"]),

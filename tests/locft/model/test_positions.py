@@ -293,4 +293,4 @@ def test_unknown_architecture_has_whole_layers_and_shows_how_to_add_it():
 def shows_how_to_add_it(text: str) -> None:
     assert "'xglm'" in text and "model.layers (2 of them)" in text
     assert "self_attn.q_proj.weight (32, 32)" in text and "fc2.weight (32, 48)" in text
-    assert "locft/families.py" in text and 'Family(("xglm",), "model.layers"' in text
+    assert "locft/model/families.py" in text and 'Family(("xglm",), "model.layers"' in text

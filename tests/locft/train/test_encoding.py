@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from locft.data.requests import EditRequest, load_edits
+from locft.data.edit_request import EditRequest
+from locft.data.requests import load_edits
 from locft.train.encoding import TokenRow, encode_continuation, encode_edit, encode_edits, encode_prompt
 from tests.tiny import SENTENCES, tiny_tokenizer
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from locft.data.requests import EditRequest
+from locft.data.edit_request import EditRequest
 from locft.errors import out_of_memory
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition

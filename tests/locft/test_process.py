@@ -3,17 +3,17 @@
 import subprocess
 import sys
 
-from locft.vector_math import settle_vector_math
+from locft.process import settle_vector_math
 from tests.tiny import tiny_loaded
 
 FIRST_AND_SECOND = """
 import torch
-from locft.vector_math import FUNCTIONS, settle_vector_math
+from locft.process import VECTOR_FUNCTIONS, settle_vector_math
 settle_vector_math()
 torch.set_num_threads(2)
 numbers = torch.rand(52, 64, generator=torch.Generator().manual_seed(0)) * 0.9
-first = [function(numbers) for function in FUNCTIONS]
-print(all(torch.equal(one, function(numbers)) for one, function in zip(first, FUNCTIONS)))
+first = [function(numbers) for function in VECTOR_FUNCTIONS]
+print(all(torch.equal(one, function(numbers)) for one, function in zip(first, VECTOR_FUNCTIONS)))
 """
 
 

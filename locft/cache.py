@@ -1,0 +1,51 @@
+"""The cache folder, and files and folders in it that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from locft.errors import InputError
+
+
+def cache_folder() -> Path:
+    """Where converted models and computed states are kept (XDG_CACHE_HOME is respected)."""
+    return user_cache_path("locft")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that other processes see whole or not at all, even if this one is killed. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as partial:
+        partial.write(text)
+    os.replace(partial.name, path)
+
+
+def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    """The folder `kind`/`key` of the cache, filled by `make` if it is not there yet.
+
+    One process makes it while the others wait, and it becomes visible only when complete. Raises InputError if the
+    cache cannot be written to.
+    """
+    folder = cache_folder() / kind / key
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                for dead in folder.parent.glob(f"{key}.partial-*"):  # a killed process's: we hold the lock
+                    shutil.rmtree(dead, ignore_errors=True)
+                partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}.partial-"))
+                try:
+                    make(partial)
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cache folder {folder.parent}: {error.strerror or error}; set XDG_CACHE_HOME") from error
+    return folder

@@ -1,0 +1,109 @@
+"""What a process needs before it computes: the device, the C library's allocator, and PyTorch's vector maths settled."""
+
+import ctypes
+import gc
+import os
+import platform
+import sys
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from locft.errors import InputError, one_line
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_* of glibc's malloc.h
+_LARGEST_KEPT_BLOCK = 2**30
+
+VECTOR_FUNCTIONS = (
+    torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv, torch.exp, torch.expm1,
+    torch.lgamma, torch.log, torch.log10, torch.log1p, torch.log2, torch.rsqrt, torch.sigmoid, torch.sin, torch.sqrt,
+    torch.tan, torch.tanh, torch.trunc,
+)  # fmt: skip
+
+
+def torch_device(device: str) -> torch.device:
+    """The device that a setting names; `auto` is the first GPU, or the CPU if there is none.
+
+    Raises InputError for a name that torch does not know or a device that does not compute here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from error
+    try:
+        if torch.zeros(1, device=target).item() != 0:  # torch knows names of devices that are not there
+            raise RuntimeError("it does not compute")
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        count = torch.cuda.device_count()
+        raise InputError(
+            f"device {device!r}: torch cannot use it here ({one_line(error)}); use auto or cpu"
+            + (f", or cuda:0 to cuda:{count - 1}" if count else "")
+        ) from error
+    return target
+
+
+def keep_freed_memory() -> bool:
+    """Make the C library keep freed memory for the next step; False if it is not glibc.
+
+    A training step allocates the same hundreds of megabytes again and again (logits over the whole vocabulary). glibc
+    returns blocks of that size to the system at once, and each new one costs a page fault per 4 KiB: a fifth of a late
+    layer's step. The price is a resident size that stays at its peak.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(
+            libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK)
+            and libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_KEPT_BLOCK - 1)
+        )
+    except (OSError, AttributeError):
+        return False
+
+
+def return_freed_memory() -> None:
+    """Collect garbage and give freed memory back to the system (the latter with glibc only)."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@cache
+def settle_vector_math() -> None:
+    """Make elementary functions give the same bits in every call of this process, the first one included.
+
+    On CPUs PyTorch computes cos, exp and the like with MKL's vector functions, and MKL chooses a kernel for each of
+    them in its first call. If that call runs on several threads, one of them can get a kernel of lower accuracy (errors
+    of 1e-4) for its part; in one process of ten, the first forward pass then differs from all later ones
+    (pytorch/pytorch issue 188792). So each function is called once here, on so few numbers that one thread does it.
+    """
+    for dtype in (torch.float32, torch.float64):
+        numbers = torch.full((16,), 0.5, dtype=dtype)
+        for function in VECTOR_FUNCTIONS:
+            function(numbers)
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU, cores, threads in use, instruction set and versions; JSON-able."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
+    }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
