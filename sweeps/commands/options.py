@@ -26,16 +26,6 @@ UriOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster: auto, or HOST:PORT. Default: this machine.")]
-CommandOption = Annotated[
-    str | None,
-    typer.Option(
-        "--on-end", metavar="COMMAND", help="Run when it ends; gets what came of it as JSON on standard input."
-    ),
-]
-WebhookOption = Annotated[
-    str | None,
-    typer.Option(metavar="URL", envvar="LOCFT_WEBHOOK", show_envvar=True, help="The same is posted there."),
-]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16, float16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default all cores.")]

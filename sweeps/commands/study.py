@@ -30,7 +30,6 @@ from sweeps.commands.console import (
 from sweeps.commands.options import (
     INTERRUPTED,
     AddressOption,
-    CommandOption,
     EditsOption,
     JsonOption,
     LimitOption,
@@ -38,7 +37,6 @@ from sweeps.commands.options import (
     SetOption,
     StudyArgument,
     UriOption,
-    WebhookOption,
     edits_of,
 )
 
@@ -84,17 +82,13 @@ def sweep(
     register: Annotated[
         bool, typer.Option(help="At the end put the delta of the study's pick into MLflow's model registry.")
     ] = True,
-    on_end: CommandOption = None,
-    webhook: WebhookOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run STUDY. The same command again runs only what is not done yet."""
     from sweeps.study.forecast import foresee
-    from sweeps.commands.notify import Hooks
     from sweeps.commands.progress import Progress
     from sweeps.sweep import run_sweep
 
-    hooks = Hooks.checked(on_end, webhook)
     prepared = _prepared(study, overrides)
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     say_study(prepared)
@@ -113,14 +107,8 @@ def sweep(
             err.print(Text(f"to run: {expectation(expected, 'on the cluster')}"))
         return Progress(expected, done.to_dict("records"))
 
-    with hooks.at_the_end(prepared.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
+    with redirect_stdout(sys.stderr):  # Ray prints on standard output
         done = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
-        pick = done.answer.recommendation
-        event |= {"ending": done.ending, "done": done.state.done, "failed": done.state.failed, "left": done.state.left}
-        event |= {"position": pick and pick.position, "tracking_uri": done.tracking_uri}
-        event["registered"] = done.registered
-        if done.ending == "same_failure" or done.state.done == 0 and done.state.failed:
-            event |= {"event": "failed", "error": next(iter(failure_causes(done.state)), None)}
     write(report_file, done.answer.report_html)
     print_answer(
         done.state,
@@ -279,12 +267,9 @@ def select(
     ] = None,
     tracking_uri: UriOption = None,
     address: AddressOption = None,
-    on_end: CommandOption = None,
-    webhook: WebhookOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the position to edit in MODEL without sweeping it. The same command again goes on where it was."""
-    from sweeps.commands.notify import Hooks
     from sweeps.commands.progress import RaceProgress
     from sweeps.select.request import DEFAULT_SHARE, Budget, ask
     from sweeps.select.answer import conclude
@@ -292,7 +277,6 @@ def select(
 
     if budget_share is not None and budget_minutes is not None:
         raise InputError("--budget-share, --budget-minutes: got both, expected one of them")
-    hooks = Hooks.checked(on_end, webhook)
     share = DEFAULT_SHARE if budget_share is None and budget_minutes is None else budget_share
     budget = Budget(share, budget_minutes)
     question = ask(
@@ -308,13 +292,9 @@ def select(
     file = writable(position_file or Path(f"{question.study.name}.json"))
     page = writable(file.with_suffix(".html"))
     say_study(question.levels.full)
-    with hooks.at_the_end(question.study.name, err.print) as event, redirect_stdout(sys.stderr):  # Ray prints there
-        with run_selection(question, tracking_uri, address=address, progress=RaceProgress()) as (found, tracker):
-            answer = conclude(found, tracker, str(file))
-        picked = answer.position and answer.position["position"]
-        event |= {"ending": found.ending, "runs": len(found.scores), "position": picked, "tracking_uri": tracker.uri}
-        if found.ending == "same_failure" or answer.position is None:
-            event["event"] = "failed"
+    running = run_selection(question, tracking_uri, address=address, progress=RaceProgress())
+    with redirect_stdout(sys.stderr), running as (found, tracker):  # Ray prints on standard output
+        answer = conclude(found, tracker, str(file))
     write(page, answer.html)
     if answer.position:
         write(file, json.dumps(plain(answer.position), indent=2) + "\n")
