@@ -18,7 +18,7 @@ from sweeps.study.trial_types import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
     from sweeps.study.forecast import Forecast
-    from sweeps.select.race import Rung
+    from sweeps.select.policy import Rung
 
 SHOWN = 6
 """Lines of the front on the screen."""

@@ -253,9 +253,6 @@ def select(
         float | None, typer.Option(help="Of the estimated cost of the full grid; default 0.1.", metavar="SHARE")
     ] = None,
     budget_minutes: Annotated[float | None, typer.Option(help="By the clock, everything included.")] = None,
-    method: Annotated[
-        str, typer.Option(help="survey, or one to compare it with: race, probe, proportional, late, random, tpe, nsga2.")
-    ] = "survey",
     seed: Annotated[int, typer.Option(min=0, help="Of samples and draws.")] = 0,
     prior: Annotated[
         Path | None, typer.Option(help="Position file of another model: that relative depth is tried early.")
@@ -284,14 +281,13 @@ def select(
         edits_of(edits, limit).source,
         overrides or (),
         limit=limit,
-        method=method,
         budget=budget,
         seed=seed,
         prior=prior,
     )
     file = writable(position_file or Path(f"{question.study.name}.json"))
     page = writable(file.with_suffix(".html"))
-    say_study(question.levels.full)
+    say_study(question.prepared)
     running = run_selection(question, tracking_uri, address=address, progress=RaceProgress())
     with redirect_stdout(sys.stderr), running as (found, tracker):  # Ray prints on standard output
         answer = conclude(found, tracker, str(file))

@@ -1,7 +1,6 @@
 """The answer of a selection: a position file, a page, and what MLflow keeps of it."""
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,8 @@ from analysis.page.selection_page import Ranked, RungRun, render_selection
 from analysis.stats.wording import number, percent, plural, seconds
 from sweeps.tracking.outbox import patiently
 from sweeps.select.position_file import FORMAT, SETTINGS
-from sweeps.select.race import Run, Rung, start_rate
+from sweeps.select.policy import Run, start_rate
+from sweeps.select.request import METHOD
 from sweeps.select.selection import Selection
 from sweeps.study.reader import study_to_yaml
 from sweeps.tracking.study_run import Tracker, TrackingError
@@ -29,7 +29,7 @@ class Answer:
     """What a selection says."""
 
     ranking: tuple[Ranked, ...]
-    """The settings measured at the highest level, the one to use first; empty when nothing finished."""
+    """The settings that were measured, the one to use first; empty when nothing finished."""
     position: dict[str, Any] | None
     """The position file's content; from the probe alone when time ran out before any run finished (`predicted` is empty)."""
     html: str
@@ -118,19 +118,19 @@ def _by_edit(selection: Selection, tracker: Tracker, setting: Run) -> np.ndarray
 
 
 def _seeds(selection: Selection, setting: Run) -> list[Run]:
-    """The runs of a setting at its level."""
+    """The runs of a setting."""
     return sorted(run for run in selection.scores if replace(run, seed=setting.seed) == setting)
 
 
 def _trial_ids(selection: Selection, ranking: Sequence[Ranked]) -> list[str]:
     if not ranking:
         return []
-    return [selection.question.levels.config(run).id for run in _seeds(selection, selection.ranking[0][0])]
+    return [selection.question.config(run).id for run in _seeds(selection, selection.ranking[0][0])]
 
 
 def _position(selection: Selection, ranking: Sequence[Ranked]) -> dict[str, Any]:
     run, outcome = selection.ranking[0]
-    edits = selection.question.levels.edits[selection.level]
+    edits = selection.question.prepared.facts.n_edits
     second = ranking[1] if len(ranking) > 1 else None
     first_seed = _seeds(selection, run)[0]
     return _content(selection, first_seed) | {
@@ -148,17 +148,14 @@ def _unmeasured(selection: Selection) -> dict[str, Any] | None:
     """What the probe would take, where time ran out before any run finished; None where runs failed or were interrupted."""
     if selection.ending != "out_of_time" or not selection.candidates:
         return None
-    levels, space = selection.question.levels, selection.question.study.space
-    top = len(levels.studies) - 1
     best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
-    steps = selection.question.study.epochs * math.ceil(levels.edits[top] / space.batch_size[0])
-    return _content(selection, Run(best.layer, best.module, start_rate(best, steps), top))
+    return _content(selection, Run(best.layer, best.module, start_rate(best, selection.question.steps)))
 
 
 def _content(selection: Selection, run: Run) -> dict[str, Any]:
     """The position file, without what is known from measuring the run's setting."""
-    question, facts = selection.question, selection.question.levels.full.facts
-    config = question.levels.config(run)
+    question, facts = selection.question, selection.question.prepared.facts
+    config = question.config(run)
     return {
         "format": FORMAT,
         "model": question.study.model,
@@ -171,12 +168,12 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "chance": None,
         "runner_up": None,
         "measured_on": {
-            "edits": 0 if selection.level < 0 else question.levels.edits[selection.level],
+            "edits": facts.n_edits if selection.scores else 0,
             "of": facts.n_edits,
             "source": question.study.edits.source,
         },
         "how": {
-            "method": question.method,
+            "method": METHOD,
             "seed": question.seed,
             "budget": {key: value for key, value in asdict(question.budget).items() if value is not None},
             "runs": len(selection.scores),
@@ -193,9 +190,7 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
 def _page(
     selection: Selection, ranking: Sequence[Ranked], content: dict[str, Any] | None, position_file: str
 ) -> str:
-    question, study, facts = selection.question, selection.question.study, selection.question.levels.full.facts
-    level = max(0, selection.level)
-    edits = question.levels.edits[level]
+    question, study, facts = selection.question, selection.question.study, selection.question.prepared.facts
     share = selection.spent_seconds / selection.grid_seconds
     model, source = shlex.quote(study.model), shlex.quote(study.edits.source)
     budget = question.budget
@@ -206,11 +201,7 @@ def _page(
         f"{study.space.pipeline[0].replace('_', '-')}, {study.space.batch_size[0]} edits a step, at most {study.epochs} epochs,"
         f" Adam, loss averaged by {study.space.loss_average[0]}"
     )
-    caveat = None
-    if ranking and level < len(question.levels.studies) - 1:
-        caveat = f"The budget ended before any run on all {facts.n_edits} edits: this is from samples of {edits}."
-    if content and not ranking:
-        caveat = f"This is {UNMEASURED}."
+    caveat = f"This is {UNMEASURED}." if content and not ranking else None
     about = {
         "model": study.model,
         "pick": content and {"position": content["position"], "rate": number(content["settings"]["learning_rate"])},
@@ -218,13 +209,13 @@ def _page(
         " the full grid's cost.",
         "command": f"locft edit {model} --edits {source}{limit} --position {shlex.quote(position_file)} --out edited",
         "settings": settings,
-        "level_edits": edits,
+        "level_edits": facts.n_edits,
         "how": _how(selection),
         "caveat": caveat,
         "facts": [
             ("Model", f"{study.model}, {facts.n_layers} layers, fingerprint {facts.model_fingerprint}"),
             ("Edits", f"{plural(facts.n_edits, 'edit')} of {study.edits.source}"),
-            ("Capability", question.levels.full.capability_source),
+            ("Capability", question.prepared.capability_source),
             ("Unedited", ", ".join(f"{name} {number(value)}" for name, value in selection.unedited.items())),
             ("Budget", asked + (" (it ended the selection)" if selection.ending == "out_of_time" else "")),
             (
@@ -232,7 +223,7 @@ def _page(
                 f"{plural(len(selection.scores), 'run')}, {seconds(selection.wall_seconds)} in all; the grid of"
                 f" {plural(len(selection.candidates), 'position')} would take about {grid}",
             ),
-            ("Method", f"{question.method}, seed {question.seed}"),
+            ("Method", f"{METHOD}, seed {question.seed}"),
         ],
         "settings_yaml": study_to_yaml(study),
     }
@@ -241,50 +232,24 @@ def _page(
 
 
 def _how(selection: Selection) -> str:
-    question = selection.question
-    probe = (
+    return (
         "The probe reads gradients of the unedited model over some edits and some prose, and orders all"
         f" {plural(len(selection.candidates), 'position')} by what learning would disturb there; the same gradients set each"
-        " position's learning rate."
+        " position's learning rate. Half of the budget runs the first of them; most of the rest runs the best of each kind of"
+        " module, the kinds in turn, so that each gets the same time. What is kept goes to a gentler learning rate and"
+        " further seeds of the leaders."
     )
-    if question.method == "survey":
-        return (
-            f"{probe} Half of the budget runs the first of them on all {question.levels.edits[-1]} edits; most of the rest"
-            " runs the best of each kind of module, the kinds in turn, so that each gets the same time. What is kept goes to"
-            " a gentler learning rate and further seeds of the leaders."
-        )
-    if question.method == "race":
-        levels = " then ".join(str(edits) for edits in question.levels.edits)
-        return (
-            f"{probe} The best, positions that served elsewhere, and a share drawn from the whole grid race on {levels} edits;"
-            " after each rung those dominated in reliability, generalization and drift are dropped. What is left of the budget"
-            " goes to further seeds and a gentler learning rate of the leaders."
-        )
-    return f"Method {question.method}: every run at full fidelity."
 
 
 def _rungs(selection: Selection, ranking: Sequence[Ranked]) -> list[tuple[str, str, list[RungRun]]]:
-    shown = []
-    for number_, rung in enumerate(selection.rungs):
-        following = selection.rungs[number_ + 1] if number_ + 1 < len(selection.rungs) else None
-        shown.append((rung.name, rung.why, [_rung_run(selection, run, following, ranking) for run in rung.runs]))
-    return shown
+    return [
+        (rung.name, rung.why, [_rung_run(selection, run, ranking) for run in rung.runs]) for rung in selection.rungs
+    ]
 
 
-def _rung_run(
-    selection: Selection, run: Run, following: Rung | None, ranking: Sequence[Ranked]
-) -> RungRun:
+def _rung_run(selection: Selection, run: Run, ranking: Sequence[Ranked]) -> RungRun:
     score = selection.scores.get(run)
     picked = bool(ranking) and run.position == ranking[0].position
-    fate, kept = "", picked
-    if score is None:
-        fate = "did not finish"
-    elif following and run.position in following.dropped:
-        fate = f"dropped: {following.dropped[run.position]}"
-    elif run.level < selection.level:
-        fate, kept = "goes on", True
-    elif picked:
-        fate = "the pick"
-    in_full = run.level == len(selection.question.levels.studies) - 1
+    fate = "did not finish" if score is None else "the pick" if picked else ""
     outcome = score.outcome if score else None
-    return RungRun(run.position, run.learning_rate, run.seed, in_full, outcome, fate, kept)
+    return RungRun(run.position, run.learning_rate, run.seed, True, outcome, fate, picked)

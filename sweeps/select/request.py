@@ -1,25 +1,30 @@
-"""What a selection is asked: a model, edits, a budget and a method, checked and resolved."""
+"""What a selection is asked: a model, edits and a budget, checked and resolved."""
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from analysis.stats.axes import SWEPT
 from locft.errors import InputError
 from locft.model.positions import TuningPosition
-from sweeps.select.baselines import POLICIES
-from sweeps.select.levels import Levels, make_levels
+from sweeps.select.policy import Run
 from sweeps.select.position_file import read_position
+from sweeps.study.plan import trial_config
 from sweeps.study.resolve import PreparedStudy, prepare
-from sweeps.study.trial_types import METHOD_VERSION
+from sweeps.study.trial_types import METHOD_VERSION, TrialConfig
 from sweeps.study.schema import LogUniform, Study
 from sweeps.study.reader import load_study
 
 MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
 """Tried where the model has them; of a model with none of them, all it has."""
 DEFAULT_SHARE = 0.1
-DEFAULT_METHOD = "survey"
+METHOD = "survey"
+"""In the id of a selection's study, since the first ones."""
+FIXED = tuple(axis.name for axis in SWEPT if axis.name not in Run.__dataclass_fields__)
+"""The axes of which a selection takes one value; it chooses the others itself."""
 BASE = "select"
 """The ready study that a selection starts from."""
 
@@ -38,9 +43,8 @@ class Budget:
 class Question:
     """What a selection is asked, resolved."""
 
-    levels: Levels
-    method: str
-    """A key of `sweeps.select.baselines.POLICIES`."""
+    prepared: PreparedStudy
+    """The grid that is spared."""
     budget: Budget
     seed: int
     priors: tuple[tuple[float, str], ...] = ()
@@ -48,20 +52,35 @@ class Question:
 
     @property
     def study(self) -> Study:
-        """The grid that is spared, at full fidelity."""
-        return self.levels.full.study
+        return self.prepared.study
 
     @property
-    def levels_run(self) -> tuple[PreparedStudy, ...]:
-        """The levels of fidelity that the method has runs at."""
-        return self.levels.studies if self.method == "race" else self.levels.studies[-1:]
+    def positions(self) -> list[tuple[int, str]]:
+        """Layer and module of every position of the grid."""
+        return [(trial.layer, trial.module) for trial in self.prepared.plan.trials]
 
     @property
     def id(self) -> str:
         """Of the study that holds all trials; without budget and seed, whose trials overlap."""
-        facts = self.levels.full.facts
-        parts = ["selection", self.study.name, self.method, facts.model_fingerprint, facts.data_fingerprint]
+        facts = self.prepared.facts
+        parts = ["selection", self.study.name, METHOD, facts.model_fingerprint, facts.data_fingerprint]
         return hashlib.sha256(json.dumps([*parts, self.study.dtype, METHOD_VERSION]).encode()).hexdigest()[:12]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of a trial that takes all its epochs."""
+        return self.study.epochs * math.ceil(self.prepared.facts.n_edits / self.study.space.batch_size[0])
+
+    def config(self, run: Run) -> TrialConfig:
+        """The trial that a policy's run is."""
+        space = self.study.space
+        fixed = {axis: getattr(space, axis)[0] for axis in FIXED}
+        return trial_config(self.study, self.prepared.facts, {**fixed, **asdict(run)})
+
+    def run(self, config: TrialConfig) -> Run | None:
+        """The run that a trial was; None for one with other data or settings."""
+        run = Run(config.layer, config.module, config.learning_rate, config.seed)
+        return run if self.config(run) == config else None
 
 
 def ask(
@@ -70,7 +89,6 @@ def ask(
     overrides: Sequence[str] = (),
     *,
     limit: int | None = None,
-    method: str = DEFAULT_METHOD,
     budget: Budget | None = None,
     seed: int = 0,
     prior: Path | None = None,
@@ -84,7 +102,7 @@ def ask(
     from locft.model.positions import modules_of
 
     budget = budget or Budget()
-    if problems := list(_problems(method, budget)):
+    if problems := list(_problems(budget)):
         raise InputError(problems)
     priors = ()
     if prior is not None:
@@ -97,13 +115,11 @@ def ask(
     if problems := list(_not_to_choose(study)):
         raise InputError(problems)
     if study.name == BASE:
-        study = study.model_copy(update={"name": _name(study, method)})
-    return Question(make_levels(prepare(study), seed), method, budget, seed, priors)
+        study = study.model_copy(update={"name": _name(study)})
+    return Question(prepare(study), budget, seed, priors)
 
 
-def _problems(method: str, budget: Budget) -> Iterator[str]:
-    if method not in POLICIES:
-        yield f"--method: got {method!r}, expected one of {', '.join(POLICIES)}"
+def _problems(budget: Budget) -> Iterator[str]:
     if budget.share is not None and not 0 < budget.share <= 1:
         yield f"--budget-share: got {budget.share:g}, expected a share of the full grid's cost, above 0 and at most 1"
     if budget.minutes is not None and not 0 < budget.minutes < float("inf"):
@@ -112,7 +128,7 @@ def _problems(method: str, budget: Budget) -> Iterator[str]:
 
 def _not_to_choose(study: Study) -> Iterator[str]:
     """What a selection chooses itself, or needs a single value of."""
-    for axis in ("pipeline", "batch_size", "loss_average"):
+    for axis in FIXED:
         if len(values := getattr(study.space, axis)) > 1:
             yield f"space.{axis}: got {len(values)} values; a selection takes one"
     rate = study.space.learning_rate
@@ -124,11 +140,11 @@ def _not_to_choose(study: Study) -> Iterator[str]:
         if (value := getattr(study.budget, limit)) is not None:
             yield f"budget.{limit}: got {value:g}; a selection has budgets of its own, see --budget-share and --budget-minutes"
     if study.search.method != "grid":
-        yield f"search.method: got {study.search.method}; a selection has searches of its own, see --method"
+        yield f"search.method: got {study.search.method}; a selection searches in its own way"
 
 
-def _name(study: Study, method: str) -> str:
-    """select-MODEL-EDITS, with the method unless it is the default, in the characters that a study's name may have."""
+def _name(study: Study) -> str:
+    """select-MODEL-EDITS, in the characters that a study's name may have."""
 
     def short(text: str) -> str:
         base = text.rstrip("/").rpartition("/")[2]
@@ -136,5 +152,4 @@ def _name(study: Study, method: str) -> str:
             base = base.removesuffix(suffix)
         return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in base)[:30]
 
-    parts = ["select", short(study.model), short(study.edits.source), *([] if method == DEFAULT_METHOD else [method])]
-    return "-".join(parts)
+    return f"select-{short(study.model)}-{short(study.edits.source)}"

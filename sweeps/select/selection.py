@@ -1,6 +1,6 @@
 """Auto-selection: the position to edit in a model that nobody has swept, within a budget, with the evidence.
 
-Probe, survey (or another policy) and pick, of one study. All trials are runs of one MLflow study, so the same command goes
+Probe, survey and pick, of one study. All trials are runs of one MLflow study, so the same command goes
 on where it was, and nothing runs twice.
 """
 
@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,11 +17,10 @@ import pandas as pd
 
 from analysis.stats.choice import FAILED, Outcome, outcome_of
 from locft.model.positions import TuningPosition
-from sweeps.select.baselines import POLICIES
 from sweeps.study.estimate import patience_seconds, trial_seconds
 from sweeps.select.request import Budget, Question
-from sweeps.select.race import Candidate, Run, Rung, Score, Scores, Task, leading, start_rate
-from sweeps.select.race_search import RaceSearch
+from sweeps.select.policy import Candidate, Run, Rung, Score, Scores, SelectionTask, leading, start_rate, survey
+from sweeps.select.policy_search import PolicySearch
 from sweeps.run.cluster import Room
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.run.runner import Ending, Reporter, on_workers, run_trials
@@ -64,14 +63,9 @@ class Selection:
     concurrent: int
 
     @property
-    def level(self) -> int:
-        """The highest level at which any run finished; -1 when none did."""
-        return max((run.level for run in self.scores), default=-1)
-
-    @property
     def ranking(self) -> list[tuple[Run, Outcome]]:
-        """The settings measured at that level, the one to use first."""
-        return leading(self.scores, self.level)
+        """The settings that were measured, the one to use first."""
+        return leading(self.scores)
 
     @property
     def spent_seconds(self) -> float:
@@ -99,9 +93,9 @@ def run_selection(
     anything is written when store or cluster cannot be had.
     """
     began = time.monotonic()
-    levels, study = question.levels, question.study
-    description = f"Selection of a position for {study.model} on {study.edits.source} ({question.method})"
-    with study_session(levels.full, tracking_uri, description, study_id=question.id) as session:
+    prepared, study = question.prepared, question.study
+    description = f"Selection of a position for {study.model} on {study.edits.source}"
+    with study_session(prepared, tracking_uri, description, study_id=question.id) as session:
         room = session.start_ray(address)
         with progress as reporter:
             tracker = session.open_run()
@@ -116,26 +110,23 @@ def _tried(
     room: Room,
     began: float,
 ) -> Selection:
-    levels, study, concurrent = question.levels, question.study, room.trials()
+    prepared, study, concurrent = question.prepared, question.study, room.trials()
     tracker = session.open_run()
     known, _ = _known(question, tracker.load_results(question.id, curves=False))
-    candidates, baselines = _prepared(question, tracker, reporter.note)
+    candidates, baseline = _prepared(question, tracker, reporter.note)
     minutes = question.budget.minutes
     deadline = math.inf if minutes is None else began + 60 * minutes - FINISHING_SECONDS
     task, grid = _task(question, candidates, concurrent, deadline - time.monotonic())
     charged = partial(_charged, task, question.budget)
-    search = RaceSearch(
-        POLICIES[question.method],
+    search = PolicySearch(
+        survey,
         task,
-        levels.config,
+        question.config,
         lambda run, result: charged(run, _score(result)),
         {run: charged(run, score) for run, score in known.items()},
         reporter.rung,
     )
-    bases = {
-        level.facts.data_fingerprint: Basis(level.inputs, baseline)
-        for level, baseline in zip(question.levels_run, baselines, strict=True)
-    }
+    bases = {prepared.facts.data_fingerprint: Basis(prepared.inputs, baseline)}
     with session.recorder(reporter) as recorder:
         ending = run_trials(
             search,
@@ -145,7 +136,7 @@ def _tried(
             room=room,
             reporter=recorder,
             deadline=deadline,
-            patience=partial(patience_seconds, facts=levels.full.facts, resources=study.resources),
+            patience=partial(patience_seconds, facts=prepared.facts, resources=study.resources),
         )
     results = tracker.load_results(question.id)
     scores, run_ids = _known(question, results)
@@ -160,33 +151,28 @@ def _tried(
         grid * pace,
         run_ids,
         results,
-        baselines[-1].metrics,
+        baseline.metrics,
         time.monotonic() - began,
         concurrent,
     )
 
 
-def _task(question: Question, candidates: tuple[Candidate, ...], concurrent: int, left: float) -> tuple[Task, float]:
+def _task(question: Question, candidates: tuple[Candidate, ...], concurrent: int, left: float) -> tuple[SelectionTask, float]:
     """The task of the policy, and the estimated cost of the full grid. left: seconds until the deadline."""
-    levels = question.levels
+    facts = question.prepared.facts
 
     def seconds(run: Run) -> float:
-        return trial_seconds(levels.config(run), levels.studies[run.level].facts)
+        return trial_seconds(question.config(run), facts)
 
-    top = len(levels.studies) - 1
-    grid = sum(seconds(Run(c.layer, c.module, 1e-3, top)) for c in candidates)
+    grid = sum(seconds(Run(c.layer, c.module, 1e-3)) for c in candidates)
     budget = left * concurrent * BUSY if question.budget.share is None else question.budget.share * grid
-
-    def rate(candidate: Candidate, level: int) -> float:
-        steps = question.study.epochs * math.ceil(levels.edits[level] / question.study.space.batch_size[0])
-        return start_rate(candidate, steps)
-
-    n_layers = levels.full.facts.n_layers
-    task = Task(candidates, levels.edits, n_layers, seconds, rate, budget, concurrent, question.seed)
-    return replace(task, priors=question.priors), grid
+    rate = partial(start_rate, steps=question.steps)
+    return SelectionTask(
+        candidates, facts.n_layers, seconds, rate, budget, concurrent, priors=question.priors
+    ), grid
 
 
-def _charged(task: Task, budget: Budget, run: Run, score: Score) -> Score:
+def _charged(task: SelectionTask, budget: Budget, run: Run, score: Score) -> Score:
     """A share of the grid is counted in estimated seconds, whatever else the machine does; minutes are the clock's."""
     return score if budget.share is None else Score(score.outcome, task.seconds(run))
 
@@ -201,7 +187,7 @@ def _known(question: Question, results: pd.DataFrame) -> tuple[dict[Run, Score],
     scores, run_ids = {}, {}
     for row in results.to_dict("records"):
         config = TrialConfig(**{name: row[name] for name in TrialConfig.__dataclass_fields__})
-        run = question.levels.run(config)
+        run = question.run(config)
         if run is not None and row["status"] == "done":
             scores[run], run_ids[run] = Score(outcome_of(row), float(row["seconds"])), row["run_id"]
     return scores, run_ids
@@ -209,17 +195,16 @@ def _known(question: Question, results: pd.DataFrame) -> tuple[dict[Run, Score],
 
 def _prepared(
     question: Question, tracker: Tracker, note: Callable[[str], None]
-) -> tuple[tuple[Candidate, ...], list["Baseline"]]:
-    """The probe's scores, and the unedited model at each level that is run: from the study's run, else made on workers."""
+) -> tuple[tuple[Candidate, ...], "Baseline"]:
+    """The probe's scores, and the unedited model's measurements: from the study's run, else made on workers."""
     from locft.workbench import Baseline
 
-    resources = question.study.resources
-    names = [f"baseline-{level.facts.data_fingerprint}.json" for level in question.levels_run]
+    resources, inputs = question.study.resources, question.prepared.inputs
+    baseline_file = f"baseline-{question.prepared.facts.data_fingerprint}.json"
     works: dict[str, Callable[[], Any]] = {
-        name: partial(_measure, level.inputs) for name, level in zip(names, question.levels_run, strict=True)
+        baseline_file: partial(_measure, inputs),
+        PROBE_FILE: partial(_probe, inputs, question.positions, question.seed),
     }
-    works = dict(reversed(works.items()))  # the longest first
-    works[PROBE_FILE] = partial(_probe, question.levels.full.inputs, question.levels.positions, question.seed)
     found = {name: tracker.study_file(question.id, name) for name in works}
     if missing := [name for name, text in found.items() if text is None]:
         note("measuring the unedited model, and probing every position")
@@ -228,7 +213,7 @@ def _prepared(
             found[name] = json.dumps(value)
             tracker.put_study_file(question.id, name, found[name])
     candidates = tuple(Candidate(**row) for row in json.loads(found[PROBE_FILE]))
-    return candidates, [Baseline.from_dict(json.loads(found[name])) for name in names]
+    return candidates, Baseline.from_dict(json.loads(found[baseline_file]))
 
 
 def _measure(inputs: TrialInputs) -> dict[str, Any]:

@@ -137,7 +137,8 @@ def wanted(name: str, table: pd.DataFrame) -> dict[str, tuple[list[int], list[fl
 
 def contenders(table: pd.DataFrame) -> set[tuple[int, str]]:
     """Positions that some race can ask for at the middle level, on the draws of scouts that are there."""
-    from replay import Table, semifinalists
+    sys.path.insert(0, str(HERE.parents[1]))
+    from tests.benchmarks.replay import Table, semifinalists
 
     world = Table(table, pd.read_csv(PROBE))
     scouted = table[table.part == "level0"].drop_duplicates(["sample", "layer", "module"]).groupby("sample").size()

@@ -10,6 +10,7 @@ decide. The learning rates are the table's (one a module, tuned), for all polici
 import argparse
 import itertools
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +24,16 @@ from plotly.subplots import make_subplots
 from analysis.stats.choice import Outcome, outcome_of, preference
 from analysis.figures.front import SYMBOLS
 from analysis.figures.style import ACCENT, styled_figure
-from sweeps.select.baselines import POLICIES
-from sweeps.select.race import Candidate, Run, Score, Task, leading, mean_outcome, race
-from sweeps.select.race_search import replayed
+from sweeps.select.policy import Candidate, Run, Score, leading, mean_outcome
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file does not find its neighbours by itself
+
+from tests.benchmarks.policies import POLICIES, replayed  # noqa: E402
+from tests.benchmarks.race import ReplayTask, Scout, in_full, race  # noqa: E402
+
 LEVELS = {"level0": 10, "level1": 30, "full": 100}
+"""Part of the table -> number of edits; the race's scouts run on the parts before `full`."""
 SHARES = (0.05, 0.1, 0.2)
 REGRETS = ("drift", "capability", "capability lost", "drift against the rule's", "generalization against the rule's")
 OURS = "survey"
@@ -71,7 +76,7 @@ class Table:
             )
             for c in self.probes[0]
         }
-        self.grid = sum(self.seconds(Run(c.layer, c.module, 0.0, 2)) for c in self.probes[0])
+        self.grid = sum(self.seconds(Run(c.layer, c.module, 0.0)) for c in self.probes[0])
 
     def _costs(self, rows: pd.DataFrame) -> dict[str, np.ndarray]:
         """Module -> coefficients of a line over the layers above; robust against minutes in which the machine was busy."""
@@ -88,34 +93,33 @@ class Table:
         return fits
 
     def seconds(self, run: Run) -> float:
-        part = list(LEVELS)[run.level]
-        fits = self.costs[part]
+        fits = self.costs[part_of(run)]
         line = fits.get(run.module, next(iter(fits.values())))
         return float(max(0.5, np.polyval(line, self.layers - run.layer)))
 
     def score(self, run: Run, samples: tuple[int, int]) -> Score:
-        part = list(LEVELS)[run.level]
-        sample = 0 if part == "full" else samples[run.level]
+        part = part_of(run)
+        sample = samples[run.level] if isinstance(run, Scout) else 0
         found = self.outcomes.get((part, sample, run.layer, run.module, run.seed))
         if found is None and part == "full":  # a seed that the table lacks: the first one again
             found = self.outcomes[part, 0, run.layer, run.module, 0]
         return Score(found, self.seconds(run))
 
-    def task(self, share: float, seed: int, probe: bool = True) -> Task:
+    def task(self, share: float, seed: int, probe: bool = True) -> ReplayTask:
         candidates = self.probes[seed % len(self.probes)]
         if not probe:
             order = np.random.default_rng(seed).permutation(len(candidates))
             candidates = tuple(replace(c, disturbance=float(place)) for c, place in zip(candidates, order, strict=True))
-        return Task(
+        return ReplayTask(
             candidates,
-            tuple(LEVELS.values()),
             self.layers,
             self.seconds,
-            lambda candidate, level: self.rates[candidate.module],
+            lambda candidate: self.rates[candidate.module],
             share * self.grid,
-            2,
-            seed,
+            concurrent=2,
             gentler=False,
+            seed=seed,
+            levels=tuple(LEVELS.values())[:-1],
         )
 
     def draws(self, seeds: int) -> list[tuple[int, int]]:
@@ -137,6 +141,11 @@ class Table:
         return place, self.truth[place]
 
 
+def part_of(run: Run) -> str:
+    """The part of the table that has the run."""
+    return list(LEVELS)[run.level] if isinstance(run, Scout) else "full"
+
+
 def semifinalists(table: Table, sample: int, seeds: int = SEEDS) -> set[tuple[int, str]]:
     """Layer and module of all positions that a race on this draw of scouts can ask for at the middle level."""
     found = set()
@@ -144,7 +153,7 @@ def semifinalists(table: Table, sample: int, seeds: int = SEEDS) -> set[tuple[in
         policy = race(table.task(share, seed))
         scouts = next(policy)
         following = policy.send({run: table.score(run, (sample, 1)) for run in scouts.runs})
-        found |= {(run.layer, run.module) for run in following.runs if run.level == 1}
+        found |= {(run.layer, run.module) for run in following.runs if part_of(run) == "level1"}
     return found
 
 
@@ -176,13 +185,13 @@ def replays(table: Table, seeds: int) -> pd.DataFrame:
         if name != "race" and samples != draws[0]:
             continue  # they run nothing at the lower levels
         rungs, scores = replayed(policy, table.task(share, seed, name != UNPROBED), lambda run: table.score(run, samples))
-        run, _ = leading(scores, 2)[0]
+        full = in_full(scores)
+        run, _ = leading(full)[0]
         pick = table.truth[run.layer, run.module]
-        full = [table.truth[r.layer, r.module] for r in scores if r.level == 2]
         cost = sum(score.seconds for score in scores.values()) / table.grid
         rows.append(
             {"policy": name, "share": share, "seed": seed, "draw": str(samples), "position": run.position, "cost": cost,
-             "volume": volume(full) / everything, **regrets(table, pick)}
+             "volume": volume([table.truth[r.layer, r.module] for r in full]) / everything, **regrets(table, pick)}
         )  # fmt: skip
     return pd.DataFrame(rows)
 

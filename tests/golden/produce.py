@@ -35,12 +35,12 @@ from locft.model.positions import TuningPosition
 from locft.data.requests import load_edits
 from locft.process import settle_vector_math
 from locft.workbench import Workbench
-from sweeps.select.baselines import POLICIES
+from sweeps.select.policy import survey
 from sweeps.study.resolve import PreparedStudy, prepare
-from sweeps.select.race_search import replayed
 from sweeps.study.reader import load_study, ready_studies
 from sweeps.sweep import run_sweep
 from sweeps.tracking.trial_run import user
+from tests.benchmarks.policies import replayed
 from tests.benchmarks.replay import HERE, SHARES, Table
 from tests.conftest import write_study
 from tests.sweeps.run.test_runner import Heard
@@ -126,11 +126,11 @@ def survey_rungs() -> dict[str, Any]:
     table, found = _exhaustive(), {}
     for share in SHARES:
         for seed in range(3):
-            rungs, _ = replayed(POLICIES["survey"], table.task(share, seed), lambda run: table.score(run, (1, 1)))
+            rungs, _ = replayed(survey, table.task(share, seed), lambda run: table.score(run, (1, 1)))
             found[f"share {share}, seed {seed}"] = [
                 {
                     "name": rung.name,
-                    "runs": [f"{run.position} {run.learning_rate:g} {run.level} {run.seed}" for run in rung.runs],
+                    "runs": [f"{run.position} {run.learning_rate:g} 2 {run.seed}" for run in rung.runs],
                     "why": rung.why,
                 }
                 for rung in rungs

@@ -95,7 +95,6 @@ CASES = [
     # selections
     Bad("missing edit file", "select {model} --edits nothing.json", ("nothing.json", "no such file")),
     Bad("unknown model", "select smollm2-136m --edits atlas", ("smollm2-136m", "smollm2-135m")),
-    Bad("unknown method", "select {model} --edits atlas --method bayes", ("--method", "bayes", "survey")),
     Bad("two budgets", "select {model} --edits atlas --budget-share 1 --budget-minutes 5", ("--budget-minutes", "got both")),
     Bad("more than the grid", "select {model} --edits atlas --budget-share 2", ("--budget-share", "got 2")),
     Bad("no prior", "select {model} --edits atlas --prior p.json", ("p.json",)),

@@ -1,11 +1,68 @@
-"""The survey: the probe's best, some of each kind of module, and enough left to confirm."""
+"""The survey: the probe's best, some of each kind of module, and enough left to confirm; against tables of known scores."""
+
+import math
+import random
 
 import pytest
 
-from sweeps.select.race import leading, spent
-from sweeps.select.race_search import replayed
-from sweeps.select.policy import in_turn, survey
-from tests.sweeps.select.test_race import MODULES, World, drift_of
+from analysis.stats.choice import FAILED, Outcome
+from sweeps.select.policy import (
+    Candidate,
+    Run,
+    Score,
+    SelectionTask,
+    affordable,
+    first_run,
+    in_turn,
+    leading,
+    spent,
+    start_rate,
+    survey,
+)
+from sweeps.select.policy_search import PolicySearch
+from sweeps.study.trial_types import TrialConfig, TrialResult
+from tests.benchmarks.policies import replayed
+
+MODULES = ("mlp_down", "mlp", "attn")
+
+
+def drift_of(layer, module):
+    """Late middle is best, attention is bad."""
+    return 0.02 + 0.01 * abs(layer - 20) + (0.5 if module == "attn" else 0.0)
+
+
+class World:
+    """Twenty-four layers of three modules with known drift; cost falls with depth, as with the engine."""
+
+    def __init__(self, noise=0.05, seed=0, probe_noise=0.2):
+        self.random = random.Random(seed)
+        self.noise = noise
+        self.known = {}
+        self.candidates = tuple(
+            Candidate(layer, module, drift_of(layer, module) * math.exp(self.random.gauss(0, probe_noise)), 500.0)
+            for layer in range(24)
+            for module in MODULES
+        )
+
+    def seconds(self, run):
+        return 16 * (1 + (23 - run.layer) / 12)
+
+    def score(self, run):
+        if run not in self.known:
+            drift = drift_of(run.layer, run.module) * math.exp(self.random.gauss(0, self.noise))
+            drift *= run.learning_rate / 0.002
+            reliable = 1.0 if run.learning_rate > 0.0015 else 0.7
+            outcome = Outcome(reliable, 0.01, 0.6, 0.05, 0.0, 0.01, drift, self.noise * drift)
+            self.known[run] = Score(outcome, self.seconds(run))
+        return self.known[run]
+
+    @property
+    def grid(self):
+        return sum(self.seconds(Run(c.layer, c.module, 0.002)) for c in self.candidates)
+
+    def task(self, share, **changes):
+        given = {"budget": share * self.grid, "concurrent": 2, **changes}
+        return SelectionTask(self.candidates, 24, self.seconds, lambda candidate: 0.002, **given)
 
 
 def test_kinds_in_turn_get_the_same_time_and_the_best_of_each_comes_first():
@@ -39,15 +96,14 @@ def test_what_served_elsewhere_is_in_the_first_rung():
 def test_it_finds_the_best_looks_at_every_kind_and_confirms_the_leader(share):
     world = World()
     rungs, scores = replayed(survey, world.task(share), world.score)
-    assert {run.level for run in scores} == {2}, "whatever it runs is run in full"
     assert share < 0.1 or {run.module for run in scores} == set(MODULES)
-    run, _ = leading(scores, 2)[0]
+    run, _ = leading(scores)[0]
     assert drift_of(run.layer, run.module) <= 0.05
     confirmed = rungs[-1].runs
     assert {(r.learning_rate, r.seed) for r in confirmed} == {(0.001, 0), (0.002, 1)}, "half the rate, and a second seed"
     leader = {r.position for r in confirmed}.pop()
     before = {run: score for run, score in scores.items() if run not in confirmed}
-    assert [r.position for r in confirmed] == [leader] * 2 and leading(before, 2)[0][0].position == leader
+    assert [r.position for r in confirmed] == [leader] * 2 and leading(before)[0][0].position == leader
     assert [rung.name for rung in rungs][-1] == "confirm" and rungs[0].name == "survey"
     assert share < 0.1 or len(rungs[0].runs) > 2, "workers are not held up by pairs of runs"
     assert spent(scores) > 0.75 * share * world.grid
@@ -63,3 +119,92 @@ def test_costs_that_were_underrated_are_noticed_in_time():
 
     _, scores = replayed(survey, task, dear)
     assert spent(scores) <= task.budget
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.5, 1.0])
+def test_it_answers_within_any_budget_and_runs_nothing_twice(share):
+    world = World()
+    rungs, scores = replayed(survey, world.task(share), world.score)
+    asked = [run for rung in rungs for run in rung.runs]
+    assert len(set(asked)) == len(asked) and all(rung.runs and rung.why for rung in rungs)
+    most = max(map(world.seconds, scores))
+    assert spent(scores) <= share * world.grid + (most if len(scores) == 1 else 1e-6)
+
+
+def test_a_failed_run_does_not_stop_it():
+    world = World()
+
+    def score(run):
+        return Score(FAILED, 1.0) if run.layer in (19, 20, 21) else world.score(run)
+
+    _, scores = replayed(survey, world.task(0.2), score)
+    assert leading(scores)[0][0].layer not in (19, 20, 21)
+
+
+def test_costs_are_corrected_by_what_runs_turn_out_to_cost():
+    world = World()
+    task = world.task(1.0)
+    runs = [first_run(task, candidate) for candidate in world.candidates]
+    assert len(affordable(task, {}, runs, 320.0)) > len(affordable(task, {runs[0]: Score(FAILED, 1600.0)}, runs, 320.0))
+    assert affordable(task, {}, runs, 0.0) == []
+
+
+def test_the_starting_rate_goes_with_the_inverse_of_the_gain_and_grows_where_steps_are_few():
+    few, usual = start_rate(Candidate(0, "mlp", 1.0, 500.0), 25), start_rate(Candidate(0, "mlp", 1.0, 500.0), 250)
+    assert (few, usual) == (0.004, 0.002)
+    assert start_rate(Candidate(0, "mlp", 1.0, 50.0), 250) == 0.02
+    assert start_rate(Candidate(0, "mlp", 1.0, 0.0), 100) > 0
+
+
+def test_seeds_of_a_setting_are_one_setting():
+    good, bad = (Outcome(1.0, 0.01, g, 0.05, 0.0, 0.01, d, 0.1 * d) for g, d in ((0.8, 0.1), (0.4, 0.3)))
+    scores = {Run(3, "mlp", 0.002, seed): Score(good if seed else bad, 1.0) for seed in (0, 1, 2)}
+    ((run, mean),) = leading(scores)
+    assert run.seed == 0 and mean.drift == pytest.approx((0.1 + 0.1 + 0.3) / 3)
+    assert mean.drift_se == pytest.approx(math.sqrt(((0.1 / 1.5) ** 2 * 2 + (0.2 / 1.5) ** 2) / 2 / 3), rel=1e-6)
+
+
+def config_of(run):
+    return TrialConfig(
+        model_fingerprint="m",
+        data_fingerprint="d",
+        layers=24,
+        layer=run.layer,
+        module=run.module,
+        pipeline="breadth_first",
+        batch_size=8,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+        loss_average="edit",
+        epochs=5,
+        skip_below=0,
+        stop_below=0,
+    )
+
+
+def test_a_search_waits_for_the_rung_and_goes_on_from_what_is_known():
+    world, told = World(), []
+
+    def search(known):
+        task = world.task(0.1)
+        return PolicySearch(survey, task, config_of, lambda run, _: world.score(run), known, lambda r, n: told.append(n))
+
+    found, started = search({}), 0
+    first = found.propose("a")
+    assert found.propose("b") not in ("wait", None)
+    found.learn("a", TrialResult(first, "done"))
+    found.learn("b", None)  # its worker was killed
+    while (config := found.propose("x")) is not None:
+        assert config != "wait"
+        found.learn("x", TrialResult(config, "done"))
+        started += 1
+    assert started == sum(told) - 2 and len(found.scores) == sum(told) - 1
+    assert set(found.rungs[0].runs) <= set(found.scores), "the lost run comes again in a later rung"
+    lost = found.rungs[0].runs[1]
+    again = search({run: score for run, score in found.scores.items() if run != lost})
+    missing = again.propose("x")
+    assert missing == config_of(lost) and again.propose("y") == "wait", "only the lost run is open in the first rung"
+    again.learn("x", TrialResult(missing, "done"))
+    while (config := again.propose("x")) is not None:
+        again.learn("x", TrialResult(config, "done"))
+    assert set(again.rungs[0].runs) <= set(again.scores) and {rung.name for rung in again.rungs[:2]} == {"survey"}

@@ -1,11 +1,12 @@
 """`locft select` end to end on the tiny model: the answer, the files, MLflow, going on where it was, wrong inputs."""
 
 import json
+from dataclasses import replace
 
 import mlflow
 import pytest
 
-from sweeps.select.levels import make_levels
+from sweeps.select.policy import Run
 from sweeps.select.request import Budget, ask
 from sweeps.tracking.study_run import Tracker, TrackingError
 
@@ -71,14 +72,6 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
     assert len(set(ids)) == len(ids) == more
 
 
-@pytest.mark.parametrize("method", ["race", "tpe"])
-def test_baselines_are_methods_of_the_same_command(selected, method, workplace):
-    said = selected("--budget-share", 0.2, "--method", method, "--json")
-    assert said.code == 0, said.err
-    assert said.json["position"]["how"]["method"] == method
-    assert (workplace / f"select-tiny-atlas-{method}.json").exists()
-
-
 def test_a_budget_in_minutes_is_kept_by_the_clock(selected):
     said = selected("--budget-minutes", 0.6, "--json")
     assert said.code == 0, said.err
@@ -125,7 +118,6 @@ def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, wor
         (("--budget-share", 2), "--budget-share: got 2, expected a share of the full grid's cost"),
         (("--budget-share", 0.1, "--budget-minutes", 5), "--budget-share, --budget-minutes: got both"),
         (("--budget-minutes", -1), "--budget-minutes: got -1, expected a positive number"),
-        (("--method", "guess"), "--method: got 'guess', expected one of survey, race"),
         (("--set", "space.learning_rate=[0.1,0.2]"), "space.learning_rate: a selection chooses it itself"),
         (("--set", "space.seed=[1,2]"), "space.seed: a selection chooses seeds itself"),
         (("--set", "space.batch_size=[1,2]"), "space.batch_size: got 2 values"),
@@ -162,18 +154,10 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
     assert missing.code == 2 and "none.json: cannot read it" in missing.err
 
 
-def test_levels_are_smaller_samples_of_the_same_study(tiny_folder):
-    question = ask(str(tiny_folder), "atlas", limit=100, budget=Budget(0.1))
-    levels = question.levels
-    assert levels.edits == (10, 30, 100)
-    items = [study.n_items for study in levels.studies]
-    assert items == sorted(items) and len(set(items)) == 3
-    everything = {request.prompt for request in levels.full.edits.requests}
-    assert all({r.prompt for r in level.edits.requests} <= everything for level in levels.studies)
-    assert len({level.facts.data_fingerprint for level in levels.studies}) == 3
-    for number, level in enumerate(levels.studies):
-        run = levels.run(levels.config(levels.run(level.plan.trials[0])))
-        assert run.level == number
-    other = make_levels(levels.full, seed=1)
-    assert other.studies[0].facts.data_fingerprint != levels.studies[0].facts.data_fingerprint
-    assert ask(str(tiny_folder), "atlas", limit=12).levels.edits == (12,)
+def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):
+    question = ask(str(tiny_folder), "atlas", limit=12, budget=Budget(0.1))
+    run = Run(1, "mlp_down", 0.02, 1)
+    trial = question.config(run)
+    assert question.run(trial) == run and trial.position == "1.mlp_down" and trial.learning_rate == 0.02
+    assert question.run(replace(trial, epochs=trial.epochs + 1)) is None, "a trial with other settings is none of its runs"
+    assert question.run(replace(trial, data_fingerprint="other")) is None

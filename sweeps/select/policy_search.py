@@ -1,19 +1,19 @@
-"""A policy of `sweeps.select.race` as a search that Ray Tune drives: a rung's runs side by side, the next rung when all are in."""
+"""A policy as the search that Ray Tune drives: a rung's runs side by side, the next rung when all are in."""
 
 from collections.abc import Callable
 from typing import Literal
 
-from sweeps.select.race import Policy, Run, Rung, Score, Scores, Task
+from sweeps.select.policy import Policy, Run, Rung, Score, Scores, SelectionTask
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 
-class RaceSearch:
-    """Runs a policy to its end. What is known already is not run again, so a stopped race goes on where it was."""
+class PolicySearch:
+    """Runs a policy to its end. What is known already is not run again, so a stopped selection goes on where it was."""
 
     def __init__(
         self,
         policy: Policy,
-        task: Task,
+        task: SelectionTask,
         to_config: Callable[[Run], TrialConfig],
         to_score: Callable[[Run, TrialResult], Score],
         known: Scores,
@@ -43,7 +43,7 @@ class RaceSearch:
         return self._to_config(run)
 
     def learn(self, key: str, result: TrialResult | None) -> None:
-        """See `sweeps.run.search.Search`. A run of which nothing came stays unknown, and the race goes on without it."""
+        """See `sweeps.run.search.Search`. A run of which nothing came stays unknown, and the policy goes on without it."""
         run = self._running.pop(key)
         if result is not None:
             self.scores[run] = self._to_score(run, result)
@@ -60,15 +60,3 @@ class RaceSearch:
         self._queue = [run for run in rung.runs if run not in self.scores]
         self._tell(rung, len(self._queue))
         return True
-
-
-def replayed(policy: Policy, task: Task, score_of: Callable[[Run], Score]) -> tuple[list[Rung], dict[Run, Score]]:
-    """The rungs of a policy where every score is known, and the scores it asked for."""
-    generator, rungs, scores = policy(task), [], {}
-    try:
-        rungs.append(next(generator))
-        while True:
-            scores |= {run: score_of(run) for run in rungs[-1].runs}
-            rungs.append(generator.send(dict(scores)))
-    except StopIteration:
-        return rungs, scores
