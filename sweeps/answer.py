@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from sweeps.study.reader import study_to_yaml
-from sweeps.study.resolve import PreparedStudy
+from sweeps.study.plan import PreparedStudy
 from sweeps.tracking.study_run import Tracker
 from sweeps.tracking.trial_run import environment
 

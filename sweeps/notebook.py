@@ -18,7 +18,8 @@ from analysis.figures.style import TITLES
 from analysis.stats.pareto import recommend
 from analysis.stats.table import has_values
 from sweeps.study.forecast import foresee
-from sweeps.study.resolve import PreparedStudy, prepare
+from sweeps.study.plan import PreparedStudy
+from sweeps.study.resolve import prepare
 from sweeps.commands.progress import Progress
 from sweeps.answer import read_state
 from sweeps.run.runner import Reporter

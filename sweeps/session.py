@@ -26,7 +26,7 @@ from sweeps.run.runner import Reporter
 from sweeps.study.estimate import most_memory_bytes
 from sweeps.study.forecast import machine
 from sweeps.study.reader import study_to_yaml
-from sweeps.study.resolve import PreparedStudy
+from sweeps.study.plan import PreparedStudy
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.tracking.outbox import Delivery, open_outbox, study_folder
 from sweeps.tracking.store import Refused, TrackingError

@@ -16,7 +16,7 @@ from sweeps.tracking.outbox import patiently
 from sweeps.study.estimate import patience_seconds
 from sweeps.tracking.pick_edit import PickError, is_registered, register_pick
 from sweeps.study.plan import optuna_space, point_of, trial_config
-from sweeps.study.resolve import PreparedStudy
+from sweeps.study.plan import PreparedStudy
 from sweeps.run.cluster import trials_run_here
 from sweeps.study.trial_types import TrialConfig
 from sweeps.tracking.registry import edit_address, study_alias

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from analysis.stats.comparison import Comparison
     from sweeps.answer import Answer
     from sweeps.study.forecast import Forecast
-    from sweeps.study.resolve import PreparedStudy
+    from sweeps.study.plan import PreparedStudy
     from sweeps.select.answer import Answer as PositionAnswer
     from sweeps.run.runner import Ending
     from sweeps.answer import StudyState

@@ -11,14 +11,6 @@ if TYPE_CHECKING:
     from locft.train.pipelines import TrainingSettings
     from sweeps.study.schema import Capability, Edits, Study
 
-CHOICES = {
-    "pipeline": ("breadth_first", "depth_first"),
-    "loss_average": ("edit", "token"),
-    "precision": ("float32", "bfloat16"),
-}
-AT_LEAST = {"batch_size": 1, "epochs": 1, "seed": 0}
-
-
 @dataclass(frozen=True)
 class EditSettings:
     """Where and how one edit is trained and measured."""
@@ -55,7 +47,7 @@ def edit_settings(
     from locft.model.precision import training_precision
     from sweeps.study.schema import Capability
 
-    problems = _problems(given)
+    problems = option_problems(given)
     named = None
     if position is not None and _is_file(position):
         from sweeps.select.position_file import read_position
@@ -89,10 +81,9 @@ def edit_settings(
     study = _study(run["study_yaml"])
     if study is None and edits is None:
         raise InputError(f"run {from_run!r}: its study is gone, and with it the name of the edits; add --edits")
-    trained = {name: getattr(config, name) for name in TrainingSettings.__dataclass_fields__}
     return EditSettings(
         position or config.position,
-        TrainingSettings(**{**trained, **options}),
+        TrainingSettings(**{**config.training, **options}),
         dtype or config.dtype,
         edits or study.edits,
         study.capability if study else Capability(),
@@ -109,22 +100,14 @@ def _is_file(position: str) -> bool:
 
 def _study(text: str | None) -> "Study | None":
     """A study from its canonical text, as it is kept with the study's run."""
-    from sweeps.study.schema import Study
-    from sweeps.study.yaml_lines import parse_yaml
+    from sweeps.study.reader import study_from_yaml
 
-    return None if text is None else Study.model_validate(parse_yaml(text).tree)
+    return None if text is None else study_from_yaml(text)
 
 
-def _problems(given: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for name, value in given.items():
-        option = f"--{name.replace('_', '-')}"
-        if value is None:
-            continue
-        if name in CHOICES and value not in CHOICES[name]:
-            problems.append(f"{option}: got {value!r}, expected {' or '.join(CHOICES[name])}")
-        if name in AT_LEAST and value < AT_LEAST[name]:
-            problems.append(f"{option}: got {value}, expected at least {AT_LEAST[name]}")
-        if name == "learning_rate" and not 0 < value < float("inf"):
-            problems.append(f"{option}: got {value}, expected a positive number")
-    return problems
+def option_problems(given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of options that are named like axes; None stands for an option that is not given."""
+    from sweeps.study.schema import value_problem
+
+    found = [(name, value_problem(name, value)) for name, value in given.items() if value is not None]
+    return [f"--{name.replace('_', '-')}: {problem}" for name, problem in found if problem]

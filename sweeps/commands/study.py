@@ -41,7 +41,7 @@ from sweeps.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from sweeps.study.resolve import PreparedStudy
+    from sweeps.study.plan import PreparedStudy
     from sweeps.answer import StudyState
     from sweeps.tracking.study_run import Tracker
 

@@ -4,7 +4,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ class Room:
         self._most = min(self._most, max(1, running // 2))
 
     def _look(self) -> int:
-        return concurrent_trials(self._resources, nodes_there(), self._trial_bytes)
+        return self._resources.places(nodes_there(), self._trial_bytes)
 
 
 def nodes_there() -> list[dict[str, float]]:
@@ -88,7 +88,7 @@ def ray_session(
     if address is None:  # told at once, not after Ray's seconds
         import torch
 
-        concurrent_trials(resources, [{"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
+        resources.places([{"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
     quiet = {"include_dashboard": False} if address is None else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **quiet)
@@ -180,36 +180,3 @@ def _no_cluster(address: str | None, cause: str) -> str:
         f"Ray cluster {address!r}: {cause.rstrip('.')}; start one with `ray up ray_cluster.yaml` or "
         "`ray start --head`, or leave --address away to run on this machine"
     )
-
-
-def concurrent_trials(resources: "Resources", nodes: Sequence[Mapping[str, float]], trial_bytes: int = 0) -> int:
-    """Trials at a time that fit into the CPUs and GPUs of the nodes there are; InputError when no node holds even one.
-
-    nodes: Ray's resources of each. "memory", in bytes, limits the number as well, but to no less than one on a node, since
-    the prediction is rough. A number that the study names is taken at its word there.
-    """
-    fit = 0
-    for node in nodes:
-        held = _trials_held(resources, node)
-        if trial_bytes and "memory" in node and resources.concurrent == "auto":
-            held = min(held, max(1, int(node["memory"] // trial_bytes)))
-        fit += held
-    if not fit:
-        sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes] or [(0, 0)]
-        cpus, gpus = max(sizes, key=lambda size: (size[1], size[0]) if resources.gpus else size)
-        where = " on the largest node that is up" if len(nodes) > 1 else ""
-        raise InputError(
-            f"resources: a trial wants {resources.cpus:g} CPUs and {resources.gpus:g} GPUs, but there are {cpus:g} "
-            f"CPUs and {gpus:g} GPUs in all{where}; ask for less, or give --address of a larger cluster"
-        )
-    return fit if resources.concurrent == "auto" else min(fit, resources.concurrent)
-
-
-def _trials_held(resources: "Resources", node: Mapping[str, float]) -> int:
-    """Trials that the CPUs and GPUs of a node hold at a time. One that takes a part of a GPU gets it from one GPU."""
-    by_cpus = int(node.get("CPU", 0) // resources.cpus)
-    if not resources.gpus:
-        return by_cpus
-    there = node.get("GPU", 0)
-    by_gpus = int(there // resources.gpus) if resources.gpus >= 1 else int(there) * int(1 / resources.gpus + 1e-9)
-    return min(by_cpus, by_gpus)

@@ -8,48 +8,16 @@ before it in the process.
 import math
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from locft.errors import InputError
-from sweeps.study.trial_types import TrialConfig, TrialResult
+from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
 
 if TYPE_CHECKING:
-    from locft.data.suites import Suite
     from locft.train.pipelines import Training
     from locft.model.models import LoadedModel
-    from locft.data.requests import EditSet
     from locft.workbench import Baseline, Workbench
-
-
-@dataclass(frozen=True)
-class TrialInputs:
-    """Everything a worker needs besides a trial's configuration; the same for all trials of a study."""
-
-    model: str
-    model_fingerprint: str
-    """Of the weights that the study is planned on."""
-    dtype: str
-    device: str
-    edits: "EditSet"
-    suite: "Suite | None"
-    prose_tokens: int
-    """Of prose for drift and perplexity."""
-    threads: int
-    """CPU threads of torch in the worker."""
-    layers: tuple[int, ...] = ()
-    """Where the study trains: the hidden states entering these layers are computed in one pass."""
-    full_model: bool = False
-    """Compute everything with the whole model, the plain way."""
-    spread: bool = False
-    """The model's layers are divided among the GPUs of a trial."""
-
-    @property
-    def key(self) -> tuple:
-        """Tells whether a resident workbench can serve these inputs: first the model's part, then that of the data."""
-        suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
-        model = (self.model, self.model_fingerprint, self.dtype, self.device, self.threads, self.spread)
-        return (model, self.edits.fingerprint, suite, self.full_model)
 
 
 @dataclass(frozen=True)
@@ -124,8 +92,7 @@ def train(bench: "Workbench", config: TrialConfig) -> "Training":
     from locft.model.positions import TuningPosition
 
     torch.manual_seed(config.seed)  # nothing here draws from it; a model's own code might
-    settings = TrainingSettings(**{field.name: getattr(config, field.name) for field in fields(TrainingSettings)})
-    return bench.train(TuningPosition(config.layer, config.module), settings)
+    return bench.train(TuningPosition(config.layer, config.module), TrainingSettings(**config.training))
 
 
 def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.stats.axes import AXES
 from locft.errors import InputError
 from locft.model.positions import TuningPosition
+from sweeps.study.schema import value_problem
 
 FORMAT = "locft-position/1"
-SETTINGS: dict[str, type | tuple[type, ...]] = {
-    "pipeline": str, "batch_size": int, "learning_rate": (int, float), "epochs": int, "loss_average": str,
-    "skip_below": (int, float), "stop_below": (int, float), "seed": int, "precision": str,
-}  # fmt: skip
+SETTINGS = tuple(axis.name for axis in AXES if axis.trained)
 """Of a trial that the file repeats, besides its position; fields of `TrialConfig` and `TrainingSettings`."""
 
 
@@ -59,8 +58,8 @@ def read_position(file: Path) -> PositionFile:
     for key, value in settings.items():
         if key not in SETTINGS:
             problems.append(f"{file}: settings.{key}: unknown, expected one of {', '.join(SETTINGS)}")
-        elif not isinstance(value, SETTINGS[key]) or isinstance(value, bool):
-            problems.append(f"{file}: settings.{key}: got {value!r}, expected {_said(SETTINGS[key])}")
+        elif problem := value_problem(key, value):
+            problems.append(f"{file}: settings.{key}: {problem}")
     if isinstance(content.get("position"), str):
         try:
             TuningPosition.parse(content["position"])
@@ -78,7 +77,3 @@ def read_position(file: Path) -> PositionFile:
         content["depth"],
         run_id if isinstance(run_id, str) else None,
     )
-
-
-def _said(kind: type | tuple[type, ...]) -> str:
-    return {str: "text", int: "a whole number"}.get(kind, "a number")  # type: ignore[call-overload]

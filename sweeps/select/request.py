@@ -13,7 +13,8 @@ from locft.model.positions import TuningPosition
 from sweeps.select.policy import Run
 from sweeps.select.position_file import read_position
 from sweeps.study.plan import trial_config
-from sweeps.study.resolve import PreparedStudy, prepare
+from sweeps.study.plan import PreparedStudy
+from sweeps.study.resolve import prepare
 from sweeps.study.trial_types import METHOD_VERSION, TrialConfig
 from sweeps.study.schema import LogUniform, Study
 from sweeps.study.reader import load_study

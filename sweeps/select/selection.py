@@ -22,11 +22,11 @@ from sweeps.select.request import Budget, Question
 from sweeps.select.policy import Candidate, Run, Rung, Score, Scores, SelectionTask, leading, start_rate, survey
 from sweeps.select.policy_search import PolicySearch
 from sweeps.run.cluster import Room
-from sweeps.study.trial_types import TrialConfig, TrialResult
+from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
 from sweeps.run.runner import Ending, Reporter, on_workers, run_trials
 from sweeps.session import StudySession, study_session
 from sweeps.tracking.study_run import Tracker
-from sweeps.run.trial import Basis, TrialInputs, measure_baseline
+from sweeps.run.trial import Basis, measure_baseline
 
 if TYPE_CHECKING:
     from locft.workbench import Baseline

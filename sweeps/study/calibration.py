@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from locft.model.positions import TuningPosition
     from locft.data.edit_request import EditRequest
     from locft.workbench import Workbench
-    from sweeps.study.resolve import PreparedStudy
+    from sweeps.study.plan import PreparedStudy
 
 EDITS, ITEMS, PROSE_TOKENS = 16, 8, 256
 """What is worked on at most; items are of each task."""

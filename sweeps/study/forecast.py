@@ -17,11 +17,10 @@ from sweeps.study import estimate as rates
 from sweeps.study.calibration import calibrated
 from sweeps.study.estimate import Costs, Estimate
 from sweeps.study.plan import StudyFacts
-from sweeps.run.cluster import concurrent_trials
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
-    from sweeps.study.resolve import PreparedStudy
+    from sweeps.study.plan import PreparedStudy
     from sweeps.study.schema import Resources
 
 TRIALS = 200
@@ -105,7 +104,7 @@ def places(prepared: "PreparedStudy", nodes: Sequence[Mapping[str, float]] | Non
     resources = prepared.study.resources
     trial_bytes = rates.most_memory_bytes(prepared.plan, prepared.facts)
     try:
-        return concurrent_trials(resources, nodes or [_this_machine(resources)], trial_bytes)
+        return resources.places(nodes or [_this_machine(resources)], trial_bytes)
     except InputError:
         return 1
 

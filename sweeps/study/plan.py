@@ -1,4 +1,4 @@
-"""From a study to its trials: which configurations, in which order, and what they will take.
+"""From a study to its trials: which configurations, and in which order.
 
 Nothing here runs or writes anything. What depends on the model and the data comes in as `StudyFacts`.
 """
@@ -10,17 +10,22 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from analysis.stats.axes import AXES, SWEPT
 from locft.errors import InputError
-from sweeps.study.trial_types import METHOD_VERSION, TrialConfig
-from sweeps.study.schema import MAX_TRIALS, LogUniform, Study
-from sweeps.study.reader import check_against_model, selected_layers
+from sweeps.study.schema import MAX_TRIALS, EveryLayer, LogUniform, Study, nearest
+from sweeps.study.trial_types import METHOD_VERSION, TrialConfig, TrialInputs
 
-AXES = ("layer", "module", "pipeline", "batch_size", "learning_rate", "loss_average", "seed")
-"""The axes of a study. A point of its space is a mapping from each of them to a value."""
+if TYPE_CHECKING:
+    from locft.data.requests import EditSet
+    from locft.data.suites import Suite
+
+INNER = tuple(axis.name for axis in SWEPT if axis.name not in ("layer", "module", "seed"))
+POINT = ("layer", "module", *INNER, "seed")
+"""What a point of the space has a value for: every swept axis."""
 POSITION = "position"
-"""Stands for layer and module together where not every layer has every module: {"position": "22.mlp_down", ...}."""
+"""Stands for layer and module together if not every layer has every module: {"position": "22.mlp_down", ...}."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,83 @@ class Plan:
     """What the estimate is computed on: the trials, or for optuna a random sample of the space."""
 
 
+@dataclass(frozen=True)
+class PreparedStudy:
+    """A study with what it names resolved (`sweeps.study.resolve.prepare`): it can be planned, run and reported."""
+
+    study: Study
+    facts: StudyFacts
+    plan: Plan
+    edits: "EditSet"
+    suite: "Suite | None"
+
+    @property
+    def id(self) -> str:
+        return study_id(self.study, self.facts)
+
+    @property
+    def inputs(self) -> TrialInputs:
+        """What every worker gets."""
+        study = self.study
+        return TrialInputs(
+            study.model,
+            self.facts.model_fingerprint,
+            study.dtype,
+            study.trial_device,
+            self.edits,
+            self.suite,
+            study.capability.prose_tokens,
+            study.resources.cpus,
+            selected_layers(study, self.facts.n_layers),
+            spread=study.resources.gpus > 1,
+        )
+
+    @property
+    def n_items(self) -> int:
+        """Capability items over all tasks."""
+        return sum(len(task.items) for task in self.suite.tasks) if self.suite else 0
+
+    @property
+    def capability_source(self) -> str:
+        """The tasks with their numbers of items, in words."""
+        return ", ".join(f"{task.name} ({len(task.items)})" for task in self.suite.tasks) if self.suite else "none"
+
+
+def selected_layers(study: Study, n_layers: int) -> tuple[int, ...]:
+    """The layers of the space in ascending order. Those that a model of `n_layers` does not have are left in."""
+    layer = study.space.layer
+    if isinstance(layer, EveryLayer):
+        return tuple(range(0, n_layers, layer.every))
+    return tuple(range(n_layers)) if layer == "all" else tuple(sorted(layer))
+
+
+def check_against_model(study: Study, n_layers: int, modules_by_layer: Mapping[int, Sequence[str]]) -> None:
+    """Raise `InputError` with every layer and module of the space that this model does not have.
+
+    modules_by_layer: for each layer index, the modules that can be trained there (in a hybrid model they differ).
+    """
+    chosen = selected_layers(study, n_layers)
+    in_range = [layer for layer in chosen if layer < n_layers]
+    there = f"{study.model} has layers 0 to {n_layers - 1}"
+    problems = [f"space.layer: layer {layer}: {there}" for layer in chosen if layer >= n_layers]
+    if isinstance(study.space.layer, EveryLayer) and study.space.layer.every >= n_layers > 1:
+        problems.append(f"space.layer.every: got {study.space.layer.every}: {study.model} has only {n_layers} layers")
+    known = tuple(dict.fromkeys(module for layer in sorted(modules_by_layer) for module in modules_by_layer[layer]))
+    for module in study.space.module:
+        having = [layer for layer in sorted(modules_by_layer) if module in modules_by_layer[layer]]
+        if not having:
+            problems.append(f"space.module: {study.model} has no module {module!r}{nearest(module, known)}")
+        elif in_range and not set(having) & set(in_range):
+            where = f"layer {_listed(in_range)} of {study.model}"
+            problems.append(f"space.module: {where} has no {module!r}; it is in layer {_listed(having)}")
+    if problems:
+        raise InputError(problems)
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) if len(layers) <= 8 else f"{', '.join(map(str, layers[:7]))}, ... {layers[-1]}"
+
+
 def study_id(study: Study, facts: StudyFacts) -> str:
     """12 hexadecimal digits of what makes results comparable: name, model, data, dtype and method.
 
@@ -84,7 +166,7 @@ def make_plan(study: Study, facts: StudyFacts) -> Plan:
     """
     check_against_model(study, facts.n_layers, facts.modules_by_layer)
     if study.search.method == "grid":
-        count = len(_positions(study, facts)) * math.prod(len(getattr(study.space, axis)) for axis in AXES[2:])
+        count = len(_positions(study, facts)) * math.prod(len(getattr(study.space, axis)) for axis in (*INNER, "seed"))
         if count > MAX_TRIALS:
             message = f"space: the grid has {count:,} trials, expected at most {MAX_TRIALS:,}"
             raise InputError(message + "; sample it instead: search: {method: random, trials: ...}")
@@ -100,25 +182,21 @@ def make_plan(study: Study, facts: StudyFacts) -> Plan:
 def trial_config(study: Study, facts: StudyFacts, point: Mapping[str, Any]) -> TrialConfig:
     """The full configuration at one point of the space.
 
-    point: a value for each of `AXES`, or "position" in place of layer and module. A log-uniform learning rate is
+    point: a value for each of `POINT`, or "position" in place of layer and module. A log-uniform learning rate is
     rounded to three significant digits, so that a trial's id survives being written and read.
     """
-    values = {axis: point[axis] for axis in AXES if axis in point}
+    values = {axis: point[axis] for axis in POINT if axis in point}
     if POSITION in point:
         layer, _, module = point[POSITION].partition(".")
         values |= {"layer": int(layer), "module": module}
     if isinstance(study.space.learning_rate, LogUniform):
         values["learning_rate"] = _rounded(values["learning_rate"], study.space.learning_rate)
+    values |= {axis.name: getattr(study, axis.name) for axis in AXES if not axis.swept} | {"precision": facts.precision}
     return TrialConfig(
         model_fingerprint=facts.model_fingerprint,
         data_fingerprint=facts.data_fingerprint,
         layers=facts.n_layers,
-        epochs=study.epochs,
-        skip_below=study.skip_below,
-        stop_below=study.stop_below,
-        dtype=study.dtype,
-        precision=facts.precision,
-        **{axis: values[axis] for axis in AXES},
+        **values,
     )
 
 
@@ -133,7 +211,7 @@ def optuna_space(study: Study, facts: StudyFacts) -> dict[str, list | tuple]:
         axes: dict[str, list | tuple] = {"layer": list(layers), "module": list(space.module)}
     else:
         axes = {POSITION: [f"{layer}.{module}" for layer, module in positions]}
-    for axis in AXES[2:]:
+    for axis in (*INNER, "seed"):
         values = getattr(space, axis)
         axes[axis] = ("log_uniform", *values.log_uniform) if isinstance(values, LogUniform) else list(values)
     return axes
@@ -151,18 +229,18 @@ def point_of(study: Study, facts: StudyFacts, config: TrialConfig) -> dict[str, 
 
 
 def grid_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
-    """Every combination. Seeds vary slowest, then layers, then the other axes in the order of `AXES`.
+    """Every combination. Seeds vary slowest, then layers, then the other axes in the order of `POINT`.
 
     Layers come in van der Corput order (0, 16, 8, 24, 4, ... of 30): a study that is stopped half way has seen the
     whole depth with every setting, and the rest only makes it finer. Another seed repeats the whole.
     """
     positions, space = _positions(study, facts), study.space
     layers = tuple(dict.fromkeys(layer for layer, _ in positions))
-    inner = [getattr(space, axis) for axis in AXES[2:-1]]
+    inner = [getattr(space, axis) for axis in INNER]
     for seed, place in itertools.product(space.seed, van_der_corput_order(len(layers))):
         modules = [module for layer, module in positions if layer == layers[place]]
         for values in itertools.product(modules, *inner):
-            yield dict(zip(AXES, (layers[place], *values, seed), strict=True))
+            yield dict(zip(POINT, (layers[place], *values, seed), strict=True))
 
 
 def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
@@ -172,15 +250,15 @@ def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
     log-uniform axis is spread by a shifted van der Corput sequence. More trials continue the same sequence.
     """
     positions, space, wanted = set(_positions(study, facts)), study.space, study.search.trials or 0
-    values = {axis: getattr(space, axis) for axis in AXES} | {"layer": selected_layers(study, facts.n_layers)}
-    streams = [_spread(values[axis], random.Random(f"{study.search.seed} {axis}")) for axis in AXES]
+    values = {axis: getattr(space, axis) for axis in POINT} | {"layer": selected_layers(study, facts.n_layers)}
+    streams = [_spread(values[axis], random.Random(f"{study.search.seed} {axis}")) for axis in POINT]
     seen: set[tuple] = set()
     for draw in itertools.islice(zip(*streams, strict=False), 20 * wanted + 1000):
         if len(seen) == wanted:
             return
         if draw[:2] in positions and draw not in seen:
             seen.add(draw)
-            yield dict(zip(AXES, draw, strict=True))
+            yield dict(zip(POINT, draw, strict=True))
     if not isinstance(space.learning_rate, LogUniform):  # nearly used up: take what is left in order
         for point in grid_points(study, facts):
             if len(seen) == wanted:

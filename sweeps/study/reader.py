@@ -1,28 +1,148 @@
 """Reading a study file: every problem at once, each with the file, the line and the field.
 
-`load_study` reads a ready study or a file and lays overrides over it; `check_against_model` adds what only the model
-can tell; `study_to_yaml` writes a study in one canonical form.
+YAML is read as plain data: no tags, no aliases, and plain scalars by YAML 1.2 rather than PyYAML's 1.1, so that `1e-4`
+is a number, `no` and `2024-01-01` are text, and `010` is ten.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from locft.errors import InputError
-from sweeps.study.schema import EveryLayer, Study
-from sweeps.study.study_errors import OVERRIDES, Draft, in_order, nearest, show, validated
-from sweeps.study.yaml_lines import Place, YamlError, dump_yaml, parse_yaml
+import yaml
+from pydantic import ValidationError
 
-__all__ = ["Study", "check_against_model", "load_study", "nearest", "ready_studies", "selected_layers", "study_to_yaml"]
+from locft.errors import InputError
+from sweeps.study.schema import EveryLayer, LogUniform, Section, Study, nearest, wrong_value
+
+Place = tuple[str | int, ...]
+"""Keys and list indices from the top of the file to a value."""
 
 MAX_BYTES = 1_000_000
 """A larger file is no study: most likely data or weights were given in its place."""
+OVERRIDES = 10**9
+"""As line number: sorts overrides after every line of the file."""
 
 _BUILT_IN = ("atlas", "smollm2-135m")
 """Names that are never taken for a path."""
 _DATA_SUFFIXES = (".json", ".jsonl", ".txt", ".gguf", ".parquet", ".csv", ".tsv", ".arrow", ".md")
+_SECTIONS: dict[Place, type[Section]] = {
+    (): Study,
+    **{(name,): type(part.default) for name, part in Study.model_fields.items() if isinstance(part.default, Section)},
+    ("space", "layer"): EveryLayer,
+    ("space", "learning_rate"): LogUniform,
+}
+
+_SCALARS = {
+    "null": (re.compile(r"(?:~|null|Null|NULL|)\Z"), lambda text: None),
+    "bool": (re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), lambda text: text.lower() == "true"),
+    "int": (re.compile(r"[-+]?[0-9]{1,18}\Z"), int),  # with more digits it is read as float, and refused as such
+    "float": (
+        re.compile(
+            r"[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))\Z|\.(?:nan|NaN|NAN)\Z"
+        ),
+        lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    ),
+    "str": (None, str),
+}
+"""Plain scalars of YAML 1.2, by the last part of their tag: pattern, and how the text becomes a value."""
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        refused = f"the alias *{event.anchor}" if isinstance(event, yaml.AliasEvent) else None
+        if tag := getattr(event, "tag", None):
+            refused = f"the tag {tag.replace('tag:yaml.org,2002:', '!!')}"
+        if refused:
+            message = f"{refused} is not accepted, a study file is plain data: write the value out"
+            raise yaml.composer.ComposerError(None, None, message, event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that this reader or a YAML 1.1 reader would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _kind, (_pattern, _) in _SCALARS.items():
+    if _pattern is not None:
+        _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, None)
+        _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, None)
+
+
+class _Draft:
+    """A study while it is being read."""
+
+    def __init__(self) -> None:
+        self.tree: dict[str, Any] = {}
+        self.origins: dict[Place, tuple[int, str]] = {}
+        """For each value: the line to sort by (`OVERRIDES` for overrides), and where it was written, for the user."""
+        self.problems: list[tuple[int, str]] = []
+        """Line to sort by, and message."""
+
+    def add(self, place: Place, message: str) -> None:
+        """Note a problem at a value, or at the nearest thing around it that was written down."""
+        known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in self.origins), None)
+        line, label = self.origins[known] if known is not None else (1, "study")
+        where = _dotted(place)
+        named = not where or label.endswith(f" {where}")  # "--set space.layer" names the field already
+        self.problems.append((line, f"{label}: {message}" if named else f"{label}: {where}: {message}"))
+
+    def read(self, text: str, label: str, *, override: bool = False) -> Any:
+        """The YAML document as plain data; None, with a problem noted, if it cannot be read.
+
+        label: what the user is told as the place of its values, followed by the line for a file.
+        """
+
+        def origin(mark: Any) -> tuple[int, str]:
+            line = mark.line + 1 if mark else 1
+            return (OVERRIDES, label) if override else (line, f"{label}:{line}")
+
+        def refuse(at: tuple[int, str], message: str) -> None:
+            self.problems.append((at[0], f"{at[1]}: {message}"))
+
+        def plain(node: yaml.Node, place: Place) -> Any:
+            if not override:
+                self.origins.setdefault(place, origin(node.start_mark))
+            if isinstance(node, yaml.ScalarNode):
+                return _SCALARS[node.tag.rpartition(":")[2]][1](node.value)
+            if isinstance(node, yaml.SequenceNode):
+                return [plain(item, (*place, i)) for i, item in enumerate(node.value)]
+            found: dict[str, Any] = {}
+            for key, value in node.value:
+                inside = (*place, key.value)
+                if not isinstance(key, yaml.ScalarNode):
+                    refuse(origin(key.start_mark), "a key must be text, got a list or a mapping")
+                elif key.value in found:
+                    first = "" if override else f", first in line {self.origins[inside][0]}"
+                    refuse(origin(key.start_mark), f"{_dotted(inside)}: given twice{first}")
+                else:
+                    if not override:
+                        self.origins[inside] = origin(key.start_mark)
+                    found[key.value] = plain(value, inside)
+            return found
+
+        try:
+            node = yaml.compose(text, Loader=_Loader)
+            return None if node is None else plain(node, ())
+        except yaml.MarkedYAMLError as error:
+            message = ", ".join(part for part in (error.context, error.problem) if part)
+            refuse(origin(error.problem_mark or error.context_mark), f"not plain YAML: {message}")
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            at = origin(None) if override else (line, f"{label}:{line}")
+            refuse(at, f"not plain YAML: character #x{error.character:04x} is not allowed")
+        except RecursionError:
+            refuse(origin(None), "not plain YAML: nested too deeply")
+        return None
 
 
 def ready_studies() -> tuple[str, ...]:
@@ -40,73 +160,142 @@ def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
     Raises `InputError` with every problem: of the file, of the overrides, and of what they make together.
     """
     text, label, folder = _read(str(name_or_path))
-    draft = Draft()
-    try:
-        document = parse_yaml(text)
-    except YamlError as error:
-        draft.problems.append((error.line, f"{label}:{error.line}: this is not YAML: {error.message}"))
-        document = None
-    if document is not None:
-        draft.problems += [(line, f"{label}:{line}: {message}") for line, message in document.problems]
-        draft.origins.update({path: (line, f"{label}:{line}") for path, line in document.lines.items()})
-        if isinstance(document.tree, dict):
-            draft.tree = _with_paths(document.tree, folder)
-        else:
-            message = f"got {show(document.tree)}, expected a mapping with keys such as name, model, edits and space"
-            draft.problems.append((1, f"{label}:1: {message}"))
-            document = None
+    draft = _Draft()
+    tree = draft.read(text, label)
+    readable = isinstance(tree, dict)
+    if readable:
+        draft.tree = _with_paths(tree, folder)
+    elif not draft.problems:
+        expected = "a mapping with keys such as name, model, edits and space"
+        draft.problems.append((1, f"{label}:1: {wrong_value(tree, expected)}"))
     for override in overrides:
-        _override(draft, override)
-    if document is None:
-        raise InputError(in_order(draft.problems))
-    for place, path in _missing_files(draft.tree):
-        draft.add(place, f"no such file: {path}{_nearest_file(path)}")
-    study = validated(draft)
+        _lay_over(draft, override)
+    study = None
+    if readable:
+        for place, holder in _named_files(draft.tree):
+            if _is_path(holder[place[-1]]) and not _exists(path := Path(holder[place[-1]])):
+                draft.add(place, f"no such file: {path}{_nearest_file(path)}")
+        study = _validated(draft)
     if draft.problems or study is None:
-        raise InputError(in_order(draft.problems))
+        in_order = sorted(draft.problems, key=lambda problem: problem[0])
+        raise InputError([message for _, message in in_order])
     return study
-
-
-def selected_layers(study: Study, n_layers: int) -> tuple[int, ...]:
-    """The layer axis for a model of so many layers, in ascending order. Layers out of range are left in."""
-    layer = study.space.layer
-    if isinstance(layer, EveryLayer):
-        return tuple(range(0, n_layers, layer.every))
-    return tuple(range(n_layers)) if layer == "all" else tuple(sorted(layer))
-
-
-def check_against_model(study: Study, n_layers: int, modules_by_layer: Mapping[int, Sequence[str]]) -> None:
-    """Raise `InputError` with every layer and module of the space that this model does not have.
-
-    modules_by_layer: for each layer index, the modules that can be trained there (in a hybrid model they differ).
-    """
-    problems = []
-    chosen = selected_layers(study, n_layers)
-    for layer in chosen:
-        if layer >= n_layers:
-            problems.append(f"space.layer: layer {layer}: {study.model} has layers 0 to {n_layers - 1}")
-    if isinstance(study.space.layer, EveryLayer) and study.space.layer.every >= n_layers > 1:
-        problems.append(f"space.layer.every: got {study.space.layer.every}: {study.model} has only {n_layers} layers")
-    known = tuple(dict.fromkeys(module for layer in sorted(modules_by_layer) for module in modules_by_layer[layer]))
-    for module in study.space.module:
-        having = [layer for layer in sorted(modules_by_layer) if module in modules_by_layer[layer]]
-        in_range = [layer for layer in chosen if layer < n_layers]
-        if not having:
-            problems.append(f"space.module: {study.model} has no module {module!r}{nearest(module, known)}")
-        elif in_range and not set(having) & set(in_range):
-            where = f"layer {_span(in_range)} of {study.model}"
-            problems.append(f"space.module: {where} has no {module!r}; it is in layer {_span(having)}")
-    if problems:
-        raise InputError(problems)
 
 
 def study_to_yaml(study: Study) -> str:
     """The study with every default written out, in one canonical form; `load_study` reads it back as an equal study."""
-    return dump_yaml(study.model_dump(mode="json"))
+    tree = study.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)
 
 
-def _span(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers)) if len(layers) <= 8 else f"{', '.join(map(str, layers[:7]))}, ... {layers[-1]}"
+def study_from_yaml(text: str) -> Study:
+    """The inverse of `study_to_yaml`; paths stay as they are written."""
+    return Study.model_validate(_Draft().read(text, "study"))
+
+
+def _validated(draft: _Draft) -> Study | None:
+    """The study; None, with problems noted, if it is not valid.
+
+    Contradictions show only once every field is valid, so the fields at fault are left out and the rest is checked again.
+    A contradiction that involves one of them is not told: it may go away with the correction.
+    """
+    try:
+        return Study.model_validate(draft.tree)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+    wrong = [_place(fault["loc"]) for fault in faults if fault["type"] != "contradictions"]
+    for fault in faults:
+        _tell(draft, fault, faults)
+    if wrong:
+        try:
+            Study.model_validate(_without(draft.tree, wrong))
+        except ValidationError as error:
+            for fault in error.errors(include_url=False):
+                if fault["type"] == "contradictions":
+                    _tell(draft, fault, [], wrong)
+    return None
+
+
+def _tell(draft: _Draft, fault: Any, faults: Sequence[Any], wrong: Iterable[Place] = ()) -> None:
+    """Note one of pydantic's errors. faults: all of them. wrong: fields whose contradictions are not told."""
+    place, kind, context = _place(fault["loc"]), fault["type"], fault.get("ctx", {})
+    if kind == "contradictions":
+        for fields, message in context["found"]:
+            places = [tuple(field.split(".")) for field in fields]
+            if not any(bad[: len(at)] == at[: len(bad)] for bad in wrong for at in places):
+                draft.add(places[0], message)
+    elif kind == "problem":
+        draft.add(place if context["item"] is None else (*place, context["item"]), context["text"])
+    elif kind == "extra_forbidden":
+        draft.add(place, f"unknown key{_nearest_key(place)}")
+    elif kind == "missing":
+        unknown = [_place(other["loc"]) for other in faults if other["type"] == "extra_forbidden"]
+        misspelt = [str(other[-1]) for other in unknown if other[:-1] == place[:-1]]
+        if not difflib.get_close_matches(str(place[-1]), misspelt):
+            draft.add(place, "required, and missing")
+    else:  # a section, or the tasks
+        draft.add(place, wrong_value(fault["input"], "a mapping of keys to values"))
+
+
+def _nearest_key(place: Place) -> str:
+    """The valid keys in this section; a key that belongs to another section is sent there."""
+    section, key = place[:-1], str(place[-1])
+    for home, model in _SECTIONS.items():
+        if len(home) < 2 and key in model.model_fields:
+            return f"; did you mean {_dotted((*home, key))}?"
+    return nearest(key, _SECTIONS[section].model_fields) if section in _SECTIONS else ""
+
+
+def _without(tree: dict[str, Any], places: Iterable[Place]) -> dict[str, Any]:
+    """A copy of the tree without the values at these places (a list goes as a whole), and with the required name."""
+    copy = json.loads(json.dumps(tree))
+    for place in places:
+        at = copy
+        for key in place[:-1]:
+            if not isinstance(at.get(key), dict):
+                break
+            at = at[key]
+        else:
+            key = place[-1]
+        at.pop(key, None)
+    return {"name": "study", **copy}
+
+
+def _place(loc: Sequence[str | int]) -> Place:
+    """pydantic's location without the marks that say which form of a value was tried."""
+    return tuple(part for part in loc if part not in ("<list>", "<rule>", "<word>", "[key]"))
+
+
+def _dotted(place: Place) -> str:
+    """("space", "layer", 1) as space.layer[1]."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+
+
+def _lay_over(draft: _Draft, override: str) -> None:
+    """Lay one "field=value" over the draft."""
+    key, equals, text = override.partition("=")
+    keys = tuple(part.strip() for part in key.split("."))
+    label = f"--set {key.strip()}"
+    if not equals or not all(keys):
+        draft.problems.append((OVERRIDES, f"--set {override}: expected field=value, such as space.layer=[3,7]"))
+        return
+    told = len(draft.problems)
+    value = draft.read(text, label, override=True)
+    if value is None and len(draft.problems) > told:
+        return
+    nested: Any = value
+    for part in reversed(keys):
+        nested = {part: nested}
+    new, at = _with_paths(nested, Path.cwd()), draft.tree
+    for depth, part in enumerate(keys[:-1], start=1):
+        if not isinstance(at.get(part), dict):  # such as layer: all, when space.layer.every is set
+            at[part] = {}
+            draft.origins[keys[:depth]] = (OVERRIDES, label)
+        at, new = at[part], new[part]
+    at[keys[-1]] = new[keys[-1]]
+    for place in [place for place in draft.origins if place[: len(keys)] == keys]:
+        del draft.origins[place]
+    draft.origins[keys] = (OVERRIDES, label)
 
 
 def _read(name_or_path: str) -> tuple[str, str, Path]:
@@ -136,70 +325,44 @@ def _read(name_or_path: str) -> tuple[str, str, Path]:
 
 
 def _no_such_study(name: str, path: Path) -> str:
-    """A file of nearly that name comes first: whoever writes a path means a file."""
-    close = difflib.get_close_matches(path.name, _study_files(path.parent), n=1, cutoff=0.6)
-    ready = difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.4)
-    near = [str(path.with_name(close[0]))] if close else ready
+    """A file with nearly that name is suggested first: whoever writes a path means a file."""
+    files = [file for file in _names(path.parent) if file.endswith((".yaml", ".yml"))]
+    near = [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
+    near += difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.4)
     suggestion = f"; did you mean {near[0]}?" if near else ""
     return f"{name}: no such file and no ready study{suggestion} (ready studies: {', '.join(ready_studies())})"
 
 
-def _study_files(folder: Path) -> list[str]:
+def _names(folder: Path) -> list[str]:
     try:
-        return [file.name for file in folder.iterdir() if file.suffix in (".yaml", ".yml")]
+        return [file.name for file in folder.iterdir()]
     except OSError:
         return []
 
 
-def _override(draft: Draft, override: str) -> None:
-    """Lay one "field=value" over the draft."""
-    key, equals, text = override.partition("=")
-    keys = tuple(part.strip() for part in key.split("."))
-    label = f"--set {key.strip()}"
-    if not equals or not all(keys):
-        draft.problems.append((OVERRIDES, f"--set {override}: expected field=value, such as space.layer=[3,7]"))
-        return
-    try:
-        document = parse_yaml(text)
-    except YamlError as error:
-        draft.problems.append((OVERRIDES, f"{label}: {show(text)} is not YAML: {error.message}"))
-        return
-    draft.problems += [(OVERRIDES, f"{label}: {message}") for _, message in document.problems]
-    nested = document.tree
-    for part in reversed(keys):
-        nested = {part: nested}
-    value = _with_paths(nested, Path.cwd())
-    at = draft.tree
-    for depth, part in enumerate(keys[:-1], start=1):
-        if not isinstance(at.get(part), dict):  # such as layer: all, when space.layer.every is set
-            at[part] = {}
-            draft.origins[keys[:depth]] = (OVERRIDES, label)
-        at, value = at[part], value[part]
-    at[keys[-1]] = value[keys[-1]]
-    for path in [path for path in draft.origins if path[: len(keys)] == keys]:
-        del draft.origins[path]
-    draft.origins[keys] = (OVERRIDES, label)
+def _named_files(tree: dict[str, Any]) -> list[tuple[Place, dict[str, Any]]]:
+    """The texts that may be paths: where they stand, and the mapping that holds them."""
+
+    def part(of: dict[str, Any], key: str) -> dict[str, Any]:
+        return of[key] if isinstance(of.get(key), dict) else {}
+
+    edits, capability = part(tree, "edits"), part(tree, "capability")
+    tasks = part(capability, "tasks")
+    named: list[tuple[Place, dict[str, Any]]] = [
+        (("model",), tree), (("edits", "source"), edits), (("capability", "prose"), capability),
+        *((("capability", "tasks", name), tasks) for name in tasks),
+    ]  # fmt: skip
+    return [(place, holder) for place, holder in named if isinstance(holder.get(place[-1]), str)]
 
 
 def _with_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A copy in which every relative path is absolute. Built-in names and hub ids stay as they are."""
-
-    def absolute(value: Any, certain: bool = False) -> Any:
-        if not isinstance(value, str) or not value or value in _BUILT_IN:
-            return value
+    """The tree with its relative paths made absolute, in place. Built-in names and hub ids stay as they are."""
+    for place, holder in _named_files(tree):
+        value = holder[place[-1]]
         path = folder / Path(value).expanduser()
-        return str(path) if certain or _is_path(value) or _exists(path) else value
-
-    copy = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    if "model" in copy:
-        copy["model"] = absolute(copy["model"])
-    for section, key in (("edits", "source"), ("capability", "prose")):
-        if isinstance(copy.get(section), dict) and key in copy[section]:
-            copy[section][key] = absolute(copy[section][key], certain=key == "prose")
-    capability = copy.get("capability")
-    if isinstance(capability, dict) and isinstance(capability.get("tasks"), dict):
-        capability["tasks"] = {name: absolute(source) for name, source in capability["tasks"].items()}
-    return copy
+        if value and value not in _BUILT_IN and (place[-1] == "prose" or _is_path(value) or _exists(path)):
+            holder[place[-1]] = str(path)
+    return tree
 
 
 def _is_path(value: str) -> bool:
@@ -213,22 +376,8 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _missing_files(tree: Mapping[str, Any]) -> list[tuple[Place, Path]]:
-    """The files that the study names by their path and that do not exist, and where it names them."""
-    named: list[tuple[Place, Any]] = [(("model",), tree.get("model"))]
-    for section, key in (("edits", "source"), ("capability", "prose")):
-        if isinstance(tree.get(section), dict):
-            named.append(((section, key), tree[section].get(key)))
-    tasks = tree["capability"].get("tasks") if isinstance(tree.get("capability"), dict) else None
-    if isinstance(tasks, dict):
-        named += [(("capability", "tasks", name), source) for name, source in tasks.items()]
-    named = [(place, value) for place, value in named if isinstance(value, str) and _is_path(value)]
-    return [(place, Path(value)) for place, value in named if not _exists(Path(value))]
-
-
 def _nearest_file(path: Path) -> str:
-    try:
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1, cutoff=0.6)
-    except OSError:
+    if not _exists(path.parent):
         return f"; the folder {path.parent} does not exist either"
+    near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,67 +1,25 @@
-"""From a study file to everything it names: model structure, edits, capability items, plan. Reads, never runs or writes."""
+"""From a study to everything it names: the model's structure, the edits, the capability items, and the plan.
+
+Reads, never runs or writes. Imports inside functions keep PyTorch and transformers out of the commands that need neither.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from locft.errors import InputError
-from sweeps.study.plan import Plan, StudyFacts, make_plan, study_id
+from sweeps.study.plan import PreparedStudy, StudyFacts, check_against_model, make_plan
 from sweeps.study.schema import Study
-from sweeps.study.reader import check_against_model, selected_layers
-from sweeps.run.trial import TrialInputs
 
 if TYPE_CHECKING:
-    from locft.data.suites import Suite
     from locft.data.requests import EditSet
+    from locft.data.suites import Suite
 
 T = TypeVar("T")
 
 SENTENCE_TOKENS = 12
-"""A generated answer's usual length in tokens, for estimates."""
-
-
-@dataclass(frozen=True)
-class PreparedStudy:
-    """A study with what it names resolved: it can be planned, run, looked up and reported."""
-
-    study: Study
-    facts: StudyFacts
-    plan: Plan
-    edits: "EditSet"
-    suite: "Suite | None"
-
-    @property
-    def id(self) -> str:
-        return study_id(self.study, self.facts)
-
-    @property
-    def inputs(self) -> TrialInputs:
-        """What every worker gets."""
-        study = self.study
-        return TrialInputs(
-            study.model,
-            self.facts.model_fingerprint,
-            study.dtype,
-            _device(study),
-            self.edits,
-            self.suite,
-            study.capability.prose_tokens,
-            study.resources.cpus,
-            selected_layers(study, self.facts.n_layers),
-            spread=study.resources.gpus > 1,
-        )
-
-    @property
-    def n_items(self) -> int:
-        """Capability items over all tasks."""
-        return sum(len(task.items) for task in self.suite.tasks) if self.suite else 0
-
-    @property
-    def capability_source(self) -> str:
-        """The tasks in words, for people."""
-        return ", ".join(f"{task.name} ({len(task.items)})" for task in self.suite.tasks) if self.suite else "none"
+"""Usual length of a generated answer in tokens, for estimates."""
 
 
 def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
@@ -110,7 +68,7 @@ def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
         n_layers=n_layers(structure),
         modules_by_layer=modules,
         n_edits=len(edits.requests),
-        precision=training_precision(_device(study)) if study.precision == "auto" else study.precision,
+        precision=training_precision(study.trial_device) if study.precision == "auto" else study.precision,
         parameters=sum(parameter.numel() for parameter in structure.parameters()),
         layer_parameters=sum(layer_sizes) // len(layer_sizes),
         head_parameters=head.weight.numel() if head is not None else 0,
@@ -119,13 +77,6 @@ def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
         **_token_counts(tokenizer, edits, suite, wanted.prose_tokens),
     )
     return PreparedStudy(study, facts, make_plan(study, facts), edits, suite)
-
-
-def _device(study: Study) -> str:
-    """Where trials compute, and the driver for them: on the CPU unless trials get a GPU, also where the machine has one."""
-    if study.device != "auto":
-        return study.device
-    return "cuda" if study.resources.gpus else "cpu"
 
 
 def _data_fingerprint(edits: str, suite: "Suite | None", prose_tokens: int) -> str:

@@ -1,13 +1,18 @@
 """The types of a study: what is swept, on which model and edits, how it is searched and with what resources.
 
-They are the keys of the study file, which `sweeps.study.reader` reads. A value of these types is valid and free of
-contradictions; what only the model can tell, `sweeps.study.reader.check_against_model` checks.
+They are the keys of the study file (`sweeps.study.reader` reads it). A value of these types is valid and free of
+contradictions; what depends on the model is checked by `sweeps.study.plan.check_against_model`.
+
+`Space` and the settings of a study that are not swept derive from `analysis.stats.axes`, which also says what a valid
+value of an axis is. The other fields are checked by the same rules, so there is one wording for every wrong value.
 """
 
+import difflib
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -15,132 +20,166 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Discriminator,
-    Field,
     PlainValidator,
     Tag,
+    create_model,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from analysis.stats.axes import AXES, AXIS, Axis
+from locft.errors import InputError
+
 MAX_TRIALS = 100_000
-"""More trials than this in one study is taken for a slip of the pen: the driver keeps all of them in memory."""
+"""A study with more trials than this is taken for a mistake: the driver keeps all of them in memory."""
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-"""Safe as MLflow experiment, metric and file name."""
-
-T = TypeVar("T")
-
-
-def _bad(expected: str, **context: Any) -> PydanticCustomError:
-    """An error that says what was expected. A context `item` is the index of the value at fault."""
-    return PydanticCustomError("expected", "{expected}", {"expected": expected, **context})
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+"""Safe as the name of an MLflow experiment, a metric and a file."""
+_DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)\Z")
 
 
-def _number(value: Any) -> float:
-    """Whatever YAML reader was used, 1e-4 is a number: readers of YAML 1.1 hand it over as text."""
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    raise _bad("a number such as 0.001 or 1e-3")
+def value_problem(name: str, value: Any) -> str | None:
+    """What is wrong with a value for an axis, such as "got 0, expected a whole number of at least 1"; None if nothing."""
+    axis = AXIS[name]
+    return None if axis.accepts(value) else wrong_value(value, axis.expected(), axis.choices)
 
 
-def _listed(value: Any) -> Any:
-    return (value,) if isinstance(value, (bool, int, float, str)) else value
+def wrong_value(got: Any, expected: str, choices: Iterable[str] = ()) -> str:
+    """The message about a wrong value, with the nearest of the choices if one is near."""
+    if isinstance(got, float) and not math.isfinite(got):
+        expected = expected.replace("a number", "a finite number", 1)
+    return f"got {show(got)}, expected {expected}{did_you_mean(str(got), choices)}"
 
 
-def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+def show(value: Any) -> str:
+    """A value as it would be written in a study file, shortened."""
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(got: str, valid: Iterable[str]) -> str:
+    """The end of a message about a wrong word: the nearest valid one; empty if none is near."""
+    close = difflib.get_close_matches(got.lower(), list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def nearest(got: str, valid: Iterable[str]) -> str:
+    """The end of a message about a wrong word: the nearest valid one, if any is near, and all of them."""
+    words = list(valid)
+    return f"{did_you_mean(got, words)} (valid: {', '.join(words)})"
+
+
+def _problem(text: str, item: int | None = None) -> PydanticCustomError:
+    """item: index of the value at fault in a list."""
+    return PydanticCustomError("problem", "{text}", {"text": text, "item": item})
+
+
+def _number(value: Any) -> Any:
+    """A number as float, also one that a YAML 1.1 reader takes for text, such as 1e-4. Anything else as it is."""
+    try:
+        return value if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
+def _checked(
+    accepts: Callable[[Any], bool], expected: str, *, number: bool = False, choices: Sequence[str] = ()
+) -> Any:
+    """The type of a field that takes what a function accepts. number: read as float first."""
+
+    def check(value: Any) -> Any:
+        read = _number(value) if number else value
+        if not accepts(read):
+            raise _problem(wrong_value(value, expected, choices))
+        return read
+
+    return Annotated[Any, PlainValidator(check)]
+
+
+def _type_of(axis: Axis) -> Any:
+    """The type of one value of an axis."""
+    return _checked(axis.accepts, axis.expected(), number=axis.type is float, choices=axis.choices)
+
+
+def _rule(kind: type, **rule: Any) -> Axis:
+    """A rule for fields that are no axis, in the same terms."""
+    return Axis("", kind, None, "", "", **rule)
+
+
+def _list_of(item: Any, expected: str = "a value or a list of values") -> Any:
+    """A list of distinct values; a single value stands for a list of one."""
+
+    def listed(value: Any) -> Any:
+        if value is None or isinstance(value, Mapping):
+            raise _problem(wrong_value(value, expected))
+        if isinstance(value, list | tuple) and not value:
+            raise _problem(wrong_value(value, "at least one value"))
+        return value if isinstance(value, list | tuple) else (value,)
+
+    return Annotated[tuple[item, ...], BeforeValidator(listed), AfterValidator(_distinct)]
+
+
+def _distinct(values: tuple) -> tuple:
     for index, value in enumerate(values):
         if value in values[:index]:
-            raise _bad("every value once", item=index)
+            raise _problem(f"got {show(value)} twice, expected every value once", index)
     return values
 
 
-def _name(value: str) -> str:
-    if not NAME.match(value):
-        raise _bad("1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit")
-    return value
-
-
-def _device(value: str) -> str:
-    if not re.match(r"(auto|cpu|mps|cuda(:\d+)?)\Z", value):
-        raise _bad("auto, cpu, cuda, cuda:N or mps")
-    return value
-
-
-def _gpus(value: float) -> float:
-    if value > 1 and value != int(value):
-        raise _bad("a fraction of one GPU or a whole number of GPUs")
-    return value
-
-
-def _concurrent(value: Any) -> int | str:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise _bad("auto or a whole number of at least 1")
-
-
-def _minutes(value: Any) -> float | str | None:
-    if value in (None, "auto"):
-        return value
-    minutes = _number(value)
-    if not 0 < minutes < math.inf:
-        raise _bad("auto, null, or a number of minutes above 0")
-    return minutes
-
-
-def _form(value: Any) -> str:
-    """Which way of writing an axis this is; the brackets tell it from a key in an error's location."""
-    return "<rule>" if isinstance(value, (Mapping, BaseModel)) else "<list>"
-
-
-def _layer_form(value: Any) -> str:
-    return "<word>" if isinstance(value, str) else _form(value)
-
-
-Text = Annotated[str, Field(strict=True, min_length=1)]
-Name = Annotated[str, Field(strict=True), AfterValidator(_name)]
-Index = Annotated[int, Field(strict=True, ge=0)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Trials = Annotated[int, Field(strict=True, ge=1, le=MAX_TRIALS)]
-Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
-NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-Axis = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_distinct)]
-"""A list of distinct values; a single value stands for a list of one."""
+_COUNT, _POSITIVE = _rule(int, at_least=1), _rule(float, above=0)
+Text, Count, Positive = _type_of(_rule(str)), _type_of(_COUNT), _type_of(_POSITIVE)
+Index, Seed = (_type_of(_rule(int, at_least=0)), _type_of(_rule(int, at_least=0, below=2**32)))
+Trials = _type_of(_rule(int, at_least=1, below=MAX_TRIALS + 1))
+Name = _checked(
+    lambda value: isinstance(value, str) and _NAME.match(value) is not None,
+    "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit",
+)
+Device = _checked(
+    lambda value: isinstance(value, str) and _DEVICE.match(value) is not None, "auto, cpu, cuda, cuda:N or mps"
+)
+Gpus = _checked(
+    lambda value: value == 0.0 or _POSITIVE.accepts(value) and (value <= 1 or value == int(value)),
+    "a fraction of one GPU or a whole number of GPUs",
+    number=True,
+)
+Concurrent = _checked(lambda value: value == "auto" or _COUNT.accepts(value), "auto or a whole number of at least 1")
+Minutes = _checked(
+    lambda value: value in (None, "auto") or _POSITIVE.accepts(value),
+    "auto, null, or a number of minutes above 0",
+    number=True,
+)
 
 
 class Section(BaseModel):
-    """Every part of the file: fixed once read, and a key it does not know is an error."""
+    """Every part of the file: immutable once read, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Edits(Section):
-    """The edits every trial makes."""
+    """The edits that every trial makes."""
 
     source: Text = "atlas"
     """`atlas` (built in), an edit file, or the id of a data set on the hub."""
     limit: Count | None = None
-    """Edits used at most; null uses all."""
+    """Use at most this many edits; null uses all."""
     sample_seed: Seed | None = None
     """Seed of the sample of `limit` edits; null takes the first ones."""
 
 
 class Capability(Section):
-    """What is measured beside the edits: what the model could do before."""
+    """The tasks that show what the model could do before the edit."""
 
-    suite: Literal["probes"] | None = "probes"
+    suite: _type_of(_rule(str, choices=("probes",))) | None = "probes"
     """The built-in tasks; null leaves them out."""
-    tasks: dict[Name, Text] = Field(default_factory=dict)
-    """Further tasks: a name of one's choice and the benchmark file or hub id."""
+    tasks: dict[Name, Text] = {}
+    """More tasks: any name, and the benchmark file or hub id."""
     limit: Count | None = None
-    """Items per task at most; null uses all."""
+    """Use at most this many items per task; null uses all."""
     prose: Text | None = None
     """Plain text file for drift_kl and perplexity; null takes the built-in prose."""
     prose_tokens: Index = 2048
-    """Tokens of that text used at most; 0 leaves drift_kl and perplexity out."""
+    """Use at most this many tokens of that text; 0 leaves drift_kl and perplexity out."""
 
 
 class EveryLayer(Section):
@@ -150,149 +189,195 @@ class EveryLayer(Section):
     """Distance between two layers."""
 
 
-class LogUniform(Section):
-    """Any value between the bounds, every order of magnitude alike. For search random and optuna."""
+def _bounds(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise _problem(wrong_value(value, "two numbers, [low, high]"))
+    return value
 
-    log_uniform: tuple[Rate, Rate]
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] >= bounds[1]:
+        raise _problem(wrong_value(bounds, "the lower bound first: [low, high]"))
+    return bounds
+
+
+class LogUniform(Section):
+    """Any value between two bounds, uniform in its logarithm. For search random and optuna."""
+
+    log_uniform: Annotated[tuple[Positive, Positive], BeforeValidator(_bounds), AfterValidator(_ordered)]
     """Lowest and highest value."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> "LogUniform":
-        if self.log_uniform[0] >= self.log_uniform[1]:
-            raise _bad("the lower bound first: {log_uniform: [low, high]}")
-        return self
+
+def _form(value: Any) -> str:
+    """Which way of writing an axis this is; the brackets tell it from a key in an error's location."""
+    return "<rule>" if isinstance(value, Mapping | BaseModel) else "<list>"
 
 
-Layers = Annotated[
-    Annotated[Axis[Index], Tag("<list>")]
-    | Annotated[EveryLayer, Tag("<rule>")]
-    | Annotated[Literal["all"], Tag("<word>")],
-    Discriminator(_layer_form),
-]
-Rates = Annotated[
-    Annotated[Axis[Rate], Tag("<list>")] | Annotated[LogUniform, Tag("<rule>")],
-    Discriminator(_form),
-]
+def _forms(axis: str, expected: str, rule: type[Section], word: str | None = None) -> Any:
+    """The type of an axis that takes a list, a rule, or perhaps a word for all values."""
+    forms = Annotated[_list_of(_type_of(AXIS[axis]), expected), Tag("<list>")] | Annotated[rule, Tag("<rule>")]
+    if word is None:
+        return Annotated[forms, Discriminator(_form)]
+    forms |= Annotated[_checked(lambda value: value == word, expected), Tag("<word>")]
+    return Annotated[forms, Discriminator(lambda value: "<word>" if isinstance(value, str) else _form(value))]
 
 
-class Space(Section):
-    """The axes. Each is a list of values, or one value."""
+_FORMS: dict[str, tuple[Any, Any]] = {
+    "layer": (
+        _forms("layer", "all, a layer, a list of layers such as [3, 7], or {every: k}", EveryLayer, "all"),
+        "all",
+    ),
+    "learning_rate": (
+        _forms("learning_rate", "a number, a list of numbers, or {log_uniform: [low, high]}", LogUniform),
+        (AXIS["learning_rate"].default,),
+    ),
+    "precision": (_type_of(_rule(str, choices=("auto", *AXIS["precision"].choices))), "auto"),
+}
+"""Type and default of the axes that have more forms in a study file than in a trial. A precision of auto is bfloat16
+where the device multiplies it natively."""
 
-    layer: Layers = "all"
-    """all, a list of layer indices (0 is the first), or {every: k}."""
-    module: Axis[Text] = ("mlp_down",)
-    """What is trained in the layer: mlp_down, mlp_up, mlp, attn, layer, ... (`locft positions MODEL` lists them)."""
-    pipeline: Axis[Literal["breadth_first", "depth_first"]] = ("breadth_first",)
-    """breadth_first: epochs over all edits. depth_first: each batch to its end before the next."""
-    batch_size: Axis[Count] = (32,)
-    """Edits per optimiser step."""
-    learning_rate: Rates = (0.004,)
-    """Of Adam: a list, or {log_uniform: [low, high]}."""
-    loss_average: Axis[Literal["edit", "token"]] = ("edit",)
-    """edit: mean over the tokens of an edit, then over edits. token: mean over all tokens of the batch."""
-    seed: Axis[Seed] = (0,)
-    """Of the order of the edits."""
+
+def _fields(*, swept: bool) -> dict[str, tuple[Any, Any]]:
+    """pydantic fields of the axes: lists in `space`, single values in the study itself."""
+    found = {}
+    for axis in AXES:
+        if axis.swept == swept:
+            plain = (_list_of(_type_of(axis)), (axis.default,)) if swept else (_type_of(axis), axis.default)
+            found[axis.name] = _FORMS.get(axis.name, plain)
+    return found
+
+
+Space: Any = create_model("Space", __base__=Section, __module__=__name__, **_fields(swept=True))
+Space.__doc__ = """The swept axes (`analysis.stats.axes.SWEPT`). Each is a list of values, or one value."""
 
 
 class Search(Section):
     """How the space is searched."""
 
-    method: Literal["grid", "random", "optuna"] = "grid"
+    method: _type_of(_rule(str, choices=("grid", "random", "optuna"))) = "grid"
     """grid: every combination. random: a sample. optuna: chosen while running, for reliability and capability."""
     trials: Trials | None = None
-    """Number of trials for random and optuna; a grid's follows from its axes."""
+    """Number of trials for random and optuna; that of a grid follows from its axes."""
     seed: Seed = 0
-    """Of the sample."""
+    """Seed of the sample."""
 
 
 class Resources(Section):
-    """What a trial takes."""
+    """What one trial gets."""
 
     cpus: Count = 1
-    """CPU threads of one trial."""
-    gpus: Annotated[NotNegative, AfterValidator(_gpus)] = 0.0
-    """GPUs of one trial; a fraction lets several trials share one."""
-    concurrent: Annotated[int | str, PlainValidator(_concurrent)] = "auto"
-    """Trials at a time; auto runs as many as the cores, GPUs and memory of the machine or cluster hold."""
-    minutes: Annotated[float | str | None, PlainValidator(_minutes)] = "auto"
-    """A trial that takes longer is given up and counts as failed. auto: half an hour, or thirty times what a slow machine
-    should need where that is longer, so that only what hangs is ended; null lets a trial take what it takes."""
+    """CPU threads."""
+    gpus: Gpus = 0.0
+    """GPUs; with a fraction several trials share one."""
+    concurrent: Concurrent = "auto"
+    """Trials at a time; auto: as many as the cores, GPUs and memory of the machine or cluster allow."""
+    minutes: Minutes = "auto"
+    """A trial that takes longer is cancelled and counts as failed. auto: half an hour, or thirty times what a slow
+    machine should need if that is longer, so that only a hanging trial is cancelled; null sets no limit."""
+
+    def places(self, nodes: Sequence[Mapping[str, float]], trial_bytes: int = 0) -> int:
+        """Trials at a time that fit on these nodes.
+
+        nodes: Ray's resources of each node. Its "memory", in bytes, also limits the number, though to no less than one
+        a node, since `trial_bytes` is a rough prediction; a number of trials that the study names overrides it.
+        Raises InputError if no node holds even one.
+        """
+        fit = 0
+        for node in nodes:
+            held = self._held(node)
+            if trial_bytes and "memory" in node and self.concurrent == "auto":
+                held = min(held, max(1, int(node["memory"] // trial_bytes)))
+            fit += held
+        if not fit:
+            sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes] or [(0, 0)]
+            cpus, gpus = max(sizes, key=lambda size: (size[1], size[0]) if self.gpus else size)
+            where = " on the largest node that is up" if len(nodes) > 1 else ""
+            raise InputError(
+                f"resources: a trial wants {self.cpus:g} CPUs and {self.gpus:g} GPUs, but there are {cpus:g} "
+                f"CPUs and {gpus:g} GPUs in all{where}; ask for less, or give --address of a larger cluster"
+            )
+        return fit if self.concurrent == "auto" else min(fit, self.concurrent)
+
+    def _held(self, node: Mapping[str, float]) -> int:
+        """Trials that a node's CPUs and GPUs hold. A trial that takes a fraction of a GPU gets it from a single GPU."""
+        by_cpus = int(node.get("CPU", 0) // self.cpus)
+        if not self.gpus:
+            return by_cpus
+        there = node.get("GPU", 0)
+        by_gpus = int(there // self.gpus) if self.gpus >= 1 else int(there) * int(1 / self.gpus + 1e-9)
+        return min(by_cpus, by_gpus)
 
 
 class Limits(Section):
-    """Where a study ends before its plan does. The same command with higher limits goes on."""
+    """What ends a study before its plan does. The same command with higher limits goes on."""
 
-    minutes: Rate | None = None
-    """By the clock, for one run of the command; the trials that are running then are given up."""
+    minutes: Positive | None = None
+    """Wall-clock time of one run of the command; trials still running then are cancelled."""
     trials: Trials | None = None
-    """Finished trials of the study at most, those of earlier runs counted."""
+    """Finished trials of the study, those of earlier runs included."""
 
 
-class Study(Section):
-    """A whole study, checked: no field contradicts another."""
-
+class _Subject(Section):
     name: Name
-    """Names the study everywhere, and is its MLflow experiment."""
+    """Names the study everywhere, also its MLflow experiment."""
     model: Text = "smollm2-135m"
     """A built-in name, a hub id, a local folder, or a GGUF file."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen weights; the trained ones are float32 always."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """In which training computes; auto is bfloat16 where the device multiplies it natively. Metrics are measured in dtype."""
-    device: Annotated[Text, AfterValidator(_device)] = "auto"
-    """auto takes a GPU where a trial has one, cpu otherwise."""
+
+
+_Settings: Any = create_model("_Settings", __base__=_Subject, __module__=__name__, **_fields(swept=False))
+
+
+class Study(_Settings):
+    """A whole study, valid and without contradictions. Its first fields are the axes that have one value a study."""
+
+    device: Device = "auto"
+    """auto: a GPU if trials get one (`resources.gpus`), else cpu."""
     edits: Edits = Edits()
     capability: Capability = Capability()
     space: Space = Space()
-    epochs: Count = 25
-    """At most so many passes over all edits (breadth-first) or steps per batch (depth-first)."""
-    skip_below: NotNegative = 0.01
-    """A batch whose loss is below takes no step; 0 never skips."""
-    stop_below: NotNegative = 0.01
-    """An epoch (breadth-first) or a batch (depth-first) whose loss is below ends; 0 never stops early."""
     search: Search = Search()
     resources: Resources = Resources()
     budget: Limits = Limits()
 
+    @property
+    def trial_device(self) -> str:
+        """Where trials compute, and the driver for them: on the CPU unless trials get a GPU."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.resources.gpus else "cpu"
+
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
-        found = tuple(_contradictions(self))
-        if found:
-            text = "; ".join(message for _, _, message in found)
+        if found := tuple(_contradictions(self)):
+            text = "; ".join(message for _, message in found)
             raise PydanticCustomError("contradictions", "{text}", {"text": text, "found": found})
         return self
 
 
-def _contradictions(study: Study) -> Iterable[tuple[str, tuple[str, ...], str]]:
-    """For each: the field to point at, all fields that have a part in it (dotted), and what is wrong."""
-    search, resources, rate = study.search, study.resources, study.space.learning_rate
+def _contradictions(study: Study) -> Iterable[tuple[tuple[str, ...], str]]:
+    """For each: the (dotted) fields that contradict each other, the one to point at first, and what is wrong."""
+    search, gpus, device, rate = (study.search, study.resources.gpus, study.device, study.space.learning_rate)
     if search.method == "grid" and search.trials is not None:
-        fields = ("search.trials", "search.method")
-        yield (
-            *_at(fields),
-            (
-                f"got {search.trials} with search.method grid, whose number of trials follows from its axes; "
-                "leave trials out (null), or take random or optuna"
-            ),
-        )
+        yield ("search.trials", "search.method"), (
+            f"got {search.trials} with search.method grid, whose number of trials follows from its axes; "
+            "leave trials out (null), or take random or optuna"
+        )  # fmt: skip
     if search.method != "grid" and search.trials is None:
         fields = ("search.method", "search.trials")
-        yield *_at(fields), f"{search.method} needs search.trials, the number of trials; expected e.g. trials: 30"
+        yield (fields, f"{search.method} needs search.trials, the number of trials; expected e.g. trials: 30")
     if search.method == "grid" and isinstance(rate, LogUniform):
         fields = ("space.learning_rate", "search.method")
-        yield *_at(fields), "log_uniform has no grid; expected a list of values, or search.method random or optuna"
-    if resources.gpus > 0 and study.device in ("cpu", "mps"):
+        yield (fields, "log_uniform has no grid; expected a list of values, or search.method random or optuna")
+    if gpus > 0 and device in ("cpu", "mps"):
         fields = ("resources.gpus", "device")
-        yield *_at(fields), f"got {resources.gpus:g} with device {study.device}; expected 0, or device cuda or auto"
-    if resources.gpus == 0 and study.device.startswith("cuda"):
+        yield (fields, f"got {gpus:g} with device {device}; expected 0, or device cuda or auto")
+    if gpus == 0 and device.startswith("cuda"):
         fields = ("device", "resources.gpus")
-        yield *_at(fields), f"{study.device} needs resources.gpus above 0: a trial without sees no GPU"
-    own, index = max(1, math.ceil(resources.gpus)), int(study.device.partition(":")[2] or 0)
-    if resources.gpus > 0 and index >= own:
-        fields = ("device", "resources.gpus")
+        yield (fields, f"{device} needs resources.gpus above 0: a trial without sees no GPU")
+    own, index = max(1, math.ceil(gpus)), int(device.partition(":")[2] or 0)
+    if gpus > 0 and index >= own:
         seen = "its GPU as cuda:0" if own == 1 else f"its {own} GPUs as cuda:0 to cuda:{own - 1}"
-        yield *_at(fields), f"got {study.device}, but a trial sees {seen}, whichever of the machine; expected cuda"
-
-
-def _at(fields: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    return fields[0], fields
+        yield (
+            ("device", "resources.gpus"),
+            f"got {device}, but a trial sees {seen}, whichever of the machine; expected cuda",
+        )

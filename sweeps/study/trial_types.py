@@ -1,4 +1,4 @@
-"""The two records that flow through a study: what a trial is, and what came of it.
+"""The records that flow through a study: what a trial is, what its worker gets, and what came of it.
 
 A trial's identity is its content: `TrialConfig.id` hashes everything that can change the result (the trained position,
 the settings, the fingerprints of model and data, the version of the method) and nothing else. So a finished trial is
@@ -10,17 +10,21 @@ import hashlib
 import json
 import zlib
 from dataclasses import asdict, dataclass, field, make_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.stats.axes import AXES
 from analysis.stats.table import pack_right
+
+if TYPE_CHECKING:
+    from locft.data.requests import EditSet
+    from locft.data.suites import Suite
 
 METHOD_VERSION = 1
 """Raised whenever the same configuration would give another result: old results are then not taken for new ones."""
 
 
 class _TrialConfigMethods:
-    """What a trial's configuration can tell of itself."""
+    """What derives from the fields of a trial's configuration."""
 
     @property
     def id(self) -> str:
@@ -41,6 +45,11 @@ class _TrialConfigMethods:
     def depth(self) -> float:
         """Relative depth of the layer, 0 for the first and 1 for the last."""
         return self.layer / max(1, self.layers - 1)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The fields of `locft.train.pipelines.TrainingSettings`: the axes that say how to train."""
+        return {axis.name: getattr(self, axis.name) for axis in AXES if axis.trained}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +72,36 @@ TrialConfig = make_dataclass(
 TrialConfig.__module__ = __name__  # pickle looks for it here
 TrialConfig.__doc__ = """One edit of one model at one position with one setting, fully specified: fingerprints of model and
 data, the number of layers, a value for each of `analysis.stats.axes.AXES`, and the version of the method."""
+
+
+@dataclass(frozen=True)
+class TrialInputs:
+    """Everything a worker needs besides a trial's configuration; the same for all trials of a study."""
+
+    model: str
+    model_fingerprint: str
+    """Of the weights that the study is planned on."""
+    dtype: str
+    device: str
+    edits: "EditSet"
+    suite: "Suite | None"
+    prose_tokens: int
+    """Of prose for drift and perplexity."""
+    threads: int
+    """CPU threads of torch in the worker."""
+    layers: tuple[int, ...] = ()
+    """Where the study trains: the hidden states entering these layers are computed in one pass."""
+    full_model: bool = False
+    """Compute everything with the whole model, the plain way."""
+    spread: bool = False
+    """The model's layers are divided among the GPUs of a trial."""
+
+    @property
+    def key(self) -> tuple:
+        """Tells whether a resident workbench can serve these inputs: first the model's part, then that of the data."""
+        suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
+        model = (self.model, self.model_fingerprint, self.dtype, self.device, self.threads, self.spread)
+        return (model, self.edits.fingerprint, suite, self.full_model)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeps.study.trial_types import TrialConfig
+from sweeps.study.trial_types import TrialConfig, TrialInputs
 from sweeps.tracking.registry import register_edit, registered_edit, study_alias
 from sweeps.run.runner import alone
-from sweeps.run.trial import Basis, TrialInputs, resident_workbench, train
+from sweeps.run.trial import Basis, resident_workbench, train
 
 if TYPE_CHECKING:
     from locft.model.delta import EditDelta

@@ -26,7 +26,8 @@ import psutil
 from locft.cache import cache_folder
 from sweeps.study.estimate import layers_passed
 from sweeps.study.forecast import Forecast, foresee
-from sweeps.study.resolve import PreparedStudy, prepare
+from sweeps.study.plan import PreparedStudy
+from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
 from sweeps.answer import read_state
 from sweeps.tracking.study_run import find_tracker

@@ -36,7 +36,8 @@ from locft.data.requests import load_edits
 from locft.process import settle_vector_math
 from locft.workbench import Workbench
 from sweeps.select.policy import survey
-from sweeps.study.resolve import PreparedStudy, prepare
+from sweeps.study.plan import PreparedStudy
+from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study, ready_studies
 from sweeps.sweep import run_sweep
 from sweeps.tracking.trial_run import user

@@ -11,7 +11,7 @@ from analysis.stats.table import results_frame
 from sweeps.study.estimate import default_costs
 from sweeps.study.forecast import Forecast
 from sweeps.study.plan import make_plan
-from sweeps.study.resolve import PreparedStudy
+from sweeps.study.plan import PreparedStudy
 from sweeps.commands.progress import Progress
 from tests.mlflow_store import config, failure, result
 from tests.sweeps.study.test_plan import FACTS, make_study

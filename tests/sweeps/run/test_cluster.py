@@ -6,7 +6,7 @@ import time
 import pytest
 
 from locft.errors import InputError
-from sweeps.run.cluster import Room, check_nodes, concurrent_trials, ray_session
+from sweeps.run.cluster import Room, check_nodes, ray_session
 from sweeps.study.schema import Resources
 
 
@@ -38,21 +38,21 @@ def test_a_cluster_that_does_not_answer_is_told_within_seconds():
 )
 def test_trials_at_a_time(resources, have, expected):
     resources.pop("device", None)
-    assert concurrent_trials(Resources(**resources), [have]) == expected
+    assert Resources(**resources).places([have]) == expected
 
 
 def test_a_trial_fits_on_one_node_or_not_at_all():
     small, large, head = {"CPU": 4.0, "GPU": 1.0, "memory": 4e9}, {"CPU": 9.0, "memory": 16e9}, {"memory": 8e9}
-    assert concurrent_trials(Resources(cpus=3), [small, small, large, head]) == 5
-    assert concurrent_trials(Resources(cpus=6), [small, small, large]) == 1
-    assert concurrent_trials(Resources(gpus=0.5), [small, large, small]) == 4
-    assert concurrent_trials(Resources(), [small, large, head], trial_bytes=3 * 10**9) == 1 + 5
+    assert Resources(cpus=3).places([small, small, large, head]) == 5
+    assert Resources(cpus=6).places([small, small, large]) == 1
+    assert Resources(gpus=0.5).places([small, large, small]) == 4
+    assert Resources().places([small, large, head], trial_bytes=3 * 10**9) == 1 + 5
     with pytest.raises(InputError, match="6 CPUs and 0 GPUs, but there are 4 CPUs and 1 GPUs in all on the largest"):
-        concurrent_trials(Resources(cpus=6), [small, head, small])
+        Resources(cpus=6).places([small, head, small])
     with pytest.raises(InputError, match="1 CPUs and 2 GPUs, but there are 4 CPUs and 1 GPUs in all on the largest"):
-        concurrent_trials(Resources(gpus=2), [large, small, small])
+        Resources(gpus=2).places([large, small, small])
     with pytest.raises(InputError, match="0 CPUs and 0 GPUs"):
-        concurrent_trials(Resources(), [head])
+        Resources().places([head])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_trial_fits_on_one_node_or_not_at_all():
 )
 def test_no_more_trials_than_memory_holds(resources, gigabytes, expected):
     have = {"CPU": 8.0, "memory": gigabytes * 1e9}
-    assert concurrent_trials(Resources(**resources), [have], trial_bytes=3 * 10**9) == expected
+    assert Resources(**resources).places([have], trial_bytes=3 * 10**9) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_no_more_trials_than_memory_holds(resources, gigabytes, expected):
 )
 def test_resources_that_nothing_has(resources, named):
     with pytest.raises(InputError, match=named):
-        concurrent_trials(Resources(**resources), [{"CPU": 8.0}])
+        Resources(**resources).places([{"CPU": 8.0}])
 
 
 def test_nodes_that_do_not_see_the_model_are_named(ray_running, tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ from sweeps.study.estimate import (
 )
 from sweeps.study.forecast import Forecast, foresee, learnt, machine, places
 from sweeps.study.plan import make_plan
-from sweeps.study.resolve import PreparedStudy, prepare
+from sweeps.study.plan import PreparedStudy
+from sweeps.study.resolve import prepare
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.study.schema import Limits
 from sweeps.study.reader import load_study

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from locft.errors import InputError
 from sweeps.study.plan import (
-    AXES,
+    POINT,
     StudyFacts,
     make_plan,
     optuna_space,
@@ -76,8 +76,8 @@ def test_a_grid_is_the_product_of_its_axes(space):
     study = make_study(space)
     plan = make_plan(study, FACTS)
     layers = optuna_space(study, FACTS)["layer"]
-    expected = set(itertools.product(layers, *(space[axis] for axis in AXES[1:])))
-    got = [tuple(getattr(trial, axis) for axis in AXES) for trial in plan.trials]
+    expected = set(itertools.product(layers, *(space[axis] for axis in POINT[1:])))
+    got = [tuple(getattr(trial, axis) for axis in POINT) for trial in plan.trials]
     assert set(got) == expected and len(got) == len(expected) == plan.count
     assert len({trial.id for trial in plan.trials}) == plan.count
     assert plan.sample == plan.trials

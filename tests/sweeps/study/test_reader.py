@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from locft.errors import InputError
 from sweeps.study.schema import EveryLayer, LogUniform, Study
-from sweeps.study.reader import check_against_model, load_study, ready_studies, selected_layers, study_to_yaml
+from sweeps.study.plan import check_against_model, selected_layers
+from sweeps.study.reader import load_study, ready_studies, study_to_yaml
 
 MODULES = {layer: ("mlp_down", "mlp_up", "mlp", "attn", "layer") for layer in range(30)}
 
@@ -94,10 +95,10 @@ MISTAKES = {
     "empty name": ("name: ''", '1: name: got "", expected 1 to 100 letters'),
     "name with slash": ("name: a/b", '1: name: got "a/b", expected 1 to 100 letters'),
     "name with a line break": ('name: "a\\n"', '1: name: got "a\\n", expected 1 to 100 letters'),
-    "number as name": ("name: 12", "1: name: got 12, expected text"),
+    "number as name": ("name: 12", "1: name: got 12, expected 1 to 100 letters"),
     "text for a number": ("name: a\nepochs: many", '2: epochs: got "many", expected a whole number'),
     "truth for a number": ("name: a\nepochs: true", "2: epochs: got true, expected a whole number"),
-    "no epochs": ("name: a\nepochs: 0", "2: epochs: got 0, expected a number of at least 1"),
+    "no epochs": ("name: a\nepochs: 0", "2: epochs: got 0, expected a whole number of at least 1"),
     "nothing": ("name: a\nepochs:", "2: epochs: got nothing, expected a whole number"),
     "negative rate": (
         "name: a\nspace:\n  learning_rate:\n    - 0.001\n    - -1e-4",
@@ -105,7 +106,7 @@ MISTAKES = {
     ),
     "text for a rate": (
         "name: a\nspace: {learning_rate: fast}",
-        '2: space.learning_rate[0]: got "fast", expected a number such as',
+        '2: space.learning_rate[0]: got "fast", expected a number above 0',
     ),
     "infinite rate": (
         "name: a\nspace: {learning_rate: .inf}",
@@ -113,10 +114,10 @@ MISTAKES = {
     ),
     "zero batch": (
         "name: a\nspace: {batch_size: [1, 0]}",
-        "2: space.batch_size[1]: got 0, expected a number of at least 1",
+        "2: space.batch_size[1]: got 0, expected a whole number of at least 1",
     ),
     "half a batch": ("name: a\nspace: {batch_size: 1.5}", "2: space.batch_size[0]: got 1.5, expected a whole number"),
-    "negative layer": ("name: a\nspace: {layer: -1}", "2: space.layer[0]: got -1, expected a number of at least 0"),
+    "negative layer": ("name: a\nspace: {layer: -1}", "2: space.layer[0]: got -1, expected a whole number of at least 0"),
     "layer word": ("name: a\nspace: {layer: al}", '2: space.layer: got "al", expected all, a layer, a list of layers'),
     "layer range": (
         "name: a\nspace: {layer: 3-7}",
@@ -139,7 +140,7 @@ MISTAKES = {
     "section that is a list": ("name: a\nspace: [1]", "2: space: got [1], expected a mapping of keys to values"),
     "bounds in the wrong order": (
         "name: a\nspace: {learning_rate: {log_uniform: [0.1, 0.01]}}\nsearch: {method: random, trials: 2}",
-        "2: space.learning_rate: got {",
+        "2: space.learning_rate.log_uniform: got [0.1, 0.01], expected the lower bound first",
     ),
     "three bounds": (
         "name: a\nspace: {learning_rate: {log_uniform: [1, 2, 3]}}\nsearch: {method: random, trials: 2}",
@@ -159,7 +160,7 @@ MISTAKES = {
         '2: capability.tasks.a b: got "a b", expected 1 to 100 letters',
     ),
     "task path": ("name: a\ncapability: {tasks: {a: 3}}", "2: capability.tasks.a: got 3, expected text"),
-    "no items": ("name: a\ncapability: {limit: 0}", "2: capability.limit: got 0, expected a number of at least 1"),
+    "no items": ("name: a\ncapability: {limit: 0}", "2: capability.limit: got 0, expected a whole number of at least 1"),
     "concurrent zero": (
         "name: a\nresources: {concurrent: 0}",
         "2: resources.concurrent: got 0, expected auto or a whole number",
@@ -171,13 +172,13 @@ MISTAKES = {
     "negative stop": ("name: a\nstop_below: -1", "2: stop_below: got -1, expected a number of at least 0"),
     "huge seed": (
         "name: a\nspace: {seed: 4294967296}",
-        "2: space.seed[0]: got 4294967296, expected a number below 4294967296",
+        "2: space.seed[0]: got 4294967296, expected a whole number of at least 0 and below 4,294,967,296",
     ),
     "too many trials": (
         "name: a\nsearch: {method: random, trials: 100001}",
-        "2: search.trials: got 100001, expected a number of at most 100000",
+        "2: search.trials: got 100001, expected a whole number of at least 1 and below 100,001",
     ),
-    "very long number": ("name: a\nepochs: " + "9" * 5000, "2: a whole number of 5000 digits is too long"),
+    "very long number": ("name: a\nepochs: " + "9" * 5000, "2: epochs: got Infinity, expected a whole number"),
     "continuous grid": (
         "name: a\nspace: {learning_rate: {log_uniform: [1e-4, 1e-2]}}",
         "2: space.learning_rate: log_uniform has no grid",
@@ -201,20 +202,20 @@ MISTAKES = {
     "missing prose": ("name: a\ncapability: {prose: wiki}", "2: capability.prose: no such file: "),
     "double key": ("name: a\nepochs: 2\nepochs: 3", "3: epochs: given twice, first in line 2"),
     "double key below": ("name: a\nedits:\n  limit: 3\n  limit: 4", "4: edits.limit: given twice, first in line 3"),
-    "broken": ("name: a\nspace: {layer: [1, 2}\nepochs: 3", "2: this is not YAML: "),
-    "a tab": ("name: a\nspace:\n\tlayer: 3", "3: this is not YAML: "),
-    "a control character": ("name: a\nmodel: \x01", "2: this is not YAML: character #x0001"),
-    "two documents": ("name: a\n---\nname: b", "2: this is not YAML: "),
-    "an alias": ("name: &n a\nmodel: *n", "2: this is not YAML: aliases (*name) are not accepted"),
+    "broken": ("name: a\nspace: {layer: [1, 2}\nepochs: 3", "2: not plain YAML: "),
+    "a tab": ("name: a\nspace:\n\tlayer: 3", "3: not plain YAML: "),
+    "a control character": ("name: a\nmodel: \x01", "2: not plain YAML: character #x0001"),
+    "two documents": ("name: a\n---\nname: b", "2: not plain YAML: "),
+    "an alias": ("name: &n a\nmodel: *n", "2: not plain YAML: the alias *n is not accepted"),
     "a tag": (
         "name: a\nmodel: !!python/object/apply:os.system ['true']",
-        "2: the tag !!python/object/apply:os.system is not accepted",
+        "2: not plain YAML: the tag !!python/object/apply:os.system is not accepted",
     ),
-    "a tag of one's own": ("name: a\nmodel: !env MODEL", "2: the tag !env is not accepted"),
+    "a tag of one's own": ("name: a\nmodel: !env MODEL", "2: not plain YAML: the tag !env is not accepted"),
     "a list as key": ("name: a\n? [b]\n: c", "2: a key must be text"),
     "a list at the top": ("- name", '1: got ["name"], expected a mapping with keys such as name'),
     "an empty file": ("# nothing yet\n", "1: got nothing, expected a mapping with keys such as name"),
-    "deep nesting": ("name: " + "[" * 5000, "1: this is not YAML: nested too deeply"),
+    "deep nesting": ("name: " + "[" * 5000, "1: not plain YAML: nested too deeply"),
 }
 
 
@@ -222,7 +223,7 @@ MISTAKES = {
 def test_a_mistake_is_named_with_its_line(tmp_path, kind):
     text, expected = MISTAKES[kind]
     found = problems(write(tmp_path, text))
-    assert len(found) == 1 or kind in ("a tag", "a tag of one's own", "a list as key", "very long number"), found
+    assert len(found) == 1, found
     assert found[0].startswith(expected), found
 
 
@@ -293,9 +294,9 @@ def test_unreadable_files(tmp_path):
     [
         ("space.layr=3", "--set space.layr: unknown key; did you mean layer?"),
         ("layer=3", "--set layer: unknown key; did you mean space.layer?"),
-        ("space.layer=[3", '--set space.layer: "[3" is not YAML: '),
+        ("space.layer=[3", '--set space.layer: not plain YAML: '),
         ("space.batch_size=0", "--set space.batch_size: space.batch_size[0]: got 0"),
-        ("space.layer.every=0", "--set space.layer.every: got 0, expected a number of at least 1"),
+        ("space.layer.every=0", "--set space.layer.every: got 0, expected a whole number of at least 1"),
         ("space..layer=3", "--set space..layer=3: expected field=value"),
         ("epochs", "--set epochs: expected field=value"),
         ("edits={limit: 1, limit: 2}", "--set edits: limit: given twice"),

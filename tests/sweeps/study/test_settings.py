@@ -90,7 +90,7 @@ def test_every_bad_option_at_once():
 
 @pytest.mark.parametrize("rate", [-0.1, 0.0, float("inf")])
 def test_a_learning_rate_is_positive(rate):
-    with pytest.raises(InputError, match="--learning-rate: got .* expected a positive number"):
+    with pytest.raises(InputError, match="--learning-rate: got .* expected a (finite )?number above 0"):
         settings("1.mlp", ATLAS, learning_rate=rate)
 
 
