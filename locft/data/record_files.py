@@ -1,13 +1,14 @@
-"""JSON and JSON Lines files to records that know their line, and one error with everything wrong in a file.
+"""Records from JSON and JSON Lines files, with every problem of a file told at once.
 
-Edit files and benchmark files come in both forms, often under the other one's ending, so the content decides: a text
+Edit files and benchmark files come in both formats, often under the other one's ending, so the content decides: a text
 that begins with "[" is a list of records, anything else is one record a line.
 """
 
-import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +17,68 @@ from locft.errors import InputError
 MAX_PROBLEMS = 20
 """Problems of one file that are told one by one; a file whose every line is wrong needs no 3000 messages."""
 
-_DECODER = json.JSONDecoder()
 _BLANK = " \t\r\n"
 
 
 @dataclass(frozen=True)
-class Record:
-    """One JSON object of a file."""
+class FileRecord:
+    """One record of a file or table."""
 
-    line: int
-    """Line of the file it begins on, the first is 1."""
+    number: int
+    """Counted from 1."""
     value: dict[str, Any]
+    line: int | None = None
+    """Line of the file, counted from 1; None for formats that do not tell it."""
+
+    @property
+    def place(self) -> str:
+        """For messages, such as "record 17 (line 30)"."""
+        return f"record {self.number}" + (f" (line {self.line})" if self.line else "")
 
 
-def read_records(path: Path) -> list[Record]:
-    """The objects of a JSON list or JSON Lines file, in order, at least one. Blank lines and a byte order mark are
-    skipped.
+def read_json_records(path: Path) -> tuple[list[FileRecord], list[str]]:
+    """(records, problems) of a JSON list or JSON Lines file; blank lines and a byte order mark are skipped.
 
-    Raises InputError with every problem of the file: missing (with the nearest existing name), a folder, not UTF-8
-    (with the byte), broken JSON (line and column), no list of records, a record that is no object, no records at all.
+    Problems are broken JSON (line and column), records that are no objects or no Unicode, and a file without records.
+    Raises InputError if the file cannot be read as text.
     """
     text = read_text(path)
-    begin = len(text) - len(text.lstrip(_BLANK))
+    found: list[FileRecord] = []
     problems: list[str] = []
-    if text.startswith("[", begin):
-        found = _list_elements(path, text, begin, problems)
-    elif _is_one_object(text) and path.suffix.lower() == ".json":
-        keys = ", ".join(list(json.loads(text))[:8])
-        raise InputError(f"{path}: one JSON object (keys: {keys}), expected a list of records, or one record a line")
+    if text.lstrip(_BLANK).startswith("["):
+        try:
+            found = [FileRecord(number, value) for number, value in enumerate(json.loads(text), 1)]
+        except (ValueError, RecursionError) as error:
+            problems.append(_broken(path, error))
+    elif path.suffix.lower() == ".json" and (keys := _keys_of_one_object(text)) is not None:
+        problems.append(f"{path}: one JSON object (keys: {keys}), expected a list of records, or one record a line")
     else:
-        found = _lines(path, text, problems)
+        # Split at "\n" alone: str.splitlines also splits at characters that JSON strings may hold (U+2028).
+        filled = [(line, content) for line, content in enumerate(text.split("\n"), 1) if content.strip(_BLANK)]
+        for number, (line, content) in enumerate(filled, 1):
+            try:
+                found.append(FileRecord(number, json.loads(content), line))
+            except (ValueError, RecursionError) as error:
+                problems.append(_broken(path, error, line))
     records = []
-    for line, value in found:
-        if not isinstance(value, dict):
-            problems.append(f"{path}, line {line}: a record must be a JSON object, got {describe(value)}")
-        elif not _is_unicode(value):
-            problems.append(f"{path}, line {line}: a string holds half a surrogate pair (\\ud800 to \\udfff), not text")
+    for record in found:
+        if not isinstance(record.value, dict):
+            problems.append(f"{path}, {record.place}: expected a JSON object, got {describe(record.value)}")
+        elif not _is_unicode(record.value):
+            problems.append(f"{path}, {record.place}: half a surrogate pair in a string (\\ud800 to \\udfff)")
         else:
-            records.append(Record(line, value))
+            records.append(record)
     if not problems and not records:
         problems.append(f"{path}: no records in it, expected a JSON list of objects, or one object a line")
-    if problems:
-        raise InputError(shortened(problems))
-    return records
+    return records, problems
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text, without the byte order mark. Raises InputError as `read_records` does."""
+    """A UTF-8 file's text without the byte order mark.
+
+    Raises InputError if the path does not exist (with the nearest name that does), is a folder, or holds bytes that are
+    not UTF-8 (with line and offset).
+    """
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file")
     try:
@@ -82,18 +98,16 @@ def read_text(path: Path) -> str:
 
 def missing_path(path: Path) -> str:
     """The problem that a path does not exist, with the nearest name that does."""
-    parent = path.parent
-    if not parent.is_dir():
-        missing = path
-        while not missing.parent.is_dir() and missing.parent != missing:
-            missing = missing.parent
-        what = f"{path}: no such file, its folder {missing} does not exist"
-        near = difflib.get_close_matches(missing.name, _names(missing.parent), 1)
-        return f"{what}; did you mean {missing.parent / near[0]}?" if near else what
-    near = difflib.get_close_matches(path.name, _names(parent), 1)
-    if near:
-        return f"{path}: no such file; did you mean {parent / near[0]}?"
-    return f"{path}: no such file; nothing in {parent.resolve()} is named like it"
+    missing, folder = path, path.parent
+    while not folder.is_dir() and folder != missing:
+        missing, folder = folder, folder.parent
+    problem = f"{path}: no such file" + (f", its folder {missing} does not exist" if missing != path else "")
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(entry.name for entry in folder.iterdir())
+    if near := get_close_matches(missing.name, names, 1):
+        return f"{problem}; did you mean {folder / near[0]}?"
+    return problem if missing != path else f"{problem}; nothing in {folder.resolve()} has a similar name"
 
 
 def describe(value: Any) -> str:
@@ -101,6 +115,8 @@ def describe(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     if value is None:
         return "null"
+    if isinstance(value, str) and not value.strip():
+        return "only whitespace" if value else "an empty text"
     shown = json.dumps(value, ensure_ascii=True, default=str)
     return f"{kinds.get(type(value), type(value).__name__)} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
@@ -112,80 +128,26 @@ def shortened(problems: Sequence[str]) -> tuple[str, ...]:
     return (*problems[:MAX_PROBLEMS], f"... and {len(problems) - MAX_PROBLEMS} more problems")
 
 
-def _lines(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
-    # Split at "\n" alone: str.splitlines also splits at characters that JSON strings may hold (U+2028).
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip(_BLANK):
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}, line {number}, column {error.colno}: broken JSON: {error.msg}")
-        except (RecursionError, ValueError) as error:  # nested without end; a number of thousands of digits
-            problems.append(f"{path}, line {number}: unreadable JSON: {error}")
+def _broken(path: Path, error: Exception, line: int | None = None) -> str:
+    """What json says of a text that it cannot read; `line` if the text is that line of the file."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{path}, line {line or error.lineno}, column {error.colno}: broken JSON: {error.msg}"
+    place = f"{path}, line {line}" if line else str(path)
+    return f"{place}: unreadable JSON: {error}"  # nested without end; a number of thousands of digits
 
 
-def _list_elements(path: Path, text: str, begin: int, problems: list[str]) -> Iterator[tuple[int, Any]]:
-    """Elements one at a time, because only so does each know its line."""
-    line = text.count("\n", 0, begin) + 1
-    at = begin
-
-    def advance(to: int) -> None:
-        nonlocal line, at
-        line, at = line + text.count("\n", at, to), to
-
-    def skip_blanks(position: int) -> int:
-        while position < len(text) and text[position] in _BLANK:
-            position += 1
-        return position
-
-    def broken(expected: str) -> str:
-        column = at - text.rfind("\n", 0, at)
-        got = repr(text[at]) if at < len(text) else "the end of the file"
-        return f"{path}, line {line}, column {column}: broken JSON: expected {expected}, got {got}"
-
-    advance(skip_blanks(begin + 1))
-    closed = text.startswith("]", at)
-    while not closed:
-        try:
-            value, end = _DECODER.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}")
-            return
-        except (RecursionError, ValueError) as error:
-            problems.append(f"{path}, line {line}: unreadable JSON: {error}")
-            return
-        yield line, value
-        advance(skip_blanks(end))
-        closed = text.startswith("]", at)
-        if not closed:
-            if not text.startswith(",", at):
-                problems.append(broken("',' or ']' after a record"))
-                return
-            advance(skip_blanks(at + 1))
-    advance(skip_blanks(at + 1))
-    if at < len(text):
-        problems.append(broken("nothing after the list"))
-
-
-def _is_one_object(text: str) -> bool:
+def _keys_of_one_object(text: str) -> str | None:
     try:
-        return isinstance(json.loads(text), dict)
-    except (RecursionError, ValueError):
-        return False
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return ", ".join(list(value)[:8]) if isinstance(value, dict) else None
 
 
 def _is_unicode(value: dict[str, Any]) -> bool:
-    # JSON can spell half of a surrogate pair, which is no text and fails later in a tokenizer.
+    """False if a string holds half of a surrogate pair: JSON can spell it, but a tokenizer fails on it."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir())
-    except OSError:
-        return []

@@ -1,4 +1,4 @@
-"""Edit requests: what is to be written into a model, read from a file, a hub data set or the project's own edits.
+"""Edit sets: the edits of a file, a hub data set or the project's own, checked and selected.
 
 A source is read whole and all its problems are told at once, because a user corrects a file, not a line. What is right
 in form can still be impossible (two edits give one prompt two targets) or idle (the target is already true): that is
@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from locft.data.edit_layouts import RawEdit, read_edits
-from locft.data.edit_request import EditRequest, LocalityPrompt
-from locft.data.record_files import missing_path, read_records, read_text, shortened
+from locft.data.edit_layouts import read_edits
+from locft.data.edit_request import EditRequest
+from locft.data.record_files import missing_path, read_json_records
+from locft.data.record_tables import hub_records
 from locft.errors import InputError
 
 BUILT_IN = ("atlas",)
@@ -104,13 +104,13 @@ def load_edits(source: str, *, limit: int | None = None, sample_seed: int | None
     """
     source = os.fspath(source)
     _check_selection(limit, sample_seed)
-    layout, edits = _read(source)
-    ids = _ids(edits, layout)
+    layout, edits, truths = _read(source)
+    edits = _with_ids(edits, layout)
     chosen: Sequence[int] = range(len(edits))
     if limit is not None and limit < len(edits):
         chosen = chosen[:limit] if sample_seed is None else _drawn(chosen, limit, sample_seed)
-    requests = tuple(_request(edits[i], ids[i]) for i in chosen)
-    findings = _findings(requests, [edits[i].truths for i in chosen])
+    requests = tuple(edits[index] for index in chosen)
+    findings = _findings(requests, [truths[index] for index in chosen])
     return EditSet(requests, source, layout, _fingerprint(requests), findings)
 
 
@@ -168,23 +168,11 @@ def _fingerprint(requests: Sequence[EditRequest]) -> str:
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-def _request(edit: RawEdit, identity: str) -> EditRequest:
-    return EditRequest(
-        id=identity,
-        subject=edit.subject,
-        prompt=edit.prompt,
-        target=edit.target,
-        ground_truth=edit.truths[0] if edit.truths else None,
-        rephrases=edit.rephrases,
-        locality=tuple(LocalityPrompt(prompt, answer) for prompt, answer in edit.locality),
-    )
-
-
-def _ids(edits: Sequence[RawEdit], layout: str) -> list[str]:
-    """One id each, the file's own where it has one. A benchmark may repeat its ids: the later ones get "#2", "#3"."""
+def _with_ids(edits: Sequence[EditRequest], layout: str) -> list[EditRequest]:
+    """Each edit with an id, the file's own if it has one; if a file repeats an id, the later ones get "#2", "#3"."""
     given = {edit.id for edit in edits}
     used: set[str] = set()
-    ids = []
+    named = []
     for number, edit in enumerate(edits, start=1):
         wanted = edit.id or f"{layout}-{number}"
         identity, copy = wanted, 1
@@ -192,12 +180,12 @@ def _ids(edits: Sequence[RawEdit], layout: str) -> list[str]:
             copy += 1
             identity = f"{wanted}#{copy}"
         used.add(identity)
-        ids.append(identity)
-    return ids
+        named.append(replace(edit, id=identity))
+    return named
 
 
-def _read(source: str) -> tuple[str, list[RawEdit]]:
-    """(layout, edits) of a whole source."""
+def _read(source: str) -> tuple[str, list[EditRequest], list[tuple[str, ...]]]:
+    """(layout, edits, true answers of each edit) of a whole source."""
     if source in BUILT_IN:
         with importlib.resources.as_file(importlib.resources.files("locft.data") / f"{source}.jsonl") as path:
             return _read_file(path)
@@ -205,7 +193,8 @@ def _read(source: str) -> tuple[str, list[RawEdit]]:
     if os.path.exists(path):
         return _read_file(path)
     if _HUB_ID.fullmatch(source) and not source.lower().endswith((".json", ".jsonl", ".ndjson")):
-        return _checked(*_hub_table(source))
+        name, _, split = source.partition(":")
+        return read_edits(hub_records(source, name, None, split or None), source)
     try:
         problem = missing_path(path)
     except OSError as error:  # a name too long for a file system
@@ -215,68 +204,6 @@ def _read(source: str) -> tuple[str, list[RawEdit]]:
     raise InputError(problem)
 
 
-def _read_file(path: Path) -> tuple[str, list[RawEdit]]:
-    try:
-        records = read_records(path)
-    except InputError as error:
-        lines = _sound_lines(path)
-        return _checked([value for _, value in lines], [f"{path}, line {line}" for line, _ in lines], error.problems)
-    places = [
-        # The line is enough to find a record, unless it is one of several on it.
-        f"{path}, line {record.line}" + ("" if record.line == number else f" (record {number})")
-        for number, record in enumerate(records, start=1)
-    ]
-    return _checked([record.value for record in records], places)
-
-
-def _sound_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The readable lines of a JSON Lines file some of whose lines are broken, so that their problems are told too."""
-    try:
-        text = read_text(path)
-    except InputError:
-        return []
-    found = []
-    for number, line in enumerate(text.split("\n") if not text.lstrip().startswith("[") else (), start=1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            found.append((number, value))
-    return found
-
-
-def _hub_table(source: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """(records, places) of a data set of the Hugging Face hub, "owner/name" or "owner/name:split"."""
-    name, _, split = source.partition(":")
-    try:
-        import datasets  # here, because it takes a second and only this needs it
-
-        data = datasets.load_dataset(name, split=split or None)
-        if not split and len(data) == 1:
-            (data,) = data.values()
-        elif not split:
-            choices = ", ".join(f"{name}:{key}" for key in data)
-            raise InputError(f"{source}: expected a data set with one split, got {len(data)}; choose one of {choices}")
-        rows = list(data)
-    except InputError:
-        raise
-    except Exception as error:  # library, network and decoders have a class each; the user's next step is the same
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{source}: no such file here, and not to be had as data set {name!r} of the Hugging Face hub "
-            f"(split {split or 'not named'}): {type(error).__name__}: {reason}. Without a network, name a local .json "
-            "or .jsonl file with its records, or load it once with a network and set HF_HUB_OFFLINE=1 to use that copy"
-        ) from None
-    if not rows:
-        raise InputError(f"{source}: no records in it, expected at least one edit")
-    return rows, [f"{source}, record {number}" for number in range(1, len(rows) + 1)]
-
-
-def _checked(
-    records: Sequence[dict[str, Any]], places: Sequence[str], earlier_problems: Sequence[str] = ()
-) -> tuple[str, list[RawEdit]]:
-    layout, edits, problems = read_edits(records, places)
-    if earlier_problems or problems:
-        raise InputError(shortened((*earlier_problems, *problems)))
-    return layout, edits
+def _read_file(path: Path) -> tuple[str, list[EditRequest], list[tuple[str, ...]]]:
+    records, problems = read_json_records(path)
+    return read_edits(records, str(path), problems)

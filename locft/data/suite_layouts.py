@@ -1,20 +1,33 @@
-"""Benchmark records, in the field layouts in which they are published, to scorable items.
+"""Layouts of benchmark files: records of any published layout become the same scorable items.
 
 Prompts and scoring rules are those in common use (as in lm-evaluation-harness, zero-shot), so that the numbers can be
-compared with published ones. What the model must know lies in the choices; they carry the space that leads them.
+compared with published ones. A new layout is one more entry of `LAYOUTS`.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from locft.errors import InputError
-from locft.data.record_files import describe
+from pydantic import Field, Strict, TypeAdapter
+
+from locft.data.record_files import FileRecord
+from locft.data.record_layouts import TEXT, FieldType, RecordFields, RecordLayout, Text, read_with_layout
 
 Rule = Literal["sum", "mean", "exact"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NO_ANSWERS = (-1, "-1", "", None)
+"""What stands for the right choice in splits that are published without answers."""
+
+_VERBATIM = FieldType("text", TypeAdapter(Annotated[str, Strict()]), "")
+_ONE_OR_MORE: FieldType[tuple[str, ...]] = FieldType(
+    "a list of 1 or more texts", TypeAdapter(Annotated[tuple[Text, ...], Field(min_length=1)]), ()
+)
+_TWO_OR_MORE: FieldType[tuple[str, ...]] = FieldType(
+    "a list of 2 or more texts", TypeAdapter(Annotated[tuple[Text, ...], Field(min_length=2)]), ()
+)
+_ANSWER: FieldType[Any] = FieldType("the number of the right choice", TypeAdapter(Any), ...)
 
 
 @dataclass(frozen=True)
@@ -25,170 +38,51 @@ class CapabilityItem:
     id: str
     """Unique within the task."""
     context: str
-    """What precedes every choice; empty where whole sentences are compared."""
+    """What precedes every choice; empty if whole sentences are compared."""
     choices: tuple[str, ...]
     """With their leading space."""
     answer: int
     """Index of the right choice."""
     rule: Rule
     """How a choice is scored. sum: log-likelihood of its tokens. mean: that divided by its characters (without the
-    space that leads it), for choices of uneven length. exact: there is one choice, right when each of its tokens is the
-    most likely one, given the true tokens before it."""
+    leading space), for choices of uneven length. exact: there is one choice, which is right if each of its tokens is
+    the most likely one given the true tokens before it."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A benchmark's fields and how they become an item."""
-
-    name: str
-    keys: frozenset[str]
-    """A record that has these is of this layout."""
-    read: Callable[["_Fields"], tuple[str, Sequence[str], int, Rule] | None]
-    """(context, choices, answer, rule); None where a field is wrong."""
-    only: frozenset[str] | None = None
-    """A record that has other keys than these is not of this layout. None: other keys are ignored."""
+def _spaced(choice: str) -> str:
+    return " " + choice.strip()
 
 
-def detect_layout(keys: Sequence[str], where: str) -> Layout:
-    """The layout with these keys. Raises InputError that names the keys and the known layouts."""
-    for layout in LAYOUTS:
-        if layout.keys <= set(keys) and (layout.only is None or set(keys) <= layout.only):
-            return layout
-    known = "; ".join(f"{layout.name} ({', '.join(sorted(layout.keys))})" for layout in LAYOUTS)
-    raise InputError(f"{where}: unknown layout, its keys are {', '.join(map(str, keys)) or 'none'}. Known: {known}")
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkLayout(RecordLayout):
+    """Where the parts of a question are in a record, and how they are shown to the model."""
 
+    texts: tuple[str, ...] = ()
+    """Keys of the texts that make up the context."""
+    optional_texts: tuple[str, ...] = ()
+    """More of them, "" if absent."""
+    context: str | Callable[[Mapping[str, str]], str] = ""
+    """A template over the texts, or a function of them."""
+    choices: str | tuple[str, ...] = ()
+    """Path of the list of choices, or the keys of one choice each. Without any, the model gives the last word."""
+    answer: str | int = 0
+    """Path of the right choice's number from 0, or the number itself."""
+    labels: str = ""
+    """Path of the choices' labels, if the answer is one of these instead of a number."""
+    lettered: bool = False
+    """The choices get letters, which are what the model chooses among; the answer may be a letter too."""
+    shown: Callable[[str], str] = _spaced
+    """The form in which a choice follows the context."""
+    rule: Rule = "sum"
 
-def read_item(layout: Layout, value: Mapping[str, Any], task: str, default_id: str, where: str) -> CapabilityItem:
-    """One record as an item. Raises InputError with every wrong field (got, expected)."""
-    fields = _Fields(value, where)
-    found = layout.read(fields)
-    own_id = fields.optional_text("id") if layout is OWN else None
-    if fields.problems or found is None:
-        raise InputError(fields.problems)
-    context, choices, answer, rule = found
-    return CapabilityItem(task, own_id or default_id, context, tuple(choices), answer, rule)
+    @property
+    def required(self) -> tuple[str, ...]:
+        choices = (self.choices,) if isinstance(self.choices, str) else self.choices
+        return (*self.texts, *choices, *((self.answer,) if isinstance(self.answer, str) else ()))
 
-
-class _Fields:
-    """Typed access to a record's fields that notes what is wrong and goes on, so that all of it is told."""
-
-    def __init__(self, value: Mapping[str, Any], where: str):
-        self.value, self.where, self.problems = value, where, []
-
-    def wrong(self, key: str, expected: str) -> None:
-        if key in self.value:
-            self.problems.append(f"{self.where}: field {key!r}: got {describe(self.value[key])}, expected {expected}")
-            return
-        near = difflib.get_close_matches(key, [name for name in self.value if isinstance(name, str)], 1)
-        hint = f" (there is {near[0]!r})" if near else ""
-        self.problems.append(f"{self.where}: field {key!r} is missing{hint}, expected {expected}")
-
-    def text(self, key: str, blank: bool = False) -> str:
-        value = self.value.get(key)
-        if not isinstance(value, str) or not (blank or value.strip()):
-            self.wrong(key, "text")
-            return ""
-        return value
-
-    def optional_text(self, key: str) -> str | None:
-        return self.text(key) if self.value.get(key) is not None else None
-
-    def texts(self, key: str, at_least: int = 2) -> tuple[str, ...]:
-        """A list of texts that are not blank."""
-        value = self.value.get(key)
-        if not _is_texts(value) or len(value) < at_least:
-            self.wrong(key, f"a list of {at_least} or more texts")
-            return ()
-        return tuple(value)
-
-    def index(self, key: str, count: int, letters: bool = False) -> int:
-        """The right choice's number, 0 is the first; also as a text, as the hub's tables have it, or as a letter."""
-        value = self.value.get(key)
-        if isinstance(value, str):
-            if letters and len(value) == 1 and value in LETTERS:
-                value = LETTERS.index(value)
-            elif re.fullmatch(r"[0-9]{1,3}", value):
-                value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-            hidden = key in self.value and value in (-1, "-1", "", None)
-            hint = " (a split without answers cannot be scored)" if hidden else ""
-            self.wrong(key, f"the number of the right choice, 0 to {count - 1}{hint}")
-            return 0
-        return value
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
-
-
-def _labelled_choices(fields: _Fields) -> tuple[tuple[str, ...], int]:
-    """`choices` {text: [...], label: [...]} and `answerKey`, the label of the right one."""
-    choices = fields.value.get("choices")
-    texts, labels = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (None, None)
-    if not (_is_texts(texts) and _is_texts(labels) and len(texts) == len(labels) >= 2):
-        fields.wrong("choices", 'an object {"text": [...], "label": [...]} of two lists of the same length, 2 or more')
-        return (), 0
-    key = fields.value.get("answerKey")
-    if key not in labels:
-        fields.wrong("answerKey", f"one of {', '.join(labels)}")
-        return (), 0
-    return tuple(texts), labels.index(key)
-
-
-def _spaced(choices: Sequence[str]) -> tuple[str, ...]:
-    return tuple(" " + choice.strip() for choice in choices)
-
-
-def _own(fields: _Fields):
-    context, choices = fields.text("context", blank=True), fields.texts("choices", at_least=1)
-    answer = fields.index("answer", max(1, len(choices)))
-    return context, choices, answer, "exact" if len(choices) == 1 else "sum"
-
-
-def _arc(fields: _Fields):
-    question = fields.text("question")
-    choices, answer = _labelled_choices(fields)
-    return f"Question: {question}\nAnswer:", _spaced(choices), answer, "sum"
-
-
-def _openbookqa(fields: _Fields):
-    stem = fields.text("question_stem")
-    choices, answer = _labelled_choices(fields)
-    return stem, _spaced(choices), answer, "mean"
-
-
-def _mmlu(fields: _Fields):
-    question, choices = fields.text("question"), fields.texts("choices")
-    if len(choices) > len(LETTERS):
-        fields.wrong("choices", f"at most {len(LETTERS)} texts, each gets a letter")
-    answer = fields.index("answer", len(choices) or 4, letters=True)
-    options = "".join(f"\n{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, choices))
-    return f"{question.strip()}{options}\nAnswer:", _spaced(LETTERS[: len(choices)]), answer, "sum"
-
-
-def _sciq(fields: _Fields):
-    support = fields.text("support", blank=True).strip() if fields.value.get("support") is not None else ""
-    question = fields.text("question")
-    choices = [fields.text(key) for key in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    return f"{support}\nQuestion: {question}\nAnswer:".lstrip(), _spaced(choices), 3, "sum"
-
-
-def _piqa(fields: _Fields):
-    goal, choices = fields.text("goal"), [fields.text("sol1"), fields.text("sol2")]
-    return f"Question: {goal}\nAnswer:", _spaced(choices), fields.index("label", 2), "sum"
-
-
-def _hellaswag(fields: _Fields):
-    if "ctx_a" in fields.value:
-        second = fields.text("ctx_b", blank=True) if fields.value.get("ctx_b") is not None else ""
-        context = f"{fields.text('ctx_a')} {second.capitalize()}"
-    else:
-        context = fields.text("ctx")
-    activity = fields.optional_text("activity_label")
-    endings = fields.texts("endings")
-    answer = fields.index("label", len(endings) or 4)
-    context = _without_wikihow_marks(f"{activity}: {context}" if activity else context)
-    return context, _spaced([_without_wikihow_marks(ending) or ending for ending in endings]), answer, "mean"
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return (*self.optional_texts, *(("id",) if self.strict else ()))
 
 
 def _without_wikihow_marks(text: str) -> str:
@@ -197,38 +91,129 @@ def _without_wikihow_marks(text: str) -> str:
     return text.replace("  ", " ").strip()
 
 
-def _blimp(fields: _Fields):
-    # Whole sentences are compared, so nothing leads them.
-    good, bad = fields.text("sentence_good"), fields.text("sentence_bad")
-    return "", (good, bad), 0, "sum"
+def _hellaswag_context(texts: Mapping[str, str]) -> str:
+    context = texts["ctx"] if "ctx" in texts else f"{texts['ctx_a']} {texts['ctx_b'].capitalize()}"
+    activity = texts["activity_label"]
+    return _without_wikihow_marks(f"{activity}: {context}" if activity else context)
 
 
-def _lambada(fields: _Fields):
-    text = fields.text("text")
+def _hellaswag_ending(ending: str) -> str:
+    return _spaced(_without_wikihow_marks(ending) or ending)
+
+
+# fmt: off
+_HELLASWAG = BenchmarkLayout(
+    name="HellaSwag", signs=("ctx_a endings",), texts=("ctx_a",), optional_texts=("ctx_b", "activity_label"),
+    context=_hellaswag_context, choices="endings", answer="label", shown=_hellaswag_ending, rule="mean",
+)
+
+LAYOUTS = (  # the first that recognises a record has it
+    # This project's own. A single choice must be predicted exactly (a last word); choices have their leading space.
+    BenchmarkLayout(
+        name="own", strict=True, signs=("context choices answer",), texts=("context",), context="{context}",
+        choices="choices", answer="answer", shown=str,
+    ),
+    BenchmarkLayout(  # whole sentences are compared
+        name="BLiMP", signs=("sentence_good sentence_bad",), choices=("sentence_good", "sentence_bad"), shown=str,
+    ),
+    BenchmarkLayout(
+        name="PIQA", signs=("goal sol1 sol2",), texts=("goal",), context="Question: {goal}\nAnswer:",
+        choices=("sol1", "sol2"), answer="label",
+    ),
+    _HELLASWAG,
+    replace(_HELLASWAG, signs=("ctx endings",), texts=("ctx",), optional_texts=("activity_label",)),
+    BenchmarkLayout(
+        name="SciQ", signs=("question correct_answer distractor1",), texts=("question",), optional_texts=("support",),
+        context=lambda texts: f"{texts['support'].strip()}\nQuestion: {texts['question']}\nAnswer:".lstrip(),
+        choices=("distractor1", "distractor2", "distractor3", "correct_answer"), answer=3,
+    ),
+    BenchmarkLayout(
+        name="OpenBookQA", signs=("question_stem choices",), texts=("question_stem",), context="{question_stem}",
+        choices="choices.text", labels="choices.label", answer="answerKey", rule="mean",
+    ),
+    BenchmarkLayout(
+        name="ARC", signs=("question choices answerKey",), texts=("question",), context="Question: {question}\nAnswer:",
+        choices="choices.text", labels="choices.label", answer="answerKey",
+    ),
+    BenchmarkLayout(
+        name="MMLU", signs=("question choices answer",), texts=("question",), context="{question}",
+        choices="choices", answer="answer", lettered=True,
+    ),
+    BenchmarkLayout(
+        name="LAMBADA", signs=("text",), texts=("text",), context="{text}",
+        only="text domain id idx",  # any table of texts has a column "text": beside "label", say, it is no cloze
+    ),
+)
+# fmt: on
+
+
+def read_items(
+    records: Sequence[FileRecord], task: str, source: str, earlier_problems: Sequence[str] = ()
+) -> tuple[str, list[CapabilityItem]]:
+    """(layout, items) of a file's records. Raises InputError with every problem, those found earlier first."""
+    stem = Path(source).stem
+
+    def read(layout: BenchmarkLayout, fields: RecordFields, record: FileRecord) -> CapabilityItem:
+        own_id = fields.optional("id", TEXT) if layout.strict else None
+        context, choices, answer, rule = _question(layout, fields)
+        return CapabilityItem(task, own_id or f"{stem}:{record.line or record.number}", context, choices, answer, rule)
+
+    layout, items = read_with_layout(LAYOUTS, records, source, read, earlier_problems)
+    return layout.name, items
+
+
+def _question(layout: BenchmarkLayout, fields: RecordFields) -> tuple[str, tuple[str, ...], int, Rule]:
+    """(context, choices, answer, rule); of no use if one of the fields is wrong."""
+    texts = {key: fields.get(key, _VERBATIM if layout.strict else TEXT) for key in layout.texts}
+    texts |= {key: fields.optional(key, TEXT) or "" for key in layout.optional_texts}
+    context = layout.context.format(**texts) if isinstance(layout.context, str) else layout.context(texts)
+    if not layout.choices:
+        return _last_word(layout.texts[0], context, fields)
+    if isinstance(layout.choices, str):
+        choices = fields.get(layout.choices, _ONE_OR_MORE if layout.strict else _TWO_OR_MORE)
+    else:
+        choices = tuple(fields.get(key, TEXT) for key in layout.choices)
+    answer = layout.answer if isinstance(layout.answer, int) else _answer(layout, layout.answer, choices, fields)
+    if layout.lettered:
+        if len(choices) > len(LETTERS):
+            fields.wrong(str(layout.choices), f"at most {len(LETTERS)} texts, each gets a letter", list(choices))
+        options = "".join(f"\n{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False))
+        context, choices = f"{context.strip()}{options}\nAnswer:", tuple(LETTERS[: len(choices)])
+    rule: Rule = "exact" if len(choices) == 1 else layout.rule
+    return context, tuple(map(layout.shown, choices)), answer, rule
+
+
+def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: RecordFields) -> int:
+    """Index of the right choice, given as a label, a number, its digits (as in tables of the hub) or a letter."""
+    value = fields.get(path, _ANSWER)
+    if value is ...:
+        return 0
+    if layout.labels:
+        labels = fields.get(layout.labels, _TWO_OR_MORE)
+        if choices and labels and len(labels) != len(choices):
+            fields.wrong(layout.labels, f"{len(choices)} labels, one a choice", labels)
+        elif labels and value not in labels:
+            fields.wrong(path, f"one of {', '.join(labels)}", value)
+        return labels.index(value) if value in labels else 0
+    index = value
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}", value):
+        index = int(value)
+    elif layout.lettered and isinstance(value, str) and len(value) == 1 and value in LETTERS:
+        index = LETTERS.index(value)
+    if type(index) is not int or not 0 <= index < (len(choices) or len(LETTERS)):
+        hint = " (a split without answers cannot be scored)" if value in NO_ANSWERS else ""
+        last = f", 0 to {len(choices) - 1}" if choices else ""
+        fields.wrong(path, f"the number of the right choice{last}{hint}", value)
+        return 0
+    return index
+
+
+def _last_word(key: str, text: str, fields: RecordFields) -> tuple[str, tuple[str, ...], int, Rule]:
     split = re.fullmatch(r"(.*\S)(\s+)(\S+)\s*", text, re.DOTALL)
     if split is None:
         if text:
-            fields.wrong("text", "two or more words, the last of which is asked for")
-        return None
+            fields.wrong(key, "two or more words, the last of which is asked for", text)
+        return "", (), 0, "exact"
     # A last word on a line of its own is asked for behind the line break, not together with it.
     before, gap, word = split.groups()
     return (before, (" " + word,), 0, "exact") if gap == " " else (before + gap, (word,), 0, "exact")
-
-
-OWN = Layout("own", frozenset({"context", "choices", "answer"}), _own)
-"""This project's own: {"id"?, "context", "choices": [...], "answer": index}, choices with their leading space. A single
-choice must be predicted exactly (a last word)."""
-
-LAYOUTS: tuple[Layout, ...] = (
-    OWN,
-    Layout("BLiMP", frozenset({"sentence_good", "sentence_bad"}), _blimp),
-    Layout("PIQA", frozenset({"goal", "sol1", "sol2"}), _piqa),
-    Layout("HellaSwag", frozenset({"ctx", "endings"}), _hellaswag),
-    Layout("HellaSwag", frozenset({"ctx_a", "endings"}), _hellaswag),
-    Layout("SciQ", frozenset({"question", "correct_answer", "distractor1"}), _sciq),
-    Layout("OpenBookQA", frozenset({"question_stem", "choices"}), _openbookqa),
-    Layout("ARC", frozenset({"question", "choices", "answerKey"}), _arc),
-    Layout("MMLU", frozenset({"question", "choices", "answer"}), _mmlu),
-    # Any table of texts has a column "text": with others such as "label" it is no last-word cloze.
-    Layout("LAMBADA", frozenset({"text"}), _lambada, only=frozenset({"text", "domain", "id", "idx"})),
-)

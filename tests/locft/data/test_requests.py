@@ -498,7 +498,7 @@ def test_broken_lines_and_wrong_fields_are_told_together(tmp_path):
     records = [json.dumps(OWN), '{"subject": ', json.dumps(without(OWN, "target")), "[1]", "[" * 100_000, "9" * 5000]
     problems = problems_of(write(tmp_path, "\n".join(records)))
     assert len(problems) == 5
-    for place in ("line 2, column 13: broken JSON", "line 3, field target", "line 4", "line 5", "line 6"):
+    for place in ("line 2, column 13: broken JSON", "record 3 (line 3), field target", "line 4", "line 5", "line 6"):
         assert any(place in problem for problem in problems), place
 
 
@@ -510,7 +510,7 @@ def test_no_list_of_edits(tmp_path):
 
 def test_unknown_layout_names_its_keys_and_the_known_ones(tmp_path):
     problem = only_problem(tmp_path, [{"question": "x", "choices": []}] * 3)
-    assert f"{tmp_path}/edits.jsonl, line 1: unknown layout of edits, got the keys question, choices" in problem
+    assert f"{tmp_path}/edits.jsonl, record 1 (line 1): unknown layout, got the keys question, choices" in problem
     for name in (*LAYOUTS, "requested_rewrite", "src, alt", "subject, prompt, target;"):
         assert name in problem
 
@@ -536,7 +536,7 @@ def test_unknown_layout_names_its_keys_and_the_known_ones(tmp_path):
 def test_missing_field(tmp_path, layout, field):
     good = LAYOUTS[layout]
     problem = only_problem(tmp_path, [good | {"id": "a"}, good | {"id": "b"}, without(good, field)])
-    assert problem.startswith(f"{tmp_path}/edits.jsonl, line 3") and field in problem
+    assert problem.startswith(f"{tmp_path}/edits.jsonl, record 3 (line 3)") and field in problem
     if field not in ("src", "requested_rewrite"):  # without these, the record is of another layout
         assert f"field {field}: expected text, got no such field (the keys are " in problem
 
@@ -576,7 +576,7 @@ def test_missing_field(tmp_path, layout, field):
         ),
         (
             ORIGINAL | {"requested_rewrite": without(ORIGINAL["requested_rewrite"], "target_true")},
-            "requested_rewrite.target_true: exp",
+            "requested_rewrite.target_true: expected an object, got no such field (the keys are prompt, subject",
         ),
         (
             ORIGINAL | {"requested_rewrite": ORIGINAL["requested_rewrite"] | {"target_new": {}}},
@@ -588,7 +588,8 @@ def test_missing_field(tmp_path, layout, field):
 def test_wrong_type_and_empty_text(tmp_path, record, expected):
     problems = problems_of(write(tmp_path, [record]))
     assert any(
-        problem.startswith(f"{tmp_path}/edits.jsonl, line 1, field ") and expected in problem for problem in problems
+        problem.startswith(f"{tmp_path}/edits.jsonl, record 1 (line 1), field ") and expected in problem
+        for problem in problems
     )
     assert len(problems) == (2 if "Target" in record else 1)
 
@@ -607,22 +608,22 @@ def test_notes_of_ones_own_are_welcome(tmp_path):
 
 def test_mixed_layouts(tmp_path):
     problem = only_problem(tmp_path, [OWN, OWN, ZSRE])
-    assert "line 3: expected layout own as elsewhere in the file, got layout zsre (it has no prompt, target)" in problem
+    expected = "expected layout own as elsewhere in the file, got"
+    assert f"record 3 (line 3): {expected} layout zsre (it has no prompt, target)" in problem
     problem = only_problem(tmp_path, [{"x": 1}, OWN])
-    assert "line 1: expected layout own as elsewhere in the file, got the keys x" in problem
+    assert f"record 1 (line 1): {expected} the keys x" in problem
 
 
 def test_an_id_twice(tmp_path):
     problem = only_problem(tmp_path, [OWN | {"id": "a"}, OWN, OWN | {"id": "a"}])
-    assert problem.endswith(
-        f'line 3, field id: expected an id of its own, got a string "a", the id of {tmp_path}/edits.jsonl, line 1'
-    )
+    assert problem.startswith(f"{tmp_path}/edits.jsonl, record 3 (line 3), field id: expected an id of its own, got")
+    assert problem.endswith(f'got a string "a", the id of {tmp_path}/edits.jsonl, record 1 (line 1)')
 
 
-def test_all_problems_of_a_list_with_line_and_record(tmp_path):
+def test_all_problems_of_a_list_with_their_record(tmp_path):
     problems = problems_of(write(tmp_path, [OWN, without(OWN, "target"), OWN | {"prompt": 3}], "edits.json"))
     assert len(problems) == 2
-    assert ", line 7 (record 2), field target:" in problems[0] and ", line 11 (record 3), field prompt:" in problems[1]
+    assert ", record 2, field target:" in problems[0] and ", record 3, field prompt:" in problems[1]
 
 
 def test_many_problems_are_told_shortly(tmp_path):
@@ -668,7 +669,7 @@ def hub(monkeypatch):
     stub = types.ModuleType("datasets")
     stub.splits, stub.asked = {}, []
 
-    def load_dataset(name, split=None):
+    def load_dataset(name, config, split=None):
         stub.asked.append((name, split))
         if not stub.splits:
             raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nsecond line")
@@ -696,7 +697,7 @@ def test_hub_problems(hub, tmp_path, monkeypatch):
         "hub",
         "split train",
         "ConnectionError: Couldn't reach",
-        "local .json",
+        "local file with its records",
         "HF_HUB_OFFLINE",
     ):
         assert part in problem

@@ -193,7 +193,7 @@ def test_prose_from_text_and_from_records(tmp_path):
     records = write(tmp_path, "p.jsonl", [{"text": "First line.\n"}, {"text": ""}, {"text": "Second."}])
     assert load_suite(None, {"t": path}, prose=records).prose == ("First line.\n\nSecond.",)
     assert "no text in it" in problems_of({"t": path}, prose=write(tmp_path, "e.txt", " \n"))[0]
-    assert "prose needs the field 'text'" in problems_of({"t": path}, prose=path)[0]
+    assert "prose needs the field text with text" in problems_of({"t": path}, prose=path)[0]
     assert "no such file; did you mean" in problems_of({"t": path}, prose=str(tmp_path / "pp.txt"))[0]
     assert "is a folder" in problems_of({"t": path}, prose=str(tmp_path))[0]
 
@@ -201,38 +201,41 @@ def test_prose_from_text_and_from_records(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "change", "expected"),
     [
-        ("arc", {"answerKey": "E"}, "line 2: field 'answerKey': got a string \"E\", expected one of 1, 2, 3"),
-        ("arc", {"choices": {"text": ["a"], "label": ["1", "2"]}}, "two lists of the same length"),
-        ("arc", {"question": ""}, "field 'question': got a string \"\", expected text"),
-        ("piqa", {"label": -1}, "got a number -1, expected the number of the right choice, 0 to 1 (a split without"),
+        ("arc", {"answerKey": "E"}, "field answerKey: expected one of 1, 2, 3, got a string \"E\""),
+        ("arc", {"choices": {"text": ["a"], "label": ["1", "2"]}}, "choices.text: expected a list of 2 or more texts"),
+        ("arc", {"choices": {"text": ["a", "b", "c"], "label": ["1", "2"]}}, "choices.label: expected 3 labels, one a"),
+        ("arc", {"choices": "a"}, "field choices: expected an object, got a string \"a\""),
+        ("arc", {"question": ""}, "field question: expected text, got an empty text"),
+        ("piqa", {"label": -1}, "0 to 1 (a split without answers cannot be scored), got a number -1"),
         ("hellaswag", {"label": ""}, "a split without answers cannot be scored"),
-        ("hellaswag", {"endings": ["one"]}, "'endings': got a list [\"one\"], expected a list of 2 or more texts"),
-        ("mmlu", {"answer": 4}, "field 'answer': got a number 4, expected the number of the right choice, 0 to 3"),
-        ("mmlu", {"answer": True}, "field 'answer': got a boolean true"),
+        ("hellaswag", {"endings": ["one"]}, "field endings: expected a list of 2 or more texts, got a list [\"one\"]"),
+        ("mmlu", {"answer": 4}, "field answer: expected the number of the right choice, 0 to 3, got a number 4"),
+        ("mmlu", {"answer": True}, "field answer: expected the number of the right choice, 0 to 3, got a boolean true"),
         ("mmlu", {"choices": [str(number) for number in range(30)]}, "at most 26 texts"),
-        ("blimp", {"sentence_bad": 7}, "field 'sentence_bad': got a number 7, expected text"),
+        ("blimp", {"sentence_bad": 7}, "field sentence_bad: expected text, got a number 7"),
         ("lambada", {"text": "word"}, "two or more words"),
-        ("own", {"choices": []}, "field 'choices': got a list [], expected a list of 1 or more texts"),
-        ("own", {"context": None}, "field 'context': got null, expected text"),
-        ("own", {"id": 3}, "field 'id': got a number 3, expected text"),
+        ("own", {"choices": []}, "field choices: expected a list of 1 or more texts, got a list []"),
+        ("own", {"context": None}, "field context: expected text, got null"),
+        ("own", {"id": 3}, "field id: expected text, got a number 3"),
     ],
 )
 def test_a_wrong_field_is_told_with_its_place(tmp_path, layout, change, expected):
     good = RECORDS[layout] | ({"id": "other"} if layout == "own" else {})
     (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [good, RECORDS[layout] | change])})
-    assert "a.jsonl, line 2" in problem and expected in problem
+    assert "a.jsonl, record 2 (line 2), field" in problem and expected in problem
 
 
 def test_a_missing_field_names_the_nearest(tmp_path):
     record = {"sentance_bad" if key == "sentence_bad" else key: value for key, value in RECORDS["blimp"].items()}
     (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"], record])})
-    assert "line 2: field 'sentence_bad' is missing (there is 'sentance_bad'), expected text" in problem
+    assert "record 2 (line 2), field sentence_bad: expected text, got no such field" in problem
+    assert "did you mean sentance_bad?" in problem
 
 
 def test_unknown_layout_shows_keys_and_known_layouts(tmp_path):
     (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [{"text": "fine", "label": 1}])})
-    assert "line 1: unknown layout, its keys are text, label" in problem
-    assert "ARC (answerKey, choices, question)" in problem and "LAMBADA (text)" in problem
+    assert "record 1 (line 1): unknown layout, got the keys text, label" in problem
+    assert "ARC (question, choices, answerKey)" in problem and "LAMBADA (text)" in problem
 
 
 def test_all_problems_of_all_tasks_at_once(tmp_path):
@@ -246,10 +249,10 @@ def test_all_problems_of_all_tasks_at_once(tmp_path):
         "capability limit: got 0",
         "capability suite: got 'prob', expected one of probes, or none; did you mean probes?",
         "broken.jsonl, line 1, column",
-        "broken.jsonl, line 3: a record must be a JSON object",
-        "wrong.jsonl, line 1: field 'label'",
-        "wrong.jsonl, line 1: field 'goal'",
-        "wrong.jsonl, line 2: field 'sol1'",
+        "broken.jsonl, record 3 (line 3): expected a JSON object",
+        "wrong.jsonl, record 1 (line 1), field label",
+        "wrong.jsonl, record 1 (line 1), field goal",
+        "wrong.jsonl, record 2 (line 2), field sol1",
         "latin.jsonl, line 1: not UTF-8: byte 0xe9",
         "wrong.jsn: no such file; did you mean",
         "capability task name: got 'e f'",
@@ -280,7 +283,7 @@ def test_nothing_to_measure_and_sources_that_are_none(tmp_path):
     assert "expected a file, a folder or a hub data set" in problems_of({"t": " "})[0]
     assert "has no file ending in" in problems_of({"t": str(tmp_path)})[0]
     same = [RECORDS["own"], RECORDS["own"]]
-    assert "id 'x1' is taken by an earlier item" in problems_of({"t": write(tmp_path, "a.jsonl", same)})[0]
+    assert 'an id of its own, got a string "x1"' in problems_of({"t": write(tmp_path, "a.jsonl", same)})[0]
 
 
 def test_hub_data_set(monkeypatch):
@@ -312,8 +315,8 @@ def test_hub_data_set_that_cannot_be_had(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (problem,) = problems_of({"t": "allenai/ai2_arc:ARC-Easy:test"})
-    assert "hub data set 'allenai/ai2_arc' (config ARC-Easy, split test): ConnectionError: Couldn't reach" in problem
-    assert "no such path here" in problem and "Without a network: download" in problem
+    assert "data set 'allenai/ai2_arc' (config ARC-Easy, split test): ConnectionError: Couldn't reach" in problem
+    assert "no such file here" in problem and "Without a network, name a local file" in problem
 
 
 @needs_real

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locft.data.suites import CapabilityItem, Suite, Task
+from locft.data.suites import CapabilityItem, CapabilityTask, Suite
 from locft.measure.capability import (
     SuiteScores,
     capability_change,
@@ -44,7 +44,7 @@ def suite():
     pairs = [item("pairs", i, "", [SENTENCES[i], SENTENCES[i][::-1]], 0, "sum") for i in range(5)]
     words = [item("words", i, contexts[i % 4], [" " + words[i]], 0, "exact") for i in range(8)]
     tasks = (("facts", facts), ("means", means), ("pairs", pairs), ("words", words))
-    return Suite(tuple(Task(name, tuple(items)) for name, items in tasks), (PROSE,), "0123456789abcdef")
+    return Suite(tuple(CapabilityTask(name, tuple(items)) for name, items in tasks), (PROSE,), "0123456789abcdef")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_ties_and_broken_logits_are_wrong_wherever_the_answer_stands(suite):
         return lambda rows: torch.full((sum(len(row.target_ids) for row in rows), 400), value)
 
     same = item("pairs", 0, "A", [" b", " b"], 0, "sum")
-    tied = Suite((Task("pairs", (same,)),), (PROSE,), "tied")
+    tied = Suite((CapabilityTask("pairs", (same,)),), (PROSE,), "tied")
     assert score_suite(constant(0.0), encode_suite(tiny_tokenizer(), tied)).correct == {"pairs": (False,)}
     assert not any(any(correct) for correct in score_suite(constant(math.nan), encoded).correct.values())
     drift = measure_drift(constant(math.nan), constant(0.0), encoded)
@@ -215,7 +215,7 @@ def test_rows_longer_than_the_model_reads_lose_their_beginning():
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 10
     long = item("long", 0, PROSE, [" yen", " trumpet"], 0, "sum")
-    (encoded,) = encode_suite(tokenizer, Suite((Task("long", (long,)),), (PROSE,), "x")).tasks["long"]
+    (encoded,) = encode_suite(tokenizer, Suite((CapabilityTask("long", (long,)),), (PROSE,), "x")).tasks["long"]
     for row, choice in zip(encoded.rows, long.choices):
         assert len(row.token_ids) == 10
         assert list(row.target_ids) == tokenizer(choice)["input_ids"]
