@@ -20,7 +20,8 @@ class InputError(Exception):
 
 
 _NO_MEMORY = (
-    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed",
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
+    "cublas_status_alloc_failed",
 )  # fmt: skip
 """Phrases of CUDA, of PyTorch's allocators (which differ by system) and of the C library."""
 

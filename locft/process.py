@@ -1,4 +1,4 @@
-"""What a process needs before it computes: the device, the C library's allocator, and PyTorch's vector maths settled."""
+"""The process that computes: its device, the C library's allocator, PyTorch's vector maths, and its machine."""
 
 import ctypes
 import gc

@@ -1,8 +1,7 @@
-"""What an edit changes, apart from the model: save, load, apply, revert, merge.
+"""The change that an edit makes, kept apart from the model: save, load, apply, revert, merge.
 
-An edit never touches the model it was trained on; it is returned as the float32 difference of the trained parameters. The
-difference, not the trained values, is the truth: every evaluation adds it to the base, so a delta read back from a file
-gives the same metrics to the bit.
+Training never touches the model; it returns the float32 difference of the trained parameters. Every evaluation adds
+this difference to the base, so a delta read back from a file gives the same metrics to the bit.
 """
 
 import json
@@ -32,20 +31,26 @@ class EditDelta:
     position: str
     """The tuning position, such as "22.mlp_down"."""
     base_fingerprint: str
-    """Of the model it was trained on; it fits no other."""
+    """Of the model it was trained on; the delta fits no other."""
     tensors: Mapping[str, torch.Tensor]
     """Parameter name -> float32 difference on the CPU, of the parameter's shape."""
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """How it was trained; for people, never needed to apply it."""
+    """How it was trained; for people, not needed to apply it."""
 
     @property
     def norm(self) -> float:
-        """Euclidean norm over all changed values."""
+        """Euclidean norm over all parameters."""
         return float(sum(t.double().square().sum() for t in self.tensors.values()) ** 0.5)
 
     def weights(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The edited parameters by name, in the model's own dtype and on its device."""
-        return {name: _edited(model.get_parameter(name), change) for name, change in self.tensors.items()}
+        edited = {}
+        for name, change in self.tensors.items():
+            base = model.get_parameter(name).detach()
+            if base.shape != change.shape:
+                raise InputError(f"delta of {name}: its shape {tuple(change.shape)} does not fit {tuple(base.shape)}")
+            edited[name] = (base.float() + change.to(base.device)).to(base.dtype)
+        return edited
 
     def save(self, path: Path) -> Path:
         """Write one safetensors file (with `FILE_NAME` in it when `path` is a folder); returns the file."""
@@ -63,14 +68,14 @@ class EditDelta:
 
     @classmethod
     def load(cls, path: Path) -> "EditDelta":
-        """Read a delta from its file or folder; InputError where it is none."""
+        """Read a delta from its file or folder. Raises InputError if there is none."""
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
             raise InputError(f"delta {path}: no such file, expected a {FILE_NAME} or a folder that holds one")
         try:
             with safe_open(file, framework="pt") as stored:
                 about = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"delta {file}: not a safetensors file: {error}") from error
         if about.get("format") != FORMAT:
@@ -78,7 +83,7 @@ class EditDelta:
         return cls(about["position"], about["base_fingerprint"], tensors, json.loads(about["settings"]))
 
     def require_base(self, loaded: LoadedModel) -> None:
-        """InputError unless `loaded` is the very model that the delta was trained on."""
+        """Raise InputError unless `loaded` is the model that the delta was trained on."""
         if self.base_fingerprint != loaded.fingerprint:
             raise InputError(
                 f"delta at {self.position}: trained on a model with fingerprint {self.base_fingerprint}, but "
@@ -89,25 +94,24 @@ class EditDelta:
 def apply_delta(loaded: LoadedModel, delta: EditDelta) -> dict[str, torch.Tensor]:
     """Edit the model in place; returns the original values, which `revert` puts back to the bit.
 
-    The values are exchanged, not written: the model's own may lie in a file that many processes map, and a page that was
-    written to is no longer shared.
+    Parameters get other tensors instead of other values: the model's own may lie in a file that many processes map, and
+    a page that was written to is no longer shared.
     """
     delta.require_base(loaded)
-    edited = delta.weights(loaded.model)
-    originals = {name: loaded.model.get_parameter(name).data for name in edited}
-    revert(loaded, edited)
+    originals = {name: loaded.model.get_parameter(name).data for name in delta.tensors}
+    revert(loaded, delta.weights(loaded.model))
     return originals
 
 
 def revert(loaded: LoadedModel, originals: Mapping[str, torch.Tensor]) -> None:
-    """Give the model's parameters the given values."""
+    """Put the given values in the place of the model's parameters."""
     for name, value in originals.items():
         loaded.model.get_parameter(name).data = value
 
 
 @contextmanager
 def applied(loaded: LoadedModel, delta: EditDelta) -> Iterator[None]:
-    """The model is edited inside the block and bitwise itself again after it, whatever happens inside."""
+    """The model is edited inside the block and bitwise unedited after it, whatever happens inside."""
     originals = apply_delta(loaded, delta)
     try:
         yield
@@ -121,9 +125,3 @@ def merge(loaded: LoadedModel, delta: EditDelta, folder: Path) -> None:
     with applied(loaded, delta):
         loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-
-
-def _edited(parameter: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    if parameter.shape != change.shape:
-        raise InputError(f"delta of shape {tuple(change.shape)} does not fit a parameter of {tuple(parameter.shape)}")
-    return (parameter.detach().float() + change.to(parameter.device)).to(parameter.dtype)

@@ -13,6 +13,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -80,7 +81,7 @@ def load_model(
     """Load a built-in model, a folder, a .gguf file or a hub id.
 
     dtype: one of `DTYPES`. device: a torch device; `auto` is the first GPU, or the CPU if there is none. spread: divide
-    the layers among all GPUs that this process sees; such a model has no tail view, so that every step computes all of it.
+    the layers among all GPUs that this process sees; such a model has no tail view, so every step computes all of it.
 
     Raises InputError if the model cannot be had (with what was tried and what to do offline) or does not fit into the
     GPUs.
@@ -92,17 +93,16 @@ def load_model(
         raise InputError(f"model {name!r}: dividing it needs GPUs, got device {device!r} with {gpus} of them")
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     fingerprint = folder_fingerprint(folder)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
+    if spread:
+        options["device_map"] = "auto"
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **({"device_map": "auto"} if spread else {}),
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which transformers' hints do not say
+            folder, use_safetensors=True, output_loading_info=True, **options
         )
     except LOAD_ERRORS as error:
         raise InputError(f"model {name!r}: the folder {folder} does not load: {one_line(error)}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers only warns and leaves them at random values
         raise InputError(
             f"model {name!r}: the folder {folder} lacks {len(missing)} of the weights that its config.json asks for: "
@@ -114,8 +114,8 @@ def load_model(
         model.to(target)
     elif elsewhere := {str(place) for place in model.hf_device_map.values()} & {"cpu", "disk"}:
         raise InputError(
-            f"model {name!r} in {dtype} does not fit into {gpus} GPUs (parts would lie on {', '.join(sorted(elsewhere))}); "
-            "ask for more (resources.gpus), or a smaller dtype"
+            f"model {name!r} in {dtype} does not fit into {gpus} GPUs (parts would lie on "
+            f"{', '.join(sorted(elsewhere))}); ask for more (resources.gpus), or a smaller dtype"
         )
     if getattr(model.config, "rescale_every", 0):  # RWKV: a forward pass in evaluation mode would rewrite its weights
         model.config.rescale_every = 0
@@ -163,8 +163,8 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
         return made_once("models", f"gguf-{_file_sha256(path)[:16]}", lambda folder: _dequantise(path, folder))
     if not _looks_like_hub_id(name):
         raise InputError(
-            f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}), no such folder or .gguf file, and not a hub "
-            f"id of the form owner/name{did_you_mean(name, BUILT_IN)}"
+            f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}), no such folder or .gguf file, and not a "
+            f"hub id of the form owner/name{did_you_mean(name, BUILT_IN)}"
         )
     files = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
     try:
@@ -183,7 +183,7 @@ def folder_fingerprint(folder: Path) -> str:
     note = cache_folder() / "fingerprints" / f"{_digest(json.dumps(stats))}.txt"
     if note.is_file():
         return note.read_text()
-    digests = {}
+    digests: dict[str, str] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -197,14 +197,15 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that transformers loads from a folder; others beside them (a delta, a copy) play no part."""
+    """The safetensors files that transformers loads from a folder; others (a delta, a copy) play no part."""
     if (whole := folder / "model.safetensors").is_file():
         return (whole,)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise InputError(
-            f"model folder {folder}: expected model.safetensors or model.safetensors.index.json in it, found "
-            f"{', '.join(sorted(f.name for f in folder.iterdir())[:8]) or 'nothing'} (other weight formats are not read)"
+            f"model folder {folder}: expected model.safetensors or model.safetensors.index.json in it, found {found} "
+            "(other weight formats are not read)"
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -7,10 +7,12 @@ layer's own path, so "1.mlp_down" never touches layers 10 to 19, as a substring 
 Everything here reads names and shapes only and works on models on the meta device.
 """
 
-import difflib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import prod
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,15 +32,16 @@ class TuningPosition:
 
     @classmethod
     def parse(cls, text: str) -> "TuningPosition":
-        """From "22.mlp_down". InputError when it is not of that form or the module is no known one."""
+        """From "22.mlp_down". Raises InputError if the text has another form or names no known module."""
         match = re.fullmatch(r"\s*(\d+)\.([a-z_]+)\s*", text)
         if not match:
             raise InputError(f"position {text!r} is not of the form LAYER.MODULE, such as 22.mlp_down")
         layer, module = int(match[1]), match[2]
         if module not in MODULES:
-            near = _did_you_mean(module, MODULES)
             known = ", ".join(MODULES)
-            raise InputError(f"position {text!r}: there is no module {module!r}{near}; modules are {known}")
+            raise InputError(
+                f"position {text!r}: there is no module {module!r}{_nearest(module, MODULES)}; modules are {known}"
+            )
         return cls(layer, module)
 
     def __str__(self) -> str:
@@ -55,12 +58,15 @@ class PositionInfo:
     shapes: tuple[tuple[int, ...], ...]
     """Of each parameter."""
     size: int
-    """Trained numbers altogether."""
+    """Number of trained values."""
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The table's row for this model. For an architecture without one, a row of the whole layers alone, where its list of
-    blocks is plain to see; else InputError, with what a row needs."""
+    """The table's row for this model.
+
+    An architecture without one gets a row with whole layers only if its list of blocks is plain to see, otherwise an
+    InputError that says what a row needs.
+    """
     family = BY_MODEL_TYPE.get(model.config.model_type)
     if family is None:
         count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
@@ -78,7 +84,7 @@ def is_known(model: PreTrainedModel) -> bool:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's blocks, in order."""
-    return model.get_submodule(family_of(model).layers)
+    return cast(nn.ModuleList, model.get_submodule(family_of(model).layers))
 
 
 def n_layers(model: PreTrainedModel) -> int:
@@ -87,7 +93,7 @@ def n_layers(model: PreTrainedModel) -> int:
 
 
 def layer_prefix(model: PreTrainedModel, layer: int) -> str:
-    """Path of a block, such as "model.layers.7". InputError when the model has no such layer."""
+    """Path of a block, such as "model.layers.7". Raises InputError if the model has no such layer."""
     count = n_layers(model)
     if not 0 <= layer < count:
         raise InputError(f"layer {layer} is out of range: {_label(model)} has {count} layers, 0 to {count - 1}")
@@ -97,74 +103,84 @@ def layer_prefix(model: PreTrainedModel, layer: int) -> str:
 def parameter_names(model: PreTrainedModel, position: TuningPosition) -> tuple[str, ...]:
     """What a position trains: parameter names in the order of `model.named_parameters()`.
 
-    InputError when the layer is out of range, or the module is not one that this layer has (naming those it has).
+    Raises InputError if the layer is out of range or has no such module (naming those it has).
     """
     prefix = layer_prefix(model, position.layer)
-    parts = _parts(model, position.layer)
-    if position.module not in parts:
-        raise InputError(_no_module(model, position, tuple(parts)) if is_known(model) else no_row(model))
-    return tuple(f"{prefix}.{name}" for name in parts[position.module])
+    modules = _modules_of_layer(model, position.layer)
+    if position.module not in modules:
+        raise InputError(_no_module(model, position, modules) if is_known(model) else no_row(model))
+    return tuple(f"{prefix}.{name}" for name in modules[position.module])
 
 
 def list_positions(model: PreTrainedModel) -> tuple[PositionInfo, ...]:
     """Every position of a model, by layer and then by module in canonical order."""
     infos = []
     for layer, block in enumerate(decoder_layers(model)):
-        prefix = layer_prefix(model, layer)
         shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
-        for module, names in _parts(model, layer).items():
-            own = tuple(shapes[name] for name in names)
-            infos.append(
-                PositionInfo(
-                    TuningPosition(layer, module),
-                    tuple(f"{prefix}.{name}" for name in names),
-                    own,
-                    sum(prod(shape) for shape in own),
-                )
-            )
+        prefix = layer_prefix(model, layer)
+        for module, names in _modules_of_layer(model, layer).items():
+            of_module = tuple(shapes[name] for name in names)
+            full_names = tuple(f"{prefix}.{name}" for name in names)
+            size = sum(map(prod, of_module))
+            infos.append(PositionInfo(TuningPosition(layer, module), full_names, of_module, size))
     return tuple(infos)
 
 
 def modules_of(model: PreTrainedModel) -> tuple[str, ...]:
     """The modules that some layer of this model has, in canonical order."""
-    found = {module for layer in range(n_layers(model)) for module in _parts(model, layer)}
+    found = {module for layer in range(n_layers(model)) for module in _modules_of_layer(model, layer)}
     return tuple(module for module in MODULES if module in found)
 
 
-def _parts(model: PreTrainedModel, layer: int) -> dict[str, tuple[str, ...]]:
+def no_row(model: PreTrainedModel) -> str:
+    """What is needed to write a row for this model: where the blocks are, what is in one, and how a row looks."""
+    size, path = max(_block_lists(model), default=(0, ""))
+    model_type = model.config.model_type
+    lines = [f"architecture {model_type!r} ({type(model).__name__}) has no row in the table of architectures"]
+    if size:
+        block = cast(nn.ModuleList, model.get_submodule(path))[size - 1]
+        lines.append(f"its blocks seem to be {path} ({size} of them); the last one has these parameters:")
+        lines += [f"  {name} {tuple(parameter.shape)}" for name, parameter in block.named_parameters()]
+    lines += [
+        "add a row to FAMILIES in locft/model/families.py, with paths inside the block, for example:",
+        f'  Family(("{model_type}",), "{path or "model.layers"}", {{"mlp_down": ("mlp.down_proj",), "mlp": ("mlp",)}})',
+        f"known architectures: {', '.join(sorted(BY_MODEL_TYPE))}",
+    ]
+    return "\n".join(lines)
+
+
+def _modules_of_layer(model: PreTrainedModel, layer: int) -> dict[str, tuple[str, ...]]:
     """Module -> parameter names inside the block, for the modules that this layer has, in canonical order."""
-    family = family_of(model)
+    paths = family_of(model).modules
     names = [name for name, _ in decoder_layers(model)[layer].named_parameters()]
-    parts = {}
-    for module in MODULES:
-        if module == "layer":
-            parts[module] = tuple(names)
-            continue
-        paths = family.modules.get(module, ())
-        if own := tuple(name for name in names if any(name == path or name.startswith(path + ".") for path in paths)):
-            parts[module] = own
-    return parts
+    found = {
+        module: tuple(
+            name for name in names if any(f"{name}.".startswith(f"{path}.") for path in paths.get(module, ()))
+        )
+        for module in MODULES
+    }
+    return {module: own for module, own in (found | {"layer": tuple(names)}).items() if own}
 
 
-def _label(model: PreTrainedModel) -> str:
-    return f"this {model.config.model_type} model"
-
-
-def _did_you_mean(got: str, choices: tuple[str, ...]) -> str:
-    near = [name for name in STANDS_IN.get(got, ()) if name in choices] or difflib.get_close_matches(got, choices, n=1)
-    return f" (nearest: {near[0]})" if near else ""
-
-
-def _no_module(model: PreTrainedModel, position: TuningPosition, has: tuple[str, ...]) -> str:
-    module, listed = position.module, ", ".join(has)
-    near = _did_you_mean(module, has)
-    layers = [layer for layer in range(n_layers(model)) if module in _parts(model, layer)]
+def _no_module(model: PreTrainedModel, position: TuningPosition, has: Collection[str]) -> str:
+    module, listed, near = position.module, ", ".join(has), _nearest(position.module, has)
+    layers = [layer for layer in range(n_layers(model)) if module in _modules_of_layer(model, layer)]
     if layers:
         return (
             f"layer {position.layer} of {_label(model)} has no {module!r}{near}; it has {listed}; "
             f"{module} exists in layers {_ranges(layers)}"
         )
     return f"{_label(model)} has no module {module!r}{near}; it has {listed}"
+
+
+def _nearest(module: str, choices: Collection[str]) -> str:
+    stand_ins = [name for name in STANDS_IN.get(module, ()) if name in choices]
+    near = stand_ins or get_close_matches(module, choices, n=1)
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def _label(model: PreTrainedModel) -> str:
+    return f"this {model.config.model_type} model"
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -181,20 +197,3 @@ def _ranges(numbers: list[int]) -> str:
 def _block_lists(model: PreTrainedModel) -> list[tuple[int, str]]:
     """Length and path of every list of modules that is not empty."""
     return [(len(part), path) for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
-
-
-def no_row(model: PreTrainedModel) -> str:
-    """What somebody needs to write a row for this model: where the blocks are, what is in one, and how a row looks."""
-    size, path = max(_block_lists(model), default=(0, ""))
-    model_type = model.config.model_type
-    lines = [f"architecture {model_type!r} ({type(model).__name__}) has no row in the table of architectures"]
-    if size:
-        block = model.get_submodule(path)[size - 1]
-        lines.append(f"its blocks seem to be {path} ({size} of them); the last one has these parameters:")
-        lines += [f"  {name} {tuple(parameter.shape)}" for name, parameter in block.named_parameters()]
-    lines += [
-        "add a row to FAMILIES in locft/model/families.py, with paths inside the block, for example:",
-        f'  Family(("{model_type}",), "{path or "model.layers"}", {{"mlp_down": ("mlp.down_proj",), "mlp": ("mlp",)}})',
-        f"known architectures: {', '.join(sorted(BY_MODEL_TYPE))}",
-    ]
-    return "\n".join(lines)
