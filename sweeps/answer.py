@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.stats.comparison import Measured
-    from analysis.stats.pareto import ParetoFront, Recommendation
+    from analysis.stats.pareto import ParetoFront
+    from analysis.stats.pick import Recommendation
 
 BASELINE_FILE = "baseline.json"
 """File of the study's run: measurements of the unedited model."""
 MOST_READ = 60
-"""Trials up to which all their answers are read, for a bootstrap over edits; of more, those of the pick and of what the
-report lists of the front."""
+"""Up to this many trials the answers of all are read, for the report's lists of wrong answers; of more, those of the pick
+and of what the report lists of the front."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Answer:
 
 def answer_of(state: StudyState, tracker: Tracker, other: "Measured | None" = None) -> Answer:
     """Front, pick and report of what is finished so far. other: a study to compare with in the report."""
-    from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front, recommend
+    from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
+    from analysis.stats.pick import recommend
     from analysis.page.report import MAX_MISSES, render_report
     from analysis.stats.table import by_setting
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.figures import front as drawing
 from analysis.figures.style import TITLES
-from analysis.stats.pareto import recommend
+from analysis.stats.pick import recommend
 from analysis.stats.table import has_values
 from sweeps.study.forecast import foresee
 from sweeps.study.plan import PreparedStudy

@@ -101,7 +101,7 @@ def run_sweep(
 
 def _pick_to_register(state: StudyState, tracking_uri: str | None) -> dict[str, Any] | None:
     """The row of the study's pick, unless its edit is registered already or there is none."""
-    from analysis.stats.pareto import recommend
+    from analysis.stats.pick import recommend
 
     pick = recommend(state.results)
     if pick is None:

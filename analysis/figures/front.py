@@ -26,7 +26,8 @@ from analysis.figures.curves import (
 )
 from analysis.stats.intervals import interval
 from analysis.figures.style import ACCENT, INK, MUTED, TITLES, hover_text, styled_figure
-from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, best_by_position, comparable, pareto_front
+from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, comparable, pareto_front
+from analysis.stats.pick import best_by_position
 from analysis.stats.table import by_setting
 from analysis.figures.thinning import thinned
 from analysis.stats.wording import escaped

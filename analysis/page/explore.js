@@ -1,20 +1,21 @@
 (() => {
   "use strict";
   // The controls above the figures: modules, layers and a floor of reliability. They filter every figure and table by
-  // trial, and move the pick: the settings come in the order in which the rule takes them, so the pick is the first one
-  // shown that reaches the floor. What is drawn around in a figure filters the others as well.
+  // trial, and move the pick: the rule is applied to the settings that are left. What is drawn around in a figure filters
+  // the others as well.
   const form = document.getElementById("explore");
   const get = id => document.getElementById(id);
-  const {modules, layers, floor: ruled, best, left_out: hidden, settings, others} = JSON.parse(get("explore-data").textContent);
+  const {modules, layers, floor: ruled, best, margin, same, fields, settings: rows_, others} = JSON.parse(get("explore-data").textContent);
+  const settings = rows_.map(row => Object.fromEntries(fields.map((name, i) => [name, row[i]])));
   const trials = new Map(others.map(([id, layer, module]) => [id, {layer, module, setting: null}]));
-  settings.forEach(([ids, layer, module]) => ids.forEach(id => trials.set(id, {layer, module, setting: ids[0]})));
+  settings.forEach(({ids, layer, module}) => ids.forEach(id => trials.set(id, {layer, module, setting: ids[0]})));
   const slider = get("floor"), from = get("from-layer"), to = get("to-layer");
   const chips = [...form.querySelectorAll("input[name=module]")];
   const percent = share => `${(100 * share).toFixed(1)}%`;
   slider.max = (100 * best).toFixed(1);
   form.hidden = false;
 
-  let floor = ruled;  // the rule's own, more exact than the slider's steps, until the slider is moved
+  let floor = null;  // until the slider is moved, reliable is what the rule compared with the best
   let chosen = null;  // trials that were drawn around in the front
   let brushed = null;  // trials whose lines cross the ranges drawn along the axes of the parallel coordinates
   const within = id => {
@@ -107,35 +108,43 @@
   };
 
   const rows = [...document.querySelectorAll("tr[data-trial]")];
+  const pickOf = left => {  // the rule of analysis/stats/pick.py; the settings come in the order of its last step
+    const reliable = left.filter(one => floor === null ? one.reliable : one.reliability >= floor - same);
+    const harmless = reliable.filter(one => one.high === null || one.high >= -same);
+    const least = Math.max(...reliable.map(one => one.change));
+    const able = harmless.length ? harmless : reliable.filter(one => one.high >= least - same);
+    const drift = one => one.drift ?? Infinity;
+    const calmest = Math.min(...able.map(drift));
+    return able.find(one => drift(one) <= calmest + margin + same);
+  };
   const movePick = () => {
-    get("floor-value").textContent = percent(floor) + (floor === ruled ? " (the rule)" : "");
-    const left = settings.filter(([ids]) => shown(ids[0]));
-    const pick = left.find(([, , , reliability]) => reliability >= floor - 1e-9);
-    const [[id], layer, module, reliability, run, misses] = pick ?? [[null]];
-    const position = `${layer}.${modules[module]}`;
+    get("floor-value").textContent = floor === null ? "about that of the best" : percent(floor);
+    const left = settings.filter(({ids}) => shown(ids[0]));
+    const pick = pickOf(left), id = pick?.ids[0] ?? null;
+    const position = pick ? `${pick.layer}.${modules[pick.module]}` : "";
     const say = get("floor-pick");
     say.replaceChildren();
     say.dataset.pick = id ?? "";
     const bold = document.createElement("b");
     if (pick) {
       bold.textContent = position;
-      say.append("Pick: ", bold, `: ${about(id) ?? `reliability ${percent(reliability)}`}. `);
-      if (run) {
+      say.append("Pick: ", bold, `: ${about(id) ?? `reliability ${percent(pick.reliability)}`}. `);
+      if (pick.run) {
         const code = document.createElement("code");
-        code.textContent = `--from-run ${run}`;
+        code.textContent = `--from-run ${pick.run}`;
         say.append(code, ". ");
       }
-      if (misses) {
+      if (pick.misses) {
         const link = document.createElement("a");
-        link.href = `#misses-${misses}`;
+        link.href = `#misses-${pick.misses}`;
         link.textContent = "Which edits fail there";
         say.append(link, ". ");
       }
     } else {
-      say.append("No setting shown is as reliable as that. ");
+      say.append(floor === null ? "No setting shown is about as reliable as the best of the study; lower the floor to pick one. " : "No setting shown is as reliable as that. ");
     }
     say.append(`${left.length} of ${settings.length} settings shown.`);
-    if (hidden) say.append(` ${hidden.toLocaleString("en")} more are not on this page; none of them is ever the pick.`);
+    if (pick && !hovers.has(id)) say.append(" The pick is not drawn: the study has too many settings to draw all.");
     if (chosen || brushed) say.append(" Only those drawn around in a figure; Reset shows all.");
     rows.forEach(row => row.classList.toggle("picked", id !== null && trials.get(row.dataset.trial)?.setting === id));
     figures().forEach(canvas => mark(canvas, id, position));
@@ -157,7 +166,7 @@
   chips.forEach(chip => chip.addEventListener("change", () => soon(filterAll)));
   form.addEventListener("submit", event => event.preventDefault());
   const reset = () => {
-    floor = ruled;
+    floor = null;
     chosen = brushed = null;
     slider.value = (100 * ruled).toFixed(1);
     chips.forEach(chip => { chip.checked = true; });

@@ -1,10 +1,11 @@
-"""What the page needs to be explored: its trials by module and layer, and the order in which the rule takes settings.
+"""What the page needs to be explored: its trials by module and layer, and what the last steps of the rule look at.
 
-The script (`explore.js`) knows no rule of its own. The settings come in the order of preference
-(`analysis.stats.pareto.by_preference`); the pick at a floor of reliability is the first one shown that reaches it, which is what
-`recommend(results, floor)` gives. Where the page does not show all settings, those that can be the pick are among them.
+The script (`explore.js`) applies these steps to the settings that its controls leave: enough reliability, no loss of
+capability, drift within the margin, then the first in the order of generalization. With a floor of reliability that gives
+`analysis.stats.pick.recommend` of these settings; without one, reliable is what is so in the whole study.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,12 @@ import pandas as pd
 from markupsafe import Markup
 
 from analysis.page.gallery import script_json
-from analysis.stats.pareto import Recommendation, by_preference, pickable
+from analysis.stats.pareto import SAME
+from analysis.stats.pick import DRIFT_MARGIN, evidence_of, preference, ranked
+
+FIELDS = (
+    "ids", "layer", "module", "run", "misses", "reliable", "reliability", "generalization", "change", "high", "drift",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,48 +28,48 @@ class Explorer:
     modules: tuple[str, ...]
     layers: tuple[int, ...]
     data: Markup
-    """JSON: modules, layers, floor (of the rule), best (reliability), left_out (settings that the page does not show);
-    settings ([trial ids, layer, index of the module, reliability, run, number of the list of its wrong answers or null],
-    the preferred first); others ([trial id, layer, index of the module]), trials shown that belong to none."""
+    """JSON: modules, layers, floor (the least reliability among the reliable settings), best (reliability), margin (of
+    drift), same (what counts as a tie), fields and settings (a list of `FIELDS` each: the trial ids, the module by its
+    index, the number of the list of its wrong answers or null; in the order of the rule's last step), others (trials
+    that belong to none: id, layer, index of the module)."""
 
 
-def explorer(
-    results: pd.DataFrame,
-    settings: pd.DataFrame,
-    pick: Recommendation | None,
-    shown: Collection[str],
-    misses: Mapping[str, int],
-) -> Explorer | None:
-    """None where there is nothing to choose: no pick, or a single setting.
+def explorer(results: pd.DataFrame, settings: pd.DataFrame, misses: Mapping[str, int], shown: Collection[str]) -> Explorer | None:
+    """None where there is nothing to choose: no setting that can be picked, or a single one.
 
-    shown: the trials that figures and tables show. misses: trial_id -> number of the list of its wrong answers.
+    misses: trial_id -> number of the list of its wrong answers. shown: the trials that figures and tables show.
     """
-    preferred = by_preference(settings)
-    if pick is None or len(preferred) < 2:
+    rows = ranked(settings)
+    if len(rows) < 2:
         return None
-    wanted = {*shown, *pickable(settings)}
-    ordered = [row for row in preferred if not wanted.isdisjoint(row["trial_ids"])]
     modules = tuple(dict.fromkeys(map(str, results["module"])))
     layers = tuple(sorted({int(layer) for layer in results["layer"]}))
     index = {name: place for place, name in enumerate(modules)}
-    others = wanted.difference(*(row["trial_ids"] for row in ordered))
+    evidence = evidence_of(rows)
+    measured = ((evidence.reliability, evidence.generalization, evidence.change, evidence.change_high, evidence.drift))
+    listed = list(zip(rows["trial_ids"], rows["layer"], rows["module"], rows["run_id"], rows["reliable"], *measured, strict=True))
+    ordered = [listed[place] for place in preference(evidence)]
+    others = set(shown).difference(*rows["trial_ids"])
     data = {
         "modules": modules,
         "layers": layers,
-        "floor": pick.floor,
-        "best": max(row["reliability"] for row in ordered),
-        "left_out": len(preferred) - len(ordered),
+        "floor": float(rows.loc[rows["reliable"], "reliability"].min()),
+        "best": float(evidence.reliability.max()),
+        "margin": DRIFT_MARGIN,
+        "same": SAME,
+        "fields": FIELDS,
         "settings": [
-            [
-                row["trial_ids"], int(row["layer"]), index[str(row["module"])], row["reliability"], row["run_id"],
-                misses.get(row["trial_id"]),
-            ]
-            for row in ordered
+            [ids, int(layer), index[str(module)], run, misses.get(ids[0]), int(reliable), *map(_number, numbers)]
+            for ids, layer, module, run, reliable, *numbers in ordered
         ],
         "others": [
             [trial, int(layer), index[str(module)]]
             for trial, layer, module in zip(results["trial_id"], results["layer"], results["module"], strict=True)
             if trial in others
         ],
-    }  # fmt: skip
+    }
     return Explorer(modules, layers, script_json(data))
+
+
+def _number(value: float) -> float | None:
+    return round(float(value), 9) if math.isfinite(value) else None

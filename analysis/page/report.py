@@ -31,16 +31,8 @@ from analysis.stats.importance import WhatMatters, importance_figure, sentences,
 from analysis.stats.intervals import interval, seed_range
 from analysis.figures.style import TITLES
 from analysis.page.wrong_answers import Misses, edit_misses
-from analysis.stats.pareto import (
-    DEFAULT_OBJECTIVES,
-    ParetoFront,
-    Recommendation,
-    can_be_objective,
-    knee,
-    pareto_front,
-    pickable,
-    recommend,
-)
+from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, can_be_objective, knee, pareto_front
+from analysis.stats.pick import Recommendation, ranked, recommend
 from analysis.stats.table import FRACTIONS, by_setting, done, failed, has_values, setting_names, task_columns
 from analysis.page.tables import trial_table
 from analysis.stats.wording import (
@@ -58,7 +50,9 @@ from analysis.stats.wording import (
 )
 
 MAX_MISSES = 40
-"""Settings whose wrong answers are listed at most: the pick, the front, then others that the controls can pick."""
+"""Settings whose wrong answers are listed at most: the pick, the front, then others in the order of the rule."""
+KEPT = 200
+"""Settings that are drawn however many there are: those that the rule would use first, and the front."""
 
 
 def render_report(
@@ -91,11 +85,11 @@ def render_report(
     pick_id = pick.trial_id if pick else None
     bend = knee(front) if len(set(front.points)) > 1 else None
     doubt = measured_again(settings, front)
-    able = pickable(settings)
-    plots = gallery(results, objectives, baseline, front.trial_ids, pick_id, doubt.chances, able)
+    order = list(ranked(settings)["trial_id"])
+    plots = gallery(results, objectives, baseline, front.trial_ids, pick_id, doubt.chances, order[:KEPT])
     weighed = what_matters(results)
     compared = compare(Measured(study, results, baseline), other) if other else None
-    missed = edit_misses(outcomes, settings, [*([pick_id] if pick_id else []), *front.trial_ids, *able], MAX_MISSES)
+    missed = edit_misses(outcomes, settings, [*([pick_id] if pick_id else []), *front.trial_ids, *order], MAX_MISSES)
     lists = {item.trial_id: place for place, item in enumerate(missed, 1)}
     chances = {trial: doubt.chances.get(row, math.nan) for row, ids in zip(settings["trial_id"], settings["trial_ids"], strict=True) for trial in ids}
     table = trial_table(results.assign(on_front=results["trial_id"].map(chances)), pick.trial_ids if pick else ())
@@ -120,6 +114,7 @@ def render_report(
         ],
         near=_near(settings, front, doubt),
         by_edit=doubt.by_edit,
+        draws=doubt.draws,
         front_names=[TITLES.get(name, name) for name in objectives],
         bend=_bend(found, front, pick),
         hypervolume=f"{front.hypervolume:.3f}",
@@ -130,7 +125,7 @@ def render_report(
         weighed=_weighed_plot(weighed) if weighed.found else None,
         compared=_compared(compared) if compared else None,
         plots=plots,
-        explorer=explorer(results, settings, pick, shown, lists),
+        explorer=explorer(results, settings, lists, shown),
         model_argument=shlex.quote(str(study["model"])),
         table=table,
         n_trials=len(results),

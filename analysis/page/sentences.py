@@ -8,7 +8,8 @@ import pandas as pd
 
 from analysis.stats.bootstrap import MeasuredAgain
 from analysis.stats.intervals import drift_text, interval, with_interval
-from analysis.stats.pareto import ParetoFront, Recommendation, comparable
+from analysis.stats.pareto import ParetoFront, comparable
+from analysis.stats.pick import Recommendation
 from analysis.stats.table import FRACTIONS, setting_names
 from analysis.stats.wording import change_with_interval, number, percent, plural, points, points_interval, seconds, share_interval, whole_percent
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.stats.intervals import standard_error
 from analysis.figures.style import TITLES
-from analysis.stats.pareto import Recommendation, best_by_position, recommend
+from analysis.stats.pick import Recommendation, best_by_position, recommend
 from analysis.stats.table import Z95, by_setting
 from analysis.stats.wording import ABSENT, MINUS, change_with_interval, number, percent, plural, points, points_interval, when
 

@@ -155,6 +155,12 @@ def ranked(settings: pd.DataFrame, floor: float | None = None) -> pd.DataFrame:
     return rows.iloc[verdict.order].reset_index(drop=True)
 
 
+def best_by_position(settings: pd.DataFrame) -> dict[tuple[int, str], dict[str, Any]]:
+    """(layer, module) -> the setting that the rule would use first of those tried there. settings: `by_setting(results)`."""
+    rows = ranked(settings).drop_duplicates(["layer", "module"])
+    return {(int(row["layer"]), row["module"]): row for row in rows.to_dict("records")}
+
+
 def recommend(results: pd.DataFrame, floor: float | None = None) -> Recommendation | None:
     """The pick of a results table, over settings (`by_setting`: seeds are averaged).
 

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from analysis.figures.curves import loss_info, parallel_info, pipeline_info
 from analysis.figures.front import front_info, heatmap_info
 from analysis.stats.importance import what_matters
-from analysis.stats.pareto import pareto_front, recommend
+from analysis.stats.pareto import pareto_front
+from analysis.stats.pick import recommend
 from analysis.stats.table import by_setting, results_frame
 from locft.data.suites import load_suite
 from locft.train.pipelines import TrainingSettings

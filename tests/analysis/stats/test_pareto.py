@@ -1,4 +1,4 @@
-"""The results table, the front and the pick: small tables worked out by hand, and brute force on random ones."""
+"""The results table and the front: small tables worked out by hand, and brute force on random ones."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.stats.intervals import interval, standard_error
-from analysis.stats.pareto import DEFAULT_OBJECTIVES, knee, pareto_front, pickable, recommend
+from analysis.stats.pareto import DEFAULT_OBJECTIVES, knee, pareto_front
 from analysis.stats.table import (
     COLUMNS,
     METRICS,
@@ -269,116 +269,3 @@ def test_the_knee_is_where_the_front_bends():
     assert knee(pareto_front(table((1.0, 0.0), (0.9, 0.8), (0.5, 0.9), (0.0, 1.0)))) == "b"
     assert knee(pareto_front(table((1.0, 0.0), (0.0, 1.0)))) == "a"  # nothing bends
     assert knee(pareto_front(table((0.3, 0.3)))) == "a"
-
-
-# the pick
-
-
-def test_highest_capability_within_one_standard_error_of_the_best_reliability():
-    # at 0.98 of 100 edits the standard error is 1.7 points
-    pick = recommend(table((0.98, 0.50), (0.97, 0.60), (0.96, 0.90)))
-    assert (pick.trial_id, pick.runner_up, pick.position) == ("b", "a", "1.mlp_down")
-    assert "Highest capability" in pick.rule and "(1.7 points) of the best (98.0%)" in pick.rule
-    assert pick.reasons[0] == "2 of 3 settings are within one standard error of the best reliability."
-    assert pick.settings["batch_size"] == 32 and pick.settings["seeds"] == (0,)
-    assert pick.metrics["reliability"] == 0.97 and all(map(math.isfinite, pick.metrics.values()))
-
-
-def test_without_a_number_of_edits_only_ties_are_candidates():
-    assert recommend(table((0.98, 0.5), (0.979, 0.9), n_edits=NAN)).trial_id == "a"
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ({"generalization": 0.4, "drift_kl": 0.1}, {"generalization": 0.5, "drift_kl": 0.9}),
-        (
-            {"generalization": 0.5, "drift_kl": 0.2, "seconds_per_edit": 1},
-            {"generalization": 0.5, "drift_kl": 0.1, "seconds_per_edit": 9},
-        ),
-        ({"drift_kl": 0.1, "seconds_per_edit": 2}, {"drift_kl": 0.1, "seconds_per_edit": 1}),
-        ({}, {"generalization": 0.0}),  # not measured loses against measured
-        ({"reliability": 0.97}, {"reliability": 0.98}),
-        ({"capability": 0.5}, {"capability": 0.5 + 1e-6}),
-        ({"generalization": 0.4, "capability": 0.5 + 1e-13}, {"generalization": 0.5}),  # a tie but for rounding
-    ],
-)  # fmt: skip
-def test_ties_in_capability_are_broken_in_the_documented_order(a, b):
-    rows = [
-        row("a", **({"reliability": 0.98, "capability": 0.5} | a)),
-        row("b", **({"reliability": 0.98, "capability": 0.5} | b), layer=1),
-    ]
-    assert recommend(results_frame(rows)).trial_id == "b"
-    assert recommend(results_frame(rows[::-1])).trial_id == "b"
-
-
-def test_the_pick_does_not_depend_on_the_order_of_rows():
-    rows = [row(name, 0.95, 0.5, layer=i) for i, name in enumerate("cab")]
-    assert {recommend(results_frame(list(order))).trial_id for order in itertools.permutations(rows)} == {"a"}
-
-
-def test_seeds_count_as_one_setting_and_their_mean_decides():
-    rows = [
-        row("lucky", 0.95, 0.9, layer=1, seed=0),
-        row("unlucky", 0.95, 0.1, layer=1, seed=1),
-        row("steady", 0.95, 0.6),
-    ]
-    assert recommend(results_frame(rows)).trial_id == "steady"
-    pick = recommend(results_frame(rows[:2]))
-    assert (pick.trial_id, pick.trial_ids, pick.settings["seeds"], pick.runner_up) == (
-        "lucky",
-        ("lucky", "unlucky"),
-        (0, 1),
-        None,
-    )
-    assert any("Mean of 2 seeds" in reason for reason in pick.reasons)
-
-
-def test_a_setting_that_diverged_with_one_seed_is_not_picked():
-    rows = [row("a", 1.0, 0.9, seed=0), row("b", 1.0, 0.9, seed=1, diverged=1), row("c", 0.4, 0.3, layer=1)]
-    assert recommend(results_frame(rows)).trial_id == "c"
-
-
-def test_without_capability_the_rule_goes_by_generalization_and_says_so():
-    frame = results_frame([row("a", 0.98, generalization=0.4), row("b", 0.98, generalization=0.6, layer=1)])
-    pick = recommend(frame)
-    assert pick.trial_id == "b" and "generalization (capability was not measured)" in pick.rule
-
-
-def test_there_is_no_pick_when_nothing_was_measured():
-    assert recommend(results_frame([])) is None
-    assert recommend(results_frame([row("a", status="failed"), row("b", INF, 0.5), row("c", NAN, 0.5)])) is None
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(*[st.integers(0, 20).map(lambda k: k / 20)] * 2), min_size=1, max_size=10))
-def test_the_pick_is_within_one_error_and_best_there_and_beaten_by_none_in_both(points):
-    frame = table(*points)
-    pick = recommend(frame)
-    best = max(r for r, _ in points)
-    reliability, capability = points[ord(pick.trial_id) - 97]
-    inside = [c for r, c in points if r >= best - proportion_se(best, 100) - 1e-9]
-    assert reliability >= best - proportion_se(best, 100) - 1e-9 and capability == max(inside)
-    assert pick.trial_id in pareto_front(frame).trial_ids
-
-
-def test_a_floor_asks_for_another_reliability_than_that_of_the_rule():
-    results = table((1.0, 0.3), (0.9, 0.5), (0.6, 0.7))
-    assert recommend(results).trial_id == "a" and recommend(results, 0.9).trial_id == "b"
-    assert recommend(results, 0.0).trial_id == "c" and recommend(results, 1.01) is None
-    assert "at least 90.0%" in recommend(results, 0.9).rule and "2 of 3" in recommend(results, 0.9).reasons[0]
-    assert recommend(results, recommend(results).floor).trial_id == recommend(results).trial_id
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), *[st.integers(0, 3).map(lambda k: k / 3)] * 2), min_size=1, max_size=8))
-def test_whatever_floor_and_positions_are_asked_for_the_pick_is_among_the_pickable(points):
-    rows = blank_table(len(points), ()).assign(layer=[layer for layer, _, _ in points], learning_rate=range(1, len(points) + 1))
-    results = rows.assign(reliability=[r for _, r, _ in points], capability=[c for _, _, c in points])
-    able = pickable(by_setting(results))
-    picks = set()
-    for layers in ({0, 1, 2}, {0, 2}, {0}, {1}, {2}):
-        for floor in sorted({r for _, r, _ in points}):
-            pick = recommend(results[results["layer"].isin(layers)], floor)
-            picks |= {pick.trial_id} if pick else set()
-    assert picks == set(able)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.stats.pareto import recommend
+from analysis.stats.pick import recommend
 from analysis.page.report import render_report
 from locft.errors import InputError
 from sweeps.commands import ui
