@@ -98,8 +98,7 @@ def _present(items: tuple[str | None, ...]) -> tuple[str, ...]:
 _Stripped = Annotated[Text, AfterValidator(str.strip)]
 _Line = Annotated[Text, AfterValidator(_one_line)]
 _NoneIfBlank = BeforeValidator(lambda value: None if isinstance(value, str) and not value.strip() else value)
-_OneIsAList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-_Lenient = (_OneIsAList, AfterValidator(_present))
+_ListIfText = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 _STRIPPED = FieldType("text", TypeAdapter(_Stripped), "")
 _LINE = FieldType("text", TypeAdapter(_Line), "")
@@ -110,10 +109,11 @@ _IDENTITY = FieldType(
 )
 _TEXTS: FieldType[tuple[str, ...]] = FieldType("a list of texts", TypeAdapter(tuple[_Stripped, ...]), ())
 _TEXT_OR_TEXTS: FieldType[tuple[str, ...]] = FieldType(
-    "a list of texts", TypeAdapter(Annotated[tuple[Annotated[_Stripped | None, _NoneIfBlank], ...], *_Lenient]), ()
-)
-_LINE_OR_LINES: FieldType[tuple[str, ...]] = FieldType(
-    "a list of texts", TypeAdapter(Annotated[tuple[Annotated[_Line | None, _NoneIfBlank], ...], *_Lenient]), ()
+    "a list of texts",
+    TypeAdapter(
+        Annotated[tuple[Annotated[_Stripped | None, _NoneIfBlank], ...], _ListIfText, AfterValidator(_present)]
+    ),
+    (),
 )
 
 
@@ -128,7 +128,7 @@ def read_edits(
     return layout.name, [edit for edit, _ in edits], [truths for _, truths in edits]
 
 
-def _read_edit(layout: EditLayout, fields: RecordFields, _: FileRecord) -> tuple[EditRequest, tuple[str, ...]]:
+def _read_edit(layout: EditLayout, fields: RecordFields) -> tuple[EditRequest, tuple[str, ...]]:
     subject = fields.get(layout.subject, _STRIPPED)
     prompt = fields.get(layout.prompt, _STRIPPED)
     if layout.subject_mark and prompt:
@@ -136,12 +136,9 @@ def _read_edit(layout: EditLayout, fields: RecordFields, _: FileRecord) -> tuple
             fields.wrong(layout.prompt, f"{layout.subject_mark} where the subject goes", prompt)
         prompt = prompt.replace(layout.subject_mark, subject)
     target = fields.get(layout.target, _LINE)
-    truths: tuple[str, ...]
-    if layout.truths:
-        truths = fields.optional(layout.truths, _LINE_OR_LINES) or ()
-    else:
-        truth = (fields.get if layout.truth_required else fields.optional)(layout.ground_truth, _LINE)
-        truths = _present((truth,))
+    truth = (fields.get if layout.truth_required else fields.optional)(layout.ground_truth, _LINE)
+    known_truths = fields.optional(layout.truths, _TEXT_OR_TEXTS)
+    truths = _present((truth, *map(_one_line, known_truths or ())))
     edit = EditRequest(
         id=fields.optional(layout.id, _IDENTITY) or "",
         subject=subject,

@@ -27,7 +27,7 @@ class FieldType(Generic[Value]):
     """For messages, such as "a list of texts"."""
     adapter: TypeAdapter[Any]
     stand_in: Value
-    """What takes the place of a wrong value, so that reading goes on and tells the record's other problems."""
+    """Takes the place of a wrong value, so that reading goes on and tells the record's other problems."""
 
 
 def _not_blank(text: str) -> str:
@@ -38,6 +38,7 @@ def _not_blank(text: str) -> str:
 
 Text = Annotated[str, Strict(), AfterValidator(_not_blank)]
 TEXT = FieldType("text", TypeAdapter(Text), "")
+_OBJECTS: FieldType[list[Any]] = FieldType("a list of objects", TypeAdapter(list[Any]), [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class RecordLayout:
     @property
     def optional(self) -> tuple[str, ...]:
         """Paths of the other fields that are read."""
-        return ()
+        raise NotImplementedError
 
     def recognises(self, record: Mapping[str, Any]) -> bool:
         if self.never and record.get(self.never) is not None:
@@ -84,27 +85,26 @@ def top_level(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.split(".")[0].removesuffix("[]") for path in paths))
 
 
+@dataclass
 class RecordFields:
     """One object of a record while it is read: returns usable values and collects what is wrong with them."""
 
-    def __init__(
-        self,
-        value: Mapping[str, Any],
-        place: str,
-        problems: list[str],
-        *,
-        known: Collection[str],
-        strict: bool,
-        prefix: str = "",
-    ):
-        self.value = value
-        self.place = place
-        self.problems = problems
-        self.strict = strict
-        self._known = known
-        self._prefix = prefix  # of the object in its record, such as "locality[0]."
-        if strict:
-            self._check_spelling()
+    value: Mapping[str, Any]
+    place: str
+    """Of the record, for messages."""
+    problems: list[str]
+    known: Collection[str]
+    """Keys that the layout knows."""
+    strict: bool
+    prefix: str = ""
+    """Where the object is in the record, such as "locality[0].", empty for the record itself."""
+
+    def __post_init__(self) -> None:
+        """Any key may carry the user's own notes, but one that is nearly a known key is that key, misspelt."""
+        for key in self.value if self.strict else ():
+            near = get_close_matches(key.lower(), self.known, n=1, cutoff=0.85)
+            if key not in self.known and near and near[0] not in self.value:
+                self.tell(_listed([key]), f"unknown key, did you mean {near[0]!r}?")
 
     def get(self, path: str, kind: FieldType[Value]) -> Value:
         """The value of a field that must be there."""
@@ -117,7 +117,7 @@ class RecordFields:
             at = f"{at}.{part}" if at else part
             if part not in holder:
                 expected = kind.expected if at == path else "an object"
-                near = did_you_mean(part, [key for key in map(str, holder) if key not in self._known])
+                near = did_you_mean(part, [key for key in map(str, holder) if key not in self.known])
                 self.tell(at, f"expected {expected}, got no such field (the keys are {_listed(holder)}{near})")
                 return kind.stand_in
             holder = holder[part]
@@ -134,33 +134,24 @@ class RecordFields:
 
     def each(self, path: str, known: Collection[str]) -> "list[RecordFields]":
         """The objects of a list that may be absent, each to be read in turn; `known` are their keys."""
-        items = self.optional(path, _OBJECTS)
         objects = []
+        items = self.optional(path, _OBJECTS)
         for index, item in enumerate(items or ()):
-            place = f"{path}[{index}]"
+            at = f"{path}[{index}]"
             if isinstance(item, Mapping):
-                prefix = f"{self._prefix}{place}."
-                objects.append(
-                    RecordFields(item, self.place, self.problems, known=known, strict=self.strict, prefix=prefix)
-                )
+                prefix = f"{self.prefix}{at}."
+                objects.append(RecordFields(item, self.place, self.problems, known, self.strict, prefix))
             else:
-                self.wrong(place, "an object", item)
+                self.wrong(at, "an object", item)
         return objects
 
     def wrong(self, path: str, expected: str, got: Any) -> None:
         self.tell(path, f"expected {expected}, got {describe(got)}")
 
     def tell(self, path: str, problem: str) -> None:
-        told = f"{self.place}, field {self._prefix}{path}: {problem}"
+        told = f"{self.place}, field {self.prefix}{path}: {problem}"
         if told not in self.problems:
             self.problems.append(told)
-
-    def _check_spelling(self) -> None:
-        """Any key may carry the user's own notes, but one that is nearly a known key is that key, misspelt."""
-        for key in self.value:
-            near = get_close_matches(key.lower(), self._known, n=1, cutoff=0.85)
-            if key not in self._known and near and near[0] not in self.value:
-                self.tell(_listed([key]), f"unknown key, did you mean {near[0]!r}?")
 
     def _checked(self, path: str, kind: FieldType[Value], value: Any) -> Value:
         try:
@@ -173,17 +164,14 @@ class RecordFields:
             return kind.stand_in
 
 
-_OBJECTS: FieldType[list[Any]] = FieldType("a list of objects", TypeAdapter(list[Any]), [])
-
-
 def read_with_layout(
     layouts: Sequence[Layout],
     records: Sequence[FileRecord],
     source: str,
-    read: Callable[[Layout, RecordFields, FileRecord], Value],
+    read: Callable[[Layout, RecordFields], Value],
     earlier_problems: Sequence[str] = (),
 ) -> tuple[Layout, list[Value]]:
-    """The layout of most records of a file, and what `read` makes of each record.
+    """The layout of most records of a file, and what `read` makes of each record, in order.
 
     A record has the first of the layouts that recognises it. Raises InputError with every problem: those found earlier,
     and each wrong field with its place, what was expected and what was got.
@@ -197,7 +185,7 @@ def read_with_layout(
     if not votes:
         raise InputError(shortened(problems))
     layout = votes.most_common(1)[0][0]  # of equally frequent ones, the first in the file
-    keys = top_level((*layout.required, *layout.optional))
+    known_keys = top_level((*layout.required, *layout.optional))
     values, places = [], dict[str, str]()
     for record, own_layout in zip(records, recognised, strict=True):
         place = f"{source}, {record.place}"
@@ -205,8 +193,8 @@ def read_with_layout(
         if variant is not own_layout and (stranger := _stranger(record.value, own_layout, layout)):
             problems.append(f"{place}: {stranger}")
             continue
-        fields = RecordFields(record.value, place, problems, known=keys, strict=layout.strict)
-        values.append(read(variant, fields, record))
+        fields = RecordFields(record.value, place, problems, known_keys, layout.strict)
+        values.append(read(variant, fields))
         identity = record.value.get("id") if layout.strict else None
         if identity is not None and (other := places.setdefault(str(identity), place)) is not place:
             fields.tell("id", f"expected an id of its own, got {describe(identity)}, the id of {other}")
@@ -226,12 +214,12 @@ def _stranger(record: Mapping[str, Any], own: RecordLayout | None, layout: Recor
 
 
 def _is_filled(value: Any, path: str) -> bool:
-    """Whether something that is not null is at the path; in a list, of at least one element."""
-    for index, part in enumerate(parts := path.split(".")):
-        value = value.get(part.removesuffix("[]")) if isinstance(value, Mapping) else None
-        if part.endswith("[]"):
-            rest = ".".join(parts[index + 1 :])
-            return isinstance(value, list) and any(_is_filled(element, rest) for element in value)
+    """Whether something that is not null is at the path; for a path with "[]", in at least one element of the list."""
+    list_path, is_list, inside = path.partition("[].")
+    for part in list_path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if is_list:
+        return isinstance(value, list) and any(_is_filled(element, inside) for element in value)
     return value is not None
 
 

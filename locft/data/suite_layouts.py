@@ -140,7 +140,7 @@ LAYOUTS = (  # the first that recognises a record has it
         choices="choices", answer="answer", lettered=True,
     ),
     BenchmarkLayout(
-        name="LAMBADA", signs=("text",), texts=("text",), context="{text}",
+        name="LAMBADA", signs=("text",), texts=("text",), context="{text}", shown=str,
         only="text domain id idx",  # any table of texts has a column "text": beside "label", say, it is no cloze
     ),
 )
@@ -151,25 +151,22 @@ def read_items(
     records: Sequence[FileRecord], task: str, source: str, earlier_problems: Sequence[str] = ()
 ) -> tuple[str, list[CapabilityItem]]:
     """(layout, items) of a file's records. Raises InputError with every problem, those found earlier first."""
-    stem = Path(source).stem
-
-    def read(layout: BenchmarkLayout, fields: RecordFields, record: FileRecord) -> CapabilityItem:
-        own_id = fields.optional("id", TEXT) if layout.strict else None
-        context, choices, answer, rule = _question(layout, fields)
-        return CapabilityItem(task, own_id or f"{stem}:{record.line or record.number}", context, choices, answer, rule)
-
-    layout, items = read_with_layout(LAYOUTS, records, source, read, earlier_problems)
-    return layout.name, items
+    layout, items = read_with_layout(LAYOUTS, records, source, _read_item, earlier_problems)
+    numbers = [record.line or record.number for record in records]
+    ids = [item.id or f"{Path(source).stem}:{number}" for item, number in zip(items, numbers, strict=True)]
+    return layout.name, [replace(item, task=task, id=identity) for item, identity in zip(items, ids, strict=True)]
 
 
-def _question(layout: BenchmarkLayout, fields: RecordFields) -> tuple[str, tuple[str, ...], int, Rule]:
-    """(context, choices, answer, rule); of no use if one of the fields is wrong."""
+def _read_item(layout: BenchmarkLayout, fields: RecordFields) -> CapabilityItem:
+    """The item without its task, and without an id if the record has none."""
     texts = {key: fields.get(key, _VERBATIM if layout.strict else TEXT) for key in layout.texts}
     texts |= {key: fields.optional(key, TEXT) or "" for key in layout.optional_texts}
     context = layout.context.format(**texts) if isinstance(layout.context, str) else layout.context(texts)
+    choices: tuple[str, ...]
     if not layout.choices:
-        return _last_word(layout.texts[0], context, fields)
-    if isinstance(layout.choices, str):
+        context, last_word = _split_last_word(layout.texts[0], context, fields)
+        choices = (last_word,)
+    elif isinstance(layout.choices, str):
         choices = fields.get(layout.choices, _ONE_OR_MORE if layout.strict else _TWO_OR_MORE)
     else:
         choices = tuple(fields.get(key, TEXT) for key in layout.choices)
@@ -179,8 +176,9 @@ def _question(layout: BenchmarkLayout, fields: RecordFields) -> tuple[str, tuple
             fields.wrong(str(layout.choices), f"at most {len(LETTERS)} texts, each gets a letter", list(choices))
         options = "".join(f"\n{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False))
         context, choices = f"{context.strip()}{options}\nAnswer:", tuple(LETTERS[: len(choices)])
+    identity = (fields.optional("id", TEXT) if layout.strict else None) or ""
     rule: Rule = "exact" if len(choices) == 1 else layout.rule
-    return context, tuple(map(layout.shown, choices)), answer, rule
+    return CapabilityItem("", identity, context, tuple(map(layout.shown, choices)), answer, rule)
 
 
 def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: RecordFields) -> int:
@@ -208,12 +206,13 @@ def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: 
     return index
 
 
-def _last_word(key: str, text: str, fields: RecordFields) -> tuple[str, tuple[str, ...], int, Rule]:
+def _split_last_word(key: str, text: str, fields: RecordFields) -> tuple[str, str]:
+    """(what precedes the last word, the word with its leading space)."""
     split = re.fullmatch(r"(.*\S)(\s+)(\S+)\s*", text, re.DOTALL)
     if split is None:
         if text:
             fields.wrong(key, "two or more words, the last of which is asked for", text)
-        return "", (), 0, "exact"
+        return "", text
     # A last word on a line of its own is asked for behind the line break, not together with it.
     before, gap, word = split.groups()
-    return (before, (" " + word,), 0, "exact") if gap == " " else (before + gap, (word,), 0, "exact")
+    return (before, " " + word) if gap == " " else (before + gap, word)

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from locft.data import edit_layouts
+from locft.data.edit_layouts import EditLayout
 from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.data.requests import EditFindings, load_edits, normalise_answer
 from locft.errors import InputError
@@ -264,6 +266,20 @@ def test_own_format_reads_back(tmp_path, wanted):
     as_lines, as_list = (load_edits(write(tmp_path, records, name)) for name in ("a.jsonl", "a.json"))
     assert as_lines.requests == as_list.requests == tuple(wanted)
     assert as_lines.fingerprint == as_list.fingerprint
+
+
+def test_a_new_layout_is_one_entry(tmp_path, monkeypatch):
+    layout = EditLayout(
+        name="cards", signs=("card",), subject="card.about", prompt="card.text", target="card.new", rephrases="others",
+        locality=("kept[].say", "kept[].hear"),
+    )  # fmt: skip
+    monkeypatch.setattr(edit_layouts, "LAYOUTS", (*edit_layouts.LAYOUTS, layout))
+    card = {"card": {"about": "Peru", "text": "Its capital is", "new": "Oslo"}, "kept": [{"say": "a", "hear": "b"}]}
+    edits = load_edits(write(tmp_path, [card]))
+    wanted = EditRequest("cards-1", "Peru", "Its capital is", "Oslo", None, (), (LocalityPrompt("a", "b"),))
+    assert edits.layout == "cards" and edits.requests == (wanted,)
+    problem = only_problem(tmp_path, [{"card": {"about": "Peru", "txt": "Its capital is", "new": "Oslo"}}])
+    assert "field card.text: expected text, got no such field (the keys are about, txt, new; did you mean txt?" in problem
 
 
 # --- selection and fingerprint
@@ -636,11 +652,8 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-keys = sorted({key for record in LAYOUTS.values() for key in record} | {"rephrases", "ground_truth"}) + [
-    "Prompt",
-    "rephrased",
-    "\ud800",
-]
+keys = sorted({key for record in LAYOUTS.values() for key in record} | {"rephrases", "ground_truth"})
+keys += ["Prompt", "rephrased", "\ud800"]
 
 
 @FUZZ

@@ -130,6 +130,12 @@ def test_variants_of_layouts(tmp_path):
     assert (item.context, item.choices) == ('"Go," he said.\n\n', ("Shane",))
 
 
+def test_variants_of_one_layout_may_be_mixed(tmp_path):
+    whole = {"ctx": "She", "endings": ["runs.", "flies."], "label": 0}
+    items = one_task(write(tmp_path, "a.jsonl", [whole, RECORDS["hellaswag"]])).items
+    assert [item.context for item in items] == ["She", EXPECTED["hellaswag"][0]]
+
+
 def test_folder_of_files_is_one_task(tmp_path):
     for name in ("b.jsonl", "a.jsonl"):
         write(tmp_path, name, [RECORDS["blimp"]] * 2)
