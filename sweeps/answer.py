@@ -70,11 +70,11 @@ def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool
 
     if tracker is None:
         return StudyState(prepared, results_frame([]), {})
-    results = tracker.load_results(prepared.id, curves=curves)
+    results = tracker.load_results(curves=curves)
     if prepared.plan.trials:
         planned = {trial.id for trial in prepared.plan.trials}
         results = results[results["trial_id"].isin(planned)].reset_index(drop=True)
-    stored = tracker.study_file(prepared.id, BASELINE_FILE)
+    stored = tracker.read_file(BASELINE_FILE)
     return StudyState(prepared, results, json.loads(stored)["metrics"] if stored else {})
 
 
@@ -119,7 +119,7 @@ def measured(state: StudyState, tracker: Tracker) -> "Measured":
     from analysis.stats.comparison import Measured
 
     prepared, study = state.prepared, state.prepared.study
-    started, finished = tracker.study_times(prepared.id)
+    started, finished = tracker.times()
     about = {
         "name": study.name,
         "model": study.model,

@@ -66,7 +66,7 @@ def load_results(
 ) -> "pd.DataFrame":
     """The results table of a study as far as it is (columns: `analysis.stats.table.COLUMNS`), empty when nothing ran."""
     prepared = _prepared(study, changes)
-    return read_state(prepared, find_tracker(tracking_uri, prepared.study.name)).results
+    return read_state(prepared, find_tracker(tracking_uri, prepared.study.name, prepared.id)).results
 
 
 def figures(results: "pd.DataFrame") -> dict[str, "go.Figure"]:

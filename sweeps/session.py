@@ -30,8 +30,8 @@ from sweeps.study.plan import PreparedStudy
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.tracking.outbox import Delivery, open_outbox, study_folder
 from sweeps.tracking.store import Refused, TrackingError
-from sweeps.tracking.study_run import DatasetRecord, ModelRecord, StudyInputs, Tracker, find_tracker
-from sweeps.tracking.trial_run import environment
+from sweeps.tracking.study_run import Tracker, find_tracker
+from sweeps.tracking.trial_run import DatasetRecord, StudyInputs, environment
 
 DRIVER_TAG = "locft.driver"
 """Tag of a study's run that names its driver while one is at work."""
@@ -49,13 +49,13 @@ class Driver:
     """UTC, in ISO 8601 to the second."""
 
 
-def driver_of(tracker: Tracker | None, study_id: str) -> Driver | None:
+def driver_of(tracker: Tracker | None) -> Driver | None:
     """Who runs a study, as its run says; None when nobody does. tracker: None when nothing of the study is recorded yet.
 
     A driver of this machine whose process is gone counts as none. One of another machine that was killed keeps its tag
     until the next driver ends.
     """
-    text = tracker.study_tag(study_id, DRIVER_TAG) if tracker else None
+    text = tracker.tag(DRIVER_TAG) if tracker else None
     try:
         driver = Driver(**json.loads(text or "{}"))
     except (ValueError, TypeError):  # no tag, or that of an earlier version
@@ -129,7 +129,7 @@ class StudySession:
         """stack: holds what has to be undone at the end of the session."""
         self.prepared, self.study_id = prepared, study_id
         self.outbox = open_outbox(study_id, tracking_uri)
-        self.tracker = find_tracker(tracking_uri, prepared.study.name)
+        self.tracker = find_tracker(tracking_uri, prepared.study.name, study_id)
         """None until the study's experiment exists (`open_run` creates it)."""
         self._tracking_uri, self._description, self._stack = tracking_uri, description, stack
         self._run_is_open = False
@@ -146,13 +146,12 @@ class StudySession:
         Raises InputError when the store cannot be used, TrackingError when it does not take the run.
         """
         study = self.prepared.study
-        self.tracker = tracker = self.tracker or Tracker.open(self._tracking_uri, study.name)
+        self.tracker = tracker = self.tracker or Tracker.open(self._tracking_uri, study.name, self.study_id)
         if not self._run_is_open:
             self._run_is_open = True
             driver = Driver(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
             self._stack.callback(self._close_run)
-            tracker.open_study(
-                self.study_id,
+            tracker.open_run(
                 study.name,
                 study_yaml=study_to_yaml(study),
                 description=self._description,
@@ -163,13 +162,13 @@ class StudySession:
 
     def _close_run(self) -> None:
         """Nothing fails here: the store may be away."""
-        self.tracker.abandon_study(self.study_id)  # unless it was finished
+        self.tracker.abandon()  # unless it was finished
         with suppress(TrackingError):
-            self.tracker.tag_study(self.study_id, DRIVER_TAG, None)
+            self.tracker.set_tag(DRIVER_TAG, None)
 
     def recorder(self, reporter: Reporter) -> "Recorder":
         """A context manager that passes trials on to `reporter` and records the finished ones in the study's open run."""
-        deliver = partial(self.tracker.log_trial, self.study_id, inputs=self._inputs())
+        deliver = partial(self.tracker.log_trial, inputs=self._inputs())
         return Recorder(reporter, Delivery(deliver, self.outbox, reporter.note))
 
     def deliver_kept(self) -> None:
@@ -181,7 +180,7 @@ class StudySession:
             inputs = self._inputs()
             for result in kept:
                 try:
-                    self.tracker.log_trial(self.study_id, result, inputs)
+                    self.tracker.log_trial(result, inputs)
                     self.outbox.drop(result)
                 except Refused as error:
                     file = self.outbox.set_aside(result)
@@ -191,7 +190,6 @@ class StudySession:
     def _inputs(self) -> StudyInputs:
         """The data sets and the unedited model, for the runs of the trials."""
         prepared, study, facts = self.prepared, self.prepared.study, self.prepared.facts
-        model = ModelRecord(study.model, facts.model_fingerprint, {"layers": facts.n_layers, "dtype": study.dtype})
         found = {"edits": len(prepared.edits.requests), **asdict(prepared.edits.findings)}
         data = [DatasetRecord(study.edits.source, prepared.edits.fingerprint, study.edits.source, "edits", found)]
         if prepared.suite:
@@ -200,7 +198,8 @@ class StudySession:
             data.append(
                 DatasetRecord(name, prepared.suite.fingerprint, prepared.capability_source, "capability", items)
             )
-        return self.tracker.create_inputs(self.study_id, model, data, {"locft.machine": machine(study.resources)})
+        about_model = {"layers": facts.n_layers, "dtype": study.dtype}
+        return StudyInputs(study.model, facts.model_fingerprint, about_model, tuple(data), machine(study.resources))
 
 
 class Recorder:

@@ -22,7 +22,8 @@ from sweeps.study.trial_types import TrialConfig
 from sweeps.tracking.registry import edit_address, study_alias
 from sweeps.run.runner import Ending, Reporter, alone, run_trials
 from sweeps.run.search import OBJECTIVES, TrialSearch
-from sweeps.tracking.study_run import Tracker, TrackingError
+from sweeps.tracking.store import TrackingError
+from sweeps.tracking.study_run import Tracker
 from sweeps.run.trial import Basis, measure_baseline
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None, de
             basis = Basis(prepared.inputs, _baseline(prepared, tracker, here))
             register_pick(study, basis, config, row["run_id"], metrics, tracking_uri, here=here)
         use = f"Apply it: `locft apply {address} --model {study.model} --out edited-model`"
-        tracker.describe_study(prepared.id, f"{answer_text(done.answer)}\n\n{use}", {"locft.registered": address})
+        tracker.describe(f"{answer_text(done.answer)}\n\n{use}", {"locft.registered": address})
     except KeyboardInterrupt:
         return replace(done, not_registered="interrupted; the same command makes up for it")
     except Exception as error:  # a worker that dies, a store without a registry
@@ -149,8 +150,7 @@ def _conclude(
     answer = asked(partial(answer_of, state, tracker))
     asked(
         partial(
-            tracker.finish_study,
-            prepared.id,
+            tracker.finish,
             state.results,
             answer.report_html,
             asdict(answer.recommendation) if answer.recommendation else {},
@@ -172,11 +172,11 @@ def _baseline(prepared: PreparedStudy, tracker: Tracker, here: bool) -> "Baselin
     """The unedited model's measurements: once per study, then from the study's run. here: as of `alone`."""
     from locft.workbench import Baseline
 
-    stored = tracker.study_file(prepared.id, BASELINE_FILE)
+    stored = tracker.read_file(BASELINE_FILE)
     if stored:
         return Baseline.from_dict(json.loads(stored))
     baseline = alone(partial(measure_baseline, prepared.inputs), prepared.study.resources, here=here)
-    tracker.put_study_file(prepared.id, BASELINE_FILE, json.dumps(baseline.to_dict()))
+    tracker.write_file(BASELINE_FILE, json.dumps(baseline.to_dict()))
     return baseline
 
 

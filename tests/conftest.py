@@ -58,8 +58,7 @@ def empty_store(tmp_path_factory) -> Path:
     from sweeps.tracking.store import connect
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    client, _ = connect(f"sqlite:///{file}", create=True)
-    client.search_experiments()
+    connect(f"sqlite:///{file}", create=True).client.search_experiments()
     return file
 
 

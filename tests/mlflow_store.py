@@ -6,7 +6,8 @@ import random
 import pandas as pd
 
 from sweeps.study.trial_types import TrialConfig, TrialResult
-from sweeps.tracking.study_run import DatasetRecord, ModelRecord, StudyInputs, Tracker
+from sweeps.tracking.study_run import Tracker
+from sweeps.tracking.trial_run import DatasetRecord, StudyInputs
 
 STUDY = "study-1"
 
@@ -48,25 +49,25 @@ def failure(trial: TrialConfig, cause: str = "OutOfMemoryError: 3 GiB wanted") -
     return TrialResult(trial, "failed", cause)
 
 
-def open_study(tracker: Tracker, study_id: str = STUDY, name: str = "layer-sweep") -> tuple[str, StudyInputs]:
+def open_study(tracker: Tracker) -> tuple[str, StudyInputs]:
     """The study's run and the inputs of its trials."""
-    run_id = tracker.open_study(
-        study_id, name, study_yaml="name: layer-sweep\nmodel: smollm2-135m\n", description="Layers of a small model.",
+    run_id = tracker.open_run(
+        "layer-sweep", study_yaml="name: layer-sweep\nmodel: smollm2-135m\n", description="Layers of a small model.",
         environment={"python": "3.11", "packages": {"torch": "2.13"}}, tags={"locft.version": "0.1"},
     )  # fmt: skip
-    model = ModelRecord("HuggingFaceTB/SmolLM2-135M", "f" * 64, {"layers": 30, "dtype": "float32"})
-    data = [
+    data = (
         DatasetRecord("atlas", "a" * 64, "atlas", "edits", {"edits": 20, "contradictions": 0}),
         DatasetRecord("probes", "c" * 64, "probes", "capability", {"items": 640}),
-    ]
-    return run_id, tracker.create_inputs(study_id, model, data)
+    )
+    facts = {"layers": 30, "dtype": "float32"}
+    return run_id, StudyInputs("HuggingFaceTB/SmolLM2-135M", "f" * 64, facts, data, "here 1 CPU 0 GPU")
 
 
-def finish(tracker: Tracker, results: pd.DataFrame, html: str, study_id: str = STUDY) -> None:
+def finish(tracker: Tracker, results: pd.DataFrame, html: str) -> None:
     best = results.sort_values("reliability").iloc[-1]
     position = f"{best.layer}.{best.module}"
-    tracker.finish_study(
-        study_id, results, html, {"trial_ids": (best.trial_id,), "position": position, "why": "most reliable"},
+    tracker.finish(
+        results, html, {"trial_ids": (best.trial_id,), "position": position, "why": "most reliable"},
         {"best_reliability": best.reliability, "hypervolume": 0.31, "trials_done": len(results), "none": float("nan")},
         "done", answer=f"**{position}** edits best.",
     )  # fmt: skip

@@ -54,7 +54,7 @@ def ui(
     as_json: JsonOption = False,
 ) -> None:
     """Open MLflow on 127.0.0.1 and print the pages that matter. Ctrl-C stops it."""
-    from sweeps.tracking.lookup import list_studies
+    from sweeps.tracking.study_run import list_studies
     from sweeps.commands.ui import serve
 
     def announce(address: str) -> None:

@@ -149,8 +149,8 @@ def status(
     prepared = _prepared(study, overrides)
     if tracking_uri:  # a store that is named should be there; the one that is not named may be still to come
         connect(tracking_uri)
-    tracker = find_tracker(tracking_uri, prepared.study.name)
-    state, driver = read_state(prepared, tracker, curves=False), driver_of(tracker, prepared.id)
+    tracker = find_tracker(tracking_uri, prepared.study.name, prepared.id)
+    state, driver = read_state(prepared, tracker, curves=False), driver_of(tracker)
     waiting = len(open_outbox(prepared.id, tracking_uri))
     causes, diverged = failure_causes(state), int((state.results["diverged"] == 1).sum())
     left = _seconds_left(prepared, tracking_uri) if driver else None
@@ -237,7 +237,7 @@ def _recorded(prepared: "PreparedStudy", named: str, tracking_uri: str | None) -
     from sweeps.tracking.address import redact, resolve_uri
     from sweeps.tracking.study_run import find_tracker
 
-    tracker = find_tracker(tracking_uri, prepared.study.name)
+    tracker = find_tracker(tracking_uri, prepared.study.name, prepared.id)
     state = read_state(prepared, tracker)
     if tracker is None or state.results.empty:
         where = redact(resolve_uri(tracking_uri))

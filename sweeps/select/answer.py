@@ -19,7 +19,9 @@ from sweeps.select.policy import Run, start_rate
 from sweeps.select.request import METHOD
 from sweeps.select.selection import Selection
 from sweeps.study.reader import study_to_yaml
-from sweeps.tracking.study_run import Tracker, TrackingError
+from sweeps.tracking.registry import register_position
+from sweeps.tracking.store import TrackingError
+from sweeps.tracking.study_run import Tracker
 
 UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
 
@@ -50,19 +52,19 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answ
         try:
             patiently(partial(_record, selection, tracker, answer))
             if content:
-                tracker.register_position(selection.question.id, selection.question.study.model, content)
+                register_position(tracker.client, tracker.run_id(), selection.question.study.model, content)
         except TrackingError as error:
             return replace(answer, not_recorded=str(error))
         return answer
     finally:
-        tracker.abandon_study(selection.question.id)  # unless it was finished
+        tracker.abandon()  # unless it was finished
 
 
 def _record(selection: Selection, tracker: Tracker, answer: Answer) -> None:
     """Into the study's run, and that closed."""
     ranking, content = answer.ranking, answer.position
     if content:
-        tracker.put_study_file(selection.question.id, "position.json", json.dumps(content, indent=2))
+        tracker.write_file("position.json", json.dumps(content, indent=2))
     summary = {"runs": len(selection.scores), "grid_share": selection.spent_seconds / selection.grid_seconds}
     if content:
         summary |= {f"pick_{name}": value["mean"] for name, value in content["predicted"].items()}
@@ -73,8 +75,7 @@ def _record(selection: Selection, tracker: Tracker, answer: Answer) -> None:
     if content:
         sure = f"chance of being the best: {percent(content['chance'])}). {RULE}" if ranking else f"{UNMEASURED})"
         text = f"**Edit at {content['position']}** with learning rate {content['settings']['learning_rate']:g} ({sure}"
-    tracker.finish_study(
-        selection.question.id,
+    tracker.finish(
         selection.results,
         answer.html,
         {**(content or {}), "trial_ids": _trial_ids(selection, ranking)},

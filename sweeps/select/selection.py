@@ -112,7 +112,7 @@ def _tried(
 ) -> Selection:
     prepared, study, concurrent = question.prepared, question.study, room.trials()
     tracker = session.open_run()
-    known, _ = _known(question, tracker.load_results(question.id, curves=False))
+    known, _ = _known(question, tracker.load_results(curves=False))
     candidates, baseline = _prepared(question, tracker, reporter.note)
     minutes = question.budget.minutes
     deadline = math.inf if minutes is None else began + 60 * minutes - FINISHING_SECONDS
@@ -138,7 +138,7 @@ def _tried(
             deadline=deadline,
             patience=partial(patience_seconds, facts=prepared.facts, resources=study.resources),
         )
-    results = tracker.load_results(question.id)
+    results = tracker.load_results()
     scores, run_ids = _known(question, results)
     predicted = sum(task.seconds(run) for run in scores)
     pace = sum(score.seconds for score in scores.values()) / predicted if predicted else 1.0
@@ -205,13 +205,13 @@ def _prepared(
         baseline_file: partial(_measure, inputs),
         PROBE_FILE: partial(_probe, inputs, question.positions, question.seed),
     }
-    found = {name: tracker.study_file(question.id, name) for name in works}
+    found = {name: tracker.read_file(name) for name in works}
     if missing := [name for name, text in found.items() if text is None]:
         note("measuring the unedited model, and probing every position")
         made = on_workers([works[name] for name in missing], resources.cpus, resources.gpus)
         for name, value in zip(missing, made, strict=True):
             found[name] = json.dumps(value)
-            tracker.put_study_file(question.id, name, found[name])
+            tracker.write_file(name, found[name])
     candidates = tuple(Candidate(**row) for row in json.loads(found[PROBE_FILE]))
     return candidates, Baseline.from_dict(json.loads(found[baseline_file]))
 

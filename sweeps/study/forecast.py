@@ -84,13 +84,12 @@ def foresee(prepared: "PreparedStudy", tracking_uri: str | None, *, calibrate: b
     calibrate: whether a calibration is run where the store tells nothing; without, the rates are rough then. Raises
     InputError when the store cannot be reached.
     """
-    from sweeps.tracking.study_run import find_tracker
-    from sweeps.tracking.lookup import earlier_trials
+    from sweeps.tracking.study_run import earlier_trials, find_tracker
 
     study, facts = prepared.study, prepared.facts
-    tracker = find_tracker(tracking_uri, prepared.study.name)
+    tracker = find_tracker(tracking_uri, prepared.study.name, prepared.id)
     planned = {trial.id for trial in prepared.plan.trials}
-    finished = tracker.finished(prepared.id) if tracker else {}
+    finished = tracker.finished() if tracker else {}
     done = frozenset(trial for trial in finished if not planned or trial in planned)
     costs = rates.default_costs(facts, study.resources.cpus)
     if len(done) < prepared.plan.count:

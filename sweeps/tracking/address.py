@@ -1,8 +1,10 @@
-"""The address of the tracking store: read it, check at once that it answers, and never show its password.
+"""The address of the tracking store: resolve it, check within seconds that the store answers, never show its password.
 
-MLflow itself retries an unreachable store for minutes and then fails with a traceback. A study that cannot be recorded
-should not start, so everything here is found out within seconds and told as an `InputError`.
+MLflow itself retries an unreachable store for minutes and then fails with a traceback; a study that cannot be recorded
+should not start. Commands and notebook functions resolve the address once; everything below them takes it resolved.
 """
+
+# SQLAlchemy and MLflow are imported where they are used: most commands start without them.
 
 import os
 import re
@@ -12,8 +14,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from locft.errors import InputError
 
-# Read by MLflow when it is imported, which happens inside the functions below.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it when it is imported
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 CHECK_SECONDS = 10
@@ -30,11 +31,10 @@ def redact(text: str) -> str:
 def resolve_uri(uri: str | None) -> str:
     """The store's address: `uri`, else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, with file paths made absolute.
 
-    Raises:
-        InputError: an address that MLflow 3 cannot write to, with the nearest one that it can.
+    Raises InputError for an address that MLflow 3 cannot write to; the message names the nearest one that it can.
     """
     given = (uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI).strip()
-    scheme = given.split(":", 1)[0].split("+", 1)[0].lower() if ":" in given else ""
+    scheme = _scheme(given)
     if scheme in ("http", "https"):
         if not urlsplit(given).hostname:
             raise InputError(f"tracking address {redact(given)!r} names no host; expected for example http://HOST:5000")
@@ -56,6 +56,10 @@ def resolve_uri(uri: str | None) -> str:
     raise InputError(f"tracking address {redact(given)!r} has the unknown scheme {scheme!r}; expected {ACCEPTED}")
 
 
+def _scheme(uri: str) -> str:
+    return uri.split(":", 1)[0].split("+", 1)[0].lower() if ":" in uri else ""
+
+
 def without_credentials(uri: str) -> str:
     """An address without `user:password@`."""
     parts = urlsplit(uri)
@@ -65,7 +69,7 @@ def without_credentials(uri: str) -> str:
 def take_credentials(uri: str) -> str:
     """Moves `user:password@` of an http address to MLflow's environment variables; returns the address without it.
 
-    MLflow reads them from there for every request, and an address without a password can be printed.
+    MLflow reads the variables for every request, and an address without a password can be printed.
     """
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or not parts.username:
@@ -76,36 +80,33 @@ def take_credentials(uri: str) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a resolved sqlite address, None for every other store."""
+    """The file of a resolved sqlite address; None for every other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Makes sure that files can be written in `folder`, or that it can be made; makes nothing.
+    """Checks that files can be written in `folder`, or that it can be created. Leaves nothing behind.
 
-    A file without a name is written where the folder is or would be, because only writing tells whether writing works.
-
-    Raises:
-        InputError: with the system's reason.
+    Only writing tells whether writing works: an unnamed file is written in the folder, or in its nearest ancestor that
+    exists. Raises InputError with the system's reason.
     """
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise InputError(f"cannot write {what} in {folder}: {error.strerror or error}") from None
 
 
 def check_reachable(uri: str) -> None:
-    """Makes sure that the store at a resolved address answers and lets us in, or can be made there; makes nothing.
+    """Checks that the store at a resolved address answers and lets us in, or that it can be created. Creates nothing.
 
-    Raises:
-        InputError: what was tried, what happened, and what to do.
+    Raises InputError: what was tried, what happened, and what to do.
     """
     if (path := sqlite_path(uri)) is not None:
         _check_sqlite(path)
     elif uri.startswith("http"):
         _check_server(uri)
-    elif uri.split(":", 1)[0].split("+", 1)[0] in DATABASES:
+    elif _scheme(uri) in DATABASES:
         _check_database(uri)
 
 
@@ -120,48 +121,43 @@ def _check_sqlite(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(16)
     if start and start != b"SQLite format 3\0":
-        raise InputError(f"tracking store {path} is no SQLite file (it starts with {start!r}); give another file")
+        raise InputError(f"tracking store {path} is not an SQLite file (it starts with {start!r}); give another file")
 
 
 def _check_server(uri: str) -> None:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    tried = f"tracking server {redact(uri)}"
+    server = f"tracking server {redact(uri)}"
+    endpoint = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
+    credentials = get_default_host_creds(uri)
     try:
-        answer = http_request(
-            get_default_host_creds(uri),
-            "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default",
-            "GET",
-            max_retries=0,
-            timeout=CHECK_SECONDS,
-            raise_on_status=False,
-        )
+        answer = http_request(credentials, endpoint, "GET", max_retries=0, timeout=CHECK_SECONDS, raise_on_status=False)
     except Exception as error:
         hint = "start it (locft ui, or mlflow server), or correct --tracking-uri"
-        raise InputError(f"{tried} cannot be reached ({_cause(error)}); {hint}") from None
+        raise InputError(f"{server} cannot be reached ({_cause(error)}); {hint}") from None
     if answer.status_code in (401, 403):
         hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
         if "host" in answer.text.lower():  # the server's own guard against foreign host names
             hint = "start it with --allowed-hosts naming this address"
-        raise InputError(f"{tried} refuses access (HTTP {answer.status_code}: {answer.text.strip()[:120]}); {hint}")
+        raise InputError(f"{server} refuses access (HTTP {answer.status_code}: {answer.text.strip()[:120]}); {hint}")
     try:
-        known = {"experiment", "error_code"} & set(answer.json())
+        is_mlflow = bool({"experiment", "error_code"} & set(answer.json()))
     except ValueError:
-        known = set()
-    if not known:
+        is_mlflow = False
+    if not is_mlflow:
         raise InputError(
-            f"{tried} answers (HTTP {answer.status_code}) but not as MLflow does; is the port or the path another one?"
+            f"{server} answers (HTTP {answer.status_code}) but not as MLflow does; check the port and the path"
         )
 
 
 def _check_database(uri: str) -> None:
     import sqlalchemy
 
-    # Both drivers call it so; MLflow's own attempt would retry for minutes without one.
-    wait = {} if uri.startswith("mssql") else {"connect_timeout": CHECK_SECONDS}
+    # MLflow's own attempt would retry for minutes. The PostgreSQL and MySQL drivers share the option's name.
+    timeout = {} if uri.startswith("mssql") else {"connect_timeout": CHECK_SECONDS}
     try:
-        engine = sqlalchemy.create_engine(uri, connect_args=wait)
+        engine = sqlalchemy.create_engine(uri, connect_args=timeout)
         engine.connect().close()
         engine.dispose()
     except ImportError as error:

@@ -1,10 +1,10 @@
 """What people see of a study in MLflow: names, descriptions, links, and a prepared view of the experiment.
 
-Pure functions: nothing here talks to MLflow.
+Nothing here makes a request.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -14,21 +14,29 @@ VIEW = "locft"
 """Key of the prepared view, part of the links."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 """Experiment tag from which MLflow's pages take a shared view (columns, order, charts)."""
-COMPARED = 100
-"""Most runs in one comparison: beyond, the page gets slow and the address too long."""
+MAX_COMPARED = 100
+"""Runs in one comparison: with more, the page gets slow and the address too long."""
 
 _PIPELINES = {"breadth_first": "bf", "depth_first": "df"}
+_METRICS = (
+    "reliability",
+    "generalization",
+    "locality",
+    "capability",
+    "capability_change",
+    "drift_kl",
+    "seconds_per_edit",
+)
 _COLUMNS = [
     *("params.`layer`", "params.`module`"),
-    *(f"metrics.`{key}`" for key in ("reliability", "generalization", "locality", "capability", "capability_change")),
-    *(f"metrics.`{key}`" for key in ("drift_kl", "seconds_per_edit")),
+    *(f"metrics.`{key}`" for key in _METRICS),
     *(f"params.`{key}`" for key in ("learning_rate", "batch_size", "pipeline", "seed")),
     "tags.`locft.pick`",
 ]
 
 
 def run_name(config: TrialConfig) -> str:
-    """Short and readable, such as "22.mlp_down bf b10 lr0.004 s0"."""
+    """The name of a trial's run, such as "22.mlp_down bf b10 lr0.004 s0"."""
     pipeline = _PIPELINES.get(config.pipeline, config.pipeline)
     return f"{config.position} {pipeline} b{config.batch_size} lr{config.learning_rate:g} s{config.seed}"
 
@@ -38,39 +46,40 @@ def trial_note(result: TrialResult, run_id: str) -> str:
     config, metrics = result.config, result.metrics
     setting = (
         f"**{config.position}** (layer {config.layer} of {config.layers}), {config.pipeline.replace('_', '-')}, "
-        f"{config.batch_size} edits a step, learning rate {config.learning_rate:g}, seed {config.seed}"
+        f"{config.batch_size} edits per step, learning rate {config.learning_rate:g}, seed {config.seed}"
     )
     if result.retried:
         setting += f". Tried again after: {'; '.join(result.retried)}"
     if result.status == "failed":
         return f"{setting}.\n\nFailed: {result.error}"
-    figures = [f"{key} {metrics[key]:.3f}" for key in ("reliability", "generalization", "locality") if key in metrics]
+    measured = [f"{key} {metrics[key]:.3f}" for key in ("reliability", "generalization", "locality") if key in metrics]
     if "capability" in metrics:
         change = f" ({metrics['capability_change']:+.3f})" if "capability_change" in metrics else ""
-        figures.append(f"capability {metrics['capability']:.3f}{change}")
+        measured.append(f"capability {metrics['capability']:.3f}{change}")
     if "drift_kl" in metrics:
-        figures.append(f"drift {metrics['drift_kl']:.3f} nats per token")
-    found = ", ".join(figures) or "no metrics"
-    return f"{setting}.\n\nFound: {found}.\n\nRepeat it: `locft edit MODEL --from-run {run_id} --out edited`"
+        measured.append(f"drift {metrics['drift_kl']:.3f} nats per token")
+    results = ", ".join(measured) or "no metrics"
+    return f"{setting}.\n\nMeasured: {results}.\n\nRepeat it: `locft edit MODEL --from-run {run_id} --out edited`"
 
 
-def experiment_note(name: str, experiment_id: str, study_run: str | None = None) -> str:
-    """The description on top of the experiment's page, in markdown: the links first, as the page shows one line of it."""
+def experiment_note(name: str, experiment_id: str, study_run: str) -> str:
+    """The description on the experiment's page, in markdown; the links come first because one line of it is shown."""
     return (
-        f"{_linked(links(experiment_id, study_run))}\n\n"
-        f"Study **{name}**: at which position does localized fine-tuning edit this model best, and what does it cost in"
-        f" general capability? One run is one trial; the run named {name} holds the dashboard, the table and the answer."
+        f"{_link_line(experiment_id, study_run)}\n\n"
+        f"Study **{name}**: at which position does localized fine-tuning edit this model best, and what does it cost"
+        f" in general capability? Each trial is one run; the run {name} holds the dashboard, the table and the answer."
     )
 
 
 def study_note(text: str, experiment_id: str, study_run: str) -> str:
-    """The description on the page of the study's run: what it says, and the links."""
-    return f"{text}\n\n{_linked(links(experiment_id, study_run))}"
+    """The description on the page of the study's run, in markdown: `text` and the links."""
+    return f"{text}\n\n{_link_line(experiment_id, study_run)}"
 
 
-def _linked(found: Mapping[str, str]) -> str:
+def _link_line(experiment_id: str, study_run: str) -> str:
     titles = {"dashboard": "Dashboard", "table": "Table of the trials", "charts": "Charts of the trials"}
-    return " · ".join(f"[{title}]({found[key]})" for key, title in titles.items() if key in found)
+    addresses = links(experiment_id, study_run)
+    return " · ".join(f"[{title}]({addresses[key]})" for key, title in titles.items())
 
 
 def links(
@@ -89,13 +98,13 @@ def links(
         found["study"] = f"{experiment}/runs/{study_run}?{training}"
         found["dashboard"] = f"{experiment}/runs/{study_run}/artifacts/dashboard.html?{training}"
     if trial_runs:
-        runs = quote(json.dumps(list(trial_runs[:COMPARED]), separators=(",", ":")))
+        runs = quote(json.dumps(list(trial_runs[:MAX_COMPARED]), separators=(",", ":")))
         found["compare"] = f"#/compare-runs?runs={runs}&experiments={quote(json.dumps([experiment_id]))}&{training}"
     return {key: base + address for key, address in found.items()}
 
 
 def view_state() -> str:
-    """The prepared view: the trials only, best first, the columns that matter, and charts of the trade-off."""
+    """The prepared view as JSON: the trials only, best first, the columns that matter, and charts of the trade-off."""
     reliability = {"key": "reliability", "type": "METRIC"}
     charts: list[dict[str, Any]] = [
         {"type": "SCATTER", "xaxis": {"key": "capability", "type": "METRIC"}, "yaxis": reliability},
@@ -109,7 +118,7 @@ def view_state() -> str:
         {"type": "LINE", "metricKey": "epoch_loss", "xAxisKey": "step"},
     ]
     section = "locft-trade-off"
-    common = {"deleted": False, "isGenerated": False, "runsCountToCompare": COMPARED, "metricSectionId": section}
+    common = {"deleted": False, "isGenerated": False, "runsCountToCompare": MAX_COMPARED, "metricSectionId": section}
     state = {
         "searchFilter": "tags.`locft.kind` = 'trial'",
         "orderByKey": "metrics.`reliability`",

@@ -1,6 +1,11 @@
-"""MLflow's model registry: where a model shall be edited, and the edits themselves, under names with aliases."""
+"""MLflow's model registry: the recommended position of a model, and edits of it, under names with aliases.
+
+Tracking addresses are resolved ones (`sweeps.tracking.address.resolve_uri`). The functions raise InputError when the
+store does not take or return something, except where they say otherwise.
+"""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.stats.wording import number
 from locft.errors import InputError
-from sweeps.tracking.store import TrackingError, asking, connect
+from sweeps.tracking.store import connect, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PREFIX = "models:/"
 FOLDER = "edit"
-"""Of a run's artifacts, where registered edits lie, each in a folder of its own: a run is repeated with other settings, too."""
+"""Artifact folder of a run with a folder for each registered edit: a run may be repeated with other settings."""
 ALIAS = "chosen"
-"""Of the edit that somebody registered; those of studies have the study's (`study_alias`), so that none moves another's."""
+"""Of an edit that somebody registered. A study's pick has an alias of its own (`study_alias`)."""
 SHOWN = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
 """Metrics that a version carries as tags."""
 
@@ -25,6 +30,17 @@ SHOWN = ("reliability", "generalization", "locality", "capability", "capability_
 def registered_name(kind: str, model: str) -> str:
     """The registered model for positions or edits of a model."""
     return f"locft-{kind}-" + (re.sub(r"[/:.%\"'\\ ]+", "-", model).strip("-") or "model")
+
+
+def study_alias(study: str) -> str:
+    """The alias of a study's pick: the study's name, as far as MLflow takes it."""
+    alias = re.sub(r"[^\w-]", "-", study)
+    return f"study-{alias}" if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE) else alias
+
+
+def edit_address(model: str, alias: str) -> str:
+    """The address of a registered edit, as `locft apply` takes it."""
+    return f"{PREFIX}{registered_name('edit', model)}@{alias}"
 
 
 def add_version(
@@ -38,9 +54,10 @@ def add_version(
     tags: Mapping[str, str],
     description: str,
 ) -> str:
-    """A new version of a registered model, made when it is new, that the alias points to; returns "models:/NAME@ALIAS".
+    """Adds a version to a registered model, which is created when it is new; returns its address "models:/NAME@ALIAS".
 
-    Raises whatever MLflow raises: call it inside `asking`.
+    about, description: of the registered model and of the version. source: the artifacts' address. alias: points to the
+    new version from now on. Raises what MLflow raises.
     """
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=about)
@@ -49,30 +66,19 @@ def add_version(
     return f"{PREFIX}{name}@{alias}"
 
 
-def study_alias(study: str) -> str:
-    """The alias of a study's edit: its name, as far as MLflow takes it."""
-    alias = re.sub(r"[^\w-]", "-", study)
-    return f"study-{alias}" if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE) else alias
+def register_position(client: "MlflowClient", run_id: str, model: str, position: Mapping[str, Any]) -> str:
+    """Registers the position that a selection found for a model, with the alias `recommended`; returns its address.
 
-
-def edit_address(model: str, alias: str) -> str:
-    """Of a registered edit, as `locft apply` takes it."""
-    return f"{PREFIX}{registered_name('edit', model)}@{alias}"
-
-
-def registered_edit(model: str, alias: str, tracking_uri: str | None) -> str | None:
-    """The run that holds the registered edit of a model; None where there is none. Raises InputError."""
-    from mlflow.exceptions import MlflowException
-
-    client, _ = connect(tracking_uri)
-    name = registered_name("edit", model)
-    with asking(f"the registered model {name!r}", InputError):
-        try:
-            return client.get_model_version_by_alias(name, alias).run_id
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
-                return None
-            raise
+    run_id: the study's. position: the content of that run's file position.json. Raises TrackingError.
+    """
+    name = registered_name("position", model)
+    with store_errors(f"the registered model {name!r}"):
+        run = client.get_run(run_id)
+        source = f"{run.info.artifact_uri}/position.json"
+        about = f"Where to edit {model}, as selections found it."
+        tags = {"locft.position": position["position"], "locft.study_id": run.data.tags["locft.study_id"]}
+        description = json.dumps(position["settings"])
+        return add_version(client, name, about, source, run_id, "recommended", tags=tags, description=description)
 
 
 def register_edit(
@@ -81,59 +87,58 @@ def register_edit(
     model: str,
     position: str,
     metrics: Mapping[str, Any],
-    tracking_uri: str | None,
+    tracking_uri: str,
     alias: str = ALIAS,
     edits: str = "",
 ) -> str:
-    """Put a folder with a delta with the trial's run, as a version of the model's registered edit; returns its address.
+    """Puts a folder with a delta into a trial's run, as a version of the model's registered edit; returns its address.
 
-    edits: where they are from, for people. Raises InputError.
+    edits: their source, for people.
     """
-    client, _ = connect(tracking_uri)
+    from locft.model.delta import FILE_NAME  # with PyTorch
+
     name = registered_name("edit", model)
+    client = connect(tracking_uri).client
     shown = "\n".join(f"- {key}: {number(value)}" for key, value in metrics.items() if not key.endswith("_seconds"))
     use = f"`locft apply {edit_address(model, alias)} --model {model} --out edited-model`"
-    with asking(f"the registered model {name!r}", InputError):
-        place = f"{FOLDER}/{_digest(folder)}"
-        client.log_artifacts(run_id, str(folder), place)
-        source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
-        return add_version(
-            client,
-            name,
-            f"Edits of {model}, each a safetensors delta that fits only the model it was made on.",
-            source,
-            run_id,
-            alias,
-            tags={
-                "locft.position": position,
-                **({"locft.edits": edits} if edits else {}),
-                **{f"locft.{key}": f"{metrics[key]:.4g}" for key in SHOWN if key in metrics},
-            },
-            description=f"Edited at {position}{f' ({edits})' if edits else ''}.\n\nApply it: {use}\n\n{shown}",
-        )
+    about = f"Edits of {model}, each a safetensors delta that fits only the model it was made on."
+    tags = {"locft.position": position} | ({"locft.edits": edits} if edits else {})
+    tags |= {f"locft.{key}": f"{metrics[key]:.4g}" for key in SHOWN if key in metrics}
+    description = f"Edited at {position}{f' ({edits})' if edits else ''}.\n\nApply it: {use}\n\n{shown}"
+    digest = hashlib.sha256((folder / FILE_NAME).read_bytes()).hexdigest()[:16]
+    with store_errors(f"the registered model {name!r}", InputError):
+        client.log_artifacts(run_id, str(folder), f"{FOLDER}/{digest}")
+        source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}/{digest}"
+        return add_version(client, name, about, source, run_id, alias, tags=tags, description=description)
 
 
-def fetch_edit(address: str, tracking_uri: str | None, into: Path) -> Path:
-    """Download the edit at "models:/NAME@ALIAS" or "models:/NAME/VERSION"; the folder it is in then. Raises InputError."""
+def registered_edit(model: str, alias: str, tracking_uri: str) -> str | None:
+    """The run that holds the registered edit of a model; None when there is none."""
+    from mlflow.exceptions import MlflowException  # takes seconds
+
+    name = registered_name("edit", model)
+    client = connect(tracking_uri).client
+    with store_errors(f"the registered model {name!r}", InputError):
+        try:
+            return client.get_model_version_by_alias(name, alias).run_id
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+                return None
+            raise
+
+
+def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
+    """Downloads the edit at "models:/NAME@ALIAS" or "models:/NAME/VERSION"; returns the folder inside `into`."""
     found = re.fullmatch(rf"{PREFIX}([^@/]+)(?:@([^@/]+)|/(\d+))", address)
     if not found:
         raise InputError(f"{address}: expected {PREFIX}NAME@ALIAS or {PREFIX}NAME/VERSION")
     name, alias, version = found.groups()
-    client, shown = connect(tracking_uri)
-    try:
-        with asking(f"{address} in {shown}"):
-            if alias:
-                registered = client.get_model_version_by_alias(name, alias)
-            else:
-                registered = client.get_model_version(name, version)
-            place = registered.source.removeprefix(f"{client.get_run(registered.run_id).info.artifact_uri}/")
-            return Path(client.download_artifacts(registered.run_id, place, str(into)))
-    except TrackingError as error:
-        raise InputError(str(error)) from None
-
-
-def _digest(folder: Path) -> str:
-    """Of the delta in a folder, 16 hexadecimal digits."""
-    from locft.model.delta import FILE_NAME
-
-    return hashlib.sha256((folder / FILE_NAME).read_bytes()).hexdigest()[:16]
+    store = connect(tracking_uri)
+    with store_errors(f"{address} in {store.uri}", InputError):
+        if alias:
+            registered = store.client.get_model_version_by_alias(name, alias)
+        else:
+            registered = store.client.get_model_version(name, version)
+        artifacts = store.client.get_run(registered.run_id).info.artifact_uri
+        place = registered.source.removeprefix(f"{artifacts}/")
+        return Path(store.client.download_artifacts(registered.run_id, place, str(into)))

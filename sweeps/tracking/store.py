@@ -1,117 +1,171 @@
-"""Requests to one experiment of an MLflow store, with every error turned into one that is safe to show."""
+"""Requests to an MLflow tracking store; `store_errors` turns whatever goes wrong into an error that is safe to show."""
 
+# MLflow takes seconds to import; commands that never reach the store start without it.
+
+import getpass
 import logging
 import math
 import os
+import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from locft.errors import InputError
-from sweeps.tracking import trial_run as runs
-from sweeps.tracking import address as tracking_uri
+from sweeps.tracking.address import check_reachable, check_writable, redact, resolve_uri, sqlite_path, take_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
-_log = logging.getLogger(__name__)
-
-_LARGEST = 1.7976931348623157e308
-"""MLflow stores infinities as the largest float."""
-_MOST_METRICS = 900
+_MAX_BATCH = 900
 """Metrics in one request; servers refuse more than 1,000 entries."""
-
-
+_MAX_TAG = 5000
+"""Characters of a tag's value; older servers refuse more."""
+_PAGE = 1000
+_INFINITY = 1.7976931348623157e308
+"""MLflow stores infinities as the largest float."""
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-"""MLflow's codes for what is wrong with what it was given. Without permission (another code) everything waits."""
+"""MLflow's codes for bad input. A missing permission has another code: it may be granted later."""
 
 
 class TrackingError(RuntimeError):
-    """The store did not take or give something. The study's results are unharmed: deliver again later."""
+    """The store did not take or return something. The results are unharmed: deliver them again later."""
 
 
 class Refused(TrackingError):
-    """The store answers, and will not take this very thing: delivering it again helps little."""
+    """The store answers, and rejects this very thing: delivering it again is of little use."""
 
 
-class NothingThere(InputError):
-    """The store answers, and holds no experiment of that name."""
+class NoStore(InputError):
+    """The SQLite file of the store does not exist."""
 
 
 @contextmanager
-def asking(what: str, as_error: type[Exception] = TrackingError) -> Iterator[None]:
-    """Turns every error of MLflow, of its database and of its connection into `as_error`, without passwords."""
+def store_errors(what: str, as_error: type[Exception] = TrackingError) -> Iterator[None]:
+    """Turns every error of MLflow, of its database or of the connection into `as_error`, without passwords.
+
+    what: the subject of the message, such as "trial 0a1b".
+    """
     try:
         yield
     except (InputError, TrackingError):
         raise
     except Exception as error:
-        cause = tracking_uri.redact(str(error) or type(error).__name__)[:1000]
+        cause = redact(str(error) or type(error).__name__)[:1000]
         if as_error is TrackingError and getattr(error, "error_code", None) in _REFUSALS:
             as_error = Refused
-        raise as_error(f"tracking of {what}: {cause}") from None
+        raise as_error(f"tracking store, {what}: {cause}") from None
 
 
-def connect(uri: str | None, *, create: bool = False) -> tuple["MlflowClient", str]:
-    """A client for a store that answers, and the store's address without a password.
+def connect(uri: str | None, *, create: bool = False) -> "Store":
+    """The store at a resolved address, which has been checked to answer.
 
-    create: whether an SQLite file that is not there is created, with its folders.
-
-    Raises:
-        InputError: within seconds when the store cannot be reached, entered or written.
+    create: whether to create a missing SQLite file, with its folders. Raises InputError within seconds when the store
+    cannot be reached, entered or written; NoStore when it does not exist.
     """
-    resolved = tracking_uri.take_credentials(tracking_uri.resolve_uri(uri))
-    shown = tracking_uri.redact(resolved)
-    path = tracking_uri.sqlite_path(resolved)
-    if path is not None and not create and not path.exists():
-        raise InputError(f"there is no tracking store {path}: run a study first (locft sweep), or give --tracking-uri")
+    uri = take_credentials(resolve_uri(uri))
     # A driver must notice within a minute that the server is away; MLflow's own settings wait for many.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for every run that ends
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it would break into the live table
-    tracking_uri.check_reachable(resolved)
-    if path is not None and create:
-        with asking(f"store {shown}", InputError):
+    check_reachable(uri)
+    path = sqlite_path(uri)
+    if path is not None and not create and not path.exists():
+        raise NoStore(f"there is no tracking store {path}: run a study first (locft sweep), or give --tracking-uri")
+    with store_errors(redact(uri), InputError):
+        if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    from mlflow import MlflowClient
+        from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow"):  # creating the tables is announced line by line
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with asking(f"store {shown}", InputError):
-        return MlflowClient(resolved, registry_uri=resolved), shown
+        for name in ("alembic", "mlflow"):  # creating the tables is announced line by line
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return Store(MlflowClient(uri, registry_uri=uri))
 
 
 class Store:
-    """The runs of one experiment. Its methods raise whatever MLflow raises: call them inside `asking`."""
+    """A tracking store that answers (`connect`).
 
-    def __init__(self, client: "MlflowClient", experiment_id: str):
+    Its methods raise what MLflow raises, except where they say otherwise: call them inside `store_errors`.
+    """
+
+    def __init__(self, client: "MlflowClient"):
         self.client = client
-        self.experiment_id = experiment_id
+        self.uri = redact(client.tracking_uri)
+        """The address, without a password."""
 
-    def create(self, name: str, tags: Mapping[str, str], started: int | None = None) -> "Run":
-        """A new open run. started: milliseconds, None for now."""
-        origin = {"mlflow.source.name": "locft sweep", "mlflow.source.type": "LOCAL", "mlflow.user": runs.user()}
-        return self.client.create_run(self.experiment_id, started, runs.clipped({**origin, **tags}), name)
+    def find_experiment(self, name: str) -> "Experiment | None":
+        """The experiment of that name; None when there is none.
 
-    def search(self, wanted: str) -> Iterator["Run"]:
-        """All active runs that match, oldest first, page by page."""
-        token, order = None, ["attributes.start_time ASC"]
-        while True:
-            page = self.client.search_runs(
-                [self.experiment_id], wanted, max_results=1000, order_by=order, page_token=token
+        Raises InputError when the name cannot be used, or is that of a deleted experiment.
+        """
+        if not 0 < len(name) <= 500:
+            raise InputError(f"study name has {len(name)} characters, expected 1 to 500 (it names the experiment)")
+        with store_errors(f"experiment {name!r} in {self.uri}", InputError):
+            found = self.client.get_experiment_by_name(name)
+        if found is not None and found.lifecycle_stage != "active":
+            raise InputError(
+                f"the experiment {name!r} was deleted in {self.uri} and still holds its name: restore it"
+                f" (mlflow experiments restore --experiment-id {found.experiment_id}), remove it for good"
+                " (mlflow gc), or give the study another name"
             )
-            yield from page
-            if not (token := page.token):
-                return
+        return found
 
-    def find(self, wanted: str) -> list["Run"]:
-        """The runs of one study or trial: one, or none, or several after a lost answer; the best first."""
-        rank = {"done": 0, "failed": 1, None: 2}
-        return sorted(self.search(wanted), key=lambda run: rank[runs.recorded(run)])
+    def open_experiment(self, name: str, tags: Mapping[str, str]) -> str:
+        """The id of the experiment of that name, created when it is new, with these tags.
+
+        Raises InputError as `find_experiment`, and when artifacts cannot be written.
+        """
+        found = self.find_experiment(name)
+        with store_errors(f"experiment {name!r} in {self.uri}", InputError):
+            experiment = found or self.client.get_experiment(self.client.create_experiment(name))
+            for key, value in tags.items():
+                if experiment.tags.get(key) != value:
+                    self.client.set_experiment_tag(experiment.experiment_id, key, value)
+        folder = experiment.artifact_location.removeprefix("file://")
+        if sqlite_path(self.uri) is not None and "://" not in folder:
+            check_writable(Path(folder), "artifacts")
+        return experiment.experiment_id
+
+    def find_runs(
+        self,
+        experiment: str | None,
+        tags: Mapping[str, str],
+        *,
+        status: str | None = None,
+        order: str = "attributes.start_time ASC",
+        limit: int | None = None,
+    ) -> list["Run"]:
+        """The runs with these tags.
+
+        experiment: id; None searches the whole store. tags: key (under `locft.`) -> value. status: MLflow's, such as
+        FINISHED. Raises ValueError for a tag value that a search cannot contain.
+        """
+        conditions = [f"tags.`locft.{key}` = '{_searchable(value)}'" for key, value in tags.items()]
+        conditions += [f"attributes.status = '{status}'"] if status else []
+        experiments = [experiment]
+        if experiment is None:
+            experiments = [found.experiment_id for found in self.client.search_experiments(max_results=_PAGE)]
+        runs: list[Run] = []
+        token = None
+        while True:
+            size = _PAGE if limit is None else min(_PAGE, limit - len(runs))
+            page = self.client.search_runs(
+                experiments, " and ".join(conditions), max_results=size, order_by=[order], page_token=token
+            )
+            runs += page
+            token = page.token
+            if not token or len(runs) == limit:
+                return runs
+
+    def create_run(self, experiment: str, name: str, tags: Mapping[str, str], started: int | None = None) -> "Run":
+        """A new open run. started: milliseconds since 1970; None for now."""
+        origin = {"mlflow.source.name": "locft sweep", "mlflow.source.type": "LOCAL", "mlflow.user": user()}
+        return self.client.create_run(experiment, started, _clipped({**origin, **tags}), name)
 
     def log(
         self,
@@ -123,100 +177,75 @@ class Store:
         parameters: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Everything about a run in one request (a loss curve beyond 900 points takes more).
+        """Logs everything about a run in one request; a loss curve of more than 900 points takes several.
 
-        when: milliseconds. The store keeps a point once that is sent again with the same time, step and value.
+        when: milliseconds since 1970. A point that is sent again with the same time, step and value is kept once.
         """
         from mlflow.entities import Metric, Param, RunTag
 
         finite = {key: float(value) for key, value in (metrics or {}).items() if math.isfinite(value)}
-        points = [Metric(runs.metric_name(key), value, when, 0) for key, value in finite.items()]
+        # Names of tasks come from the user: replace what MLflow does not accept.
+        points = [Metric(re.sub(r"[^\w.\-:/ ]", "_", key), value, when, 0) for key, value in finite.items()]
         points += [Metric("epoch_loss", float(loss), when + step, step) for step, loss in enumerate(losses)]
         self.client.log_batch(
             run_id,
-            points[:_MOST_METRICS],
+            points[:_MAX_BATCH],
             [Param(key, value) for key, value in (parameters or {}).items()],
-            [RunTag(key, value) for key, value in runs.clipped(tags or {}).items()],
+            [RunTag(key, value) for key, value in _clipped(tags or {}).items()],
         )
-        for start in range(_MOST_METRICS, len(points), _MOST_METRICS):
-            self.client.log_batch(run_id, points[start : start + _MOST_METRICS])
+        for start in range(_MAX_BATCH, len(points), _MAX_BATCH):
+            self.client.log_batch(run_id, points[start : start + _MAX_BATCH])
 
-    def close(self, run_id: str, state: str, status: str) -> None:
-        """Ends a run in MLflow's `state` (FINISHED, FAILED, KILLED), the tag `locft.status` saying why."""
+    def close_run(self, run_id: str, state: str, status: str) -> None:
+        """Ends a run. state: MLflow's (FINISHED, FAILED, KILLED). status: why, for the tag `locft.status`."""
         self.log(run_id, tags={"locft.status": status})
         self.client.set_terminated(run_id, state)
 
-    def abandon(self, run_id: str) -> None:
-        """Closes a run whose logging broke off, without hiding the reason by a second error."""
-        try:
-            self.close(run_id, "FAILED", "incomplete")
-        except Exception as error:
-            _log.warning("run %s stays open until its next delivery: %s", run_id, tracking_uri.redact(str(error)))
-
-    def curve(self, run_id: str) -> list[float]:
-        """The losses of a run in the order of their epochs; of several for one epoch the last logged."""
+    def loss_curve(self, run_id: str) -> list[float]:
+        """The losses of a run in the order of its epochs; where an epoch was logged twice, the later one."""
         history = sorted(self.client.get_metric_history(run_id, "epoch_loss"), key=lambda point: point.timestamp)
         latest = {point.step: point.value for point in history}
-        return [math.copysign(math.inf, v) if abs(v) >= _LARGEST else v for _, v in sorted(latest.items())]
+        return [math.copysign(math.inf, v) if abs(v) >= _INFINITY else v for _, v in sorted(latest.items())]
 
-    def put(self, run_id: str, files: Mapping[str, str]) -> None:
-        """Writes text artifacts by name."""
-        for name, text in files.items():
-            self.client.log_text(run_id, text, name)
-
-    def get(self, run_id: str, name: str) -> bytes | None:
-        """The content of an artifact, None when the run has none of that name."""
+    def read_artifact(self, run_id: str, name: str) -> bytes | None:
+        """The content of a file at the top of a run's artifacts; None when there is none of that name."""
         if not any(file.path == name for file in self.client.list_artifacts(run_id)):
             return None
         with tempfile.TemporaryDirectory() as folder:
             return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
 
-    def model(
-        self, name: str, fingerprint: str, source_run: str, tags: Mapping[str, str], facts: Mapping[str, Any]
-    ) -> str:
-        """The id of the logged model with that fingerprint, created when it is new."""
-        for found in self.client.search_logged_models([self.experiment_id], filter_string=f"name = '{name}'"):
-            if found.tags.get("locft.fingerprint") == fingerprint:
-                return found.model_id
-        shown = {key: str(value) for key, value in facts.items()}
-        own = {**tags, "locft.fingerprint": fingerprint}
-        made = self.client.create_logged_model(self.experiment_id, name, source_run, own, shown, "unedited model")
-        self.client.finalize_logged_model(made.model_id, "READY")
-        return made.model_id
+
+def outcome_of(run: "Run") -> Literal["done", "failed"] | None:
+    """How the trial or the study of a run ended; None until all of it is logged."""
+    state = (run.info.status, run.data.tags.get("locft.status"))
+    return {("FINISHED", "done"): "done", ("FAILED", "failed"): "failed"}.get(state)  # type: ignore[return-value]
 
 
-def open_experiment(
-    client: "MlflowClient", shown: str, name: str, tags: Mapping[str, str] | None
-) -> str:
-    """The id of the experiment of that name.
+def best_first(runs: Sequence["Run"]) -> list["Run"]:
+    """Runs of one study or of one trial (several after a lost answer, or of two drivers): done, failed, incomplete."""
+    rank = {"done": 0, "failed": 1, None: 2}
+    return sorted(runs, key=lambda run: rank[outcome_of(run)])
 
-    shown: the store's address for messages. tags_for: experiment id -> the tags it shall have, creating it when it is
-    new; None changes nothing.
 
-    Raises:
-        NothingThere: there is none of that name, and none shall be created.
-        InputError: the name cannot be used, is that of a deleted experiment, or its artifacts cannot be written.
-    """
-    if not 0 < len(name) <= 500:
-        raise InputError(f"study name has {len(name)} characters, expected 1 to 500 (it names the experiment)")
-    with asking(f"experiment {name!r} in {shown}", InputError):
-        found = client.get_experiment_by_name(name)
-        if found is None and tags is None:
-            raise NothingThere(f"study {name!r} has nothing in {shown} yet: run it first (locft sweep)")
-        if found is None:
-            client.create_experiment(name)
-            found = client.get_experiment_by_name(name)
-        if found.lifecycle_stage != "active":
-            raise InputError(
-                f"the experiment {name!r} was deleted in {shown} and still holds its name: restore it"
-                f" (mlflow experiments restore --experiment-id {found.experiment_id}), remove it for good"
-                " (mlflow gc), or give the study another name"
-            )
-        for key, value in (tags or {}).items():
-            if found.tags.get(key) != value:
-                client.set_experiment_tag(found.experiment_id, key, value)
-    if tags and shown.startswith("sqlite:"):
-        place = found.artifact_location.removeprefix("file://")
-        if "://" not in place:
-            tracking_uri.check_writable(Path(place), "artifacts")
-    return found.experiment_id
+def user() -> str:
+    """Who runs this process."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"  # a container whose user has no name
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def _searchable(value: str) -> str:
+    # A search filter has no way to escape a quote.
+    if not re.fullmatch(r"[\w.\- ]{1,250}", value):
+        raise ValueError(f"id {value!r} has characters other than letters, digits, blanks, '_', '.' and '-'")
+    return value
+
+
+def _clipped(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: text if len(text) <= _MAX_TAG else text[: _MAX_TAG - 1] + "…" for key, text in tags.items()}

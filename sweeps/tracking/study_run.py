@@ -1,12 +1,13 @@
-"""The record of a study in MLflow: one flat run a trial, one run for the study.
+"""The record of a study in MLflow: one run for the study, one flat run for each trial.
 
 A run is found by its tags, never by what this process remembers. So a result may be delivered again (after a retry, a
 restart, an answer that was lost) and there is still one run of the trial. A trial counts as finished only when its run
 is closed: a run whose logging broke off is completed by the next delivery.
 
-`tracking_store` makes the requests, `tracking_runs` says how a trial is written, `tracking_view` what people see;
-`tracking_lookup` finds a run or a study in any experiment.
+`store` makes the requests, `trial_run` says how a trial is written, `pages` what people see.
 """
+
+# pandas and MLflow take seconds to import; commands that never reach the store start without them.
 
 import contextlib
 import io
@@ -19,56 +20,50 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sweeps.tracking import trial_run as runs
-from sweeps.tracking import pages as tracking_view
-from sweeps.study.trial_types import TrialResult
-from sweeps.tracking.registry import add_version, registered_name
-from sweeps.tracking.trial_run import DatasetRecord, ModelRecord, StudyInputs
-from sweeps.tracking.address import check_reachable, resolve_uri, sqlite_path
-from sweeps.tracking.store import NothingThere, Store, TrackingError, asking, connect, open_experiment
+from locft.errors import InputError
+from sweeps.study.trial_types import TrialConfig, TrialResult
+from sweeps.tracking import pages, trial_run
+from sweeps.tracking.store import NoStore, Store, TrackingError, best_first, connect, now, outcome_of, store_errors
+from sweeps.tracking.trial_run import StudyInputs
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["DatasetRecord", "ModelRecord", "StudyInputs", "Tracker", "TrackingError", "find_tracker"]
+    from mlflow.entities import Run
 
 _log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """One experiment of an MLflow store. Create with `Tracker.open`."""
+    """A study's runs in an MLflow store. Create with `Tracker.open` or `find_tracker`.
 
-    def __init__(self, store: Store, uri: str):
-        self._store = store
-        self._client = store.client
-        self.uri = uri
-        """Absolute, without a password."""
-        self.experiment_id = store.experiment_id
+    Its methods raise TrackingError when the store does not take or return something.
+    """
+
+    def __init__(self, store: Store, experiment_id: str, study_id: str):
+        self._store, self.client = store, store.client
+        self.uri = store.uri
+        """The store's address, without a password."""
+        self.experiment_id = experiment_id
+        self.study_id = study_id
+        self._model_ids: dict[str, str] = {}
+        """Fingerprint of a model -> its id in the experiment."""
 
     @classmethod
-    def open(cls, uri: str | None, experiment: str, *, create: bool = True) -> "Tracker":
-        """Connects to the store.
+    def open(cls, uri: str, name: str, study_id: str) -> "Tracker":
+        """Connects to the store at a resolved address; creates it, and the experiment of that name, where they are new.
 
-        uri: None takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working directory.
-        create: whether a store or an experiment that is not there is created; without, it is an error.
-
-        Raises:
-            InputError: within seconds when the store cannot be reached or written, or the name cannot be used;
-                `NothingThere` when the experiment is what is not there.
+        Raises InputError within seconds when the store cannot be reached or written, or the name cannot be used.
         """
-        name = experiment.strip()
-        client, shown = connect(uri, create=create)
-
+        store = connect(uri, create=True)
         tags = {
             "locft.kind": "experiment",
             "mlflow.experimentKind": "custom_model_development",  # else the page asks, and shows tabs for agents
-            tracking_view.VIEW_TAG: tracking_view.view_state(),
+            pages.VIEW_TAG: pages.view_state(),
         }
-        return cls(Store(client, open_experiment(client, shown, name, tags if create else None)), shown)
+        return cls(store, store.open_experiment(name.strip(), tags), study_id)
 
-    def open_study(
+    def open_run(
         self,
-        study_id: str,
         name: str,
         *,
         study_yaml: str,
@@ -76,84 +71,47 @@ class Tracker:
         environment: Mapping[str, Any],
         tags: Mapping[str, str] | None = None,
     ) -> str:
-        """The open run of the study, new or taken over from an earlier driver; returns its id.
+        """Opens the study's run, new or taken over from an earlier driver; returns its id.
 
         Runs of trials that a killed driver left open are closed as KILLED: the next delivery completes them.
         """
-        with asking(f"study {name!r}"):
-            if found := self._store.find(runs.matching("study", study_id)):
-                run_id = found[0].info.run_id
-                self._client.update_run(run_id, status="RUNNING", name=name)
+        with store_errors(f"study {name!r}"):
+            if found := self._run():
+                run_id = found.info.run_id
+                self.client.update_run(run_id, status="RUNNING", name=name)
             else:
-                run_id = self._store.create(name, {"locft.kind": "study", "locft.study_id": study_id}).info.run_id
-            note = tracking_view.study_note(description, self.experiment_id, run_id)
-            self._store.log(run_id, tags={**(tags or {}), "locft.status": "running", "mlflow.note.content": note})
-            about = tracking_view.experiment_note(name, self.experiment_id, run_id)
-            self._client.set_experiment_tag(self.experiment_id, "mlflow.note.content", about)
-            environment_json = json.dumps(environment, indent=2, default=str)
-            self._store.put(run_id, {"study.yaml": study_yaml, "environment.json": environment_json})
-            left_open = f"{runs.matching('trial', study_id)} and attributes.status = 'RUNNING'"
-            for run in list(self._store.search(left_open)):
-                self._store.close(run.info.run_id, "KILLED", "incomplete")
+                own = {"locft.kind": "study", "locft.study_id": self.study_id}
+                run_id = self._store.create_run(self.experiment_id, name, own).info.run_id
+            note = pages.study_note(description, self.experiment_id, run_id)
+            started = {**(tags or {}), "locft.status": "running", "mlflow.note.content": note}
+            self._store.log(run_id, tags=started)
+            about = pages.experiment_note(name, self.experiment_id, run_id)
+            self.client.set_experiment_tag(self.experiment_id, "mlflow.note.content", about)
+            self.client.log_text(run_id, study_yaml, "study.yaml")
+            self.client.log_text(run_id, json.dumps(environment, indent=2, default=str), "environment.json")
+            for run in self._trial_runs(status="RUNNING"):
+                self._store.close_run(run.info.run_id, "KILLED", "incomplete")
         return run_id
 
-    def create_inputs(
-        self,
-        study_id: str,
-        model: ModelRecord,
-        datasets: Sequence[DatasetRecord],
-        tags: Mapping[str, str] | None = None,
-    ) -> StudyInputs:
-        """Prepares what `log_trial` links to every run; the model is created once in the experiment.
-
-        tags: further ones that every run shall have.
-        """
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        made = tuple(
-            DatasetInput(
-                Dataset(
-                    name=data.name[:500],
-                    digest=data.fingerprint[:36],  # MLflow's limit
-                    source_type="local",
-                    source=json.dumps({"uri": data.source}),
-                    profile=json.dumps(data.profile, default=str),
-                ),
-                [InputTag("mlflow.data.context", data.context)],
-            )
-            for data in datasets
-        )
-        name = re.sub(r"[/:.%\"']", "-", model.name) or "model"
-        names = {"locft.model": model.name, **{f"locft.{data.context}": data.source for data in datasets}}
-        with asking("the inputs of the study"):
-            study_run = self._study_run(study_id)
-            model_id = self._store.model(name, model.fingerprint, study_run, {"locft.model": model.name}, model.facts)
-        return StudyInputs(made, model_id, {**names, **(tags or {})})
-
-    def log_inputs(self, run_id: str, inputs: StudyInputs) -> None:
-        """Links the data sets and the unedited model to a run, in one request."""
-        from mlflow.entities import LoggedModelInput
-
-        with asking(f"the inputs of run {run_id}"):
-            self._client.log_inputs(run_id, list(inputs.datasets), [LoggedModelInput(inputs.model_id)])
-
-    def log_trial(self, study_id: str, result: TrialResult, inputs: StudyInputs | None = None) -> str:
+    def log_trial(self, result: TrialResult, inputs: StudyInputs | None = None) -> str:
         """Writes the run of one trial and closes it; returns its id. May be called again with the same result.
 
-        Raises:
-            TrackingError: the store did not take all of it; the run is closed as FAILED where that is still possible.
+        Raises TrackingError when the store did not take all of it; the run is then closed as FAILED where possible.
         """
         config = result.config
-        with asking(f"trial {config.id}"):
-            found = self._store.find(runs.matching("trial", study_id, config.id))
-            for double in found[1:]:  # a create whose answer was lost and that was then sent again
-                self._client.delete_run(double.info.run_id)
-            before = runs.recorded(found[0]) if found else None
+        with store_errors(f"trial {config.id}"):
+            found = best_first(self._trial_runs(trial_id=config.id))
+            for double in found[1:]:  # a run was created, the answer was lost, and it was created again
+                self.client.delete_run(double.info.run_id)
+            before = outcome_of(found[0]) if found else None
             if before == "done":
                 return found[0].info.run_id
-            tags = runs.trial_tags(study_id, result, inputs.tags if inputs else {})
-            started = runs.now() - int(1000 * result.metrics.get("seconds", 0))
-            run = found[0] if found else self._store.create(tracking_view.run_name(config), tags, started)
+            tags = trial_run.trial_tags(self.study_id, result, inputs)
+            if found:
+                run = found[0]
+            else:
+                started = now() - int(1000 * result.metrics.get("seconds", 0))
+                run = self._store.create_run(self.experiment_id, pages.run_name(config), tags, started)
             run_id = run.info.run_id
             try:
                 self._store.log(
@@ -161,25 +119,24 @@ class Tracker:
                     metrics=result.metrics,
                     losses=result.epoch_losses,
                     # Going on where a delivery broke off repeats the same points; another attempt adds new ones.
-                    when=runs.now() if before == "failed" else run.info.start_time,
-                    parameters=runs.trial_parameters(config),
-                    tags={**tags, "mlflow.note.content": tracking_view.trial_note(result, run_id)},
+                    when=now() if before == "failed" else run.info.start_time,
+                    parameters=trial_run.trial_parameters(config),
+                    tags={**tags, "mlflow.note.content": pages.trial_note(result, run_id)},
                 )
                 if result.status == "done" and "locft.error" in run.data.tags:
-                    self._client.delete_tag(run_id, "locft.error")
+                    self.client.delete_tag(run_id, "locft.error")
                 if result.outcomes:
-                    self._store.put(run_id, {"outcomes.json": runs.outcomes_table(result.outcomes)})
+                    self.client.log_text(run_id, trial_run.outcomes_table(result.outcomes), "outcomes.json")
                 if inputs:
-                    self.log_inputs(run_id, inputs)
+                    self._link_inputs(run_id, inputs)
             except BaseException:
-                self._store.abandon(run_id)
+                self._close_incomplete(run_id)
                 raise
-            self._client.set_terminated(run_id, "FINISHED" if result.status == "done" else "FAILED")
+            self.client.set_terminated(run_id, "FINISHED" if result.status == "done" else "FAILED")
         return run_id
 
-    def finish_study(
+    def finish(
         self,
-        study_id: str,
         results: "pd.DataFrame",
         report_html: str,
         recommendation: Mapping[str, Any],
@@ -192,181 +149,192 @@ class Tracker:
 
         recommendation: stored whole. Its `trial_ids` and `position`, where present, become tags, and the runs of
             those trials are the ones tagged `locft.pick`.
-        answer: markdown, the description of the run from now on; without it that of `open_study` stays.
+        answer: markdown, the description of the run from now on; without it that of `open_run` stays.
 
         Of a trial with several runs (an answer that was lost, two drivers) the best is kept.
         """
         state = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status]
         picked = list(recommendation.get("trial_ids", ()))
-        with asking("the end of the study"), tempfile.TemporaryDirectory() as folder:
-            run_id = self._study_run(study_id)
-            self._drop_doubles(study_id)
+        with store_errors("the end of the study"), tempfile.TemporaryDirectory() as folder:
+            run_id = self.run_id()
+            trial_runs: dict[str, Run] = {}
+            for run in best_first(self._trial_runs()):
+                if trial_runs.setdefault(run.data.tags["locft.trial_id"], run) is not run:
+                    self.client.delete_run(run.info.run_id)
             results.to_parquet(Path(folder, "results.parquet"), index=False)
             Path(folder, "dashboard.html").write_text(report_html, encoding="utf-8")
             recommended = json.dumps(recommendation, indent=2, default=str)
             Path(folder, "recommendation.json").write_text(recommended, encoding="utf-8")
-            self._client.log_artifacts(run_id, folder)
-            position = recommendation.get("position", "")
-            tags = {"locft.pick.trial_ids": ", ".join(picked), "locft.pick.position": position}
-            said = tracking_view.study_note(answer, self.experiment_id, run_id)
-            note = {"mlflow.note.content": said} if answer else {}
-            self._store.log(run_id, metrics=summary_metrics, when=runs.now(), tags={**tags, **note})
-            self._mark_pick(study_id, picked)
-            self._store.close(run_id, state, status)
+            self.client.log_artifacts(run_id, folder)
+            tags = {
+                "locft.pick.trial_ids": ", ".join(picked),
+                "locft.pick.position": recommendation.get("position", ""),
+            }
+            if answer:
+                tags["mlflow.note.content"] = pages.study_note(answer, self.experiment_id, run_id)
+            self._store.log(run_id, metrics=summary_metrics, when=now(), tags=tags)
+            for trial_id, run in trial_runs.items():
+                if trial_id in picked:
+                    self._store.log(run.info.run_id, tags={"locft.pick": "pick"})
+                elif "locft.pick" in run.data.tags:
+                    self.client.delete_tag(run.info.run_id, "locft.pick")
+            self._store.close_run(run_id, state, status)
 
-    def describe_study(self, study_id: str, description: str, tags: Mapping[str, str]) -> None:
-        """Another description of the study's run, in markdown, and further tags."""
-        with asking("the description of the study"):
-            run_id = self._study_run(study_id)
-            note = tracking_view.study_note(description, self.experiment_id, run_id)
+    def run_id(self) -> str:
+        """The id of the study's run (`open_run` comes first)."""
+        with store_errors(f"study {self.study_id}"):
+            run = self._run()
+        if run is None:
+            raise TrackingError(f"study {self.study_id} has no run in {self.uri}: open_run comes first")
+        return run.info.run_id
+
+    def describe(self, description: str, tags: Mapping[str, str]) -> None:
+        """Gives the study's run another description, in markdown, and further tags."""
+        with store_errors("the description of the study"):
+            run_id = self.run_id()
+            note = pages.study_note(description, self.experiment_id, run_id)
             self._store.log(run_id, tags={**tags, "mlflow.note.content": note})
 
-    def abandon_study(self, study_id: str) -> None:
-        """Closes the run of a study that is still open, as stopped; says nothing where even that does not work."""
-        with contextlib.suppress(TrackingError), asking("the study"):
-            for run in self._store.find(runs.matching("study", study_id))[:1]:
-                if run.info.status == "RUNNING":
-                    self._store.close(run.info.run_id, "KILLED", "stopped")
+    def abandon(self) -> None:
+        """Closes the study's run as stopped if it is still open; does nothing when the store is away."""
+        with contextlib.suppress(TrackingError), store_errors("the study"):
+            run = self._run()
+            if run and run.info.status == "RUNNING":
+                self._store.close_run(run.info.run_id, "KILLED", "stopped")
 
-    def register_position(self, study_id: str, model: str, position: Mapping[str, Any]) -> str:
-        """A new version of the model's registered position, with the alias `recommended`; returns "models:/NAME@ALIAS".
+    def write_file(self, name: str, text: str) -> None:
+        """Keeps a text file with the study's run (`open_run` comes first)."""
+        with store_errors(f"the study's file {name}"):
+            self.client.log_text(self.run_id(), text, name)
 
-        position: the content of the position file that lies with the study's run.
-        """
-        name = registered_name("position", model)
-        with asking(f"the registered model {name!r}"):
-            run_id = self._study_run(study_id)
-            return add_version(
-                self._client,
-                name,
-                f"Where to edit {model}, as selections found it.",
-                f"{self._client.get_run(run_id).info.artifact_uri}/position.json",
-                run_id,
-                "recommended",
-                tags={"locft.position": position["position"], "locft.study_id": study_id},
-                description=json.dumps(position["settings"]),
-            )
-
-    def put_study_file(self, study_id: str, name: str, text: str) -> None:
-        """Keeps a text file with the study's run (`open_study` comes first)."""
-        with asking(f"the study's file {name}"):
-            self._store.put(self._study_run(study_id), {name: text})
-
-    def study_file(self, study_id: str, name: str) -> str | None:
+    def read_file(self, name: str) -> str | None:
         """The text of a file of the study's run; None when there is no such file or the study never ran."""
-        with asking(f"the study's file {name}"):
-            study = self._store.find(runs.matching("study", study_id))
-            content = self._store.get(study[0].info.run_id, name) if study else None
+        with store_errors(f"the study's file {name}"):
+            run = self._run()
+            content = self._store.read_artifact(run.info.run_id, name) if run else None
         return None if content is None else content.decode("utf-8")
 
-    def study_tag(self, study_id: str, key: str) -> str | None:
-        """The value of a tag of the study's run; None when it has none or the study never ran."""
-        with asking(f"the study's tag {key}"):
-            study = self._store.find(runs.matching("study", study_id))
-        return study[0].data.tags.get(key) if study else None
-
-    def tag_study(self, study_id: str, key: str, value: str | None) -> None:
-        """Sets a tag of the study's run (`open_study` comes first); None removes it."""
-        with asking(f"the study's tag {key}"):
-            run_id = self._study_run(study_id)
+    def set_tag(self, key: str, value: str | None) -> None:
+        """Sets a tag of the study's run (`open_run` comes first); None removes it."""
+        with store_errors(f"the study's tag {key}"):
             if value is None:
-                self._client.delete_tag(run_id, key)
+                self.client.delete_tag(self.run_id(), key)
             else:
-                self._store.log(run_id, tags={key: value})
+                self._store.log(self.run_id(), tags={key: value})
 
-    def study_times(self, study_id: str) -> tuple[datetime | None, datetime | None]:
-        """When the study first began and last ended (UTC); None for what did not happen, or is going on again."""
-        with asking("the times of the study"):
-            study = self._store.find(runs.matching("study", study_id))
-        times = (study[0].info.start_time, study[0].info.end_time) if study else (None, None)
-        first, last = (datetime.fromtimestamp(ms / 1000, UTC) if ms else None for ms in times)
-        return first, last
+    def tag(self, key: str) -> str | None:
+        """The value of a tag of the study's run; None when it has no such tag or the study never ran."""
+        with store_errors(f"the study's tag {key}"):
+            run = self._run()
+        return run.data.tags.get(key) if run else None
 
-    def finished(self, study_id: str | None) -> dict[str, str]:
-        """Trial id -> run id of every trial that is done (`load_results` has the failed ones). None: of all studies."""
-        wanted = f"{runs.matching('trial', study_id)} and attributes.status = 'FINISHED'"
-        with asking("the finished trials"):
-            done = [run for run in self._store.search(wanted) if runs.recorded(run) == "done"]
+    def times(self) -> tuple[datetime | None, datetime | None]:
+        """When the study first began and last ended (UTC); None for what has not happened, or is under way again."""
+        with store_errors("the times of the study"):
+            run = self._run()
+        times = (run.info.start_time, run.info.end_time) if run else (None, None)
+        began, ended = (datetime.fromtimestamp(ms / 1000, UTC) if ms else None for ms in times)
+        return began, ended
+
+    def finished(self) -> dict[str, str]:
+        """Trial id -> run id of every trial that is done (`load_results` has the failed ones, too)."""
+        with store_errors("the finished trials"):
+            done = [run for run in self._trial_runs(status="FINISHED") if outcome_of(run) == "done"]
         return {run.data.tags["locft.trial_id"]: run.info.run_id for run in done}
 
-    def load_results(self, study_id: str | None, *, curves: bool = True) -> "pd.DataFrame":
-        """The results table (columns: `analysis.stats.table`) with `run_id` and `retried` (why attempts were lost, one a line, or
-        None), one row a trial, in the order of their start.
+    def load_results(self, *, curves: bool = True) -> "pd.DataFrame":
+        """The results table (columns: `analysis.stats.table`) and `run_id`: a row for each trial, oldest first.
 
-        Failed trials are in it, incomplete ones are not. The loss curves of a finished study come from its table
-        artifact: reading each from its run takes milliseconds. curves: without, they stay empty. study_id: None for the
-        trials of all studies of the experiment.
+        Failed trials are included, incomplete ones are not. The loss curves of a finished study come from its table
+        artifact: reading each from its run takes milliseconds. curves: without, they stay empty.
         """
         from analysis.stats.table import results_frame
 
         rows: dict[str, dict[str, Any]] = {}
-        with asking("the results"):
-            stored = self._stored_curves(study_id) if curves else {}
-            for run in self._store.search(runs.matching("trial", study_id)):
-                status, run_id = runs.recorded(run), run.info.run_id
+        with store_errors("the results"):
+            stored = self._stored_curves() if curves else {}
+            for run in self._trial_runs():
+                status, run_id = outcome_of(run), run.info.run_id
                 if status is None:
                     continue
                 try:
-                    config = runs.config_of(run)
+                    config = trial_run.config_of(run)
                 except ValueError as error:
                     _log.warning("run %s is no readable trial: %s", run_id, error)
                     continue
                 known = rows.get(config.id)
-                if known and (known["status"] == "done" or status == "failed"):  # as `Store.find` has it
+                if known and (known["status"] == "done" or status == "failed"):  # the order of `best_first`
                     continue
-                curve = ()
+                losses: Sequence[float] = ()
                 if curves and "epoch_loss" in run.data.metrics:
-                    curve = stored.get(run_id) or self._store.curve(run_id)
-                rows[config.id] = {**runs.result_of(run, config, status, curve).to_row(), "run_id": run_id}
+                    losses = stored.get(run_id) or self._store.loss_curve(run_id)
+                rows[config.id] = {**trial_run.result_of(run, config, status, losses).to_row(), "run_id": run_id}
         return results_frame(list(rows.values()))
 
     def load_outcomes(self, trial_run_id: str) -> "pd.DataFrame":
         """The outcomes of a trial, one row a prompt; empty when none were logged."""
         import pandas as pd
 
-        with asking(f"the outcomes of run {trial_run_id}"):
-            stored = self._store.get(trial_run_id, "outcomes.json")
-            table = json.loads(stored) if stored else {"columns": runs.OUTCOMES, "data": []}
+        with store_errors(f"the outcomes of run {trial_run_id}"):
+            stored = self._store.read_artifact(trial_run_id, "outcomes.json")
+            table = json.loads(stored) if stored else {"columns": trial_run.OUTCOMES, "data": []}
         return pd.DataFrame(table["data"], columns=table["columns"])
 
-    def links(self, study_id: str, trial_runs: Sequence[str] | None = None, base: str = "") -> dict[str, str]:
-        """Addresses of the study's pages (`tracking_view.links`). trial_runs: what to compare, None for the best."""
-        with asking("the links"):
-            if trial_runs is None:
-                wanted = f"{runs.matching('trial', study_id)} and attributes.status = 'FINISHED'"
-                limit, order = tracking_view.COMPARED, ["metrics.reliability DESC"]
-                best = self._client.search_runs([self.experiment_id], wanted, max_results=limit, order_by=order)
-                trial_runs = [run.info.run_id for run in best]
-            study = self._store.find(runs.matching("study", study_id))
-        return tracking_view.links(self.experiment_id, study[0].info.run_id if study else None, trial_runs, base)
+    def links(self, base: str = "") -> dict[str, str]:
+        """Addresses of the study's pages (`pages.links`); what is compared are its most reliable trials."""
+        with store_errors("the links"):
+            order = "metrics.reliability DESC"
+            best = self._trial_runs(status="FINISHED", order=order, limit=pages.MAX_COMPARED)
+            study = self._run()
+        trial_runs = [run.info.run_id for run in best]
+        return pages.links(self.experiment_id, study.info.run_id if study else None, trial_runs, base)
 
-    def _study_run(self, study_id: str) -> str:
-        found = self._store.find(runs.matching("study", study_id))
-        if not found:
-            raise TrackingError(f"study {study_id} has no run in {self.uri}: open_study comes first")
-        return found[0].info.run_id
+    def _run(self) -> "Run | None":
+        tags = {"kind": "study", "study_id": self.study_id}
+        return next(iter(best_first(self._store.find_runs(self.experiment_id, tags))), None)
 
-    def _drop_doubles(self, study_id: str) -> None:
-        seen = set()
-        for run in self._store.find(runs.matching("trial", study_id)):
-            if (trial_id := run.data.tags["locft.trial_id"]) in seen:
-                self._client.delete_run(run.info.run_id)
-            seen.add(trial_id)
+    def _trial_runs(self, *, trial_id: str | None = None, **search: Any) -> list["Run"]:
+        """The runs of the study's trials, or of one trial, oldest first. search: further options of `find_runs`."""
+        tags = {"kind": "trial", "study_id": self.study_id} | ({"trial_id": trial_id} if trial_id else {})
+        return self._store.find_runs(self.experiment_id, tags, **search)
 
-    def _mark_pick(self, study_id: str, trial_ids: Sequence[str]) -> None:
-        for run in list(self._store.search(f"{runs.matching('trial', study_id)} and tags.`locft.pick` = 'pick'")):
-            if run.data.tags["locft.trial_id"] not in trial_ids:
-                self._client.delete_tag(run.info.run_id, "locft.pick")
-        for trial_id in trial_ids:
-            for run in self._store.find(runs.matching("trial", study_id, trial_id))[:1]:
-                self._store.log(run.info.run_id, tags={"locft.pick": "pick"})
+    def _link_inputs(self, run_id: str, inputs: StudyInputs) -> None:
+        from mlflow.entities import LoggedModelInput
 
-    def _stored_curves(self, study_id: str | None) -> dict[str, list[float]]:
+        model = LoggedModelInput(self._model_id(inputs))
+        self.client.log_inputs(run_id, [data.to_mlflow() for data in inputs.datasets], [model])
+
+    def _model_id(self, inputs: StudyInputs) -> str:
+        """The experiment's logged model with that fingerprint, created when it is new."""
+        fingerprint = inputs.model_fingerprint
+        if fingerprint not in self._model_ids:
+            name = re.sub(r"[/:.%\"']", "-", inputs.model) or "model"
+            known = self.client.search_logged_models([self.experiment_id], filter_string=f"name = '{name}'")
+            ids = [model.model_id for model in known if model.tags.get("locft.fingerprint") == fingerprint]
+            if not ids:
+                tags = {"locft.model": inputs.model, "locft.fingerprint": fingerprint}
+                facts = {key: str(value) for key, value in inputs.model_facts.items()}
+                made = self.client.create_logged_model(
+                    self.experiment_id, name, self.run_id(), tags, facts, "unedited model"
+                )
+                ids = [self.client.finalize_logged_model(made.model_id, "READY").model_id]
+            self._model_ids[fingerprint] = ids[0]
+        return self._model_ids[fingerprint]
+
+    def _close_incomplete(self, run_id: str) -> None:
+        """Closes a run whose logging broke off, without hiding the reason by a second error."""
+        try:
+            with store_errors(f"run {run_id}"):
+                self._store.close_run(run_id, "FAILED", "incomplete")
+        except TrackingError as error:
+            _log.warning("%s; the run stays open until its next delivery", error)
+
+    def _stored_curves(self) -> dict[str, list[float]]:
         """Run id -> losses per epoch, from the table artifact of the study; {} when there is none yet."""
         import pandas as pd
 
-        study = self._store.find(runs.matching("study", study_id)) if study_id is not None else []
-        stored = self._store.get(study[0].info.run_id, "results.parquet") if study else None
+        run = self._run()
+        stored = self._store.read_artifact(run.info.run_id, "results.parquet") if run else None
         if stored is None:
             return {}
         try:
@@ -379,17 +347,73 @@ class Tracker:
             return {}
 
 
-def find_tracker(uri: str | None, experiment: str) -> Tracker | None:
-    """The tracking store of an experiment; None when the store or the experiment does not exist. Creates neither.
+def find_tracker(uri: str, name: str, study_id: str) -> Tracker | None:
+    """The tracker of a study; None when its store or its experiment does not exist. Creates neither.
 
-    Raises InputError when the store cannot be reached or written, or does not say what it has.
+    Raises InputError when the store at the resolved address cannot be reached or written.
     """
-    resolved = resolve_uri(uri)
-    path = sqlite_path(resolved)
-    if path is not None and not path.exists():
-        check_reachable(resolved)
-        return None
     try:
-        return Tracker.open(uri, experiment, create=False)
-    except NothingThere:
+        store = connect(uri)
+    except NoStore:
         return None
+    experiment = store.find_experiment(name.strip())
+    return Tracker(store, experiment.experiment_id, study_id) if experiment else None
+
+
+def find_trial(run_id: str, uri: str) -> tuple[TrialConfig, str | None]:
+    """A trial by its run: its configuration, and the text of its study file (None when the study's run is gone).
+
+    Raises InputError when there is no such run, or the run is not that of a trial.
+    """
+    store = connect(uri)
+    with store_errors(f"run {run_id!r} in {store.uri}", InputError):
+        run = store.client.get_run(run_id)
+    kind = run.data.tags.get("locft.kind")
+    if kind != "trial":
+        what = "the run of a whole study" if kind == "study" else "not a run of locft"
+        raise InputError(f"run {run_id!r} is {what}; expected the run of a trial (its tag locft.kind is trial)")
+    try:
+        config = trial_run.config_of(run)
+    except ValueError as error:
+        raise InputError(f"run {run_id!r} is incomplete ({error}): run the study again or take another trial") from None
+    study = Tracker(store, run.info.experiment_id, run.data.tags["locft.study_id"])
+    return config, study.read_file("study.yaml")
+
+
+def list_studies(uri: str, limit: int = 10, base: str = "") -> list[dict[str, Any]]:
+    """The latest studies of a store: name, status, study_id, run_id, experiment_id, links. Creates no store.
+
+    base: the address that the links begin with (`pages.links`).
+    """
+    studies = []
+    for run, study in _latest_runs(uri, {"kind": "study"}, limit):
+        found = {"name": run.info.run_name, "status": run.data.tags.get("locft.status"), "study_id": study.study_id}
+        found |= {"run_id": run.info.run_id, "experiment_id": study.experiment_id, "links": study.links(base)}
+        studies.append(found)
+    return studies
+
+
+def earlier_trials(model_fingerprint: str, machine: str, limit: int, uri: str) -> list[TrialResult]:
+    """The latest finished trials of a model on a machine (`locft.machine`), in all studies of a store.
+
+    Without losses and outcomes. Creates no store.
+    """
+    tags = {"kind": "trial", "model_fingerprint": model_fingerprint, "machine": machine}
+    results = []
+    for run, _ in _latest_runs(uri, tags, limit, status="FINISHED"):
+        with contextlib.suppress(ValueError):  # the trial of another version
+            results.append(trial_run.result_of(run, trial_run.config_of(run), "done"))
+    return results
+
+
+def _latest_runs(
+    uri: str, tags: Mapping[str, str], limit: int, status: str | None = None
+) -> list[tuple["Run", Tracker]]:
+    """The latest runs of a store with these tags, each with its study; [] when the store does not exist."""
+    try:
+        store = connect(uri)
+    except NoStore:
+        return []
+    with store_errors(f"the runs in {store.uri}"):
+        runs = store.find_runs(None, tags, status=status, order="attributes.start_time DESC", limit=limit)
+    return [(run, Tracker(store, run.info.experiment_id, run.data.tags["locft.study_id"])) for run in runs]

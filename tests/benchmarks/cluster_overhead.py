@@ -103,7 +103,7 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
                     trials, {}, cpus=1, gpus=0, room=room, reporter=recorder, work=partial(sleep, seconds=seconds)
                 )
             wall, spent = time.monotonic() - began, time.process_time() - spent
-        assert ending == "complete" and len(tracker.finished(study.id)) == len(trials)
+        assert ending == "complete" and len(tracker.finished()) == len(trials)
     found = measured(collected.metrics, seconds)
     ideal = len(trials) * seconds / nodes
     return {"nodes": nodes, **found, "driver_cpu_ms": round(1000 * spent / len(trials), 1),

@@ -98,7 +98,7 @@ def measured(study: str, overrides: list[str], prepared: PreparedStudy, folder: 
         raise SystemExit(f"the command failed with exit code {process.returncode}")
     seconds = time.monotonic() - began
     memory.join()
-    results = read_state(prepared, find_tracker(store(folder), prepared.study.name)).results
+    results = read_state(prepared, find_tracker(store(folder), prepared.study.name, prepared.id)).results
     return {
         "seconds": round(seconds),
         "trials_seconds": round(results["seconds"].sum()),

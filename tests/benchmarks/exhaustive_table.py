@@ -180,7 +180,7 @@ def append(part: str, sample: int, study: Path, store: Path) -> None:
     from sweeps.tracking.study_run import find_tracker
 
     prepared = prepare(load_study(str(study)))
-    results = read_state(prepared, find_tracker(f"sqlite:///{store / 'mlflow.db'}", prepared.study.name)).results
+    results = read_state(prepared, find_tracker(f"sqlite:///{store / 'mlflow.db'}", prepared.study.name, prepared.id)).results
     rows = results[results.status == "done"].assign(part=part, sample=sample)
     columns = [*AXES, *(name for name in METRICS if name in rows)]
     together = pd.concat([read_table(), rows[columns]]).drop_duplicates(AXES, keep="first")

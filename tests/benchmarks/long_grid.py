@@ -129,7 +129,7 @@ def main() -> None:
     profile.disable()
     timed("the same command again", run, done=lambda sweep: sweep.state.done, left=lambda sweep: sweep.state.left)
     prepared = prepare(load_study(str(file)))
-    tracker = find_tracker(uri, prepared.study.name)
+    tracker = find_tracker(uri, prepared.study.name, prepared.id)
     state = timed("status", lambda: read_state(prepared, tracker), done=lambda state: state.done)
     timed("report", lambda: answer_of(state, tracker), mib=lambda answer: len(answer.report_html) / 2**20)
     if options.profile:

@@ -41,7 +41,7 @@ from sweeps.study.plan import PreparedStudy
 from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study, ready_studies
 from sweeps.sweep import run_sweep
-from sweeps.tracking.trial_run import user
+from sweeps.tracking.store import user
 from tests.benchmarks.policies import replayed
 from tests.benchmarks.replay import HERE, SHARES, Table
 from tests.conftest import write_study

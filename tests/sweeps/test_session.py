@@ -16,45 +16,45 @@ from sweeps.tracking.study_run import Tracker, find_tracker
 
 @pytest.fixture
 def tracker(workplace):
-    opened = Tracker.open(None, "shared")
-    opened.open_study("study", "shared", study_yaml="", description="", environment={})
+    opened = Tracker.open(None, "shared", "study")
+    opened.open_run("shared", study_yaml="", description="", environment={})
     return opened
 
 
 def announce(tracker, host, process=1, age=0.0):
     began = (datetime.now(UTC) - timedelta(seconds=age)).isoformat(timespec="seconds")
-    tracker.tag_study("study", DRIVER_TAG, json.dumps({"host": host, "process": process, "began": began}))
+    tracker.set_tag(DRIVER_TAG, json.dumps({"host": host, "process": process, "began": began}))
 
 
 def test_a_study_says_who_runs_it_until_it_ends(workplace, study_file):
     prepared = prepare(load_study(str(study_file())))
     with study_session(prepared, None, "") as session:
-        assert driver_of(session.tracker, prepared.id) is None, "nothing is written yet"
+        assert driver_of(session.tracker) is None, "nothing is written yet"
         tracker = session.open_run()
-        driver = driver_of(tracker, prepared.id)
+        driver = driver_of(tracker)
         assert driver == Driver(socket.gethostname(), os.getpid(), driver.began)
         assert abs(datetime.now(UTC) - datetime.fromisoformat(driver.began)) < timedelta(seconds=30)
-    assert driver_of(find_tracker(None, "tiny"), prepared.id) is None
-    assert tracker.study_tag(prepared.id, DRIVER_TAG) is None
+    assert driver_of(find_tracker(None, "tiny", prepared.id)) is None
+    assert tracker.tag(DRIVER_TAG) is None
 
 
 def test_a_driver_of_this_machine_that_was_killed_is_none(tracker):
     announce(tracker, "other", process=2**22 + 1, age=1e6)
-    assert driver_of(tracker, "study").host == "other", "what became of it is not known here"
+    assert driver_of(tracker).host == "other", "what became of it is not known here"
     announce(tracker, socket.gethostname(), process=2**22 + 1)
-    assert driver_of(tracker, "study") is None
+    assert driver_of(tracker) is None
     announce(tracker, socket.gethostname(), process=os.getppid())
-    assert driver_of(tracker, "study").process == os.getppid()
+    assert driver_of(tracker).process == os.getppid()
     for text in ("no driver", json.dumps({"host": "other", "process": 1, "at": 1.7e9, "running": 2})):
-        tracker.tag_study("study", DRIVER_TAG, text)
-        assert driver_of(tracker, "study") is None
-    assert driver_of(None, "study") is None
+        tracker.set_tag(DRIVER_TAG, text)
+        assert driver_of(tracker) is None
+    assert driver_of(None) is None
 
 
 def test_a_later_process_with_its_number_is_not_taken_for_it(tracker):
     with subprocess.Popen(["sleep", "60"]) as other:
         announce(tracker, socket.gethostname(), process=other.pid, age=30)
-        assert driver_of(tracker, "study") is None
+        assert driver_of(tracker) is None
         announce(tracker, socket.gethostname(), process=other.pid)
-        assert driver_of(tracker, "study").process == other.pid
+        assert driver_of(tracker).process == other.pid
         other.kill()

@@ -20,8 +20,8 @@ from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
 from sweeps.answer import read_state
 from sweeps.sweep import _open_trials, run_sweep
-from sweeps.tracking.study_run import Tracker, TrackingError, find_tracker
-from sweeps.tracking.store import Refused
+from sweeps.tracking.store import Refused, TrackingError
+from sweeps.tracking.study_run import Tracker, find_tracker
 from sweeps.run.trial import resident_workbench
 from tests.conftest import write_study
 from tests.mlflow_store import result as stored_result
@@ -127,7 +127,7 @@ def test_a_wider_space_runs_only_what_is_new_and_a_failing_trial_stops_nothing(g
     trials = (impossible, *wider.plan.trials)
     wider = dataclasses.replace(wider, plan=dataclasses.replace(wider.plan, trials=trials, count=len(trials)))
     assert wider.id == study.id
-    before = read_state(wider, find_tracker(None, "tiny"))
+    before = read_state(wider, find_tracker(None, "tiny", wider.id))
     assert (before.done, before.failed, before.left) == (4, 0, 3)
 
     more, ran = sweep(wider)
@@ -153,7 +153,7 @@ def test_other_edits_are_another_study(grid):
     file, study, _ = grid
     other = prepared(file, "edits.limit=3")
     assert other.id != study.id
-    assert read_state(other, find_tracker(None, "tiny")).left == 4
+    assert read_state(other, find_tracker(None, "tiny", other.id)).left == 4
 
 
 def test_when_every_trial_fails_the_study_stops_early_and_says_why(workplace, study_file, tiny_folder, ray_running):
@@ -246,11 +246,11 @@ def test_a_store_that_goes_away_loses_nothing(workplace, study_file, ray_running
     monkeypatch.setattr("sweeps.tracking.outbox.PATIENCE_SECONDS", 0.3)
     real, taken = Tracker.log_trial, []
 
-    def sometimes(self, study_id, result, inputs=None):
+    def sometimes(self, result, inputs=None):
         if taken:
             raise TrackingError("tracking of a trial: connection refused")
         taken.append(result.config.id)
-        return real(self, study_id, result, inputs)
+        return real(self, result, inputs)
 
     file, heard = study_file(space__module=["mlp_down", "attn"]), Heard()
     with monkeypatch.context() as away:
@@ -281,10 +281,10 @@ def test_a_result_that_the_store_refuses_blocks_nothing_and_its_trial_is_tried_a
     bad = study.plan.trials[0]
     monkeypatch.setattr(sweep_module, "run_trials", instant_trials)
 
-    def picky(self, study_id, result, inputs=None):
+    def picky(self, result, inputs=None):
         if result.config == bad:
             raise Refused("tracking of a trial: a name is too long")
-        return real(self, study_id, result, inputs)
+        return real(self, result, inputs)
 
     with monkeypatch.context() as refusing:
         refusing.setattr(Tracker, "log_trial", picky)
@@ -315,7 +315,7 @@ def test_the_end_of_a_study_waits_for_the_store(grid, monkeypatch):
     """It is away when everything is done: for a moment, then for good."""
     file, _, _ = grid
     monkeypatch.setattr("sweeps.tracking.outbox.PAUSES", (0.01,))
-    real, asked = Tracker.finish_study, []
+    real, asked = Tracker.finish, []
 
     def away(self, *args, **kwargs):
         asked.append(args)
@@ -323,7 +323,7 @@ def test_the_end_of_a_study_waits_for_the_store(grid, monkeypatch):
             raise TrackingError("connection refused")
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Tracker, "finish_study", away)
+    monkeypatch.setattr(Tracker, "finish", away)
     done, _ = sweep(prepared(file, "space.layer=[0]"))
     assert done.state.left == 0 and len(asked) == 3 and trial_runs(kind="study")[0].info.status == "FINISHED"
     asked.clear()
@@ -335,14 +335,14 @@ def test_the_end_of_a_study_waits_for_the_store(grid, monkeypatch):
 
 def test_only_an_experiment_that_is_not_there_means_that_nothing_is(grid, monkeypatch):
     _, study, _ = grid
-    assert find_tracker(None, "other") is None
+    assert find_tracker(None, "other", "other") is None
 
     def busy(*_):
         raise MlflowException("the server restarts", error_code=TEMPORARILY_UNAVAILABLE)
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", busy)
     with pytest.raises(InputError, match="the server restarts"):
-        find_tracker(None, "tiny")
+        find_tracker(None, "tiny", "tiny")
 
 
 def test_why_trials_were_tried_again_is_kept(workplace, study_file, ray_running, monkeypatch):
@@ -367,7 +367,7 @@ def test_looking_at_a_study_that_never_ran_makes_no_store(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     study = prepared(study_file())
     before = sorted(tmp_path.iterdir())
-    assert find_tracker(None, "tiny") is None
+    assert find_tracker(None, "tiny", study.id) is None
     state = read_state(study, None)
     assert (state.done, state.failed, state.left, state.baseline) == (0, 0, 2, {})
     assert sorted(tmp_path.iterdir()) == before

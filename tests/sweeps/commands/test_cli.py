@@ -205,17 +205,16 @@ def test_status_json(swept, locft):
 
 
 def test_status_says_who_runs_it(swept, locft):
-    tracker = Tracker.open(None, "tiny")
-    study_id = prepare(load_study("tiny.yaml")).id
+    tracker = Tracker.open(None, "tiny", prepare(load_study("tiny.yaml")).id)
     driver = {"host": "node-7", "process": 41, "began": "2026-11-25T18:00:00+00:00"}
-    tracker.tag_study(study_id, DRIVER_TAG, json.dumps(driver))
+    tracker.set_tag(DRIVER_TAG, json.dumps(driver))
     try:
         assert "process 41 on node-7 since 2026-11-25T18:00" in locft("status", "tiny.yaml").out
         assert locft("status", "tiny.yaml", "--json").json["driver"] == driver
         wider = ("status", "tiny.yaml", "--set", "space.seed=[0, 1]")
         assert "s left" in locft(*wider).out and locft(*wider, "--json").json["seconds_left"] > 0
     finally:
-        tracker.tag_study(study_id, DRIVER_TAG, None)
+        tracker.set_tag(DRIVER_TAG, None)
 
 
 def test_report(swept, locft):

@@ -18,8 +18,8 @@ from analysis.page.report import render_report
 from locft.errors import InputError
 from sweeps.commands import ui
 from sweeps.tracking.registry import register_edit
-from sweeps.tracking.study_run import Tracker, TrackingError
-from sweeps.tracking.lookup import find_run, list_studies
+from sweeps.tracking.store import TrackingError
+from sweeps.tracking.study_run import Tracker, find_trial, list_studies
 from tests.browsing import browser  # noqa: F401
 from tests.mlflow_store import STUDY, config, failure, finish, open_study, result
 
@@ -31,13 +31,13 @@ def study(tmp_path_factory):
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         uri = f"sqlite:///{folder}/mlflow.db"
-        tracker = Tracker.open(uri, "layer-sweep")
+        tracker = Tracker.open(uri, "layer-sweep", STUDY)
         _, inputs = open_study(tracker)
         for layer in (0, 9, 18, 27):
             for module in ("mlp_down", "attn"):
-                trial = tracker.log_trial(STUDY, result(config(layer, module)), inputs)
-        tracker.log_trial(STUDY, failure(config(5)), inputs)
-        table = tracker.load_results(STUDY)
+                trial = tracker.log_trial(result(config(layer, module)), inputs)
+        tracker.log_trial(failure(config(5)), inputs)
+        table = tracker.load_results()
         finish(tracker, table[table["status"] == "done"], report_of(tracker, table))
         best = recommend(table)
         delta = folder / "delta"
@@ -69,19 +69,19 @@ def server(study):
 def test_a_study_through_a_server(server, study, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     address, _ = server
-    tracker = Tracker.open(address, "over-http")
+    tracker = Tracker.open(address, "over-http", STUDY)
     _, inputs = open_study(tracker)
     trials = [result(config(layer, learning_rate=1e-05), epochs=1100) for layer in (1, 2)]
-    ids = [tracker.log_trial(STUDY, trial, inputs) for trial in (*trials, trials[0])]
+    ids = [tracker.log_trial(trial, inputs) for trial in (*trials, trials[0])]
     assert ids[0] == ids[2]
-    finish(tracker, tracker.load_results(STUDY), "<title>Report</title>")
-    tracker.log_trial(STUDY, failure(config(3)), inputs)
-    again = Tracker.open(address, "over-http").load_results(STUDY)
+    finish(tracker, tracker.load_results(), "<title>Report</title>")
+    tracker.log_trial(failure(config(3)), inputs)
+    again = Tracker.open(address, "over-http", STUDY).load_results()
     assert list(again["trial_id"]) == [*(trial.config.id for trial in trials), config(3).id]
     assert again.iloc[0]["epoch_losses"] == list(trials[0].epoch_losses)
     assert again.iloc[0]["reliability"] == trials[0].metrics["reliability"]
     assert len(tracker.load_outcomes(ids[0])) == 60
-    assert find_run(ids[1], address)["config"] == trials[1].config
+    assert find_trial(ids[1], address)[0] == trials[1].config
     assert {found["name"] for found in list_studies(address)} == {"layer-sweep"}
 
 
@@ -97,13 +97,13 @@ def test_a_server_that_goes_away_is_an_error_soon(study, monkeypatch):
     for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
         monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
     with ui.running(study[0]) as (address, process):
-        tracker = Tracker.open(address, "interrupted")
+        tracker = Tracker.open(address, "interrupted", STUDY)
         open_study(tracker)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         started = time.monotonic()
         with pytest.raises(TrackingError, match=r"trial [0-9a-f]{16}"):
-            tracker.log_trial(STUDY, result())
+            tracker.log_trial(result())
         assert time.monotonic() - started < 30
 
 
@@ -172,9 +172,9 @@ def page(browser):  # noqa: F811
 @pytest.mark.browser
 def test_the_report_works_in_the_study_run(server, study, page):
     """MLflow shows it in a frame of its own that may run scripts and nothing else."""
-    page.goto(study[1].links(STUDY, base=server[0])["dashboard"])
+    page.goto(study[1].links(base=server[0])["dashboard"])
     frame = page.frame_locator("iframe")
-    pick = recommend(study[1].load_results(STUDY))
+    pick = recommend(study[1].load_results())
     frame.get_by_text(f"Edit {pick.position}: reliability").wait_for()
     frame.locator("body[data-figures]").wait_for(state="attached")
     assert frame.locator("#plot-front .scatterlayer .point").count() >= 8
@@ -191,14 +191,14 @@ def test_the_report_works_in_the_study_run(server, study, page):
 @pytest.mark.browser
 def test_the_pages_of_experiment_study_and_registered_edit_say_what_they_are(server, study, page):
     uri, tracker, _ = study
-    pick = recommend(tracker.load_results(STUDY))
+    pick = recommend(tracker.load_results())
 
     def read(address, *texts):
         page.goto(address)
         for text in texts:
             page.get_by_text(text).first.wait_for()
 
-    links = tracker.links(STUDY, base=server[0])
+    links = tracker.links(base=server[0])
     read(links["study"], "edits best.", "Dashboard", "Charts of the trials", "hypervolume", "locft.pick.position")
     read(links["table"], "Dashboard · Table of the trials", "layer-sweep")
     read(f"{server[0]}/#/models/locft-edit-smollm2-135m", "Edits of smollm2-135m, each a safetensors delta", "Version 1")
@@ -210,7 +210,7 @@ def test_the_pages_of_experiment_study_and_registered_edit_say_what_they_are(ser
 
 @pytest.mark.browser
 def test_the_prepared_table_shows_the_trials(server, study, page):
-    page.goto(study[1].links(STUDY, base=server[0])["table"])
+    page.goto(study[1].links(base=server[0])["table"])
     page.get_by_text("9 matching runs").wait_for()
     for text in ("27.mlp_down bf b10", "reliability", "capability_change"):
         page.get_by_text(text).first.wait_for()
@@ -218,7 +218,7 @@ def test_the_prepared_table_shows_the_trials(server, study, page):
 
 @pytest.mark.browser
 def test_the_charts_and_the_comparison(server, study, page):
-    links = study[1].links(STUDY, base=server[0])
+    links = study[1].links(base=server[0])
     page.goto(links["charts"])
     page.get_by_text("capability vs. reliability").wait_for()
     page.goto(links["compare"])

@@ -277,7 +277,7 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
 
 def check(study, uri: str, said: str, compared: int) -> None:
     """Everything recorded once; so many trials, drawn, are compared with the same run here, undisturbed."""
-    state = read_state(study, find_tracker(uri, study.study.name))
+    state = read_state(study, find_tracker(uri, study.study.name, study.id))
     assert (state.done, state.failed, state.left) == (len(study.plan.trials), 0, 0)
     assert len(open_outbox(study.id, uri)) == 0
     told = FINISHED.findall(said)
@@ -326,7 +326,7 @@ def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder):
         filler.unlink()
         assert command.wait() == 0, command.text
         study = prepare(load_study(str(tmp_path / "tiny.yaml")))
-        state = read_state(study, find_tracker(uri, study.study.name))
+        state = read_state(study, find_tracker(uri, study.study.name, study.id))
         assert (state.done, state.left) == (3, 0)
     finally:
         subprocess.run(["umount", "-l", disk], check=False)

@@ -8,7 +8,7 @@ import pytest
 
 from sweeps.select.policy import Run
 from sweeps.select.request import Budget, ask
-from sweeps.tracking.study_run import Tracker, TrackingError
+from sweeps.tracking.store import TrackingError
 
 SMALL = ("--set", "capability.limit=5", "--set", "capability.prose_tokens=64", "--set", "epochs=6")
 
@@ -101,9 +101,9 @@ def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, wor
         raise TrackingError("connection refused")
 
     client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
-    for lost, ending in (("register_position", "FINISHED"), ("finish_study", "KILLED")):
+    for lost, ending in (("sweeps.select.answer.register_position", "FINISHED"), ("sweeps.tracking.study_run.Tracker.finish", "KILLED")):
         with monkeypatch.context() as patch:
-            patch.setattr(Tracker, lost, away)
+            patch.setattr(lost, away)
             said = selected("--budget-minutes", 0.001, "--json", "--out", workplace / f"{lost}.json")
         assert said.code == 0, said.err
         assert json.loads((workplace / f"{lost}.json").read_text())["position"] == said.json["position"]["position"]

@@ -204,9 +204,9 @@ def test_a_forecast_takes_the_trials_of_the_store(workplace, study_file, ray_run
 
 def test_finished_trials_count_wherever_they_ran(workplace, study_file):
     prepared = prepare(load_study(str(study_file())))
-    tracker = Tracker.open(None, "tiny")
-    tracker.open_study(prepared.id, "tiny", study_yaml="", description="", environment={})
+    tracker = Tracker.open(None, "tiny", prepared.id)
+    tracker.open_run("tiny", study_yaml="", description="", environment={})
     for trial in prepared.plan.trials:
-        tracker.log_trial(prepared.id, result(trial))
+        tracker.log_trial(result(trial))
     whole = foresee(prepared, None).estimate
     assert (whole.trials, whole.seconds, whole.source) == (0, 0, "rough rates, nothing measured here")

@@ -20,11 +20,11 @@ CHANGES = ["edits.limit=7", "edits.sample_seed=3", "capability.limit=4", "resour
 @pytest.fixture
 def run_id(workplace):
     """The MLflow run of a trial, and of its study in the default store."""
-    tracker = Tracker.open(None, "layer-sweep")
+    tracker = Tracker.open(None, "layer-sweep", "study-1")
     open_study(tracker)
-    tracker.put_study_file("study-1", "study.yaml", study_to_yaml(load_study("layer-sweep", CHANGES)))
+    tracker.write_file("study.yaml", study_to_yaml(load_study("layer-sweep", CHANGES)))
     trial = config(7, "attn", batch_size=3, learning_rate=1e-05, pipeline="depth_first", seed=4, dtype="bfloat16")
-    return tracker.log_trial("study-1", result(trial))
+    return tracker.log_trial(result(trial))
 
 
 def settings(position=None, edits=None, from_run=None, dtype=None, **given):
@@ -65,7 +65,7 @@ def test_options_over_a_trial(run_id):
 
 
 def test_a_trial_of_a_study_that_is_gone_needs_the_edits_named(workplace):
-    run_id = Tracker.open(None, "orphans").log_trial("gone", result(config(7)))
+    run_id = Tracker.open(None, "orphans", "gone").log_trial(result(config(7)))
     with pytest.raises(InputError, match="--edits"):
         settings(from_run=run_id)
     assert settings(from_run=run_id, edits=ATLAS).edits == ATLAS

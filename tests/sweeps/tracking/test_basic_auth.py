@@ -17,7 +17,7 @@ import torch
 from locft.model.delta import EditDelta
 from locft.errors import InputError
 from sweeps.tracking.registry import fetch_edit, register_edit
-from sweeps.tracking.study_run import Tracker
+from sweeps.tracking.study_run import Tracker, find_tracker
 from tests.mlflow_store import STUDY, config, finish, open_study, result
 
 USER, PASSWORD = "owner", "s3cret-and-long"
@@ -81,20 +81,20 @@ def test_a_study_is_recorded_with_the_password(guarded, tmp_path, capfd, caplog)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_USERNAME", USER)
         patch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
-        tracker = Tracker.open(guarded, "guarded")
+        tracker = Tracker.open(guarded, "guarded", STUDY)
         _, inputs = open_study(tracker)
-        run_id = tracker.log_trial(STUDY, result(config(3)), inputs)
-        finish(tracker, tracker.load_results(STUDY), "<h1>Report</h1>")
+        run_id = tracker.log_trial(result(config(3)), inputs)
+        finish(tracker, tracker.load_results(), "<h1>Report</h1>")
         delta = EditDelta("3.mlp_down", "f" * 16, {"weight": torch.ones(2)})
         registered = register_edit(delta.save(tmp_path / "edit").parent, run_id, "tiny", "3.mlp_down", {}, guarded)
     fetched = fetch_edit(registered, guarded.replace("://", f"://{USER}:{PASSWORD}@"), tmp_path / "fetched")
     assert EditDelta.load(fetched).norm == delta.norm
-    tracker = Tracker.open(guarded.replace("://", f"://{USER}:{PASSWORD}@"), "guarded", create=False)
-    assert len(tracker.load_results(STUDY)) == 1 and tracker.uri == guarded
-    assert {run.info.status for run in tracker._client.search_runs([tracker.experiment_id])} == {"FINISHED"}
+    tracker = find_tracker(guarded.replace("://", f"://{USER}:{PASSWORD}@"), "guarded", STUDY)
+    assert len(tracker.load_results()) == 1 and tracker.uri == guarded
+    assert {run.info.status for run in tracker.client.search_runs([tracker.experiment_id])} == {"FINISHED"}
     said = "".join(capfd.readouterr()) + caplog.text
-    tags = tracker._client.get_experiment(tracker.experiment_id).tags
-    runs = tracker._client.search_runs([tracker.experiment_id])
+    tags = tracker.client.get_experiment(tracker.experiment_id).tags
+    runs = tracker.client.search_runs([tracker.experiment_id])
     assert len(runs) == 2
     everything = said + json.dumps(tags) + "".join(json.dumps(run.to_dictionary()) for run in runs)
     for secret in (PASSWORD, base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()):
@@ -110,4 +110,4 @@ def test_a_wrong_password_is_one_clear_error_before_anything_is_run(guarded, giv
         assert "refuses access (HTTP 401" in said.err and "MLFLOW_TRACKING_PASSWORD" in said.err
         assert "wr0ng-guess" not in said.err
     with pytest.raises(InputError, match="refuses access"):
-        Tracker.open(address, "guarded-not")
+        Tracker.open(address, "guarded-not", STUDY)

@@ -91,9 +91,9 @@ def test_aliases_are_what_mlflow_takes(workplace):
 
 def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
     """The study's pick, then the same run repeated with another rate; and an edit of before, right in the run's folder."""
-    tracker = Tracker.open(None, "registered")
-    tracker.open_study(STUDY, "registered", study_yaml="", description="", environment={})
-    run_id, client = tracker.log_trial(STUDY, result(config(1))), tracker._client
+    tracker = Tracker.open(None, "registered", STUDY)
+    tracker.open_run("registered", study_yaml="", description="", environment={})
+    run_id, client = tracker.log_trial(result(config(1))), tracker.client
 
     def saved(size):
         delta = EditDelta("1.mlp_down", "f" * 16, {"weight": torch.full((2,), size)})

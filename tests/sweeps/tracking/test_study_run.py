@@ -5,6 +5,7 @@ import http.server
 import json
 import math
 import os
+import shutil
 import socket
 import threading
 import time
@@ -18,42 +19,45 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2 as error_codes
 
 from locft.errors import InputError
-from sweeps.tracking import address as tracking_uri
 from sweeps.study.trial_types import pack_result, unpack_result
-from sweeps.tracking.study_run import Tracker, TrackingError
-from sweeps.tracking.lookup import find_run, list_studies
-from sweeps.tracking.store import Refused
-from sweeps.tracking.pages import run_name
+from sweeps.tracking import address, pages
+from sweeps.tracking.store import Refused, TrackingError
+from sweeps.tracking.study_run import Tracker, find_tracker, find_trial, list_studies
 from tests.mlflow_store import STUDY, config, failure, finish, open_study, result
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """The address of an SQLite store, its folder being the working directory; creating one takes seconds."""
+def store(tmp_path_factory, empty_store):
+    """The address of an SQLite store that the tests share, its folder being the working directory."""
+    folder = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("store")
         patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield f"sqlite:///{folder}/mlflow.db"
 
 
 @pytest.fixture
 def tracker(store, request):
-    """A tracker of an experiment of its own."""
-    return Tracker.open(store, request.node.name)
+    """A study in an experiment of its own."""
+    return Tracker.open(store, request.node.name, STUDY)
 
 
-def runs(tracker, kind="trial"):
-    return tracker._client.search_runs([tracker.experiment_id], f"tags.`locft.kind` = '{kind}'", max_results=1000)
+def of_study(tracker, study_id):
+    """Another study in the same experiment."""
+    return Tracker(tracker._store, tracker.experiment_id, study_id)
+
+
+def runs(tracker):
+    return tracker.client.search_runs([tracker.experiment_id], "tags.`locft.kind` = 'trial'", max_results=1000)
 
 
 def test_results_come_back_exactly(tracker):
     _, inputs = open_study(tracker)
     done = [result(config(layer, learning_rate=rate)) for layer in (0, 29) for rate in (0.004, 1e-05)]
     lost = failure(config(7))
-    ids = {r.config.id: tracker.log_trial(STUDY, r, inputs) for r in (*done, lost)}
+    ids = {r.config.id: tracker.log_trial(r, inputs) for r in (*done, lost)}
 
-    table = tracker.load_results(STUDY)
+    table = tracker.load_results()
     assert len(table) == 5
     rows = {row["trial_id"]: row for row in table.to_dict("records")}
     for expected in (*done, lost):
@@ -62,14 +66,14 @@ def test_results_come_back_exactly(tracker):
             assert row[key] == value and type(row[key]) in (type(value), int, float, bool), key
         assert row["run_id"] == ids[expected.config.id]
     assert math.isnan(rows[lost.config.id]["reliability"]) and rows[lost.config.id]["error"] == lost.error
-    assert tracker.finished(STUDY) == {r.config.id: ids[r.config.id] for r in done}
+    assert tracker.finished() == {r.config.id: ids[r.config.id] for r in done}
 
 
 def test_a_trial_run_shows_what_it_is(tracker):
     _, inputs = open_study(tracker)
     trial = result(config(22))
-    run = tracker._client.get_run(tracker.log_trial(STUDY, trial, inputs))
-    assert run.info.run_name == run_name(trial.config) == "22.mlp_down bf b10 lr0.004 s0"
+    run = tracker.client.get_run(tracker.log_trial(trial, inputs))
+    assert run.info.run_name == pages.run_name(trial.config) == "22.mlp_down bf b10 lr0.004 s0"
     assert run.info.status == "FINISHED"
     assert run.info.end_time - run.info.start_time == pytest.approx(31_400, abs=5_000)
     shown = {"layer": "22", "depth": "0.759", "position": "22.mlp_down", "learning_rate": "0.004", "dtype": "float32"}
@@ -80,28 +84,30 @@ def test_a_trial_run_shows_what_it_is(tracker):
     note = run.data.tags["mlflow.note.content"]
     assert "22.mlp_down" in note and run.info.run_id in note
     assert {data.dataset.name for data in run.inputs.dataset_inputs} == {"atlas", "probes"}
-    assert [model.model_id for model in run.inputs.model_inputs] == [inputs.model_id]
-    history = tracker._client.get_metric_history(run.info.run_id, "epoch_loss")
+    (model,) = tracker.client.search_logged_models([tracker.experiment_id])
+    assert [linked.model_id for linked in run.inputs.model_inputs] == [model.model_id]
+    assert model.params == {"layers": "30", "dtype": "float32"}
+    history = tracker.client.get_metric_history(run.info.run_id, "epoch_loss")
     assert [(point.step, point.value) for point in history] == list(enumerate(trial.epoch_losses))
 
 
 def test_outcomes_come_back(tracker):
     open_study(tracker)
     trial = result()
-    run_id = tracker.log_trial(STUDY, trial)
+    run_id = tracker.log_trial(trial)
     pd.testing.assert_frame_equal(tracker.load_outcomes(run_id), pd.DataFrame(trial.outcomes))
-    empty = tracker.load_outcomes(tracker.log_trial(STUDY, failure(config(1))))
+    empty = tracker.load_outcomes(tracker.log_trial(failure(config(1))))
     assert len(empty) == 0 and "prompt" in empty.columns
 
 
 def test_a_second_delivery_changes_nothing(tracker):
     _, inputs = open_study(tracker)
     trial = result()
-    first = tracker.log_trial(STUDY, trial, inputs)
-    before = tracker._client.get_run(first)
-    assert tracker.log_trial(STUDY, trial, inputs) == first
+    first = tracker.log_trial(trial, inputs)
+    before = tracker.client.get_run(first)
+    assert tracker.log_trial(trial, inputs) == first
     assert len(runs(tracker)) == 1
-    assert tracker._client.get_run(first).to_dictionary() == before.to_dictionary()
+    assert tracker.client.get_run(first).to_dictionary() == before.to_dictionary()
 
 
 @pytest.mark.parametrize("broken", ["log_batch", "log_text", "log_inputs", "set_terminated"])
@@ -113,20 +119,20 @@ def test_a_delivery_that_breaks_off_is_completed_by_the_next(tracker, monkeypatc
         raise ConnectionError("http://user:secret@host is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracker._client, broken, fail)
+        patch.setattr(tracker.client, broken, fail)
         with pytest.raises(TrackingError, match="is gone") as caught:
-            tracker.log_trial(STUDY, trial, inputs)
+            tracker.log_trial(trial, inputs)
     assert "secret" not in str(caught.value)
-    assert tracker.finished(STUDY) == {} and len(tracker.load_results(STUDY)) == 0
+    assert tracker.finished() == {} and len(tracker.load_results()) == 0
     if broken in ("log_text", "log_inputs"):
         assert runs(tracker)[0].info.status == "FAILED"
 
-    run_id = tracker.log_trial(STUDY, trial, inputs)
+    run_id = tracker.log_trial(trial, inputs)
     assert [run.info.run_id for run in runs(tracker)] == [run_id]
-    assert tracker.finished(STUDY) == {trial.config.id: run_id}
-    assert tracker.load_results(STUDY).iloc[0]["epoch_losses"] == list(trial.epoch_losses)
-    assert len(tracker._client.get_metric_history(run_id, "epoch_loss")) == len(trial.epoch_losses)
-    assert len(tracker._client.get_run(run_id).inputs.dataset_inputs) == 2
+    assert tracker.finished() == {trial.config.id: run_id}
+    assert tracker.load_results().iloc[0]["epoch_losses"] == list(trial.epoch_losses)
+    assert len(tracker.client.get_metric_history(run_id, "epoch_loss")) == len(trial.epoch_losses)
+    assert len(tracker.client.get_run(run_id).inputs.dataset_inputs) == 2
 
 
 def test_a_failed_trial_may_succeed_later(tracker):
@@ -135,12 +141,12 @@ def test_a_failed_trial_may_succeed_later(tracker):
     first = dataclasses.replace(
         failure(trial.config), metrics={"train_loss": 9.0, "seconds": 99.0}, epoch_losses=(9.0, 9.0)
     )
-    run_id = tracker.log_trial(STUDY, first)
-    run = tracker._client.get_run(run_id)
+    run_id = tracker.log_trial(first)
+    run = tracker.client.get_run(run_id)
     assert run.info.status == "FAILED" and run.data.tags["locft.error"] == first.error
     time.sleep(0.05)
-    assert tracker.log_trial(STUDY, trial) == run_id
-    row = tracker.load_results(STUDY).iloc[0]
+    assert tracker.log_trial(trial) == run_id
+    row = tracker.load_results().iloc[0]
     assert (row["status"], row["error"], row["train_loss"], row["seconds"]) == ("done", None, 0.01, 31.4)
     assert row["epoch_losses"] == list(trial.epoch_losses)
 
@@ -149,55 +155,55 @@ def test_what_the_store_will_not_have_is_told_from_a_store_that_is_away(tracker,
     open_study(tracker)
     trial = dataclasses.replace(result(), metrics={"x" * 300: 0.5})
     with pytest.raises(Refused, match="x"):
-        tracker.log_trial(STUDY, trial)
+        tracker.log_trial(trial)
 
     def denied(*args, **kwargs):
         raise MlflowException("not yours", error_code=error_codes.PERMISSION_DENIED)
 
-    monkeypatch.setattr(tracker._client, "log_batch", denied)
+    monkeypatch.setattr(tracker.client, "log_batch", denied)
     with pytest.raises(TrackingError, match="not yours") as caught:
-        tracker.log_trial(STUDY, result())
+        tracker.log_trial(result())
     assert not isinstance(caught.value, Refused), "the permission may come, and then it is taken"
 
 
 def test_why_a_trial_was_tried_again_comes_back(tracker):
     open_study(tracker)
     trial = dataclasses.replace(result(), retried=("worker died: killed", "node lost"))
-    run_id = tracker.log_trial(STUDY, unpack_result(pack_result(trial)))
-    tracker.log_trial(STUDY, result(config(1)))
-    tags = tracker._client.get_run(run_id).data.tags
+    run_id = tracker.log_trial(unpack_result(pack_result(trial)))
+    tracker.log_trial(result(config(1)))
+    tags = tracker.client.get_run(run_id).data.tags
     assert tags["locft.retried"] == "worker died: killed\nnode lost"
     assert "Tried again after: worker died: killed; node lost" in tags["mlflow.note.content"]
-    table = tracker.load_results(STUDY)
+    table = tracker.load_results()
     assert list(table["retried"]) == ["worker died: killed\nnode lost", None]
     finish(tracker, table, "")
 
 
 def test_a_study_that_broke_off_is_not_left_open(tracker):
     run_id, _ = open_study(tracker)
-    tracker.abandon_study(STUDY)
-    run = tracker._client.get_run(run_id)
+    tracker.abandon()
+    run = tracker.client.get_run(run_id)
     assert run.info.status == "KILLED" and run.data.tags["locft.status"] == "stopped"
     open_study(tracker)
-    tracker.log_trial(STUDY, result())
-    finish(tracker, tracker.load_results(STUDY), "")
-    tracker.abandon_study(STUDY)
-    assert tracker._client.get_run(run_id).info.status == "FINISHED", "it did not break off"
-    tracker.abandon_study("never ran")
+    tracker.log_trial(result())
+    finish(tracker, tracker.load_results(), "")
+    tracker.abandon()
+    assert tracker.client.get_run(run_id).info.status == "FINISHED", "it did not break off"
+    of_study(tracker, "never ran").abandon()
 
 
 def test_doubled_runs_are_one_when_the_study_ends(tracker):
     """As two drivers would leave them: both finished, or one of them failed."""
     open_study(tracker)
-    client = tracker._client
+    client = tracker.client
     for trial, state, status in (
         (result(), "FINISHED", "done"), (result(config(4)), "FAILED", "failed"), (failure(config(5)), "FAILED", "failed")
     ):  # fmt: skip
-        run = client.get_run(tracker.log_trial(STUDY, trial))
+        run = client.get_run(tracker.log_trial(trial))
         double = client.create_run(tracker.experiment_id, tags={**run.data.tags, "locft.status": status}).info.run_id
         client.log_batch(double, params=[Param(*pair) for pair in run.data.params.items()])
         client.set_terminated(double, state)
-    table = tracker.load_results(STUDY)
+    table = tracker.load_results()
     assert len(table) == 3 and len(runs(tracker)) == 6
     finish(tracker, table, "")
     assert sorted(run.info.run_id for run in runs(tracker)) == sorted(table["run_id"])
@@ -206,74 +212,74 @@ def test_doubled_runs_are_one_when_the_study_ends(tracker):
 def test_doubled_runs_are_made_one(tracker):
     open_study(tracker)
     trial = result()
-    run_id = tracker.log_trial(STUDY, trial)
-    tags = tracker._client.get_run(run_id).data.tags
-    tracker._client.create_run(tracker.experiment_id, tags=tags)
+    run_id = tracker.log_trial(trial)
+    tags = tracker.client.get_run(run_id).data.tags
+    tracker.client.create_run(tracker.experiment_id, tags=tags)
     assert len(runs(tracker)) == 2
-    assert tracker.log_trial(STUDY, trial) == run_id
+    assert tracker.log_trial(trial) == run_id
     assert [run.info.run_id for run in runs(tracker)] == [run_id]
 
 
 def test_a_killed_driver_leaves_no_open_run(tracker, store):
     study_run, _ = open_study(tracker)
     tags = {"locft.kind": "trial", "locft.study_id": STUDY, "locft.trial_id": config().id, "locft.status": "done"}
-    left = tracker._client.create_run(tracker.experiment_id, tags=tags).info.run_id
-    finished = tracker.log_trial(STUDY, result(config(4)))
+    left = tracker.client.create_run(tracker.experiment_id, tags=tags).info.run_id
+    finished = tracker.log_trial(result(config(4)))
 
-    again = Tracker.open(store, "test_a_killed_driver_leaves_no_open_run")
+    again = Tracker.open(store, "test_a_killed_driver_leaves_no_open_run", STUDY)
     assert open_study(again)[0] == study_run
-    assert again._client.get_run(left).info.status == "KILLED"
-    assert again._client.get_run(finished).info.status == "FINISHED"
-    assert again.finished(STUDY) == {config(4).id: finished}
-    assert again.log_trial(STUDY, result()) == left
-    assert again._client.get_run(left).info.status == "FINISHED"
+    assert again.client.get_run(left).info.status == "KILLED"
+    assert again.client.get_run(finished).info.status == "FINISHED"
+    assert again.finished() == {config(4).id: finished}
+    assert again.log_trial(result()) == left
+    assert again.client.get_run(left).info.status == "FINISHED"
 
 
 def test_the_study_run_carries_the_answer(tracker):
     run_id, inputs = open_study(tracker)
     for layer in range(3):
-        tracker.log_trial(STUDY, result(config(layer)), inputs)
-    table = tracker.load_results(STUDY)
+        tracker.log_trial(result(config(layer)), inputs)
+    table = tracker.load_results()
     finish(tracker, table, "<h1>Report</h1>")
-    run = tracker._client.get_run(run_id)
+    run = tracker.client.get_run(run_id)
     best = table.sort_values("reliability").iloc[-1]
     assert run.info.status == "FINISHED" and run.data.tags["locft.status"] == "done"
     assert run.data.tags["locft.pick.trial_ids"] == best.trial_id
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith(f"**{best.layer}.mlp_down** edits best.\n\n[Dashboard](#/experiments/")
     assert run.data.metrics == {"best_reliability": best.reliability, "hypervolume": 0.31, "trials_done": 3}
-    artifacts = {file.path for file in tracker._client.list_artifacts(run_id)}
+    artifacts = {file.path for file in tracker.client.list_artifacts(run_id)}
     assert artifacts == {
         *("study.yaml", "environment.json", "results.parquet", "dashboard.html", "recommendation.json"),
     }
-    picked = tracker._client.search_runs([tracker.experiment_id], "tags.`locft.pick` = 'pick'")
+    picked = tracker.client.search_runs([tracker.experiment_id], "tags.`locft.pick` = 'pick'")
     assert [r.info.run_id for r in picked] == [best.run_id]
 
     # Widened and finished again: another pick takes the tag over.
     first = table.iloc[0 if best.trial_id != table.iloc[0].trial_id else 1]
     assert open_study(tracker)[0] == run_id
-    assert tracker._client.get_run(run_id).info.status == "RUNNING"
-    tracker.finish_study(STUDY, table, "", {"trial_ids": (first.trial_id,)}, {}, "stopped")
-    picked = tracker._client.search_runs([tracker.experiment_id], "tags.`locft.pick` = 'pick'")
+    assert tracker.client.get_run(run_id).info.status == "RUNNING"
+    tracker.finish(table, "", {"trial_ids": (first.trial_id,)}, {}, "stopped")
+    picked = tracker.client.search_runs([tracker.experiment_id], "tags.`locft.pick` = 'pick'")
     assert [r.info.run_id for r in picked] == [first.run_id]
-    assert tracker._client.get_run(run_id).info.status == "KILLED"
+    assert tracker.client.get_run(run_id).info.status == "KILLED"
 
 
 def test_loss_curves_of_a_finished_study_are_read_from_its_table(tracker, monkeypatch):
     open_study(tracker)
     for layer in range(3):
-        tracker.log_trial(STUDY, result(config(layer)))
-    table = tracker.load_results(STUDY)
+        tracker.log_trial(result(config(layer)))
+    table = tracker.load_results()
     finish(tracker, table, "")
-    late = tracker.log_trial(STUDY, result(config(9)))
+    late = tracker.log_trial(result(config(9)))
     asked = []
-    history = tracker._client.get_metric_history
+    history = tracker.client.get_metric_history
     monkeypatch.setattr(
-        tracker._client, "get_metric_history", lambda run, key: asked.append(run) or history(run, key)
+        tracker.client, "get_metric_history", lambda run, key: asked.append(run) or history(run, key)
     )
-    bare = tracker.load_results(STUDY, curves=False)
+    bare = tracker.load_results(curves=False)
     assert asked == [] and all(curve == [] for curve in bare["epoch_losses"])
-    again = tracker.load_results(STUDY)
+    again = tracker.load_results()
     assert asked == [late]
     pd.testing.assert_frame_equal(again.drop(columns="epoch_losses"), bare.drop(columns="epoch_losses"))
     pd.testing.assert_frame_equal(again.iloc[:3], table)
@@ -281,9 +287,9 @@ def test_loss_curves_of_a_finished_study_are_read_from_its_table(tracker, monkey
 
 def test_a_broken_table_artifact_is_not_needed(tracker):
     run_id, _ = open_study(tracker)
-    tracker.log_trial(STUDY, result())
-    tracker._client.log_text(run_id, "half a fi", "results.parquet")
-    assert tracker.load_results(STUDY).iloc[0]["epoch_losses"] == list(result().epoch_losses)
+    tracker.log_trial(result())
+    tracker.client.log_text(run_id, "half a fi", "results.parquet")
+    assert tracker.load_results().iloc[0]["epoch_losses"] == list(result().epoch_losses)
 
 
 def test_long_and_odd_values(tracker):
@@ -293,60 +299,58 @@ def test_long_and_odd_values(tracker):
         epoch_losses=(*result(epochs=2500).epoch_losses, math.inf),
         metrics={"capability.my tâsk (v2)": 0.5, "reliability": 0.0, "perplexity": math.inf},
     )
-    tracker.log_trial(STUDY, odd)
-    row = tracker.load_results(STUDY).iloc[0]
+    tracker.log_trial(odd)
+    row = tracker.load_results().iloc[0]
     assert row["epoch_losses"] == list(odd.epoch_losses)
     assert row["reliability"] == 0 and row["capability.my tâsk _v2_"] == 0.5 and math.isnan(row["perplexity"])
-    tracker.log_trial(STUDY, failure(config(8), "x" * 20_000))
-    assert len(tracker.load_results(STUDY).iloc[1]["error"]) <= 5000
+    tracker.log_trial(failure(config(8), "x" * 20_000))
+    assert len(tracker.load_results().iloc[1]["error"]) <= 5000
 
 
 def test_studies_of_one_experiment_keep_apart(tracker):
-    for study in ("a", "b"):
-        open_study(tracker, study)
-        tracker.log_trial(study, result(config(layer=ord(study) % 30)))
-    assert len(tracker.finished("a")) == 1 and len(tracker.load_results("b")) == 1
-    assert len(tracker.finished(None)) == 2 and len(tracker.load_results(None)) == 2
-    assert len(tracker._client.search_logged_models([tracker.experiment_id])) == 1
+    one, other = of_study(tracker, "a"), of_study(tracker, "b")
+    for layer, study in ((7, one), (8, other)):
+        _, inputs = open_study(study)
+        study.log_trial(result(config(layer)), inputs)
+    assert set(one.finished()) == {config(7).id} and list(other.load_results()["trial_id"]) == [config(8).id]
+    assert len(runs(tracker)) == 2 and len(tracker.client.search_logged_models([tracker.experiment_id])) == 1
 
 
 def test_empty_study(tracker):
     open_study(tracker)
-    table = tracker.load_results(STUDY)
+    table = tracker.load_results()
     assert len(table) == 0 and {"trial_id", "reliability", "epoch_losses", "run_id"} <= set(table.columns)
 
 
 def test_an_id_that_cannot_be_searched_is_refused(tracker):
     with pytest.raises(ValueError, match="characters other than"):
-        tracker.finished("x' or '1'='1")
+        tracker._store.find_runs(None, {"study_id": "x' or '1'='1"})
 
 
-def test_find_run(tracker, store):
+def test_a_trial_is_found_by_its_run(tracker, store):
     study_run, inputs = open_study(tracker)
     trial = result(config(5, learning_rate=3e-05))
-    run_id = tracker.log_trial(STUDY, trial, inputs)
-    found = find_run(run_id, store)
-    assert found["config"] == trial.config and found["params"] == trial.config.to_dict()
-    assert found["tags"]["locft.model"] == "HuggingFaceTB/SmolLM2-135M"
-    assert found["study_yaml"].startswith("name: layer-sweep") and found["status"] == "done"
+    run_id = tracker.log_trial(trial, inputs)
+    found, study_yaml = find_trial(run_id, store)
+    assert found == trial.config and study_yaml.startswith("name: layer-sweep")
     with pytest.raises(InputError, match="run of a whole study"):
-        find_run(study_run, store)
+        find_trial(study_run, store)
     with pytest.raises(InputError, match="not found"):
-        find_run("0" * 32, store)
+        find_trial("0" * 32, store)
     with pytest.raises(InputError, match="not a run of locft"):
-        find_run(tracker._client.create_run(tracker.experiment_id).info.run_id, store)
+        find_trial(tracker.client.create_run(tracker.experiment_id).info.run_id, store)
 
 
 def test_links_and_list_of_studies(tracker, store, tmp_path):
     run_id, inputs = open_study(tracker)
-    trial = tracker.log_trial(STUDY, result(), inputs)
-    links = tracker.links(STUDY, base="http://127.0.0.1:5000/")
+    trial = tracker.log_trial(result(), inputs)
+    links = tracker.links("http://127.0.0.1:5000/")
     page = f"http://127.0.0.1:5000/#/experiments/{tracker.experiment_id}/runs/{run_id}/artifacts/dashboard.html"
     assert links["dashboard"].startswith(page)
-    experiment = tracker._client.get_experiment(tracker.experiment_id)
+    experiment = tracker.client.get_experiment(tracker.experiment_id)
     assert f"runs/{run_id}/artifacts/dashboard.html" in experiment.tags["mlflow.note.content"].splitlines()[0]
     assert trial in links["compare"] and links["table"].startswith("http://127.0.0.1:5000/#/experiments/")
-    assert len(tracker.links(STUDY, ["r"] * 300)["compare"]) < 5000
+    assert len(pages.links("1", run_id, ["r" * 32] * 300)["compare"]) < 5000
     found = next(study for study in list_studies(store) if study["experiment_id"] == tracker.experiment_id)
     assert (found["name"], found["run_id"], found["links"]["dashboard"][0]) == ("layer-sweep", run_id, "#")
     assert list_studies(f"sqlite:///{tmp_path}/none.db") == [] and not (tmp_path / "none.db").exists()
@@ -357,36 +361,35 @@ def test_links_and_list_of_studies(tracker, store, tmp_path):
 def test_any_study_name_is_an_experiment(store, name):
     if not name.strip():
         with pytest.raises(InputError, match="1 to 500"):
-            Tracker.open(store, name)
+            Tracker.open(store, name, STUDY)
         return
-    assert Tracker.open(store, name).experiment_id == Tracker.open(store, name).experiment_id
+    assert Tracker.open(store, name, STUDY).experiment_id == find_tracker(store, name, STUDY).experiment_id
 
 
 def test_reading_creates_nothing(store, tmp_path):
+    assert find_tracker(f"sqlite:///{tmp_path}/new.db", "study", STUDY) is None
     with pytest.raises(InputError, match="no tracking store"):
-        Tracker.open(f"sqlite:///{tmp_path}/new.db", "study", create=False)
+        find_trial("0" * 32, f"sqlite:///{tmp_path}/new.db")
     assert not (tmp_path / "new.db").exists()
-    with pytest.raises(InputError, match="study 'never ran' has nothing in sqlite"):
-        Tracker.open(store, "never ran", create=False)
-    with pytest.raises(InputError, match="no tracking store"):
-        find_run("0" * 32, f"sqlite:///{tmp_path}/new.db")
+    assert find_tracker(store, "never ran", STUDY) is None
+    assert find_tracker(store, "never ran", STUDY) is None, "nor an experiment"
 
 
 def test_files_of_a_study(tracker, store, request):
-    assert tracker.study_file(STUDY, "baseline.json") is None
-    with pytest.raises(TrackingError, match="open_study comes first"):
-        tracker.put_study_file(STUDY, "baseline.json", "{}")
+    assert tracker.read_file("baseline.json") is None
+    with pytest.raises(TrackingError, match="open_run comes first"):
+        tracker.write_file("baseline.json", "{}")
     open_study(tracker)
-    assert tracker.study_file(STUDY, "baseline.json") is None
-    tracker.put_study_file(STUDY, "baseline.json", '{"größe": 1}')
-    again = Tracker.open(store, request.node.name, create=False)
-    assert again.study_file(STUDY, "baseline.json") == '{"größe": 1}'
+    assert tracker.read_file("baseline.json") is None
+    tracker.write_file("baseline.json", '{"größe": 1}')
+    again = find_tracker(store, request.node.name, STUDY)
+    assert again.read_file("baseline.json") == '{"größe": 1}'
 
 
 def test_a_deleted_experiment_says_how_to_restore_it(tracker, store):
-    tracker._client.delete_experiment(tracker.experiment_id)
+    tracker.client.delete_experiment(tracker.experiment_id)
     with pytest.raises(InputError, match=f"restore --experiment-id {tracker.experiment_id}"):
-        Tracker.open(store, "test_a_deleted_experiment_says_how_to_restore_it")
+        Tracker.open(store, "test_a_deleted_experiment_says_how_to_restore_it", STUDY)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +403,7 @@ def test_a_deleted_experiment_says_how_to_restore_it(tracker, store):
         ("http://", "names no host"),
         ("sqlite:////proc/locft/mlflow.db", "cannot write the tracking store in /proc/locft"),
         ("sqlite:///{file}/mlflow.db", "cannot write the tracking store"),
-        ("sqlite:///{file}", "no SQLite file"),
+        ("sqlite:///{file}", "not an SQLite file"),
         ("sqlite:///{folder}", "is a folder"),
         ("http://{user}127.0.0.1:{port}", "cannot be reached.*refused"),
         ("postgresql://{user}127.0.0.1:{port}/mlflow", "needs the Python package|cannot be reached"),
@@ -416,7 +419,7 @@ def test_stores_that_cannot_be_used_are_refused_at_once(uri, message, tmp_path, 
     given = uri.format(file=tmp_path / "notes.txt", folder=tmp_path, port=port, user="ann:s3cret@")
     started = time.monotonic()
     with pytest.raises(InputError, match=message) as caught:
-        Tracker.open(given, "study")
+        Tracker.open(address.resolve_uri(given), "study", STUDY)
     assert time.monotonic() - started < 15
     assert "s3cret" not in str(caught.value)
 
@@ -444,7 +447,7 @@ def test_servers_that_do_not_let_us_in(code, body, message):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             with pytest.raises(InputError, match=message):
-                Tracker.open(f"http://127.0.0.1:{server.server_port}", "study")
+                Tracker.open(f"http://127.0.0.1:{server.server_port}", "study", STUDY)
         finally:
             server.shutdown()
 
@@ -452,23 +455,23 @@ def test_servers_that_do_not_let_us_in(code, body, message):
 def test_default_address(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking_uri.resolve_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert address.resolve_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/")
-    assert tracking_uri.resolve_uri(None) == "http://host:5000"
-    assert tracking_uri.resolve_uri("sqlite:///other.db") == f"sqlite:///{tmp_path}/other.db"
+    assert address.resolve_uri(None) == "http://host:5000"
+    assert address.resolve_uri("sqlite:///other.db") == f"sqlite:///{tmp_path}/other.db"
 
 
 def test_passwords_leave_the_address(monkeypatch):
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "")
-    assert tracking_uri.take_credentials("https://ann:p%40ss@host:5000/x") == "https://host:5000/x"
+    assert address.take_credentials("https://ann:p%40ss@host:5000/x") == "https://host:5000/x"
     assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("ann", "p@ss")
-    redacted = tracking_uri.redact("to postgresql://u:p@h/db and http://a:b@c")
+    redacted = address.redact("to postgresql://u:p@h/db and http://a:b@c")
     assert redacted == "to postgresql://***@h/db and http://***@c"
 
 
 def test_the_outcomes_file_has_the_form_of_a_table(tracker):
     open_study(tracker)
-    run = tracker._client.get_run(tracker.log_trial(STUDY, result()))
+    run = tracker.client.get_run(tracker.log_trial(result()))
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "outcomes.json", "type": "table"}]
-    assert len(tracker._client.load_table(tracker.experiment_id, "outcomes.json", [run.info.run_id])) == 60
+    assert len(tracker.client.load_table(tracker.experiment_id, "outcomes.json", [run.info.run_id])) == 60
