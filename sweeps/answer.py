@@ -79,7 +79,7 @@ def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool
 
 
 @dataclass(frozen=True)
-class Answer:
+class StudyAnswer:
     """What a study says."""
 
     front: "ParetoFront"
@@ -87,7 +87,7 @@ class Answer:
     report_html: str = field(repr=False)
 
 
-def answer_of(state: StudyState, tracker: Tracker, other: "Measured | None" = None) -> Answer:
+def answer_of(state: StudyState, tracker: Tracker, other: "Measured | None" = None) -> StudyAnswer:
     """Front, pick and report of what is finished so far. other: a study to compare with in the report."""
     from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
     from analysis.stats.pick import recommend
@@ -103,7 +103,7 @@ def answer_of(state: StudyState, tracker: Tracker, other: "Measured | None" = No
     wanted = finished if len(finished) <= MOST_READ else shown
     outcomes = _outcomes(state.results, wanted, tracker)
     html = render_report(own.study, own.results, baseline=own.baseline, outcomes=outcomes, other=other)
-    return Answer(front, pick, html)
+    return StudyAnswer(front, pick, html)
 
 
 def _outcomes(results: "pd.DataFrame", trials: list[str], tracker: Tracker) -> "pd.DataFrame | None":
@@ -139,7 +139,7 @@ def measured(state: StudyState, tracker: Tracker) -> "Measured":
     return Measured(about, state.results, state.baseline)
 
 
-def answer_text(answer: Answer) -> str:
+def answer_text(answer: StudyAnswer) -> str:
     """The pick in markdown, for the description of the study's run."""
     pick = answer.recommendation
     if not pick:

@@ -22,9 +22,10 @@ from sweeps.study.plan import PreparedStudy
 from sweeps.study.resolve import prepare
 from sweeps.commands.progress import Progress
 from sweeps.answer import read_state
-from sweeps.run.runner import Reporter
+from sweeps.run.dispatch import Reporter
 from sweeps.study.reader import load_study
 from sweeps.sweep import Sweep, run_sweep
+from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import find_tracker
 
 if TYPE_CHECKING:
@@ -50,15 +51,15 @@ def run_study(
     (with the results table), answer (front, recommendation, report_html), how it ended, and the address of that delta.
     Raises InputError for whatever is wrong with the input, at once.
     """
-    prepared = _prepared(study, changes)
+    prepared, store = _prepared(study, changes), resolve_uri(tracking_uri)
 
     def show(state):
         if reporter is not None:
             return nullcontext(reporter)
         done = state.results[state.results["status"] == "done"]
-        return Progress(foresee(prepared, tracking_uri), done.to_dict("records"))
+        return Progress(foresee(prepared, store), done.to_dict("records"))
 
-    return run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
+    return run_sweep(prepared, store, address=address, show=show, register=register)
 
 
 def load_results(
@@ -66,7 +67,7 @@ def load_results(
 ) -> "pd.DataFrame":
     """The results table of a study as far as it is (columns: `analysis.stats.table.COLUMNS`), empty when nothing ran."""
     prepared = _prepared(study, changes)
-    return read_state(prepared, find_tracker(tracking_uri, prepared.study.name, prepared.id)).results
+    return read_state(prepared, find_tracker(resolve_uri(tracking_uri), prepared.study.name, prepared.id)).results
 
 
 def figures(results: "pd.DataFrame") -> dict[str, "go.Figure"]:

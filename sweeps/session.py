@@ -9,20 +9,20 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import psutil
 
 from locft.errors import InputError
-from sweeps.run.cluster import Room, ray_session
-from sweeps.run.runner import Reporter
+from sweeps.run.cluster import on_workers, ray_cluster, runs_here
+from sweeps.run.dispatch import Reporter, Room
 from sweeps.study.estimate import most_memory_bytes
 from sweeps.study.forecast import machine
 from sweeps.study.reader import study_to_yaml
@@ -32,6 +32,8 @@ from sweeps.tracking.outbox import Delivery, open_outbox, study_folder
 from sweeps.tracking.store import Refused, TrackingError
 from sweeps.tracking.study_run import Tracker, find_tracker
 from sweeps.tracking.trial_run import DatasetRecord, StudyInputs, environment
+
+T = TypeVar("T")
 
 DRIVER_TAG = "locft.driver"
 """Tag of a study's run that names its driver while one is at work."""
@@ -102,18 +104,18 @@ def study_lock(folder: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def study_session(
-    prepared: PreparedStudy, tracking_uri: str | None, description: str, *, study_id: str | None = None
+    prepared: PreparedStudy, store: str, description: str, *, address: str | None = None, study_id: str | None = None
 ) -> Iterator["StudySession"]:
     """Hold a study's lock and deliver what an earlier driver could not; in the end close the study's run, however it ends.
 
-    description: of the study's run, in markdown. study_id: `prepared.id` unless given. Raises InputError before anything is
-    written when another driver of this machine runs the study, or when the store cannot be used; TrackingError when the store
-    does not take what was kept.
+    store: address of the tracking store, resolved. description: of the study's run, in markdown. address: of a Ray cluster; None
+    runs on this machine. study_id: `prepared.id` unless given. Raises InputError before anything is written when another driver
+    of this machine runs the study, or when the store cannot be used; TrackingError when the store does not take what was kept.
     """
     study_id = study_id or prepared.id
     with ExitStack() as stack:
-        stack.enter_context(study_lock(study_folder(study_id, tracking_uri), prepared.study.name))
-        session = StudySession(prepared, tracking_uri, description, study_id, stack)
+        stack.enter_context(study_lock(study_folder(study_id, store), prepared.study.name))
+        session = StudySession(prepared, store, description, address, study_id, stack)
         if len(session.outbox):
             session.open_run()
             session.deliver_kept()
@@ -124,21 +126,36 @@ class StudySession:
     """What a study needs while it runs. Call `start_ray` before `open_run`: what cannot run writes nothing."""
 
     def __init__(
-        self, prepared: PreparedStudy, tracking_uri: str | None, description: str, study_id: str, stack: ExitStack
+        self,
+        prepared: PreparedStudy,
+        store: str,
+        description: str,
+        address: str | None,
+        study_id: str,
+        stack: ExitStack,
     ):
         """stack: holds what has to be undone at the end of the session."""
-        self.prepared, self.study_id = prepared, study_id
-        self.outbox = open_outbox(study_id, tracking_uri)
-        self.tracker = find_tracker(tracking_uri, prepared.study.name, study_id)
+        self.prepared, self.store, self.study_id = prepared, store, study_id
+        self.outbox = open_outbox(study_id, store)
+        self.tracker = find_tracker(store, prepared.study.name, study_id)
         """None until the study's experiment exists (`open_run` creates it)."""
-        self._tracking_uri, self._description, self._stack = tracking_uri, description, stack
+        self.room: Room | None = None
+        """How many trials run at a time; None before `start_ray`."""
+        self.runs_here = runs_here(address, prepared.study.resources)
+        self._description, self._address, self._stack = description, address, stack
         self._run_is_open = False
 
-    def start_ray(self, address: str | None) -> Room:
-        """Connect to the cluster at `address`, or start Ray here, until the session ends. Raises InputError."""
+    def start_ray(self) -> Room:
+        """Connect to the cluster, or start Ray on this machine, until the session ends. Raises InputError."""
         study, facts = self.prepared.study, self.prepared.facts
         trial_bytes = most_memory_bytes(self.prepared.plan, facts)
-        return self._stack.enter_context(ray_session(address, study.resources, trial_bytes, study.model))
+        self.room = self._stack.enter_context(ray_cluster(self._address, study.resources, trial_bytes, study.model))
+        return self.room
+
+    def run_alone(self, work: Callable[[], T]) -> T:
+        """Run a function while no trial runs: in this process when trials run on its CPUs, since a worker would first have to be
+        started, else on a worker."""
+        return work() if self.runs_here else on_workers([work], self.prepared.study.resources)[0]
 
     def open_run(self) -> Tracker:
         """Open the study's run in the tracking store, and the store where it is new; a second call does nothing.
@@ -146,7 +163,7 @@ class StudySession:
         Raises InputError when the store cannot be used, TrackingError when it does not take the run.
         """
         study = self.prepared.study
-        self.tracker = tracker = self.tracker or Tracker.open(self._tracking_uri, study.name, self.study_id)
+        self.tracker = tracker = self.tracker or Tracker.open(self.store, study.name, self.study_id)
         if not self._run_is_open:
             self._run_is_open = True
             driver = Driver(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))

@@ -1,33 +1,40 @@
-"""A whole study: what is open is run, what comes of it goes to MLflow, and the answer is drawn from all of it."""
+"""A whole study: run what is open, record it, draw the answer from everything recorded, register the edit of the pick.
+
+Ray, pandas, torch and Optuna take seconds to import. They are imported where they are needed, so that a study with nothing
+left to run answers soon.
+"""
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import call
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sweeps.answer import BASELINE_FILE, Answer, StudyState, answer_of, answer_text, read_state
-from sweeps.session import study_session
-from sweeps.tracking.outbox import patiently
+from sweeps.answer import BASELINE_FILE, StudyAnswer, StudyState, answer_of, answer_text, read_state
+from sweeps.run.dispatch import Ending, Reporter
+from sweeps.run.trial import Basis, measure_baseline, train_and_measure, trained_delta
+from sweeps.session import StudySession, study_session
 from sweeps.study.estimate import patience_seconds
-from sweeps.tracking.pick_edit import PickError, is_registered, register_pick
-from sweeps.study.plan import optuna_space, point_of, trial_config
-from sweeps.study.plan import PreparedStudy
-from sweeps.run.cluster import trials_run_here
-from sweeps.study.trial_types import TrialConfig
-from sweeps.tracking.registry import edit_address, study_alias
-from sweeps.run.runner import Ending, Reporter, alone, run_trials
-from sweeps.run.search import OBJECTIVES, TrialSearch
+from sweeps.study.plan import PreparedStudy, optuna_space, point_of, trial_config
+from sweeps.study.trial_types import TrialConfig, config_of_row
+from sweeps.tracking.outbox import with_retries
+from sweeps.tracking.registry import edit_address, register_edit, registered_edit, study_alias
 from sweeps.tracking.store import TrackingError
 from sweeps.tracking.study_run import Tracker
-from sweeps.run.trial import Basis, measure_baseline
 
 if TYPE_CHECKING:
     from locft.workbench import Baseline
+    from sweeps.run.search import OptunaSearch
+
+NORM_TOLERANCE = 1e-3
+"""Relative difference allowed between the norm of the pick's delta, trained again, and the trial's: other hardware sums in
+another order."""
 
 
 @dataclass(frozen=True)
@@ -35,130 +42,132 @@ class Sweep:
     """What a run of a study leaves."""
 
     state: StudyState
-    answer: Answer
+    answer: StudyAnswer
     ending: Ending
     tracking_uri: str
-    """Of the store, without a password."""
+    """Address of the store, without a password."""
     registered: str | None = None
-    """The address of the pick's edit in the model registry, models:/NAME@ALIAS."""
+    """Address of the pick's edit in the model registry, models:/NAME@ALIAS."""
     not_registered: str | None = None
-    """Why there is none, where it was asked for."""
+    """Why the pick's edit is not in the registry, when that was asked for."""
+
+
+class PickError(RuntimeError):
+    """The pick's edit cannot be registered; the study's results are unharmed."""
 
 
 def run_sweep(
     prepared: PreparedStudy,
-    tracking_uri: str | None,
+    store: str,
     *,
     address: str | None = None,
     show: Callable[[StudyState], AbstractContextManager[Reporter]],
     register: bool = False,
 ) -> Sweep:
-    """Run what is open of a study and return everything it knows then. The same call again runs only what is not done.
+    """Run what is open of a study and return everything known then. The same call again runs only what is not done.
 
-    show: given the state at the start, a context manager whose value hears of every trial. register: at the end train the
-    pick once more and put its delta into the model registry, unless it is there. Raises InputError before
-    anything is written when the store or the cluster cannot be had, its resources do not suffice, or another driver runs
-    the study; TrackingError when the store went away for good. Finished trials are then kept on this machine. In a store
-    that answers the study's run is closed, however this ends.
+    store: address of the tracking store, resolved. address: of a Ray cluster. show: gets the state at the start; returns a
+    context manager whose value hears of every trial. register: train the pick once more at the end and put its delta into the
+    model registry, unless it is there.
+
+    Raises InputError before anything is written when the store or the cluster cannot be used, its resources do not suffice, or
+    another driver of this machine runs the study; TrackingError when the store stayed away. Finished trials are then kept on
+    this machine. In a store that answers, the study's run is closed however this ends.
     """
     study, began = prepared.study, time.monotonic()
-    ending: Ending = "complete"
     deadline = began + 60 * (study.budget.minutes or math.inf)
     description = f"Layer sweep of {study.model} on {study.edits.source} ({len(prepared.edits.requests)} edits)"
-    here = trials_run_here(address, study.resources)
-    with study_session(prepared, tracking_uri, description) as session:
+    with study_session(prepared, store, description, address=address) as session:
         state = read_state(prepared, session.tracker, curves=False)
-        if state.affordable or (register and not here and _pick_to_register(state, tracking_uri)):
-            room = session.start_ray(address)
+        if state.affordable or (register and not session.runs_here and _unregistered_pick(state, store)):
+            session.start_ray()
         tracker = session.open_run()
         try:
-            if state.affordable:
-                baseline = _baseline(prepared, tracker, here)
-                with show(state) as reporter, session.recorder(reporter) as recorder:
-                    ending = run_trials(
-                        _open_trials(prepared, state),
-                        {prepared.facts.data_fingerprint: Basis(prepared.inputs, baseline)},
-                        cpus=study.resources.cpus,
-                        gpus=study.resources.gpus,
-                        room=room,
-                        reporter=recorder,
-                        deadline=deadline,
-                        patience=partial(patience_seconds, facts=prepared.facts, resources=study.resources),
-                    )
+            ending = _run_open_trials(session, state, show, deadline) if state.affordable else "complete"
         except TrackingError:  # nothing can be written now
             raise
         except BaseException:  # the study's run shall show what is finished
             with suppress(TrackingError):
-                _conclude(prepared, tracker, ending, call)
+                _conclude(prepared, tracker, "complete", call)
             raise
         try:
-            done = _conclude(prepared, tracker, ending, patiently)
+            done = _conclude(prepared, tracker, ending, with_retries)
         except TrackingError as error:
             raise TrackingError(f"{error}; all finished trials are recorded, and the same command writes the answer") from None
-        if not register or ending != "complete":
-            return done
-        return _with_registered(done, tracker, tracking_uri, deadline, here)
+        return _with_registered(done, session, deadline) if register and ending == "complete" else done
 
 
-def _pick_to_register(state: StudyState, tracking_uri: str | None) -> dict[str, Any] | None:
-    """The row of the study's pick, unless its edit is registered already or there is none."""
-    from analysis.stats.pick import recommend
+def _run_open_trials(
+    session: StudySession,
+    state: StudyState,
+    show: Callable[[StudyState], AbstractContextManager[Reporter]],
+    deadline: float,
+) -> Ending:
+    """deadline: on the `time.monotonic()` clock."""
+    from sweeps.run.runner import run_trials
 
-    pick = recommend(state.results)
-    if pick is None:
-        return None
-    (row,) = state.results[state.results["trial_id"] == pick.trial_id].to_dict("records")
-    return None if is_registered(state.prepared.study, row["run_id"], tracking_uri) else row
+    prepared = session.prepared
+    basis = Basis(prepared.inputs, _baseline(session))
+    with show(state) as reporter, session.recorder(reporter) as recorder:
+        return run_trials(
+            _open_trials(prepared, state),
+            partial(train_and_measure, bases={prepared.facts.data_fingerprint: basis}),
+            resources=prepared.study.resources,
+            room=session.room,
+            reporter=recorder,
+            deadline=deadline,
+            patience=partial(patience_seconds, facts=prepared.facts, resources=prepared.study.resources),
+        )
 
 
-def _with_registered(done: Sweep, tracker: Tracker, tracking_uri: str | None, deadline: float, here: bool) -> Sweep:
-    """Whatever goes wrong here, Ctrl-C included, the study is finished and recorded. deadline: as of `run_trials`; here: as
-    of `alone`."""
-    from analysis.stats.table import METRICS
+def _open_trials(prepared: PreparedStudy, state: StudyState) -> "list[TrialConfig] | OptunaSearch":
+    """The planned trials that are not done, as far as the budget goes, or the search that proposes them."""
+    study, facts = prepared.study, prepared.facts
+    done = state.results[state.results["status"] == "done"]
+    if study.search.method != "optuna":
+        return [trial for trial in prepared.plan.trials if trial.id not in set(done["trial_id"])][: state.affordable]
+    from sweeps.run.search import OBJECTIVES, OptunaSearch
 
-    prepared, pick = done.state.prepared, done.answer.recommendation
-    study = prepared.study
-    if pick is None:
-        return done
-    address = edit_address(study.model, study_alias(study.name))
-    try:
-        if row := _pick_to_register(done.state, tracking_uri):
-            if time.monotonic() + row["train_seconds"] > deadline:
-                raise PickError("training it again would exceed the budget's minutes; the same command makes up for it")
-            config = TrialConfig(**{name: row[name] for name in TrialConfig.__dataclass_fields__})
-            metrics = {name: row[name] for name in (*METRICS, "delta_norm") if math.isfinite(row.get(name, math.nan))}
-            basis = Basis(prepared.inputs, _baseline(prepared, tracker, here))
-            register_pick(study, basis, config, row["run_id"], metrics, tracking_uri, here=here)
-        use = f"Apply it: `locft apply {address} --model {study.model} --out edited-model`"
-        tracker.describe(f"{answer_text(done.answer)}\n\n{use}", {"locft.registered": address})
-    except KeyboardInterrupt:
-        return replace(done, not_registered="interrupted; the same command makes up for it")
-    except Exception as error:  # a worker that dies, a store without a registry
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return replace(done, not_registered=cause)
-    return replace(done, registered=address)
+    earlier = {}
+    for row in done.to_dict("records"):
+        if point := point_of(study, facts, config_of_row(row)):
+            values = tuple(0.0 if math.isnan(row[name]) else row[name] for name in OBJECTIVES)
+            earlier[row["trial_id"]] = (point, values)
+    return OptunaSearch(
+        optuna_space(study, facts), partial(trial_config, study, facts), state.affordable, study.search.seed, earlier
+    )
+
+
+def _baseline(session: StudySession) -> "Baseline":
+    """The unedited model's measurements: made once per study, then read from the study's run."""
+    from locft.workbench import Baseline
+
+    if stored := session.tracker.read_file(BASELINE_FILE):
+        return Baseline.from_dict(json.loads(stored))
+    baseline = session.run_alone(partial(measure_baseline, session.prepared.inputs))
+    session.tracker.write_file(BASELINE_FILE, json.dumps(baseline.to_dict()))
+    return baseline
 
 
 def _conclude(
-    prepared: PreparedStudy, tracker: Tracker, ending: Ending, asked: Callable[[Callable[[], Any]], Any]
+    prepared: PreparedStudy, tracker: Tracker, ending: Ending, call_store: Callable[[Callable[[], Any]], Any]
 ) -> Sweep:
-    """Draw the answer from everything that is recorded, and close the study's run with it.
+    """Draw the answer from everything recorded, and close the study's run with it.
 
-    asked: calls what needs the store, `patiently` or once.
+    call_store: runs a function that needs the tracking store, with retries or once.
     """
-    state = asked(partial(read_state, prepared, tracker))
-    answer = asked(partial(answer_of, state, tracker))
-    asked(
-        partial(
-            tracker.finish,
-            state.results,
-            answer.report_html,
-            asdict(answer.recommendation) if answer.recommendation else {},
-            _summary(state, answer),
-            _status(state, ending),
-            answer=answer_text(answer),
-        )
+    state = call_store(partial(read_state, prepared, tracker))
+    answer = call_store(partial(answer_of, state, tracker))
+    finish = partial(
+        tracker.finish,
+        state.results,
+        answer.report_html,
+        asdict(answer.recommendation) if answer.recommendation else {},
+        _summary(state, answer),
+        _status(state, ending),
+        answer=answer_text(answer),
     )
+    call_store(finish)
     return Sweep(state, answer, ending, tracker.uri)
 
 
@@ -168,39 +177,8 @@ def _status(state: StudyState, ending: Ending) -> Literal["done", "stopped", "fa
     return "failed" if ending != "interrupted" and state.failed and not state.done else "stopped"
 
 
-def _baseline(prepared: PreparedStudy, tracker: Tracker, here: bool) -> "Baseline":
-    """The unedited model's measurements: once per study, then from the study's run. here: as of `alone`."""
-    from locft.workbench import Baseline
-
-    stored = tracker.read_file(BASELINE_FILE)
-    if stored:
-        return Baseline.from_dict(json.loads(stored))
-    baseline = alone(partial(measure_baseline, prepared.inputs), prepared.study.resources, here=here)
-    tracker.write_file(BASELINE_FILE, json.dumps(baseline.to_dict()))
-    return baseline
-
-
-def _open_trials(prepared: PreparedStudy, state: StudyState) -> list[TrialConfig] | TrialSearch:
-    study, facts = prepared.study, prepared.facts
-    if study.search.method != "optuna":
-        finished = set(state.results.loc[state.results["status"] == "done", "trial_id"])
-        return [trial for trial in prepared.plan.trials if trial.id not in finished][: state.affordable]
-    earlier = {}
-    for row in state.results[state.results["status"] == "done"].to_dict("records"):
-        config = TrialConfig(**{name: row[name] for name in TrialConfig.__dataclass_fields__})
-        if point := point_of(study, facts, config):
-            values = tuple(row[name] if row[name] == row[name] else 0.0 for name in OBJECTIVES)
-            earlier[config.id] = (point, values)
-    return TrialSearch(
-        optuna_space(study, facts),
-        lambda point: trial_config(study, facts, point),
-        state.affordable,
-        study.search.seed,
-        earlier,
-    )
-
-
-def _summary(state: StudyState, answer: Answer) -> dict[str, float]:
+def _summary(state: StudyState, answer: StudyAnswer) -> dict[str, float]:
+    """Metrics of the study's run."""
     metrics = {"trials_done": state.done, "trials_failed": state.failed, "front_size": len(answer.front.trial_ids)}
     metrics["hypervolume"] = answer.front.hypervolume
     if answer.recommendation:
@@ -208,3 +186,64 @@ def _summary(state: StudyState, answer: Answer) -> dict[str, float]:
         found = answer.recommendation.metrics
         metrics |= {f"pick_{name}": found[name] for name in wanted if name in found}
     return metrics
+
+
+def _unregistered_pick(state: StudyState, store: str) -> dict[str, Any] | None:
+    """The row of the study's pick; None when there is no pick, or its edit is the study's registered one."""
+    from analysis.stats.pick import recommend
+
+    pick, study = recommend(state.results), state.prepared.study
+    if pick is None:
+        return None
+    (row,) = state.results[state.results["trial_id"] == pick.trial_id].to_dict("records")
+    return None if registered_edit(study.model, study_alias(study.name), store) == row["run_id"] else row
+
+
+def _with_registered(done: Sweep, session: StudySession, deadline: float) -> Sweep:
+    """The sweep with its pick registered. Whatever goes wrong here, Ctrl-C included, the study is finished and recorded.
+
+    deadline: on the `time.monotonic()` clock.
+    """
+    study, pick = session.prepared.study, done.answer.recommendation
+    if pick is None:
+        return done
+    address = edit_address(study.model, study_alias(study.name))
+    try:
+        if row := _unregistered_pick(done.state, session.store):
+            if time.monotonic() + row["train_seconds"] > deadline:
+                raise PickError("training it again would exceed the budget's minutes; the same command makes up for it")
+            _register_pick(session, row)
+        use = f"Apply it: `locft apply {address} --model {study.model} --out edited-model`"
+        description = f"{answer_text(done.answer)}\n\n{use}"
+        session.tracker.describe(description, {"locft.registered": address})
+    except KeyboardInterrupt:
+        return replace(done, not_registered="interrupted; the same command makes up for it")
+    except Exception as error:  # a worker that dies, a store without a registry
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return replace(done, not_registered=cause)
+    return replace(done, registered=address)
+
+
+def _register_pick(session: StudySession, row: dict[str, Any]) -> None:
+    """Train a trial once more and register its delta. Trials leave no weights behind, and the same numbers give the same delta.
+
+    row: of the results table. Raises PickError when another delta comes out, InputError when the store does not take it.
+    """
+    from analysis.stats.table import METRICS
+
+    study, run_id, config = session.prepared.study, row["run_id"], config_of_row(row)
+    metrics = {name: row[name] for name in (*METRICS, "delta_norm") if math.isfinite(row.get(name, math.nan))}
+    delta = session.run_alone(partial(trained_delta, session.prepared.inputs, _baseline(session), config))
+    if not math.isclose(delta.norm, metrics["delta_norm"], rel_tol=NORM_TOLERANCE):
+        raise PickError(
+            f"training {config.position} again gave a change of size {delta.norm:.6g}, and {metrics['delta_norm']:.6g} in the"
+            f" trial (other hardware?); `locft edit --from-run {run_id} --register` measures it anew"
+        )
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        delta.save(folder)
+        about = {"model": study.model, "position": config.position, "settings": config.to_dict(), "metrics": metrics}
+        (folder / "edit.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        edits = f"{study.edits.source}, study {study.name}"
+        alias = study_alias(study.name)
+        register_edit(folder, run_id, study.model, config.position, metrics, session.store, alias, edits)

@@ -18,12 +18,11 @@ from locft.errors import InputError
 
 if TYPE_CHECKING:
     from analysis.stats.comparison import Comparison
-    from sweeps.answer import Answer
+    from sweeps.answer import StudyAnswer, StudyState
     from sweeps.study.forecast import Forecast
     from sweeps.study.plan import PreparedStudy
     from sweeps.select.answer import Answer as PositionAnswer
-    from sweeps.run.runner import Ending
-    from sweeps.answer import StudyState
+    from sweeps.run.dispatch import Ending
 
 out = Console(soft_wrap=False)
 err = Console(stderr=True, soft_wrap=True)
@@ -72,7 +71,7 @@ def expectation(forecast: "Forecast", where: str = "on this machine") -> str:
 
 def print_answer(
     state: "StudyState",
-    answer: "Answer",
+    answer: "StudyAnswer",
     report_file: Path,
     uri: str,
     as_json: bool,

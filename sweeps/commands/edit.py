@@ -88,6 +88,7 @@ def edit(
     """Make the edits at one position; write the delta and what it does."""
     from locft.model.models import load_structure
     from locft.model.positions import TuningPosition, parameter_names
+    from sweeps.tracking.address import resolve_uri
     from sweeps.tracking.registry import register_edit
     from sweeps.commands.settings import edit_settings
 
@@ -143,7 +144,7 @@ def edit(
     write(folder / "outcomes.jsonl", outcomes)
     if register:
         summary["registered"] = register_edit(
-            folder, chosen.run_id, model, chosen.position, measured.metrics, tracking_uri
+            folder, chosen.run_id, model, chosen.position, measured.metrics, resolve_uri(tracking_uri)
         )
     if as_json:
         return print_json(summary)
@@ -254,9 +255,10 @@ def _workbench(
 def _delta(source: str, tracking_uri: str | None) -> "EditDelta":
     """From a file, a folder, or the model registry."""
     from locft.model.delta import EditDelta
+    from sweeps.tracking.address import resolve_uri
     from sweeps.tracking.registry import PREFIX, fetch_edit
 
     if not source.startswith(PREFIX):
         return EditDelta.load(Path(source))
     with tempfile.TemporaryDirectory() as folder:
-        return EditDelta.load(fetch_edit(source, tracking_uri, Path(folder)))
+        return EditDelta.load(fetch_edit(source, resolve_uri(tracking_uri), Path(folder)))

@@ -179,7 +179,7 @@ class RaceProgress:
         self._status.update(Text(f"{rung.name}: {self.left} left"))
 
     def started(self, running: int) -> None:
-        """See `sweeps.run.runner.Reporter`."""
+        """See `sweeps.run.dispatch.Reporter`."""
 
     def retried(self, config: TrialConfig, cause: str) -> None:
         self._say(f"  {config.position}: its worker died and it is tried again ({cause})")

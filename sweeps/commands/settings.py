@@ -74,9 +74,10 @@ def edit_settings(
         dtype, fingerprint = (dtype or named.dtype, named.model_fingerprint) if named else (dtype or "float32", None)
         run_id = named.run_id if named else None
         return EditSettings(str(position), training, dtype, edits, Capability(), "auto", None, fingerprint, run_id)
+    from sweeps.tracking.address import resolve_uri
     from sweeps.tracking.study_run import find_trial
 
-    config, study_yaml = find_trial(from_run, tracking_uri)
+    config, study_yaml = find_trial(from_run, resolve_uri(tracking_uri))
     study = _study(study_yaml)
     if study is None and edits is None:
         raise InputError(f"run {from_run!r}: its study is gone, and with it the name of the edits; add --edits")

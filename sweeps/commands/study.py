@@ -39,6 +39,7 @@ from sweeps.commands.options import (
     UriOption,
     edits_of,
 )
+from sweeps.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
     from sweeps.study.plan import PreparedStudy
@@ -52,8 +53,8 @@ def plan(
     """Show the trials of STUDY, their number and what they will take. Nothing is run or written."""
     from sweeps.study.forecast import foresee
 
-    prepared = _prepared(study, overrides)
-    forecast = foresee(prepared, tracking_uri)
+    prepared, store = _prepared(study, overrides), resolve_uri(tracking_uri)
+    forecast = foresee(prepared, store)
     if as_json:
         trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
         expected = {"estimate": asdict(forecast.estimate), "warnings": forecast.warnings}
@@ -89,10 +90,10 @@ def sweep(
     from sweeps.commands.progress import Progress
     from sweeps.sweep import run_sweep
 
-    prepared = _prepared(study, overrides)
+    prepared, store = _prepared(study, overrides), resolve_uri(tracking_uri)
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     say_study(prepared)
-    forecast = foresee(prepared, tracking_uri)
+    forecast = foresee(prepared, store)
     if forecast.estimate.left and address is None:
         err.print(Text(f"to run: {expectation(forecast)}"))
         for warning in forecast.warnings:
@@ -108,7 +109,7 @@ def sweep(
         return Progress(expected, done.to_dict("records"))
 
     with redirect_stdout(sys.stderr):  # Ray prints on standard output
-        done = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
+        done = run_sweep(prepared, store, address=address, show=show, register=register)
     write(report_file, done.answer.report_html)
     print_answer(
         done.state,
@@ -146,14 +147,14 @@ def status(
     from sweeps.tracking.store import connect
     from sweeps.tracking.study_run import find_tracker
 
-    prepared = _prepared(study, overrides)
+    prepared, store = _prepared(study, overrides), resolve_uri(tracking_uri)
     if tracking_uri:  # a store that is named should be there; the one that is not named may be still to come
-        connect(tracking_uri)
-    tracker = find_tracker(tracking_uri, prepared.study.name, prepared.id)
+        connect(store)
+    tracker = find_tracker(store, prepared.study.name, prepared.id)
     state, driver = read_state(prepared, tracker, curves=False), driver_of(tracker)
-    waiting = len(open_outbox(prepared.id, tracking_uri))
+    waiting = len(open_outbox(prepared.id, store))
     causes, diverged = failure_causes(state), int((state.results["diverged"] == 1).sum())
-    left = _seconds_left(prepared, tracking_uri) if driver else None
+    left = _seconds_left(prepared, store) if driver else None
     if as_json:
         counts = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
         seen = None if driver is None else asdict(driver)
@@ -179,12 +180,12 @@ def status(
         out.print(f"  {waiting} more are finished and wait on this machine for the store; `locft sweep` delivers them")
 
 
-def _seconds_left(prepared: "PreparedStudy", tracking_uri: str | None) -> float | None:
+def _seconds_left(prepared: "PreparedStudy", store: str) -> float | None:
     """Of a study that runs now, as far as the trials in the store tell: a calibration would slow it down."""
     from sweeps.study.forecast import foresee
     from sweeps.commands.progress import Pace
 
-    forecast = foresee(prepared, tracking_uri, calibrate=False)
+    forecast = foresee(prepared, store, calibrate=False)
     open_trials = forecast.estimate.trials
     return Pace(forecast, forecast.done, open_trials).seconds_left(open_trials, forecast.concurrent) if forecast.costs.measured else None
 
@@ -209,21 +210,20 @@ def report(
     """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
     from analysis.stats.comparison import compare as compared_with
     from sweeps.answer import answer_of, measured
-    from sweeps.tracking.address import resolve_uri
 
     for name, given in (("--compare-set", compare_set), ("--compare-uri", compare_uri)):
         if given and compare is None:
             raise InputError(f"{name}: got it without --compare OTHER, the study it is for")
     prepared = _prepared(study, overrides)
     second = None if compare is None else _prepared(compare, compare_set)
-    elsewhere = compare_uri or tracking_uri
-    if second is not None and second.id == prepared.id and resolve_uri(elsewhere) == resolve_uri(tracking_uri):
+    store, elsewhere = resolve_uri(tracking_uri), resolve_uri(compare_uri or tracking_uri)
+    if second is not None and second.id == prepared.id and elsewhere == store:
         raise InputError(
             f"--compare {compare}: got STUDY itself, expected another study (--compare-set changes fields) or the same one of"
             " another date in another store (--compare-uri)"
         )
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
-    state, tracker = _recorded(prepared, study, tracking_uri)
+    state, tracker = _recorded(prepared, study, store)
     other = None if second is None else measured(*_recorded(second, compare, elsewhere))
     answer = answer_of(state, tracker, other)
     write(report_file, answer.report_html)
@@ -231,16 +231,16 @@ def report(
     print_answer(state, answer, report_file, tracker.uri, as_json, comparison=comparison)
 
 
-def _recorded(prepared: "PreparedStudy", named: str, tracking_uri: str | None) -> "tuple[StudyState, Tracker]":
+def _recorded(prepared: "PreparedStudy", named: str, store: str) -> "tuple[StudyState, Tracker]":
     """What the store holds of a study. Raises InputError when that is nothing."""
     from sweeps.answer import read_state
-    from sweeps.tracking.address import redact, resolve_uri
+    from sweeps.tracking.address import redact
     from sweeps.tracking.study_run import find_tracker
 
-    tracker = find_tracker(tracking_uri, prepared.study.name, prepared.id)
+    tracker = find_tracker(store, prepared.study.name, prepared.id)
     state = read_state(prepared, tracker)
     if tracker is None or state.results.empty:
-        where = redact(resolve_uri(tracking_uri))
+        where = redact(store)
         raise InputError(f"study {prepared.study.name!r}: nothing finished in {where}; run `locft sweep {named}`")
     return state, tracker
 
@@ -288,7 +288,7 @@ def select(
     file = writable(position_file or Path(f"{question.study.name}.json"))
     page = writable(file.with_suffix(".html"))
     say_study(question.prepared)
-    running = run_selection(question, tracking_uri, address=address, progress=RaceProgress())
+    running = run_selection(question, resolve_uri(tracking_uri), address=address, progress=RaceProgress())
     with redirect_stdout(sys.stderr), running as (found, tracker):  # Ray prints on standard output
         answer = conclude(found, tracker, str(file))
     write(page, answer.html)

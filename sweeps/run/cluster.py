@@ -1,79 +1,41 @@
-"""The Ray that a study runs on: this machine's or a cluster, reached within seconds or told why not."""
+"""The Ray that a study runs on: this machine's or a cluster, reached within seconds or told why not.
 
-import math
+Ray takes seconds to import; `locft status` and a study with nothing left to run do without it.
+"""
+
 import os
 import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from locft.errors import InputError
+from sweeps.run.dispatch import WORKER_RESTARTS, Room
 
 if TYPE_CHECKING:
     from sweeps.study.schema import Resources
 
+T = TypeVar("T")
+
 CONNECT_SECONDS = 5
 """How long a cluster may take to accept a connection."""
+NODE_SECONDS = 120
+"""How long a node may take to start a process and look for the model."""
 TOKEN_HINT = (
     "set RAY_AUTH_MODE=token and the cluster's own token (RAY_AUTH_TOKEN, or ~/.ray/auth_token copied from its head)"
 )
-NODE_SECONDS = 120
-"""How long a node may take to start a process and look for the model."""
-LOOK_SECONDS = 2.0
-"""How often a cluster is asked what it holds."""
-
-WORKER_RESTARTS = 2
-"""Work whose worker process died is tried so many times more."""
-
-
-class Room:
-    """How many trials run at a time: as many as the nodes that are there now hold, fewer once memory ran out."""
-
-    def __init__(self, resources: "Resources", trial_bytes: int = 0):
-        """trial_bytes: predicted memory of a trial. Raises InputError when not a single one fits."""
-        self._resources, self._trial_bytes = resources, trial_bytes
-        self.empty = False
-        """Every node that could run a trial is gone."""
-        self._most = math.inf
-        self._fit = self._look()
-        self._looked = time.monotonic()
-
-    def trials(self) -> int:
-        """At least one, also while a cluster has no node to run it."""
-        if time.monotonic() - self._looked > LOOK_SECONDS:
-            try:
-                self._fit, self.empty = self._look(), False
-            except InputError:  # another may come
-                self._fit, self.empty = 1, True
-            self._looked = time.monotonic()
-        return min(self._fit, self._most)
-
-    def narrow(self, running: int) -> None:
-        """Memory ran out with so many trials running: from now on at most half of them."""
-        self._most = min(self._most, max(1, running // 2))
-
-    def _look(self) -> int:
-        return self._resources.places(nodes_there(), self._trial_bytes)
-
-
-def nodes_there() -> list[dict[str, float]]:
-    """Ray's resources of each node that is up."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @contextmanager
-def ray_session(
+def ray_cluster(
     address: str | None, resources: "Resources", trial_bytes: int = 0, model: str | None = None
 ) -> Iterator[Room]:
-    """Connect to the cluster at `address` (auto finds one), or start Ray on this machine and stop it afterwards.
+    """Connect to the cluster at `address` ("auto" finds one), or start Ray on this machine and stop it afterwards.
 
-    A Ray that is already running in this process is used and left alone. trial_bytes: predicted memory of a trial. model:
-    every node of a cluster has to find it. Raises InputError when the cluster does not answer, refuses our token, cannot hold
-    a single trial, or has a node that lacks this package or the model.
+    A Ray that already runs in this process is used and left alone. trial_bytes: predicted memory of a trial. model: must be
+    visible to every node of a cluster. Raises InputError when the cluster does not answer, refuses our token, cannot hold a
+    single trial, or has a node that lacks this package or the model.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -82,13 +44,29 @@ def ray_session(
         _check_reachable(address)
     import ray
 
+    def trials_that_fit() -> int:
+        return resources.places(nodes_there(), trial_bytes)
+
     if ray.is_initialized():
-        yield Room(resources, trial_bytes)
+        yield Room(trials_that_fit)
         return
     if address is None:  # told at once, not after Ray's seconds
         import torch
 
         resources.places([{"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
+    _start(address)
+    try:
+        room = Room(trials_that_fit)
+        if address is not None:
+            check_nodes(model)
+        yield room
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None) -> None:
+    import ray
+
     quiet = {"include_dashboard": False} if address is None else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **quiet)
@@ -99,23 +77,11 @@ def ray_session(
         if address is not None and isinstance(error, ConnectionError):  # something listens, but does not let us in
             cause += f", though something listens there: is it Ray, of this version? If so, {TOKEN_HINT}"
         raise InputError(_no_cluster(address, cause)) from error
-    try:
-        room = Room(resources, trial_bytes)
-        if address is not None:
-            check_nodes(model)
-        yield room
-    finally:
-        ray.shutdown()
-
-
-def trials_run_here(address: str | None, resources: "Resources") -> bool:
-    """Whether trials run on this machine's processors alone. Then this process can do what a worker could."""
-    return address is None and not resources.gpus
 
 
 def _check_reachable(address: str) -> None:
     """InputError unless something listens at the address: Ray itself would try for minutes, or for ever."""
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt; what does not answer it is no Ray
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt; what does not answer it is not Ray
     given = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     host, _, port = given.rpartition("://")[2].rpartition(":")
     if not given or not host or not port.isdigit():
@@ -124,6 +90,15 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise InputError(_no_cluster(given, f"nothing answers there ({error})")) from None
+
+
+def _no_cluster(address: str | None, cause: str) -> str:
+    if address is None:
+        return f"Ray does not start on this machine: {cause}"
+    return (
+        f"Ray cluster {address!r}: {cause.rstrip('.')}; start one with `ray up ray_cluster.yaml` or "
+        "`ray start --head`, or leave --address away to run on this machine"
+    )
 
 
 def check_nodes(model: str | None) -> None:
@@ -136,47 +111,69 @@ def check_nodes(model: str | None) -> None:
 
     path = Path(model).expanduser() if model else None
     path = path.absolute() if path is not None and path.exists() else None
-    expected, problems = _sizes(path), []
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
-    look = ray.remote(num_cpus=0, max_retries=0)(_sizes)
-    asked = {
+    expected, problems = _file_sizes(path), []
+    look = ray.remote(num_cpus=0, max_retries=0)(_file_sizes)
+    answers = {
         node["NodeManagerAddress"]: look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(path)
-        for node in nodes
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0)
     }
-    for place, answer in asked.items():
+    for place, answer in answers.items():
         try:
             found = ray.get(answer, timeout=NODE_SECONDS)
         except ray.exceptions.GetTimeoutError:
             problems.append(f"node {place} does not answer within {NODE_SECONDS} s")
-            continue
         except ray.exceptions.RayError as error:
             cause = str(error).strip().splitlines()[-1]
             problems.append(f"node {place} cannot run this package ({cause}); install the same version there")
-            continue
-        if found != expected:
-            what = "it has other files there" if found else "there is nothing"
-            problems.append(
-                f"model {model!r}: node {place} does not see {path} as this machine does ({what}); put it on storage that all"
-                " nodes mount at the same path, or name a hub id"
-            )
+        else:
+            if found != expected:
+                what = "it has other files there" if found else "there is nothing"
+                problems.append(
+                    f"model {model!r}: node {place} does not see {path} as this machine does ({what}); put it on storage that"
+                    " all nodes mount at the same path, or name a hub id"
+                )
     if problems:
         raise InputError(problems)
 
 
-def _sizes(path: Path | None) -> dict[str, int]:
-    """File name -> bytes, of a file or of the files of a folder; empty where there is none."""
+def _file_sizes(path: Path | None) -> dict[str, int]:
+    """File name -> bytes, of a file or of the files of a folder; empty when there is none."""
     if path is None:
         return {}
     files = [path] if path.is_file() else sorted(path.glob("*"))
     return {file.name: file.stat().st_size for file in files if file.is_file()}
 
 
-def _no_cluster(address: str | None, cause: str) -> str:
-    if address is None:
-        return f"Ray does not start on this machine: {cause}"
-    return (
-        f"Ray cluster {address!r}: {cause.rstrip('.')}; start one with `ray up ray_cluster.yaml` or "
-        "`ray start --head`, or leave --address away to run on this machine"
-    )
+def on_workers(works: Sequence[Callable[[], T]], resources: "Resources") -> list[T]:
+    """Run functions on workers, side by side where there is room; returns what they return, in their order.
+
+    Raises whatever the first one that fails raises; InputError when Ray ended every attempt because a node ran out of memory.
+    """
+    import ray
+
+    def call(work: Callable[[], T]) -> T:
+        return work()
+
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=WORKER_RESTARTS)(call)
+    try:
+        return ray.get([task.remote(work) for work in works])
+    except ray.exceptions.RayTaskError as error:  # its own text is the worker's whole traceback
+        raise error.cause from error
+    except ray.exceptions.OutOfMemoryError as error:
+        tries = f"measuring on a worker ran out of memory {WORKER_RESTARTS + 1} times"
+        raise InputError(f"{tries}: {str(error).splitlines()[0]}") from error
+
+
+def runs_here(address: str | None, resources: "Resources") -> bool:
+    """True if trials run on this machine's CPUs alone: this process can then do what a worker could, and sooner."""
+    return address is None and not resources.gpus
+
+
+def nodes_there() -> list[dict[str, float]]:
+    """Ray's resources of each node that is up."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,32 +1,90 @@
 """Which trial is started next: one that lost its worker, else the search's next one, while there is room.
 
 Ray Tune would start a lost trial again at once, beside the same company. Here what killed it decides: what ran out of
-memory waits until fewer trials run, and a trial that ran out of memory alone is not tried again. One that keeps losing
-its worker without a known cause has its last try alone: the kernel too ends what takes too much memory, and says nothing.
+memory waits until fewer trials run, and a trial that ran out of memory alone is not tried again. A trial that keeps losing
+its worker without a known cause has its last try alone: the kernel, too, kills what takes too much memory, and says nothing.
 """
 
+import math
+import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
-from sweeps.run.cluster import WORKER_RESTARTS, Room
+from locft.errors import InputError
 from sweeps.study.trial_types import TrialConfig, TrialResult
-from sweeps.run.search import Search
+
+WORKER_RESTARTS = 2
+"""How often work whose worker process died is tried again."""
+LOOK_SECONDS = 2.0
+"""How often a cluster is asked what it holds."""
+
+Ending = Literal["complete", "same_failure", "interrupted", "out_of_time"]
+"""Why no further trial is run: none is left, the first ones all failed with the same error, Ctrl-C, or the deadline."""
 
 
-class Listed:
-    """Trials that are known beforehand, in their order."""
+class Reporter(Protocol):
+    """Hears what happens to trials; called in the driver, one call at a time (`note` also from another thread)."""
+
+    def note(self, text: str) -> None:
+        """Something that whoever waits should know."""
+
+    def started(self, running: int) -> None: ...
+
+    def retried(self, config: TrialConfig, cause: str) -> None: ...
+
+    def finished(self, result: TrialResult, running: int) -> None: ...
+
+
+class Search(Protocol):
+    """Chooses trials while others run. Called in the driver, one call at a time."""
+
+    def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
+        """The next trial; "wait" when that depends on running ones; None when there is no further one."""
+
+    def learn(self, key: str, result: TrialResult | None) -> None:
+        """Hear what came of the trial proposed under this key; None when nothing did."""
+
+
+class ListedTrials:
+    """The search over trials that are known beforehand, in their order."""
 
     def __init__(self, trials: Iterable[TrialConfig]):
         self._left = deque(trials)
 
     def propose(self, key: str) -> TrialConfig | None:
-        """See `sweeps.run.search.Search`."""
         return self._left.popleft() if self._left else None
 
     def learn(self, key: str, result: TrialResult | None) -> None:
         """Nothing depends on what came of a trial."""
+
+
+class Room:
+    """How many trials run at a time: as many as the nodes that are up hold, fewer once memory ran out."""
+
+    def __init__(self, look: Callable[[], int]):
+        """look: the number of trials that fit now; raises InputError when not a single one does, as this call then does."""
+        self.empty = False
+        """Every node that could run a trial is gone."""
+        self._most = math.inf
+        self._look = look
+        self._fit = look()
+        self._looked = time.monotonic()
+
+    def trials(self) -> int:
+        """At least one, also while a cluster has no node to run it."""
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            try:
+                self._fit, self.empty = self._look(), False
+            except InputError:  # another node may come
+                self._fit, self.empty = 1, True
+            self._looked = time.monotonic()
+        return min(self._fit, self._most)
+
+    def narrow(self, running: int) -> None:
+        """Memory ran out while `running` trials ran: from now on at most half of them run."""
+        self._most = min(self._most, max(1, running // 2))
 
 
 @dataclass(frozen=True)
@@ -35,7 +93,7 @@ class _Attempt:
     proposal: str
     """The key under which the search proposed it."""
     alone: bool = False
-    """Whether no other trial could run beside it."""
+    """No other trial could run beside it."""
     solo: bool = False
     """It waits until no other trial runs, and none is started beside it."""
 
@@ -69,22 +127,22 @@ class Dispatch:
         return attempt.config
 
     def holds(self, key: str) -> bool:
-        """Whether it runs under this key, as far as was heard here."""
+        """True if a trial runs under this key."""
         return key in self._running
 
     def finished(self, key: str, result: TrialResult) -> None:
-        """What came of it. Its place is free."""
+        """A trial's result is there, and its place is free."""
         self._search.learn(self._running.pop(key).proposal, result)
 
     def given_up(self, key: str) -> None:
-        """Nothing will come of it. Its place is free."""
+        """Nothing will come of the trial, and its place is free."""
         self._search.learn(self._running.pop(key).proposal, None)
 
     def died(self, key: str, *, began: bool = True, out_of_memory: bool = False, with_its_node: bool = False) -> bool:
-        """Its worker is gone, and its place free. Whether it will be tried again; else it is given up.
+        """A trial's worker is gone, and its place is free. True if the trial will be tried again; otherwise it is given up.
 
-        began: whether the worker had begun with it; an idle one that is gone is noticed when it is given a trial.
-        with_its_node: the worker's whole node is gone, so nothing is known against the trial.
+        began: the worker had begun with it; an idle worker that is gone is noticed when it is given a trial. with_its_node: the
+        worker's whole node is gone, so nothing is known against the trial.
         """
         attempt, beside = self._running[key], len(self._running)
         if out_of_memory and not attempt.alone:

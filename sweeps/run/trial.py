@@ -8,6 +8,7 @@ before it in the process.
 import math
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
 
 if TYPE_CHECKING:
     from locft.train.pipelines import Training
+    from locft.model.delta import EditDelta
     from locft.model.models import LoadedModel
     from locft.workbench import Baseline, Workbench
 
@@ -93,6 +95,17 @@ def train(bench: "Workbench", config: TrialConfig) -> "Training":
 
     torch.manual_seed(config.seed)  # nothing here draws from it; a model's own code might
     return bench.train(TuningPosition(config.layer, config.module), TrainingSettings(**config.training))
+
+
+def trained_delta(inputs: TrialInputs, baseline: "Baseline", config: TrialConfig) -> "EditDelta":
+    """The delta of a trial, trained once more; on a CPU bitwise the one that was measured."""
+    return train(resident_workbench(inputs, baseline), config).delta
+
+
+def train_and_measure(config: TrialConfig, bases: Mapping[str, Basis]) -> TrialResult:
+    """The work of a trial. bases: by the `data_fingerprint` of trials."""
+    basis = bases[config.data_fingerprint]
+    return run_trial(resident_workbench(basis.inputs, basis.baseline), config)
 
 
 def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:

@@ -13,7 +13,7 @@ import numpy as np
 from analysis.stats.choice import RULE, intervals, probabilities
 from analysis.page.selection_page import Ranked, RungRun, render_selection
 from analysis.stats.wording import number, percent, plural, seconds
-from sweeps.tracking.outbox import patiently
+from sweeps.tracking.outbox import with_retries
 from sweeps.select.position_file import FORMAT, SETTINGS
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.request import METHOD
@@ -50,7 +50,7 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answ
         content = _position(selection, ranking) if ranking else _unmeasured(selection)
         answer = Answer(ranking, content, _page(selection, ranking, content, position_file))
         try:
-            patiently(partial(_record, selection, tracker, answer))
+            with_retries(partial(_record, selection, tracker, answer))
             if content:
                 register_position(tracker.client, tracker.run_id(), selection.question.study.model, content)
         except TrackingError as error:
@@ -88,7 +88,7 @@ def _record(selection: Selection, tracker: Tracker, answer: Answer) -> None:
 def _ranking(selection: Selection, tracker: Tracker) -> tuple[Ranked, ...]:
     settings = selection.ranking
     try:
-        correct = patiently(lambda: [_by_edit(selection, tracker, run) for run, _ in settings])
+        correct = with_retries(lambda: [_by_edit(selection, tracker, run) for run, _ in settings])
     except TrackingError:  # the chances are rougher without them, and the answer is there
         correct = []
     known = bool(correct) and all(found is not None and found.shape == correct[0].shape for found in correct)

@@ -32,7 +32,7 @@ class PolicySearch:
         self._over = False
 
     def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
-        """See `sweeps.run.search.Search`."""
+        """See `sweeps.run.dispatch.Search`."""
         while not self._queue:
             if self._running:
                 return "wait"
@@ -43,7 +43,7 @@ class PolicySearch:
         return self._to_config(run)
 
     def learn(self, key: str, result: TrialResult | None) -> None:
-        """See `sweeps.run.search.Search`. A run of which nothing came stays unknown, and the policy goes on without it."""
+        """See `sweeps.run.dispatch.Search`. A run of which nothing came stays unknown, and the policy goes on without it."""
         run = self._running.pop(key)
         if result is not None:
             self.scores[run] = self._to_score(run, result)

@@ -21,12 +21,13 @@ from sweeps.study.estimate import patience_seconds, trial_seconds
 from sweeps.select.request import Budget, Question
 from sweeps.select.policy import Candidate, Run, Rung, Score, Scores, SelectionTask, leading, start_rate, survey
 from sweeps.select.policy_search import PolicySearch
-from sweeps.run.cluster import Room
+from sweeps.run.cluster import on_workers
+from sweeps.run.dispatch import Ending, Reporter, Room
 from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
-from sweeps.run.runner import Ending, Reporter, on_workers, run_trials
+from sweeps.run.runner import run_trials
 from sweeps.session import StudySession, study_session
 from sweeps.tracking.study_run import Tracker
-from sweeps.run.trial import Basis, measure_baseline
+from sweeps.run.trial import Basis, measure_baseline, train_and_measure
 
 if TYPE_CHECKING:
     from locft.workbench import Baseline
@@ -82,7 +83,7 @@ class RaceReporter(Reporter, Protocol):
 @contextmanager
 def run_selection(
     question: Question,
-    tracking_uri: str | None,
+    store: str,
     *,
     address: str | None = None,
     progress: AbstractContextManager[RaceReporter],
@@ -95,8 +96,8 @@ def run_selection(
     began = time.monotonic()
     prepared, study = question.prepared, question.study
     description = f"Selection of a position for {study.model} on {study.edits.source}"
-    with study_session(prepared, tracking_uri, description, study_id=question.id) as session:
-        room = session.start_ray(address)
+    with study_session(prepared, store, description, address=address, study_id=question.id) as session:
+        room = session.start_ray()
         with progress as reporter:
             tracker = session.open_run()
             found = _tried(question, session, reporter, room, began)
@@ -130,9 +131,8 @@ def _tried(
     with session.recorder(reporter) as recorder:
         ending = run_trials(
             search,
-            bases,
-            cpus=study.resources.cpus,
-            gpus=study.resources.gpus,
+            partial(train_and_measure, bases=bases),
+            resources=study.resources,
             room=room,
             reporter=recorder,
             deadline=deadline,
@@ -208,7 +208,7 @@ def _prepared(
     found = {name: tracker.read_file(name) for name in works}
     if missing := [name for name, text in found.items() if text is None]:
         note("measuring the unedited model, and probing every position")
-        made = on_workers([works[name] for name in missing], resources.cpus, resources.gpus)
+        made = on_workers([works[name] for name in missing], resources)
         for name, value in zip(missing, made, strict=True):
             found[name] = json.dumps(value)
             tracker.write_file(name, found[name])

@@ -78,7 +78,7 @@ class Forecast:
         ]
 
 
-def foresee(prepared: "PreparedStudy", tracking_uri: str | None, *, calibrate: bool = True) -> Forecast:
+def foresee(prepared: "PreparedStudy", store: str, *, calibrate: bool = True) -> Forecast:
     """What is left of the study on this machine, from what the tracking store holds. Creates no store.
 
     calibrate: whether a calibration is run where the store tells nothing; without, the rates are rough then. Raises
@@ -87,13 +87,13 @@ def foresee(prepared: "PreparedStudy", tracking_uri: str | None, *, calibrate: b
     from sweeps.tracking.study_run import earlier_trials, find_tracker
 
     study, facts = prepared.study, prepared.facts
-    tracker = find_tracker(tracking_uri, prepared.study.name, prepared.id)
+    tracker = find_tracker(store, prepared.study.name, prepared.id)
     planned = {trial.id for trial in prepared.plan.trials}
     finished = tracker.finished() if tracker else {}
     done = frozenset(trial for trial in finished if not planned or trial in planned)
     costs = rates.default_costs(facts, study.resources.cpus)
     if len(done) < prepared.plan.count:
-        earlier = earlier_trials(facts.model_fingerprint, machine(study.resources), TRIALS, tracking_uri)
+        earlier = earlier_trials(facts.model_fingerprint, machine(study.resources), TRIALS, store)
         costs = learnt(earlier, prepared) or (calibrated(prepared) if calibrate else costs)
     return Forecast(prepared, costs, done, places(prepared))
 

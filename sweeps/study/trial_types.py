@@ -9,7 +9,8 @@ import base64
 import hashlib
 import json
 import zlib
-from dataclasses import asdict, dataclass, field, make_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.stats.axes import AXES
@@ -141,6 +142,11 @@ class TrialResult:
             "retried": "\n".join(self.retried) or None,
             "right": self.right,
         }
+
+
+def config_of_row(row: Mapping[str, Any]) -> TrialConfig:
+    """The trial of a row of the results table."""
+    return TrialConfig(**{field.name: row[field.name] for field in fields(TrialConfig)})
 
 
 def pack_result(result: TrialResult) -> str:

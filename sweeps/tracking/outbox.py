@@ -1,8 +1,7 @@
 """Finished trials on their way to the tracking store: on disk first, and there until the store has them.
 
-A store may be away for minutes, a disk may be full, a driver may be killed between a trial and its record: the study goes
-on, and what was not delivered is delivered by the next run of the same command. A result that the store will not have
-stands in the way of no other.
+A store may be away for minutes, a disk may be full, a driver may be killed between a trial and its record: the study goes on,
+and what was not delivered is delivered by the next run of the same command. A result that the store refuses holds up no other.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 from platformdirs import user_state_path
 
 from sweeps.study.trial_types import TrialResult, pack_result, unpack_result
-from sweeps.tracking.address import resolve_uri, without_credentials
+from sweeps.tracking.address import without_credentials
 from sweeps.tracking.store import Refused, TrackingError
 
 T = TypeVar("T")
@@ -29,23 +28,23 @@ T = TypeVar("T")
 PATIENCE_SECONDS = 120.0
 """How long a driver that has nothing else to do waits for a store that is away."""
 GRACE_SECONDS = 5.0
-"""The same when the driver breaks off."""
+"""How long it waits after an error."""
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)
-"""Seconds between attempts; the last one goes on."""
+"""Seconds between attempts; the last one repeats."""
 
 _log = logging.getLogger(__name__)
 
 
-def insist(work: Callable[[], T], say: Callable[[str], None], give_up: Callable[[float], bool]) -> T:
-    """Do what a store is needed for, again and again while it is away; returns what `work` does.
+def _retry(call: Callable[[], T], say: Callable[[str], None], give_up: Callable[[float], bool]) -> T:
+    """Call a function that needs the store until the store answers; returns what the function does.
 
-    say: hears that the store is away, and that it is back. give_up: waits for so many seconds, and tells whether to end it.
-    Raises TrackingError then; Refused at once.
+    say: is told when the store goes away and when it is back. give_up: waits that many seconds; True ends the attempts. Raises
+    TrackingError then, and Refused at once.
     """
     away_since = None
     for pause in chain(PAUSES, repeat(PAUSES[-1])):
         try:
-            found = work()
+            found = call()
         except Refused:
             raise
         except TrackingError as error:
@@ -61,27 +60,42 @@ def insist(work: Callable[[], T], say: Callable[[str], None], give_up: Callable[
     raise AssertionError("pauses have no end")
 
 
-def patiently(work: Callable[[], T]) -> T:
-    """The same for a driver that has nothing else to do: for `PATIENCE_SECONDS`, told in the log."""
+def with_retries(call: Callable[[], T]) -> T:
+    """Call a function that needs the store; while the store is away, again for up to `PATIENCE_SECONDS`, with a warning logged.
+
+    For a driver that has nothing else to do. Raises TrackingError.
+    """
     until = time.monotonic() + PATIENCE_SECONDS
 
-    def over(pause: float) -> bool:
+    def give_up(pause: float) -> bool:
         if time.monotonic() + pause > until:
             return True
         time.sleep(pause)
         return False
 
-    return insist(work, _log.warning, over)
+    return _retry(call, _log.warning, give_up)
+
+
+def study_folder(study_id: str, store: str) -> Path:
+    """Where this machine keeps a study's lock and undelivered results: one folder for each study and store, in the user's
+    state folder (XDG_STATE_HOME). It need not exist. store: the tracking address, resolved."""
+    address = hashlib.sha256(without_credentials(store).encode()).hexdigest()[:12]
+    return user_state_path("locft") / "studies" / f"{study_id}-{address}"
+
+
+def open_outbox(study_id: str, store: str) -> "Outbox":
+    """The outbox of a study for a store, on this machine. Creates no folder."""
+    return Outbox(study_folder(study_id, store) / "undelivered")
 
 
 class Outbox:
-    """A folder of results that the store does not have yet, a file each."""
+    """A folder of results that the store does not have yet, one file each."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def keep(self, result: TrialResult) -> None:
-        """Atomically, and so that a power failure does not take it. Raises OSError."""
+        """Write a result atomically, and so that a power failure does not take it. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=self.folder, suffix=".partial")
         try:
@@ -96,15 +110,15 @@ class Outbox:
             raise
 
     def drop(self, result: TrialResult) -> None:
-        """The store has it."""
+        """Forget a result that the store has."""
         self._file(result).unlink(missing_ok=True)
 
     def set_aside(self, result: TrialResult) -> Path:
-        """The store refuses it for good: it counts no more, and stays as the file that is returned."""
+        """Count a result that the store refuses for good no more; it stays in the file that is returned."""
         return _renamed(self._file(result), ".refused")
 
     def kept(self) -> list[TrialResult]:
-        """All of them, the oldest first; what is no result (a disk that failed) is logged and counts no more."""
+        """All results, the oldest first. A file that cannot be read (a disk that failed) is logged and counts no more."""
         found = []
         for file in sorted(self.folder.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):
             try:
@@ -125,7 +139,7 @@ def _renamed(file: Path, ending: str) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The names in it are on the disk then, too."""
+    """Make sure that the names in a folder are on the disk, too."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -134,29 +148,17 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def study_folder(study_id: str, tracking_uri: str | None) -> Path:
-    """Where this machine keeps a study's lock and undelivered results: in the user's state folder (XDG_STATE_HOME), one folder
-    a study and tracking store. It need not exist."""
-    store = hashlib.sha256(without_credentials(resolve_uri(tracking_uri)).encode()).hexdigest()[:12]
-    return user_state_path("locft") / "studies" / f"{study_id}-{store}"
-
-
-def open_outbox(study_id: str, tracking_uri: str | None) -> Outbox:
-    """The outbox of a study for a store, on this machine; making the object makes no folder."""
-    return Outbox(study_folder(study_id, tracking_uri) / "undelivered")
-
-
 class Delivery:
     """Hands results to the store in a thread of its own, in their order, for as long as it takes. A context manager.
 
-    Leaving it waits for what is under way, at most `PATIENCE_SECONDS` (less after an error), and raises TrackingError when
-    the store was away until then. What is left is in the outbox. So is what the store refused, which is offered once more
-    at the end: a fault that passes may look like that.
+    Leaving it waits for what is under way, at most `PATIENCE_SECONDS` (less after an error), and raises TrackingError when the
+    store was away until then. What was not delivered is in the outbox; so is what the store refused, which is offered once more
+    at the end, since a passing fault may look like a refusal.
     """
 
     def __init__(self, deliver: Callable[[TrialResult], Any], outbox: Outbox, say: Callable[[str], None]):
-        """deliver: raises TrackingError when the store does not take a result. say: hears when it stops and begins to do so;
-        called from the thread."""
+        """deliver: raises TrackingError when the store does not take a result. say: is told when the store goes away and when it
+        is back; called from the thread."""
         self._deliver, self._outbox, self._say = deliver, outbox, say
         self._queue: queue.SimpleQueue[TrialResult | None] = queue.SimpleQueue()
         self._open = 0
@@ -166,7 +168,7 @@ class Delivery:
         self._thread = threading.Thread(target=self._work, name="delivery", daemon=True)
 
     def put(self, result: TrialResult) -> None:
-        """Returns at once. A disk that does not take the result is told; it is then in memory only."""
+        """Returns at once. A result that the disk does not take is told, and then in memory only."""
         try:
             self._outbox.keep(result)
         except OSError as error:
@@ -202,9 +204,9 @@ class Delivery:
             self._cause = str(error)
 
     def _taken(self, result: TrialResult) -> bool:
-        """False where the store refuses it. Raises TrackingError when it is given up before the store answers."""
+        """False when the store refuses the result. Raises TrackingError when it is given up before the store answers."""
         try:
-            insist(partial(self._deliver, result), self._say, self._give_up.wait)
+            _retry(partial(self._deliver, result), self._say, self._give_up.wait)
         except Refused as error:
             if result not in self._refused:
                 where = f"kept in {self._outbox.folder} and offered again later"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from locft.errors import InputError
-from sweeps.tracking.address import check_reachable, check_writable, redact, resolve_uri, sqlite_path, take_credentials
+from sweeps.tracking.address import check_reachable, check_writable, redact, sqlite_path, take_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,7 +67,7 @@ def connect(uri: str | None, *, create: bool = False) -> "Store":
     create: whether to create a missing SQLite file, with its folders. Raises InputError within seconds when the store
     cannot be reached, entered or written; NoStore when it does not exist.
     """
-    uri = take_credentials(resolve_uri(uri))
+    uri = take_credentials(uri)
     # A driver must notice within a minute that the server is away; MLflow's own settings wait for many.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

@@ -16,11 +16,9 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tests.conftest import write_study
 from tests.ray_nodes import Nodes
@@ -30,7 +28,7 @@ WARM_UP = 1
 """Trials of each worker that are not counted."""
 
 
-def sleep(config, bases: Mapping[str, Any], seconds: float):
+def sleep(config, seconds: float):
     """A trial on a worker: it says when and where it ran."""
     from sweeps.study.trial_types import TrialResult
 
@@ -94,13 +92,13 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
         for _ in range(nodes):
             cluster.add()
         os.environ.update(cluster.environment)
-        with study_session(study, server, "") as session:
-            room, tracker = session.start_ray(cluster.address), session.open_run()
+        with study_session(study, server, "", address=cluster.address) as session:
+            room, tracker = session.start_ray(), session.open_run()
             began = time.monotonic()
             spent = time.process_time()
             with session.recorder(collected) as recorder:
                 ending = run_trials(
-                    trials, {}, cpus=1, gpus=0, room=room, reporter=recorder, work=partial(sleep, seconds=seconds)
+                    trials, partial(sleep, seconds=seconds), resources=study.study.resources, room=room, reporter=recorder
                 )
             wall, spent = time.monotonic() - began, time.process_time() - spent
         assert ending == "complete" and len(tracker.finished()) == len(trials)

@@ -41,6 +41,7 @@ from sweeps.study.plan import PreparedStudy
 from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study, ready_studies
 from sweeps.sweep import run_sweep
+from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.store import user
 from tests.benchmarks.policies import replayed
 from tests.benchmarks.replay import HERE, SHARES, Table
@@ -324,7 +325,7 @@ def sweep_study(file: Path, heard: Heard):
     def show(state):
         yield heard
 
-    return run_sweep(_prepared(file), None, show=show)
+    return run_sweep(_prepared(file), resolve_uri(None), show=show)
 
 
 def _prepared(file: Path) -> PreparedStudy:

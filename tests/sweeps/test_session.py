@@ -11,12 +11,13 @@ import pytest
 from sweeps.session import DRIVER_TAG, Driver, driver_of, study_session
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
+from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker, find_tracker
 
 
 @pytest.fixture
 def tracker(workplace):
-    opened = Tracker.open(None, "shared", "study")
+    opened = Tracker.open(resolve_uri(None), "shared", "study")
     opened.open_run("shared", study_yaml="", description="", environment={})
     return opened
 
@@ -28,13 +29,13 @@ def announce(tracker, host, process=1, age=0.0):
 
 def test_a_study_says_who_runs_it_until_it_ends(workplace, study_file):
     prepared = prepare(load_study(str(study_file())))
-    with study_session(prepared, None, "") as session:
+    with study_session(prepared, resolve_uri(None), "") as session:
         assert driver_of(session.tracker) is None, "nothing is written yet"
         tracker = session.open_run()
         driver = driver_of(tracker)
         assert driver == Driver(socket.gethostname(), os.getpid(), driver.began)
         assert abs(datetime.now(UTC) - datetime.fromisoformat(driver.began)) < timedelta(seconds=30)
-    assert driver_of(find_tracker(None, "tiny", prepared.id)) is None
+    assert driver_of(find_tracker(resolve_uri(None), "tiny", prepared.id)) is None
     assert tracker.tag(DRIVER_TAG) is None
 
 

@@ -22,7 +22,9 @@ from sweeps.answer import read_state
 from sweeps.sweep import _open_trials, run_sweep
 from sweeps.tracking.store import Refused, TrackingError
 from sweeps.tracking.study_run import Tracker, find_tracker
+from sweeps.run.search import OptunaSearch
 from sweeps.run.trial import resident_workbench
+from sweeps.tracking.address import resolve_uri
 from tests.conftest import write_study
 from tests.mlflow_store import result as stored_result
 from tests.sweeps.run.test_runner import TIMINGS, Heard
@@ -32,7 +34,7 @@ def prepared(file, *overrides):
     return prepare(load_study(str(file), overrides))
 
 
-def sweep(study, reporter=None, uri=None):
+def sweep(study, reporter=None):
     """Runs the study in the working directory; returns the Sweep and the ids of the trials that were run for it."""
     heard = reporter or Heard()
 
@@ -40,7 +42,7 @@ def sweep(study, reporter=None, uri=None):
     def show(state):
         yield heard
 
-    return run_sweep(study, uri, show=show), [result.config.id for result in heard.results]
+    return run_sweep(study, resolve_uri(None), show=show), [result.config.id for result in heard.results]
 
 
 def client_here():
@@ -111,7 +113,7 @@ def test_the_answer_names_a_trial_of_the_study(grid):
 
 def test_the_same_command_again_runs_nothing_and_says_the_same(grid, monkeypatch):
     file, _, done = grid
-    monkeypatch.setattr("sweeps.session.ray_session", lambda *_: pytest.fail("there is nothing to run"))
+    monkeypatch.setattr("sweeps.session.ray_cluster", lambda *_: pytest.fail("there is nothing to run"))
     again, ran = sweep(prepared(file))
     assert ran == [] and len(trial_runs()) == 4 and len(trial_runs(kind="study")) == 1
     assert numbers(again.state) == numbers(done.state)
@@ -127,7 +129,7 @@ def test_a_wider_space_runs_only_what_is_new_and_a_failing_trial_stops_nothing(g
     trials = (impossible, *wider.plan.trials)
     wider = dataclasses.replace(wider, plan=dataclasses.replace(wider.plan, trials=trials, count=len(trials)))
     assert wider.id == study.id
-    before = read_state(wider, find_tracker(None, "tiny", wider.id))
+    before = read_state(wider, find_tracker(resolve_uri(None), "tiny", wider.id))
     assert (before.done, before.failed, before.left) == (4, 0, 3)
 
     more, ran = sweep(wider)
@@ -153,7 +155,7 @@ def test_other_edits_are_another_study(grid):
     file, study, _ = grid
     other = prepared(file, "edits.limit=3")
     assert other.id != study.id
-    assert read_state(other, find_tracker(None, "tiny", other.id)).left == 4
+    assert read_state(other, find_tracker(resolve_uri(None), "tiny", other.id)).left == 4
 
 
 def test_when_every_trial_fails_the_study_stops_early_and_says_why(workplace, study_file, tiny_folder, ray_running):
@@ -205,8 +207,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(workplace, s
 
 def test_optuna_proposes_no_trial_twice_and_learns_from_earlier_runs(workplace, study_file, ray_running, monkeypatch):
     told = []
-    real = sweep_module.TrialSearch
-    monkeypatch.setattr(sweep_module, "TrialSearch", lambda *args: told.append(args[-1]) or real(*args))
+    monkeypatch.setattr("sweeps.run.search.OptunaSearch", lambda *args: told.append(args[-1]) or OptunaSearch(*args))
     changes = {"space__layer": "all", "space__learning_rate": {"log_uniform": [0.001, 0.1]}}
     file = study_file(**changes, search={"method": "optuna", "trials": 4, "seed": 1})
     done, first = sweep(prepared(file))
@@ -259,15 +260,15 @@ def test_a_store_that_goes_away_loses_nothing(workplace, study_file, ray_running
             sweep(prepared(file), heard)
     assert len(heard.results) == 4 and len(heard.notes) == 1 and "tried again" in heard.notes[0]
     study = prepared(file)
-    assert len(open_outbox(study.id, None)) == 3
+    assert len(open_outbox(study.id, resolve_uri(None))) == 3
     done, ran = sweep(study)
     assert ran == [] and (done.state.done, done.state.left) == (4, 0) and len(trial_runs()) == 4
-    assert len(open_outbox(study.id, None)) == 0
+    assert len(open_outbox(study.id, resolve_uri(None))) == 0
     expected = {result.config.id: result.metrics["reliability"] for result in heard.results}
     assert dict(zip(done.state.results["trial_id"], done.state.results["reliability"], strict=True)) == expected
 
 
-def instant_trials(source, bases, *, reporter, **_):
+def instant_trials(source, work, *, reporter, **_):
     """In the place of `run_trials`, where what they measure does not matter."""
     for trial in source:
         reporter.finished(stored_result(trial), 0)
@@ -279,7 +280,7 @@ def test_a_result_that_the_store_refuses_blocks_nothing_and_its_trial_is_tried_a
 ):
     real, study, heard = Tracker.log_trial, prepared(study_file()), Heard()
     bad = study.plan.trials[0]
-    monkeypatch.setattr(sweep_module, "run_trials", instant_trials)
+    monkeypatch.setattr("sweeps.run.runner.run_trials", instant_trials)
 
     def picky(self, result, inputs=None):
         if result.config == bad:
@@ -290,10 +291,10 @@ def test_a_result_that_the_store_refuses_blocks_nothing_and_its_trial_is_tried_a
         refusing.setattr(Tracker, "log_trial", picky)
         done, _ = sweep(study, heard)
         assert done.ending == "complete" and (done.state.done, done.state.left) == (1, 1)
-        assert len(heard.notes) == 1 and "the store refuses it" in heard.notes[0] and len(open_outbox(study.id, None)) == 1
+        assert len(heard.notes) == 1 and "the store refuses it" in heard.notes[0] and len(open_outbox(study.id, resolve_uri(None))) == 1
         done, ran = sweep(study)
         assert ran == [bad.id] and "tried again" in caplog.text
-    outbox = open_outbox(study.id, None)
+    outbox = open_outbox(study.id, resolve_uri(None))
     assert len(outbox) == 1 and (outbox.folder / f"{bad.id}.refused").exists()
     done, ran = sweep(study)
     assert ran == [] and (done.state.done, done.state.left) == (2, 0), "the store takes it now: nothing is run again"
@@ -303,12 +304,12 @@ def test_a_cluster_that_cannot_be_had_leaves_no_open_run(workplace, study_file, 
     """Kept results are delivered before the cluster is asked."""
     file = study_file()
     study = prepared(file)
-    open_outbox(study.id, None).keep(stored_result(study.plan.trials[0]))
+    open_outbox(study.id, resolve_uri(None)).keep(stored_result(study.plan.trials[0]))
     with pytest.raises(InputError, match="64 CPUs"):
         sweep(prepared(file, "resources.cpus=64"))
     (whole,) = trial_runs(kind="study")
     assert (whole.info.status, whole.data.tags["locft.status"]) == ("KILLED", "stopped")
-    assert len(trial_runs()) == 1 and len(open_outbox(study.id, None)) == 0
+    assert len(trial_runs()) == 1 and len(open_outbox(study.id, resolve_uri(None))) == 0
 
 
 def test_the_end_of_a_study_waits_for_the_store(grid, monkeypatch):
@@ -335,26 +336,26 @@ def test_the_end_of_a_study_waits_for_the_store(grid, monkeypatch):
 
 def test_only_an_experiment_that_is_not_there_means_that_nothing_is(grid, monkeypatch):
     _, study, _ = grid
-    assert find_tracker(None, "other", "other") is None
+    assert find_tracker(resolve_uri(None), "other", "other") is None
 
     def busy(*_):
         raise MlflowException("the server restarts", error_code=TEMPORARILY_UNAVAILABLE)
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", busy)
     with pytest.raises(InputError, match="the server restarts"):
-        find_tracker(None, "tiny", "tiny")
+        find_tracker(resolve_uri(None), "tiny", "tiny")
 
 
 def test_why_trials_were_tried_again_is_kept(workplace, study_file, ray_running, monkeypatch):
     study = prepared(study_file())
     one, other = study.plan.trials
 
-    def run_trials(source, bases, *, reporter, **_):
+    def run_trials(source, work, *, reporter, **_):
         for trial, cause in ((one, "killed"), (other, "killed"), (one, "node lost")):
             reporter.retried(trial, cause)
-        return instant_trials(source, bases, reporter=reporter)
+        return instant_trials(source, work, reporter=reporter)
 
-    monkeypatch.setattr(sweep_module, "run_trials", run_trials)
+    monkeypatch.setattr("sweeps.run.runner.run_trials", run_trials)
     done, _ = sweep(study)
     assert dict(zip(done.state.results["trial_id"], done.state.results["retried"], strict=True)) == {
         one.id: "killed\nnode lost", other.id: "killed"
@@ -367,7 +368,7 @@ def test_looking_at_a_study_that_never_ran_makes_no_store(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     study = prepared(study_file())
     before = sorted(tmp_path.iterdir())
-    assert find_tracker(None, "tiny", study.id) is None
+    assert find_tracker(resolve_uri(None), "tiny", study.id) is None
     state = read_state(study, None)
     assert (state.done, state.failed, state.left, state.baseline) == (0, 0, 2, {})
     assert sorted(tmp_path.iterdir()) == before

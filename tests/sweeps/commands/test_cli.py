@@ -16,6 +16,7 @@ import pytest
 from sweeps.session import DRIVER_TAG
 from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
+from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.conftest import write_study
 from tests.sweeps.run.test_runner import TIMINGS
@@ -205,7 +206,7 @@ def test_status_json(swept, locft):
 
 
 def test_status_says_who_runs_it(swept, locft):
-    tracker = Tracker.open(None, "tiny", prepare(load_study("tiny.yaml")).id)
+    tracker = Tracker.open(resolve_uri(None), "tiny", prepare(load_study("tiny.yaml")).id)
     driver = {"host": "node-7", "process": 41, "began": "2026-11-25T18:00:00+00:00"}
     tracker.set_tag(DRIVER_TAG, json.dumps(driver))
     try:

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from locft.errors import InputError
-from sweeps.run.cluster import Room, check_nodes, ray_session
+from sweeps.run import dispatch
+from sweeps.run.cluster import check_nodes, on_workers, ray_cluster
 from sweeps.study.schema import Resources
 
 
@@ -17,7 +18,7 @@ def test_a_cluster_that_does_not_answer_is_told_within_seconds():
     began = time.monotonic()
     for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
         with pytest.raises(InputError, match=f"127.0.0.1:{port}.*nothing answers") as caught:
-            with ray_session(address, Resources()):
+            with ray_cluster(address, Resources()):
                 pytest.fail("there is no cluster")
         assert "ray start --head" in str(caught.value)
     assert time.monotonic() - began < 10
@@ -94,14 +95,12 @@ def test_nodes_that_do_not_see_the_model_are_named(ray_running, tmp_path, monkey
 def test_room_follows_the_nodes_and_shrinks_when_memory_runs_out(ray_running, monkeypatch):
     import ray
 
-    from sweeps.run import cluster as module
-
     have = {"CPU": 2.0}
     gone = {"Alive": False, "Resources": {"CPU": 64.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [gone, {"Alive": True, "Resources": have}])
-    monkeypatch.setattr(module, "LOOK_SECONDS", -1.0)
-    room = Room(Resources())
-    assert room.trials() == 2
+    monkeypatch.setattr(dispatch, "LOOK_SECONDS", -1.0)
+    with ray_cluster(None, Resources()) as room:
+        assert room.trials() == 2
     have["CPU"] = 6.0
     assert room.trials() == 6 and not room.empty
     have["CPU"] = 0.0
@@ -110,3 +109,13 @@ def test_room_follows_the_nodes_and_shrinks_when_memory_runs_out(ray_running, mo
     assert room.trials() == 6 and not room.empty
     room.narrow(running=6)
     assert room.trials() == 3
+
+
+def test_functions_run_on_workers_and_their_errors_come_back(ray_running):
+    assert on_workers([lambda: 1, lambda: "two"], Resources()) == [1, "two"]
+
+    def wrong():
+        raise InputError("no such thing")
+
+    with pytest.raises(InputError, match="no such thing"):
+        on_workers([lambda: 1, wrong], Resources())

@@ -1,7 +1,6 @@
 """What is started next when workers die and memory runs out, without workers."""
 
-from sweeps.run.dispatch import Dispatch, Listed
-from sweeps.run.cluster import WORKER_RESTARTS
+from sweeps.run.dispatch import WORKER_RESTARTS, Dispatch, ListedTrials
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 TRIALS = [
@@ -38,7 +37,7 @@ class Space:
 
 
 def dispatch(trials=TRIALS, room=4):
-    found = Dispatch(Listed(trials), Space(room))
+    found = Dispatch(ListedTrials(trials), Space(room))
     return found, {key: found.next(key) for key in "abcdef"[:room]}
 
 
@@ -81,11 +80,11 @@ def test_workers_killed_together_are_all_tried_again():
 def test_a_search_hears_what_came_under_the_key_it_proposed():
     heard = []
 
-    class Search(Listed):
+    class Recording(ListedTrials):
         def learn(self, key, result):
             heard.append((key, result))
 
-    found = Dispatch(Search(TRIALS[:2]), Space(2))
+    found = Dispatch(Recording(TRIALS[:2]), Space(2))
     first, second = found.next("a"), found.next("b")
     assert found.died("a") and found.next("c") == first
     found.finished("c", done(first))

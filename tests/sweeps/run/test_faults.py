@@ -335,12 +335,11 @@ def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder):
 OUT_OF_MEMORY = """
 import time
 from locft.errors import InputError
-from sweeps.run.cluster import ray_session
-from sweeps.run.runner import on_workers
+from sweeps.run.cluster import on_workers, ray_cluster
 from sweeps.study.schema import Resources
-with ray_session(None, Resources(cpus=1)):
+with ray_cluster(None, Resources(cpus=1)):
     try:
-        on_workers([lambda: time.sleep(600)], 1, 0)
+        on_workers([lambda: time.sleep(600)], Resources(cpus=1))
     except InputError as error:
         print(error)
 """

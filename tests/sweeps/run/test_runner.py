@@ -14,14 +14,14 @@ import pytest
 import ray
 
 from locft.errors import InputError
-from sweeps.run.dispatch import Dispatch, Listed
-from sweeps.study.resolve import prepare
-from sweeps.run.cluster import Room
-from sweeps.study.trial_types import TrialConfig, TrialResult, pack_result, unpack_result
-from sweeps.run.runner import _listener, alone, on_workers, run_trials, train_and_measure, worker_failure
-from sweeps.study.schema import Resources
+from sweeps.run.cluster import on_workers, ray_cluster
+from sweeps.run.dispatch import Dispatch, ListedTrials
+from sweeps.run.runner import TrialListener, failed_trial, run_trials
+from sweeps.run.trial import Basis, measure_baseline, resident_workbench, run_trial, train_and_measure
 from sweeps.study.reader import load_study
-from sweeps.run.trial import Basis, measure_baseline, resident_workbench, run_trial
+from sweeps.study.resolve import prepare
+from sweeps.study.schema import Resources
+from sweeps.study.trial_types import TrialConfig, TrialResult, pack_result, unpack_result
 
 ENDLESS = 10**7
 """Epochs."""
@@ -75,30 +75,36 @@ def study(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def baseline(study, ray_running):
-    return alone(partial(measure_baseline, study.inputs), study.study.resources, here=False)
+    return on_workers([partial(measure_baseline, study.inputs)], study.study.resources)[0]
 
 
-def run(study, baseline, trials, reporter, concurrent=2, inputs=None, **more):
-    """baseline: None where the work needs none."""
-    bases = {study.facts.data_fingerprint: Basis(inputs or study.inputs, baseline)} if baseline else {}
-    room = Room(Resources(concurrent=concurrent))
-    return run_trials(trials, bases, cpus=1, gpus=0, room=room, reporter=reporter, **more)
+def run(trials, work, reporter, resources=None, **more):
+    resources = resources or Resources(concurrent=2)
+    with ray_cluster(None, resources) as room:  # that of the fixture
+        return run_trials(trials, work, resources=resources, room=room, reporter=reporter, **more)
+
+
+def training(study, baseline, inputs=None):
+    """The work of a study's trials."""
+    return partial(train_and_measure, bases={study.facts.data_fingerprint: Basis(inputs or study.inputs, baseline)})
 
 
 def test_results_do_not_depend_on_order_company_or_process(study, baseline, tmp_path):
     """One after the other, two at a time in another order between failures, and each alone: the same to the bit."""
     trials = list(study.plan.trials)
     one_by_one, in_pairs = Heard(), Heard()
-    assert run(study, baseline, trials, one_by_one, concurrent=1) == "complete"
+    assert run(trials, training(study, baseline), one_by_one, Resources(concurrent=1)) == "complete"
     impossible = [dataclasses.replace(trials[0], layer=layer) for layer in (97, 98, 99)]
 
-    def in_company(config, bases):
+    train = training(study, baseline)
+
+    def in_company(config):
         (tmp_path / str(os.getpid())).touch()
         while len(list(tmp_path.iterdir())) < 2:  # the other worker has not started yet
             time.sleep(0.02)
-        return train_and_measure(config, bases)
+        return train(config)
 
-    assert run(study, baseline, [*impossible, *trials[::-1]], in_pairs, work=in_company) == "complete"
+    assert run([*impossible, *trials[::-1]], in_company, in_pairs) == "complete"
     assert one_by_one.most_running == 1 and in_pairs.most_running == 2
     assert [result.config for result in one_by_one.results] == trials
     assert len({comparable(result)[2] for result in one_by_one.results}) == len(trials), "the trials differ"
@@ -129,7 +135,7 @@ def test_a_training_that_diverges_is_a_result_with_finite_metrics(study, baselin
     assert after.metrics["diverged"] == 0 and after.metrics["reliability"] <= 1
 
 
-def sleep_or_finish(config, bases):
+def sleep_or_finish(config):
     """Work of a trial that takes no time, or all of it: a worker for it starts in half the time of one that trains."""
     while config.epochs == ENDLESS:
         time.sleep(1)
@@ -170,7 +176,7 @@ def test_a_killed_worker_costs_nothing_but_time(study, baseline):
     killer = threading.Thread(target=kill_the_survivor)
     killer.start()
     try:
-        assert run(study, baseline, [long, short], heard) == "complete"
+        assert run([long, short], training(study, baseline), heard) == "complete"
     finally:
         over.set()
         killer.join()
@@ -195,7 +201,7 @@ def test_a_trial_whose_worker_always_dies_is_a_failure(study, ray_running):
     thread.start()
     heard = Heard()
     try:
-        assert run(study, None, [endless(study)], heard, work=sleep_or_finish) == "complete"
+        assert run([endless(study)], sleep_or_finish, heard) == "complete"
     finally:
         over.set()
         thread.join()
@@ -208,11 +214,11 @@ def test_weights_that_vanish_fail_every_trial_with_the_cause(study, baseline):
     gone = dataclasses.replace(study.inputs, model=study.inputs.model + "-gone")
     heard = Heard()
     trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(12)]
-    assert run(study, baseline, trials, heard, inputs=gone) == "same_failure"
+    assert run(trials, training(study, baseline, gone), heard) == "same_failure"
     assert 3 <= len(heard.results) <= 5, "a running one may still come in"
     assert "tiny-gone" in heard.results[0].error
     with pytest.raises(InputError, match="tiny-gone"):
-        alone(partial(measure_baseline, gone), study.study.resources, here=False)
+        on_workers([partial(measure_baseline, gone)], study.study.resources)
 
 
 def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, ray_running):
@@ -226,7 +232,7 @@ def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, ray_running
     heard = Heard(then=interrupt)
     before = signal.getsignal(signal.SIGINT)
     trials = [study.plan.trials[0], *(endless(study, seed) for seed in range(4))]
-    assert run(study, None, trials, heard, work=sleep_or_finish) == "interrupted"
+    assert run(trials, sleep_or_finish, heard) == "interrupted"
     assert len(heard.results) == 1 and heard.results[0].status == "done"
     assert time.monotonic() - interrupted[0] < 5, "it waits for no endless trial"
     assert signal.getsignal(signal.SIGINT) == before
@@ -248,9 +254,9 @@ def test_a_failure_is_one_line():
         skip_below=0.0,
         stop_below=0.0,
     )
-    assert worker_failure(config, ValueError("first\nsecond")).error == "ValueError: first"
-    assert worker_failure(config, KeyError()).error == "KeyError: KeyError"
-    assert len(worker_failure(config, ValueError("x" * 9999)).error) == 500
+    assert failed_trial(config, ValueError("first\nsecond")).error == "ValueError: first"
+    assert failed_trial(config, KeyError()).error == "KeyError: KeyError"
+    assert len(failed_trial(config, ValueError("x" * 9999)).error) == 500
 
 
 def test_results_survive_the_way_to_the_driver(study, baseline):
@@ -261,7 +267,7 @@ def test_results_survive_the_way_to_the_driver(study, baseline):
 def test_at_the_deadline_what_runs_is_given_up(study, ray_running):
     heard, began = Heard(), time.monotonic()
     trials = [endless(study, seed) for seed in range(6)]
-    ending = run(study, None, trials, heard, work=sleep_or_finish, deadline=began + 8)
+    ending = run(trials, sleep_or_finish, heard, deadline=began + 8)
     assert ending == "out_of_time" and heard.results == []
     assert 7 < time.monotonic() - began < 40
 
@@ -269,7 +275,7 @@ def test_at_the_deadline_what_runs_is_given_up(study, ray_running):
 def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, ray_running):
     heard, began = Heard(), time.monotonic()
     trials = [endless(study), *study.plan.trials[1:4]]
-    ending = run(study, None, trials, heard, work=sleep_or_finish, patience=lambda trial: 9)
+    ending = run(trials, sleep_or_finish, heard, patience=lambda trial: 9)
     assert ending == "complete" and time.monotonic() - began < 90 and heard.deaths == []
     late = heard.by_id[trials[0].id]
     assert late.status == "failed" and late.error == "TimeoutError: not done after 0.15 minutes (resources.minutes)"
@@ -278,7 +284,7 @@ def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, ray_running
 
 def test_sigterm_stops_as_ctrl_c_does(study, ray_running):
     heard, before = Heard(then=lambda result: signal.raise_signal(signal.SIGTERM)), signal.getsignal(signal.SIGTERM)
-    assert run(study, None, [study.plan.trials[0], endless(study)], heard, work=sleep_or_finish) == "interrupted"
+    assert run([study.plan.trials[0], endless(study)], sleep_or_finish, heard) == "interrupted"
     assert len(heard.results) == 1 and signal.getsignal(signal.SIGTERM) == before
 
 
@@ -286,7 +292,7 @@ def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, ray_run
     """One that needs all the memory there is: refused while another runs, done alone. One that never fits is told."""
     trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(5)]
 
-    def work(config, bases):
+    def work(config):
         mine = tmp_path / str(config.seed)
         mine.touch()
         try:
@@ -305,7 +311,7 @@ def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, ray_run
             mine.unlink()
 
     heard = Heard()
-    assert run(study, None, trials, heard, work=work) == "complete"
+    assert run(trials, work, heard) == "complete"
     assert heard.deaths == [trials[1]], "what fails alone is not tried again"
     assert [heard.by_id[trial.id].status for trial in trials] == ["done"] * 4 + ["failed"]
     assert [heard.by_id[trial.id].metrics["beside"] for trial in trials[1:4]] == [0.0, 0.0, 0.0]
@@ -329,14 +335,14 @@ def test_what_rays_memory_monitor_kills_ran_out_of_memory(study, ray_running, mo
     said = "3 workers were killed due to the node running low on memory."
     killed, after = study.plan.trials[:2]
 
-    def work(config, bases):
+    def work(config):
         if config == killed:
             os.kill(os.getpid(), signal.SIGKILL)
         return TrialResult(config, "done")
 
     monkeypatch.setattr(event_manager, "ray", Monitored())
     heard = Heard()
-    assert run(study, None, [killed, after], heard, concurrent=1, work=work) == "complete"
+    assert run([killed, after], work, heard, Resources(concurrent=1)) == "complete"
     assert heard.deaths == [], "what fails alone is not tried again"
     assert heard.by_id[killed.id].error == f"RuntimeError: worker died: {said}"
     assert heard.by_id[after.id].status == "done"
@@ -344,7 +350,7 @@ def test_what_rays_memory_monitor_kills_ran_out_of_memory(study, ray_running, mo
 
 def test_a_cluster_without_nodes_is_told_once(study):
     room, heard = SimpleNamespace(empty=False), Heard()
-    listener = _listener(Dispatch(Listed([]), room), room, heard, math.inf, lambda trial: math.inf)
+    listener = TrialListener(Dispatch(ListedTrials([]), room), room, heard, math.inf, lambda trial: math.inf)
     for room.empty in (False, True, True, False):
         listener.on_step_end(0, [])
     assert heard.notes == ["every node that could run a trial is gone; waiting for another"]
@@ -365,25 +371,15 @@ def test_other_weights_than_the_planned_ones_are_refused(study, baseline, tmp_pa
 def test_work_gets_the_gpus_that_it_asks_for(study, ray_running, tmp_path):
     """Ray's accounts of GPUs need none to be there."""
 
-    def work(config, bases):
+    def work(config):
         (tmp_path / str(config.seed)).touch()
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.02)
         return TrialResult(config, "done", os.environ["CUDA_VISIBLE_DEVICES"])
 
     trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(2)]
-    heard, room = Heard(), Room(Resources(gpus=0.5))
-    assert run_trials(trials, {}, cpus=1, gpus=0.5, room=room, reporter=heard, work=work) == "complete"
+    heard = Heard()
+    assert run(trials, work, heard, Resources(gpus=0.5)) == "complete"
     first, second = (result.error for result in heard.results)
     assert first == second in ("0", "1"), "both on one"
-    assert on_workers([lambda: os.environ["CUDA_VISIBLE_DEVICES"]], 1, 2) == ["0,1"]
-
-
-def test_functions_run_on_workers_and_their_errors_come_back(ray_running):
-    assert on_workers([lambda: 1, lambda: "two"], 1, 0) == [1, "two"]
-
-    def wrong():
-        raise InputError("no such thing")
-
-    with pytest.raises(InputError, match="no such thing"):
-        on_workers([lambda: 1, wrong], 1, 0)
+    assert on_workers([lambda: os.environ["CUDA_VISIBLE_DEVICES"]], Resources(gpus=2)) == ["0,1"]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sweeps.study.trial_types import TrialConfig, TrialResult
-from sweeps.run.search import OBJECTIVES, TrialSearch, objectives
+from sweeps.run.search import OBJECTIVES, OptunaSearch, objectives
 
 SPACE = {"layer": list(range(6)), "module": ["attn", "mlp"], "learning_rate": ("log_uniform", 1e-4, 1e-1)}
 
@@ -34,7 +34,7 @@ def done(config, reliability=0.5, capability=0.5):
 
 
 def search(space=SPACE, trials=20, seed=0, earlier=None):
-    return TrialSearch(space, to_config, trials, seed, earlier or {})
+    return OptunaSearch(space, to_config, trials, seed, earlier or {})
 
 
 def propose_all(found, count, measure=done):

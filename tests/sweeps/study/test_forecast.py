@@ -25,6 +25,7 @@ from sweeps.study.resolve import prepare
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.study.schema import Limits
 from sweeps.study.reader import load_study
+from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.mlflow_store import result
 from tests.sweeps.study.test_plan import FACTS, make_facts, make_study
@@ -192,7 +193,7 @@ def test_a_forecast_takes_the_trials_of_the_store(workplace, study_file, ray_run
     file = study_file(space__layer=[0, 1, 2])
     sweeps.run_study(file)
     wider = prepare(load_study(str(file), ["space.seed=[0, 1]"]))
-    forecast = foresee(wider, None)
+    forecast = foresee(wider, resolve_uri(None))
     assert forecast.estimate.trials == 3 and forecast.estimate.source == "3 earlier trials of this model"
     results = sweeps.load_results(file)
     expected = sum(forecast.seconds(trial) for trial in wider.plan.trials if trial.seed == 0)
@@ -204,9 +205,9 @@ def test_a_forecast_takes_the_trials_of_the_store(workplace, study_file, ray_run
 
 def test_finished_trials_count_wherever_they_ran(workplace, study_file):
     prepared = prepare(load_study(str(study_file())))
-    tracker = Tracker.open(None, "tiny", prepared.id)
+    tracker = Tracker.open(resolve_uri(None), "tiny", prepared.id)
     tracker.open_run("tiny", study_yaml="", description="", environment={})
     for trial in prepared.plan.trials:
         tracker.log_trial(result(trial))
-    whole = foresee(prepared, None).estimate
+    whole = foresee(prepared, resolve_uri(None)).estimate
     assert (whole.trials, whole.seconds, whole.source) == (0, 0, "rough rates, nothing measured here")

@@ -10,6 +10,7 @@ from locft.model.precision import training_precision
 from sweeps.study.schema import Capability, Edits
 from sweeps.commands.settings import edit_settings
 from sweeps.study.reader import load_study, study_to_yaml
+from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.mlflow_store import config, open_study, result
 
@@ -20,7 +21,7 @@ CHANGES = ["edits.limit=7", "edits.sample_seed=3", "capability.limit=4", "resour
 @pytest.fixture
 def run_id(workplace):
     """The MLflow run of a trial, and of its study in the default store."""
-    tracker = Tracker.open(None, "layer-sweep", "study-1")
+    tracker = Tracker.open(resolve_uri(None), "layer-sweep", "study-1")
     open_study(tracker)
     tracker.write_file("study.yaml", study_to_yaml(load_study("layer-sweep", CHANGES)))
     trial = config(7, "attn", batch_size=3, learning_rate=1e-05, pipeline="depth_first", seed=4, dtype="bfloat16")
@@ -65,7 +66,7 @@ def test_options_over_a_trial(run_id):
 
 
 def test_a_trial_of_a_study_that_is_gone_needs_the_edits_named(workplace):
-    run_id = Tracker.open(None, "orphans", "gone").log_trial(result(config(7)))
+    run_id = Tracker.open(resolve_uri(None), "orphans", "gone").log_trial(result(config(7)))
     with pytest.raises(InputError, match="--edits"):
         settings(from_run=run_id)
     assert settings(from_run=run_id, edits=ATLAS).edits == ATLAS

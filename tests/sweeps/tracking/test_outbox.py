@@ -12,7 +12,8 @@ import pytest
 from locft.errors import InputError
 from sweeps.tracking import outbox as delivery_module
 from sweeps.session import study_lock
-from sweeps.tracking.outbox import Delivery, Outbox, open_outbox, patiently, study_folder
+from sweeps.tracking.outbox import Delivery, Outbox, open_outbox, with_retries, study_folder
+from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.store import Refused, TrackingError
 from tests.mlflow_store import config, result
 
@@ -141,16 +142,16 @@ def test_a_driver_that_has_nothing_else_to_do_waits_for_the_store(monkeypatch, c
             raise answer
         return answer
 
-    assert patiently(work) == "here" and "no answer" in caplog.text and "recorded again" in caplog.text
+    assert with_retries(work) == "here" and "no answer" in caplog.text and "recorded again" in caplog.text
     monkeypatch.setattr(delivery_module, "PATIENCE_SECONDS", 0.0)
     answers = iter([TrackingError("no answer")])
     with pytest.raises(TrackingError, match="no answer"):
-        patiently(work)
+        with_retries(work)
 
 
 def test_an_outbox_belongs_to_one_study_and_store_whatever_the_password():
     one = open_outbox("study", "http://me:secret@127.0.0.1:5000").folder
-    assert one == open_outbox("study", "http://127.0.0.1:5000/").folder
+    assert one == open_outbox("study", resolve_uri("http://127.0.0.1:5000/")).folder
     assert one != open_outbox("study", "http://127.0.0.1:5001").folder != open_outbox("other", "http://127.0.0.1:5001").folder
     assert "secret" not in str(one) and not one.exists()
 
@@ -180,5 +181,5 @@ def test_a_state_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="XDG_STATE_HOME"):
-        with study_lock(study_folder("study", None), "mine"):
+        with study_lock(study_folder("study", "sqlite:///mlflow.db"), "mine"):
             pass

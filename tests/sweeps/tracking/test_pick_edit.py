@@ -9,11 +9,11 @@ from mlflow import MlflowClient
 
 from locft.model.delta import EditDelta
 from sweeps import sweep as sweep_module
-from sweeps.tracking.pick_edit import PickError
 from sweeps.study.resolve import prepare
 from sweeps.tracking.registry import FOLDER, add_version, fetch_edit, register_edit, registered_edit, registered_name, study_alias
 from sweeps.study.reader import load_study
-from sweeps.sweep import run_sweep
+from sweeps.sweep import PickError, run_sweep
+from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.mlflow_store import STUDY, config, result
 from tests.sweeps.run.test_runner import Heard
@@ -21,7 +21,7 @@ from tests.sweeps.run.test_runner import Heard
 
 def run(file, *overrides):
     return run_sweep(
-        prepare(load_study(str(file), overrides)), None, show=lambda _: contextlib.nullcontext(Heard()), register=True
+        prepare(load_study(str(file), overrides)), resolve_uri(None), show=lambda _: contextlib.nullcontext(Heard()), register=True
     )
 
 
@@ -30,7 +30,7 @@ def test_the_pick_is_registered_once_and_can_be_applied(workplace, study_file, t
     done = run(file)
     assert done.registered.startswith("models:/locft-edit-") and done.registered.endswith("@my-study")
     (row,) = done.state.results.to_dict("records")
-    delta = EditDelta.load(fetch_edit(done.registered, None, workplace / "fetched"))
+    delta = EditDelta.load(fetch_edit(done.registered, resolve_uri(None), workplace / "fetched"))
     assert delta.position == "1.mlp_down" and delta.norm == row["delta_norm"], "bitwise what the trial measured"
     client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
     name = done.registered.removeprefix("models:/").partition("@")[0]
@@ -45,53 +45,53 @@ def test_the_pick_is_registered_once_and_can_be_applied(workplace, study_file, t
     assert study.data.tags["locft.registered"] == done.registered
     assert f"locft apply {done.registered}" in study.data.tags["mlflow.note.content"]
 
-    monkeypatch.setattr(sweep_module, "ray_session", lambda *_: pytest.fail("there is nothing to run"))
+    monkeypatch.setattr("sweeps.session.ray_cluster", lambda *_: pytest.fail("there is nothing to run"))
     again = run(file)
     assert again.registered == done.registered and len(client.search_model_versions(f"name = '{name}'")) == 1
 
 
 def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(workplace, study_file, ray_running):
-    def other_hardware(*_, here):
+    def other_hardware(*_):
         raise PickError("another delta")
 
     file = study_file(space__layer=[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, "register_pick", other_hardware)
+        patch.setattr(sweep_module, "_register_pick", other_hardware)
         done = run(file)
     assert done.state.left == 0 and done.registered is None and done.not_registered == "another delta"
     assert run(file).registered, "the same command makes up for it"
 
 
 def test_ctrl_c_or_the_budget_ends_the_registering_and_not_the_answer(workplace, study_file, ray_running, monkeypatch):
-    def half_a_minute_each(source, bases, *, reporter, **_):
+    def half_a_minute_each(source, work, *, reporter, **_):
         for trial in source:
             found = result(trial)
             reporter.finished(dataclasses.replace(found, metrics={**found.metrics, "train_seconds": 30.0}), 0)
         return "complete"
 
-    def interrupted(*_, here):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep_module, "run_trials", half_a_minute_each)
+    monkeypatch.setattr("sweeps.run.runner.run_trials", half_a_minute_each)
 
     file = study_file(space__layer=[1])
-    monkeypatch.setattr(sweep_module, "register_pick", interrupted)
+    monkeypatch.setattr(sweep_module, "_register_pick", interrupted)
     done = run(file)
     assert done.state.left == 0 and done.answer.recommendation.position == "1.mlp_down"
     assert done.registered is None and done.not_registered == "interrupted; the same command makes up for it"
-    monkeypatch.setattr(sweep_module, "register_pick", lambda *_, here: pytest.fail("there is no time left"))
+    monkeypatch.setattr(sweep_module, "_register_pick", lambda *_: pytest.fail("there is no time left"))
     assert "would exceed the budget's minutes" in run(file, "budget.minutes=0.4").not_registered
 
 
 def test_aliases_are_what_mlflow_takes(workplace):
     assert study_alias("layer-sweep") == "layer-sweep" and study_alias("a.b_c") == "a-b_c"
     assert study_alias("v2") == "study-v2" and study_alias("latest") == "study-latest"
-    assert registered_edit("nothing", "latest-of-all", None) is None
+    assert registered_edit("nothing", "latest-of-all", resolve_uri(None)) is None
 
 
 def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
     """The study's pick, then the same run repeated with another rate; and an edit of before, right in the run's folder."""
-    tracker = Tracker.open(None, "registered", STUDY)
+    tracker = Tracker.open(resolve_uri(None), "registered", STUDY)
     tracker.open_run("registered", study_yaml="", description="", environment={})
     run_id, client = tracker.log_trial(result(config(1))), tracker.client
 
@@ -103,7 +103,7 @@ def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
     source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
     add_version(client, registered_name("edit", "tiny"), "", source, run_id, "before", tags={}, description="")
     for size, alias in ((2.0, "study"), (3.0, "chosen")):
-        register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, None, alias)
+        register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, resolve_uri(None), alias)
     for address, size in {"@before": 1, "@study": 2, "@chosen": 3, "/1": 1, "/2": 2, "/3": 3}.items():
-        folder = fetch_edit(f"models:/locft-edit-tiny{address}", None, workplace / f"fetched{address.strip('/')}")
+        folder = fetch_edit(f"models:/locft-edit-tiny{address}", resolve_uri(None), workplace / f"fetched{address.strip('/')}")
         assert EditDelta.load(folder).tensors["weight"].tolist() == [size, size], address
