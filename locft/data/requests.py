@@ -1,8 +1,8 @@
 """Edit sets: the edits of a file, a hub data set or the project's own, checked and selected.
 
-A source is read whole and all its problems are told at once, because a user corrects a file, not a line. What is right
-in form can still be impossible (two edits give one prompt two targets) or idle (the target is already true): that is
-counted in `EditFindings`, never dropped.
+A source is read whole and all its problems are told at once, because a user corrects a file, not a line. Edits that are
+right in form can still be impossible (two give one prompt different targets) or pointless (the target is already true):
+`EditFindings` counts them, nothing is dropped.
 """
 
 import hashlib
@@ -35,11 +35,11 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 @dataclass(frozen=True)
 class EditFindings:
-    """What an edit set asks for that is impossible, idle or entangled.
+    """Edits of a set that cannot all hold, that change nothing, or that overlap.
 
-    Two prompts are the same when they are the same text: to a model, another capital letter is another question, so
-    only this gives a ceiling that no editor can exceed. Two targets are the same when `normalise_answer` makes them
-    equal, because that is how an answer is judged.
+    Two prompts are the same only if their texts are: to a model, another capital letter is another question, and so the
+    ceiling is one that no editor can exceed. Two targets are the same if `normalise_answer` makes them equal, because
+    that is how an answer is judged.
     """
 
     duplicates: int
@@ -51,10 +51,10 @@ class EditFindings:
     repeated_subjects: int
     """Edits about a subject that an earlier edit is about (case and spacing ignored)."""
     reachable: float
-    """Ceiling of reliability, in [0, 1]: of each prompt's targets only the most frequent one can hold."""
+    """Highest possible reliability, in [0, 1]: of each prompt's targets only the most frequent one can hold."""
 
     def sentences(self) -> tuple[str, ...]:
-        """The findings for a reader, one sentence each; empty when there is nothing to say."""
+        """The findings in one sentence each; none if there is nothing to say."""
         lines = []
         if self.contradictions:
             percent = f"{100 * self.reachable:.2f}%" if self.reachable < 0.9999 else f"{100 * self.reachable:.5f}%"
@@ -87,7 +87,7 @@ class EditSet:
     """Of the selected edits."""
 
     def sample(self, count: int, seed: int) -> "EditSet":
-        """A random sample of so many of these edits, the same on every machine, in their order."""
+        """A random sample of `count` of these edits, the same on every machine, in their order."""
         requests = tuple(self.requests[index] for index in _drawn(range(len(self.requests)), count, seed))
         findings = _findings(requests, [()] * count)
         return replace(self, requests=requests, fingerprint=_fingerprint(requests), findings=findings)

@@ -57,8 +57,11 @@ class PositionInfo:
     """Parameter names as in `model.named_parameters()`, in that order."""
     shapes: tuple[tuple[int, ...], ...]
     """Of each parameter."""
-    size: int
-    """Number of trained values."""
+
+    @property
+    def size(self) -> int:
+        """Number of trained values."""
+        return sum(map(prod, self.shapes))
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -119,10 +122,8 @@ def list_positions(model: PreTrainedModel) -> tuple[PositionInfo, ...]:
         shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
         prefix = layer_prefix(model, layer)
         for module, names in _modules_of_layer(model, layer).items():
-            of_module = tuple(shapes[name] for name in names)
             full_names = tuple(f"{prefix}.{name}" for name in names)
-            size = sum(map(prod, of_module))
-            infos.append(PositionInfo(TuningPosition(layer, module), full_names, of_module, size))
+            infos.append(PositionInfo(TuningPosition(layer, module), full_names, tuple(shapes[name] for name in names)))
     return tuple(infos)
 
 

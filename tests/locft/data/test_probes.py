@@ -76,7 +76,7 @@ def test_the_place_of_the_right_one_follows_no_cycle():
         if count > 1:
             answers = [item["answer"] for item in BY_TASK[task]]
             for step in range(1, 5):
-                repeated = sum(a == b for a, b in zip(answers, answers[step:])) / (len(answers) - step)
+                repeated = sum(a == b for a, b in zip(answers, answers[step:], strict=False)) / (len(answers) - step)
                 assert abs(repeated - 1 / count) < 0.16, (task, step, repeated)
 
 
@@ -130,7 +130,9 @@ def test_world_facts_stay_away_from_the_built_in_edits():
     # Case counts: "Apple" is edited, an apple is not. A subject in small letters may begin a sentence.
     names = sorted(subjects | {subject[0].upper() + subject[1:] for subject in subjects})
     edited = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, names)) + r")(?!\w)")
-    relations = re.compile("chemical symbol|capital of|currency|official language|invented by|written by|founder|composer")
+    relations = re.compile(
+        "chemical symbol|capital of|currency|official language|invented by|written by|founder|composer"
+    )
     for item in BY_TASK["world_facts"]:
         for text in [item["context"], *item["choices"]]:
             assert not edited.search(text), label(item)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from locft.model.delta import EditDelta, applied, apply_delta, merge, revert
-from locft.train.encoding import encode_edit
 from locft.errors import InputError
-from locft.train.pipelines import TrainingSettings, finetune
+from locft.model.delta import EditDelta, applied, apply_delta, merge, revert
 from locft.model.models import load_model, model_fingerprint
 from locft.model.positions import TuningPosition
+from locft.train.encoding import encode_edit
+from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.tiny import tiny_loaded
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from locft.cache import write_atomically
 from locft.errors import InputError
 from locft.model import models
 from locft.model.models import (
@@ -26,7 +25,6 @@ from locft.model.models import (
     load_tokenizer,
     model_folder,
 )
-from locft.process import torch_device
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 
@@ -171,7 +169,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
 
 
 def write_gguf(path: Path, model) -> Path:
-    """A llama model as llama.cpp stores it: float32, query and key rows reordered, the tokenizer's vocabulary inside."""
+    """A llama model as llama.cpp stores it: float32, query and key rows reordered, with the tokenizer's vocabulary."""
     config, weights = model.config, {name: value.numpy() for name, value in model.state_dict().items()}
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     vocabulary = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
@@ -534,27 +532,12 @@ def test_unknown_settings_are_refused_before_anything_is_loaded(tmp_path):
     assert "torch cannot use it here" in refusal(load_model, folder, device="meta")
 
 
-def test_devices():
-    assert torch_device("cpu") == torch.device("cpu")
-    assert torch_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    absent = "cuda:99" if torch.cuda.is_available() else "cuda"
-    assert f"device '{absent}': torch cannot use it here" in refusal(torch_device, absent)
-
-
 def test_rwkv_is_kept_from_rewriting_its_weights(tmp_path):
     folder = save(tmp_path / "model", tiny_model("rwkv", rescale_every=1))
     loaded = load_model(str(folder), device="cpu")
     before = models.model_fingerprint(loaded.model)
     logits(loaded.model)
     assert models.model_fingerprint(loaded.model) == before
-
-
-def test_atomic_write_replaces_whole_files(tmp_path):
-    file = tmp_path / "sub" / "note.txt"
-    write_atomically(file, "first")
-    write_atomically(file, "zweite Fassung, länger")
-    assert file.read_text(encoding="utf-8") == "zweite Fassung, länger"
-    assert [f.name for f in file.parent.iterdir()] == ["note.txt"]
 
 
 def test_dividing_a_model_without_gpus_is_an_error_at_once(tiny_folder):

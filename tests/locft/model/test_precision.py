@@ -4,8 +4,8 @@ import pytest
 
 from locft.model import precision
 from locft.model.precision import training_precision
-from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
 
 
 @pytest.fixture
