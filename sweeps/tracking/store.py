@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from locft.errors import InputError
 from sweeps.tracking.address import check_reachable, check_writable, redact, sqlite_path, take_credentials
@@ -61,7 +61,7 @@ def store_errors(what: str, as_error: type[Exception] = TrackingError) -> Iterat
         raise as_error(f"tracking store, {what}: {cause}") from None
 
 
-def connect(uri: str | None, *, create: bool = False) -> "Store":
+def connect(uri: str, *, create: bool = False) -> "Store":
     """The store at a resolved address, which has been checked to answer.
 
     create: whether to create a missing SQLite file, with its folders. Raises InputError within seconds when the store
@@ -161,6 +161,23 @@ class Store:
             token = page.token
             if not token or len(runs) == limit:
                 return runs
+
+    def logged_model(
+        self, experiment: str, model: str, fingerprint: str, facts: Mapping[str, Any], source_run: str
+    ) -> str:
+        """The id of the experiment's logged model with that fingerprint, created when it is new.
+
+        facts: shown as its parameters. source_run: id of the run that the page of a new one names.
+        """
+        name = re.sub(r"[/:.%\"']", "-", model) or "model"
+        for found in self.client.search_logged_models([experiment], filter_string=f"name = '{name}'"):
+            if found.tags.get("locft.fingerprint") == fingerprint:
+                return found.model_id
+        tags = {"locft.model": model, "locft.fingerprint": fingerprint}
+        shown = {key: str(value) for key, value in facts.items()}
+        made = self.client.create_logged_model(experiment, name, source_run, tags, shown, "unedited model")
+        self.client.finalize_logged_model(made.model_id, "READY")
+        return made.model_id
 
     def create_run(self, experiment: str, name: str, tags: Mapping[str, str], started: int | None = None) -> "Run":
         """A new open run. started: milliseconds since 1970; None for now."""

@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -45,8 +44,8 @@ class Tracker:
         """The store's address, without a password."""
         self.experiment_id = experiment_id
         self.study_id = study_id
-        self._model_ids: dict[str, str] = {}
-        """Fingerprint of a model -> its id in the experiment."""
+        self._model_id = ""
+        """Of the unedited model in the experiment; empty until it is linked to a run."""
 
     @classmethod
     def open(cls, uri: str, name: str, study_id: str) -> "Tracker":
@@ -301,25 +300,11 @@ class Tracker:
     def _link_inputs(self, run_id: str, inputs: StudyInputs) -> None:
         from mlflow.entities import LoggedModelInput
 
-        model = LoggedModelInput(self._model_id(inputs))
-        self.client.log_inputs(run_id, [data.to_mlflow() for data in inputs.datasets], [model])
-
-    def _model_id(self, inputs: StudyInputs) -> str:
-        """The experiment's logged model with that fingerprint, created when it is new."""
-        fingerprint = inputs.model_fingerprint
-        if fingerprint not in self._model_ids:
-            name = re.sub(r"[/:.%\"']", "-", inputs.model) or "model"
-            known = self.client.search_logged_models([self.experiment_id], filter_string=f"name = '{name}'")
-            ids = [model.model_id for model in known if model.tags.get("locft.fingerprint") == fingerprint]
-            if not ids:
-                tags = {"locft.model": inputs.model, "locft.fingerprint": fingerprint}
-                facts = {key: str(value) for key, value in inputs.model_facts.items()}
-                made = self.client.create_logged_model(
-                    self.experiment_id, name, self.run_id(), tags, facts, "unedited model"
-                )
-                ids = [self.client.finalize_logged_model(made.model_id, "READY").model_id]
-            self._model_ids[fingerprint] = ids[0]
-        return self._model_ids[fingerprint]
+        self._model_id = self._model_id or self._store.logged_model(
+            self.experiment_id, inputs.model, inputs.model_fingerprint, inputs.model_facts, self.run_id()
+        )
+        datasets = [data.to_mlflow() for data in inputs.datasets]
+        self.client.log_inputs(run_id, datasets, [LoggedModelInput(self._model_id)])
 
     def _close_incomplete(self, run_id: str) -> None:
         """Closes a run whose logging broke off, without hiding the reason by a second error."""
