@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from sweeps.study.reader import study_to_yaml
 from sweeps.study.plan import PreparedStudy
+from sweeps.study.reader import study_to_yaml
 from sweeps.tracking.study_run import Tracker
 from sweeps.tracking.trial_run import environment
 
@@ -89,9 +89,9 @@ class StudyAnswer:
 
 def answer_of(state: StudyState, tracker: Tracker, other: "Measured | None" = None) -> StudyAnswer:
     """Front, pick and report of what is finished so far. other: a study to compare with in the report."""
+    from analysis.page.report import MAX_MISSES, render_report
     from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
     from analysis.stats.pick import recommend
-    from analysis.page.report import MAX_MISSES, render_report
     from analysis.stats.table import by_setting
 
     own = measured(state, tracker)

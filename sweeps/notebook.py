@@ -17,13 +17,13 @@ from analysis.figures import front as drawing
 from analysis.figures.style import TITLES
 from analysis.stats.pick import recommend
 from analysis.stats.table import has_values
+from sweeps.answer import read_state
+from sweeps.commands.progress import Progress
+from sweeps.run.dispatch import Reporter
 from sweeps.study.forecast import foresee
 from sweeps.study.plan import PreparedStudy
-from sweeps.study.resolve import prepare
-from sweeps.commands.progress import Progress
-from sweeps.answer import read_state
-from sweeps.run.dispatch import Reporter
 from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
 from sweeps.sweep import Sweep, run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import find_tracker

@@ -25,8 +25,8 @@ from sweeps.run.cluster import on_workers, ray_cluster, runs_here
 from sweeps.run.dispatch import Reporter, Room
 from sweeps.study.estimate import most_memory_bytes
 from sweeps.study.forecast import machine
-from sweeps.study.reader import study_to_yaml
 from sweeps.study.plan import PreparedStudy
+from sweeps.study.reader import study_to_yaml
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.tracking.outbox import Delivery, open_outbox, study_folder
 from sweeps.tracking.store import Refused, TrackingError

@@ -14,7 +14,7 @@ from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
 from tests.golden import produce
 from tests.golden.make import WRITE
-from tests.sweeps.run.test_runner import Heard
+from tests.heard import Heard
 
 WRITING = bool(os.environ.get(WRITE))
 TOLERANCE = 1e-4

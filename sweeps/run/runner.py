@@ -72,7 +72,7 @@ def run_trials(
     worker.__qualname__ = worker.__name__  # what lists of processes show: ray::TrialWorker.train
     with (
         tempfile.TemporaryDirectory(prefix="locft-ray-") as scratch,
-        _on_interrupt(listener.interrupt),
+        interrupt_calls(listener.interrupt),
         every_death_is_heard(),
     ):
         tune.Tuner(
@@ -103,7 +103,7 @@ def failed_trial(config: TrialConfig, error: BaseException) -> TrialResult:
 
 
 @contextmanager
-def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+def interrupt_calls(stop: Callable[[], None]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM calls `stop`, the next one does what it did before. Outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -16,9 +16,9 @@ from locft.errors import InputError
 from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
 
 if TYPE_CHECKING:
-    from locft.train.pipelines import Training
     from locft.model.delta import EditDelta
     from locft.model.models import LoadedModel
+    from locft.train.pipelines import Training
     from locft.workbench import Baseline, Workbench
 
 
@@ -90,8 +90,8 @@ def train(bench: "Workbench", config: TrialConfig) -> "Training":
     """The training of a trial; on a CPU bitwise the same whenever it is run."""
     import torch
 
-    from locft.train.pipelines import TrainingSettings
     from locft.model.positions import TuningPosition
+    from locft.train.pipelines import TrainingSettings
 
     torch.manual_seed(config.seed)  # nothing here draws from it; a model's own code might
     return bench.train(TuningPosition(config.layer, config.module), TrainingSettings(**config.training))

@@ -6,6 +6,7 @@ Each starts at the survey's learning rate, which is more than they have elsewher
 import random
 from collections.abc import Callable, Generator
 
+from sweeps.run.search import PointSampler
 from sweeps.select.policy import Policy, Run, Rung, Score, Scores, SelectionTask, affordable, first_run, nearest
 from sweeps.select.policy import spent, survey
 from tests.benchmarks.race import PAPER, ReplayTask, full_runs, race
@@ -81,19 +82,18 @@ def _optuna(task: SelectionTask, sampler, name: str) -> Generator[Rung, Scores, 
     """One run at a time: reliability and generalization up, drift down. A position that comes again costs nothing."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     by_position = {candidate.position: candidate for candidate in task.candidates}
     layers, modules = ({getattr(c, axis) for c in task.candidates} for axis in ("layer", "module"))
-    space = {"position": optuna.distributions.CategoricalDistribution(list(by_position))}
+    space = {"position": list(by_position)}
     if len(by_position) == len(layers) * len(modules) and layers == set(range(min(layers), max(layers) + 1)):
         space = {
             "layer": optuna.distributions.IntDistribution(min(layers), max(layers)),
-            "module": optuna.distributions.CategoricalDistribution(sorted(modules)),
+            "module": sorted(modules),
         }
-    study = optuna.create_study(directions=["maximize", "maximize", "minimize"], sampler=sampler)
+    points = PointSampler(space, ["maximize", "maximize", "minimize"], sampler)
     scores: Scores = {}
     for _ in range(10 * len(by_position)):
-        asked = study.ask(space)
+        asked = points.ask()
         position = asked.params.get("position") or f"{asked.params['layer']}.{asked.params['module']}"
         run = first_run(task, by_position[position])
         if run not in scores:
@@ -101,4 +101,4 @@ def _optuna(task: SelectionTask, sampler, name: str) -> Generator[Rung, Scores, 
                 return
             scores = yield Rung(name, (run,), f"proposed by Optuna's {type(sampler).__name__}")
         outcome = scores[run].outcome
-        study.tell(asked, (outcome.reliability, outcome.generalization, min(outcome.drift, 1e3)))
+        points.tell(asked, (outcome.reliability, outcome.generalization, min(outcome.drift, 1e3)))

@@ -46,7 +46,7 @@ from sweeps.tracking.store import user
 from tests.benchmarks.policies import replayed
 from tests.benchmarks.replay import HERE, SHARES, Table
 from tests.conftest import write_study
-from tests.sweeps.run.test_runner import Heard
+from tests.heard import Heard
 from tests.tiny import WEIGHT_STD, tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parent

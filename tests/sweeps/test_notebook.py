@@ -5,7 +5,7 @@ import pytest
 
 import sweeps
 from locft.errors import InputError
-from tests.sweeps.run.test_runner import Heard
+from tests.heard import Heard
 
 
 def test_a_study_runs_and_its_results_are_drawn(workplace, study_file, ray_running):

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,19 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from locft.errors import InputError
 from sweeps import sweep as sweep_module
-from sweeps.tracking.outbox import open_outbox
-from sweeps.study.resolve import prepare
-from sweeps.study.reader import load_study
 from sweeps.answer import read_state
-from sweeps.sweep import _open_trials, run_sweep
-from sweeps.tracking.store import Refused, TrackingError
-from sweeps.tracking.study_run import Tracker, find_tracker
 from sweeps.run.search import OptunaSearch
 from sweeps.run.trial import resident_workbench
+from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
+from sweeps.sweep import _open_trials, run_sweep
 from sweeps.tracking.address import resolve_uri
+from sweeps.tracking.outbox import open_outbox
+from sweeps.tracking.store import Refused, TrackingError
+from sweeps.tracking.study_run import Tracker, find_tracker
 from tests.conftest import write_study
+from tests.heard import TIMINGS, Heard
 from tests.mlflow_store import result as stored_result
-from tests.sweeps.run.test_runner import TIMINGS, Heard
 
 
 def prepared(file, *overrides):
@@ -236,7 +237,9 @@ def test_a_budget_of_trials_counts_those_of_earlier_runs(workplace, study_file, 
 
 def test_a_budget_of_minutes_ends_a_study_cleanly(workplace, study_file, ray_running):
     file = study_file(space__seed=[0, 1, 2], budget={"minutes": 0.2}, epochs=10**6, skip_below=0.0, stop_below=0.0)
+    began = time.monotonic()
     done, ran = sweep(prepared(file))
+    assert 11 < time.monotonic() - began < 120
     assert done.ending == "out_of_time" and ran == [] and done.state.left == 6
     assert trial_runs() == [] and trial_runs(kind="study")[0].info.status == "KILLED"
 

@@ -19,7 +19,7 @@ from sweeps.study.reader import load_study
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.conftest import write_study
-from tests.sweeps.run.test_runner import TIMINGS
+from tests.heard import TIMINGS
 
 
 @pytest.fixture
@@ -396,7 +396,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workplace, tiny_fol
 
 def test_a_killed_worker_leaves_one_json_object_on_standard_output(workplace, tiny_folder, locft, ray_running):
     """Ray announces a death on standard output; there it may not be."""
-    from tests.sweeps.run.test_runner import trial_workers
+    from tests.heard import trial_workers
 
     over, killed = threading.Event(), []
 

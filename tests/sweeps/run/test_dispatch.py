@@ -1,26 +1,10 @@
 """What is started next when workers die and memory runs out, without workers."""
 
 from sweeps.run.dispatch import WORKER_RESTARTS, Dispatch, ListedTrials
-from sweeps.study.trial_types import TrialConfig, TrialResult
+from sweeps.study.trial_types import TrialResult
+from tests.mlflow_store import config
 
-TRIALS = [
-    TrialConfig(
-        model_fingerprint="m",
-        data_fingerprint="d",
-        layers=30,
-        layer=3,
-        module="mlp",
-        pipeline="breadth_first",
-        batch_size=8,
-        learning_rate=0.1,
-        seed=seed,
-        loss_average="edit",
-        epochs=5,
-        skip_below=0.0,
-        stop_below=0.0,
-    )
-    for seed in range(6)
-]
+TRIALS = [config(seed=seed) for seed in range(6)]
 
 
 class Space:
@@ -41,8 +25,8 @@ def dispatch(trials=TRIALS, room=4):
     return found, {key: found.next(key) for key in "abcdef"[:room]}
 
 
-def done(config):
-    return TrialResult(config, "done")
+def done(trial):
+    return TrialResult(trial, "done")
 
 
 def test_a_lost_worker_is_replaced_a_few_times_and_the_search_waits_for_it():

@@ -19,17 +19,17 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from sweeps.commands import ui
-from sweeps.tracking.outbox import open_outbox
-from sweeps.study.resolve import prepare
-from sweeps.study.reader import load_study
 from sweeps.answer import read_state
-from sweeps.tracking.study_run import find_tracker
+from sweeps.commands import ui
 from sweeps.run.trial import resident_workbench, run_trial
+from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
+from sweeps.tracking.outbox import open_outbox
+from sweeps.tracking.study_run import find_tracker
 from tests.conftest import write_study
+from tests.heard import TIMINGS
 from tests.links import Links, possible
 from tests.ray_nodes import TOKEN, Nodes
-from tests.sweeps.run.test_runner import TIMINGS
 
 SEED = int(os.environ.get("LOCFT_FAULT_SEED", "1"))
 DEATHS = ("driver", "server and driver", "terminate", "interrupt")

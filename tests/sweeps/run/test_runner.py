@@ -9,66 +9,30 @@ import time
 from functools import partial
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import ray
 
 from locft.errors import InputError
 from sweeps.run.cluster import on_workers, ray_cluster
 from sweeps.run.dispatch import Dispatch, ListedTrials
-from sweeps.run.runner import TrialListener, failed_trial, run_trials
+from sweeps.run.runner import TrialListener, failed_trial, interrupt_calls, run_trials
 from sweeps.run.trial import Basis, measure_baseline, resident_workbench, run_trial, train_and_measure
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
 from sweeps.study.schema import Resources
-from sweeps.study.trial_types import TrialConfig, TrialResult, pack_result, unpack_result
+from sweeps.study.trial_types import TrialResult, pack_result, unpack_result
+from tests.conftest import write_study
+from tests.heard import Heard, comparable, trial_workers
+from tests.mlflow_store import config
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ENDLESS = 10**7
 """Epochs."""
-TIMINGS = ("seconds", "seconds_per_edit", "train_seconds", "evaluate_seconds", "capability_seconds")
-
-
-class Heard:
-    """A reporter that remembers, and does something after each result."""
-
-    def __init__(self, then=lambda result: None):
-        self.results: list[TrialResult] = []
-        self.deaths: list[TrialConfig] = []
-        self.most_running = 0
-        self.notes: list[str] = []
-        self.then = then
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def started(self, running):
-        self.most_running = max(self.most_running, running)
-
-    def retried(self, config, cause):
-        assert cause and "\n" not in cause
-        self.deaths.append(config)
-
-    def finished(self, result, running):
-        self.results.append(result)
-        self.then(result)
-
-    @property
-    def by_id(self):
-        assert len({result.config.id for result in self.results}) == len(self.results)
-        return {result.config.id: result for result in self.results}
-
-
-def comparable(result):
-    """Everything of a result that must not depend on when and where it was computed."""
-    metrics = {name: value for name, value in result.metrics.items() if name not in TIMINGS}
-    return result.status, metrics, result.epoch_losses, result.outcomes
 
 
 @pytest.fixture(scope="module")
 def study(tiny_folder, tmp_path_factory):
     """A prepared study of six trials."""
-    from tests.conftest import write_study
-
     file = write_study(tmp_path_factory.mktemp("study"), tiny_folder, space__layer="all", space__seed=[0, 1])
     return prepare(load_study(str(file)))
 
@@ -146,19 +110,6 @@ def endless(study, seed=0):
     return dataclasses.replace(study.plan.trials[0], epochs=ENDLESS, seed=seed)
 
 
-def trial_workers():
-    """Processes of this test's Ray that run trials."""
-    children = psutil.Process().children(recursive=True)
-    found = []
-    for process in children:
-        try:
-            if "TrialWorker.train" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            pass
-    return found
-
-
 def test_a_killed_worker_costs_nothing_but_time(study, baseline):
     """kill -9 in the middle of a long trial: tried again, finished once, and the same result."""
     long = dataclasses.replace(study.plan.trials[0], epochs=300, skip_below=0.0, stop_below=0.0)
@@ -186,90 +137,59 @@ def test_a_killed_worker_costs_nothing_but_time(study, baseline):
     assert comparable(heard.by_id[long.id]) == comparable(expected)
 
 
-def test_a_trial_whose_worker_always_dies_is_a_failure(study, ray_running):
-    over = threading.Event()
-    killed = set()
+def test_a_trial_whose_worker_always_dies_is_a_failure(study, ray_running, tmp_path):
+    def work(config):
+        (tmp_path / str(os.getpid())).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def keep_killing():
-        while not over.wait(0.5):
-            for worker in trial_workers():
-                if worker.pid not in killed:
-                    killed.add(worker.pid)
-                    worker.send_signal(signal.SIGKILL)
-
-    thread = threading.Thread(target=keep_killing)
-    thread.start()
     heard = Heard()
-    try:
-        assert run([endless(study)], sleep_or_finish, heard) == "complete"
-    finally:
-        over.set()
-        thread.join()
+    assert run([study.plan.trials[0]], work, heard) == "complete"
     (result,) = heard.results
     assert result.status == "failed" and "worker died" in result.error and "\n" not in result.error
-    assert len(killed) == 3 and len(heard.deaths) == 2, "one try and two more"
+    assert len(list(tmp_path.iterdir())) == 3 and len(heard.deaths) == 2, "one try and two more"
 
 
-def test_weights_that_vanish_fail_every_trial_with_the_cause(study, baseline):
-    gone = dataclasses.replace(study.inputs, model=study.inputs.model + "-gone")
-    heard = Heard()
-    trials = [dataclasses.replace(study.plan.trials[0], seed=seed) for seed in range(12)]
-    assert run(trials, training(study, baseline, gone), heard) == "same_failure"
-    assert 3 <= len(heard.results) <= 5, "a running one may still come in"
-    assert "tiny-gone" in heard.results[0].error
-    with pytest.raises(InputError, match="tiny-gone"):
-        on_workers([partial(measure_baseline, gone)], study.study.resources)
-
-
-def test_interrupting_ends_the_run_and_keeps_what_is_finished(study, ray_running):
+def test_sigterm_ends_the_run_and_keeps_what_is_finished(study, ray_running):
+    """Ctrl-C for real is in test_sweep."""
     interrupted = []
 
     def interrupt(result):
-        if not interrupted:
-            interrupted.append(time.monotonic())
-            signal.raise_signal(signal.SIGINT)
+        interrupted.append(time.monotonic())
+        signal.raise_signal(signal.SIGTERM)
 
-    heard = Heard(then=interrupt)
-    before = signal.getsignal(signal.SIGINT)
+    heard, before = Heard(then=interrupt), signal.getsignal(signal.SIGTERM)
     trials = [study.plan.trials[0], *(endless(study, seed) for seed in range(4))]
     assert run(trials, sleep_or_finish, heard) == "interrupted"
     assert len(heard.results) == 1 and heard.results[0].status == "done"
     assert time.monotonic() - interrupted[0] < 5, "it waits for no endless trial"
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_stops_and_the_second_does_what_it_did_before(number, monkeypatch):
+    stopped, handled = [], []
+    before = signal.signal(number, lambda *_: handled.append(number))
+    try:
+        handler = signal.getsignal(number)
+        with interrupt_calls(lambda: stopped.append(number)):
+            signal.raise_signal(number)
+            assert stopped == [number] and handled == []
+            signal.raise_signal(number)
+            assert stopped == handled == [number]
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_failure_is_one_line():
-    config = TrialConfig(
-        model_fingerprint="m",
-        data_fingerprint="d",
-        layers=3,
-        layer=1,
-        module="mlp",
-        pipeline="breadth_first",
-        batch_size=2,
-        learning_rate=0.1,
-        seed=0,
-        loss_average="edit",
-        epochs=2,
-        skip_below=0.0,
-        stop_below=0.0,
-    )
-    assert failed_trial(config, ValueError("first\nsecond")).error == "ValueError: first"
-    assert failed_trial(config, KeyError()).error == "KeyError: KeyError"
-    assert len(failed_trial(config, ValueError("x" * 9999)).error) == 500
+    assert failed_trial(config(), ValueError("first\nsecond")).error == "ValueError: first"
+    assert failed_trial(config(), KeyError()).error == "KeyError: KeyError"
+    assert len(failed_trial(config(), ValueError("x" * 9999)).error) == 500
 
 
 def test_results_survive_the_way_to_the_driver(study, baseline):
     result = run_trial(resident_workbench(study.inputs, baseline), study.plan.trials[0])
     assert unpack_result(pack_result(result)) == result
-
-
-def test_at_the_deadline_what_runs_is_given_up(study, ray_running):
-    heard, began = Heard(), time.monotonic()
-    trials = [endless(study, seed) for seed in range(6)]
-    ending = run(trials, sleep_or_finish, heard, deadline=began + 8)
-    assert ending == "out_of_time" and heard.results == []
-    assert 7 < time.monotonic() - began < 40
 
 
 def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, ray_running):
@@ -280,12 +200,6 @@ def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, ray_running
     late = heard.by_id[trials[0].id]
     assert late.status == "failed" and late.error == "TimeoutError: not done after 0.15 minutes (resources.minutes)"
     assert [heard.by_id[trial.id].status for trial in trials[1:]] == ["done"] * 3 and len(heard.results) == 4
-
-
-def test_sigterm_stops_as_ctrl_c_does(study, ray_running):
-    heard, before = Heard(then=lambda result: signal.raise_signal(signal.SIGTERM)), signal.getsignal(signal.SIGTERM)
-    assert run([study.plan.trials[0], endless(study)], sleep_or_finish, heard) == "interrupted"
-    assert len(heard.results) == 1 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, ray_running, tmp_path):
@@ -358,8 +272,6 @@ def test_a_cluster_without_nodes_is_told_once(study):
 
 def test_other_weights_than_the_planned_ones_are_refused(study, baseline, tmp_path):
     """A node may have a model of the same name and size, trained further."""
-    from tests.tiny import tiny_model, tiny_tokenizer
-
     tiny_model(seed=1).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     trial, data = study.plan.trials[0], study.facts.data_fingerprint

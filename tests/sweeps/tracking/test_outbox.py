@@ -10,10 +10,10 @@ import threading
 import pytest
 
 from locft.errors import InputError
-from sweeps.tracking import outbox as delivery_module
 from sweeps.session import study_lock
-from sweeps.tracking.outbox import Delivery, Outbox, open_outbox, with_retries, study_folder
+from sweeps.tracking import outbox as delivery_module
 from sweeps.tracking.address import resolve_uri
+from sweeps.tracking.outbox import Delivery, Outbox, open_outbox, study_folder, with_retries
 from sweeps.tracking.store import Refused, TrackingError
 from tests.mlflow_store import config, result
 

@@ -9,14 +9,22 @@ from mlflow import MlflowClient
 
 from locft.model.delta import EditDelta
 from sweeps import sweep as sweep_module
-from sweeps.study.resolve import prepare
-from sweeps.tracking.registry import FOLDER, add_version, fetch_edit, register_edit, registered_edit, registered_name, study_alias
 from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
 from sweeps.sweep import PickError, run_sweep
 from sweeps.tracking.address import resolve_uri
+from sweeps.tracking.registry import (
+    FOLDER,
+    add_version,
+    fetch_edit,
+    register_edit,
+    registered_edit,
+    registered_name,
+    study_alias,
+)
 from sweeps.tracking.study_run import Tracker
+from tests.heard import Heard
 from tests.mlflow_store import STUDY, config, result
-from tests.sweeps.run.test_runner import Heard
 
 
 def run(file, *overrides):
