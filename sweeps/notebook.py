@@ -13,10 +13,11 @@ from contextlib import nullcontext
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from analysis.figures import front as drawing
-from analysis.figures.style import TITLES
+from analysis.figures.curves import loss_figure, loss_info
+from analysis.figures.front import front_figure, front_info
+from analysis.figures.maps import heatmap_figure, heatmap_info
 from analysis.stats.pick import recommend
-from analysis.stats.table import has_values
+from analysis.stats.table import TITLES, has_values
 from sweeps.answer import read_state
 from sweeps.commands.progress import Progress
 from sweeps.run.dispatch import Reporter
@@ -75,14 +76,14 @@ def figures(results: "pd.DataFrame") -> dict[str, "go.Figure"]:
     "losses". The study's pick is marked."""
     pick = recommend(results)
     picked = pick.trial_id if pick else None
-    front = drawing.front_info(results, pick=picked)
-    found = {"front": drawing.front_figure(front)}
+    front = front_info(results, pick=picked)
+    found = {"front": front_figure(front)}
     for metric in MAPS:
         if has_values(results, metric):
-            found[metric] = drawing.heatmap_figure(drawing.heatmap_info(results, metric, pick=picked))
+            found[metric] = heatmap_figure(heatmap_info(results, metric, pick=picked))
             found[metric].update_layout(title=TITLES.get(metric, metric).capitalize(), margin={"t": 60})
     on_front = tuple(point.trial_id for point in front.points if point.on_front)
-    found["losses"] = drawing.loss_figure(drawing.loss_info(results, front=on_front, pick=picked))
+    found["losses"] = loss_figure(loss_info(results, front=on_front, pick=picked))
     return found
 
 

@@ -1,7 +1,7 @@
 """Plots of how settings came to their results: loss curves, breadth-first against depth-first, parallel coordinates.
 
-In two steps like all figures: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's id
-as `customdata`, by which the page filters them.
+In two steps like all figures: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's
+id as `customdata`, by which the page filters them.
 """
 
 import math
@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.style import ACCENT, BLUE, TITLES, styled_figure
+from analysis.figures.style import ACCENT, BLUE, styled_figure, thinned
+from analysis.stats.axes import AXIS, SWEPT
 from analysis.stats.pareto import comparable
-from analysis.stats.table import SETTING_AXES, by_setting, done
-from analysis.figures.thinning import thinned
-from analysis.stats.wording import escaped, number
+from analysis.stats.table import FRACTIONS, SETTING_AXES, TITLES, axis_text, by_setting, done, setting_text
+from analysis.stats.wording import escaped
 
 MAX_CURVES = 150
 """Loss curves drawn at most; the info says how many were left out."""
@@ -24,6 +24,8 @@ MAX_PAIRS = 200
 """Pairs of pipelines drawn at most; the mean difference is that of all."""
 MAX_LINES = 1000
 """Settings in the parallel coordinates at most."""
+PAIRED = tuple(axis.name for axis in SWEPT if axis.name != "pipeline")
+"""What the two pipelines of a pair have in common."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,7 @@ def loss_info(results: pd.DataFrame, *, front: Sequence[str] = (), pick: str | N
     for index in order[:MAX_CURVES]:
         row = rows.iloc[index]
         usable = tuple(float(f"{x:.4g}") if math.isfinite(x) and x > 0 else None for x in row["epoch_losses"])
-        settings = f"batch {number(row['batch_size'])}, rate {number(row['learning_rate'])}"
-        label = f"{row['layer']}.{escaped(row['module'])}, {settings}"
+        label = escaped(", ".join(filter(None, (f"{row['layer']}.{row['module']}", setting_text(row)))))
         kind = ("pick", "front", "other")[rank.get(row["trial_id"], 2)]
         curves.append(LossCurve(row["trial_id"], label, float(row["depth"]), usable, kind))
     return LossInfo(curves=tuple(curves), pipeline=pipeline, left_out=len(rows) - len(curves))
@@ -135,7 +136,7 @@ def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> Pipelin
     for side in sides.values():
         if {"breadth_first", "depth_first"} <= side.keys():
             wide, deep = side["breadth_first"], side["depth_first"]
-            label = f"{wide['layer']}.{escaped(wide['module'])}, rate {number(wide['learning_rate'])}"
+            label = escaped(f"{wide['layer']}.{wide['module']}, {setting_text(wide, PAIRED)}")
             pairs.append(
                 PipelinePair(
                     int(wide["batch_size"]), label, float(wide[metric]), float(deep[metric]),
@@ -193,10 +194,7 @@ def pipeline_figure(info: PipelineInfo) -> go.Figure:
             y=[getattr(pair, side) for pair in info.pairs],
             mode="markers", name=name, marker={"color": colour, "symbol": symbol, "size": 10},
             customdata=trials,
-            text=[
-                f"<b>{pair.label}</b>, batch {pair.batch_size}<br>{escaped(trial)}"
-                for pair, trial in zip(info.pairs, trials, strict=True)
-            ],
+            text=[f"<b>{pair.label}</b><br>{escaped(id)}" for pair, id in zip(info.pairs, trials, strict=True)],
             hovertemplate=f"%{{text}}<br>{name}: {title} %{{y:.1%}}<extra></extra>",
         )  # fmt: skip
     return figure
@@ -229,28 +227,37 @@ def parallel_info(results: pd.DataFrame, *, keep: Collection[str] = ()) -> Paral
     keep: settings to draw however many there are."""
     known = comparable(by_setting(results), ("reliability",))
     rows = known[known["trial_id"].isin(thinned(list(known["trial_id"]), keep, MAX_LINES))]
-    axes = []
-    for name in ("layer", "module", "pipeline", "batch_size", "learning_rate", "loss_average"):
-        given = list(dict.fromkeys(value for value in rows[name] if not pd.isna(value)))
-        if len(given) < 2 or rows[name].isna().any():
-            continue
-        label = {"batch_size": "batch", "learning_rate": "rate", "loss_average": "loss by"}.get(name, name)
-        if name == "layer":
-            axes.append(ParallelAxis(name, label, tuple(float(x) for x in rows[name]), ()))
-            continue
-        given = given if isinstance(given[0], str) else sorted(given)
-        place = {value: math.log10(value) if name == "learning_rate" else float(i) for i, value in enumerate(given)}
-        shown = given if len(given) <= 8 else [given[0], given[-1]]
-        texts = tuple((place[value], escaped(number(value).replace("_first", "-first"))) for value in shown)
-        axes.append(ParallelAxis(name, label, tuple(place[value] for value in rows[name]), texts))
-    for name in ("reliability", "generalization", "locality", "capability_change", "drift_kl", "seconds_per_edit"):
+    axes = [
+        _axis(name, rows[name])
+        for name in (axis.name for axis in SWEPT if axis.name != "seed")
+        if rows[name].nunique() > 1 and rows[name].notna().all()
+    ]
+    for name, (label, scale) in _METRICS.items():
         if len(rows) and np.isfinite(rows[name].astype("float64")).all():
-            scale = 100 if name == "capability_change" else 1
-            units = {"drift_kl": "drift, nats", "capability_change": "change, points", "seconds_per_edit": "s per edit"}
-            label = units.get(name, name)
             axes.append(ParallelAxis(name, label, tuple(float(f"{scale * x:.4g}") for x in rows[name]), ()))
     colour = tuple(round(float(x), 4) for x in rows["reliability"])
     return ParallelInfo(tuple(rows["trial_id"]), tuple(axes), colour, len(known) - len(rows))
+
+
+_METRICS = {name: (name, 1) for name in FRACTIONS} | {
+    "capability_change": ("change, points", 100), "drift_kl": ("drift, nats", 1), "seconds_per_edit": ("s per edit", 1),
+}  # fmt: skip
+"""Metric -> label and unit of its axis."""
+
+
+def _axis(name: str, values: pd.Series) -> ParallelAxis:
+    """Numbers at their place, on a logarithmic scale at that of their logarithm; words in their order."""
+    axis = AXIS[name]
+    label = axis.short.strip() or axis.title
+    if axis.type is not str and not axis.log:
+        return ParallelAxis(name, label, tuple(float(x) for x in values), ())
+    given = list(dict.fromkeys(values))
+    if axis.type is not str or axis.choices:
+        given.sort(key=[*axis.choices, *given].index if axis.choices else None)
+    place = {value: math.log10(value) if axis.log else float(i) for i, value in enumerate(given)}
+    shown = given if len(given) <= 8 else [given[0], given[-1]]
+    texts = tuple((place[value], escaped(axis_text(name, value).removeprefix(axis.short))) for value in shown)
+    return ParallelAxis(name, label, tuple(place[value] for value in values), texts)
 
 
 def parallel_figure(info: ParallelInfo) -> go.Figure:
@@ -260,7 +267,7 @@ def parallel_figure(info: ParallelInfo) -> go.Figure:
         dimension: dict = {"label": axis.label, "values": list(axis.values)}
         if axis.ticks:
             dimension |= {"tickvals": [at for at, _ in axis.ticks], "ticktext": [text for _, text in axis.ticks]}
-        if axis.name in ("reliability", "generalization", "locality"):
+        if axis.name in FRACTIONS:
             dimension |= {"range": [0, 1], "tickformat": ".0%"}
         dimensions.append(dimension)
     figure = styled_figure(height=430, margin={"l": 60, "r": 50, "t": 48, "b": 20})

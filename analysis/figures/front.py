@@ -1,8 +1,7 @@
-"""The plots of a study, each in two steps: `*_info` reads the results table into a frozen record of what is to be seen,
-`*_figure` draws that record with plotly. Tests look at the info; the drawing has no logic of its own.
+"""The figure of the front, in two steps like all figures: `front_info` reads the results table into a frozen record of
+what is to be seen, `front_figure` draws that record with plotly. Tests look at the info; the drawing has no logic of its own.
 
-Every mark's hover names its trial. User text is escaped, since plotly reads some HTML. The colours are those of
-`analysis.figures.style`; loss curves, pipelines and parallel coordinates are in `analysis.figures.curves` and named here as well.
+Every mark's hover names its trial. User text is escaped, since plotly reads some HTML.
 """
 
 import math
@@ -13,49 +12,20 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.curves import (
-    LossInfo,
-    ParallelInfo,
-    PipelineInfo,
-    loss_figure,
-    loss_info,
-    parallel_figure,
-    parallel_info,
-    pipeline_figure,
-    pipeline_info,
-)
-from analysis.stats.intervals import interval
-from analysis.figures.style import ACCENT, INK, MUTED, TITLES, hover_text, styled_figure
+from analysis.figures.style import ACCENT, BLUE, INK, MUTED, hover_text, styled_figure, thinned
 from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, comparable, pareto_front
-from analysis.stats.pick import best_by_position
-from analysis.stats.table import by_setting
-from analysis.figures.thinning import thinned
+from analysis.stats.table import TITLES, by_setting, interval
 from analysis.stats.wording import escaped
 
-__all__ = [
-    "FrontInfo", "HeatmapInfo", "LossInfo", "ParallelInfo", "PipelineInfo", "HEATMAP_CAPTION", "front_figure",
-    "front_info", "heatmap_figure", "heatmap_info", "loss_figure", "loss_info", "parallel_figure", "parallel_info",
-    "pipeline_figure", "pipeline_info",
-]  # fmt: skip
-
 SYMBOLS = (
-    "circle",
-    "square",
-    "diamond",
-    "triangle-up",
-    "pentagon",
-    "cross",
-    "x",
-    "hexagon",
-    "triangle-down",
-    "hourglass",
-)
+    "circle", "square", "diamond", "triangle-up", "pentagon", "cross", "x", "hexagon", "triangle-down", "hourglass",
+)  # fmt: skip
+STUDY_COLOURS = (BLUE, "#009e73")
+"""Of two studies in one figure; neither is that of the pick."""
 MAX_MARKS = 1000
 """Settings in the figure of the front at most; the info says how many were left out."""
 MAX_BARS = 24
 """Settings on the front up to which each has the bars of its intervals; of more only the pick has."""
-CHANGE_SCALE = ((0.0, "#b35806"), (0.25, "#f1a340"), (0.5, "#f7f7f7"), (0.75, "#67a9cf"), (1.0, "#2166ac"))
-"""Losses orange, gains blue."""
 
 
 @dataclass(frozen=True)
@@ -155,71 +125,90 @@ def front_step(front: ParetoFront, points: Sequence[tuple[float, float]]) -> lis
     return [(left, corners[0][1]), *corners, (corners[-1][0], bottom)]
 
 
-def front_figure(info: FrontInfo) -> go.Figure:
+def front_figure(info: FrontInfo, other: FrontInfo | None = None, names: Sequence[str] = ()) -> go.Figure:
     """Scatter coloured by relative depth, a symbol per module, the front as a step with bars of its intervals, the pick
-    ringed."""
+    ringed. With another study, a colour and a symbol per study (names: of both), each with its front and its pick."""
     x, y = (TITLES.get(name, name) for name in info.objectives)
     figure = styled_figure(height=520, xaxis={"title": {"text": x}}, yaxis={"title": {"text": y}}, dragmode="select")
-    if info.step:
-        figure.add_scatter(
-            x=[a for a, _ in info.step], y=[b for _, b in info.step], mode="lines", name="front", hoverinfo="skip",
-            line={"color": "#5b6675", "width": 1.5, "dash": "dot"}, showlegend=False,
+    studies = (info,) if other is None else (info, other)
+    for place, one in enumerate(studies):
+        if one.step:
+            figure.add_scatter(
+                x=[a for a, _ in one.step], y=[b for _, b in one.step], mode="lines", name="front", hoverinfo="skip",
+                line={"color": STUDY_COLOURS[place] if other else "#5b6675", "width": 1.5, "dash": "dot"},
+                showlegend=False,
+            )  # fmt: skip
+    if other is None:
+        groups = [(module, [mark for mark in info.points if mark.module == module]) for module in info.modules]
+    else:
+        groups = [(name, list(one.points)) for name, one in zip(names, studies, strict=True)]
+    for index, (name, marks) in enumerate(groups):
+        _scatter(figure, name, marks, SYMBOLS[index % len(SYMBOLS)], STUDY_COLOURS[index] if other else None)
+    if other is None:
+        figure.update_layout(
+            coloraxis={
+                "colorscale": "Cividis", "cmin": 0, "cmax": 1,
+                "colorbar": {
+                    "title": {"text": "depth", "side": "right"}, "thickness": 10, "len": 0.8, "outlinewidth": 0,
+                    "tickvals": [0, 0.5, 1], "ticktext": ["first", "middle", "last"],
+                },
+            }
         )  # fmt: skip
-    for index, module in enumerate(info.modules):
-        marks = [mark for mark in info.points if mark.module == module]
-        figure.add_scatter(
-            x=[round(mark.values[0], 5) for mark in marks],
-            y=[round(mark.values[1], 5) for mark in marks],
-            mode="markers",
-            name=escaped(module),
-            customdata=[mark.trial_id for mark in marks],
-            text=[mark.hover for mark in marks],
-            hovertemplate="%{text}<extra></extra>",
-            error_x=_bars(marks, 0),
-            error_y=_bars(marks, 1),
-            marker={
-                "symbol": SYMBOLS[index % len(SYMBOLS)],
-                "size": [13 if mark.on_front else 9 for mark in marks],
-                "opacity": [1.0 if mark.on_front else 0.75 for mark in marks],
-                "color": [round(mark.depth, 4) for mark in marks],
-                "coloraxis": "coloraxis",
-                "line": {"width": [1.6 if mark.on_front else 0.6 for mark in marks], "color": INK},
-            },
-        )
-    figure.update_layout(
-        coloraxis={
-            "colorscale": "Cividis", "cmin": 0, "cmax": 1,
-            "colorbar": {
-                "title": {"text": "depth", "side": "right"}, "thickness": 10, "len": 0.8, "outlinewidth": 0,
-                "tickvals": [0, 0.5, 1], "ticktext": ["first", "middle", "last"],
-            },
-        }
-    )  # fmt: skip
     if info.unedited is not None:
         figure.add_hline(
             y=info.unedited, line={"color": MUTED, "width": 1.5, "dash": "dash"},
             annotation={"text": "unedited model", "font": {"color": "#5b6675"}, "xanchor": "left", "x": 0},
-            annotation_position="bottom left" if any(y > info.unedited for _, y in info.step) else "top left",
+            annotation_position="bottom left" if any(b > info.unedited for _, b in info.step) else "top left",
         )  # fmt: skip
-    for mark in info.points:
-        if mark.trial_id == info.pick:
-            figure.add_scatter(
-                x=[mark.values[0]], y=[mark.values[1]], mode="markers", name="pick", hoverinfo="skip",
-                marker={"symbol": "circle-open", "size": 25, "color": ACCENT, "line": {"width": 3}},
-            )  # fmt: skip
-            left = mark.values[0] > sum(corner[0] for corner in info.step[:1] + info.step[-1:]) / 2
-            figure.add_annotation(
-                x=mark.values[0], y=mark.values[1], text=f"<b>{escaped(mark.position)}</b>", showarrow=True,
-                arrowhead=0, arrowcolor=ACCENT, ax=-46 if left else 46, ay=34, standoff=13,
-                font={"color": ACCENT, "size": 15}, bgcolor="rgba(255,255,255,0.8)", name="pick",
-            )  # fmt: skip
-    xs, ys = ([end for mark in info.points for end in (mark.values[axis], *_ends(mark, axis))] for axis in (0, 1))
+    for place, one in enumerate(studies):
+        _ring(figure, one, "pick" if place == 0 else f"pick of {escaped(names[1])}", STUDY_COLOURS[place] if other else ACCENT)
+    marks = [mark for one in studies for mark in one.points]
+    xs, ys = ([end for mark in marks for end in (mark.values[axis], *_ends(mark, axis))] for axis in (0, 1))
     ys += [info.unedited] if info.unedited is not None else []
+    spread = max(ys, default=1.0) - min(ys, default=0.0)
     figure.update_layout(
         xaxis={"tickformat": ".0%", "range": _padded(xs, least=0.03)},
-        yaxis={"tickformat": _tickformat(ys), "range": _padded(ys, least=0.006)},
+        yaxis={"tickformat": ".1%" if spread < 0.1 else ".0%", "range": _padded(ys, least=0.006)},
     )
     return figure
+
+
+def _scatter(figure: go.Figure, name: str, marks: Sequence[FrontPoint], symbol: str, colour: str | None) -> None:
+    """colour: of all marks; None colours them by depth."""
+    depths = [round(mark.depth, 4) for mark in marks]
+    figure.add_scatter(
+        x=[round(mark.values[0], 5) for mark in marks],
+        y=[round(mark.values[1], 5) for mark in marks],
+        mode="markers",
+        name=escaped(name),
+        customdata=[mark.trial_id for mark in marks],
+        text=[mark.hover for mark in marks],
+        hovertemplate="%{text}<extra></extra>",
+        error_x=_bars(marks, 0),
+        error_y=_bars(marks, 1),
+        marker={
+            "symbol": symbol,
+            "size": [13 if mark.on_front else 9 for mark in marks],
+            "opacity": [1.0 if mark.on_front else 0.4 if colour else 0.75 for mark in marks],
+            "line": {"width": [1.6 if mark.on_front else 0.6 for mark in marks], "color": INK},
+            **({"color": colour} if colour else {"color": depths, "coloraxis": "coloraxis"}),
+        },
+    )
+
+
+def _ring(figure: go.Figure, info: FrontInfo, name: str, colour: str) -> None:
+    """Around the pick, with its position beside it. The page's script moves the trace and the note that are named "pick"."""
+    for mark in (mark for mark in info.points if mark.trial_id == info.pick):
+        figure.add_scatter(
+            x=[mark.values[0]], y=[mark.values[1]], mode="markers", name=name, hoverinfo="skip",
+            marker={"symbol": "circle-open", "size": 25, "color": colour, "line": {"width": 3}},
+        )  # fmt: skip
+        left = mark.values[0] > sum(corner[0] for corner in info.step[:1] + info.step[-1:]) / 2
+        figure.add_annotation(
+            x=mark.values[0], y=mark.values[1], text=f"<b>{escaped(mark.position)}</b>", showarrow=True,
+            arrowhead=0, arrowcolor=colour, ax=-46 if left else 46, ay=34, standoff=13,
+            font={"color": colour, "size": 15}, bgcolor="rgba(255,255,255,0.8)", name=name,
+        )  # fmt: skip
 
 
 def _ends(mark: FrontPoint, axis: int) -> tuple[float, ...]:
@@ -245,111 +234,3 @@ def _padded(values: Sequence[float], least: float) -> list[float]:
         return [0.0, 1.0]
     pad = max(0.07 * (max(values) - min(values)), least)
     return [min(values) - pad, max(values) + pad]
-
-
-@dataclass(frozen=True)
-class HeatmapInfo:
-    metric: str
-    layers: tuple[int, ...]
-    """Columns."""
-    modules: tuple[str, ...]
-    """Rows."""
-    values: tuple[tuple[float | None, ...], ...]
-    """values[row][column]; None where nothing was measured."""
-    hover: tuple[tuple[str, ...], ...]
-    trial_ids: tuple[tuple[str | None, ...], ...]
-    limits: tuple[float, float]
-    """Of the colours. Symmetric about 0 for a change."""
-    pick: tuple[int, int] | None
-    """(row, column) of the cell that shows the picked trial; None when that is not among the best of its cell."""
-
-
-HEATMAP_CAPTION = (
-    "Each cell shows the best setting tried there: the highest reliability, then the highest capability. "
-    "The maps show the same setting in the same cell; an empty cell was not tried, failed or diverged."
-)
-
-
-def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: str | None = None) -> HeatmapInfo:
-    """A metric over layer and module, of the best setting (reliability, then capability; seeds averaged) in each cell.
-    The same settings whatever the metric, so that maps of several metrics can be read together."""
-    settings = by_setting(results)
-    tried = results[["layer", "module"]].drop_duplicates()
-    layers = tuple(sorted({int(layer) for layer in tried["layer"]}))
-    modules = tuple(dict.fromkeys(tried["module"]))
-    best = best_by_position(settings)
-    found = [[best.get((layer, module)) for layer in layers] for module in modules]
-
-    def value(row: dict[str, Any] | None) -> float | None:
-        return float(row[metric]) if row is not None and math.isfinite(row[metric]) else None
-
-    values = tuple(tuple(value(row) for row in line) for line in found)
-    flat = [x for line in values for x in line if x is not None]
-    if metric == "capability_change":
-        edge = max((abs(x) for x in flat), default=0.0) or 0.01
-        limits = (-edge, edge)
-    else:
-        limits = (
-            (0.0, 1.0)
-            if metric in TITLES and "drift" not in metric
-            else (min(flat, default=0.0), max(flat, default=1.0))
-        )
-    trial_ids = tuple(tuple(None if row is None else row["trial_id"] for row in line) for line in found)
-    cells = [(i, j) for i, line in enumerate(trial_ids) for j, trial in enumerate(line) if trial is not None]
-    return HeatmapInfo(
-        metric=metric,
-        layers=layers,
-        modules=modules,
-        values=values,
-        hover=tuple(
-            tuple(
-                hover_text(row) if row is not None else f"<b>{layer}.{escaped(module)}</b><br>no result"
-                for layer, row in zip(layers, line, strict=True)
-            )
-            for module, line in zip(modules, found, strict=True)
-        ),
-        trial_ids=trial_ids,
-        limits=limits,
-        pick=next(((i, j) for i, j in cells if trial_ids[i][j] == pick), None),
-    )
-
-
-def heatmap_figure(info: HeatmapInfo) -> go.Figure:
-    """Layers from left to right, a row per module; a colour centred on 0 for a change."""
-    change = info.metric == "capability_change"
-    form = "+.1~f" if change else ".2~f" if "drift" in info.metric else ".0%"
-    low, high = info.limits
-    figure = styled_figure(
-        height=120 + 34 * max(2, len(info.modules)),
-        xaxis={
-            "title": {"text": "layer"}, "showgrid": False, "type": "category", "tickangle": 0, "tick0": 0,
-            "dtick": max(1, math.ceil(len(info.layers) / 16)),
-        },
-        yaxis={"showgrid": False, "type": "category", "autorange": "reversed", "ticklabelstandoff": 6},
-        dragmode="select",
-    )  # fmt: skip
-    figure.add_heatmap(
-        x=[str(layer) for layer in info.layers],
-        y=[escaped(module) for module in info.modules],
-        z=[[None if x is None else round(100 * x if change else x, 4) for x in line] for line in info.values],
-        text=[list(line) for line in info.hover],
-        customdata=[list(line) for line in info.trial_ids],
-        hovertemplate="%{text}<extra></extra>",
-        hoverongaps=True,
-        colorscale=[list(stop) for stop in CHANGE_SCALE] if change else "Viridis",
-        zmin=100 * low if change else low, zmax=100 * high if change else high,
-        xgap=1, ygap=1,
-        colorbar={"thickness": 10, "outlinewidth": 0, "tickformat": form, "nticks": 5},
-    )  # fmt: skip
-    figure.update_layout(plot_bgcolor="#eceef1")
-    row, column = info.pick or (0, 0)  # the page moves the frame where the pick moves
-    figure.add_shape(
-        type="rect", name="pick", visible=info.pick is not None, line={"color": ACCENT, "width": 3},
-        x0=column - 0.5, x1=column + 0.5, y0=row - 0.5, y1=row + 0.5,
-    )  # fmt: skip
-    return figure
-
-
-def _tickformat(values: Sequence[float]) -> str:
-    """Decimals by the range to be read off."""
-    return ".1%" if values and max(values) - min(values) < 0.1 else ".0%"

@@ -1,25 +1,19 @@
-"""What all figures share: names, colours, the hover text of a trial, and an empty figure in the project's look.
+"""What all figures share: colours, the hover text of a trial, which marks are drawn, and an empty figure in our look.
 
 Colours are safe for colour-blind readers: perceptually uniform scales (cividis, viridis) for quantities, blue against
 orange for signs and pairs.
 """
 
 import math
-from collections.abc import Mapping
+import random
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.stats.intervals import drift_text, with_interval
-from analysis.stats.wording import change_with_interval, escaped, number, percent, whole_percent
-
-TITLES = {
-    "reliability": "reliability", "generalization": "generalization", "locality": "locality",
-    "reliability_tf": "reliability (teacher-forced)", "generalization_tf": "generalization (teacher-forced)",
-    "locality_tf": "locality (teacher-forced)", "capability": "capability", "capability_change": "capability change",
-    "drift_kl": "drift",
-}  # fmt: skip
+from analysis.stats.table import drift_text, setting_text, with_interval
+from analysis.stats.wording import change_with_interval, escaped, percent, whole_percent
 
 INK, MUTED, GRID, ACCENT, BLUE = "#1c2430", "#8a94a3", "#e6e9ee", "#d55e00", "#0072b2"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
@@ -28,12 +22,10 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-ser
 def hover_text(row: Mapping[str, Any], chance: float | None = None) -> str:
     """What hovering over a trial (or a setting) says: id, position, settings, metrics, and the chance that it is on the
     front where there is one. Escaped."""
-    rate, size = number(row["learning_rate"]), number(row["batch_size"])
-    seeds = row["seeds"] if "seeds" in row else (row["seed"],)
-    named = ", ".join(str(seed) for seed in seeds if not pd.isna(seed))
-    settings = f"{escaped(row['pipeline'])}, batch {size}, rate {rate}"
+    seeds = [str(seed) for seed in (row["seeds"] if "seeds" in row else (row["seed"],)) if not pd.isna(seed)]
+    named = [f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"] if seeds else []
     lines = [f"<b>{row['layer']}.{escaped(row['module'])}</b>  {escaped(row['trial_id'])}"]
-    lines.append(settings + (f", seed{'s' if len(seeds) > 1 else ''} {named}" if named else ""))
+    lines.append(escaped(", ".join(filter(None, (setting_text(row), *named)))))
     if math.isfinite(row["reliability"]):
         lines.append(", ".join(f"{name} {with_interval(row, name)}" for name in ("reliability", "generalization")))
     if math.isfinite(row["capability"]):
@@ -76,3 +68,12 @@ def styled_figure(height: int, **layout) -> go.Figure:
         **layout,
     )
     return figure
+
+
+def thinned(ids: Sequence[str], keep: Collection[str], most: int) -> frozenset[str]:
+    """At most `most` of these ids: those to keep, however many they are, then a random sample of the rest. A random one,
+    as every tenth setting of a grid would be the same learning rate; always the same one for the same ids."""
+    kept = [one for one in ids if one in keep]
+    rest = [one for one in ids if one not in keep]
+    room = max(0, most - len(kept))
+    return frozenset(kept + (rest if len(rest) <= room else random.Random(0).sample(rest, room)))

@@ -5,9 +5,9 @@
   // the others as well.
   const form = document.getElementById("explore");
   const get = id => document.getElementById(id);
-  const {modules, layers, floor: ruled, best, margin, same, fields, settings: rows_, others} = JSON.parse(get("explore-data").textContent);
-  const settings = rows_.map(row => Object.fromEntries(fields.map((name, i) => [name, row[i]])));
-  const trials = new Map(others.map(([id, layer, module]) => [id, {layer, module, setting: null}]));
+  const {modules, layers, floor: ruled, best, margin, same, fields, settings: listed, others} = JSON.parse(get("explore-data").textContent);
+  const settings = listed.map(row => Object.fromEntries(fields.map((name, i) => [name, row[i]])));
+  const trials = new Map(others.map(([id, layer, module]) => [id, {layer, module, setting: id}]));
   settings.forEach(({ids, layer, module}) => ids.forEach(id => trials.set(id, {layer, module, setting: ids[0]})));
   const slider = get("floor"), from = get("from-layer"), to = get("to-layer");
   const chips = [...form.querySelectorAll("input[name=module]")];
@@ -20,7 +20,7 @@
   let brushed = null;  // trials whose lines cross the ranges drawn along the axes of the parallel coordinates
   const within = id => {
     const trial = trials.get(id);
-    if (!trial) return true;  // of another study
+    if (!trial) return true;
     const {layer, module, setting} = trial;
     return (!chips.length || chips[module].checked)
       && (!from || (layer >= layers[from.value] && layer <= layers[to.value]))
@@ -144,7 +144,7 @@
       say.append(floor === null ? "No setting shown is about as reliable as the best of the study; lower the floor to pick one. " : "No setting shown is as reliable as that. ");
     }
     say.append(`${left.length} of ${settings.length} settings shown.`);
-    if (pick && !hovers.has(id)) say.append(" The pick is not drawn: the study has too many settings to draw all.");
+    if (pick && !hovers.has(id)) say.append(" It is not drawn in the figure of the front.");
     if (chosen || brushed) say.append(" Only those drawn around in a figure; Reset shows all.");
     rows.forEach(row => row.classList.toggle("picked", id !== null && trials.get(row.dataset.trial)?.setting === id));
     figures().forEach(canvas => mark(canvas, id, position));

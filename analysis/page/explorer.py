@@ -7,12 +7,10 @@ capability, drift within the margin, then the first in the order of generalizati
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
-from analysis.page.gallery import script_json
 from analysis.stats.pareto import SAME
 from analysis.stats.pick import DRIFT_MARGIN, evidence_of, preference, ranked
 
@@ -21,23 +19,18 @@ FIELDS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Explorer:
-    """The controls of the page and the data behind them."""
-
-    modules: tuple[str, ...]
-    layers: tuple[int, ...]
-    data: Markup
-    """JSON: modules, layers, floor (the least reliability among the reliable settings), best (reliability), margin (of
-    drift), same (what counts as a tie), fields and settings (a list of `FIELDS` each: the trial ids, the module by its
-    index, the number of the list of its wrong answers or null; in the order of the rule's last step), others (trials
-    that belong to none: id, layer, index of the module)."""
-
-
-def explorer(results: pd.DataFrame, settings: pd.DataFrame, misses: Mapping[str, int], shown: Collection[str]) -> Explorer | None:
-    """None where there is nothing to choose: no setting that can be picked, or a single one.
+def explorer(
+    results: pd.DataFrame, settings: pd.DataFrame, misses: Mapping[str, int], shown: Collection[str]
+) -> dict[str, Any] | None:
+    """What the controls and their script need; None where there is nothing to choose: fewer than two settings that can be
+    picked.
 
     misses: trial_id -> number of the list of its wrong answers. shown: the trials that figures and tables show.
+
+    Returns modules and layers; floor (the least reliability among the reliable settings), best (reliability), margin (of
+    drift) and same (what counts as a tie); fields, and settings with a list of these each: the trial ids, the module by
+    its index, the number of the list of its wrong answers or None, in the order of the rule's last step; others: what else
+    is shown (failed and diverged trials, those of another study), each as id, layer and index of the module.
     """
     rows = ranked(settings)
     if len(rows) < 2:
@@ -46,11 +39,12 @@ def explorer(results: pd.DataFrame, settings: pd.DataFrame, misses: Mapping[str,
     layers = tuple(sorted({int(layer) for layer in results["layer"]}))
     index = {name: place for place, name in enumerate(modules)}
     evidence = evidence_of(rows)
-    measured = ((evidence.reliability, evidence.generalization, evidence.change, evidence.change_high, evidence.drift))
-    listed = list(zip(rows["trial_ids"], rows["layer"], rows["module"], rows["run_id"], rows["reliable"], *measured, strict=True))
+    measured = (evidence.reliability, evidence.generalization, evidence.change, evidence.change_high, evidence.drift)
+    columns = (rows[name] for name in ("trial_ids", "layer", "module", "run_id", "reliable"))
+    listed = list(zip(*columns, *measured, strict=True))
     ordered = [listed[place] for place in preference(evidence)]
     others = set(shown).difference(*rows["trial_ids"])
-    data = {
+    return {
         "modules": modules,
         "layers": layers,
         "floor": float(rows.loc[rows["reliable"], "reliability"].min()),
@@ -68,7 +62,6 @@ def explorer(results: pd.DataFrame, settings: pd.DataFrame, misses: Mapping[str,
             if trial in others
         ],
     }
-    return Explorer(modules, layers, script_json(data))
 
 
 def _number(value: float) -> float | None:

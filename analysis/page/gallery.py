@@ -1,12 +1,10 @@
-"""The figures of a page, with their titles and captions, and the frame that pages are drawn in.
-
-Those of the report, in reading order: all that the results can fill.
-"""
+"""The figures of the report with their titles and captions, and the frame that the page is drawn in."""
 
 import base64
 import functools
 import gzip
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,10 +16,23 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from analysis.figures import front as figures
-from analysis.figures.style import TITLES
-from analysis.stats.pareto import comparable
-from analysis.stats.table import by_setting, has_values
+from analysis.figures.curves import (
+    loss_figure,
+    loss_info,
+    parallel_figure,
+    parallel_info,
+    pipeline_figure,
+    pipeline_info,
+)
+from analysis.figures.front import front_figure, front_info
+from analysis.figures.importance import importance_figure
+from analysis.figures.maps import HEATMAP_CAPTION, heatmap_figure, heatmap_info
+from analysis.figures.probe import probe_figure, probe_info
+from analysis.page.how_found import HowFound
+from analysis.stats.comparison import Comparison
+from analysis.stats.importance import WhatMatters
+from analysis.stats.pareto import ParetoFront, comparable
+from analysis.stats.table import TITLES, by_setting, has_values
 from analysis.stats.wording import plural, points
 
 DRAWN = "the front, the pick and the best of each position are"
@@ -49,9 +60,8 @@ class Plot:
 
 def gallery(
     results: pd.DataFrame,
-    objectives: tuple[str, str],
+    front: ParetoFront,
     baseline: Mapping[str, float],
-    front: tuple[str, ...],
     pick: str | None,
     chances: Mapping[str, float],
     keep: Collection[str] = (),
@@ -59,49 +69,34 @@ def gallery(
     """The figures that these results can fill, in reading order. chances: of being on the front, by trial_id. keep:
     settings to draw where there are too many to draw all, beside front and pick."""
     plots: list[Plot] = []
-    x, y = (TITLES.get(name, name) for name in objectives)
-    if len(comparable(by_setting(results), objectives)):
-        info = figures.front_info(
-            results, objectives=objectives, baseline=baseline, pick=pick, chances=chances, keep=keep
-        )
-        barred = ", the bars are 95% intervals " + ("on the front" if info.n_barred > 1 else "of the pick")
-        plots.append(
-            page_plot(
-                "front", f"{x.capitalize()} against {y}", figures.front_figure(info),
-                f"Each mark is a setting: its colour is the depth of the layer, its shape the module. Up and to the"
-                f" right is better. The dotted step is the front ({plural(info.n_front, 'setting')}), the ring the pick"
-                f"{barred if info.n_barred else ''}.{_left_out(info.left_out, 'settings', DRAWN)}",
-                f"Scatter of {x} and {y} of {plural(len(info.points), 'setting')}; the table of the front above holds"
-                " its best ones.",
-            )
-        )  # fmt: skip
+    if len(comparable(by_setting(results), front.objectives)):
+        plots.append(_front_plot(results, front, baseline, pick, chances, keep))
     maps = [name for name in ("reliability", "generalization", "capability_change") if has_values(results, name)]
     for metric in maps if results[["layer", "module"]].drop_duplicates().shape[0] > 1 else ():
         title = TITLES[metric].capitalize()
-        caption = figures.HEATMAP_CAPTION if metric == maps[0] else ""
+        caption = HEATMAP_CAPTION if metric == maps[0] else ""
         caption = "In percentage points: blue is a gain, orange a loss." if metric == "capability_change" else caption
         plots.append(
             page_plot(
                 f"map-{metric.replace('_', '-')}", f"{title} by layer and module",
-                figures.heatmap_figure(figures.heatmap_info(results, metric, pick=pick)), caption,
+                heatmap_figure(heatmap_info(results, metric, pick=pick)), caption,
                 f"Heat map of {TITLES[metric]} over layers and modules; the table of all trials holds the values.",
             )
         )  # fmt: skip
-    losses = figures.loss_info(results, front=front, pick=pick)
+    losses = loss_info(results, front=front.trial_ids, pick=pick)
     if losses.curves:
-        caption = "Mean loss over the edits" + (
-            f" ({losses.pipeline.replace('_first', '-first')} trials)" if losses.pipeline else ""
-        )
-        caption += f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
-        plots.append(page_plot("losses", "Training loss", figures.loss_figure(losses), caption, "Training loss by epoch."))
+        pipeline = f" ({losses.pipeline.replace('_', '-')} trials)" if losses.pipeline else ""
+        more = f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
+        caption = f"Mean loss over the edits{pipeline}{more}"
+        plots.append(page_plot("losses", "Training loss", loss_figure(losses), caption, "Training loss by epoch."))
     for metric in ("reliability", "capability"):
-        pairs = figures.pipeline_info(results, metric) if has_values(results, metric) else None
+        pairs = pipeline_info(results, metric) if has_values(results, metric) else None
         if pairs is None or not pairs.pairs:
             continue
         means = "; ".join(f"batch {size}: {points(gap)} points" for size, gap, _ in pairs.mean_difference)
         plots.append(
             page_plot(
-                f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", figures.pipeline_figure(pairs),
+                f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", pipeline_figure(pairs),
                 f"Pairs that agree in everything else. Mean advantage of breadth-first: {means}."
                 + _left_out(pairs.left_out, "pairs", "the means are of all"),
                 f"{metric.capitalize()} of {plural(len(pairs.pairs), 'pair')} of settings. Mean advantage of"
@@ -109,11 +104,11 @@ def gallery(
                 wide=False,
             )
         )  # fmt: skip
-    parallel = figures.parallel_info(results, keep={*front, *((pick,) if pick else ()), *keep})
+    parallel = parallel_info(results, keep={*front.trial_ids, *((pick,) if pick else ()), *keep})
     if len(parallel.trial_ids) > 1:
         plots.append(
             page_plot(
-                "parallel", "Everything at once", figures.parallel_figure(parallel),
+                "parallel", "Everything at once", parallel_figure(parallel),
                 "A line is a setting, coloured by reliability. Drag along an axis to keep the lines that cross there, here"
                 f" and in all figures; click the axis to let go.{_left_out(parallel.left_out, 'settings', DRAWN)}",
                 "Parallel coordinates of settings and metrics; the table of all trials holds the values.",
@@ -121,6 +116,68 @@ def gallery(
             )
         )  # fmt: skip
     return plots
+
+
+def _front_plot(
+    results: pd.DataFrame,
+    front: ParetoFront,
+    baseline: Mapping[str, float],
+    pick: str | None,
+    chances: Mapping[str, float],
+    keep: Collection[str],
+) -> Plot:
+    x, y = (TITLES.get(name, name) for name in front.objectives)
+    info = front_info(results, objectives=front.objectives, baseline=baseline, pick=pick, chances=chances, keep=keep)
+    barred = ", the bars are 95% intervals " + ("on the front" if info.n_barred > 1 else "of the pick")
+    return page_plot(
+        "front", f"{x.capitalize()} against {y}", front_figure(info),
+        f"Each mark is a setting: its colour is the depth of the layer, its shape the module. Up and to the right is"
+        f" better. The dotted step is the front ({plural(info.n_front, 'setting')}), the ring the pick"
+        f"{barred if info.n_barred else ''}.{_left_out(info.left_out, 'settings', DRAWN)}",
+        f"Scatter of {x} and {y} of {plural(len(info.points), 'setting')}; the table of the front above holds its best"
+        " ones.",
+    )  # fmt: skip
+
+
+def importance_plot(weighed: WhatMatters) -> Plot:
+    return page_plot(
+        "importance", "Importance of the axes", importance_figure(weighed),
+        "How much an axis decides whether a trial is among the best quarter (PED-ANOVA), as a share of all axes. A bar that"
+        " does not reach beyond its tick is grey: shuffled results give as much. Each axis is weighed by itself, so axes"
+        " that were varied together share what they explain.",
+        "Bars of the importance of each axis; the sentences above hold the values.",
+    )  # fmt: skip
+
+
+def comparison_plot(found: Comparison) -> Plot | None:
+    """Both fronts in one figure, a colour each; None where one of the studies has no such settings."""
+    y = "capability_change" if found.capability else "generalization"
+    if not all(len(comparable(study.results, ("reliability", y))) for study in found.studies):
+        return None
+    here, there = (
+        front_info(study.results, objectives=("reliability", y), pick=pick.trial_id if pick else None)
+        for study, pick in zip(found.studies, found.picks, strict=True)
+    )
+    return page_plot(
+        "compared-fronts", "Both fronts", front_figure(here, there, found.names),
+        "Full marks are on their study's front, the ring is its pick. Up and to the right is better."
+        + _left_out(here.left_out + there.left_out, "settings", DRAWN),
+        f"Scatter of reliability and {TITLES[y]} of both studies with their fronts.",
+    )  # fmt: skip
+
+
+def probe_plot(results: pd.DataFrame, found: HowFound, pick: str | None) -> Plot | None:
+    """What the probe expected against what was measured; None where fewer than two positions were run."""
+    info = probe_info(results, found.probe, pick=pick)
+    if len(info.points) < 2:
+        return None
+    rank = f" Spearman's correlation is {info.rank:.2f}." if math.isfinite(info.rank) else ""
+    return page_plot(
+        "probe", "The probe's order against the drift measured", probe_figure(info),
+        f"Each mark is a position that was run, {len(info.points)} of {info.positions:,} that were probed. The further left,"
+        f" the less the probe expects learning to disturb there; the lower, the less it did. The ring is the pick.{rank}",
+        f"Scatter of disturbance and drift of {plural(len(info.points), 'position')}; the tables below hold the runs.",
+    )  # fmt: skip
 
 
 def _left_out(count: int, what: str, but: str) -> str:
@@ -144,15 +201,11 @@ _PAGES = jinja2.Environment(
 
 def page_plot(id: str, title: str, figure: go.Figure, caption: str, description: str, **shape: bool) -> Plot:
     """A figure for a page. shape: fields of `Plot`."""
+    found = [trace.customdata for trace in figure.data if trace.customdata is not None]
+    rows = [item if isinstance(item, list | tuple) else [item] for items in found for item in items]  # lists in maps
+    trials = frozenset(trial for row in rows for trial in row if trial is not None)
     data = script_json(figure.to_plotly_json())
-    return Plot(id, title, caption, description, data, int(figure.layout.height), trials=_trials(figure), **shape)
-
-
-def _trials(figure: go.Figure) -> frozenset[str]:
-    """What the traces carry as `customdata`: a list, or one a row of a map."""
-    found = [item for trace in figure.data for item in (trace.customdata if trace.customdata is not None else ())]
-    rows = [item if isinstance(item, list | tuple) else [item] for item in found]
-    return frozenset(trial for row in rows for trial in row if trial is not None)
+    return Plot(id, title, caption, description, data, int(figure.layout.height), trials=trials, **shape)
 
 
 @functools.cache
@@ -164,10 +217,6 @@ def packed_plotly() -> Markup:
 
 def script_json(value: Any) -> Markup:
     """A value as JSON that is safe inside a script element."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False, default=_jsonable)
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False, default=lambda array: array.tolist())
     # "</script" would end the script element, "<!--" and "<script" confuse it; JSON has another way to write "<"
     return Markup(re.sub("<(?=[/!sS])", r"\\u003c", text))
-
-
-def _jsonable(value: Any) -> Any:
-    return value.tolist()

@@ -1,4 +1,4 @@
-"""The sentences of the report: what was found, what it costs, and how sure that is."""
+"""The sentences of the report: what was asked, what was found, what it costs, and how sure that is."""
 
 import math
 from collections.abc import Mapping
@@ -7,40 +7,83 @@ from typing import Any
 import pandas as pd
 
 from analysis.stats.bootstrap import MeasuredAgain
-from analysis.stats.intervals import drift_text, interval, with_interval
-from analysis.stats.pareto import ParetoFront, comparable
+from analysis.stats.comparison import Comparison, Measured, place_of
+from analysis.stats.pareto import ParetoFront, comparable, knee
 from analysis.stats.pick import Recommendation
-from analysis.stats.table import FRACTIONS, setting_names
-from analysis.stats.wording import change_with_interval, number, percent, plural, points, points_interval, seconds, share_interval, whole_percent
+from analysis.stats.table import (
+    FRACTIONS,
+    TITLES,
+    done,
+    drift_text,
+    failed,
+    interval,
+    setting_names,
+    setting_text,
+    task_columns,
+    with_interval,
+)
+from analysis.stats.wording import (
+    ABSENT,
+    change_with_interval,
+    number,
+    percent,
+    plural,
+    points,
+    points_interval,
+    seconds,
+    share_interval,
+    when,
+    whole_percent,
+)
+
+
+def facts(about: Measured) -> list[tuple[str, str]]:
+    """(name, value) of what was asked."""
+    study, results, baseline = about.study, about.results, about.baseline
+    n_edits, n_items, planned = (study.get(name) for name in ("n_edits", "n_items", "trials_planned"))
+    edits = " from ".join(filter(None, (plural(int(n_edits), "edit") if n_edits else "", study.get("edits_source"))))
+    if edits and "reliability" in baseline:
+        edits += f"; the unedited model already gives {percent(baseline['reliability'])} of the new answers"
+    items = [plural(int(n_items), "item")] if n_items else []
+    tasks = [name.removeprefix("capability.") for name in task_columns(results)]
+    capability = str(study.get("capability_source") or "")
+    if tasks or items:
+        capability += f": {' of '.join((*items, plural(len(tasks), 'task')) if tasks else items)}"
+        capability += f" ({', '.join(tasks)})" if tasks else ""
+    if "capability" in baseline:
+        capability += f"; the unedited model scores {percent(baseline['capability'])}"
+    n_done = int(study.get("trials_done", len(done(results))))
+    n_failed = int(study.get("trials_failed", len(failed(results))))
+    trials = f"{plural(n_done, 'trial')} done" + (f" of {int(planned):,} planned" if planned else "")
+    trials += f", {n_failed:,} failed" if n_failed else ""
+    run = " to ".join(filter(None, (when(study.get("started")), when(study.get("finished")))))
+    found = {"Model": str(study["model"]), "Edits": edits, "Capability": capability, "Trials": trials, "Run": run}
+    return [(name, value) for name, value in found.items() if value]
+
+
+def differing(found: Comparison) -> list[tuple[str, str, str]]:
+    """(what, here, there) of two studies: their facts and their picks."""
+    here, there = (dict(facts(study)) for study in found.studies)
+    rows = [(name, here.get(name, ABSENT), there.get(name, ABSENT)) for name in here | there]
+    a, b = (pick.position if pick else ABSENT for pick in found.picks)
+    return [*rows, ("Pick", a, b)]
+
 
 def headline(pick: Recommendation, baseline: Mapping[str, float]) -> dict[str, Any]:
-    """The answer: `position`, and `figures`, a list of (name, value, note) to read next to it."""
+    """The answer: `position`, `settings` in words, and `figures`, a list of (name, value, note) to read next to it."""
     metrics = pick.metrics
     figures = [
         (name, percent(metrics[name]), share_interval(*interval(metrics, name))) for name in FRACTIONS if name in metrics
     ]
     if "capability_change" in metrics:
-        change = metrics["capability_change"]
-        note = points_interval(*interval(metrics, "capability_change"))
+        change, note = metrics["capability_change"], points_interval(*interval(metrics, "capability_change"))
         figures.append(("capability change", f"{points(change)} points", note))
     elif "capability" in metrics:
         before = f"against {percent(baseline['capability'])} unedited" if "capability" in baseline else ""
         figures.append(("capability", percent(metrics["capability"]), before))
-    shown = {
-        "pipeline": "",
-        "batch_size": "batch ",
-        "learning_rate": "learning rate ",
-        "loss_average": "loss by ",
-        "epochs": "",
-    }
-    settings = [
-        before
-        + number(pick.settings[name]).replace("_first", "-first")
-        + (" epochs at most" if name == "epochs" else "")
-        for name, before in shown.items()
-        if name in pick.settings
-    ]
-    return {"position": pick.position, "figures": figures, "settings": ", ".join(settings)}
+    epochs = f"at most {plural(pick.settings['epochs'], 'epoch')}" if "epochs" in pick.settings else ""
+    settings = ", ".join(filter(None, (setting_text(pick.settings), epochs)))
+    return {"position": pick.position, "figures": figures, "settings": settings}
 
 
 def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -48,8 +91,7 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
     metrics, said = pick.metrics, []
     before = f" The unedited model scores {percent(baseline['capability'])}." if "capability" in baseline else ""
     if "capability_change" in metrics:
-        ends = (metrics.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
-        said.append(("Capability", f"{change_with_interval(*ends)} (95% interval).{before}"))
+        said.append(("Capability", f"{_change(metrics)} (95% interval).{before}"))
     elif "capability" in metrics:
         said.append(("Capability", f"{percent(metrics['capability'])} after the edit.{before}"))
     tasks = [name for name in metrics if name.startswith("capability.") and name in baseline]
@@ -71,88 +113,91 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
 
 
 def certainty(
-    study: Mapping[str, Any], settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, doubt: MeasuredAgain
+    n_items: int | None, settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, again: MeasuredAgain
 ) -> list[tuple[str, str]]:
-    """(name, sentence) pairs on how far the pick can be trusted."""
-    metrics = pick.metrics
+    """(name, sentence) pairs on how far the pick can be trusted. settings: `by_setting(results)`."""
+    metrics, n_settings = pick.metrics, len(comparable(settings, ("reliability",)))
     said = [("Rule", pick.rule)]
-    n = metrics.get("n_edits", math.nan)
     low, high = interval(metrics, "reliability")
     if math.isfinite(low):
         said.append(
             (
                 "Edits",
-                f"Reliability is a fraction of {plural(round(n), 'edit')}: for further edits of this kind expect"
-                f" between {percent(low)} and {percent(high)} (95% interval).",
+                f"Reliability is a fraction of {plural(round(metrics['n_edits']), 'edit')}: for further edits of this kind"
+                f" expect between {percent(low)} and {percent(high)} (95% interval).",
             )
         )
-    items = study.get("n_items")
     if "capability_change_low" in metrics and "capability_change_high" in metrics:
         inside = metrics["capability_change_low"] <= 0 <= metrics["capability_change_high"]
-        change = change_with_interval(*(metrics[f"capability_change{end}"] for end in ("", "_low", "_high")))
-        said.append(
-            (
-                "Capability",
-                f"{change} (95% interval, same items before and after"
-                + (f", {plural(int(items), 'item')}" if items else "")
-                + "): "
-                + (
-                    "zero is inside, so no change is shown, and none is ruled out within it."
-                    if inside
-                    else "zero is outside."
-                ),
-            )
-        )
-    said.append(("Choice", " ".join(pick.reasons[: 1 if len(comparable(settings, ("reliability",))) == 1 else 2])))
+        verdict = "zero is inside, so no change is shown, and none within it is ruled out" if inside else "zero is outside"
+        items = f", {plural(int(n_items), 'item')}" if n_items else ""
+        text = f"{_change(metrics)} (95% interval, same items before and after{items}): {verdict}."
+        said.append(("Capability", text))
+    said.append(("Choice", " ".join(pick.reasons[: 1 if n_settings == 1 else 2])))
     if pick.runner_up is not None:
         other = settings[settings["trial_id"] == pick.runner_up].iloc[0]
-        text = f"{other['layer']}.{other['module']}"
-        same = f" (batch {number(other['batch_size'])}, learning rate {number(other['learning_rate'])})"
-        text += (
-            f"{same}: reliability {percent(other['reliability'])}, generalization {percent(other['generalization'])}"
-        )
+        text = f"{place_of(other)} ({setting_text(other)}): reliability {percent(other['reliability'])},"
+        text += f" generalization {percent(other['generalization'])}"
         if math.isfinite(other["capability_change"]):
             text += f", capability change {points(other['capability_change'])} points"
+        text += f", drift {number(other['drift_kl'])} nats" if math.isfinite(other["drift_kl"]) else ""
         said.append(("Runner-up", text + "."))
-    seeds = next(reason for reason in pick.reasons if "seed" in reason)
-    said.append(("Seeds", seeds))
-    n_settings = len(comparable(settings, ("reliability",)))
+    said.append(("Seeds", next(reason for reason in pick.reasons if "seed" in reason)))
     if n_settings > 1:
-        said += _measured_again(settings, pick, front, doubt)
+        said += _measured_again(settings, pick, front, again)
     if n_settings >= 10:
-        said.append(
-            (
-                "Selection",
-                f"The best of {plural(n_settings, 'setting')} owes some of its lead to chance: expect a little less on"
-                " new edits.",
-            )
-        )
+        text = f"The best of {plural(n_settings, 'setting')} owes some of its lead to chance: expect a little less on new edits."
+        said.append(("Selection", text))
     return said
 
 
 def _measured_again(
-    settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, doubt: MeasuredAgain
+    settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, again: MeasuredAgain
 ) -> list[tuple[str, str]]:
     """What the bootstrap says about pick and front."""
-    said = []
-    what = "edits and items" if doubt.by_edit else "every measurement"
-    if doubt.picks:
-        names = setting_names(settings)
-        others = sorted((item for item in doubt.picks.items() if item[0] != pick.trial_id), key=lambda item: -item[1])
-        text = f"With {what} drawn again, the rule picks this setting in {whole_percent(doubt.picks[pick.trial_id])} of cases"
-        rest = [f"{names[trial]} in {whole_percent(chance)}" for trial, chance in others[:2] if chance >= 0.05]
-        said.append(("Measured again", text + (f", {' and '.join(rest)}" if rest else "") + "."))
-    if doubt.chances:
-        low, high = doubt.hypervolume
-        said.append(
-            (
-                "Front",
-                (
-                    f"The pick is on the front with a chance of {whole_percent(doubt.chances[pick.trial_id])}. "
-                    if pick.trial_id in doubt.chances
-                    else ""
-                )
-                + f"Hypervolume {front.hypervolume:.3f}, 95% interval [{low:.3f}, {high:.3f}].",
-            )
-        )
+    names = setting_names(settings)
+    others = sorted((item for item in again.picks.items() if item[0] != pick.trial_id), key=lambda item: -item[1])
+    rest = [f"{names[trial]} in {whole_percent(chance)}" for trial, chance in others[:2] if chance >= 0.05]
+    what = "edits and items" if again.by_edit else "every measurement"
+    text = f"With {what} drawn again, the rule picks this setting in {whole_percent(again.picks[pick.trial_id])} of cases"
+    said = [("Measured again", text + (f", {' and '.join(rest)}" if rest else "") + ".")]
+    if again.chances:
+        low, high = again.hypervolume
+        text = f"Hypervolume {front.hypervolume:.3f}, 95% interval [{low:.3f}, {high:.3f}]."
+        if pick.trial_id in again.chances:
+            text = f"The pick is on the front with a chance of {whole_percent(again.chances[pick.trial_id])}. {text}"
+        said.append(("Front", text))
     return said
+
+
+def bend_of(found: pd.DataFrame, front: ParetoFront, pick: Recommendation | None) -> str | None:
+    """What the knee of the front offers against the pick, in one sentence; None when it is the pick. found: the settings
+    by trial_id."""
+    bend = knee(front)
+    if bend is None or pick is None or bend == pick.trial_id:
+        return None
+    row, chosen = found.loc[bend], found.loc[pick.trial_id]
+    gains = [
+        f"{points(row[name] - chosen[name])} points of {TITLES.get(name, name)}"
+        for name in front.objectives
+        if math.isfinite(chosen[name])
+    ]
+    return f"It bends most at {place_of(row)}: {' and '.join(gains)} against the pick."
+
+
+def near_the_front(settings: pd.DataFrame, front: ParetoFront, again: MeasuredAgain) -> str | None:
+    """The settings that are not on the front as measured but may well be, in one sentence."""
+    near = sorted(
+        ((chance, trial) for trial, chance in again.chances.items() if chance >= 0.2 and trial not in front.trial_ids),
+        reverse=True,
+    )
+    if not near:
+        return None
+    names = setting_names(settings)
+    named = [f"{names[trial]} ({whole_percent(chance)})" for chance, trial in near[:4]]
+    more = f" and {len(near) - 4} more" if len(near) > 4 else ""
+    return f"Not on it as measured, but on it with a chance of at least a fifth: {', '.join(named)}{more}."
+
+
+def _change(metrics: Mapping[str, float]) -> str:
+    return change_with_interval(*(metrics.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high")))

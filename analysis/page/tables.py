@@ -1,19 +1,36 @@
-"""The table of all trials: which columns, which trials where there are too many, and how each cell reads."""
+"""The tables of the report: which rows and columns, and how each cell reads."""
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from analysis.stats.intervals import interval
-from analysis.stats.table import FRACTIONS
-from analysis.stats.wording import ABSENT, number, percent, points, points_interval, seconds, share_interval, whole_percent
+from analysis.page.wrong_answers import WrongAnswers
+from analysis.stats.axes import AXIS, SWEPT
+from analysis.stats.comparison import Comparison, place_of
+from analysis.stats.table import FRACTIONS, TITLES, axis_text, interval, seed_range, setting_text
+from analysis.stats.wording import (
+    ABSENT,
+    MINUS,
+    change_with_interval,
+    number,
+    percent,
+    points,
+    points_interval,
+    seconds,
+    seed_span,
+    share_interval,
+    whole_percent,
+)
 
 MAX_ROWS = 500
 """Trials listed at most, which keeps the file under 6 MB; the page says what is left out."""
 MIN_BROKEN = 100
-"""Places of them that failed and diverged trials have whatever the others need."""
+"""Rows kept for failed and diverged trials, however many others there are."""
+MAX_SHARED = 300
+"""Shared positions of two studies listed at most."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +40,19 @@ class TableColumn:
     title: str
     unit: str
     write: Callable[[Any], str]
+    words: bool = False
+    """Aligned to the left."""
+
+
+def _axis_column(name: str) -> TableColumn:
+    axis = AXIS[name]
+    title = axis.short.strip() or axis.title
+    return TableColumn(name, title, "", lambda value: axis_text(name, value).removeprefix(axis.short), axis.type is str)
 
 
 _COLUMNS = (
-    TableColumn("layer", "layer", "", number),
-    TableColumn("module", "module", "", str),
-    TableColumn("pipeline", "pipeline", "", lambda text: str(text).replace("_first", "-first")),
-    TableColumn("batch_size", "batch", "", number),
-    TableColumn("learning_rate", "rate", "", number),
-    TableColumn("seed", "seed", "", number),
+    TableColumn("study", "study", "", str, True),
+    *(_axis_column(axis.name) for axis in SWEPT),
     TableColumn("on_front", "on front", "chance", whole_percent),
     TableColumn("reliability", "reliability", "", percent),
     TableColumn("generalization", "generali\u00adzation", "", percent),
@@ -41,8 +62,8 @@ _COLUMNS = (
     TableColumn("drift_kl", "drift", "nats", number),
     TableColumn("seconds", "time", "", seconds),
 )
-_AXES = {"pipeline": "", "batch_size": "batch ", "learning_rate": "learning rate ", "seed": "seed "}
-"""Axes that are columns only where they vary, with what to say before their one value."""
+_VARIED = tuple(axis.name for axis in SWEPT if axis.name not in ("layer", "module"))
+"""Axes that are columns only where they vary; their one value stands above the table otherwise."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +82,26 @@ class TrialTable:
 
 
 def trial_table(results: pd.DataFrame, picked: Collection[str]) -> TrialTable:
-    """The most reliable first, failed ones last. results: with `on_front`, the chance to be on the front."""
+    """The most reliable first, failed ones last. results: with `on_front`, the chance to be on the front, and for several
+    studies `study`."""
     columns = tuple(
         column
         for column in _COLUMNS
-        if results[column.name].notna().any()
-        and (column.name not in _AXES or results[column.name].nunique(dropna=False) > 1)
+        if column.name in results
+        and results[column.name].notna().any()
+        and (column.name not in _VARIED or results[column.name].nunique(dropna=False) > 1)
     )
     broken = (results["status"] == "failed") | (results["diverged"] == 1)
     n_broken = min(int(broken.sum()), max(MIN_BROKEN, MAX_ROWS - int((~broken).sum())))
     order = results.sort_values(["reliability", "capability"], ascending=False, na_position="last", kind="stable")
     lost = broken.loc[order.index]
     listed = order[(lost & (lost.cumsum() <= n_broken)) | (~lost & ((~lost).cumsum() <= MAX_ROWS - n_broken))]
+    common = {name: results[name].iloc[0] for name in _VARIED if results[name].nunique(dropna=False) == 1}
     return TrialTable(
         columns=columns,
-        common=_common(results),
+        common=", ".join(axis_text(name, value) for name, value in common.items() if not pd.isna(value)),
         left_out=_left_out(len(results), len(listed), n_broken, int(broken.sum())),
-        rows=tuple(_row(row, columns, picked) for row in listed.to_dict("records")),
+        rows=tuple(_trial_row(row, columns, picked) for row in listed.to_dict("records")),
     )
 
 
@@ -91,34 +115,82 @@ def _left_out(total: int, listed: int, broken: int, all_broken: int) -> str:
     return f"{first}; the results table of the study has all."
 
 
-def _common(results: pd.DataFrame) -> str:
-    values = {name: list(results[name].unique()) for name in _AXES}
-    return ", ".join(
-        before + number(values[name][0]).replace("_first", "-first")
-        for name, before in _AXES.items()
-        if len(values[name]) == 1 and not pd.isna(values[name][0])
-    )
-
-
-def _row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Collection[str]) -> dict[str, Any]:
+def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Collection[str]) -> dict[str, Any]:
     cells = []
     for column in columns:
         value = row[column.name]
         absent = value is None or pd.isna(value)
         # what the page sorts by: the text, the number it reads from the text, or one it cannot read there
-        key = (
-            str(value)
-            if isinstance(value, str)
-            else float(f"{value:.4g}")
-            if column.name == "seconds" and not absent
-            else None
-        )
-        cells.append((key, ABSENT if absent else column.write(value), _interval(row, column.name)))
+        key: str | float | None = value if isinstance(value, str) else None
+        if column.name == "seconds" and not absent:
+            key = float(f"{value:.4g}")
+        brackets = ""
+        if column.name == "capability_change":
+            brackets = points_interval(*interval(row, column.name))
+        elif column.name in FRACTIONS:
+            brackets = share_interval(*interval(row, column.name))
+        cells.append((key, ABSENT if absent else column.write(value), brackets))
     status = "diverged" if row["diverged"] == 1 else row["status"]
     return {"trial_id": row["trial_id"], "status": status, "cells": cells, "pick": row["trial_id"] in picked}
 
 
-def _interval(row: dict[str, Any], name: str) -> str:
-    if name == "capability_change":
-        return points_interval(*interval(row, name))
-    return share_interval(*interval(row, name)) if name in FRACTIONS else ""
+def front_row(row: Mapping[str, Any], chance: float, wrong: tuple[int, WrongAnswers] | None) -> dict[str, Any]:
+    """A setting in the table of the front. wrong: the number of the list of its wrong answers, and that list."""
+    seeds = f", {row['n_seeds']} seeds" if row["n_seeds"] > 1 else ""
+    return {
+        "trial_id": row["trial_id"],
+        "position": place_of(row),
+        "settings": setting_text(row) + seeds,
+        "shares": [(percent(row[name]), share_interval(*interval(row, name))) for name in FRACTIONS],
+        "capability": percent(row["capability"]),
+        "change": points(row["capability_change"]),
+        "interval": points_interval(*interval(row, "capability_change")),
+        "drift": number(row["drift_kl"]),
+        "drift_span": seed_span(*seed_range(row)),
+        "seconds": seconds(row["seconds_per_edit"]),
+        "chance": whole_percent(chance),
+        "misses": wrong[0] if wrong else None,
+        "wrong": wrong[1].groups[0].wrong if wrong else None,
+    }
+
+
+def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
+    """(metric, rank correlation, mean difference) over the shared positions of two studies."""
+    rows = []
+    for item in found.agreements:
+        rho, low, high = item.rank
+        rank = _signed(rho) if math.isfinite(rho) else "not defined"
+        rank += f" [{_signed(low)}, {_signed(high)}]" if math.isfinite(low) else ""
+        text = change_with_interval(*item.difference)
+        if item.metric == "drift_kl":
+            gap, low, high = item.difference
+            text = f"{_signed(gap, 3)} nats" + (f" [{_signed(low, 3)}, {_signed(high, 3)}]" if math.isfinite(low) else "")
+        rows.append((TITLES[item.metric], rank, text))
+    return rows
+
+
+def shared_rows(found: Comparison) -> list[dict[str, Any]]:
+    """The shared positions of two studies, the picks first: position, trial_id (here), picks (whether it is here's and
+    there's) and cells (here, there) per metric."""
+    rows = []
+    for pair in found.shared:
+        places = [place_of(row) for row in pair]
+        rows.append(
+            {
+                "position": places[0] + (f" / {places[1]}" if found.by_depth else ""),
+                "trial_id": pair[0]["trial_id"],
+                "cells": [_both(item.metric, pair) for item in found.agreements],
+                "picks": [pick is not None and pick.position == at for pick, at in zip(found.picks, places, strict=True)],
+            }
+        )
+    return sorted(rows, key=lambda row: -sum(row["picks"]))[:MAX_SHARED]
+
+
+def _both(metric: str, pair: Sequence[Mapping[str, Any]]) -> list[str]:
+    write = number if metric == "drift_kl" else points if metric == "capability_change" else percent
+    return [write(row[metric]) for row in pair]
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    text = f"{abs(value):.{digits}f}"
+    return (MINUS if value < 0 and float(text) else "") + text

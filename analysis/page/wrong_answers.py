@@ -8,14 +8,14 @@ import pandas as pd
 
 from analysis.stats.table import setting_names
 
-TOP_MISSES = 12
-"""Prompts of a kind listed at most for a setting; the count is given."""
-PICK_MISSES = 100
-"""The same for the first setting that is asked for, the pick."""
+TOP_WRONG = 12
+"""Prompts of a kind listed at most for a setting; the count of all is given."""
+PICK_WRONG = 100
+"""The same for the first setting, the pick."""
 
 
 @dataclass(frozen=True)
-class Miss:
+class WrongAnswer:
     """A prompt that is answered wrong."""
 
     prompt: str
@@ -27,30 +27,32 @@ class Miss:
 
 
 @dataclass(frozen=True)
-class EditMisses:
+class WrongOfKind:
     """The prompts of one kind that a setting does not answer as expected."""
 
     kind: str
     prompts: str
     """Which prompts these are."""
-    fault: str
-    """What is wrong with the wrong ones."""
+    right_text: str
+    """What all of them do when none is wrong."""
+    wrong_text: str
+    """What the wrong ones do."""
     wrong: int
     """With at least one of the seeds."""
     total: int
-    shown: tuple[Miss, ...]
-    """Those that the most seeds get wrong first, at most `TOP_MISSES`."""
+    shown: tuple[WrongAnswer, ...]
+    """Those that the most seeds get wrong first, at most `TOP_WRONG`."""
 
 
 _KINDS = {
-    "reliability": ("edit prompts", "not answered with the new target"),
-    "generalization": ("rephrased prompts", "not answered with the new target"),
-    "locality": ("unrelated prompts", "answered otherwise than before"),
+    "reliability": ("edit prompts", "get the new answer", "do not get the new answer"),
+    "generalization": ("rephrased prompts", "get the new answer", "do not get the new answer"),
+    "locality": ("unrelated prompts", "are answered as before", "are not answered as before"),
 }
 
 
 @dataclass(frozen=True)
-class Misses:
+class WrongAnswers:
     """What one setting gets wrong."""
 
     trial_id: str
@@ -60,14 +62,14 @@ class Misses:
     """Those whose answers are known."""
     n_seeds: int
     """Those that it was run with."""
-    groups: tuple[EditMisses, ...]
+    groups: tuple[WrongOfKind, ...]
 
 
-def edit_misses(
+def wrong_answers(
     outcomes: pd.DataFrame | None, settings: pd.DataFrame, trial_ids: Sequence[str], most: int
-) -> list[Misses]:
-    """What these settings (trial_ids of rows of `settings`) get wrong with all seeds whose outcomes were given; without
-    the settings of which none were, and at most so many. The first is listed at greater length."""
+) -> list[WrongAnswers]:
+    """What these settings (trial_ids of rows of `settings`) get wrong, over all seeds whose outcomes are given; at most
+    `most` of them, without those of which none are. The first is listed at greater length."""
     if outcomes is None or outcomes.empty:
         return []
     places, names = settings.set_index("trial_id"), setting_names(settings)
@@ -79,10 +81,10 @@ def edit_misses(
         if not known:
             continue
         answers = pd.concat([by_trial[one] for one, _ in known], ignore_index=True)
-        groups = _misses(answers, PICK_MISSES if place == 0 else TOP_MISSES)
+        groups = _by_kind(answers, PICK_WRONG if place == 0 else TOP_WRONG)
         if groups:
             seeds = tuple(seed for _, seed in known)
-            found.append(Misses(trial, names[trial], seeds, int(row["n_seeds"]), groups))
+            found.append(WrongAnswers(trial, names[trial], seeds, int(row["n_seeds"]), groups))
         if len(found) == most:
             break
     return found
@@ -94,20 +96,20 @@ def _seeds(row: pd.Series) -> list[str]:
     return seeds if len(seeds) == len(row["trial_ids"]) else ["–"] * len(row["trial_ids"])
 
 
-def _misses(rows: pd.DataFrame, most: int) -> tuple[EditMisses, ...]:
+def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:
     rows = rows.assign(  # a prompt is known again in another seed by its edit, its text and its place among equal texts
         nth=rows.groupby(["trial_id", "edit_id", "kind", "prompt"], dropna=False).cumcount()
     )
     prompt = ["edit_id", "prompt", "nth"]
     found = []
-    for kind, (prompts, fault) in _KINDS.items():
+    for kind, (prompts, *texts) in _KINDS.items():
         of_kind = rows[rows["kind"] == kind]
         if of_kind.empty:
             continue
         wrong = of_kind[~of_kind["correct"].astype(bool)].groupby(prompt, sort=False, dropna=False)
         seeds = wrong.size().sort_values(ascending=False, kind="stable")
         shown = tuple(
-            Miss(
+            WrongAnswer(
                 prompt=_text(part["prompt"].iloc[0]),
                 expected=_text(part["expected"].iloc[0]),
                 got=" / ".join(dict.fromkeys(map(_text, part["got"]))),
@@ -116,7 +118,7 @@ def _misses(rows: pd.DataFrame, most: int) -> tuple[EditMisses, ...]:
             for part in (wrong.get_group(key) for key in seeds.index[:most])
         )
         total = len(of_kind[prompt].drop_duplicates())
-        found.append(EditMisses(kind, prompts, fault, len(seeds), total, shown))
+        found.append(WrongOfKind(kind, prompts, *texts, len(seeds), total, shown))
     return tuple(found)
 
 

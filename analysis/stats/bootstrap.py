@@ -17,9 +17,9 @@ import moocore
 import numpy as np
 import pandas as pd
 
-from analysis.stats.intervals import seed_error, standard_error
 from analysis.stats.pareto import ParetoFront, pareto_front
 from analysis.stats.pick import evidence_of, judge, ranked
+from analysis.stats.table import seed_error, standard_error
 
 DRAWS, FEWEST = 1000, 200
 """Draws for up to a thousand settings; for more, fewer, so that the time does not grow with the study."""

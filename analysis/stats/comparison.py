@@ -1,31 +1,26 @@
-"""Two studies side by side: what differs, whether the pick moved, and how alike they rank the positions they share.
+"""Two studies in one report: whether the pick moved, how alike they rank the positions they share, what does not compare.
 
-A position stands for the best setting tried there (`analysis.stats.pareto.best_by_position`). Studies of models with the same
-number of layers share a position by layer and module; otherwise by module and nearest relative depth, each the other's
-nearest. Differences are there minus here; their intervals add both errors as if the two samples had nothing in common,
-which is wide where edits or items are the same.
+A position stands for the setting tried there that the rule would use first (`analysis.stats.pick.best_by_position`).
+Studies of models with the same number of layers share a position by layer and module; otherwise by module and nearest
+relative depth, each the other's nearest. Differences are there minus here.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
-from analysis.stats.intervals import standard_error
-from analysis.figures.style import TITLES
+from analysis.stats.axes import SWEPT
 from analysis.stats.pick import Recommendation, best_by_position, recommend
-from analysis.stats.table import Z95, by_setting
-from analysis.stats.wording import ABSENT, MINUS, change_with_interval, number, percent, plural, points, points_interval, when
+from analysis.stats.table import TITLES, Z95, axis_text, by_setting
+from analysis.stats.wording import number, points, when
 
 Row = Mapping[str, Any]
 Position = tuple[int, str]
-
-
-MAX_SHARED = 300
-"""Shared positions listed at most."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +30,6 @@ class Measured:
     study: Mapping[str, Any]
     results: pd.DataFrame
     baseline: Mapping[str, float]
-
-    @property
-    def name(self) -> str:
-        return str(self.study["name"])
 
 
 @dataclass(frozen=True)
@@ -54,12 +45,12 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Comparison:
-    here: Measured
-    there: Measured
+    studies: tuple[Measured, Measured]
+    """Here and there; there each trial id has the study's name in front."""
     names: tuple[str, str]
     """Different ones, to tell the two apart."""
     shared: tuple[tuple[Row, Row], ...]
-    """The best setting at each shared position, here and there, by layer and module."""
+    """The setting that stands for each shared position, here and there, by module and layer."""
     by_depth: bool
     """Positions are matched by relative depth."""
     capability: bool
@@ -67,155 +58,115 @@ class Comparison:
     agreements: tuple[Agreement, ...]
     picks: tuple[Recommendation | None, Recommendation | None]
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return tuple(item.metric for item in self.agreements)
-
 
 def compare(here: Measured, there: Measured) -> Comparison:
     """Never fails for studies with nothing in common: what does not compare is empty, and `cautions` says why."""
-    best = [best_by_position(by_setting(study.results)) for study in (here, there)]
-    depths = [int(study.results["layers"].max()) if study.results["layers"].notna().any() else 0 for study in (here, there)]
-    by_depth = depths[0] != depths[1]
-    pairs = _nearest(best[0], best[1], min(depths)) if by_depth else [(key, key) for key in best[0] if key in best[1]]
-    shared = tuple((best[0][a], best[1][b]) for a, b in sorted(pairs, key=lambda pair: (pair[0][1], pair[0][0])))
-    suites = [(study.study.get("capability_source"), study.study.get("n_items")) for study in (here, there)]
-    same_items = suites[0] == suites[1] and bool(suites[0][1])
-    names = ["reliability", "generalization", *(["capability_change"] if same_items else []), "drift_kl"]
-    agreements = [_agreement(name, shared) for name in names]
+    names = _names(here.study, there.study)
+    # two runs of the same study have the same trial ids
+    there = replace(there, results=there.results.assign(trial_id=[f"{names[1]}: {id}" for id in there.results["trial_id"]]))
+    studies = (here, there)
+    best = [best_by_position(by_setting(study.results)) for study in studies]
+    layers = [study.results["layers"].max() for study in studies]
+    by_depth = bool(layers[0] != layers[1])
+    shared = _shared(best[0], best[1], 0.5 / max(1, min(layers) - 1) if by_depth else None)
+    items = [(study.study.get("capability_source"), study.study.get("n_items")) for study in studies]
+    capability = items[0] == items[1] and bool(items[0][1])
+    metrics = ("reliability", "generalization", *(("capability_change",) if capability else ()), "drift_kl")
+    agreements = (_agreement(name, shared) for name in metrics)
     return Comparison(
-        here=here,
-        there=there,
-        names=_names(here, there),
+        studies=studies,
+        names=names,
         shared=shared,
         by_depth=by_depth,
-        capability=same_items,
+        capability=capability,
         agreements=tuple(item for item in agreements if item is not None),
         picks=(recommend(here.results), recommend(there.results)),
     )
 
 
-def _names(here: Measured, there: Measured) -> tuple[str, str]:
-    """Of the same study at two dates the dates tell them apart."""
-    names = (here.name, there.name)
+def _names(here: Mapping[str, Any], there: Mapping[str, Any]) -> tuple[str, str]:
+    """Two runs of the same study are told apart by their dates."""
+    names = (str(here["name"]), str(there["name"]))
+    dates = (when(here.get("started")), when(there.get("started")))
     if names[0] != names[1]:
         return names
-    dates = tuple(when(study.study.get("started")) for study in (here, there))
     if all(dates) and dates[0] != dates[1]:
-        days = tuple(date[:10] for date in dates)
-        return tuple(f"{names[0]} ({date})" for date in (days if days[0] != days[1] else dates))
+        length = 10 if dates[0][:10] != dates[1][:10] else None
+        return f"{names[0]} ({dates[0][:length]})", f"{names[1]} ({dates[1][:length]})"
     return names[0], f"{names[1]} (compared)"
 
 
-def _nearest(here: Mapping[Position, Row], there: Mapping[Position, Row], layers: int) -> list[tuple[Position, Position]]:
-    reach = 0.5 / max(1, layers - 1)
+def _shared(
+    here: Mapping[Position, Row], there: Mapping[Position, Row], reach: float | None
+) -> tuple[tuple[Row, Row], ...]:
+    """reach: difference of relative depth up to which positions are matched; None matches layers."""
 
-    def nearest(row: Row, others: Mapping[Position, Row]) -> Position | None:
-        near = [
-            (abs(other["depth"] - row["depth"]), key)
-            for key, other in others.items()
-            if other["module"] == row["module"] and abs(other["depth"] - row["depth"]) <= reach + 1e-9
-        ]
-        return min(near)[1] if near else None
+    def nearest(row: Row, others: Mapping[Position, Row]) -> Row | None:
+        if reach is None:
+            return others.get((int(row["layer"]), row["module"]))
+        same = [other for other in others.values() if other["module"] == row["module"]]
+        near = min(same, key=lambda other: abs(other["depth"] - row["depth"]), default=None)
+        return near if near is not None and abs(near["depth"] - row["depth"]) <= reach + 1e-9 else None
 
-    found = ((key, nearest(row, there)) for key, row in here.items())
-    return [(key, other) for key, other in found if other is not None and nearest(there[other], here) == key]
+    pairs = [(row, nearest(row, there)) for _, row in sorted(here.items(), key=lambda item: (item[0][1], item[0][0]))]
+    return tuple((row, other) for row, other in pairs if other is not None and nearest(other, here) is row)
 
 
 def _agreement(metric: str, shared: Sequence[tuple[Row, Row]]) -> Agreement | None:
-    pairs = [(a[metric], b[metric]) for a, b in shared if math.isfinite(a[metric]) and math.isfinite(b[metric])]
-    if not pairs:
+    values = np.array([(a[metric], b[metric]) for a, b in shared], dtype="float64").reshape(-1, 2)
+    here, there = values[np.isfinite(values).all(axis=1)].T
+    if not len(here):
         return None
-    here, there = (np.array(side, dtype="float64") for side in zip(*pairs, strict=True))
-    gaps, n = there - here, len(pairs)
+    gaps, n = there - here, len(here)
     rho = low = high = math.nan
     if n > 2 and np.ptp(here) > 0 and np.ptp(there) > 0:
-        rho = float(np.corrcoef(pd.Series(here).rank(), pd.Series(there).rank())[0, 1])
+        rho = float(spearmanr(here, there).statistic)
         if n >= 5:  # Fisher's transformation; 1.06 because ranks are correlated
             centre, half = math.atanh(max(-0.9999, min(0.9999, rho))), Z95 * math.sqrt(1.06 / (n - 3))
             low, high = math.tanh(centre - half), math.tanh(centre + half)
-    half = Z95 * float(gaps.std(ddof=1)) / math.sqrt(n) if n > 2 else math.nan
-    mean = float(gaps.mean())
+    mean, half = float(gaps.mean()), Z95 * float(gaps.std(ddof=1)) / math.sqrt(n) if n > 2 else math.nan
     return Agreement(metric, (rho, low, high), (mean, mean - half, mean + half))
 
 
-def difference(metric: str, here: Row, there: Row) -> tuple[float, float, float]:
-    """There - here with its 95% interval; NaN for what is unknown."""
-    error = math.hypot(standard_error(here, metric), standard_error(there, metric))
-    gap = there[metric] - here[metric]
-    return gap, gap - Z95 * error, gap + Z95 * error
-
-
-# in words
-
-
-def differing(found: Comparison) -> list[tuple[str, str, str]]:
-    """(what, here, there) of the studies themselves."""
-    sides = (found.here, found.there)
-
-    def said(name: str, study: Measured) -> str:
-        about = study.study
-        if name == "edits":
-            count = about.get("n_edits")
-            return " from ".join(
-                filter(None, (plural(int(count), "edit") if count else "", str(about.get("edits_source") or "")))
-            )
-        if name == "run":
-            return " to ".join(filter(None, (when(about.get("started")), when(about.get("finished")))))
-        if name == "capability":
-            score = study.baseline.get("capability", math.nan)
-            before = f"; unedited {percent(score)}" if math.isfinite(score) else ""
-            return str(about.get("capability_source") or "") + before
-        if name == "trials":
-            return f"{int((study.results['status'] == 'done').sum()):,} done"
-        return str(about.get(name) or "")
-
-    rows = [(title, *(said(key, study) or ABSENT for study in sides)) for title, key in (
-        ("Model", "model"), ("Edits", "edits"), ("Capability", "capability"), ("Trials", "trials"), ("Run", "run"),
-    )]  # fmt: skip
-    return rows + [("Pick", *(pick.position if pick else ABSENT for pick in found.picks))]
-
-
 def cautions(found: Comparison) -> list[str]:
-    """What does not compare, and why."""
+    """What does not compare, and why: sentences."""
     said = []
     if not found.capability:
-        a, b = (str(study.study.get("capability_source") or "none") for study in (found.here, found.there))
+        a, b = (str(study.study.get("capability_source") or "none") for study in found.studies)
         said.append(
-            f"Capability was not measured on the same items (here {a}; there {b}), so changes of capability do not"
-            " compare and are left out."
+            f"Capability was measured on different items (here {a}; there {b}), so changes of capability do not compare"
+            " and are left out."
         )
     if not found.shared:
-        said.append("The two share no position with a result.")
+        said.append("The two studies share no position with a result.")
     elif found.by_depth:
         said.append("The models have different numbers of layers: positions are matched by module and relative depth.")
-    for axis, title in (("batch_size", "batch sizes"), ("learning_rate", "learning rates"), ("pipeline", "pipelines")):
-        a, b = (
-            ", ".join(number(value).replace("_first", "-first") for value in sorted(study.results[axis].dropna().unique()))
-            for study in (found.here, found.there)
-        )
+    for axis in SWEPT:
+        if axis.name in ("layer", "module", "seed"):
+            continue
+        values = [study.results[axis.name].dropna().unique() for study in found.studies]
+        a, b = (", ".join(axis_text(axis.name, one).removeprefix(axis.short) for one in sorted(side)) for side in values)
         if a != b:
-            said.append(f"They tried different {title} ({a} here, {b} there); the best setting of a position stands for it.")
+            said.append(f"They differ in {axis.title} ({a} here, {b} there); the best setting of a position stands for it.")
     return said
 
 
 def moved(found: Comparison) -> list[str]:
-    """Whether the pick moved, and what the other's pick would cost."""
-    pick, other = found.picks
-    if pick is None or other is None:
+    """Whether the pick moved, and what the other's pick would cost: sentences."""
+    picks = found.picks
+    if picks[0] is None or picks[1] is None:
         return ["One of the two has no pick."]
-    places = [_place(row) for row, _ in found.shared], [_place(row) for _, row in found.shared]
-    at = places[0].index(pick.position) if pick.position in places[0] else None
-    if at is not None and places[1][at] == other.position:
-        same = "the same position" if pick.position == other.position else "the same relative depth and module"
-        return [f"The pick did not move: {pick.position} here, {other.position} there ({same})."]
-    said = [f"The pick moved: {pick.position} here, {other.position} there."]
-    for name, side, taken, index in ((found.names[0], 0, other, 1), (found.names[1], 1, pick, 0)):
-        own = found.picks[side]
-        if taken.position not in places[index]:
-            said.append(f"{taken.position} has no result in {name}.")
+    places = [[place_of(pair[side]) for pair in found.shared] for side in (0, 1)]
+    if (picks[0].position, picks[1].position) in zip(*places, strict=True):
+        same = "the same position" if picks[0].position == picks[1].position else "the same relative depth and module"
+        return [f"The pick did not move: {picks[0].position} here, {picks[1].position} there ({same})."]
+    said = [f"The pick moved: {picks[0].position} here, {picks[1].position} there."]
+    for side, name in enumerate(found.names):
+        own, other = picks[side], picks[1 - side]
+        if other.position not in places[1 - side]:
+            said.append(f"{other.position} has no result in {name}.")
             continue
-        row = found.shared[places[index].index(taken.position)][side]
+        row = found.shared[places[1 - side].index(other.position)][side]
         parts = [
             f"{TITLES[metric]} {points(row[metric] - own.metrics[metric])} points"
             for metric in ("reliability", "generalization", "capability_change")
@@ -223,50 +174,10 @@ def moved(found: Comparison) -> list[str]:
         ]
         if "drift_kl" in own.metrics and math.isfinite(row["drift_kl"]):
             parts.append(f"drift {number(row['drift_kl'])} instead of {number(own.metrics['drift_kl'])} nats")
-        said.append(f"In {name}, {_place(row)} against its own pick {own.position}: {', '.join(parts)}.")
+        said.append(f"In {name}, {place_of(row)} against its own pick {own.position}: {', '.join(parts)}.")
     return said
 
 
-def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
-    """(metric, rank correlation, mean difference)."""
-    rows = []
-    for item in found.agreements:
-        rho, low, high = item.rank
-        rank = _signed(rho) if math.isfinite(rho) else "not defined"
-        rank += f" [{_signed(low)}, {_signed(high)}]" if math.isfinite(low) else ""
-        gap = item.difference
-        if item.metric == "drift_kl":
-            text = f"{_signed(gap[0], 3)} nats" + (f" [{_signed(gap[1], 3)}, {_signed(gap[2], 3)}]" if math.isfinite(gap[1]) else "")
-        else:
-            text = change_with_interval(*gap)
-        rows.append((TITLES[item.metric], rank, text))
-    return rows
-
-
-def shared_rows(found: Comparison) -> list[dict[str, Any]]:
-    """The table of shared positions, the picks first, at most `MAX_SHARED`: position, trial_id (here), and cells (here,
-    there, difference) per metric."""
-    rows = []
-    for here, there in found.shared:
-        cells = []
-        for metric in found.metrics:
-            a, b = here[metric], there[metric]
-            if metric == "drift_kl":
-                cells.append((number(a), number(b), f"{number(b / a, 2)} x" if a > 0 and math.isfinite(b / a) else ABSENT))
-                continue
-            write = points if metric == "capability_change" else percent
-            gap, low, high = difference(metric, here, there)
-            cells.append((write(a), write(b), " ".join(filter(None, (points(gap), points_interval(low, high))))))
-        place = _place(here) + ("" if not found.by_depth else f" / {_place(there)}")
-        picks = [pick is not None and _place(row) == pick.position for row, pick in zip((here, there), found.picks, strict=True)]
-        rows.append({"position": place, "trial_id": here["trial_id"], "cells": cells, "picks": picks})
-    return sorted(rows, key=lambda row: -sum(row["picks"]))[:MAX_SHARED]
-
-
-def _place(row: Row) -> str:
+def place_of(row: Row) -> str:
+    """ "22.mlp_down"."""
     return f"{row['layer']}.{row['module']}"
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    text = f"{abs(value):.{digits}f}"
-    return (MINUS if value < 0 and float(text) else "") + text

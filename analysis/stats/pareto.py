@@ -10,14 +10,11 @@ import moocore
 import numpy as np
 import pandas as pd
 
+from analysis.stats.table import FRACTIONS
+
 DEFAULT_OBJECTIVES = ("reliability", "capability")
-
-_REFERENCES = {
-    "reliability": 0.0, "generalization": 0.0, "locality": 0.0, "reliability_tf": 0.0, "generalization_tf": 0.0,
-    "locality_tf": 0.0, "capability": 0.0, "capability_change": -1.0,
-}  # fmt: skip
-"""The metrics that can be objectives, each with the worst value it can have: the hypervolume's default reference."""
-
+MAXIMISED = (*FRACTIONS, *(f"{name}_tf" for name in FRACTIONS), "capability", "capability_change")
+"""The metrics that can be objectives, besides capability.TASK."""
 SAME = 1e-9
 """Values closer than this are ties: means over seeds differ in their last bits for no reason."""
 
@@ -34,59 +31,37 @@ class ParetoFront:
     hypervolume: float
     """Of the region between the front and `reference`; 0.0 for an empty front."""
     reference: tuple[float, ...]
+    """The worst values possible (0, or -1 for capability_change), so that hypervolumes of several studies compare."""
 
 
-def can_be_objective(name: str) -> bool:
-    """Whether this is a metric that is better when higher."""
-    return name in _REFERENCES or name.startswith("capability.")
-
-
-def check_objectives(objectives: Sequence[str]) -> tuple[str, ...]:
-    """These objectives as a tuple.
-
-    Raises:
-        ValueError: fewer than two, one twice, or one that is not a metric that is better when higher.
-    """
-    names = tuple(objectives)
-    unknown = [name for name in names if not can_be_objective(name)]
-    if unknown or len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(
-            f"objectives {list(names)}: expected two or more different ones of {', '.join(_REFERENCES)}"
-            " (or capability.TASK)"
-        )
-    return names
-
-
-def pareto_front(
-    results: pd.DataFrame, objectives: Sequence[str] = DEFAULT_OBJECTIVES, *, reference: Sequence[float] | None = None
-) -> ParetoFront:
+def pareto_front(results: pd.DataFrame, objectives: Sequence[str] = DEFAULT_OBJECTIVES) -> ParetoFront:
     """The front of a results table, trial by trial. Give it `by_setting(results)` for the front of seed averages.
 
-    `reference` is the corner the hypervolume is measured from: by default the worst values possible (0, or -1 for
-    capability_change), so that hypervolumes of several studies compare.
+    Raises:
+        ValueError: fewer than two objectives, one twice, or one that is not a metric that is better when higher.
     """
-    names = check_objectives(objectives)
-    corner = tuple(float(x) for x in (reference or (_REFERENCES.get(name, 0.0) for name in names)))
-    if len(corner) != len(names):
-        raise ValueError(f"the reference has {len(corner)} values for {len(names)} objectives")
+    names = tuple(objectives)
+    known = all(name in MAXIMISED or name.startswith("capability.") for name in names)
+    if not known or len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(
+            f"objectives {list(names)}: expected two or more different ones of {', '.join(MAXIMISED)} (or capability.TASK)"
+        )
+    reference = tuple(-1.0 if name == "capability_change" else 0.0 for name in names)
     rows = comparable(results, names)
     if rows.empty:
-        return ParetoFront((), names, (), 0.0, corner)
+        return ParetoFront((), names, (), 0.0, reference)
     points = rows[list(names)].to_numpy("float64")  # (trials, objectives)
     best = moocore.is_nondominated(points, maximise=True, keep_weakly=True)
     front = sorted(
-        (
-            (tuple(map(float, point)), str(trial))
-            for point, trial in zip(points[best], rows["trial_id"][best], strict=True)
-        ),
+        zip(map(tuple, points[best].tolist()), map(str, rows["trial_id"][best]), strict=True),
         key=lambda pair: (tuple(-x for x in pair[0]), pair[1]),
     )
     return ParetoFront(
         trial_ids=tuple(trial for _, trial in front),
         objectives=names,
         points=tuple(point for point, _ in front),
-        hypervolume=float(moocore.hypervolume(points[best], ref=corner, maximise=True)),
-        reference=corner,
+        hypervolume=float(moocore.hypervolume(points[best], ref=reference, maximise=True)),
+        reference=reference,
     )
 
 
@@ -108,6 +83,5 @@ def knee(front: ParetoFront) -> str | None:
         return None
     points = np.array(front.points)  # (trials, objectives)
     low, span = points.min(axis=0), np.ptp(points, axis=0)
-    scaled = (points - low) / np.where(span > 0, span, 1.0)
-    height = scaled.sum(axis=1).round(12)
+    height = ((points - low) / np.where(span > 0, span, 1.0)).sum(axis=1).round(12)
     return front.trial_ids[int(height.argmax())]

@@ -1,22 +1,31 @@
-"""The results table: one row a trial, its documented columns, and the sampling errors of its metrics.
+"""The results table: one row a trial, its documented columns, how settings are named, and how far a number can be trusted.
 
 Everything in `analysis` is a pure function of this table. `results_frame` makes it from the rows of finished and failed
-trials; `by_setting` folds the seeds of one setting into one row, which is what fronts and picks are made of.
+trials; `by_setting` averages the seeds of a setting into one row, of which fronts and picks are made.
+
+Errors and 95% intervals of such a row come from its items and its seeds:
+
+- reliability, generalization and locality are means over edits: Wilson's interval with an edit as one item, since the
+  prompts of an edit stand and fall together. With several seeds the error of their mean is added to each side, in
+  quadrature.
+- capability and its change: the bootstrap interval of the change, paired by item.
+- drift: its spread over the text is not recorded, so `interval` has none; of several seeds the lowest and highest are
+  known. Where a guess beats silence, the standard error of a single seed is taken to be `DRIFT_ERROR` of the drift.
 """
 
 import base64
 import math
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.stats.axes import AXES, SETTING
-from analysis.stats.wording import number
+from analysis.stats.axes import AXES, AXIS, SETTING, SWEPT
+from analysis.stats.wording import number, percent, seed_span, share_interval
 
 Z95 = 1.959964
 """Standard errors on each side of a 95% interval."""
@@ -100,6 +109,17 @@ METRICS = (
 
 FRACTIONS = ("reliability", "generalization", "locality")
 """The metrics that are means over edits of prompts answered right."""
+
+TITLES = {
+    **{name: name for name in (*FRACTIONS, "capability")},
+    **{f"{name}_tf": f"{name} (teacher-forced)" for name in FRACTIONS},
+    "capability_change": "capability change",
+    "drift_kl": "drift",
+}
+"""Metrics as figures and tables name them."""
+
+DRIFT_ERROR = 0.1
+"""Standard error of a single seed's drift as a share of it: about how much seeds differ with the built-in model."""
 
 SPREADS = (*(f"{name}_sd" for name in FRACTIONS), "drift_kl_low", "drift_kl_high")
 """What `by_setting` says of the seeds of a setting."""
@@ -242,7 +262,7 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
             seeds[group].append(int(seed))
     table["trial_ids"] = pd.Series([tuple(group) for group in ids], dtype=object)
     table["seeds"] = pd.Series([tuple(group) for group in seeds], dtype=object)
-    table["right_by_edit"] = pd.Series([_mean_right(group) for group in right], dtype=object)
+    table["right_by_edit"] = pd.Series([mean_right(group) for group in right], dtype=object)
     table["n_seeds"] = groups.size().to_numpy()
     for name in FRACTIONS:
         table[f"{name}_sd"] = groups[name].std(ddof=1).to_numpy()
@@ -257,7 +277,7 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _mean_right(packed: Sequence[str | None]) -> np.ndarray | None:
+def mean_right(packed: Sequence[str | None]) -> np.ndarray | None:
     """(E,) over the seeds of a setting; None unless it is known for each of them, on as many edits."""
     if any(text is None for text in packed):
         return None
@@ -271,14 +291,86 @@ def _settings_of(frame: pd.DataFrame) -> list[tuple]:
     return [tuple(None if _absent(value) else value for value in row) for row in rows]
 
 
+def axis_text(name: str, value: Any) -> str:
+    """A value on an axis in words: "rate 0.004", "breadth-first"."""
+    axis = AXIS[name]
+    return axis.short + (value.replace("_", "-") if axis.choices and isinstance(value, str) else number(value))
+
+
+def setting_text(row: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
+    """A setting without its position and seed: "breadth-first, batch 32, rate 0.004, loss by edit". By default every
+    swept axis, of the newer ones those that are not at their default; what is absent is left out."""
+    if names is None:
+        names = [axis.name for axis in SWEPT if axis.in_first_ids or row.get(axis.name) != axis.default]
+    known = (name for name in names if name not in ("layer", "module", "seed") and not _absent(row.get(name)))
+    return ", ".join(axis_text(name, row[name]) for name in known)
+
+
 def setting_names(settings: pd.DataFrame) -> dict[str, str]:
     """trial_id -> the setting in words: its position, "22.mlp_down", and where more were tried there what tells them
     apart: "22.mlp_down at rate 0.002". settings: `by_setting(results)`."""
-    words = {"pipeline": "", "batch_size": "batch ", "learning_rate": "rate "}
     names = {}
     for (layer, module), group in settings.groupby(["layer", "module"], sort=False):
-        varied = [axis for axis in words if group[axis].nunique(dropna=False) > 1]
+        varied = [axis.name for axis in SWEPT if group[axis.name].nunique(dropna=False) > 1]
         for row in group.to_dict("records"):
-            apart = ", ".join(words[axis] + number(row[axis]).replace("_first", "-first") for axis in varied)
+            apart = setting_text(row, varied)
             names[row["trial_id"]] = f"{layer}.{module}" + (f" at {apart}" if apart else "")
     return names
+
+
+def seed_error(row: Mapping[str, Any], name: str) -> float:
+    """Standard error of a fraction's mean over the seeds; 0 for a single seed."""
+    spread = row.get(f"{name}_sd", math.nan)
+    return float(spread) / math.sqrt(row["n_seeds"]) if math.isfinite(spread) else 0.0
+
+
+def standard_error(row: Mapping[str, Any], name: str) -> float:
+    """Of a metric; NaN where it is not known."""
+    if name.removesuffix("_tf") in FRACTIONS:
+        return math.hypot(proportion_se(row.get(name, math.nan), row.get("n_edits", math.nan)), seed_error(row, name))
+    if name in ("capability", "capability_change"):
+        low, high = (row.get(f"capability_change_{end}", math.nan) for end in ("low", "high"))
+        return float(high - low) / (2 * Z95)
+    if name == "drift_kl":
+        return DRIFT_ERROR * row.get(name, math.nan) / math.sqrt(row.get("n_seeds", 1))
+    return math.nan
+
+
+def interval(row: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """95% interval of a metric; (NaN, NaN) where it is not known. That of capability is the one of its change, moved."""
+    value = row.get(name, math.nan)
+    if name.removesuffix("_tf") in FRACTIONS:
+        low, high = wilson_interval(value, row.get("n_edits", math.nan))
+        if not math.isfinite(low):
+            return math.nan, math.nan
+        more = Z95 * seed_error(row, name)
+        return max(0.0, value - math.hypot(value - low, more)), min(1.0, value + math.hypot(high - value, more))
+    if name in ("capability", "capability_change"):
+        change, low, high = (row.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
+        return value + (low - change), value + (high - change)
+    return math.nan, math.nan
+
+
+def expected(row: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Metric -> (value, low, high): what to expect of such an edit, with 95% intervals, as far as it was measured."""
+    found = {name: (row[name], *interval(row, name)) for name in ("reliability", "generalization", "capability_change")}
+    drift, more = row["drift_kl"], Z95 * standard_error(row, "drift_kl")
+    found["drift_kl"] = (drift, max(0.0, drift - more), drift + more)
+    known = {name: values for name, values in found.items() if all(map(math.isfinite, values))}
+    return {name: (float(value), float(low), float(high)) for name, (value, low, high) in known.items()}
+
+
+def seed_range(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The lowest and highest drift over the seeds; (NaN, NaN) for one."""
+    return row.get("drift_kl_low", math.nan), row.get("drift_kl_high", math.nan)
+
+
+def with_interval(row: Mapping[str, Any], name: str) -> str:
+    """A fraction in words: "98.0% [93.0, 99.4]"."""
+    return " ".join(filter(None, (percent(row[name]), share_interval(*interval(row, name)))))
+
+
+def drift_text(row: Mapping[str, Any]) -> str:
+    """Drift in words: "0.0125 nats per token", and what it was over the seeds where there are several."""
+    span = seed_span(*seed_range(row))
+    return f"{number(row['drift_kl'])} nats per token" + (f" ({span} over the seeds)" if span else "")

@@ -146,7 +146,8 @@ def failure_causes(state: "StudyState") -> dict[str, int]:
 
 def compared(comparison: "Comparison") -> dict[str, Any]:
     """Two studies side by side: intervals are [value, low, high] at 95%, differences are there - here."""
-    from analysis.stats.comparison import cautions, differing, moved
+    from analysis.page.sentences import differing
+    from analysis.stats.comparison import cautions, moved
 
     return {
         "with": comparison.names[1],

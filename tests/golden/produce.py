@@ -24,7 +24,8 @@ from mlflow import MlflowClient
 from transformers import PreTrainedModel
 
 from analysis.figures.curves import loss_info, parallel_info, pipeline_info
-from analysis.figures.front import front_info, heatmap_info
+from analysis.figures.front import front_info
+from analysis.figures.maps import heatmap_info
 from analysis.stats.importance import what_matters
 from analysis.stats.pareto import pareto_front
 from analysis.stats.pick import recommend

@@ -5,11 +5,7 @@ import math
 
 import pytest
 
-from analysis.figures.front import (
-    front_figure,
-    front_info,
-    heatmap_figure,
-    heatmap_info,
+from analysis.figures.curves import (
     loss_figure,
     loss_info,
     parallel_figure,
@@ -17,6 +13,8 @@ from analysis.figures.front import (
     pipeline_figure,
     pipeline_info,
 )
+from analysis.figures.front import front_figure, front_info
+from analysis.figures.maps import heatmap_figure, heatmap_info
 from analysis.figures.style import hover_text
 from analysis.stats.table import by_setting, results_frame
 

@@ -27,9 +27,15 @@ STUDY = {
     "findings": ["2 edits contradict each other, so at most 99% can be reached."], "capability_source": "probes",
     "n_items": 640, "trials_planned": 5, "trials_done": 4, "trials_failed": 1, "started": "2026-03-02 09:14",
     "finished": "2026-03-02 11:02", "environment": {"torch": "2.13.0", "hardware": {"cpus": 2}},
-    "settings_yaml": "name: layer-sweep\n", "objectives": ["reliability", "capability"],
+    "settings_yaml": "name: layer-sweep\n",
 }  # fmt: skip
 BASELINE = {"capability": 0.62, "reliability": 0.02}
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """The bootstrap has tests of its own."""
+    monkeypatch.setattr("analysis.stats.bootstrap.DRAWS", 20)
 
 
 def row(trial_id, layer=0, reliability=0.9, change=-0.01, **others):
@@ -146,7 +152,7 @@ def test_the_questions_are_answered_in_order():
 def test_what_was_asked_names_model_edits_findings_suite_and_trials():
     asked = page()["What was asked"]
     for part in (
-        "tiny-model", "100 edits from atlas", "unedited model gives 2.0% of the new answers",
+        "tiny-model", "100 edits from atlas", "unedited model already gives 2.0% of the new answers",
         "at most 99% can be reached",
         "probes: 640 items of 1 task (world)", "scores 62.0%", "4 trials done of 5 planned, 1 failed",
         "2026-03-02 09:14 to 2026-03-02 11:02",
@@ -160,7 +166,7 @@ def test_the_pick_is_one_sentence_with_the_command_that_repeats_it():
         "Edit 22.mlp_down: reliability 98.0% [93.0, 99.4], generalization 70.0% [60.4, 78.1], locality 80.0% [71.1, 86.7],"
         " capability change −0.4 points [−1.2, +0.3]." in found
     )
-    assert "breadth-first, batch 32, learning rate 0.004, loss by edit, 25 epochs at most" in found
+    assert "breadth-first, batch 32, rate 0.004, loss by edit, at most 25 epochs" in found
     assert "locft edit tiny-model --from-run run-a --out tiny-model-22.mlp_down" in found
     assert recommend(study_results()).rule in found
 
@@ -179,7 +185,7 @@ def test_how_sure_says_rule_intervals_runner_up_and_seeds():
     for part in (
         RULE, "a fraction of 100 edits", "95% interval", "640 items", "zero is inside",
         "Of 3 settings, 2 are about as reliable as the best; 1 of them shows no loss of capability",
-        "23.mlp (batch 32, learning rate 0.004): reliability 97.0%",
+        "23.mlp (breadth-first, batch 32, rate 0.004, loss by edit): reliability 97.0%",
         "One seed only",
     ):  # fmt: skip
         assert part in sure, part
@@ -218,8 +224,8 @@ def test_failures_are_counted_by_cause_and_diverged_ones_told_apart():
 
 def test_edits_that_fail_at_the_pick_are_listed_with_what_the_model_says():
     got = page(outcomes=pd.concat([study_outcomes("a"), study_outcomes("b")]))["Which edits fail"]
-    assert "1 of 2 edit prompts not answered" in got and "The capital of Peru is Lyon Lima" in got
-    assert "1 of 1 rephrased prompts" in got and "None of 1 unrelated prompts" in got
+    assert "1 of 2 edit prompts do not get the new answer" in got and "The capital of Peru is Lyon Lima" in got
+    assert "1 of 1 rephrased prompts" in got and "1 of 1 unrelated prompts are answered as before." in got
     assert "Chile is" not in got
 
 
@@ -239,9 +245,9 @@ def test_edits_that_fail_are_those_of_all_seeds_that_are_known():
     other["correct"] = [False, False, True, True]
     got = page(results, outcomes=pd.concat([study_outcomes("a"), other]))["Which edits fail"]
     assert "2 of 2 edit prompts, 1 of 1 rephrased prompts" in got
-    assert "With at least one of 2 seeds (0, 1); what the other 1 of 3 say is in their runs." in got
+    assert "With at least one of 2 seeds (0, 1); the answers of the other 1 of 3 are in their runs." in got
     assert "The capital of Peru is Lyon Lima / Quito 2 The capital of Chile is Oslo Lyon 1" in got
-    assert "With seed 0; what the other 2 of 3" in page(results, outcomes=study_outcomes("a"))["Which edits fail"]
+    assert "With seed 0; the answers of the other 2 of 3" in page(results, outcomes=study_outcomes("a"))["Which edits fail"]
 
 
 def test_chances_stand_beside_the_front_and_every_trial():
@@ -280,13 +286,6 @@ def test_without_capability_it_speaks_of_what_there_is():
     assert "Edit 4.mlp_down" in got["Which position"] and "capability change" not in got["Which position"]
     assert "Capability" not in got["What was asked"]
     assert "beats one of these in reliability without losing in generalization" in got["What else is on the front"]
-
-
-def test_objectives_that_it_cannot_plot_give_way_to_the_usual_ones():
-    front = page(study=STUDY | {"objectives": ["reliability", "drift_kl"]})["What else is on the front"]
-    assert "in reliability without losing in capability" in front
-    front = page(study=STUDY | {"objectives": ["generalization", "capability"]})["What else is on the front"]
-    assert "in generalization without losing in capability" in front
 
 
 def test_only_name_and_model_are_needed():
@@ -349,7 +348,6 @@ def test_two_thousand_trials_stay_under_six_megabytes():
 
 
 def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monkeypatch):
-    monkeypatch.setattr("analysis.stats.bootstrap.DRAWS", 20)
     monkeypatch.setattr("analysis.page.report.what_matters", lambda results: what_matters(results.head(200)))
 
     def many(shift):
@@ -372,7 +370,7 @@ def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monk
     assert len(text.encode()) < 6_000_000
     got = Page(re.sub(r"<script>.*?</script>", "", text, flags=re.S))
     table, figures = got["All trials"], got["Figures"]
-    assert "The first 469 of 9,931 and all 31 that failed or diverged" in table and "failed29-0" in table
+    assert "The first 438 of 19,862 and all 62 that failed or diverged" in table and "failed29-0" in table
     assert "8,900 more settings are not drawn" in figures and "Compared with layer-sweep (2026-05-01)" in got.sections
     front = json.loads(re.search(r'data-for="plot-front">(.*?)</script>', text, flags=re.S)[1])
     drawn = {trial for trace in front["data"] for trial in trace.get("customdata", ())}
@@ -601,8 +599,8 @@ def test_two_dates_of_a_study_side_by_side(opened, width):
     assert tab.get_by_role("heading", name="Compared with layer-sweep (2026-05-01)").is_visible()
     section = tab.locator("section", has=tab.locator("#compared"))
     assert "The pick" in section.inner_text() and "2026-05-01" in section.locator("table").first.inner_text()
-    assert tab.locator("#plot-compared-fronts .scatterlayer .point").count() >= 2 * 60
+    marks = "document.getElementById('plot-compared-fronts').data.flatMap(t => t.customdata ? t.y : []).filter(y => y !== null).length"
+    assert tab.evaluate(marks) == 2 * 60, "eight of 68 have no capability"
     tab.get_by_role("checkbox", name="attn").uncheck()
     tab.wait_for_timeout(100)
-    kept = "document.getElementById('plot-compared-positions').data.find(t => t.customdata).y.filter(y => y !== null).length"
-    assert tab.evaluate(kept) == 26, "four of thirty have no drift"
+    assert tab.evaluate(marks) == 2 * 34

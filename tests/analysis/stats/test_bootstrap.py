@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from analysis.stats.bootstrap import chances, measured_again
-from analysis.stats.intervals import expected
 from analysis.stats.pareto import pareto_front
 from analysis.stats.pick import ranked
-from analysis.stats.table import by_setting, results_frame
+from analysis.stats.table import by_setting, expected, results_frame
 from tests.analysis.stats.test_pick import answers, row
 
 
