@@ -236,7 +236,7 @@ def test_a_sweep_without_capability_has_null_where_nothing_was_measured(swept, l
     told = locft("report", "tiny.yaml", "--out", "other.html", *compared).json["comparison"]
     assert told["with"] == "tiny (compared)" and told["picks"]["there"] == "1.mlp_down" and told["shared_positions"] == 1
     assert told["moved"][0].startswith("The pick ") and told["agreement"]["reliability"]["difference"][0] is not None
-    assert any(caution.startswith("Capability was not measured") for caution in told["cautions"])
+    assert any(caution.startswith("Capability was measured on different items") for caution in told["cautions"])
     said = locft("report", "tiny.yaml", "--out", "other.html", *compared[:-1])
     assert said.code == 0 and "Compared with tiny (compared):" in said.out and told["moved"][0] in said.out
     assert "Capability was not measured on the same items" in (swept / "other.html").read_text(encoding="utf-8")
