@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from sweeps.study.estimate import TRIALS, Forecast, machine, make_forecast
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.reader import study_to_yaml
-from sweeps.tracking.study_run import Tracker
+from sweeps.tracking.study_run import Tracker, earlier_trials, find_tracker
 from sweeps.tracking.trial_run import environment
 
 if TYPE_CHECKING:
@@ -76,6 +77,17 @@ def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool
         results = results[results["trial_id"].isin(planned)].reset_index(drop=True)
     stored = tracker.read_file(BASELINE_FILE)
     return StudyState(prepared, results, json.loads(stored)["metrics"] if stored else {})
+
+
+def foresee(prepared: PreparedStudy, store: str, *, timed: bool = True) -> Forecast:
+    """What is left of the study on this machine, by what the tracking store holds. Creates no store.
+
+    timed: as in `make_forecast`. Raises InputError when the store cannot be reached.
+    """
+    tracker = find_tracker(store, prepared.study.name, prepared.id)
+    finished = tracker.finished() if tracker else ()
+    earlier = earlier_trials(prepared.facts.model_fingerprint, machine(prepared.study.resources), TRIALS, store)
+    return make_forecast(prepared, finished, earlier, timed=timed)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from analysis.figures.front import front_figure, front_info
 from analysis.figures.maps import heatmap_figure, heatmap_info
 from analysis.stats.pick import recommend
 from analysis.stats.table import TITLES, has_values
-from sweeps.answer import read_state
+from sweeps.answer import foresee, read_state
 from sweeps.commands.progress import Progress
 from sweeps.run.dispatch import Reporter
-from sweeps.study.forecast import foresee
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare

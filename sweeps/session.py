@@ -23,8 +23,8 @@ import psutil
 from locft.errors import InputError
 from sweeps.run.cluster import on_workers, ray_cluster, runs_here
 from sweeps.run.dispatch import Reporter, Room
-from sweeps.study.estimate import most_memory_bytes
-from sweeps.study.forecast import machine
+from sweeps.study.estimate import machine
+from sweeps.study.footprint import most_memory_bytes
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.reader import study_to_yaml
 from sweeps.study.trial_types import TrialConfig, TrialResult
@@ -148,7 +148,7 @@ class StudySession:
     def start_ray(self) -> Room:
         """Connect to the cluster, or start Ray on this machine, until the session ends. Raises InputError."""
         study, facts = self.prepared.study, self.prepared.facts
-        trial_bytes = most_memory_bytes(self.prepared.plan, facts)
+        trial_bytes = most_memory_bytes(self.prepared.plan.sample, facts)
         self.room = self._stack.enter_context(ray_cluster(self._address, study.resources, trial_bytes, study.model))
         return self.room
 

@@ -19,7 +19,7 @@ from locft.errors import InputError
 if TYPE_CHECKING:
     from analysis.stats.comparison import Comparison
     from sweeps.answer import StudyAnswer, StudyState
-    from sweeps.study.forecast import Forecast
+    from sweeps.study.estimate import Forecast
     from sweeps.study.plan import PreparedStudy
     from sweeps.select.answer import Answer as PositionAnswer
     from sweeps.run.dispatch import Ending

@@ -17,7 +17,7 @@ from analysis.stats.wording import number, percent, seconds
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
-    from sweeps.study.forecast import Forecast
+    from sweeps.study.estimate import Forecast
     from sweeps.select.policy import Rung
 
 SHOWN = 6

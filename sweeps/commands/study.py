@@ -51,7 +51,7 @@ def plan(
     study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False
 ) -> None:
     """Show the trials of STUDY, their number and what they will take. Nothing is run or written."""
-    from sweeps.study.forecast import foresee
+    from sweeps.answer import foresee
 
     prepared, store = _prepared(study, overrides), resolve_uri(tracking_uri)
     forecast = foresee(prepared, store)
@@ -86,7 +86,7 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Run STUDY. The same command again runs only what is not done yet."""
-    from sweeps.study.forecast import foresee
+    from sweeps.answer import foresee
     from sweeps.commands.progress import Progress
     from sweeps.sweep import run_sweep
 
@@ -181,11 +181,11 @@ def status(
 
 
 def _seconds_left(prepared: "PreparedStudy", store: str) -> float | None:
-    """Of a study that runs now, as far as the trials in the store tell: a calibration would slow it down."""
-    from sweeps.study.forecast import foresee
+    """Of a study that runs now, as far as the trials in the store tell: timing steps would slow it down."""
+    from sweeps.answer import foresee
     from sweeps.commands.progress import Pace
 
-    forecast = foresee(prepared, store, calibrate=False)
+    forecast = foresee(prepared, store, timed=False)
     open_trials = forecast.estimate.trials
     return Pace(forecast, forecast.done, open_trials).seconds_left(open_trials, forecast.concurrent) if forecast.costs.measured else None
 

@@ -1,49 +1,59 @@
-"""What a plan will take: time, memory and disk, with a range, as far as the study's budget lets it.
+"""What is left of a study and what it will take: time, memory and disk, each with a range, until its budget ends it.
 
-A trial's work has a part for every layer that it goes through, from the trained one upwards, and a fixed one (the output
-projection, the optimiser, what generates answers). `Costs` holds both in seconds for the steps and the measurements of one
-study; where they come from is the business of `sweeps.study.forecast`.
+A trial's work has a part for every layer that it goes through, from the trained one upwards, and a fixed one (the
+output projection, the optimiser, generation). `rough_costs` has both as rates of one machine. They are scaled by what
+earlier trials of the model took on this machine, or else by some timed optimiser steps of the real model at its first,
+middle and last layer. Imports inside functions keep PyTorch out of the start of commands.
 """
 
 import heapq
+import logging
 import math
+import os
+import platform
+import re
+import statistics
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import Literal
 
-from locft.engine.packed_linear import MOST_BYTES
-from sweeps.study.plan import Plan, StudyFacts
-from sweeps.study.trial_types import TrialConfig
+import psutil
 
-if TYPE_CHECKING:
-    from sweeps.study.schema import Limits, Resources
+from locft.errors import InputError
+from sweeps.study.footprint import BYTES, disk_range, memory_range, most_memory_bytes
+from sweeps.study.plan import PreparedStudy
+from sweeps.study.schema import Resources
+from sweeps.study.trial_types import StudyFacts, TrialConfig, TrialResult
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_TRAINED_BYTES = 4 * 4
-"""For each trained number: weight, gradient and Adam's two moments in float32."""
-_DRIVER_BYTES = 1_050_000_000
-"""The command with Ray, MLflow and its tables, and Ray's own processes."""
-_PROCESS_BYTES = 380_000_000
-"""A worker with its imports, before it has loaded a model, besides the libraries that it shares."""
-_SLACK = 1.6
-"""What a worker's passing memory comes to in the end: freed pieces are kept, and not every one is used again."""
-_READ_AT_ONCE = 2048
-"""Tokens of a forward pass of the unedited model, all of whose logits are held."""
-_RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
-"""Of MLflow's store: a run with its metrics; a question with its answer; a study's dashboard, tables and files."""
+TRIALS = 200
+"""Earlier trials to look at, the latest."""
+ENOUGH = 3
+"""Use the earlier trials if there are at least this many."""
+TIMED_EDITS, TIMED_STEPS = 16, 3
+"""Edits of a timed step at most, and steps at each of the three layers."""
+ROUGH = "rough rates, nothing measured here"
+
+_FOR_TRIALS = 0.7
+"""Share of the free memory that Ray leaves to trials; the rest is for its object store."""
 _SUPERVISED_SHARE = 0.3
 """Of the tokens read, those whose logits are computed."""
-GENERATED_SHARE = 0.3
-"""Of the tokens of edit evaluation, those that generating undecided answers reads again, through all layers."""
+_GENERATED_SHARE = 0.3
+"""Of the tokens of edit evaluation, those read again, through all layers, to generate undecided answers."""
 _START_SECONDS = 40.0
-"""Once a study: Ray and its workers, the model and the tracking store, and at the end the report and the pick once more."""
-SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8}
+"""Once a study: Ray and its workers, the model and the tracking store; at the end the report and the pick once more."""
+_MEASURING = 1.7
+"""If only steps were timed: what measuring takes relative to its rough rate, with steps at theirs. Edit metrics and
+capability took 0.9 and 1.3 on one machine with bfloat16 instructions, 2.1 and 2.2 on another."""
+_SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8}
 """Of the steps that `epochs` allows, those usually taken before `stop_below` ends the training."""
-LEAST_STEPS = 0.3
-"""The same where everything is learnt soon."""
-ROUGH = "rough rates, nothing measured here"
-HANGS, PATIENCE_SECONDS = 30.0, 1800.0
-"""A trial hangs when it takes so many times what it should, but no less than this: its worker may have a model to load."""
+_LEAST_STEPS = 0.3
+"""The same if everything is learnt early."""
+_HANGS, _PATIENCE_SECONDS = 30.0, 1800.0
+"""A trial hangs if it takes this many times its estimate, and at least this long, for its worker may load a model."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,25 +72,25 @@ class Pass:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the pieces of a study's trials take on the clock of one worker."""
+    """Wall-clock seconds that the pieces of a study's trials take one worker."""
 
     step: Pass
-    """Of one optimiser step, besides the part that grows with its edits."""
+    """One optimiser step, without the part that grows with its edits."""
     edit: Pass
-    """Of every edit in a step."""
+    """Each edit in a step."""
     evaluation: Pass
-    """Of asking all edits' questions once."""
+    """Asking the questions of all edits once."""
     capability: Pass
-    """Of all capability items and the prose."""
+    """All capability items and the prose."""
     unedited: float
-    """Measuring the unedited model, once."""
+    """Measuring the unedited model, once a study."""
     source: str = ROUGH
     """Where the numbers come from, for people."""
     spread: float = 2.0
-    """The true time is expected within this factor both ways, beside what early stopping leaves open."""
+    """The true time is expected within this factor either way, besides what early stopping leaves open."""
     busy: float = 1.0
-    """By how much other work on the machine slowed the measured seconds; the range allows for an idle machine."""
-    shares: Mapping[str, float] = field(default_factory=SHARE_OF_STEPS.copy)
+    """How much other work on the machine slowed the measured seconds; the range allows for an idle machine."""
+    shares: Mapping[str, float] = field(default_factory=_SHARE_OF_STEPS.copy)
     """By pipeline: of the steps allowed, those that trials take."""
 
     @property
@@ -92,56 +102,164 @@ class Costs:
         """Seconds of so many steps of full batches."""
         return steps * (self.step.seconds(layers) + trial.batch_size * self.edit.seconds(layers))
 
-    def scaled(self, training: float, evaluation: float, capability: float) -> "Costs":
-        return replace(
-            self,
-            step=self.step.scaled(training),
-            edit=self.edit.scaled(training),
-            evaluation=self.evaluation.scaled(evaluation),
-            capability=self.capability.scaled(capability),
-            unedited=self.unedited * capability,
-        )
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan still takes. Seconds are of the clock; memory and disk are of one machine."""
+    """What a plan still takes. Seconds are wall-clock time; memory and disk are of one machine."""
 
     trials: int
-    """To be run: those that are open, or as many of them as the budget allows (by minutes, about so many)."""
+    """Trials to run: the open ones, or as many of them as the budget allows (for one of minutes, about as many)."""
     left: int
     """Planned and not done."""
     ended_by: Literal["trials", "minutes"] | None
-    """What of the budget ends the study before its plan does."""
+    """The budget that ends the study before its plan does."""
     concurrent: int
     seconds_low: float
-    """When training stops early, on a machine that does nothing else."""
+    """If training stops early, on a machine that does nothing else."""
     seconds: float
     seconds_high: float
-    """When every trial takes all its epochs, on a slow machine."""
+    """If every trial takes all its epochs, on a slow machine."""
     seconds_per_trial: float
     """Mean."""
     memory_bytes_low: int
-    """Of the driver and all workers together: what they hold in any case."""
+    """Driver and all workers together: what they hold in any case."""
     memory_bytes_high: int
-    """With what may add: the largest batches of all at one moment, weights in every layout, stored states in full."""
+    """With all that may add: the largest batches at the same moment, weights in every layout, stored states in full."""
     disk_bytes_low: int
-    """Hidden states and weights in the cache, the study in the tracking store; the model itself left out."""
+    """Hidden states and weights in the cache, the study in the tracking store; without the model itself."""
     disk_bytes_high: int
     source: str
     """What the seconds rest on."""
 
 
-def default_costs(facts: StudyFacts, cpus: int = 2) -> Costs:
+@dataclass(frozen=True)
+class Forecast:
+    """What the open trials of a study are expected to take, together and each."""
+
+    prepared: PreparedStudy
+    costs: Costs
+    done: frozenset[str] = frozenset()
+    """Ids of the trials that are not open."""
+    concurrent: int = 1
+    """Trials at a time."""
+    made: float = field(default_factory=time.monotonic)
+    """On the `time.monotonic()` clock; the minutes of the budget count from then."""
+
+    def seconds(self, trial: TrialConfig) -> float:
+        return trial_seconds(trial, self.prepared.facts, self.costs, None)
+
+    def on(self, nodes: Sequence[Mapping[str, float]]) -> "Forecast":
+        """The same on these nodes (Ray's resources of each) instead of this machine."""
+        return replace(self, concurrent=places(self.prepared, nodes))
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """Time, memory and disk of the open trials, `concurrent` at a time, until the budget ends them.
+
+        The middle time has the usual share of a trial's epochs, the high one all of them, the low one few.
+        """
+        plan, facts, costs = self.prepared.plan, self.prepared.facts, self.costs
+        most, minutes = self.prepared.study.budget.trials, self.prepared.study.budget.minutes
+        sample = [trial for trial in plan.sample if trial.id not in self.done]
+        left = len(sample) if plan.trials else max(0, plan.count - len(self.done))
+        affordable = left if most is None else max(0, min(left, most - len(self.done)))
+        if plan.trials:
+            sample = sample[:affordable]
+
+        def each(share: float | None) -> list[float]:
+            """Seconds of every trial; a trial that a search will choose takes the mean of the sample."""
+            seconds = [trial_seconds(trial, facts, costs, share) for trial in sample]
+            return seconds if plan.trials or not seconds else [sum(seconds) / len(seconds)] * affordable
+
+        def ends(share: float | None) -> list[float]:
+            return [_START_SECONDS + costs.unedited + end for end in _ends(each(share), self.concurrent)]
+
+        def total(share: float | None) -> float:
+            return max(ends(share), default=0.0)
+
+        usual, limit, per_trial = ends(None), 60 * minutes if minutes else math.inf, each(None)
+        trials = sum(end <= limit for end in usual)
+        memory, disk = memory_range(sample, facts, self.concurrent), disk_range(sample, trials, facts)
+        return Estimate(
+            trials=trials,
+            left=left,
+            ended_by="minutes" if total(None) > limit else "trials" if affordable < left else None,
+            concurrent=self.concurrent,
+            seconds_low=min(limit, total(_LEAST_STEPS) / costs.spread / costs.busy),
+            seconds=min(limit, total(None)),
+            seconds_high=min(limit, total(1.0) * costs.spread),
+            seconds_per_trial=sum(per_trial) / len(per_trial) if per_trial else 0.0,
+            memory_bytes_low=memory[0],
+            memory_bytes_high=memory[1],
+            disk_bytes_low=disk[0],
+            disk_bytes_high=disk[1],
+            source=costs.source,
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What does not fit on this machine, and what to do about it."""
+        expected, have = self.estimate, psutil.virtual_memory().total
+        if expected.memory_bytes_high <= have:
+            return []
+        sure = expected.memory_bytes_low > have
+        wanted = expected.memory_bytes_low if sure else expected.memory_bytes_high
+        return [
+            f"memory: {expected.concurrent} at a time {'take at least' if sure else 'may take'} {wanted / 2**30:.1f}"
+            f" GiB, and this machine has {have / 2**30:.1f} GiB; less is needed with fewer trials at a time"
+            " (resources.concurrent), smaller batches, or dtype: bfloat16"
+        ]
+
+
+def make_forecast(
+    prepared: PreparedStudy, finished: Collection[str] = (), earlier: Sequence[TrialResult] = (), *, timed: bool = True
+) -> Forecast:
+    """What is left of a study on this machine.
+
+    finished: ids of finished trials. earlier: finished trials of this model on this machine (`machine`), in any study.
+    timed: time some steps of the real model if there are not enough earlier trials; otherwise the rates are rough then.
+    """
+    planned = {trial.id for trial in prepared.plan.trials}
+    done = frozenset(trial for trial in finished if not planned or trial in planned)
+    costs = rough_costs(prepared.facts, prepared.study.resources.cpus)
+    if len(done) < prepared.plan.count:
+        costs = costs_from_trials(earlier, prepared) or timed and costs_from_steps(prepared) or costs
+    return Forecast(prepared, costs, done, places(prepared))
+
+
+def places(prepared: PreparedStudy, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
+    """Trials at a time on nodes with these resources of Ray, None for this machine; one if not even that fits."""
+    resources, gpus = prepared.study.resources, 0
+    if nodes is None:
+        if resources.gpus:
+            import torch
+
+            gpus = torch.cuda.device_count()
+        memory = _FOR_TRIALS * psutil.virtual_memory().available
+        nodes = [{"CPU": os.cpu_count() or 1, "GPU": gpus, "memory": memory}]
+    try:
+        return resources.places(nodes, most_memory_bytes(prepared.plan.sample, prepared.facts))
+    except InputError:
+        return 1
+
+
+def machine(resources: Resources) -> str:
+    """This machine and what a trial has of it; the seconds of trials with the same label are comparable."""
+    name = re.sub(r"[^\w.\-]", "-", platform.node())[:100] or "unknown"
+    return f"{name} {resources.cpus} CPU {resources.gpus:g} GPU"
+
+
+def rough_costs(facts: StudyFacts, cpus: int = 2) -> Costs:
     """Rates of two cores with bfloat16 matrix instructions and a model of 135M parameters, by the number of threads.
 
-    A step takes 1.1 ns a parameter (its weights pass through memory) and 9 ps a parameter and token. A GPU is far faster.
+    A step takes 1.1 ns a parameter (its weights pass through memory) and 9 ps a parameter and token. A GPU is far
+    faster.
     """
     slow = (1.0 if facts.precision == "bfloat16" else 2.0) / cpus
-    tokens = edit_tokens(facts) / max(1, facts.n_edits)
+    tokens = facts.edit_tokens / max(1, facts.n_edits)
     layer, head = facts.layer_parameters, facts.head_parameters
-    asked, read = evaluation_tokens(facts), facts.capability_tokens
-    generating = GENERATED_SHARE * asked * facts.parameters
+    asked, read = facts.evaluation_tokens, facts.capability_tokens
+    generating = _GENERATED_SHARE * asked * facts.parameters
     return Costs(
         step=Pass(slow * (8e-3 + 0.5e-9 * head), slow * 1.1e-9 * layer),
         edit=Pass(slow * 9e-12 * tokens * _SUPERVISED_SHARE * head, slow * 9e-12 * tokens * layer),
@@ -151,78 +269,149 @@ def default_costs(facts: StudyFacts, cpus: int = 2) -> Costs:
     )
 
 
-def estimate(
-    plan: Plan,
-    facts: StudyFacts,
-    costs: Costs,
-    *,
-    concurrent: int = 1,
-    done: Collection[str] = (),
-    budget: "Limits | None" = None,
-) -> Estimate:
-    """Time, memory and disk of the trials of a plan that are not done, `concurrent` at a time, until the budget ends them.
+def costs_from_trials(earlier: Sequence[TrialResult], prepared: PreparedStudy) -> Costs | None:
+    """The rough costs scaled by what trials of this model took, whatever they trained and were measured on; None for
+    fewer than `ENOUGH`."""
+    known = [
+        t
+        for t in earlier
+        if t.metrics.get("n_edits") and "train_seconds" in t.metrics and not t.metrics.get("diverged")
+    ]
+    if len(known) < ENOUGH:
+        return None
+    shares = dict(_SHARE_OF_STEPS)
+    for pipeline in shares:
+        those = [trial for trial in known if trial.config.pipeline == pipeline]
+        if len(those) >= ENOUGH:
+            allowed = sum(t.config.epochs * math.ceil(t.metrics["n_edits"] / t.config.batch_size) for t in those)
+            shares[pipeline] = sum(trial.metrics["steps"] for trial in those) / allowed
+    source = f"{len(known)} earlier trials of this model"
+    return replace(_scaled(known, prepared), source=source, spread=1.4, shares=shares)
 
-    The middle value takes the usual share of a trial's epochs, the high one all of them, the low one few.
-    """
-    most, minutes = (budget.trials, budget.minutes) if budget else (None, None)
-    sample = [trial for trial in plan.sample if trial.id not in set(done)]
-    left = len(sample) if plan.trials else max(0, plan.count - len(done))
-    affordable = left if most is None else max(0, min(left, most - len(done)))
-    if plan.trials:
-        sample = sample[:affordable]
 
-    def each(share: float | None) -> list[float]:
-        """Seconds of every trial; what a search will choose is as long as the mean of its sample."""
-        seconds = [trial_seconds(trial, facts, costs, share) for trial in sample]
-        return seconds if plan.trials or not seconds else [sum(seconds) / len(seconds)] * affordable
+def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
+    """The rough costs scaled by timed optimiser steps of the real model; None if this process cannot do what a worker
+    would (GPUs, more CPUs or memory than there are)."""
+    import torch
 
-    def ends(share: float | None) -> list[float]:
-        return [_START_SECONDS + costs.unedited + end for end in _ends(each(share), concurrent)]
+    from locft.process import return_freed_memory
 
-    usual, limit = ends(None), 60 * minutes if minutes else math.inf
-    out_of_time = max(usual, default=0.0) > limit
+    study, facts = prepared.study, prepared.facts
+    elsewhere = study.trial_device != "cpu" or study.resources.cpus > (os.cpu_count() or 1)
+    if (
+        elsewhere
+        or not prepared.plan.sample
+        or facts.parameters * BYTES[study.dtype] > psutil.virtual_memory().available
+    ):
+        return None
+    before = torch.get_num_threads()
+    torch.set_num_threads(study.resources.cpus)
+    try:
+        trials, busy = _timed_steps(prepared)
+    except (InputError, RuntimeError, MemoryError) as reason:  # no estimate is no reason to refuse a plan
+        _log.info("no steps were timed: %s", reason)
+        return None
+    finally:
+        torch.set_num_threads(before)
+        return_freed_memory()
+    slowed = f", {busy:.1f} times slowed by other work" if busy > 1.3 else ""
+    return replace(_scaled(trials, prepared), source=f"timed steps of this model{slowed}", spread=1.6, busy=busy)
 
-    def total(share: float | None) -> float:
-        return max(ends(share), default=0.0)
 
-    per_trial = each(None)
-    trials = sum(end <= limit for end in usual)
-    memory, disk = memory_range(sample, facts, concurrent), _disk_range(sample, trials, facts)
-    return Estimate(
-        trials=trials,
-        left=left,
-        ended_by="minutes" if out_of_time else "trials" if affordable < left else None,
-        concurrent=concurrent,
-        seconds_low=min(limit, total(LEAST_STEPS) / costs.spread / costs.busy),
-        seconds=min(limit, total(None)),
-        seconds_high=min(limit, total(1.0) * costs.spread),
-        seconds_per_trial=sum(per_trial) / len(per_trial) if per_trial else 0.0,
-        memory_bytes_low=memory[0],
-        memory_bytes_high=memory[1],
-        disk_bytes_low=disk[0],
-        disk_bytes_high=disk[1],
-        source=costs.source,
+def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
+    """Steps at the first, middle and last layer, as trials that were not measured; and how much other work slowed them:
+    wall-clock time per processor time of a thread."""
+    from locft.model.models import load_model
+    from locft.model.positions import TuningPosition
+    from locft.train.pipelines import TrainingSettings
+    from locft.workbench import Baseline, Workbench
+
+    study, facts, sample = prepared.study, prepared.facts, prepared.plan.sample
+    size = min(statistics.median_low(trial.batch_size for trial in sample), TIMED_EDITS, facts.n_edits)
+    requests = tuple(replace(request, rephrases=(), locality=()) for request in prepared.edits.requests[:size])
+    layers = sorted({0, facts.n_layers // 2, facts.n_layers - 1})
+    loaded = load_model(study.model, dtype=study.dtype, device="cpu")
+    edits = replace(prepared.edits, requests=requests)
+    bench = Workbench.prepare(loaded, edits, None, baseline=Baseline((), None), layers=layers)
+    trials, clock, processor = [], 0.0, 0.0
+    for layer in layers:
+        there = facts.modules_by_layer[layer]
+        sizes = [(facts.trained_parameters.get(f"{layer}.{module}", 0), module) for module in there]
+        sizes = [pair for pair in sizes if pair[1] in study.space.module] or sizes
+        module = sorted(sizes)[len(sizes) // 2][1]
+        config = replace(sample[0], layer=layer, module=module, batch_size=size, epochs=TIMED_STEPS)
+        settings = TrainingSettings(**config.training | {"skip_below": 0.0, "stop_below": 0.0})
+        for timed in (False, True):  # what is done once a process or a layer shall not count
+            began = time.perf_counter(), time.process_time()
+            training = bench.train(TuningPosition(layer, module), settings)
+            if timed:
+                clock += time.perf_counter() - began[0]
+                processor += time.process_time() - began[1]
+        found = {"n_edits": float(size), "steps": float(training.steps), "train_seconds": training.seconds}
+        trials.append(TrialResult(config, "done", metrics=found))
+    return trials, max(1.0, clock * study.resources.cpus / processor) if processor else 1.0
+
+
+def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
+    """The rough costs, each scaled by the ratio of what these trials took to what it says that they take."""
+    facts, cpus = prepared.facts, prepared.study.resources.cpus
+    measured, expected = ({"train": 0.0, "evaluate": 0.0, "capability": 0.0} for _ in range(2))
+    for trial in trials:
+        found = trial.metrics
+        share = found["n_edits"] / max(1, facts.n_edits)
+        costs, layers = rough_costs(_with_edits(facts, share), cpus), layers_passed(trial.config, facts)
+        parts = {
+            "train": costs.training(trial.config, layers, found["steps"]),
+            "evaluate": costs.evaluation.seconds(layers),
+        }
+        if trial.config.data_fingerprint == facts.data_fingerprint:  # the same items
+            parts["capability"] = costs.capability.seconds(layers)
+        for part, seconds in parts.items():
+            if f"{part}_seconds" in found:
+                measured[part] += found[f"{part}_seconds"]
+                expected[part] += seconds
+    train = measured["train"] / expected["train"] if expected["train"] else 1.0
+    evaluate = measured["evaluate"] / expected["evaluate"] if expected["evaluate"] else _MEASURING * train
+    capability = measured["capability"] / expected["capability"] if expected["capability"] else evaluate
+    rough = rough_costs(facts, cpus)
+    return replace(
+        rough,
+        step=rough.step.scaled(train),
+        edit=rough.edit.scaled(train),
+        evaluation=rough.evaluation.scaled(evaluate),
+        capability=rough.capability.scaled(capability),
+        unedited=rough.unedited * capability,
     )
+
+
+def _with_edits(facts: StudyFacts, share: float) -> StudyFacts:
+    """The same study on a share of as many edits of the same kind."""
+    tokens = {
+        "edit_tokens": facts.edit_tokens,
+        "evaluation_tokens": facts.evaluation_tokens,
+        "n_edits": facts.n_edits,
+    }
+    return replace(facts, **{name: round(share * number) for name, number in tokens.items()})
 
 
 def trial_seconds(
     trial: TrialConfig, facts: StudyFacts, costs: Costs | None = None, share: float | None = 1.0
 ) -> float:
-    """Of one trial, measurements included. share: of the steps it may take; None takes what its pipeline usually does.
+    """Seconds of one trial, measurements included. share: of the steps allowed; None: what its pipeline usually takes.
 
-    Both pipelines take the same number of steps when nothing stops them.
+    Both pipelines take the same number of steps if nothing stops them.
     """
-    costs = costs or default_costs(facts)
+    costs = costs or rough_costs(facts)
     layers, n = layers_passed(trial, facts), facts.n_edits
     epoch = math.ceil(n / trial.batch_size) * costs.step.seconds(layers) + n * costs.edit.seconds(layers)
     taken = costs.shares[trial.pipeline] if share is None else share
     return taken * trial.epochs * epoch + costs.evaluation.seconds(layers) + costs.capability.seconds(layers)
 
 
-def patience_seconds(trial: TrialConfig, facts: StudyFacts, resources: "Resources") -> float:
-    """How long a trial may take before it is given up: `resources.minutes`, or long enough that it must be hanging."""
+def patience_seconds(trial: TrialConfig, facts: StudyFacts, resources: Resources) -> float:
+    """How long a trial may take before it is cancelled: `resources.minutes`, or so long that it must be hanging."""
     if resources.minutes == "auto":
-        return max(PATIENCE_SECONDS, HANGS * trial_seconds(trial, facts, default_costs(facts, resources.cpus)))
+        return max(_PATIENCE_SECONDS, _HANGS * trial_seconds(trial, facts, rough_costs(facts, resources.cpus)))
     return math.inf if resources.minutes is None else 60 * resources.minutes
 
 
@@ -231,74 +420,8 @@ def layers_passed(trial: TrialConfig, facts: StudyFacts) -> int:
     return facts.n_layers - trial.layer
 
 
-def steps_allowed(trial: TrialConfig, n_edits: float) -> int:
-    return trial.epochs * math.ceil(n_edits / trial.batch_size)
-
-
-def memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Of a single worker at most."""
-    return _shared_bytes(trial, facts) + _kept_bytes(trial, facts) + _added_bytes(trial, facts)
-
-
-def most_memory_bytes(plan: Plan, facts: StudyFacts) -> int:
-    """Of the worker that takes the most."""
-    return max((memory_bytes(trial, facts) for trial in plan.sample), default=0)
-
-
-def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: int) -> tuple[int, int]:
-    """Of the driver and of so many workers: what they hold in any case, and that with all that may add."""
-    if not trials:
-        return 0, 0
-    at_once, always = min(concurrent, len(trials)), _DRIVER_BYTES + _shared_bytes(trials[0], facts)
-    kept = [_kept_bytes(trial, facts) for trial in trials]
-    most = max(own + _added_bytes(trial, facts) for own, trial in zip(kept, trials, strict=True))
-    return always + at_once * min(kept), always + at_once * most
-
-
-def _shared_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Files that all workers of a machine map: the frozen weights, and once more in the precision of training."""
-    return facts.parameters * sum(_BYTES[name] for name in {trial.dtype, trial.precision})
-
-
-def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """A worker's own as long as it trains: the process, and what is trained."""
-    return _PROCESS_BYTES + _TRAINED_BYTES * facts.trained_parameters.get(trial.position, facts.layer_parameters)
-
-
-def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """What a worker may add to that: the layouts of the weights that it multiplies by, and the largest logits."""
-    packed = 0
-    if trial.precision == "bfloat16" and 2 * facts.parameters <= MOST_BYTES:
-        packed = 2 * 2 * (layers_passed(trial, facts) * facts.layer_parameters + facts.head_parameters)
-    batch_tokens = min(trial.batch_size, facts.n_edits) * edit_tokens(facts) // max(1, facts.n_edits)
-    reading = min(_READ_AT_ONCE, edit_tokens(facts) + evaluation_tokens(facts) + facts.capability_tokens)
-    logits = 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
-    return int(_SLACK * (packed + logits))
-
-
-def edit_tokens(facts: StudyFacts) -> int:
-    return 16 * facts.n_edits if facts.edit_tokens is None else facts.edit_tokens
-
-
-def evaluation_tokens(facts: StudyFacts) -> int:
-    return 3 * 32 * facts.n_edits if facts.evaluation_tokens is None else facts.evaluation_tokens
-
-
-def _disk_range(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> tuple[int, int]:
-    """Hidden states entering every layer that is trained, the weights in the precision of training, MLflow's records."""
-    if not trials:
-        return 0, 0
-    dtype = _BYTES[trials[0].dtype]
-    hidden = facts.head_parameters // max(1, facts.vocabulary)
-    layers = {trial.layer for trial in trials} | {facts.n_layers - 1}
-    states = dtype * hidden * (evaluation_tokens(facts) + facts.capability_tokens) * len(layers)
-    cast = 0 if trials[0].precision == trials[0].dtype else _BYTES[trials[0].precision] * facts.parameters
-    records = _STUDY_BYTES + count * (_RUN_BYTES + 4 * facts.n_edits * _OUTCOME_BYTES)
-    return cast + records, states + cast + records
-
-
 def _ends(seconds: Sequence[float], concurrent: int) -> list[float]:
-    """When each ends, begun in their order as soon as a place is free."""
+    """When each trial ends, if they start in this order, each as soon as a place is free."""
     free, ends = [0.0] * concurrent, []
     for trial in seconds:
         ends.append(free[0] + trial)

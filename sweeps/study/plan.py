@@ -9,13 +9,13 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from analysis.stats.axes import AXES, SWEPT
 from locft.errors import InputError
 from sweeps.study.schema import MAX_TRIALS, EveryLayer, LogUniform, Study, nearest
-from sweeps.study.trial_types import METHOD_VERSION, TrialConfig, TrialInputs
+from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, TrialInputs
 
 if TYPE_CHECKING:
     from locft.data.requests import EditSet
@@ -26,35 +26,6 @@ POINT = ("layer", "module", *INNER, "seed")
 """What a point of the space has a value for: every swept axis."""
 POSITION = "position"
 """Stands for layer and module together if not every layer has every module: {"position": "22.mlp_down", ...}."""
-
-
-@dataclass(frozen=True)
-class StudyFacts:
-    """What a plan has to know about the model and the data. Sizes are in numbers (parameters) and tokens."""
-
-    model_fingerprint: str
-    data_fingerprint: str
-    n_layers: int
-    modules_by_layer: Mapping[int, Sequence[str]]
-    """For each layer the modules that can be trained in it."""
-    n_edits: int
-    precision: str
-    """In which training computes: float32 or bfloat16."""
-    parameters: int
-    """Of the whole model; tied weights once."""
-    layer_parameters: int
-    """Of one layer (mean)."""
-    head_parameters: int
-    """Of the output projection: vocabulary x hidden, tied or not."""
-    vocabulary: int
-    trained_parameters: Mapping[str, int] = field(default_factory=dict)
-    """By position ("22.mlp_down"); an absent one counts as a whole layer."""
-    edit_tokens: int | None = None
-    """Of all edit rows together, one epoch; None takes 16 an edit."""
-    evaluation_tokens: int | None = None
-    """Read and generated to evaluate all edits once; None takes three prompts an edit with 32 tokens each."""
-    capability_tokens: int = 0
-    """Read to measure capability once, prose included."""
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,8 @@ def study_from_yaml(text: str) -> Study:
 def _validated(draft: _Draft) -> Study | None:
     """The study; None, with problems noted, if it is not valid.
 
-    Contradictions show only once every field is valid, so the fields at fault are left out and the rest is checked again.
-    A contradiction that involves one of them is not told: it may go away with the correction.
+    Contradictions show only once every field is valid, so the rest is checked again without the fields at fault. A
+    contradiction that involves one of those is not told: it may go away with the correction.
     """
     try:
         return Study.model_validate(draft.tree)

@@ -1,6 +1,6 @@
 """From a study to everything it names: the model's structure, the edits, the capability items, and the plan.
 
-Reads, never runs or writes. Imports inside functions keep PyTorch and transformers out of the commands that need neither.
+Reads, never runs or writes. Imports inside functions keep PyTorch and transformers out of commands that need neither.
 """
 
 import hashlib
@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from locft.errors import InputError
-from sweeps.study.plan import PreparedStudy, StudyFacts, check_against_model, make_plan
+from sweeps.study.plan import PreparedStudy, check_against_model, make_plan
 from sweeps.study.schema import Study
+from sweeps.study.trial_types import StudyFacts
 
 if TYPE_CHECKING:
     from locft.data.requests import EditSet

@@ -39,7 +39,7 @@ _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)\Z")
 
 
 def value_problem(name: str, value: Any) -> str | None:
-    """What is wrong with a value for an axis, such as "got 0, expected a whole number of at least 1"; None if nothing."""
+    """What is wrong with a value for an axis, such as "got 0, expected a whole number of at least 1"; else None."""
     axis = AXIS[name]
     return None if axis.accepts(value) else wrong_value(value, axis.expected(), axis.choices)
 

@@ -1,4 +1,4 @@
-"""The records that flow through a study: what a trial is, what its worker gets, and what came of it.
+"""The records that flow through a study: what is known of model and data, what a trial is, and what came of it.
 
 A trial's identity is its content: `TrialConfig.id` hashes everything that can change the result (the trained position,
 the settings, the fingerprints of model and data, the version of the method) and nothing else. So a finished trial is
@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,8 +71,37 @@ TrialConfig = make_dataclass(
     kw_only=True,
 )
 TrialConfig.__module__ = __name__  # pickle looks for it here
-TrialConfig.__doc__ = """One edit of one model at one position with one setting, fully specified: fingerprints of model and
-data, the number of layers, a value for each of `analysis.stats.axes.AXES`, and the version of the method."""
+TrialConfig.__doc__ = """One edit of one model at one position with one setting, fully specified: fingerprints of model
+and data, the number of layers, a value for each of `analysis.stats.axes.AXES`, and the version of the method."""
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """What a plan has to know about the model and the data. Sizes are numbers of parameters and of tokens."""
+
+    model_fingerprint: str
+    data_fingerprint: str
+    n_layers: int
+    modules_by_layer: Mapping[int, Sequence[str]]
+    """For each layer the modules that can be trained in it."""
+    n_edits: int
+    precision: str
+    """In which training computes: float32 or bfloat16."""
+    parameters: int
+    """Of the whole model; tied weights once."""
+    layer_parameters: int
+    """Of one layer (mean)."""
+    head_parameters: int
+    """Of the output projection: vocabulary x hidden, tied or not."""
+    vocabulary: int
+    trained_parameters: Mapping[str, int] = field(default_factory=dict)
+    """By position ("22.mlp_down"); an absent one counts as a whole layer."""
+    edit_tokens: int = 0
+    """Of all edit rows together: one epoch."""
+    evaluation_tokens: int = 0
+    """Read and generated to evaluate all edits once."""
+    capability_tokens: int = 0
+    """Read to measure capability once, prose included."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class StudyInputs:
     """Shown as the model's parameters: layers, dtype."""
     datasets: tuple[DatasetRecord, ...]
     machine: str
-    """Where the seconds of the trials are taken (`sweeps.study.forecast.machine`)."""
+    """Where the seconds of the trials are taken (`sweeps.study.estimate.machine`)."""
 
     @property
     def tags(self) -> dict[str, str]:

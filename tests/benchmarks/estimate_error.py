@@ -3,7 +3,7 @@
     python -m tests.benchmarks.estimate_error quickstart "pipeline-check edits.limit=40" [--folder DIR]
 
 Each argument is a study with overrides as of `--set`, run for real by the command, all in one fresh store. Before it runs,
-it is estimated twice: from a calibration on an empty store, and from the earlier trials where the studies before it left
+it is estimated twice: from timed steps with an empty store, and from the earlier trials where the studies before it left
 some. The clock runs from when the command says what it expects to its end; memory is the proportional set size of the
 command and all that it starts, at its highest; disk is what the cache (hidden states, weights) and the store grew by. The
 model is taken from the cache, where it should be. Prints one JSON line a study; the load of the machine is in it, since
@@ -24,8 +24,8 @@ from typing import Any
 import psutil
 
 from locft.cache import cache_folder
-from sweeps.study.estimate import layers_passed
-from sweeps.study.forecast import Forecast, foresee
+from sweeps.answer import foresee
+from sweeps.study.estimate import Forecast, layers_passed
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study

@@ -24,7 +24,8 @@ import psutil
 from rich.console import Console
 
 from sweeps.tracking.outbox import Outbox, open_outbox
-from sweeps.study.forecast import Forecast, foresee
+from sweeps.answer import foresee
+from sweeps.study.estimate import Forecast
 from sweeps.study.resolve import prepare
 from sweeps.commands.progress import Progress
 from sweeps.study.trial_types import TrialResult

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from analysis.stats.pareto import pareto_front
 from analysis.stats.table import results_frame
-from sweeps.study.estimate import default_costs
-from sweeps.study.forecast import Forecast
+from sweeps.study.estimate import Forecast, rough_costs
 from sweeps.study.plan import make_plan
 from sweeps.study.plan import PreparedStudy
 from sweeps.commands.progress import Progress
@@ -19,7 +18,7 @@ from tests.sweeps.study.test_plan import FACTS, make_study
 
 def progress(planned=4, earlier=(), terminal=False, **budget):
     study = make_study(name="layers", search={"method": "optuna", "trials": planned}, budget=budget)
-    plan, costs = make_plan(study, FACTS), default_costs(FACTS)
+    plan, costs = make_plan(study, FACTS), rough_costs(FACTS)
     prepared = PreparedStudy(study, FACTS, plan, None, None)
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=160, color_system=None)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from locft.errors import InputError
 from sweeps.study.plan import (
     POINT,
-    StudyFacts,
     make_plan,
     optuna_space,
     point_of,
@@ -18,7 +17,7 @@ from sweeps.study.plan import (
     trial_config,
     van_der_corput_order,
 )
-from sweeps.study.trial_types import METHOD_VERSION
+from sweeps.study.trial_types import METHOD_VERSION, StudyFacts
 from sweeps.study.schema import Study
 from sweeps.study.reader import load_study, ready_studies
 
@@ -27,6 +26,7 @@ MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
 
 def make_facts(n_layers=30, modules_by_layer=None, **changes):
     sizes = dict(parameters=134_515_008, layer_parameters=3_540_096, head_parameters=28_311_552, vocabulary=49_152)
+    n_edits = changes.pop("n_edits", 100)
     return StudyFacts(
         precision="float32",
         **{
@@ -34,7 +34,9 @@ def make_facts(n_layers=30, modules_by_layer=None, **changes):
             "data_fingerprint": "data",
             "n_layers": n_layers,
             "modules_by_layer": modules_by_layer or {layer: MODULES for layer in range(n_layers)},
-            "n_edits": 100,
+            "n_edits": n_edits,
+            "edit_tokens": 16 * n_edits,
+            "evaluation_tokens": 3 * 32 * n_edits,
             **sizes,
             **changes,
         }

@@ -8,23 +8,26 @@ import pandas as pd
 import pytest
 
 import sweeps
-from sweeps.study.calibration import calibrated
+from sweeps.answer import foresee
 from sweeps.study.estimate import (
     Costs,
+    Estimate,
+    Forecast,
     Pass,
-    default_costs,
-    estimate,
-    memory_bytes,
-    memory_range,
+    costs_from_steps,
+    costs_from_trials,
+    machine,
+    make_forecast,
+    places,
+    rough_costs,
     trial_seconds,
 )
-from sweeps.study.forecast import Forecast, foresee, learnt, machine, places
-from sweeps.study.plan import make_plan
-from sweeps.study.plan import PreparedStudy
-from sweeps.study.resolve import prepare
-from sweeps.study.trial_types import TrialConfig, TrialResult
-from sweeps.study.schema import Limits
+from sweeps.study.footprint import memory_bytes, memory_range
+from sweeps.study.plan import PreparedStudy, make_plan
 from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
+from sweeps.study.schema import Limits
+from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.mlflow_store import result
@@ -34,12 +37,21 @@ MEASURED = Path(__file__).parents[2] / "benchmarks" / "table.csv"
 COSTS = Costs(Pass(0.1, 0.02), Pass(0.01, 0.002), Pass(3.0, 0.5), Pass(2.0, 0.25), unedited=7.0, spread=2.0, busy=1.5)
 
 
+def prepared_study(study, facts=FACTS) -> PreparedStudy:
+    """With no edits and items: what an estimate needs to know of them is in the facts."""
+    return PreparedStudy(study, facts, make_plan(study, facts), None, None)
+
+
+def estimate(study, facts, costs, *, concurrent=1, done=()) -> Estimate:
+    return Forecast(prepared_study(study, facts), costs, frozenset(done), concurrent).estimate
+
+
 def test_an_estimate_is_its_written_formula():
     facts = make_facts(10, n_edits=6, edit_tokens=100, evaluation_tokens=500, capability_tokens=1500,
                        trained_parameters={"5.mlp": 40}, parameters=1000, vocabulary=50, head_parameters=200)  # fmt: skip
     space = {"layer": 5, "module": "mlp", "batch_size": 4, "seed": [0, 1, 2]}
-    plan = make_plan(make_study(space, epochs=10), facts)
-    got = estimate(plan, facts, COSTS, concurrent=2)
+    study = make_study(space, epochs=10)
+    got, trials = estimate(study, facts, COSTS, concurrent=2), make_plan(study, facts).trials
     training = 10 * (2 * (0.1 + 5 * 0.02) + 6 * (0.01 + 5 * 0.002))
     measuring = 3 + 5 * 0.5 + 2 + 5 * 0.25
     assert got.seconds_per_trial == pytest.approx(0.9 * training + measuring)
@@ -50,34 +62,35 @@ def test_an_estimate_is_its_written_formula():
     assert (got.memory_bytes_low, got.memory_bytes_high) == (held, held + 2 * logits)
     assert got.disk_bytes_high == got.disk_bytes_low + 4 * 4 * 2000 * 2
     assert got.disk_bytes_low == 10_000_000 + 3 * (30_000 + 24 * 400)
-    left = estimate(plan, facts, COSTS, concurrent=2, done=[plan.trials[0].id])
+    left = estimate(study, facts, COSTS, concurrent=2, done=[trials[0].id])
     assert (
         left.trials == left.left == 2
         and left.ended_by is None
         and left.seconds == pytest.approx(47 + 0.9 * training + measuring)
     )
-    assert estimate(plan, facts, COSTS, done=[trial.id for trial in plan.trials]).seconds == 0
+    assert estimate(study, facts, COSTS, done=[trial.id for trial in trials]).seconds == 0
 
 
 def test_estimates_grow_with_what_costs():
     def seconds(facts=FACTS, cpus=2, **space):
-        return estimate(make_plan(make_study({"layer": 22, **space}), facts), facts, default_costs(facts, cpus)).seconds
+        return estimate(make_study({"layer": 22, **space}), facts, rough_costs(facts, cpus)).seconds
 
     base = seconds()
     assert seconds(layer=3) > base and seconds(batch_size=1) > base and seconds(seed=[0, 1]) > base
     assert seconds(cpus=1) > base and seconds(make_facts(n_edits=200)) > base
-    optuna = make_plan(make_study(search={"method": "optuna", "trials": 10}), FACTS)
-    assert estimate(optuna, FACTS, default_costs(FACTS)).seconds > 0
+    optuna = make_study(search={"method": "optuna", "trials": 10})
+    assert estimate(optuna, FACTS, rough_costs(FACTS)).seconds > 0
 
 
 @pytest.mark.parametrize("search", [{}, {"search": {"method": "optuna", "trials": 300}}], ids=["grid", "optuna"])
 def test_an_estimate_ends_with_the_budget(search):
     space = {"layer": 5, "seed": list(range(300))}
     study, facts = make_study(space, **search), make_facts(10)
-    plan, costs = make_plan(study, facts), default_costs(facts)
+    plan, costs = make_plan(study, facts), rough_costs(facts)
 
     def ends(done=(), **budget):
-        return estimate(plan, facts, costs, concurrent=2, done=done, budget=Limits(**budget))
+        limited = study.model_copy(update={"budget": Limits(**budget)})
+        return estimate(limited, facts, costs, concurrent=2, done=done)
 
     whole, ten = ends(), ends(trials=10)
     assert (whole.trials, whole.left, whole.ended_by) == (300, 300, None)
@@ -97,7 +110,7 @@ def test_an_estimate_ends_with_the_budget(search):
 
 def test_a_forecast_is_for_the_machines_there_are(monkeypatch):
     study = make_study({"seed": list(range(8))})
-    forecast = Forecast(PreparedStudy(study, FACTS, make_plan(study, FACTS), None, None), default_costs(FACTS))
+    forecast = Forecast(prepared_study(study), rough_costs(FACTS))
     wide = forecast.on([{"CPU": 16.0, "GPU": 0.0}])
     assert (forecast.estimate.concurrent, wide.estimate.concurrent) == (1, 16)
     assert wide.estimate.seconds < forecast.estimate.seconds / 4
@@ -122,7 +135,7 @@ def test_memory_is_what_was_measured():
 def test_what_does_not_fit_is_told(monkeypatch):
     study = make_study({"seed": list(range(8))})
     forecast = Forecast(
-        PreparedStudy(study, FACTS, make_plan(study, FACTS), None, None), default_costs(FACTS), concurrent=8
+        prepared_study(study), rough_costs(FACTS), concurrent=8
     )
     expected = forecast.estimate
     assert expected.memory_bytes_low < expected.memory_bytes_high
@@ -164,7 +177,7 @@ def test_earlier_trials_tell_what_a_real_study_took(part, n_edits, taken):
     facts = replace(make_facts(capability_tokens=22_105), precision="bfloat16")
     study = make_study(resources={"cpus": 1})
     earlier = taken(table[table.part == part])
-    costs = learnt(measured(earlier, facts, n_edits), PreparedStudy(study, facts, make_plan(study, facts), None, None))
+    costs = costs_from_trials(measured(earlier, facts, n_edits), prepared_study(study, facts))
     rest = table[table.part == "full"].drop(earlier.index, errors="ignore")
     truth = rest[["train_seconds", "evaluate_seconds", "capability_seconds"]].to_numpy().sum()
     expected = sum(trial_seconds(trial.config, facts, costs, None) for trial in measured(rest, facts, 100))
@@ -174,19 +187,50 @@ def test_earlier_trials_tell_what_a_real_study_took(part, n_edits, taken):
 
 def test_too_few_earlier_trials_tell_nothing():
     study = make_study()
-    prepared = PreparedStudy(study, FACTS, make_plan(study, FACTS), None, None)
+    prepared = prepared_study(study)
     table = pd.read_csv(MEASURED)
-    assert learnt(measured(table[table.part == "full"][:2], FACTS, 100), prepared) is None
+    assert costs_from_trials(measured(table[table.part == "full"][:2], FACTS, 100), prepared) is None
 
 
-def test_a_calibration_measures_this_machine(study_file):
+def test_timed_steps_measure_this_machine(study_file):
     prepared = prepare(load_study(str(study_file(space__batch_size=[1, 4]))))
-    costs = calibrated(prepared)
-    assert costs.source.startswith("a calibration on this machine")
-    assert costs.step.seconds(3) + costs.edit.seconds(3) > 0 and costs.busy >= 1
-    assert costs.evaluation.seconds(3) > 0 and costs.capability.seconds(3) > 0 and costs.unedited >= 0
+    costs, rough = costs_from_steps(prepared), rough_costs(prepared.facts, 1)
+    assert costs.source.startswith("timed steps of this model") and costs.measured and costs.busy >= 1
+    scale = costs.step.per_layer / rough.step.per_layer
+    assert scale > 0 and scale != 1
+    assert costs.edit.seconds(3) == pytest.approx(scale * rough.edit.seconds(3))
+    for name in ("evaluation", "capability"):  # are not timed
+        assert getattr(costs, name).seconds(3) == pytest.approx(1.7 * scale * getattr(rough, name).seconds(3))
+    assert costs.unedited == pytest.approx(1.7 * scale * rough.unedited)
     elsewhere = prepared.study.model_copy(update={"resources": make_study(resources={"gpus": 1}).resources})
-    assert calibrated(replace(prepared, study=elsewhere)).source == "rough rates, nothing measured here"
+    assert costs_from_steps(replace(prepared, study=elsewhere)) is None
+
+
+def test_steps_are_timed_only_where_nothing_else_tells(study_file, monkeypatch):
+    prepared, asked = prepare(load_study(str(study_file()))), []
+    monkeypatch.setattr("sweeps.study.estimate.costs_from_steps", asked.append)
+    took = {"train_seconds": 2.0, "steps": 4.0}
+    earlier = [replace(done := result(trial), metrics=done.metrics | took) for trial in prepared.plan.trials]
+    assert make_forecast(prepared, earlier=(earlier * 3)[:3]).costs.source == "3 earlier trials of this model"
+    assert not make_forecast(prepared, [trial.id for trial in prepared.plan.trials]).costs.measured
+    assert not make_forecast(prepared, timed=False).costs.measured and asked == []
+    assert not make_forecast(prepared).costs.measured and len(asked) == 1
+
+
+def test_steps_of_a_real_study_tell_what_its_trials_took():
+    """Steps at the first, middle and last layer of the exhaustive table against the time of all its trials."""
+    table = pd.read_csv(MEASURED)
+    facts = replace(make_facts(capability_tokens=22_105), precision="bfloat16")
+    prepared = prepared_study(make_study(resources={"cpus": 1}), facts)
+    full = table[(table.part == "full") & (table.diverged != 1)]
+    steps = [
+        replace(trial, metrics={name: trial.metrics[name] for name in ("n_edits", "steps", "train_seconds")})
+        for trial in measured(full[full.layer.isin([0, 15, 29]) & (full.module == "mlp")], facts, 100)
+    ]
+    costs = replace(costs_from_trials(steps, prepared), shares={"breadth_first": 0.95, "depth_first": 0.8})
+    truth = full[["train_seconds", "evaluate_seconds", "capability_seconds"]].to_numpy().sum()
+    expected = sum(trial_seconds(trial.config, facts, costs, None) for trial in measured(full, facts, 100))
+    assert 1 / 1.5 < expected / truth < 1.5
 
 
 def test_a_forecast_takes_the_trials_of_the_store(workplace, study_file, ray_running):

@@ -1,0 +1,74 @@
+"""Memory and disk that trials take, as far as can be told before they run."""
+
+from collections.abc import Sequence
+
+from locft.engine.packed_linear import MOST_BYTES
+from sweeps.study.trial_types import StudyFacts, TrialConfig
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_TRAINED_BYTES = 4 * 4
+"""For each trained number: weight, gradient and Adam's two moments in float32."""
+_DRIVER_BYTES = 1_050_000_000
+"""The command with Ray, MLflow and its tables, and Ray's own processes."""
+_PROCESS_BYTES = 380_000_000
+"""A worker with its imports, before it loads a model, without the libraries that it shares."""
+_SLACK = 1.6
+"""Freed memory is kept by a worker and not all of it is used again: its temporary memory grows by this factor."""
+_READ_AT_ONCE = 2048
+"""Tokens of a forward pass of the unedited model, whose logits are all held."""
+_RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
+"""In MLflow's store: a run with its metrics; a question with its answer; a study's dashboard, tables and files."""
+
+
+def most_memory_bytes(trials: Sequence[TrialConfig], facts: StudyFacts) -> int:
+    """Peak memory of the worker that takes the most."""
+    return max((memory_bytes(trial, facts) for trial in trials), default=0)
+
+
+def memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """Peak memory of one worker."""
+    return _shared_bytes(trial, facts) + _kept_bytes(trial, facts) + _added_bytes(trial, facts)
+
+
+def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: int) -> tuple[int, int]:
+    """Bytes of the driver and `concurrent` workers: what they hold in any case, and with all that may add."""
+    if not trials:
+        return 0, 0
+    at_once, always = min(concurrent, len(trials)), _DRIVER_BYTES + _shared_bytes(trials[0], facts)
+    kept = [_kept_bytes(trial, facts) for trial in trials]
+    most = max(own + _added_bytes(trial, facts) for own, trial in zip(kept, trials, strict=True))
+    return always + at_once * min(kept), always + at_once * most
+
+
+def _shared_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """Files that all workers of a machine map: the frozen weights, and once more in the precision of training."""
+    return facts.parameters * sum(BYTES[name] for name in {trial.dtype, trial.precision})
+
+
+def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """What a worker holds as long as it trains: the process, and what is trained."""
+    return _PROCESS_BYTES + _TRAINED_BYTES * facts.trained_parameters.get(trial.position, facts.layer_parameters)
+
+
+def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """What a worker may add to that: packed layouts of the weights, and the largest logits."""
+    packed = 0
+    if trial.precision == "bfloat16" and 2 * facts.parameters <= MOST_BYTES:
+        packed = 2 * 2 * ((facts.n_layers - trial.layer) * facts.layer_parameters + facts.head_parameters)
+    batch_tokens = min(trial.batch_size, facts.n_edits) * facts.edit_tokens // max(1, facts.n_edits)
+    reading = min(_READ_AT_ONCE, facts.edit_tokens + facts.evaluation_tokens + facts.capability_tokens)
+    logits = 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
+    return int(_SLACK * (packed + logits))
+
+
+def disk_range(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> tuple[int, int]:
+    """Bytes of hidden states entering every trained layer, weights in the precision of training, MLflow's records."""
+    if not trials:
+        return 0, 0
+    dtype = BYTES[trials[0].dtype]
+    hidden = facts.head_parameters // max(1, facts.vocabulary)
+    layers = {trial.layer for trial in trials} | {facts.n_layers - 1}
+    states = dtype * hidden * (facts.evaluation_tokens + facts.capability_tokens) * len(layers)
+    cast = 0 if trials[0].precision == trials[0].dtype else BYTES[trials[0].precision] * facts.parameters
+    records = _STUDY_BYTES + count * (_RUN_BYTES + 4 * facts.n_edits * _OUTCOME_BYTES)
+    return cast + records, states + cast + records
