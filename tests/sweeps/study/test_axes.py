@@ -1,0 +1,70 @@
+"""An axis is declared once: one more declaration, and everything between a study file and the results table knows it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from analysis.stats.axes import AXES
+from sweeps.study.schema import value_problem
+
+WITH_MOMENTUM = """
+import json
+import analysis.stats.axes as axes
+
+momentum = axes.Axis("momentum", float, 0.9, "momentum", "of the optimiser", at_least=0, below=1)
+axes.AXES += (momentum,)
+axes.SWEPT += (momentum,)
+axes.SETTING += ("momentum",)
+axes.AXIS["momentum"] = momentum
+
+from analysis.stats.table import results_frame
+from locft.errors import InputError
+from sweeps.study.plan import make_plan, optuna_space
+from sweeps.study.reader import load_study
+from sweeps.study.trial_types import TrialResult
+from tests.sweeps.study.test_plan import FACTS
+
+def plan(*overrides):
+    study = load_study("pipeline-check", ["space.layer=3", *overrides])
+    return make_plan(study, FACTS).trials, optuna_space(study, FACTS)
+
+try:
+    plan("space.momentum=[0.5, 1.5]")
+except InputError as error:
+    problems = error.problems
+trials, space = plan("space.momentum=[0.5, 0.9]")
+rows = results_frame([TrialResult(trial, "done").to_row() for trial in trials])
+print(json.dumps({
+    "problems": problems,
+    "plain": sorted(trial.id for trial in plan()[0]),
+    "trials": {trial.id: trial.momentum for trial in trials},
+    "trained": trials[0].training["momentum"],
+    "space": space["momentum"],
+    "column": sorted(set(rows["momentum"])),
+}))
+"""
+
+
+def test_a_new_axis_is_declared_and_nothing_else():
+    from sweeps.study.plan import make_plan
+    from sweeps.study.reader import load_study
+    from tests.sweeps.study.test_plan import FACTS
+
+    done = subprocess.run([sys.executable, "-c", WITH_MOMENTUM], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    without = [trial.id for trial in make_plan(load_study("pipeline-check", ["space.layer=3"]), FACTS).trials]
+    assert found["plain"] == sorted(without), "at its default it changes no id"
+    assert sorted(id for id, momentum in found["trials"].items() if momentum == 0.9) == sorted(without)
+    assert len(found["trials"]) == 2 * len(without)
+    assert found["trained"] in (0.5, 0.9) and found["space"] == found["column"] == [0.5, 0.9]
+    (problem,) = found["problems"]
+    assert problem.endswith("space.momentum[1]: got 1.5, expected a number of at least 0 and below 1")
+
+
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis.default is not None], ids=lambda axis: axis.name)
+def test_a_value_is_checked_by_its_axis(axis):
+    assert value_problem(axis.name, axis.default) is None
+    assert value_problem(axis.name, None) == f"got nothing, expected {axis.expected()}"
