@@ -272,11 +272,8 @@ def rough_costs(facts: StudyFacts, cpus: int = 2) -> Costs:
 def costs_from_trials(earlier: Sequence[TrialResult], prepared: PreparedStudy) -> Costs | None:
     """The rough costs scaled by what trials of this model took, whatever they trained and were measured on; None for
     fewer than `ENOUGH`."""
-    known = [
-        t
-        for t in earlier
-        if t.metrics.get("n_edits") and "train_seconds" in t.metrics and not t.metrics.get("diverged")
-    ]
+    known = [trial for trial in earlier if {"n_edits", "train_seconds"} <= trial.metrics.keys()]
+    known = [trial for trial in known if not trial.metrics.get("diverged")]
     if len(known) < ENOUGH:
         return None
     shares = dict(_SHARE_OF_STEPS)
@@ -296,13 +293,9 @@ def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
 
     from locft.process import return_freed_memory
 
-    study, facts = prepared.study, prepared.facts
-    elsewhere = study.trial_device != "cpu" or study.resources.cpus > (os.cpu_count() or 1)
-    if (
-        elsewhere
-        or not prepared.plan.sample
-        or facts.parameters * BYTES[study.dtype] > psutil.virtual_memory().available
-    ):
+    study, free = prepared.study, psutil.virtual_memory().available
+    runs_here = study.trial_device == "cpu" and study.resources.cpus <= (os.cpu_count() or 1)
+    if not runs_here or not prepared.plan.sample or prepared.facts.parameters * BYTES[study.dtype] > free:
         return None
     before = torch.get_num_threads()
     torch.set_num_threads(study.resources.cpus)
@@ -386,12 +379,8 @@ def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
 
 def _with_edits(facts: StudyFacts, share: float) -> StudyFacts:
     """The same study on a share of as many edits of the same kind."""
-    tokens = {
-        "edit_tokens": facts.edit_tokens,
-        "evaluation_tokens": facts.evaluation_tokens,
-        "n_edits": facts.n_edits,
-    }
-    return replace(facts, **{name: round(share * number) for name, number in tokens.items()})
+    names = ("n_edits", "edit_tokens", "evaluation_tokens")
+    return replace(facts, **{name: round(share * getattr(facts, name)) for name in names})
 
 
 def trial_seconds(
