@@ -57,7 +57,7 @@ def run_study(
         if reporter is not None:
             return nullcontext(reporter)
         done = state.results[state.results["status"] == "done"]
-        return Progress(foresee(prepared, store), done.to_dict("records"))
+        return Progress(prepared.study.name, foresee(prepared, store), done.to_dict("records"))
 
     return run_sweep(prepared, store, address=address, show=show, register=register)
 

@@ -13,13 +13,13 @@ import warnings
 from typing import Annotated, Literal
 
 import typer
-from rich.text import Text
 
 from locft.errors import InputError
-from sweeps.commands.console import complain, err, out, print_json
+from sweeps.commands.console import complain, notice, print_json, say
 from sweeps.commands.edit import apply, bench, edit, evaluate, positions
-from sweeps.commands.options import INTERRUPTED, JsonOption, UriOption
+from sweeps.commands.options import INTERRUPTED, JsonOption, UriOption, grouped
 from sweeps.commands.study import plan, report, select, status, sweep
+from sweeps.tracking.address import resolve_uri
 
 app = typer.Typer(
     name="locft",
@@ -44,34 +44,34 @@ def main() -> None:
     except Exception as error:
         code = _unexpected(error)
     if code == INTERRUPTED:
-        err.print("interrupted; what was finished is kept, and the same command goes on from there")
+        notice("interrupted; what was finished is kept, and the same command goes on from there")
     sys.exit(code)
 
 
 def ui(
     tracking_uri: UriOption = None,
-    port: Annotated[int | None, typer.Option(help="Default 5000, or the next free port.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default 5000, or any free port when that is taken.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Open MLflow on 127.0.0.1 and print the pages that matter. Ctrl-C stops it."""
-    from sweeps.tracking.study_run import list_studies
     from sweeps.commands.ui import serve
+    from sweeps.tracking.study_run import list_studies
 
     def announce(address: str) -> None:
         studies = list_studies(address, base=address)
         if as_json:
             return print_json({"address": address, "studies": studies})
-        out.print(f"MLflow: {address}", highlight=False)
+        say(f"MLflow: {address}")
         for found in studies:
-            out.print(Text(f"\n{found['name']} ({found['status']})"))
+            say(f"\n{found['name']} ({found['status']})")
             for name, link in found["links"].items():
-                out.print(Text(f"  {name}: {link}"), soft_wrap=True)
+                say(f"  {name}: {link}")
 
-    serve(tracking_uri, port, announce)
+    serve(resolve_uri(tracking_uri), port, announce)
 
 
 for _command in (positions, plan, sweep, status, report, select, edit, apply, evaluate, ui):
-    app.command()(_command)
+    app.command()(grouped(_command))
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(bench)
 
 
@@ -89,7 +89,7 @@ def _unexpected(error: Exception) -> Literal[1, 2]:
     complain([f"{type(error).__name__}: {lines[0]}"])
     if os.environ.get("LOCFT_DEBUG"):
         raise error
-    err.print(Text("(LOCFT_DEBUG=1 shows where)"))
+    notice("(LOCFT_DEBUG=1 shows the traceback)")
     return 1
 
 

@@ -1,43 +1,114 @@
-"""Arguments and options that several commands of `locft` share."""
+"""Arguments and options that several commands of `locft` share, and options grouped into one value."""
 
-from typing import TYPE_CHECKING, Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, make_dataclass
+from functools import wraps
+from inspect import Parameter
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analysis.stats.axes import AXES, Axis
 from locft.errors import InputError
 
 if TYPE_CHECKING:
+    from sweeps.study.plan import PreparedStudy
     from sweeps.study.schema import Edits
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A ready study (quickstart, ...) or a study file.")]
+EDITS = "atlas, an edit file, or the hub id of a data set"
+EDITS_HELP = f"{EDITS[0].upper()}{EDITS[1:]}."
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, hub id, folder or .gguf file.")]
-EDITS = "atlas, an edit file, or a data set's hub id."
-EditsOption = Annotated[str, typer.Option("--edits", help=EDITS)]
+EditsOption = Annotated[str, typer.Option("--edits", help=EDITS_HELP)]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: space.layer=[3,7]. Repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as space.layer=[3,7]. Repeatable."),
 ]
 UriOption = Annotated[
     str | None,
     typer.Option("--tracking-uri", help="MLflow store; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-AddressOption = Annotated[str | None, typer.Option(help="Ray cluster: auto, or HOST:PORT. Default: this machine.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16, float16.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N.")]
+AddressOption = Annotated[str | None, typer.Option(help="Ray cluster: auto or HOST:PORT. Default: this machine.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16 or float16.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default all cores.")]
 RemoteCodeOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Off unless asked for.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Off by default.")
 ]
 
 
+@dataclass(frozen=True)
+class StudyOptions:
+    """Which study a command is about."""
+
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A ready study (quickstart, ...) or a study file.")]
+    overrides: SetOption = None
+
+    def prepared(self) -> "PreparedStudy":
+        """The study, checked and resolved. Raises InputError with everything that is wrong with it."""
+        return prepared_study(self.study, self.overrides)
+
+
+def prepared_study(study: str, overrides: list[str] | None) -> "PreparedStudy":
+    from sweeps.study.reader import load_study
+    from sweeps.study.resolve import prepare
+
+    return prepare(load_study(study, overrides or []))
+
+
 def edits_of(source: str, limit: int | None) -> "Edits":
-    """The edits that two options name. Raises InputError for none."""
+    """The edits that --edits and --limit name. Raises InputError when --edits is empty."""
     from sweeps.study.schema import Edits
 
     if not source.strip():
-        raise InputError(f"--edits: got nothing, expected {EDITS.rstrip('.')}")
+        raise InputError(f"--edits: got nothing, expected {EDITS}")
     return Edits(source=source, limit=limit)
+
+
+DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here"}
+"""Of options of `locft edit`, where its defaults (`TrainingSettings`) are not those of the axes."""
+
+
+def _training_option(axis: Axis) -> tuple[str, Any, None]:
+    """Name, type and default of the field for an axis."""
+    text, valid = axis.doc, f"{axis.expected()}; "
+    if axis.choices and text.startswith(axis.choices):  # it explains them
+        valid = ""
+    else:
+        text = text[0].upper() + text[1:]
+    help_text = f"{text} ({valid}default {DEFAULTS.get(axis.name, axis.default)})."
+    return axis.name, Annotated[axis.type | None, typer.Option(help=help_text)], None
+
+
+TrainingOptions = make_dataclass(
+    "TrainingOptions", [_training_option(axis) for axis in AXES if axis.trained], frozen=True
+)
+TrainingOptions.__doc__ = "How to train: an option for each axis that training takes, None where it is not given."
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer takes it: a parameter that is a dataclass becomes one option for each of its fields."""
+    groups: dict[str, list[str]] = {}
+    parameters: list[Parameter] = []
+    declared = inspect.signature(command).parameters
+    for name, parameter in declared.items():
+        if is_dataclass(parameter.annotation):
+            fields = inspect.signature(parameter.annotation).parameters
+            groups[name] = list(fields)
+            parameters += fields.values()
+        else:
+            parameters.append(parameter)
+
+    @wraps(command)
+    def flat(**given: Any) -> None:
+        for name, fields in groups.items():
+            given[name] = declared[name].annotation(**{field: given.pop(field) for field in fields})
+        command(**given)
+
+    # Keyword-only, since a group may hold options with a default and precede a parameter without one.
+    flat.__signature__ = inspect.Signature([p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters])
+    return flat

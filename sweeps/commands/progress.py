@@ -1,10 +1,10 @@
-"""What a person sees while a study runs, on standard error: on a terminal a table that updates, elsewhere lines."""
+"""Progress of trials on standard error: on a terminal a table that updates, elsewhere a line for each trial."""
 
 import math
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -14,41 +14,56 @@ from rich.text import Text
 from analysis.stats.pareto import pareto_front
 from analysis.stats.table import results_frame
 from analysis.stats.wording import number, percent, seconds
+from sweeps.commands.console import table_of
+from sweeps.commands.summaries import setting_text
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
-    from sweeps.study.estimate import Forecast
     from sweeps.select.policy import Rung
+    from sweeps.study.estimate import Forecast
 
 SHOWN = 6
-"""Lines of the front on the screen."""
+"""Rows of the front in the table on the screen."""
 SHOWN_METRICS = ("reliability", "generalization", "locality", "capability")
 
 
 class Progress:
-    """Counts and the best front so far; a context manager, so that the screen is left tidy whatever happens."""
+    """Shows counts and the front so far: a reporter of trials (`sweeps.run.dispatch`) and of the rungs of a selection.
 
-    def __init__(self, forecast: "Forecast", earlier: Sequence[dict[str, Any]], console: Console | None = None):
-        """earlier: results-table rows of the study's trials that were finished before."""
+    A context manager, so that the screen is left tidy however the trials end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forecast: "Forecast | None" = None,
+        earlier: Sequence[dict[str, Any]] = (),
+        console: Console | None = None,
+    ):
+        """name: of the study. forecast: of a sweep, for the number of trials and the time left; a selection plans rung
+        by rung and has none. earlier: results-table rows of the trials that are done already."""
+        self.name = name
         self.console = console or Console(stderr=True)
-        study, plan = forecast.prepared.study, forecast.prepared.plan
-        self.finished_ids = {row["trial_id"] for row in earlier}  # a trial whose worker died may be heard of twice
-        self.resumed = len(self.finished_ids)
-        self.name = study.name
-        self.planned = max(self.resumed, min(plan.count, study.budget.trials or plan.count))
-        """Trials when the study ends: all of its plan, or as many as its budget allows."""
         self.running = 0
         self.failures: dict[str, str] = {}
-        self.pace = Pace(forecast, self.finished_ids, self.planned - self.resumed)
-        self._deadline = forecast.made + 60 * (study.budget.minutes or math.inf)
+        self.finished_ids = {
+            row["trial_id"] for row in earlier
+        }  # a set: a trial whose worker died may be reported twice
+        self.resumed = self.planned = len(self.finished_ids)
+        self.pace, self._deadline = None, math.inf
+        if forecast is not None:
+            plan, budget = forecast.prepared.plan, forecast.prepared.study.budget
+            self.planned = max(self.resumed, min(plan.count, budget.trials or plan.count))
+            self.pace = Pace(forecast, self.finished_ids, self.planned - self.resumed)
+            self._deadline = forecast.made + 60 * (budget.minutes or math.inf)
         self._front = _front(earlier) if self.console.is_terminal else ()
         self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2, transient=True)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self._live.start()
         elif self.resumed:
-            self._say(f"{self.name}: {self.resumed} of {self.planned} trials were finished before and are kept")
+            self.note(f"{self.name}: {self.resumed} of {self.planned} trials were finished before and are kept")
         return self
 
     def __exit__(self, *_) -> None:
@@ -56,18 +71,25 @@ class Progress:
             self._live.stop()
 
     def note(self, text: str) -> None:
-        """Something else that whoever waits should know."""
-        self._say(text)
+        """Print a line, above the table on a terminal."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def rung(self, rung: "Rung", open_runs: int) -> None:
+        """A rung of a selection begins, of which `open_runs` are not done yet."""
+        self.planned = self.done + self.failed + open_runs
+        known = len(rung.runs) - open_runs
+        self.note(f"{rung.name}: {rung.why}" + (f" ({known} known already)" if known else ""))
 
     def started(self, running: int) -> None:
         self.running = running
 
     def retried(self, config: TrialConfig, cause: str) -> None:
-        self._say(f"{config.position} {_setting(config)}: its worker died and it is tried again ({cause})")
+        self.note(f"{_trial(config)}: its worker died and it is tried again ({cause})")
 
     def finished(self, result: TrialResult, running: int) -> None:
         self.running = running
-        self.pace.finished(result)
+        if self.pace:
+            self.pace.finished(result)
         if result.status == "failed":
             self.failures[result.config.id] = result.error or "unknown"
         else:
@@ -77,10 +99,8 @@ class Progress:
                 row = result.to_row()
                 self._front = _front([*(other for other in self._front if other["trial_id"] != row["trial_id"]), row])
         if not self.console.is_terminal:
-            left = self.seconds_left()
             count = f"[{self.done + self.failed}/{self.planned}]"
-            line = f"{count} {result.config.position} {_setting(result.config)}: {_outcome(result)}"
-            self._say(line + (f"; about {seconds(left)} left" if left else ""))
+            self.note(f"{count} {_trial(result.config)}: {_outcome(result)}{self._left('; ')}")
 
     @property
     def done(self) -> int:
@@ -91,38 +111,41 @@ class Progress:
         return len(self.failures)
 
     def seconds_left(self) -> float | None:
-        """The forecast, set right by the trials of this run so far, until the budget's end; None after the last."""
+        """At the pace of this run's trials, and no longer than the budget allows; None after the last trial."""
+        if self.pace is None:
+            return None
         left = self.pace.seconds_left(self.planned - self.done - self.failed, self.running)
         return left and min(left, max(0.0, self._deadline - time.monotonic()))
 
-    def _say(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+    def _left(self, separator: str) -> str:
+        left = self.seconds_left()
+        return f"{separator}about {seconds(left)} left" if left else ""
 
     def _table(self) -> Table:
-        left = self.seconds_left()
         state = f"{self.done} done, {self.running} running, {self.failed} failed of {self.planned}"
-        table = Table(title=Text(f"{self.name}: {state}" + (f", about {seconds(left)} left" if left else "")))
-        for column in ("front so far", "setting", *SHOWN_METRICS):
-            table.add_column(column, justify="right" if column in SHOWN_METRICS else "left")
-        for row in self._front[:SHOWN]:
-            setting = f"{row['pipeline']} b{row['batch_size']} lr {row['learning_rate']:g} s{row['seed']}"
-            shown = [percent(row[name]) if name in row else "-" for name in SHOWN_METRICS]
-            table.add_row(f"{row['layer']}.{row['module']}", setting, *shown)
+        rows = [
+            [
+                f"{row['layer']}.{row['module']}",
+                setting_text(row),
+                *(percent(row.get(m, math.nan)) for m in SHOWN_METRICS),
+            ]
+            for row in self._front[:SHOWN]
+        ]
         for cause, count in Counter(self.failures.values()).most_common(3):
-            table.add_row(Text(f"{count} failed", style="red"), Text(cause[:80]))
-        return table
+            rows.append([Text(f"{count} failed", style="red"), cause[:80]])
+        return table_of(("front so far", "setting", *SHOWN_METRICS), rows, f"{self.name}: {state}{self._left(', ')}")
 
 
 class Pace:
-    """What is left of a study: each trial's expected time, times what the finished ones took against theirs."""
+    """Time left: the expected seconds of the open trials, scaled by what the finished ones took against their own."""
 
     def __init__(self, forecast: "Forecast", done: Collection[str], most: int):
-        """most: of the open trials so many will be run."""
+        """done: ids of the trials that are not open. most: of the open ones, how many will be run."""
         self._forecast = forecast
         trials = [trial for trial in forecast.prepared.plan.trials if trial.id not in done]
         self._open = {trial.id: forecast.seconds(trial) for trial in trials[:most]}
         self._at_once = 1
-        # One trial's worth of trust in the forecast: a worker's first trial warms it up and is slow.
+        # The forecast counts like one finished trial: a worker's first trial warms it up and is slow.
         self._taken = self._expected = forecast.estimate.seconds_per_trial
 
     def finished(self, result: TrialResult) -> None:
@@ -132,7 +155,7 @@ class Pace:
             self._expected += expected
 
     def seconds_left(self, open_trials: int, running: int) -> float | None:
-        """The running ones count half. None when nothing is open."""
+        """For `open_trials`, of which those running count as half done. None when nothing is open."""
         if open_trials <= 0:
             return None
         self._at_once = max(self._at_once, running)
@@ -141,64 +164,18 @@ class Pace:
 
 
 def _front(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Of these rows those on the front, the most reliable first, and of equal ones one: thousands may be equal. With one more
-    row the new front is in the old one and it."""
+    """The rows on the front, the most reliable first, one for each point: thousands may be equal.
+
+    The front after another row is that of the front before and this row.
+    """
     by_id = {row["trial_id"]: row for row in rows}
     front = pareto_front(results_frame(list(by_id.values())))
     first = dict(zip(reversed(front.points), reversed(front.trial_ids), strict=True))
     return tuple(by_id[first[point]] for point in dict.fromkeys(front.points))
 
 
-class RaceProgress:
-    """A selection as lines: what a rung runs and why, and every run that finishes. A context manager."""
-
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True)
-        self.left = 0
-        self._status = self.console.status("")
-
-    def __enter__(self) -> "RaceProgress":
-        if self.console.is_terminal:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.console.is_terminal:
-            self._status.stop()
-
-    def note(self, text: str) -> None:
-        """Something else that takes a while."""
-        self._say(text)
-        self._status.update(Text(text))
-
-    def rung(self, rung: "Rung", open_runs: int) -> None:
-        """A rung begins."""
-        self.left = open_runs
-        kept = len(rung.runs) - open_runs
-        self._say(f"{rung.name}: {rung.why}" + (f" ({kept} known already)" if kept else ""))
-        self._status.update(Text(f"{rung.name}: {self.left} left"))
-
-    def started(self, running: int) -> None:
-        """See `sweeps.run.dispatch.Reporter`."""
-
-    def retried(self, config: TrialConfig, cause: str) -> None:
-        self._say(f"  {config.position}: its worker died and it is tried again ({cause})")
-
-    def finished(self, result: TrialResult, running: int) -> None:
-        self.left -= 1
-        config = result.config
-        drift = result.metrics.get("drift_kl")
-        more = "" if drift is None or result.status == "failed" else f", drift {number(drift)}"
-        seed = f" seed {config.seed}" if config.seed else ""
-        self._say(f"  {config.position} lr {config.learning_rate:g}{seed}: {_outcome(result)}{more}")
-        self._status.update(Text(f"{self.left} left in this rung"))
-
-    def _say(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
-
-
-def _setting(config: TrialConfig) -> str:
-    return f"{config.pipeline} batch {config.batch_size} lr {config.learning_rate:g} seed {config.seed}"
+def _trial(config: TrialConfig) -> str:
+    return f"{config.position} {setting_text(config.to_dict())}"
 
 
 def _outcome(result: TrialResult) -> str:
@@ -206,5 +183,7 @@ def _outcome(result: TrialResult) -> str:
         return f"failed: {result.error}"
     if result.metrics.get("diverged"):
         return "diverged"
-    measured = [name for name in SHOWN_METRICS if name in result.metrics]
-    return ", ".join(f"{name} {percent(result.metrics[name])}" for name in measured)
+    found = [f"{name} {percent(result.metrics[name])}" for name in SHOWN_METRICS if name in result.metrics]
+    if "drift_kl" in result.metrics:
+        found.append(f"drift {number(result.metrics['drift_kl'])}")
+    return ", ".join(found)

@@ -1,32 +1,21 @@
-"""The commands about studies: plan, sweep, status, report, select. Registered in `sweeps.commands.cli`."""
+"""The commands about studies: plan, sweep, status, report, select. Registered in `sweeps.commands.cli`.
+
+Commands import what they run: `locft --help` would otherwise load torch, Ray and MLflow.
+"""
 
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
+from analysis.stats.axes import SWEPT
+from analysis.stats.wording import number, seconds
 from locft.errors import InputError
-from sweeps.commands.console import (
-    about,
-    err,
-    expectation,
-    failure_causes,
-    new_table,
-    out,
-    plain,
-    print_answer,
-    print_json,
-    print_selection,
-    print_wide,
-    say_study,
-    writable,
-    write,
-)
+from sweeps.commands.console import notice, plain, print_json, print_table, say, writable, write
 from sweeps.commands.options import (
     INTERRUPTED,
     AddressOption,
@@ -35,48 +24,46 @@ from sweeps.commands.options import (
     LimitOption,
     ModelArgument,
     SetOption,
-    StudyArgument,
+    StudyOptions,
     UriOption,
     edits_of,
+    prepared_study,
 )
-from sweeps.tracking.address import resolve_uri
+from sweeps.commands.summaries import about, expectation, failure_causes, introduce, print_answer, print_selection
+from sweeps.tracking.address import redact, resolve_uri
 
 if TYPE_CHECKING:
-    from sweeps.study.plan import PreparedStudy
     from sweeps.answer import StudyState
+    from sweeps.commands.progress import Progress
+    from sweeps.select.request import Question
+    from sweeps.study.estimate import Forecast
+    from sweeps.study.plan import PreparedStudy
     from sweeps.tracking.study_run import Tracker
 
 
-def plan(
-    study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False
-) -> None:
-    """Show the trials of STUDY, their number and what they will take. Nothing is run or written."""
+def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOption = False) -> None:
+    """Show the trials of STUDY, their number and what they will take. Runs and writes nothing."""
     from sweeps.answer import foresee
 
-    prepared, store = _prepared(study, overrides), resolve_uri(tracking_uri)
-    forecast = foresee(prepared, store)
+    prepared = study.prepared()
+    forecast = foresee(prepared, resolve_uri(tracking_uri))
     if as_json:
         trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
         expected = {"estimate": asdict(forecast.estimate), "warnings": forecast.warnings}
         return print_json({"study": about(prepared), "trials": trials, **expected})
-    say_study(prepared)
-    table = new_table(None, "id", "position", "pipeline", "batch", "learning rate", "loss", "seed")
-    for t in prepared.plan.trials:
-        table.add_row(
-            t.id, t.position, t.pipeline, str(t.batch_size), f"{t.learning_rate:g}", t.loss_average, str(t.seed)
-        )
+    introduce(prepared)
     if prepared.plan.trials:
-        print_wide(table)
+        axes = [axis for axis in SWEPT if axis.name not in ("layer", "module")]
+        rows = [[t.id, t.position, *(number(getattr(t, axis.name)) for axis in axes)] for t in prepared.plan.trials]
+        print_table(("id", "position", *(axis.title for axis in axes)), rows)
     else:
-        out.print(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
-    out.print(expectation(forecast), highlight=False, soft_wrap=True)
-    for warning in forecast.warnings:
-        err.print(Text(f"warning: {warning}"))
+        say(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
+    say(expectation(forecast))
+    _warn(forecast)
 
 
 def sweep(
-    study: StudyArgument,
-    overrides: SetOption = None,
+    study: StudyOptions,
     tracking_uri: UriOption = None,
     address: AddressOption = None,
     report_file: Annotated[Path | None, typer.Option("--out", help="Dashboard file; default NAME.html here.")] = None,
@@ -90,114 +77,97 @@ def sweep(
     from sweeps.commands.progress import Progress
     from sweeps.sweep import run_sweep
 
-    prepared, store = _prepared(study, overrides), resolve_uri(tracking_uri)
+    prepared, tracking_uri = study.prepared(), resolve_uri(tracking_uri)
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
-    say_study(prepared)
-    forecast = foresee(prepared, store)
+    introduce(prepared)
+    forecast = foresee(prepared, tracking_uri)
     if forecast.estimate.left and address is None:
-        err.print(Text(f"to run: {expectation(forecast)}"))
-        for warning in forecast.warnings:
-            err.print(Text(f"warning: {warning}"))
+        notice(f"to run: {expectation(forecast)}")
+        _warn(forecast)
 
-    def show(state: "StudyState") -> Progress:
-        done, expected = state.results[state.results["status"] == "done"], forecast
+    def show(state: "StudyState") -> "Progress":
+        expected = forecast
         if address is not None:
             from sweeps.run.cluster import nodes_there
 
             expected = forecast.on(nodes_there())
-            err.print(Text(f"to run: {expectation(expected, 'on the cluster')}"))
-        return Progress(expected, done.to_dict("records"))
+            notice(f"to run: {expectation(expected, 'on the cluster')}")
+        done = state.results[state.results["status"] == "done"]
+        return Progress(prepared.study.name, expected, done.to_dict("records"))
 
     with redirect_stdout(sys.stderr):  # Ray prints on standard output
-        done = run_sweep(prepared, store, address=address, show=show, register=register)
+        done = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
     write(report_file, done.answer.report_html)
     print_answer(
-        done.state,
-        done.answer,
-        report_file,
-        done.tracking_uri,
-        as_json,
-        ending=done.ending,
-        registered=done.registered,
+        done.state, done.answer, report_file, done.tracking_uri, as_json, ending=done.ending, registered=done.registered
     )
     if done.not_registered:
-        err.print(Text(f"the pick's edit is not in the model registry: {done.not_registered}"))
+        notice(f"the pick's edit is not in the model registry: {done.not_registered}")
     if done.ending == "same_failure":
-        err.print("stopped: the first trials all failed for the same reason, so the others would as well")
+        notice("stopped: the first trials all failed for the same reason, so the others would as well")
     if done.ending == "out_of_time" or done.ending == "complete" and done.state.left > done.state.failed:
-        err.print(
-            f"the budget ended the study with {done.state.left} trials left; the same command with higher limits (budget)"
-            " goes on",
-            soft_wrap=True,
-        )
+        left = f"the budget ended the study with {done.state.left} trials left"
+        notice(f"{left}; the same command with a larger budget continues it")
     if done.ending == "interrupted":
         raise typer.Exit(INTERRUPTED)
     if done.state.done == 0:
         raise typer.Exit(1)
 
 
-def status(
-    study: StudyArgument, overrides: SetOption = None, tracking_uri: UriOption = None, as_json: JsonOption = False
-) -> None:
-    """Say how far STUDY is: done, diverged, failed (with causes), left, who runs it and how long that will take."""
-    from analysis.stats.wording import seconds
-    from sweeps.tracking.outbox import open_outbox
+def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOption = False) -> None:
+    """Show how far STUDY is: done, diverged, failed (with causes) and left, who runs it and the time left."""
     from sweeps.answer import read_state
     from sweeps.session import driver_of
+    from sweeps.tracking.outbox import open_outbox
     from sweeps.tracking.store import connect
     from sweeps.tracking.study_run import find_tracker
 
-    prepared, store = _prepared(study, overrides), resolve_uri(tracking_uri)
-    if tracking_uri:  # a store that is named should be there; the one that is not named may be still to come
-        connect(store)
-    tracker = find_tracker(store, prepared.study.name, prepared.id)
+    prepared, uri = study.prepared(), resolve_uri(tracking_uri)
+    if tracking_uri:  # a store that is named must exist; the default one may be created later
+        connect(uri)
+    tracker = find_tracker(uri, prepared.study.name, prepared.id)
     state, driver = read_state(prepared, tracker, curves=False), driver_of(tracker)
-    waiting = len(open_outbox(prepared.id, store))
+    undelivered = len(open_outbox(prepared.id, uri))
     causes, diverged = failure_causes(state), int((state.results["diverged"] == 1).sum())
-    left = _seconds_left(prepared, store) if driver else None
+    left = _seconds_left(prepared, uri) if driver else None
     if as_json:
-        counts = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
-        seen = None if driver is None else asdict(driver)
-        more = {"diverged": diverged, "driver": seen, "seconds_left": left, "undelivered": waiting, "causes": causes}
-        more["retried"] = dict(state.retried)
-        return print_json({"study": about(prepared), **counts, **more})
-    out.print(
-        f"{prepared.study.name}: {state.done} of {prepared.plan.count} done"
-        + (f" ({diverged} diverged)" if diverged else "")
-        + f", {state.failed} failed, {state.left} left",
-        highlight=False,
-    )
+        return print_json(
+            {
+                "study": about(prepared),
+                "planned": prepared.plan.count,
+                "done": state.done,
+                "failed": state.failed,
+                "left": state.left,
+                "diverged": diverged,
+                "driver": driver and asdict(driver),
+                "seconds_left": left,
+                "undelivered": undelivered,
+                "causes": causes,
+                "retried": dict(state.retried),
+            }
+        )
+    done = f"{state.done} of {prepared.plan.count} done" + (f" ({diverged} diverged)" if diverged else "")
+    say(f"{prepared.study.name}: {done}, {state.failed} failed, {state.left} left")
     if driver:
-        line = f"  run by process {driver.process} on {driver.host} since {driver.began}"
-        out.print(Text(line + (f", about {seconds(left)} left" if left else "")))
+        by = f"  run by process {driver.process} on {driver.host} since {driver.began}"
+        say(by + (f", about {seconds(left)} left" if left else ""))
     elif state.left:
-        out.print("  not being run; `locft sweep` goes on")
+        say("  not being run; `locft sweep` continues it")
     for cause, count in causes.items():
-        out.print(Text(f"  {count} x {cause}"))
+        say(f"  {count} failed: {cause}")
     for cause, count in state.retried.most_common():
-        out.print(Text(f"  tried again {count} x: {cause}"))
-    if waiting:
-        out.print(f"  {waiting} more are finished and wait on this machine for the store; `locft sweep` delivers them")
-
-
-def _seconds_left(prepared: "PreparedStudy", store: str) -> float | None:
-    """Of a study that runs now, as far as the trials in the store tell: timing steps would slow it down."""
-    from sweeps.answer import foresee
-    from sweeps.commands.progress import Pace
-
-    forecast = foresee(prepared, store, timed=False)
-    open_trials = forecast.estimate.trials
-    return Pace(forecast, forecast.done, open_trials).seconds_left(open_trials, forecast.concurrent) if forecast.costs.measured else None
+        say(f"  {count} retried: {cause}")
+    if undelivered:
+        say(f"  {undelivered} finished trials are kept on this machine; `locft sweep` records them in the store")
 
 
 def report(
-    study: StudyArgument,
-    overrides: SetOption = None,
+    study: StudyOptions,
     compare: Annotated[
         str | None, typer.Option(metavar="OTHER", help="A second study, to be compared with STUDY in the same file.")
     ] = None,
     compare_set: Annotated[
-        list[str] | None, typer.Option("--compare-set", metavar="KEY=VALUE", help="As --set, for OTHER. Repeatable.")
+        list[str] | None, typer.Option("--compare-set", metavar="KEY=VALUE", help="Like --set, for OTHER. Repeatable.")
     ] = None,
     compare_uri: Annotated[
         str | None,
@@ -213,82 +183,82 @@ def report(
 
     for name, given in (("--compare-set", compare_set), ("--compare-uri", compare_uri)):
         if given and compare is None:
-            raise InputError(f"{name}: got it without --compare OTHER, the study it is for")
-    prepared = _prepared(study, overrides)
-    second = None if compare is None else _prepared(compare, compare_set)
-    store, elsewhere = resolve_uri(tracking_uri), resolve_uri(compare_uri or tracking_uri)
-    if second is not None and second.id == prepared.id and elsewhere == store:
+            raise InputError(f"{name}: expected --compare OTHER with it, the study that it is for")
+    prepared, uri = study.prepared(), resolve_uri(tracking_uri)
+    second = None if compare is None else prepared_study(compare, compare_set)
+    second_uri = resolve_uri(compare_uri or tracking_uri)
+    if second is not None and (second.id, second_uri) == (prepared.id, uri):
         raise InputError(
-            f"--compare {compare}: got STUDY itself, expected another study (--compare-set changes fields) or the same one of"
-            " another date in another store (--compare-uri)"
+            f"--compare {compare}: got STUDY itself, expected another study (--compare-set changes fields) or the same"
+            " study in another store (--compare-uri)"
         )
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
-    state, tracker = _recorded(prepared, study, store)
-    other = None if second is None else measured(*_recorded(second, compare, elsewhere))
+    state, tracker = _recorded(prepared, study.study, uri)
+    other = None if second is None else measured(*_recorded(second, compare, second_uri))
     answer = answer_of(state, tracker, other)
     write(report_file, answer.report_html)
     comparison = compared_with(measured(state, tracker), other) if other else None
     print_answer(state, answer, report_file, tracker.uri, as_json, comparison=comparison)
 
 
-def _recorded(prepared: "PreparedStudy", named: str, store: str) -> "tuple[StudyState, Tracker]":
-    """What the store holds of a study. Raises InputError when that is nothing."""
-    from sweeps.answer import read_state
-    from sweeps.tracking.address import redact
-    from sweeps.tracking.study_run import find_tracker
+@dataclass(frozen=True)
+class SelectionOptions:
+    """What a position is selected for, and what that may cost."""
 
-    tracker = find_tracker(store, prepared.study.name, prepared.id)
-    state = read_state(prepared, tracker)
-    if tracker is None or state.results.empty:
-        where = redact(store)
-        raise InputError(f"study {prepared.study.name!r}: nothing finished in {where}; run `locft sweep {named}`")
-    return state, tracker
+    model: ModelArgument
+    edits: EditsOption
+    limit: LimitOption = None
+    budget_share: Annotated[
+        float | None, typer.Option(help="Of the estimated cost of the full grid; default 0.1.", metavar="SHARE")
+    ] = None
+    budget_minutes: Annotated[float | None, typer.Option(help="By the clock, everything included.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of samples and draws.")] = 0
+    prior: Annotated[
+        Path | None, typer.Option(help="Position file of another model, whose relative depth is tried early.")
+    ] = None
+    overrides: SetOption = None
+
+    def question(self) -> "Question":
+        """The selection, checked and resolved. Raises InputError with everything that is wrong with it."""
+        from sweeps.select.request import DEFAULT_SHARE, Budget, ask
+
+        if self.budget_share is not None and self.budget_minutes is not None:
+            raise InputError("--budget-share, --budget-minutes: got both, expected one of them")
+        share = self.budget_share
+        if share is None and self.budget_minutes is None:
+            share = DEFAULT_SHARE
+        return ask(
+            self.model,
+            edits_of(self.edits, self.limit).source,
+            self.overrides or (),
+            limit=self.limit,
+            budget=Budget(share, self.budget_minutes),
+            seed=self.seed,
+            prior=self.prior,
+        )
 
 
 def select(
-    model: ModelArgument,
-    edits: EditsOption,
-    limit: LimitOption = None,
-    budget_share: Annotated[
-        float | None, typer.Option(help="Of the estimated cost of the full grid; default 0.1.", metavar="SHARE")
-    ] = None,
-    budget_minutes: Annotated[float | None, typer.Option(help="By the clock, everything included.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of samples and draws.")] = 0,
-    prior: Annotated[
-        Path | None, typer.Option(help="Position file of another model: that relative depth is tried early.")
-    ] = None,
-    overrides: SetOption = None,
+    wanted: SelectionOptions,
     position_file: Annotated[
         Path | None,
-        typer.Option("--out", help="Position file; default NAME.json here, with the page NAME.html beside it."),
+        typer.Option("--out", help="Position file; default NAME.json here. Its page NAME.html is put beside it."),
     ] = None,
     tracking_uri: UriOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the position to edit in MODEL without sweeping it. The same command again goes on where it was."""
-    from sweeps.commands.progress import RaceProgress
-    from sweeps.select.request import DEFAULT_SHARE, Budget, ask
+    """Find the position to edit in MODEL without sweeping it. The same command again continues where it was."""
+    from sweeps.commands.progress import Progress
     from sweeps.select.answer import conclude
     from sweeps.select.selection import run_selection
 
-    if budget_share is not None and budget_minutes is not None:
-        raise InputError("--budget-share, --budget-minutes: got both, expected one of them")
-    share = DEFAULT_SHARE if budget_share is None and budget_minutes is None else budget_share
-    budget = Budget(share, budget_minutes)
-    question = ask(
-        model,
-        edits_of(edits, limit).source,
-        overrides or (),
-        limit=limit,
-        budget=budget,
-        seed=seed,
-        prior=prior,
-    )
+    question = wanted.question()
     file = writable(position_file or Path(f"{question.study.name}.json"))
     page = writable(file.with_suffix(".html"))
-    say_study(question.prepared)
-    running = run_selection(question, resolve_uri(tracking_uri), address=address, progress=RaceProgress())
+    introduce(question.prepared)
+    progress = Progress(question.study.name)
+    running = run_selection(question, resolve_uri(tracking_uri), address=address, progress=progress)
     with redirect_stdout(sys.stderr), running as (found, tracker):  # Ray prints on standard output
         answer = conclude(found, tracker, str(file))
     write(page, answer.html)
@@ -298,19 +268,43 @@ def select(
         written = {"file": str(file), "page": str(page), "tracking_uri": tracker.uri}
         print_json({"position": answer.position, **written, "not_recorded": answer.not_recorded})
     else:
-        print_selection(answer, file, page, tracker.uri, edits if limit is None else f"{edits} --limit {limit}")
+        edits = wanted.edits if wanted.limit is None else f"{wanted.edits} --limit {wanted.limit}"
+        print_selection(answer, file, page, tracker.uri, edits)
     if answer.not_recorded:
-        err.print(Text(f"MLflow does not have all of this ({answer.not_recorded}); the same command records it"))
+        notice(f"MLflow does not have all of this ({answer.not_recorded}); the same command records it")
     if found.ending == "same_failure":
-        err.print("stopped: the first runs all failed for the same reason, so the others would as well")
+        notice("stopped: the first runs all failed for the same reason, so the others would as well")
     if found.ending == "interrupted":
         raise typer.Exit(INTERRUPTED)
     if answer.position is None:
         raise typer.Exit(1)
 
 
-def _prepared(study: str, overrides: list[str] | None) -> "PreparedStudy":
-    from sweeps.study.resolve import prepare
-    from sweeps.study.reader import load_study
+def _warn(forecast: "Forecast") -> None:
+    for warning in forecast.warnings:
+        notice(f"warning: {warning}")
 
-    return prepare(load_study(study, overrides or []))
+
+def _seconds_left(prepared: "PreparedStudy", tracking_uri: str) -> float | None:
+    """Time left of a study that is running, from its trials in the store: timing steps would slow it down."""
+    from sweeps.answer import foresee
+    from sweeps.commands.progress import Pace
+
+    forecast = foresee(prepared, tracking_uri, timed=False)
+    if not forecast.costs.measured:
+        return None
+    open_trials = forecast.estimate.trials
+    return Pace(forecast, forecast.done, open_trials).seconds_left(open_trials, forecast.concurrent)
+
+
+def _recorded(prepared: "PreparedStudy", name: str, tracking_uri: str) -> "tuple[StudyState, Tracker]":
+    """What the store holds of a study. name: how the user named it. Raises InputError when nothing is finished."""
+    from sweeps.answer import read_state
+    from sweeps.tracking.study_run import find_tracker
+
+    tracker = find_tracker(tracking_uri, prepared.study.name, prepared.id)
+    state = read_state(prepared, tracker)
+    if tracker is None or state.results.empty:
+        where = redact(tracking_uri)
+        raise InputError(f"study {prepared.study.name!r}: nothing finished in {where}; run `locft sweep {name}`")
+    return state, tracker

@@ -1,4 +1,4 @@
-"""MLflow's web pages on this machine: start the server on a store, say which pages matter, stop it cleanly."""
+"""MLflow's web pages on this machine: start the server for a store, announce its address, stop it cleanly."""
 
 import os
 import signal
@@ -8,14 +8,14 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from locft.errors import InputError
-from sweeps.tracking import address as tracking_uri
+from sweeps.tracking.address import check_reachable, redact, sqlite_path, take_credentials
 
 HOST = "127.0.0.1"
 PORT = 5000
@@ -25,27 +25,23 @@ START_SECONDS = 120
 _STOP_SECONDS = 10
 
 
-def serve(uri: str | None, port: int | None = None, announce: Callable[[str], None] = print) -> None:
-    """Shows the store in the browser until Ctrl-C (or SIGTERM).
+def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = print) -> None:
+    """Show the store in the browser until Ctrl-C or SIGTERM.
 
-    announce: called once with the server's address, when it answers. For a store that is a server already, that is
-        all that happens.
-
-    Raises:
-        InputError: the named port is taken, or the server does not start; with the reason.
+    uri: resolved. announce: called once with the address of the server, when it answers; for a store that is a server
+    itself nothing else happens. Raises InputError when the named port is taken, or when the server does not start.
     """
-    resolved = tracking_uri.take_credentials(tracking_uri.resolve_uri(uri))
-    tracking_uri.check_reachable(resolved)
-    if resolved.startswith("http"):
-        announce(resolved)
-        return
+    uri = take_credentials(uri)
+    check_reachable(uri)
+    if uri.startswith("http"):
+        return announce(uri)
     stopped = threading.Event()
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers[number] = signal.signal(number, lambda *_: stopped.set())
     try:
-        with running(resolved, port, stopped=stopped) as (address, process):
+        with running(uri, port, stopped=stopped) as (address, process):
             if not stopped.is_set():
                 announce(address)
             while not stopped.wait(0.2):
@@ -60,20 +56,18 @@ def serve(uri: str | None, port: int | None = None, announce: Callable[[str], No
 def running(
     uri: str, port: int | None = None, *, seconds: float = START_SECONDS, stopped: threading.Event | None = None
 ) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server on a resolved address (sqlite or database) while the block runs: its address and its process.
+    """A server for a resolved sqlite or database address while the block runs: its address and its process.
 
-    port: None takes 5000 or any free one. seconds: how long the server may take to answer. stopped: ends the wait.
-
-    Raises:
-        InputError: the named port is taken, or the server does not start, with the last lines of what it said.
+    port: None takes 5000 or any free one. seconds: how long the server may take to answer. stopped: ends that wait.
+    Raises InputError when the named port is taken, or with the server's last lines when it does not start.
     """
     port = _free_port(port)
     address = f"http://{HOST}:{port}"
-    store = tracking_uri.sqlite_path(uri)
+    store = sqlite_path(uri)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     environment = {
         **os.environ,
-        "MLFLOW_BACKEND_STORE_URI": uri,  # not on the command line, where everybody could read its password
+        "MLFLOW_BACKEND_STORE_URI": uri,  # on the command line everybody could read its password
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its processes would outlive the server
     }
@@ -88,7 +82,7 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # one group with its children, out of reach of the terminal's Ctrl-C
+            start_new_session=True,  # a process group of its own, which the terminal's Ctrl-C does not reach
         )
         try:
             _wait_until_healthy(address, process, seconds, stopped or threading.Event(), log)
@@ -98,7 +92,7 @@ def running(
 
 
 def _free_port(named: int | None) -> int:
-    """The port named by the user, or PORT, or any free one when none is named."""
+    """The port that the user named; without one PORT, or any free one."""
     if named is not None:
         if not 1 <= named <= 65535:
             raise InputError(f"port {named} is not between 1 and 65535")
@@ -123,49 +117,40 @@ def _is_free(port: int) -> bool:
 
 
 def _wait_until_healthy(
-    address: str, process: subprocess.Popen, seconds: float, stopped: threading.Event, log
+    address: str, process: subprocess.Popen, seconds: float, stopped: threading.Event, log: BinaryIO
 ) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches this machine
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach this machine
     until = time.monotonic() + seconds
     while not stopped.is_set():
         if process.poll() is not None:
             raise InputError(f"the MLflow server did not start (exit code {process.returncode}):\n{_last_lines(log)}")
         try:
-            with opener.open(f"{address}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
+            return opener.open(f"{address}/health", timeout=5).close()
+        except OSError:  # not yet
             pass
         if time.monotonic() > until:
             raise InputError(f"the MLflow server did not answer within {seconds:g} s:\n{_last_lines(log)}")
         stopped.wait(0.2)
 
 
-def _last_lines(log, lines: int = 15) -> str:
+def _last_lines(log: BinaryIO, lines: int = 15) -> str:
     log.seek(0)
-    return tracking_uri.redact("\n".join(log.read().decode(errors="replace").splitlines()[-lines:]))
+    return redact("\n".join(log.read().decode(errors="replace").splitlines()[-lines:]))
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends the server and its children."""
+    """End the server and its children, which hold the port until the last of them is gone."""
+    until = time.monotonic() + 2 * _STOP_SECONDS
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
+            process.wait(_STOP_SECONDS)
         except ProcessLookupError:
             break
-        try:
-            process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             continue
     process.wait()
-    until = time.monotonic() + _STOP_SECONDS
-    while _has_members(process.pid) and time.monotonic() < until:  # killed, and about to go: the port is theirs until then
-        time.sleep(0.02)
-
-
-def _has_members(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    with suppress(ProcessLookupError):  # raised when none of them is left
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)

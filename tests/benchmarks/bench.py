@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.text import Text
 from transformers import PreTrainedModel
 
 from locft.data.requests import EditSet, load_edits
@@ -31,7 +30,7 @@ from locft.process import describe_machine, keep_freed_memory
 from locft.train.encoding import encode_edits
 from locft.train.reference import full_forward
 from locft.workbench import Baseline, Workbench, measure_unedited
-from sweeps.commands.console import err, new_table, out, print_json, print_wide
+from sweeps.commands.console import notice, print_json, print_table, say
 from sweeps.commands.options import (
     EditsOption,
     JsonOption,
@@ -326,15 +325,12 @@ def main(
         whole_study=whole_study,
     )
     loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
-    result = run_bench(loaded, requests, load_suite("probes"), settings, say=lambda line: err.print(Text(line)))
+    result = run_bench(loaded, requests, load_suite("probes"), settings, say=notice)
     if as_json:
         return print_json(result)
-    table = new_table(None, *COLUMNS)
-    for row in report_rows(result):
-        table.add_row(*row)
-    print_wide(table)
+    print_table(COLUMNS, report_rows(result))
     for line in report_lines(result):
-        out.print(Text(line), soft_wrap=True)
+        say(line)
 
 
 if __name__ == "__main__":

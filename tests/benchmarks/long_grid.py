@@ -44,12 +44,12 @@ class Meter(Progress):
     def __init__(self, forecast: Forecast, state: StudyState, outbox: Outbox):
         done = state.results[state.results["status"] == "done"]
         screen = Console(file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115, as long as the process
-        super().__init__(forecast, done.to_dict("records"), screen)
+        super().__init__(forecast.prepared.study.name, forecast, done.to_dict("records"), screen)
         self._outbox = outbox
         self._process = psutil.Process()
         self._mark = self._now()
 
-    def _say(self, text: str) -> None:
+    def note(self, text: str) -> None:
         """A line a trial is what the command prints; here it would hide the measurements."""
 
     def _now(self) -> tuple[float, float]:

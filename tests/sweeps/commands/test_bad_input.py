@@ -63,7 +63,7 @@ CASES = [
     Bad(
         "several bad options",
         "edit {model} --edits atlas --position 1.mlp --out o --learning-rate -1 --batch-size 0 --pipeline deep",
-        ("3 problems", "--learning-rate: got -1.0", "--batch-size: got 0", "'deep'"),
+        ("3 problems", "--learning-rate: got -1.0", "--batch-size: got 0", '"deep"'),
     ),
     Bad("a word for a number", "edit {model} --edits atlas --position 1.mlp --out o --epochs many", ("--epochs",)),
     Bad("folder under a file", "edit {model} --edits atlas --position 1.mlp --out f/o", ("f",), {"f": "text"}),
@@ -105,7 +105,7 @@ CASES = [
     Bad("no tracking server", "status study.yaml --tracking-uri http://{closed}", ("{closed}",)),
     Bad("plain folder as a store", "sweep study.yaml --tracking-uri runs", ("runs", "sqlite:///"), first=False),
     Bad("unknown scheme", "status study.yaml --tracking-uri ftp://x/y", ("ftp",)),
-    Bad("store under a file", "status study.yaml --tracking-uri sqlite:///f/m.db", ("f/m.db",), {"f": "text"}),
+    Bad("store under a file", "status study.yaml --tracking-uri sqlite:///f/m.db", ("/f: Not a directory",), {"f": "text"}),
     Bad("store under a file", "sweep study.yaml --tracking-uri sqlite:///f/m.db", ("f",), {"f": "text"}, first=False),
     Bad("store in no folder", "status study.yaml --tracking-uri sqlite:///new/m.db", ("new/m.db", "locft sweep")),
     Bad("store that is not there", "status study.yaml --tracking-uri sqlite:///typo.db", ("typo.db",)),

@@ -8,12 +8,14 @@ from rich.console import Console
 
 from analysis.stats.pareto import pareto_front
 from analysis.stats.table import results_frame
-from sweeps.study.estimate import Forecast, rough_costs
-from sweeps.study.plan import make_plan
-from sweeps.study.plan import PreparedStudy
 from sweeps.commands.progress import Progress
+from sweeps.select.policy import Run, Rung
+from sweeps.study.estimate import Forecast, rough_costs
+from sweeps.study.plan import PreparedStudy, make_plan
 from tests.mlflow_store import config, failure, result
 from tests.sweeps.study.test_plan import FACTS, make_study
+
+SETTING = "breadth_first batch 10 rate 0.004 loss by edit seed 0"
 
 
 def progress(planned=4, earlier=(), terminal=False, **budget):
@@ -23,7 +25,7 @@ def progress(planned=4, earlier=(), terminal=False, **budget):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=160, color_system=None)
     forecast = Forecast(prepared, costs)
-    return Progress(forecast, [r.to_row() for r in earlier], console), screen
+    return Progress("layers", forecast, [r.to_row() for r in earlier], console), screen
 
 
 def test_a_line_for_every_trial():
@@ -33,7 +35,7 @@ def test_a_line_for_every_trial():
         shown.finished(result(config(3)), 1)
         shown.finished(failure(config(4), "OutOfMemoryError: 3 GiB [wanted]"), 0)
     first, second = screen.getvalue().splitlines()
-    assert first.startswith("[1/4] 3.mlp_down breadth_first batch 10 lr 0.004 seed 0: reliability ")
+    assert first.startswith(f"[1/4] 3.mlp_down {SETTING}: reliability ")
     assert "capability" in first and "left" in first
     assert second.startswith("[2/4] 4.mlp_down") and "failed: OutOfMemoryError: 3 GiB [wanted]" in second
     assert (shown.done, shown.failed) == (1, 1)
@@ -112,7 +114,7 @@ def test_a_worker_that_died_is_told():
     with shown:
         shown.retried(config(3), "out of memory")
     assert screen.getvalue().strip() == (
-        "3.mlp_down breadth_first batch 10 lr 0.004 seed 0: its worker died and it is tried again (out of memory)"
+        f"3.mlp_down {SETTING}: its worker died and it is tried again (out of memory)"
     )
 
 
@@ -127,7 +129,7 @@ def test_the_table_on_a_terminal():
     text = screen.getvalue()
     assert "layers: 3 done, 1 running, 2 failed of 9" in text
     assert "2 failed" in text and "[red] OutOfMemoryError" in text, "a cause is text, not markup"
-    assert "front so far" in text and "breadth_first b10 lr 0.004 s0" in text
+    assert "front so far" in text and SETTING in text
     assert "[1/9]" not in text, "no lines between the redrawn table"
 
 
@@ -157,3 +159,34 @@ def test_the_table_before_anything_came_in():
     with shown:
         shown._live.refresh()
     assert "layers: 0 done, 0 running, 0 failed of 4" in screen.getvalue()
+
+
+def test_a_selection_is_told_rung_by_rung():
+    """It plans no number of trials ahead, so no time is left to tell."""
+    screen = io.StringIO()
+    shown = Progress("select-it", console=Console(file=screen, width=160, color_system=None))
+    run = Run(3, "mlp_down", 0.004)
+    with shown:
+        shown.note("measuring the unedited model")
+        shown.rung(Rung("rung 1", (run, replace(run, layer=4), replace(run, layer=5)), "the probe's best"), open_runs=2)
+        shown.finished(result(config(3)), 1)
+        shown.finished(failure(config(4), "OutOfMemoryError"), 0)
+        shown.rung(Rung("rung 2", (replace(run, layer=6),), "further kinds"), open_runs=1)
+        shown.finished(result(config(6)), 0)
+    lines = screen.getvalue().splitlines()
+    assert lines[:2] == ["measuring the unedited model", "rung 1: the probe's best (1 known already)"]
+    assert lines[2].startswith(f"[1/2] 3.mlp_down {SETTING}: reliability ") and "drift 0.0" in lines[2]
+    assert lines[3].endswith("failed: OutOfMemoryError") and lines[4] == "rung 2: further kinds"
+    assert lines[5].startswith("[3/3] 6.mlp_down") and "left" not in screen.getvalue()
+
+
+def test_a_selection_on_a_terminal_shows_the_same_table():
+    screen = io.StringIO()
+    shown = Progress("select-it", console=Console(file=screen, force_terminal=True, width=160, color_system=None))
+    with shown:
+        shown.rung(Rung("rung 1", (Run(3, "mlp_down", 0.004),), "the probe's best"), open_runs=1)
+        shown.finished(result(config(3)), 0)
+        shown._live.refresh()
+    text = screen.getvalue()
+    assert "rung 1: the probe's best" in text and "select-it: 1 done, 0 running, 0 failed of 1" in text
+    assert "front so far" in text and SETTING in text

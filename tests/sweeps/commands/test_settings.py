@@ -29,7 +29,7 @@ def run_id(workplace):
 
 
 def settings(position=None, edits=None, from_run=None, dtype=None, **given):
-    return edit_settings(position, given, dtype, edits, from_run, None)
+    return edit_settings(position, given, dtype, edits, from_run, resolve_uri(None))
 
 
 def test_defaults():

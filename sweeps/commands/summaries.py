@@ -1,0 +1,204 @@
+"""What the commands print about studies and selections: expected costs, the answer, metrics.
+
+Functions import what they need: pandas and the like would delay `locft --help`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.stats.axes import SWEPT
+from analysis.stats.wording import number, percent, plural, seconds
+from sweeps.commands.console import notice, print_json, print_table, say
+from sweeps.tracking.address import resolve_uri
+
+if TYPE_CHECKING:
+    from analysis.stats.comparison import Comparison
+    from analysis.stats.pick import Recommendation
+    from sweeps.answer import StudyAnswer, StudyState
+    from sweeps.run.dispatch import Ending
+    from sweeps.select.answer import Answer as SelectionAnswer
+    from sweeps.study.estimate import Forecast
+    from sweeps.study.plan import PreparedStudy
+
+SHOWN_METRICS = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
+
+
+def setting_text(values: Mapping[str, Any]) -> str:
+    """A trial's setting apart from its position: "breadth_first batch 10 rate 0.004 loss by edit seed 0"."""
+    shown = [axis for axis in SWEPT if axis.name not in ("layer", "module")]
+    labels = [axis.short or ("" if axis.type is str else f"{axis.title} ") for axis in shown]
+    return " ".join(label + number(values[axis.name]) for label, axis in zip(labels, shown, strict=True))
+
+
+def about(prepared: "PreparedStudy") -> dict[str, Any]:
+    """The study for JSON output."""
+    study, edits = prepared.study, prepared.edits
+    return {
+        "name": study.name,
+        "id": prepared.id,
+        "model": study.model,
+        "edits": {"source": study.edits.source, "count": len(edits.requests), **asdict(edits.findings)},
+        "capability": prepared.capability_source,
+    }
+
+
+def introduce(prepared: "PreparedStudy") -> None:
+    """Say on standard error what the study is about."""
+    study, edits = prepared.study, prepared.edits
+    notice(f"{study.name}: {study.model}, {len(edits.requests)} edits of {study.edits.source}")
+    notice(f"capability: {prepared.capability_source}")
+    for sentence in edits.findings.sentences():
+        notice(sentence)
+
+
+def expectation(forecast: "Forecast", where: str = "on this machine") -> str:
+    """The trials that are left of a study, and the time, memory and disk space they will take."""
+    expected, budget, planned = forecast.estimate, forecast.prepared.study.budget, forecast.prepared.plan.count
+    trials = plural(expected.trials, "trial")
+    if expected.ended_by == "trials":
+        trials += f" of {planned:,} planned (the budget ends the study after {budget.trials:,})"
+    if expected.ended_by == "minutes":
+        trials = (
+            f"about {trials} of {planned:,} planned (the budget ends the study after {seconds(60 * budget.minutes)})"
+        )
+    if done := planned - expected.left:
+        trials += f" and {done:,} done"
+    memory = f"{expected.memory_bytes_low / 2**30:.2g} to {expected.memory_bytes_high / 2**30:.2g} GiB of memory"
+    disk = f"{expected.disk_bytes_low / 2**30:.2g} to {expected.disk_bytes_high / 2**30:.2g} GiB of disk"
+    time = f"{seconds(expected.seconds)} ({seconds(expected.seconds_low)} to {seconds(expected.seconds_high)})"
+    return f"{trials}, {where} {expected.concurrent} at a time: about {time}, {memory}, {disk} (from {expected.source})"
+
+
+def failure_causes(state: "StudyState") -> dict[str, int]:
+    """How many trials failed for each cause, the most frequent first."""
+    failed = state.results.loc[state.results["status"] == "failed", "error"]
+    return dict(Counter(failed).most_common())
+
+
+def print_answer(
+    state: "StudyState",
+    answer: "StudyAnswer",
+    report_file: Path,
+    tracking_uri: str,
+    as_json: bool,
+    *,
+    ending: "Ending | None" = None,
+    registered: str | None = None,
+    comparison: "Comparison | None" = None,
+) -> None:
+    """Print a study's front and pick, and how to repeat or apply the pick.
+
+    ending: how the sweep ended that led here. registered: address of the pick's edit in the model registry. comparison:
+    with another study.
+    """
+    pick = answer.recommendation
+    counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
+    by_id = {row["trial_id"]: row for row in state.results.to_dict("records")}
+    front = [by_id[trial_id] for trial_id in answer.front.trial_ids]
+    if as_json:
+        shown = ("trial_id", *(axis.name for axis in SWEPT), *SHOWN_METRICS)
+        return print_json(
+            {
+                "study": about(state.prepared),
+                "trials": counts,
+                "causes": failure_causes(state),
+                "ending": ending,
+                "front": [{key: row[key] for key in shown} for row in front],
+                "hypervolume": answer.front.hypervolume,
+                "pick": asdict(pick) if pick else None,
+                "unedited": state.baseline,
+                "report": str(report_file),
+                "registered": registered,
+                "comparison": comparison and _compared(comparison),
+                "tracking_uri": tracking_uri,
+            }
+        )
+    if front:
+        _print_front(front, pick)
+    if pick:
+        _print_pick(pick, by_id[pick.trial_id].get("run_id"), state.prepared.study.model, tracking_uri, registered)
+    if comparison:
+        from analysis.stats.comparison import cautions, moved
+
+        say(f"\nCompared with {comparison.names[1]}:", "bold")
+        for sentence in (*moved(comparison), *cautions(comparison)):
+            say(f"  {sentence}")
+    say(f"{state.done} of {counts['planned']} trials done, {state.failed} failed")
+    say(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {tracking_uri}")
+
+
+def _print_front(front: list[dict[str, Any]], pick: "Recommendation | None") -> None:
+    picked = (pick.trial_id, *pick.trial_ids) if pick else ()
+    rows = []
+    for row in front:
+        position = f"{row['layer']}.{row['module']}" + ("*" if row["trial_id"] in picked else "")
+        *fractions, drift = (row[name] for name in SHOWN_METRICS)
+        rows.append([position, setting_text(row), *map(percent, fractions), number(drift)])
+    print_table(("position", "setting", *SHOWN_METRICS), rows, "Pareto front of reliability against capability")
+
+
+def _print_pick(pick: "Recommendation", run: str, model: str, tracking_uri: str, registered: str | None) -> None:
+    say(f"\nEdit at {pick.position}. {pick.rule}", "bold")
+    for reason in pick.reasons:
+        say(f"  {reason}")
+    store = "" if tracking_uri == resolve_uri(None) else f" --tracking-uri {tracking_uri}"
+    say(f"Repeat it: locft edit {model} --from-run {run}{store} --out edited")
+    if registered:
+        say(f"Apply it: locft apply {registered} --model {model}{store} --out edited-model")
+
+
+def _compared(comparison: "Comparison") -> dict[str, Any]:
+    """Two studies side by side for JSON. Differences are there - here, as [value, low, high] of a 95% interval."""
+    from analysis.page.sentences import differing
+    from analysis.stats.comparison import cautions, moved
+
+    return {
+        "with": comparison.names[1],
+        "differing": {what: {"here": here, "there": there} for what, here, there in differing(comparison)},
+        "picks": {side: pick and pick.position for side, pick in zip(("here", "there"), comparison.picks, strict=True)},
+        "moved": moved(comparison),
+        "shared_positions": len(comparison.shared),
+        "agreement": {
+            item.metric: {"rank_correlation": item.rank, "difference": item.difference}
+            for item in comparison.agreements
+        },
+        "cautions": cautions(comparison),
+    }
+
+
+def print_selection(answer: "SelectionAnswer", file: Path, page: Path, tracking_uri: str, edits: str) -> None:
+    """Print the selected position, what to expect of it, and the command that makes the edit.
+
+    file: the position file. page: the HTML page. edits: the values of --edits and --limit as they were given.
+    """
+    from analysis.page.selection_page import expectations
+    from sweeps.select.answer import UNMEASURED
+
+    content = answer.position
+    if content is None:
+        say("No run finished, so there is no position to recommend.")
+    else:
+        say(f"Edit at {content['position']} with learning rate {number(content['settings']['learning_rate'])}.", "bold")
+        if answer.ranking:
+            best, second = answer.ranking[0], content["runner_up"]
+            for name, value in expectations(best.outcome, content["measured_on"]["edits"]):
+                say(f"  {name}: {value}")
+            runner_up = f"; runner-up {second['position']}" if second else ""
+            say(f"  Chance that it is the best of those measured: {percent(round(best.chance, 3))}{runner_up}")
+        else:
+            say(f"  {UNMEASURED}")
+        how = content["how"]
+        spent = f"{percent(how['grid_share'])} of the full grid's cost, {seconds(how['wall_seconds'])}"
+        say(f"  {plural(how['runs'], 'run')}, {spent}")
+        say(f"Make the edit: locft edit {content['model']} --edits {edits} --position {file} --out edited")
+    say(f"Page: {page}\nMLflow: locft ui --tracking-uri {tracking_uri}")
+
+
+def print_metrics(metrics: Mapping[str, float], unedited: Mapping[str, float]) -> None:
+    """Print the metrics of an edited model beside those of the unedited one; times are left out."""
+    shown = [name for name in metrics if not name.endswith("_seconds")]
+    rows = [[name, number(metrics[name]), number(unedited[name]) if name in unedited else ""] for name in shown]
+    print_table(("metric", "edited", "unedited"), rows)
