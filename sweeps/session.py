@@ -11,11 +11,11 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import filelock
 import psutil
@@ -27,8 +27,7 @@ from sweeps.study.estimate import machine
 from sweeps.study.footprint import most_memory_bytes
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.reader import study_to_yaml
-from sweeps.study.trial_types import TrialConfig, TrialResult
-from sweeps.tracking.outbox import Delivery, open_outbox, study_folder
+from sweeps.tracking.outbox import Recorder, open_outbox, study_folder
 from sweeps.tracking.store import Refused, TrackingError
 from sweeps.tracking.study_run import Tracker, find_tracker
 from sweeps.tracking.trial_run import DatasetRecord, StudyInputs, environment
@@ -48,7 +47,14 @@ class Driver:
     host: str
     process: int
     began: str
-    """UTC, in ISO 8601 to the second."""
+    """In ISO 8601, to the second."""
+
+    @classmethod
+    def this_process(cls) -> "Driver":
+        return cls(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}, since {datetime.fromisoformat(self.began).astimezone():%Y-%m-%d %H:%M}"
 
 
 def driver_of(tracker: Tracker | None) -> Driver | None:
@@ -94,8 +100,7 @@ def study_lock(folder: Path, name: str) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror or error}); set XDG_STATE_HOME") from None
     try:
-        began = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {began}", encoding="utf-8")
+        owner.write_text(str(Driver.this_process()), encoding="utf-8")
         yield
     finally:
         owner.unlink(missing_ok=True)
@@ -115,34 +120,33 @@ def study_session(
     study_id = study_id or prepared.id
     with ExitStack() as stack:
         stack.enter_context(study_lock(study_folder(study_id, store), prepared.study.name))
-        session = StudySession(prepared, store, description, address, study_id, stack)
+        tracker = find_tracker(store, prepared.study.name, study_id)
+        session = StudySession(prepared, store, description, address, study_id, stack, tracker)
         if len(session.outbox):
             session.open_run()
             session.deliver_kept()
         yield session
 
 
+@dataclass
 class StudySession:
     """What a study needs while it runs. Call `start_ray` before `open_run`: what cannot run writes nothing."""
 
-    def __init__(
-        self,
-        prepared: PreparedStudy,
-        store: str,
-        description: str,
-        address: str | None,
-        study_id: str,
-        stack: ExitStack,
-    ):
-        """stack: holds what has to be undone at the end of the session."""
-        self.prepared, self.store, self.study_id = prepared, store, study_id
-        self.outbox = open_outbox(study_id, store)
-        self.tracker = find_tracker(store, prepared.study.name, study_id)
-        """None until the study's experiment exists (`open_run` creates it)."""
-        self.room: Room | None = None
-        """How many trials run at a time; None before `start_ray`."""
-        self.runs_here = runs_here(address, prepared.study.resources)
-        self._description, self._address, self._stack = description, address, stack
+    prepared: PreparedStudy
+    store: str
+    description: str
+    address: str | None
+    study_id: str
+    stack: ExitStack
+    """What has to be undone at the end of the session."""
+    tracker: Tracker | None
+    """None until the study's experiment exists (`open_run` creates it)."""
+    room: Room | None = None
+    """How many trials run at a time; None before `start_ray`."""
+
+    def __post_init__(self) -> None:
+        self.outbox = open_outbox(self.study_id, self.store)
+        self.runs_here = runs_here(self.address, self.prepared.study.resources)
         self._run_is_open = False
 
     def start_ray(self) -> Room:
@@ -166,14 +170,13 @@ class StudySession:
         self.tracker = tracker = self.tracker or Tracker.open(self.store, study.name, self.study_id)
         if not self._run_is_open:
             self._run_is_open = True
-            driver = Driver(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
-            self._stack.callback(self._close_run)
+            self.stack.callback(self._close_run)
             tracker.open_run(
                 study.name,
                 study_yaml=study_to_yaml(study),
-                description=self._description,
+                description=self.description,
                 environment=environment(),
-                tags={DRIVER_TAG: json.dumps(asdict(driver))},
+                tags={DRIVER_TAG: json.dumps(asdict(Driver.this_process()))},
             )
         return tracker
 
@@ -183,10 +186,9 @@ class StudySession:
         with suppress(TrackingError):
             self.tracker.set_tag(DRIVER_TAG, None)
 
-    def recorder(self, reporter: Reporter) -> "Recorder":
-        """A context manager that passes trials on to `reporter` and records the finished ones in the study's open run."""
-        deliver = partial(self.tracker.log_trial, inputs=self._inputs())
-        return Recorder(reporter, Delivery(deliver, self.outbox, reporter.note))
+    def recorder(self, reporter: Reporter) -> Recorder:
+        """Passes trials on to `reporter` and records the finished ones in the study's open run. A context manager."""
+        return Recorder(partial(self.tracker.log_trial, inputs=self._inputs()), self.outbox, reporter)
 
     def deliver_kept(self) -> None:
         """Record in the study's open run what an earlier driver could not. Raises TrackingError.
@@ -217,37 +219,3 @@ class StudySession:
             )
         about_model = {"layers": facts.n_layers, "dtype": study.dtype}
         return StudyInputs(study.model, facts.model_fingerprint, about_model, tuple(data), machine(study.resources))
-
-
-class Recorder:
-    """Passes trials on to a reporter, and finished ones to the tracking store. A context manager.
-
-    Leaving it waits for deliveries under way, and raises TrackingError when they do not arrive (`Delivery`).
-    """
-
-    def __init__(self, reporter: Reporter, delivery: Delivery):
-        self._reporter, self._delivery = reporter, delivery
-        self._lost: dict[str, tuple[str, ...]] = {}
-        """Trial id -> why attempts at it were lost."""
-
-    def __enter__(self) -> "Recorder":
-        self._delivery.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._delivery.__exit__(*error)
-
-    def note(self, text: str) -> None:
-        self._reporter.note(text)
-
-    def started(self, running: int) -> None:
-        self._reporter.started(running)
-
-    def retried(self, config: TrialConfig, cause: str) -> None:
-        self._lost[config.id] = (*self._lost.get(config.id, ()), cause)
-        self._reporter.retried(config, cause)
-
-    def finished(self, result: TrialResult, running: int) -> None:
-        result = replace(result, retried=self._lost.pop(result.config.id, ()))
-        self._delivery.put(result)
-        self._reporter.finished(result, running)

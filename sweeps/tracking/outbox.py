@@ -12,16 +12,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from platformdirs import user_state_path
 
-from sweeps.study.trial_types import TrialResult, pack_result, unpack_result
+from sweeps.study.trial_types import TrialConfig, TrialResult, pack_result, unpack_result
 from sweeps.tracking.address import without_credentials
 from sweeps.tracking.store import Refused, TrackingError
+
+if TYPE_CHECKING:
+    from sweeps.run.dispatch import Reporter
 
 T = TypeVar("T")
 
@@ -148,35 +152,50 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-class Delivery:
-    """Hands results to the store in a thread of its own, in their order, for as long as it takes. A context manager.
+class Recorder:
+    """Passes trials on to a reporter, and finished ones to the store, from a thread of its own, in their order.
 
-    Leaving it waits for what is under way, at most `PATIENCE_SECONDS` (less after an error), and raises TrackingError when the
-    store was away until then. What was not delivered is in the outbox; so is what the store refused, which is offered once more
-    at the end, since a passing fault may look like a refusal.
+    A reporter itself (`sweeps.run.dispatch.Reporter`), and a context manager. Leaving it waits for what is under way, at most
+    `PATIENCE_SECONDS` (less after an error), and raises TrackingError when the store was away until then. What was not
+    delivered is in the outbox; so is what the store refused, which is offered once more at the end, since a passing fault may
+    look like a refusal.
     """
 
-    def __init__(self, deliver: Callable[[TrialResult], Any], outbox: Outbox, say: Callable[[str], None]):
-        """deliver: raises TrackingError when the store does not take a result. say: is told when the store goes away and when it
-        is back; called from the thread."""
-        self._deliver, self._outbox, self._say = deliver, outbox, say
+    def __init__(self, deliver: Callable[[TrialResult], Any], outbox: Outbox, reporter: "Reporter"):
+        """deliver: raises TrackingError when the store does not take a result."""
+        self._deliver, self._outbox, self._reporter = deliver, outbox, reporter
         self._queue: queue.SimpleQueue[TrialResult | None] = queue.SimpleQueue()
         self._open = 0
+        """Results that are neither delivered nor refused."""
+        self._lost: dict[str, tuple[str, ...]] = {}
+        """Trial id -> why attempts at it were lost."""
         self._refused: list[TrialResult] = []
         self._cause = ""
         self._give_up = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="delivery", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
 
-    def put(self, result: TrialResult) -> None:
-        """Returns at once. A result that the disk does not take is told, and then in memory only."""
+    def note(self, text: str) -> None:
+        self._reporter.note(text)
+
+    def started(self, running: int) -> None:
+        self._reporter.started(running)
+
+    def retried(self, config: TrialConfig, cause: str) -> None:
+        self._lost[config.id] = (*self._lost.get(config.id, ()), cause)
+        self._reporter.retried(config, cause)
+
+    def finished(self, result: TrialResult, running: int) -> None:
+        """Returns at once. A result that the disk does not take is in memory only, and the reporter is told."""
+        result = replace(result, retried=self._lost.pop(result.config.id, ()))
         try:
             self._outbox.keep(result)
         except OSError as error:
-            self._say(f"cannot keep a result in {self._outbox.folder} until it is recorded: {error.strerror or error}")
+            self.note(f"cannot keep a result in {self._outbox.folder} until it is recorded: {error.strerror or error}")
         self._open += 1
         self._queue.put(result)
+        self._reporter.finished(result, running)
 
-    def __enter__(self) -> "Delivery":
+    def __enter__(self) -> "Recorder":
         self._thread.start()
         return self
 
@@ -206,11 +225,11 @@ class Delivery:
     def _taken(self, result: TrialResult) -> bool:
         """False when the store refuses the result. Raises TrackingError when it is given up before the store answers."""
         try:
-            _retry(partial(self._deliver, result), self._say, self._give_up.wait)
+            _retry(partial(self._deliver, result), self.note, self._give_up.wait)
         except Refused as error:
             if result not in self._refused:
                 where = f"kept in {self._outbox.folder} and offered again later"
-                self._say(f"{result.config.position} is finished, but the store refuses it ({where}): {error}")
+                self.note(f"{result.config.position} is finished, but the store refuses it ({where}): {error}")
             return False
         self._outbox.drop(result)
         self._open -= 1

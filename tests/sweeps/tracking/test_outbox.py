@@ -11,16 +11,17 @@ import pytest
 
 from locft.errors import InputError
 from sweeps.session import study_lock
-from sweeps.tracking import outbox as delivery_module
+from sweeps.tracking import outbox as outbox_module
 from sweeps.tracking.address import resolve_uri
-from sweeps.tracking.outbox import Delivery, Outbox, open_outbox, study_folder, with_retries
+from sweeps.tracking.outbox import Outbox, Recorder, open_outbox, study_folder, with_retries
 from sweeps.tracking.store import Refused, TrackingError
+from tests.heard import Heard
 from tests.mlflow_store import config, result
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(delivery_module, "PAUSES", (0.01,))
+    monkeypatch.setattr(outbox_module, "PAUSES", (0.01,))
 
 
 class Away:
@@ -41,32 +42,33 @@ def results(count):
 
 
 def test_results_wait_for_a_store_that_is_away_and_arrive_in_order(tmp_path):
-    store, said, found = Away(), [], results(3)
-    with Delivery(store, Outbox(tmp_path / "out"), said.append) as delivery:
+    store, heard, found = Away(), Heard(), results(3)
+    with Recorder(store, Outbox(tmp_path / "out"), heard) as recorder:
         for each in found:
-            delivery.put(each)
+            recorder.finished(each, 0)
         assert store.asked.wait(10)
         assert [kept.config.id for kept in Outbox(tmp_path / "out").kept()] == [r.config.id for r in found]
         store.back.set()
     assert store.taken == [r.config.id for r in found] and len(Outbox(tmp_path / "out")) == 0
-    assert len(said) == 2 and "no answer" in said[0] and said[1].startswith("recorded again")
+    assert len(heard.notes) == 2 and "no answer" in heard.notes[0] and heard.notes[1].startswith("recorded again")
+    assert heard.results == found
 
 
 def test_what_never_arrives_is_kept_whole_and_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(delivery_module, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.05)
     found, outbox = results(2), Outbox(tmp_path / "out")
     with pytest.raises(TrackingError, match="no answer; 2 finished trials are kept in"):
-        with Delivery(Away(), outbox, lambda text: None) as delivery:
+        with Recorder(Away(), outbox, Heard()) as recorder:
             for each in found:
-                delivery.put(each)
+                recorder.finished(each, 0)
     assert outbox.kept() == found
 
 
 def test_an_error_of_the_driver_is_not_hidden_by_the_stores(tmp_path, monkeypatch):
-    monkeypatch.setattr(delivery_module, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(outbox_module, "GRACE_SECONDS", 0.05)
     with pytest.raises(KeyError):
-        with Delivery(Away(), Outbox(tmp_path / "out"), lambda text: None) as delivery:
-            delivery.put(results(1)[0])
+        with Recorder(Away(), Outbox(tmp_path / "out"), Heard()) as recorder:
+            recorder.finished(results(1)[0], 0)
             raise KeyError("driver")
     assert len(Outbox(tmp_path / "out")) == 1
 
@@ -75,12 +77,12 @@ def test_a_full_disk_costs_only_the_copy_on_it(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    store, said = Away(), []
+    store, heard = Away(), Heard()
     store.back.set()
-    monkeypatch.setattr(delivery_module.tempfile, "mkstemp", full)
-    with Delivery(store, Outbox(tmp_path / "out"), said.append) as delivery:
-        delivery.put(results(1)[0])
-    assert len(store.taken) == 1 and "No space left" in said[0]
+    monkeypatch.setattr(outbox_module.tempfile, "mkstemp", full)
+    with Recorder(store, Outbox(tmp_path / "out"), heard) as recorder:
+        recorder.finished(results(1)[0], 0)
+    assert len(store.taken) == 1 and "No space left" in heard.notes[0]
 
 
 def test_a_damaged_file_hides_no_other_and_counts_once(tmp_path):
@@ -122,15 +124,16 @@ class Picky(Away):
 
 
 def test_a_result_that_the_store_refuses_stands_in_the_way_of_no_other(tmp_path):
-    found, said = results(3), []
+    found, heard = results(3), Heard()
     store, outbox = Picky(found[:2], times=100), Outbox(tmp_path)
     store.refused[found[1].config.id] = 1  # a fault that passes looks like a refusal, too
-    with Delivery(store, outbox, said.append) as delivery:
+    with Recorder(store, outbox, heard) as recorder:
         for each in found:
-            delivery.put(each)
+            recorder.finished(each, 0)
     assert store.taken == [found[2].config.id, found[1].config.id]
     assert outbox.kept() == found[:1] and store.refused[found[0].config.id] == 98, "asked twice, not for ever"
-    assert len(said) == 2 and all("the store refuses it" in text and "name is too long" in text for text in said)
+    assert len(heard.notes) == 2
+    assert all("the store refuses it" in text and "name is too long" in text for text in heard.notes)
     assert outbox.set_aside(found[0]).exists() and len(outbox) == 0
 
 
@@ -143,7 +146,7 @@ def test_a_driver_that_has_nothing_else_to_do_waits_for_the_store(monkeypatch, c
         return answer
 
     assert with_retries(work) == "here" and "no answer" in caplog.text and "recorded again" in caplog.text
-    monkeypatch.setattr(delivery_module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.0)
     answers = iter([TrackingError("no answer")])
     with pytest.raises(TrackingError, match="no answer"):
         with_retries(work)
