@@ -1,4 +1,4 @@
-"""Pages in headless Chromium, for the tests. A test that asks for `tabs` imports it and `browser` from here."""
+"""Pages in headless Chromium. Test files import the fixtures `browser` and `tabs` from here."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 WIDTHS = (1280, 390)
-"""A desktop and a phone."""
+"""Of a desktop and of a phone, in pixels."""
 
 
 def chromium() -> str:
@@ -20,6 +20,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="module")
 def browser():
+    """A running Chromium. Not for the whole session: while Playwright runs, `asyncio.run` fails in other tests."""
     path = chromium()
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     arguments = [
@@ -34,8 +35,7 @@ def browser():
 
 @pytest.fixture
 def tabs(browser):
-    """Opens a page that works offline: `tabs(html file, width)`. What the console and the network said against it is in
-    `complaints` of what it gives."""
+    """`tabs(html_file, width)` opens a page offline; its attribute `complaints` lists errors and network requests."""
     contexts = []
 
     def open_file(file, width):
@@ -58,7 +58,7 @@ def tabs(browser):
 
 
 def assert_it_fits(tab, width):
-    """No complaints, every figure drawn, nothing wider than the screen."""
+    """The page has no complaints, every figure is drawn, and nothing is wider than the screen."""
     assert tab.complaints == []
     assert tab.locator("figure .main-svg").count() >= tab.locator("figure").count() > 0
     assert tab.evaluate("document.documentElement.scrollWidth") <= width

@@ -1,4 +1,4 @@
-"""What several test files share: a tiny model as a folder, one Ray for all, copies of an MLflow store, the command."""
+"""Fixtures that test files share: a tiny model in a folder, one Ray for all, copies of an MLflow store, the command."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # in every thread; torch.set_num_threads speaks for the calling one
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for all threads; torch.set_num_threads sets it for one
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -15,14 +15,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # no test writes to the store of whoever runs it
 os.environ.pop("RAY_ADDRESS", None)
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor keeps anything there
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor to their state folder
 
 import pytest
 import yaml
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """What tests have to say beside that they passed: `record_property("said", …)`."""
+    """Prints what tests record with `record_property("said", …)`."""
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         for name, text in getattr(report, "user_properties", ()):
             if name == "said" and report.when == "call":
@@ -31,7 +31,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """A random llama of three layers with its tokenizer, as a study or a command names it."""
+    """A random three-layer llama with its tokenizer, saved in a folder."""
     from tests.tiny import tiny_model, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -42,7 +42,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_running():
-    """One Ray for all tests that ask for it, with two CPUs and, it believes, two GPUs; starting it takes seconds."""
+    """One Ray for all tests, told that it has two CPUs and two GPUs; starting it takes seconds."""
     import ray
 
     ray.init(
@@ -54,7 +54,7 @@ def ray_running():
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory) -> Path:
-    """An SQLite store with its tables and nothing in them; MLflow takes seconds to make them."""
+    """An SQLite store with empty tables, to be copied; MLflow takes seconds to create the tables."""
     from sweeps.tracking.store import connect
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -64,7 +64,7 @@ def empty_store(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, empty_store) -> Path:
-    """The working directory of a test, with an empty store at MLflow's default place."""
+    """The test's working directory, with an empty store in the default place."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     return tmp_path
@@ -72,12 +72,12 @@ def workplace(tmp_path, monkeypatch, empty_store) -> Path:
 
 @pytest.fixture
 def study_file(tmp_path, tiny_folder):
-    """Makes a study file of the tiny model, in the test's folder: milliseconds a trial."""
+    """Writes a study file for the tiny model into the test's folder; a trial takes milliseconds."""
     return lambda **changes: write_study(tmp_path, tiny_folder, **changes)
 
 
 def write_study(folder: Path, tiny_folder: Path, **changes) -> Path:
-    """changes: dotted fields with "__" for the dot, such as space__layer=[0]."""
+    """Writes a study file. changes: dotted fields with "__" for the dot, such as space__layer=[0]."""
     study = {
         "name": "tiny",
         "model": str(tiny_folder),
@@ -100,7 +100,7 @@ def write_study(folder: Path, tiny_folder: Path, **changes) -> Path:
 
 
 class Said:
-    """What one call of the command left: exit code, both streams."""
+    """The outcome of a command: exit code, standard output, standard error."""
 
     def __init__(self, code, out, err):
         self.code, self.out, self.err = code, out, err
@@ -113,7 +113,7 @@ class Said:
 
 @pytest.fixture
 def locft(monkeypatch, capfd):
-    """Calls the command in this process."""
+    """Runs the command in this process."""
     from sweeps.commands import cli
 
     def call(*arguments):

@@ -1,20 +1,18 @@
-"""Network links of their own for processes on one machine, which can be cut and joined again: namespaces with a virtual cable each.
+"""Network links between processes on one machine, which tests can cut and join: namespaces joined by virtual cables.
 
-All addresses lie in these namespaces, and no cable leads out of them: nothing else on the machine is touched. Needs root and
-iproute2 on Linux.
+No cable leads out of the namespaces, so nothing else on the machine is touched. Needs root and iproute2 on Linux.
 """
 
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 
 _NETWORK = "10.213.77"
 
 
 class Links:
-    """A hub with a switch, and any number of places linked to it. A context manager: at the end nothing of it is left."""
+    """A hub with a switch, and places linked to it. A context manager: leaving it removes all of it."""
 
     def __init__(self) -> None:
         self._hub = f"locft{os.getpid()}"
@@ -27,7 +25,7 @@ class Links:
             self._in(self._hub, "link", "add", "switch", "type", "bridge")
             self._in(self._hub, "address", "add", f"{self.address}/24", "dev", "switch")
             self._in(self._hub, "link", "set", "switch", "up")
-            # by its route to elsewhere a process finds its own address; there is nothing at the end of it
+            # A process finds its own address through its default route; nothing is at the other end.
             self._in(self._hub, "route", "add", "default", "dev", "switch")
         except BaseException:
             self.__exit__()
@@ -40,16 +38,16 @@ class Links:
 
     @property
     def address(self) -> str:
-        """Of the hub."""
+        """The hub's address."""
         return f"{_NETWORK}.1"
 
     @property
     def inside(self) -> list[str]:
-        """What a command begins with, to run at the hub."""
+        """The beginning of a command line that runs at the hub."""
         return _inside(self._hub)
 
     def add(self) -> tuple[str, list[str]]:
-        """One more place: its address, and what a command begins with, to run there."""
+        """Adds a place: its address, and the beginning of a command line that runs there."""
         number = len(self._places) + 2
         place, cable, address = f"{self._hub}n{number}", f"cable{number}", f"{_NETWORK}.{number}"
         _ip("netns", "add", place)
@@ -63,11 +61,11 @@ class Links:
         return address, _inside(place)
 
     def cut(self, address: str) -> None:
-        """No packet passes between the place and all others, and neither side is told."""
+        """Stops every packet between the place at `address` and all others; neither side is told."""
         self._in(self._hub, "link", "set", f"cable{address.rpartition('.')[2]}", "nomaster")
 
     def join(self, address: str) -> None:
-        """The end of `cut`."""
+        """Undoes `cut`."""
         self._in(self._hub, "link", "set", f"cable{address.rpartition('.')[2]}", "master", "switch")
 
     def _in(self, namespace: str, *arguments: str) -> None:
@@ -75,7 +73,7 @@ class Links:
 
 
 def possible() -> bool:
-    """Whether such links can be made here: tried out."""
+    """Whether such links can be made here, found out by making some."""
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         return False
     try:
@@ -91,5 +89,4 @@ def _inside(namespace: str) -> list[str]:
 
 
 def _ip(*arguments: str, check: bool = True) -> None:
-    command: Sequence[str] = ["ip", *arguments]
-    subprocess.run(command, check=check, capture_output=True, text=True)
+    subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A study in MLflow for the tests: results as trials make them, and a store of its own."""
+"""A study in MLflow for tests: results as trials produce them, opened and finished."""
 
 import dataclasses
 import random
@@ -22,7 +22,7 @@ def config(layer: int = 3, module: str = "mlp_down", **changes) -> TrialConfig:
 
 
 def result(trial: TrialConfig | None = None, *, edits: int = 20, epochs: int = 25) -> TrialResult:
-    """A result whose numbers depend on the trial alone."""
+    """A result whose numbers depend on nothing but the trial."""
     trial = trial or config()
     draw = random.Random(trial.id)
     reliability, capability = draw.uniform(0.2, 1), draw.uniform(0.4, 0.6)

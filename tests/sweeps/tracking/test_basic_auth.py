@@ -1,8 +1,9 @@
-"""A tracking server behind a password: it lets a study in, and the password is nowhere to be read."""
+"""A tracking server behind a password: it lets a study in, and the password shows up nowhere."""
 
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,8 +15,8 @@ import urllib.request
 import pytest
 import torch
 
-from locft.model.delta import EditDelta
 from locft.errors import InputError
+from locft.model.delta import EditDelta
 from sweeps.tracking.registry import fetch_edit, register_edit
 from sweeps.tracking.study_run import Tracker, find_tracker
 from tests.mlflow_store import STUDY, config, finish, open_study, result
@@ -24,13 +25,15 @@ USER, PASSWORD = "owner", "s3cret-and-long"
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory):
+def guarded(tmp_path_factory, empty_store):
     """The address of a server that asks for a name and a password."""
     pytest.importorskip("flask_wtf", reason="MLflow's basic auth needs Flask-WTF (pip install mlflow[auth])")
     folder = tmp_path_factory.mktemp("guarded")
+    shutil.copy(empty_store, folder / "mlflow.db")
     settings = folder / "auth.ini"
     settings.write_text(
-        "[mlflow]\ndefault_permission = READ\nauthorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        "[mlflow]\ndefault_permission = READ\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         f"database_uri = sqlite:///{folder}/users.db\nadmin_username = {USER}\nadmin_password = {PASSWORD}\n"
     )
     with socket.socket() as probe:
@@ -42,8 +45,9 @@ def guarded(tmp_path_factory):
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "only-for-this-test",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
-    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1", *store]
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
     with open(folder / "log.txt", "wb") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
@@ -71,7 +75,7 @@ def answers(address: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch):
-    """Names and passwords in an address go to the environment: none may stay there."""
+    """Undoes what addresses with a password put into the environment."""
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
 
