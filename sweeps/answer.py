@@ -51,21 +51,21 @@ class StudyState:
 
     @property
     def retried(self) -> Counter[str]:
-        """Why attempts at trials were lost that were tried again then, and how often each."""
+        """Why attempts at trials were lost (they were tried again), with how often each happened."""
         causes = self.results.get("retried", ())
         return Counter(cause for lines in causes if lines for cause in lines.splitlines())
 
     @property
     def affordable(self) -> int:
-        """Of these as many as the study's budget of trials allows."""
+        """Of the trials that are left, as many as the study's budget of trials allows."""
         limit = self.prepared.study.budget.trials
         return self.left if limit is None else max(0, min(self.left, limit - self.done))
 
 
 def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool = True) -> StudyState:
-    """Everything finished so far, from the tracking store; None where nothing is yet.
+    """Everything recorded so far. tracker: None when nothing of the study is in the store yet.
 
-    curves: whether the loss curves are read, too, which takes a request a trial while the study is not finished.
+    curves: also read the loss curves, which takes one request for each trial while the study is not finished.
     """
     from analysis.stats.table import results_frame
 

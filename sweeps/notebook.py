@@ -1,4 +1,4 @@
-"""The platform for notebooks and scripts: run a study, get its table, draw it.
+"""Studies in notebooks and scripts: run one, get its table, draw it.
 
     import sweeps
 
@@ -65,7 +65,7 @@ def run_study(
 def load_results(
     study: str | PathLike[str], changes: Mapping[str, Any] | None = None, *, tracking_uri: str | None = None
 ) -> "pd.DataFrame":
-    """The results table of a study as far as it is (columns: `analysis.stats.table.COLUMNS`), empty when nothing ran."""
+    """The results table of a study so far (columns: `analysis.stats.table.COLUMNS`); empty when nothing ran."""
     prepared = _prepared(study, changes)
     return read_state(prepared, find_tracker(resolve_uri(tracking_uri), prepared.study.name, prepared.id)).results
 

@@ -2,13 +2,13 @@
 
 from sweeps.run.search import OBJECTIVES, OptunaSearch, objectives
 from sweeps.study.trial_types import TrialResult
-from tests.mlflow_store import config
+from tests.mlflow_store import config as trial_config
 
 SPACE = {"layer": list(range(6)), "module": ["attn", "mlp"], "learning_rate": ("log_uniform", 1e-4, 1e-1)}
 
 
 def to_config(point):
-    return config(point["layer"], point["module"], learning_rate=float(f"{point['learning_rate']:.3g}"))
+    return trial_config(point["layer"], point["module"], learning_rate=float(f"{point['learning_rate']:.3g}"))
 
 
 def done(trial, reliability=0.5, capability=0.5):
@@ -39,7 +39,7 @@ def test_no_configuration_comes_twice_and_a_small_space_is_used_up():
 def test_none_comes_twice_while_several_are_running():
     found = search({"layer": [0, 1, 2], "module": ["attn"], "learning_rate": [0.1, 0.2]})
     running = [found.propose(str(number)) for number in range(6)]
-    assert len({config.id for config in running}) == 6
+    assert len({trial.id for trial in running}) == 6
     assert found.propose("7") is None
     for number, config in enumerate(running):
         found.learn(str(number), done(config) if number % 2 else TrialResult(config, "failed", "no memory"))
@@ -90,9 +90,9 @@ def test_earlier_failures_take_no_part():
 def test_objectives():
     """Both; of a failed trial none; 0 for a capability that was not measured."""
     assert OBJECTIVES == ("reliability", "capability")
-    assert objectives(done(config(), 0.25, 0.75)) == (0.25, 0.75)
-    assert objectives(TrialResult(config(), "failed", "why")) is None
-    assert objectives(TrialResult(config(), "done", None, {"reliability": 1.0})) == (1.0, 0.0)
+    assert objectives(done(trial_config(), 0.25, 0.75)) == (0.25, 0.75)
+    assert objectives(TrialResult(trial_config(), "failed", "why")) is None
+    assert objectives(TrialResult(trial_config(), "done", None, {"reliability": 1.0})) == (1.0, 0.0)
 
 
 def test_no_more_than_asked_for():

@@ -29,7 +29,6 @@ from sweeps.study.resolve import prepare
 from sweeps.study.schema import Limits
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.tracking.address import resolve_uri
-from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.mlflow_store import result
 from tests.sweeps.study.test_plan import FACTS, make_facts, make_study
