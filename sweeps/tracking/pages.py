@@ -82,9 +82,7 @@ def _link_line(experiment_id: str, study_run: str) -> str:
     return " · ".join(f"[{title}]({addresses[key]})" for key, title in titles.items())
 
 
-def links(
-    experiment_id: str, study_run: str | None = None, trial_runs: Sequence[str] = (), base: str = ""
-) -> dict[str, str]:
+def links(experiment_id: str, study_run: str, trial_runs: Sequence[str] = (), base: str = "") -> dict[str, str]:
     """Addresses of the pages that matter, as fragments ("#/experiments/...") or, with `base`, complete.
 
     table and charts: the trials in the prepared view. compare: up to 100 of `trial_runs` side by side, with parallel
@@ -94,9 +92,8 @@ def links(
     training = "workflowType=machine_learning"  # else a fresh browser shows the menu for agents
     prepared = f"{experiment}/runs?viewStateShareKey={VIEW}&{training}"
     found = {"table": f"{prepared}&compareRunsMode=TABLE", "charts": f"{prepared}&compareRunsMode=CHART"}
-    if study_run:
-        found["study"] = f"{experiment}/runs/{study_run}?{training}"
-        found["dashboard"] = f"{experiment}/runs/{study_run}/artifacts/dashboard.html?{training}"
+    found["study"] = f"{experiment}/runs/{study_run}?{training}"
+    found["dashboard"] = f"{experiment}/runs/{study_run}/artifacts/dashboard.html?{training}"
     if trial_runs:
         runs = quote(json.dumps(list(trial_runs[:MAX_COMPARED]), separators=(",", ":")))
         found["compare"] = f"#/compare-runs?runs={runs}&experiments={quote(json.dumps([experiment_id]))}&{training}"

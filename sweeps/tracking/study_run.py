@@ -165,10 +165,8 @@ class Tracker:
             recommended = json.dumps(recommendation, indent=2, default=str)
             Path(folder, "recommendation.json").write_text(recommended, encoding="utf-8")
             self.client.log_artifacts(run_id, folder)
-            tags = {
-                "locft.pick.trial_ids": ", ".join(picked),
-                "locft.pick.position": recommendation.get("position", ""),
-            }
+            position = recommendation.get("position", "")
+            tags = {"locft.pick.trial_ids": ", ".join(picked), "locft.pick.position": position}
             if answer:
                 tags["mlflow.note.content"] = pages.study_note(answer, self.experiment_id, run_id)
             self._store.log(run_id, metrics=summary_metrics, when=now(), tags=tags)
@@ -280,13 +278,11 @@ class Tracker:
         return pd.DataFrame(table["data"], columns=table["columns"])
 
     def links(self, base: str = "") -> dict[str, str]:
-        """Addresses of the study's pages (`pages.links`); what is compared are its most reliable trials."""
+        """Addresses of the study's pages (`pages.links`); the comparison has its most reliable trials."""
         with store_errors("the links"):
             order = "metrics.reliability DESC"
             best = self._trial_runs(status="FINISHED", order=order, limit=pages.MAX_COMPARED)
-            study = self._run()
-        trial_runs = [run.info.run_id for run in best]
-        return pages.links(self.experiment_id, study.info.run_id if study else None, trial_runs, base)
+            return pages.links(self.experiment_id, self.run_id(), [run.info.run_id for run in best], base)
 
     def _run(self) -> "Run | None":
         tags = {"kind": "study", "study_id": self.study_id}
