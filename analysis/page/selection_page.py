@@ -8,10 +8,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from analysis.stats.choice import RULE, Outcome, intervals
+from analysis.stats.choice import Outcome, intervals
 from analysis.figures.front import SYMBOLS
 from analysis.page.gallery import Plot, packed_plotly, page_plot, page_template
 from analysis.figures.style import ACCENT, INK, styled_figure
+from analysis.stats.pick import RULE
 from analysis.stats.table import Z95
 from analysis.stats.wording import (
     ABSENT,

@@ -35,7 +35,7 @@ from sweeps.tracking.address import redact, resolve_uri
 if TYPE_CHECKING:
     from sweeps.answer import StudyState
     from sweeps.commands.progress import Progress
-    from sweeps.select.request import Question
+    from sweeps.select.request import SelectionRequest
     from sweeps.study.estimate import Forecast
     from sweeps.study.plan import PreparedStudy
     from sweeps.tracking.study_run import Tracker
@@ -218,21 +218,21 @@ class SelectionOptions:
     ] = None
     overrides: SetOption = None
 
-    def question(self) -> "Question":
+    def request(self) -> "SelectionRequest":
         """The selection, checked and resolved. Raises InputError with everything that is wrong with it."""
-        from sweeps.select.request import DEFAULT_SHARE, Budget, ask
+        from sweeps.select.request import DEFAULT_SHARE, SelectionBudget, selection_request
 
         if self.budget_share is not None and self.budget_minutes is not None:
             raise InputError("--budget-share, --budget-minutes: got both, expected one of them")
         share = self.budget_share
         if share is None and self.budget_minutes is None:
             share = DEFAULT_SHARE
-        return ask(
+        return selection_request(
             self.model,
             edits_of(self.edits, self.limit).source,
             self.overrides or (),
             limit=self.limit,
-            budget=Budget(share, self.budget_minutes),
+            budget=SelectionBudget(share, self.budget_minutes),
             seed=self.seed,
             prior=self.prior,
         )
@@ -253,12 +253,12 @@ def select(
     from sweeps.select.answer import conclude
     from sweeps.select.selection import run_selection
 
-    question = wanted.question()
-    file = writable(position_file or Path(f"{question.study.name}.json"))
+    request = wanted.request()
+    file = writable(position_file or Path(f"{request.study.name}.json"))
     page = writable(file.with_suffix(".html"))
-    introduce(question.prepared)
-    progress = Progress(question.study.name)
-    running = run_selection(question, resolve_uri(tracking_uri), address=address, progress=progress)
+    introduce(request)
+    progress = Progress(request.study.name)
+    running = run_selection(request, resolve_uri(tracking_uri), address=address, progress=progress)
     with redirect_stdout(sys.stderr), running as (found, tracker):  # Ray prints on standard output
         answer = conclude(found, tracker, str(file))
     write(page, answer.html)

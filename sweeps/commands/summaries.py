@@ -4,13 +4,13 @@ Functions import what they need: pandas and the like would delay `locft --help`.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.stats.axes import SWEPT
-from analysis.stats.wording import number, percent, plural, seconds
+from analysis.stats.wording import change_with_interval, number, percent, plural, seconds, share_interval
 from sweeps.commands.console import notice, print_json, print_table, say
 from sweeps.tracking.address import resolve_uri
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from analysis.stats.pick import Recommendation
     from sweeps.answer import StudyAnswer, StudyState
     from sweeps.run.dispatch import Ending
-    from sweeps.select.answer import Answer as SelectionAnswer
+    from sweeps.select.answer import SelectionAnswer
     from sweeps.study.estimate import Forecast
     from sweeps.study.plan import PreparedStudy
 
@@ -174,7 +174,6 @@ def print_selection(answer: "SelectionAnswer", file: Path, page: Path, tracking_
 
     file: the position file. page: the HTML page. edits: the values of --edits and --limit as they were given.
     """
-    from analysis.page.selection_page import expectations
     from sweeps.select.answer import UNMEASURED
 
     content = answer.position
@@ -182,12 +181,12 @@ def print_selection(answer: "SelectionAnswer", file: Path, page: Path, tracking_
         say("No run finished, so there is no position to recommend.")
     else:
         say(f"Edit at {content['position']} with learning rate {number(content['settings']['learning_rate'])}.", "bold")
-        if answer.ranking:
-            best, second = answer.ranking[0], content["runner_up"]
-            for name, value in expectations(best.outcome, content["measured_on"]["edits"]):
-                say(f"  {name}: {value}")
+        if content["predicted"]:
+            for line in expectations(content["predicted"]):
+                say(f"  {line}")
+            second = content["runner_up"]
             runner_up = f"; runner-up {second['position']}" if second else ""
-            say(f"  Chance that it is the best of those measured: {percent(round(best.chance, 3))}{runner_up}")
+            say(f"  Chance that it is the best of those measured: {percent(round(content['chance'], 3))}{runner_up}")
         else:
             say(f"  {UNMEASURED}")
         how = content["how"]
@@ -195,6 +194,17 @@ def print_selection(answer: "SelectionAnswer", file: Path, page: Path, tracking_
         say(f"  {plural(how['runs'], 'run')}, {spent}")
         say(f"Make the edit: locft edit {content['model']} --edits {edits} --position {file} --out edited")
     say(f"Page: {page}\nMLflow: locft ui --tracking-uri {tracking_uri}")
+
+
+def expectations(predicted: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """What a position file predicts, as lines with 95% intervals."""
+    for name, title, of in (("reliability", "Reliability", "edits"), ("generalization", "Generalization", "rephrased")):
+        if value := predicted.get(name):
+            yield f"{title}: {percent(value['mean'])} of the {of} {share_interval(value['low'], value['high'])}"
+    if value := predicted.get("capability_change"):
+        yield f"Capability change: {change_with_interval(value['mean'], value['low'], value['high'])}"
+    if value := predicted.get("drift_kl"):
+        yield f"Drift: {number(value['mean'])} nats per token [{number(value['low'])}, {number(value['high'])}]"
 
 
 def print_metrics(metrics: Mapping[str, float], unedited: Mapping[str, float]) -> None:

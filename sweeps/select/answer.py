@@ -2,23 +2,24 @@
 
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from analysis.stats.choice import RULE, intervals, probabilities
 from analysis.page.selection_page import Ranked, RungRun, render_selection
-from analysis.stats.wording import number, percent, plural, seconds
-from sweeps.tracking.outbox import with_retries
-from sweeps.select.position_file import FORMAT, SETTINGS
+from analysis.stats.bootstrap import chances
+from analysis.stats.choice import outcome_of
+from analysis.stats.intervals import expected
+from analysis.stats.pick import RULE
+from analysis.stats.table import by_setting
+from analysis.stats.wording import change_with_interval, number, percent, plural, seconds, share_interval
 from sweeps.select.policy import Run, start_rate
+from sweeps.select.position_file import FORMAT, SETTINGS
 from sweeps.select.request import METHOD
 from sweeps.select.selection import Selection
 from sweeps.study.reader import study_to_yaml
+from sweeps.tracking.outbox import with_retries
 from sweeps.tracking.registry import register_position
 from sweeps.tracking.store import TrackingError
 from sweeps.tracking.study_run import Tracker
@@ -27,139 +28,93 @@ UNMEASURED = "by the probe alone: the budget ended before any run finished, so n
 
 
 @dataclass(frozen=True)
-class Answer:
+class SelectionAnswer:
     """What a selection says."""
 
-    ranking: tuple[Ranked, ...]
-    """The settings that were measured, the one to use first; empty when nothing finished."""
     position: dict[str, Any] | None
-    """The position file's content; from the probe alone when time ran out before any run finished (`predicted` is empty)."""
+    """Content of the position file; None when there is nothing to recommend. Without any finished run it comes from the
+    probe alone (`predicted` is empty)."""
     html: str
     not_recorded: str | None = None
     """Why MLflow lacks the answer or the registered position."""
 
 
-def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Answer:
-    """Work the answer out and write it into the study's run in MLflow, which is closed then.
+def conclude(selection: Selection, tracker: Tracker, position_file: str) -> SelectionAnswer:
+    """Work out the answer, and write it into the study's run in MLflow, which that closes.
 
-    position_file: its name in the command shown. A store that is away is asked again for a while, and then done without:
-    the answer says so.
+    position_file: its name, for the command shown. If the store stays away, the answer is given all the same and says so.
     """
+    content = _position(selection)
+    answer = SelectionAnswer(content, _page(selection, content, position_file))
     try:
-        ranking = _ranking(selection, tracker)
-        content = _position(selection, ranking) if ranking else _unmeasured(selection)
-        answer = Answer(ranking, content, _page(selection, ranking, content, position_file))
-        try:
-            with_retries(partial(_record, selection, tracker, answer))
-            if content:
-                register_position(tracker.client, tracker.run_id(), selection.question.study.model, content)
-        except TrackingError as error:
-            return replace(answer, not_recorded=str(error))
-        return answer
-    finally:
-        tracker.abandon()  # unless it was finished
+        with_retries(partial(_record, selection, tracker, answer))
+        if content:
+            register_position(tracker.client, tracker.run_id(), selection.request.study.model, content)
+    except TrackingError as error:
+        return replace(answer, not_recorded=str(error))
+    return answer
 
 
-def _record(selection: Selection, tracker: Tracker, answer: Answer) -> None:
-    """Into the study's run, and that closed."""
-    ranking, content = answer.ranking, answer.position
+def _record(selection: Selection, tracker: Tracker, answer: SelectionAnswer) -> None:
+    """Write the answer into the study's run, and close that."""
+    content = answer.position
+    summary = {"runs": len(selection.finished), "grid_share": selection.spent_seconds / selection.grid_seconds}
+    text, trial_ids = "Nothing finished.", ()
     if content:
         tracker.write_file("position.json", json.dumps(content, indent=2))
-    summary = {"runs": len(selection.scores), "grid_share": selection.spent_seconds / selection.grid_seconds}
-    if content:
         summary |= {f"pick_{name}": value["mean"] for name, value in content["predicted"].items()}
-    if ranking:
-        summary["pick_chance"] = ranking[0].chance
-    status = {"complete": "done", "out_of_time": "done", "interrupted": "stopped"}.get(selection.ending, "failed")
-    text = "Nothing finished."
-    if content:
-        sure = f"chance of being the best: {percent(content['chance'])}). {RULE}" if ranking else f"{UNMEASURED})"
+        sure = f"{UNMEASURED})."
+        if content["predicted"]:
+            trial_ids = selection.ranking["trial_ids"][0]
+            summary["pick_chance"] = content["chance"]
+            sure = f"chance of being the best: {percent(content['chance'])}). {RULE}"
         text = f"**Edit at {content['position']}** with learning rate {content['settings']['learning_rate']:g} ({sure}"
     tracker.finish(
-        selection.results,
+        tracker.load_results(),
         answer.html,
-        {**(content or {}), "trial_ids": _trial_ids(selection, ranking)},
+        {**(content or {}), "trial_ids": list(trial_ids)},
         summary,
-        status,
+        {"complete": "done", "out_of_time": "done", "interrupted": "stopped"}.get(selection.ending, "failed"),
         answer=text,
     )
 
 
-def _ranking(selection: Selection, tracker: Tracker) -> tuple[Ranked, ...]:
-    settings = selection.ranking
-    try:
-        correct = with_retries(lambda: [_by_edit(selection, tracker, run) for run, _ in settings])
-    except TrackingError:  # the chances are rougher without them, and the answer is there
-        correct = []
-    known = bool(correct) and all(found is not None and found.shape == correct[0].shape for found in correct)
-    chances = probabilities(
-        [outcome for _, outcome in settings], np.stack(correct) if known else None, selection.question.seed
-    )
-    return tuple(
-        Ranked(
-            run.position, run.layer, run.module, run.learning_rate, len(_seeds(selection, run)), outcome, chance
-        )
-        for (run, outcome), chance in zip(settings, chances, strict=True)
-    )
+def _position(selection: Selection) -> dict[str, Any] | None:
+    """The content of the position file.
 
-
-def _by_edit(selection: Selection, tracker: Tracker, setting: Run) -> np.ndarray | None:
-    """(2, edits): how right each edit's own prompt and its rephrased one were answered, mean over seeds; None if unknown."""
-    parts = []
-    for run in _seeds(selection, setting):
-        outcomes = tracker.load_outcomes(selection.run_ids[run])
-        means = [
-            outcomes[outcomes["kind"] == kind].groupby("edit_id")["correct"].mean().astype(float)
-            for kind in ("reliability", "generalization")
-        ]
-        if len(means[0]) == 0 or len(means[1]) == 0:
-            return None
-        parts.append(np.stack([means[0], means[1].reindex(means[0].index).fillna(means[1].mean())]))
-    return np.mean(parts, axis=0)
-
-
-def _seeds(selection: Selection, setting: Run) -> list[Run]:
-    """The runs of a setting."""
-    return sorted(run for run in selection.scores if replace(run, seed=setting.seed) == setting)
-
-
-def _trial_ids(selection: Selection, ranking: Sequence[Ranked]) -> list[str]:
+    If time ran out before any run finished, it is the probe's best position; None if runs failed or were interrupted.
+    """
+    request, ranking = selection.request, selection.ranking.to_dict("records")
     if not ranking:
-        return []
-    return [selection.question.config(run).id for run in _seeds(selection, selection.ranking[0][0])]
-
-
-def _position(selection: Selection, ranking: Sequence[Ranked]) -> dict[str, Any]:
-    run, outcome = selection.ranking[0]
-    edits = selection.question.prepared.facts.n_edits
-    second = ranking[1] if len(ranking) > 1 else None
-    first_seed = _seeds(selection, run)[0]
-    return _content(selection, first_seed) | {
+        if selection.ending != "out_of_time" or not selection.candidates:
+            return None
+        best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
+        return _content(selection, Run(best.layer, best.module, start_rate(best, request.steps)))
+    pick, *others = ranking
+    chance = chances(by_setting(selection.state.results), seed=request.seed)
+    second = others[0] if others else None
+    return _content(selection, Run(pick["layer"], pick["module"], pick["learning_rate"], pick["seed"])) | {
         "predicted": {
-            name: dict(zip(("mean", "low", "high"), found, strict=True))
-            for name, found in intervals(outcome, edits).items()
+            name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in expected(pick).items()
         },
-        "chance": ranking[0].chance,
-        "runner_up": second and {"position": second.position, "learning_rate": second.learning_rate, "chance": second.chance},
-        "run_id": selection.run_ids.get(first_seed),
+        "chance": chance[pick["trial_id"]],
+        "runner_up": second
+        and {
+            "position": f"{second['layer']}.{second['module']}",
+            "learning_rate": second["learning_rate"],
+            "chance": chance[second["trial_id"]],
+        },
+        "run_id": pick["run_id"],
     }
 
 
-def _unmeasured(selection: Selection) -> dict[str, Any] | None:
-    """What the probe would take, where time ran out before any run finished; None where runs failed or were interrupted."""
-    if selection.ending != "out_of_time" or not selection.candidates:
-        return None
-    best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
-    return _content(selection, Run(best.layer, best.module, start_rate(best, selection.question.steps)))
-
-
 def _content(selection: Selection, run: Run) -> dict[str, Any]:
-    """The position file, without what is known from measuring the run's setting."""
-    question, facts = selection.question, selection.question.prepared.facts
-    config = question.config(run)
+    """The content of the position file for a run, without what only its measurements tell."""
+    request, facts = selection.request, selection.request.facts
+    config = request.config(run)
     return {
         "format": FORMAT,
-        "model": question.study.model,
+        "model": request.study.model,
         "model_fingerprint": facts.model_fingerprint,
         "dtype": config.dtype,
         "position": run.position,
@@ -169,15 +124,15 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "chance": None,
         "runner_up": None,
         "measured_on": {
-            "edits": facts.n_edits if selection.scores else 0,
+            "edits": 0 if selection.finished.empty else facts.n_edits,
             "of": facts.n_edits,
-            "source": question.study.edits.source,
+            "source": request.study.edits.source,
         },
         "how": {
             "method": METHOD,
-            "seed": question.seed,
-            "budget": {key: value for key, value in asdict(question.budget).items() if value is not None},
-            "runs": len(selection.scores),
+            "seed": request.seed,
+            "budget": {key: value for key, value in asdict(request.budget).items() if value is not None},
+            "runs": len(selection.finished),
             "worker_seconds": round(selection.spent_seconds, 1),
             "grid_share": selection.spent_seconds / selection.grid_seconds,
             "wall_seconds": round(selection.wall_seconds, 1),
@@ -188,13 +143,11 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
     }
 
 
-def _page(
-    selection: Selection, ranking: Sequence[Ranked], content: dict[str, Any] | None, position_file: str
-) -> str:
-    question, study, facts = selection.question, selection.question.study, selection.question.prepared.facts
+def _page(selection: Selection, content: dict[str, Any] | None, position_file: str) -> str:
+    request, study, facts = selection.request, selection.request.study, selection.request.facts
     share = selection.spent_seconds / selection.grid_seconds
     model, source = shlex.quote(study.model), shlex.quote(study.edits.source)
-    budget = question.budget
+    budget = request.budget
     asked = f"{budget.minutes:g} minutes" if budget.share is None else f"{percent(budget.share)} of the grid's cost"
     grid = seconds(selection.grid_seconds / selection.concurrent)
     limit = "" if study.edits.limit is None else f" --limit {study.edits.limit}"
@@ -202,7 +155,7 @@ def _page(
         f"{study.space.pipeline[0].replace('_', '-')}, {study.space.batch_size[0]} edits a step, at most {study.epochs} epochs,"
         f" Adam, loss averaged by {study.space.loss_average[0]}"
     )
-    caveat = f"This is {UNMEASURED}." if content and not ranking else None
+    unedited = ", ".join(f"{name} {number(value)}" for name, value in selection.state.baseline.items())
     about = {
         "model": study.model,
         "pick": content and {"position": content["position"], "rate": number(content["settings"]["learning_rate"])},
@@ -212,24 +165,35 @@ def _page(
         "settings": settings,
         "level_edits": facts.n_edits,
         "how": _how(selection),
-        "caveat": caveat,
+        "caveat": f"This is {UNMEASURED}." if content and not content["predicted"] else None,
         "facts": [
             ("Model", f"{study.model}, {facts.n_layers} layers, fingerprint {facts.model_fingerprint}"),
             ("Edits", f"{plural(facts.n_edits, 'edit')} of {study.edits.source}"),
-            ("Capability", question.prepared.capability_source),
-            ("Unedited", ", ".join(f"{name} {number(value)}" for name, value in selection.unedited.items())),
+            ("Capability", request.capability_source),
+            ("Unedited", unedited),
             ("Budget", asked + (" (it ended the selection)" if selection.ending == "out_of_time" else "")),
             (
                 "Cost",
-                f"{plural(len(selection.scores), 'run')}, {seconds(selection.wall_seconds)} in all; the grid of"
+                f"{plural(len(selection.finished), 'run')}, {seconds(selection.wall_seconds)} in all; the grid of"
                 f" {plural(len(selection.candidates), 'position')} would take about {grid}",
             ),
-            ("Method", f"{METHOD}, seed {question.seed}"),
+            ("Method", f"{METHOD}, seed {request.seed}"),
         ],
         "settings_yaml": study_to_yaml(study),
     }
     probe = [(c.layer, c.module, c.disturbance) for c in selection.candidates]
-    return render_selection(about, ranking, _rungs(selection, ranking), probe)
+    return render_selection(about, _ranking(selection), _rungs(selection), probe)
+
+
+def _ranking(selection: Selection) -> list[Ranked]:
+    chance = chances(by_setting(selection.state.results), seed=selection.request.seed)
+    return [
+        Ranked(
+            f"{row['layer']}.{row['module']}", row["layer"], row["module"], row["learning_rate"], row["n_seeds"],
+            outcome_of(row), chance[row["trial_id"]],
+        )
+        for row in selection.ranking.to_dict("records")
+    ]  # fmt: skip
 
 
 def _how(selection: Selection) -> str:
@@ -242,15 +206,14 @@ def _how(selection: Selection) -> str:
     )
 
 
-def _rungs(selection: Selection, ranking: Sequence[Ranked]) -> list[tuple[str, str, list[RungRun]]]:
-    return [
-        (rung.name, rung.why, [_rung_run(selection, run, ranking) for run in rung.runs]) for rung in selection.rungs
-    ]
+def _rungs(selection: Selection) -> list[tuple[str, str, list[RungRun]]]:
+    return [(rung.name, rung.why, [_rung_run(selection, run) for run in rung.runs]) for rung in selection.rungs]
 
 
-def _rung_run(selection: Selection, run: Run, ranking: Sequence[Ranked]) -> RungRun:
-    score = selection.scores.get(run)
-    picked = bool(ranking) and run.position == ranking[0].position
-    fate = "did not finish" if score is None else "the pick" if picked else ""
-    outcome = score.outcome if score else None
-    return RungRun(run.position, run.learning_rate, run.seed, True, outcome, fate, picked)
+def _rung_run(selection: Selection, run: Run) -> RungRun:
+    finished = selection.finished
+    rows = finished[finished["trial_id"] == selection.request.config(run).id].to_dict("records")
+    ranking = selection.ranking
+    picked = len(ranking) > 0 and run.position == f"{ranking['layer'][0]}.{ranking['module'][0]}"
+    fate = "the pick" if rows and picked else "" if rows else "did not finish"
+    return RungRun(run.position, run.learning_rate, run.seed, True, outcome_of(rows[0]) if rows else None, fate, picked)

@@ -1,4 +1,4 @@
-"""What a selection is asked: a model, edits and a budget, checked and resolved."""
+"""What a selection is asked for: a model, edits and a budget, checked and resolved."""
 
 import hashlib
 import json
@@ -9,101 +9,86 @@ from pathlib import Path
 
 from analysis.stats.axes import SWEPT
 from locft.errors import InputError
-from locft.model.positions import TuningPosition
+from locft.model.models import load_structure
+from locft.model.positions import TuningPosition, modules_of
 from sweeps.select.policy import Run
 from sweeps.select.position_file import read_position
-from sweeps.study.plan import trial_config
-from sweeps.study.plan import PreparedStudy
-from sweeps.study.resolve import prepare
-from sweeps.study.trial_types import METHOD_VERSION, TrialConfig
-from sweeps.study.schema import LogUniform, Study
+from sweeps.study.plan import PreparedStudy, trial_config
 from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
+from sweeps.study.schema import LogUniform, Study
+from sweeps.study.trial_types import METHOD_VERSION, TrialConfig
 
 MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
-"""Tried where the model has them; of a model with none of them, all it has."""
+"""Tried where the model has them; a model with none of them tries all it has."""
 DEFAULT_SHARE = 0.1
 METHOD = "survey"
-"""In the id of a selection's study, since the first ones."""
+"""Part of the id of every selection's study since the first ones."""
 FIXED = tuple(axis.name for axis in SWEPT if axis.name not in Run.__dataclass_fields__)
-"""The axes of which a selection takes one value; it chooses the others itself."""
+"""The swept axes that a selection takes a single value of; it chooses the others itself."""
 BASE = "select"
 """The ready study that a selection starts from."""
 
 
 @dataclass(frozen=True)
-class Budget:
+class SelectionBudget:
     """What a selection may cost: one of the two."""
 
     share: float | None = DEFAULT_SHARE
     """Of the estimated cost of the full grid."""
     minutes: float | None = None
-    """Of the clock, everything included."""
+    """Wall-clock time, everything included."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a selection is asked, resolved."""
+@dataclass(frozen=True, kw_only=True)
+class SelectionRequest(PreparedStudy):
+    """The study of the full grid, which the selection spares, and what may be spent instead."""
 
-    prepared: PreparedStudy
-    """The grid that is spared."""
-    budget: Budget
-    seed: int
+    budget: SelectionBudget
+    seed: int = 0
+    """Of the probe's samples and of the bootstrap."""
     priors: tuple[tuple[float, str], ...] = ()
-    """Relative depth and module of positions that served elsewhere."""
-
-    @property
-    def study(self) -> Study:
-        return self.prepared.study
-
-    @property
-    def positions(self) -> list[tuple[int, str]]:
-        """Layer and module of every position of the grid."""
-        return [(trial.layer, trial.module) for trial in self.prepared.plan.trials]
+    """Relative depth and module of positions that served in other models."""
 
     @property
     def id(self) -> str:
-        """Of the study that holds all trials; without budget and seed, whose trials overlap."""
-        facts = self.prepared.facts
-        parts = ["selection", self.study.name, METHOD, facts.model_fingerprint, facts.data_fingerprint]
+        """Of the study that holds all trials. Budget and seed are left out, because trials of several overlap."""
+        parts = ["selection", self.study.name, METHOD, self.facts.model_fingerprint, self.facts.data_fingerprint]
         return hashlib.sha256(json.dumps([*parts, self.study.dtype, METHOD_VERSION]).encode()).hexdigest()[:12]
 
     @property
     def steps(self) -> int:
         """Optimiser steps of a trial that takes all its epochs."""
-        return self.study.epochs * math.ceil(self.prepared.facts.n_edits / self.study.space.batch_size[0])
+        return self.study.epochs * math.ceil(self.facts.n_edits / self.study.space.batch_size[0])
 
     def config(self, run: Run) -> TrialConfig:
-        """The trial that a policy's run is."""
-        space = self.study.space
-        fixed = {axis: getattr(space, axis)[0] for axis in FIXED}
-        return trial_config(self.study, self.prepared.facts, {**fixed, **asdict(run)})
+        """The trial of a run."""
+        fixed = {axis: getattr(self.study.space, axis)[0] for axis in FIXED}
+        return trial_config(self.study, self.facts, {**fixed, **asdict(run)})
 
     def run(self, config: TrialConfig) -> Run | None:
-        """The run that a trial was; None for one with other data or settings."""
+        """The run of a trial; None if the trial has other data or settings."""
         run = Run(config.layer, config.module, config.learning_rate, config.seed)
         return run if self.config(run) == config else None
 
 
-def ask(
+def selection_request(
     model: str,
     edits: str,
     overrides: Sequence[str] = (),
     *,
     limit: int | None = None,
-    budget: Budget | None = None,
+    budget: SelectionBudget | None = None,
     seed: int = 0,
     prior: Path | None = None,
-) -> Question:
-    """Check and resolve everything that a selection needs; nothing is run or written.
+) -> SelectionRequest:
+    """Check and resolve everything a selection needs; nothing is run or written.
 
-    prior: position file of another model; its position at the same relative depth is tried here early. overrides: of the
-    ready study `select`, as of `load_study`. Raises InputError with what is wrong.
+    overrides: of the ready study `select`, as `load_study` takes them. prior: position file of another model; its position
+    at the same relative depth is tried early. Raises InputError with every problem.
     """
-    from locft.model.models import load_structure
-    from locft.model.positions import modules_of
-
-    budget = budget or Budget()
-    if problems := list(_problems(budget)):
+    budget = budget or SelectionBudget()
+    if problems := list(_budget_problems(budget)):
         raise InputError(problems)
     priors = ()
     if prior is not None:
@@ -113,22 +98,22 @@ def ask(
     modules = [module for module in MODULES if module in there] or list(there)
     settings = {"model": model, "edits.source": edits, "edits.limit": limit, "space.module": modules}
     study = load_study(BASE, [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides])
-    if problems := list(_not_to_choose(study)):
+    if problems := list(_study_problems(study)):
         raise InputError(problems)
     if study.name == BASE:
-        study = study.model_copy(update={"name": _name(study)})
-    return Question(prepare(study), budget, seed, priors)
+        study = study.model_copy(update={"name": f"select-{_short(study.model)}-{_short(study.edits.source)}"})
+    return SelectionRequest(**vars(prepare(study)), budget=budget, seed=seed, priors=priors)
 
 
-def _problems(budget: Budget) -> Iterator[str]:
+def _budget_problems(budget: SelectionBudget) -> Iterator[str]:
     if budget.share is not None and not 0 < budget.share <= 1:
         yield f"--budget-share: got {budget.share:g}, expected a share of the full grid's cost, above 0 and at most 1"
-    if budget.minutes is not None and not 0 < budget.minutes < float("inf"):
+    if budget.minutes is not None and not 0 < budget.minutes < math.inf:
         yield f"--budget-minutes: got {budget.minutes:g}, expected a positive number"
 
 
-def _not_to_choose(study: Study) -> Iterator[str]:
-    """What a selection chooses itself, or needs a single value of."""
+def _study_problems(study: Study) -> Iterator[str]:
+    """What a selection chooses itself, or takes a single value of."""
     for axis in FIXED:
         if len(values := getattr(study.space, axis)) > 1:
             yield f"space.{axis}: got {len(values)} values; a selection takes one"
@@ -139,18 +124,14 @@ def _not_to_choose(study: Study) -> Iterator[str]:
         yield "space.seed: a selection chooses seeds itself; leave it out"
     for limit in ("minutes", "trials"):
         if (value := getattr(study.budget, limit)) is not None:
-            yield f"budget.{limit}: got {value:g}; a selection has budgets of its own, see --budget-share and --budget-minutes"
+            yield f"budget.{limit}: got {value:g}; a selection has its own, see --budget-share and --budget-minutes"
     if study.search.method != "grid":
         yield f"search.method: got {study.search.method}; a selection searches in its own way"
 
 
-def _name(study: Study) -> str:
-    """select-MODEL-EDITS, in the characters that a study's name may have."""
-
-    def short(text: str) -> str:
-        base = text.rstrip("/").rpartition("/")[2]
-        for suffix in (".jsonl", ".json", ".gguf"):
-            base = base.removesuffix(suffix)
-        return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in base)[:30]
-
-    return f"select-{short(study.model)}-{short(study.edits.source)}"
+def _short(source: str) -> str:
+    """The end of a model's or data set's name, in characters that a study's name may have."""
+    base = source.rstrip("/").rpartition("/")[2]
+    for suffix in (".jsonl", ".json", ".gguf"):
+        base = base.removesuffix(suffix)
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in base)[:30]

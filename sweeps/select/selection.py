@@ -1,39 +1,44 @@
-"""Auto-selection: the position to edit in a model that nobody has swept, within a budget, with the evidence.
+"""Auto-selection: find the position to edit in a model that nobody has swept, within a budget.
 
-Probe, survey and pick, of one study. All trials are runs of one MLflow study, so the same command goes
-on where it was, and nothing runs twice.
+The probe orders all positions, the survey runs some of them, and the rule of the pick ranks what was measured. All trials
+are runs of one MLflow study, so the same command resumes, and nothing runs twice.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property, partial
+from typing import Any, Literal, Protocol
 
 import pandas as pd
+import torch
 
-from analysis.stats.choice import FAILED, Outcome, outcome_of
+from analysis.stats.pick import ranked
+from analysis.stats.table import by_setting
+from locft.data.suites import load_suite
+from locft.measure.capability import encode_suite
+from locft.model.models import load_model
 from locft.model.positions import TuningPosition
-from sweeps.study.estimate import patience_seconds, trial_seconds
-from sweeps.select.request import Budget, Question
-from sweeps.select.policy import Candidate, Run, Rung, Score, Scores, SelectionTask, leading, start_rate, survey
-from sweeps.select.policy_search import PolicySearch
+from locft.probe import probe_positions
+from locft.train.encoding import encode_edits
+from locft.workbench import Baseline
+from sweeps.answer import StudyState
 from sweeps.run.cluster import on_workers
 from sweeps.run.dispatch import Ending, Reporter, Room
-from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
 from sweeps.run.runner import run_trials
-from sweeps.session import StudySession, study_session
-from sweeps.tracking.study_run import Tracker
 from sweeps.run.trial import Basis, measure_baseline, train_and_measure
-
-if TYPE_CHECKING:
-    from locft.workbench import Baseline
+from sweeps.select.policy import Candidate, Run, Rung, Score, Scores, SelectionTask, start_rate, survey
+from sweeps.select.request import SelectionRequest
+from sweeps.session import StudySession, study_session
+from sweeps.study.estimate import patience_seconds, trial_seconds
+from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult, config_of_row
+from sweeps.tracking.study_run import Tracker
 
 PROBED_EDITS = 50
-"""Edits that the probe looks at, at most: all go through the model at once, with everything a backward pass needs."""
+"""Most edits that the probe reads: all go through the model at once, with everything a backward pass needs."""
 FINISHING_SECONDS = 10.0
 """Kept of a budget in minutes for the answer."""
 BUSY = 0.95
@@ -45,170 +50,183 @@ PROBE_FILE = "probe.json"
 class Selection:
     """What a selection found."""
 
-    question: Question
+    request: SelectionRequest
+    state: StudyState
+    """All trials of the request, failed ones and those of earlier calls with another budget included."""
     candidates: tuple[Candidate, ...]
     rungs: tuple[Rung, ...]
-    scores: Scores
-    """Of all finished runs of the study, also those that an earlier call with another budget asked for. Their seconds are
-    those of the clock."""
+    """Of this call, in order."""
     ending: Ending
     grid_seconds: float
-    """What the full grid would have taken one worker, by the estimate at the pace of these runs."""
-    run_ids: Mapping[Run, str]
-    """The MLflow run of each."""
-    results: pd.DataFrame
-    """The table of all its trials, also the failed ones."""
-    unedited: Mapping[str, float]
-    """Metrics of the unedited model on all edits and items."""
+    """What the full grid would take one worker: the estimate, corrected by what the trials took."""
     wall_seconds: float
     concurrent: int
+    """Trials at a time."""
+
+    @cached_property
+    def ranking(self) -> pd.DataFrame:
+        """The measured settings, the one to use first (`analysis.stats.pick.ranked`)."""
+        return ranked(by_setting(self.state.results))
 
     @property
-    def ranking(self) -> list[tuple[Run, Outcome]]:
-        """The settings that were measured, the one to use first."""
-        return leading(self.scores)
+    def finished(self) -> pd.DataFrame:
+        """The trials that are done."""
+        return self.state.results[self.state.results["status"] == "done"]
 
     @property
     def spent_seconds(self) -> float:
-        """Of one worker, all runs together."""
-        return sum(score.seconds for score in self.scores.values())
+        """Of one worker, all finished trials together."""
+        return float(self.finished["seconds"].sum())
 
 
-class RaceReporter(Reporter, Protocol):
-    """Hears of rungs as well as of trials."""
+class SelectionReporter(Reporter, Protocol):
+    """Hears about rungs as well as about trials."""
 
     def rung(self, rung: Rung, open_runs: int) -> None: ...
 
 
 @contextmanager
 def run_selection(
-    question: Question,
+    request: SelectionRequest,
     store: str,
     *,
     address: str | None = None,
-    progress: AbstractContextManager[RaceReporter],
+    progress: AbstractContextManager[SelectionReporter],
 ) -> Iterator[tuple[Selection, Tracker]]:
-    """Probe and try; every trial goes to MLflow. The same call again goes on where it was.
+    """Probe and survey; every trial goes to MLflow. The same call again resumes.
 
-    The study's run is open while the `with` block runs: `sweeps.select.answer.conclude` writes the answer into it there. Raises InputError before
-    anything is written when store or cluster cannot be had.
+    The study's run stays open while the `with` block runs, so that `sweeps.select.answer.conclude` can write the answer
+    into it. Raises InputError before anything is written when the store or the cluster cannot be used.
     """
     began = time.monotonic()
-    prepared, study = question.prepared, question.study
-    description = f"Selection of a position for {study.model} on {study.edits.source}"
-    with study_session(prepared, store, description, address=address, study_id=question.id) as session:
+    description = f"Selection of a position for {request.study.model} on {request.study.edits.source}"
+    with study_session(request, store, description, address=address) as session:
         room = session.start_ray()
         with progress as reporter:
             tracker = session.open_run()
-            found = _tried(question, session, reporter, room, began)
+            found = _survey(request, session, reporter, room, began)
         yield found, tracker
 
 
-def _tried(
-    question: Question,
-    session: StudySession,
-    reporter: RaceReporter,
-    room: Room,
-    began: float,
+def _survey(
+    request: SelectionRequest, session: StudySession, reporter: SelectionReporter, room: Room, began: float
 ) -> Selection:
-    prepared, study, concurrent = question.prepared, question.study, room.trials()
-    tracker = session.open_run()
-    known, _ = _known(question, tracker.load_results(curves=False))
-    candidates, baseline = _prepared(question, tracker, reporter.note)
-    minutes = question.budget.minutes
+    tracker, study, concurrent = session.open_run(), request.study, room.trials()
+    candidates, baseline = _prepared(request, tracker, reporter.note)
+    minutes = request.budget.minutes
     deadline = math.inf if minutes is None else began + 60 * minutes - FINISHING_SECONDS
-    task, grid = _task(question, candidates, concurrent, deadline - time.monotonic())
-    charged = partial(_charged, task, question.budget)
-    search = PolicySearch(
-        survey,
-        task,
-        question.config,
-        lambda run, result: charged(run, _score(result)),
-        {run: charged(run, score) for run, score in known.items()},
-        reporter.rung,
+    grid = sum(trial_seconds(trial, request.facts) for trial in request.plan.trials)
+    share, left = request.budget.share, deadline - time.monotonic()
+    task = SelectionTask(
+        candidates,
+        request.facts.n_layers,
+        lambda run: trial_seconds(request.config(run), request.facts),
+        partial(start_rate, steps=request.steps),
+        budget=left * concurrent * BUSY if share is None else share * grid,
+        concurrent=concurrent,
+        priors=request.priors,
     )
-    bases = {prepared.facts.data_fingerprint: Basis(prepared.inputs, baseline)}
+
+    def score(run: Run, row: dict[str, Any]) -> Score:
+        """A share of the grid is counted in estimated seconds, whatever else the machine does; minutes in real ones."""
+        return Score(row, row.get("seconds", 0.0) if share is None else task.seconds(run))
+
+    known = {run: score(run, row) for run, row in _finished(request, tracker.load_results(curves=False))}
+    search = PolicySearch(survey(task), request.config, score, known, reporter.rung)
     with session.recorder(reporter) as recorder:
         ending = run_trials(
             search,
-            partial(train_and_measure, bases=bases),
+            partial(train_and_measure, bases={request.facts.data_fingerprint: Basis(request.inputs, baseline)}),
             resources=study.resources,
             room=room,
             reporter=recorder,
             deadline=deadline,
-            patience=partial(patience_seconds, facts=prepared.facts, resources=study.resources),
+            patience=partial(patience_seconds, facts=request.facts, resources=study.resources),
         )
     results = tracker.load_results()
-    scores, run_ids = _known(question, results)
-    predicted = sum(task.seconds(run) for run in scores)
-    pace = sum(score.seconds for score in scores.values()) / predicted if predicted else 1.0
+    results = results[[request.run(config_of_row(row)) is not None for row in results.to_dict("records")]].reset_index(drop=True)
+    predicted, took = 0.0, 0.0
+    for run, row in _finished(request, results):
+        predicted, took = predicted + task.seconds(run), took + row["seconds"]
     return Selection(
-        question,
+        request,
+        StudyState(request, results, baseline.metrics),
         candidates,
         tuple(search.rungs),
-        scores,
         ending,
-        grid * pace,
-        run_ids,
-        results,
-        baseline.metrics,
+        grid * (took / predicted if predicted else 1.0),
         time.monotonic() - began,
         concurrent,
     )
 
 
-def _task(question: Question, candidates: tuple[Candidate, ...], concurrent: int, left: float) -> tuple[SelectionTask, float]:
-    """The task of the policy, and the estimated cost of the full grid. left: seconds until the deadline."""
-    facts = question.prepared.facts
-
-    def seconds(run: Run) -> float:
-        return trial_seconds(question.config(run), facts)
-
-    grid = sum(seconds(Run(c.layer, c.module, 1e-3)) for c in candidates)
-    budget = left * concurrent * BUSY if question.budget.share is None else question.budget.share * grid
-    rate = partial(start_rate, steps=question.steps)
-    return SelectionTask(
-        candidates, facts.n_layers, seconds, rate, budget, concurrent, priors=question.priors
-    ), grid
+def _finished(request: SelectionRequest, results: pd.DataFrame) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs of the request that are done, with their rows."""
+    rows = results[results["status"] == "done"].to_dict("records")
+    return [(run, row) for row in rows if (run := request.run(config_of_row(row)))]
 
 
-def _charged(task: SelectionTask, budget: Budget, run: Run, score: Score) -> Score:
-    """A share of the grid is counted in estimated seconds, whatever else the machine does; minutes are the clock's."""
-    return score if budget.share is None else Score(score.outcome, task.seconds(run))
+class PolicySearch:
+    """A policy as a `sweeps.run.dispatch.Search`: the runs of a rung side by side, the next rung when all are in.
 
+    What is known is not run again, so a stopped selection resumes.
+    """
 
-def _score(result: TrialResult) -> Score:
-    outcome = outcome_of(result.metrics) if result.status == "done" else FAILED
-    return Score(outcome, result.metrics.get("seconds", 0.0))
+    def __init__(
+        self,
+        policy: Generator[Rung, Scores, None],
+        to_config: Callable[[Run], TrialConfig],
+        to_score: Callable[[Run, dict[str, Any]], Score],
+        known: Scores,
+        tell: Callable[[Rung, int], None],
+    ):
+        """to_score: from a row of the results table. known: scores of earlier runs. tell: hears of every rung, and how many
+        of its runs are not known yet."""
+        self.rungs: list[Rung] = []
+        self.scores: dict[Run, Score] = {}
+        """Of the runs that the rungs asked for."""
+        self._policy, self._known = policy, known
+        self._to_config, self._to_score, self._tell = to_config, to_score, tell
+        self._queue: list[Run] = []
+        self._running: dict[str, Run] = {}
 
+    def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
+        while not self._queue:
+            if self._running:
+                return "wait"
+            try:
+                rung = self._policy.send(dict(self.scores) if self.rungs else None)
+            except StopIteration:
+                return None
+            self.rungs.append(rung)
+            self.scores |= {run: self._known[run] for run in rung.runs if run in self._known}
+            self._queue = [run for run in rung.runs if run not in self.scores]
+            self._tell(rung, len(self._queue))
+        run = self._queue.pop(0)
+        self._running[key] = run
+        return self._to_config(run)
 
-def _known(question: Question, results: pd.DataFrame) -> tuple[dict[Run, Score], dict[Run, str]]:
-    """The finished runs among a study's trials: their scores and their runs in MLflow."""
-    scores, run_ids = {}, {}
-    for row in results.to_dict("records"):
-        config = TrialConfig(**{name: row[name] for name in TrialConfig.__dataclass_fields__})
-        run = question.run(config)
-        if run is not None and row["status"] == "done":
-            scores[run], run_ids[run] = Score(outcome_of(row), float(row["seconds"])), row["run_id"]
-    return scores, run_ids
+    def learn(self, key: str, result: TrialResult | None) -> None:
+        """A run that brought no result stays unknown, and the policy goes on without it."""
+        run = self._running.pop(key)
+        if result is not None:
+            self.scores[run] = self._to_score(run, result.to_row())
 
 
 def _prepared(
-    question: Question, tracker: Tracker, note: Callable[[str], None]
-) -> tuple[tuple[Candidate, ...], "Baseline"]:
-    """The probe's scores, and the unedited model's measurements: from the study's run, else made on workers."""
-    from locft.workbench import Baseline
-
-    resources, inputs = question.study.resources, question.prepared.inputs
-    baseline_file = f"baseline-{question.prepared.facts.data_fingerprint}.json"
+    request: SelectionRequest, tracker: Tracker, note: Callable[[str], None]
+) -> tuple[tuple[Candidate, ...], Baseline]:
+    """The probe's scores and the unedited model's measurements: from the study's run, else made on workers."""
+    baseline_file = f"baseline-{request.facts.data_fingerprint}.json"
+    positions = [(trial.layer, trial.module) for trial in request.plan.trials]
     works: dict[str, Callable[[], Any]] = {
-        baseline_file: partial(_measure, inputs),
-        PROBE_FILE: partial(_probe, inputs, question.positions, question.seed),
+        baseline_file: partial(_measure, request.inputs),
+        PROBE_FILE: partial(_probe, request.inputs, positions, request.seed),
     }
     found = {name: tracker.read_file(name) for name in works}
     if missing := [name for name, text in found.items() if text is None]:
         note("measuring the unedited model, and probing every position")
-        made = on_workers([works[name] for name in missing], resources)
+        made = on_workers([works[name] for name in missing], request.study.resources)
         for name, value in zip(missing, made, strict=True):
             found[name] = json.dumps(value)
             tracker.write_file(name, found[name])
@@ -222,27 +240,15 @@ def _measure(inputs: TrialInputs) -> dict[str, Any]:
 
 
 def _probe(inputs: TrialInputs, positions: list[tuple[int, str]], seed: int) -> list[dict[str, Any]]:
-    """On a worker: the fields of `Candidate` for every position."""
-    import torch
-
-    from locft.data.suites import load_suite
-    from locft.measure.capability import encode_suite
-    from locft.train.encoding import encode_edits
-    from locft.model.models import load_model
-    from locft.probe import probe_positions
-
+    """On a worker: the fields of a `Candidate` for every position."""
     torch.set_num_threads(inputs.threads)
     loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device, spread=inputs.spread)
     rows = encode_edits(loaded.tokenizer, inputs.edits.requests[:PROBED_EDITS])
     suite = inputs.suite if inputs.suite and inputs.prose_tokens else load_suite("probes", limit=1)
     prose = encode_suite(loaded.tokenizer, suite, inputs.prose_tokens or 512).prose
     found = probe_positions(loaded, rows, prose, [TuningPosition(*place) for place in positions], seed=seed)
+    fields = ("disturbance", "gain")
     return [
-        {
-            "layer": scores.position.layer,
-            "module": scores.position.module,
-            "disturbance": scores.disturbance,
-            "gain": scores.gain,
-        }
+        {"layer": scores.position.layer, "module": scores.position.module, **{name: getattr(scores, name) for name in fields}}
         for scores in found
     ]

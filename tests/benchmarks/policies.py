@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from sweeps.run.search import PointSampler
 from sweeps.select.policy import Policy, Run, Rung, Score, Scores, SelectionTask, affordable, first_run, nearest
 from sweeps.select.policy import spent, survey
-from tests.benchmarks.race import PAPER, ReplayTask, full_runs, race
+from tests.benchmarks.race import PAPER, ReplayTask, full_runs, objectives, race
 
 LATE = 0.9
 """Relative depth of a late layer."""
@@ -100,5 +100,4 @@ def _optuna(task: SelectionTask, sampler, name: str) -> Generator[Rung, Scores, 
             if scores and not affordable(task, scores, [run], task.budget - spent(scores)):
                 return
             scores = yield Rung(name, (run,), f"proposed by Optuna's {type(sampler).__name__}")
-        outcome = scores[run].outcome
-        points.tell(asked, (outcome.reliability, outcome.generalization, min(outcome.drift, 1e3)))
+        points.tell(asked, objectives(scores[run]))

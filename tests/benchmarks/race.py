@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import moocore
 import numpy as np
 
-from analysis.stats.choice import FAILED
+from analysis.stats.table import proportion_se
 from sweeps.select.policy import (
     Candidate,
     Run,
@@ -60,6 +60,13 @@ class ReplayTask(SelectionTask):
 def in_full(scores: Scores) -> dict[Run, Score]:
     """Those of runs on all edits."""
     return {run: score for run, score in scores.items() if not isinstance(run, Scout)}
+
+
+def objectives(score: Score | None) -> tuple[float, float, float]:
+    """Reliability, generalization and drift of a run; of one that failed or diverged the worst there is."""
+    if score is None or not score.comparable:
+        return 0.0, 0.0, 1e3
+    return score.row["reliability"], score.row["generalization"], min(score.row["drift_kl"], 1e3)
 
 
 def race(task: ReplayTask) -> Generator[Rung, Scores, None]:
@@ -115,14 +122,12 @@ def _most_telling(task: SelectionTask, scores: Scores, queue: Sequence[Run]) -> 
 
 def _best_third(runs: Sequence[Run], scores: Mapping[Run, Score]) -> list[Run]:
     """Best first."""
-    outcomes = [scores[run].outcome if run in scores else FAILED for run in runs]
-    points = np.array([[o.reliability, o.generalization, -min(o.drift, 1e3)] for o in outcomes])
-    ranks = moocore.pareto_rank(points, maximise=True)  # 0 on the front
-    best = max(o.reliability for o in outcomes)
-    error = max((o.reliability_se for o in outcomes if o.reliability == best), default=0.0)
-    order = sorted(
-        range(len(runs)), key=lambda i: (outcomes[i].reliability < best - 2 * error, ranks[i], outcomes[i].drift, runs[i])
-    )
+    points = np.array([objectives(scores.get(run)) for run in runs])  # (R, 3)
+    ranks = moocore.pareto_rank(points * [1, 1, -1], maximise=True)  # 0 on the front
+    best = points[:, 0].max()
+    edits = next((scores[run].row["n_edits"] for run in runs if run in scores), 1)
+    worse = points[:, 0] < best - 2 * proportion_se(best, edits)
+    order = sorted(range(len(runs)), key=lambda i: (worse[i], ranks[i], points[i, 2], runs[i]))
     return [runs[index] for index in order[: math.ceil(len(runs) / KEPT)]]
 
 

@@ -11,8 +11,10 @@ import argparse
 import itertools
 import math
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import moocore
 import numpy as np
@@ -21,10 +23,11 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from analysis.stats.choice import Outcome, outcome_of, preference
 from analysis.figures.front import SYMBOLS
 from analysis.figures.style import ACCENT, styled_figure
-from sweeps.select.policy import Candidate, Run, Score, leading, mean_outcome
+from analysis.stats.pick import ranked
+from analysis.stats.table import by_setting, results_frame
+from sweeps.select.policy import Candidate, Run, Score, leading
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file does not find its neighbours by itself
@@ -55,27 +58,30 @@ class Table:
         wanted = np.where(table.part == "level0", twice, [self.rates.get(module, 0.0) for module in table.module])
         rows = table[table.learning_rate == wanted]
         rows = pd.concat([rows[rows.part != "seeds"], rows[rows.part == "seeds"].assign(part="full")])
-        rows = rows.assign(n_edits=rows.part.map(LEVELS).fillna(40))
-        self.outcomes = {
-            (row["part"], row["sample"], row["layer"], row["module"], row["seed"]): outcome_of(row)
-            for row in rows.to_dict("records")
+        rows = rows.assign(status="done", layers=self.layers, n_edits=rows.part.map(LEVELS).fillna(40))
+        rows["seconds_per_edit"] = rows.train_seconds / rows.n_edits
+        rows["trial_id"] = [
+            f"{r.part} {r.sample} {r.layer}.{r.module} seed {r.seed}" for r in rows.itertuples()
+        ]
+        self.rows = {
+            (row["part"], row["sample"], row["layer"], row["module"], row["seed"]): row for row in rows.to_dict("records")
         }
         self.costs = {part: self._costs(rows[rows.part == part]) for part in LEVELS}
         if not self.costs["level1"]:  # not run yet: by the share of the edits
             share = LEVELS["level1"] / LEVELS["full"]
             self.costs["level1"] = {module: share * line for module, line in self.costs["full"].items()}
-        known = {(layer, module) for part, _, layer, module, _ in self.outcomes if part == "full"}
+        known = {(layer, module) for part, _, layer, module, _ in self.rows if part == "full"}
         self.probes = [
             tuple(Candidate(r.layer, r.module, r.disturbance, r.gain) for r in rows.itertuples() if (r.layer, r.module) in known)
             for _, rows in probe.groupby("sample")
         ]
         """Candidates by the draw of edits that the probe looked at."""
+        full_rows = [row for (part, *_), row in self.rows.items() if part == "full"]
         self.truth = {
-            (c.layer, c.module): mean_outcome(
-                [o for (p, _, l, m, _), o in self.outcomes.items() if (p, l, m) == ("full", c.layer, c.module)]
-            )
-            for c in self.probes[0]
+            (row["layer"], row["module"]): row
+            for row in ranked(by_setting(results_frame(full_rows))).to_dict("records")
         }
+        """By layer and module the means over the seeds, the setting to use first in the first place."""
         self.grid = sum(self.seconds(Run(c.layer, c.module, 0.0)) for c in self.probes[0])
 
     def _costs(self, rows: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -100,9 +106,9 @@ class Table:
     def score(self, run: Run, samples: tuple[int, int]) -> Score:
         part = part_of(run)
         sample = samples[run.level] if isinstance(run, Scout) else 0
-        found = self.outcomes.get((part, sample, run.layer, run.module, run.seed))
-        if found is None and part == "full":  # a seed that the table lacks: the first one again
-            found = self.outcomes[part, 0, run.layer, run.module, 0]
+        found = self.rows.get((part, sample, run.layer, run.module, run.seed))
+        if found is None:  # a seed that the table lacks: the first one again
+            found = self.rows[part, sample, run.layer, run.module, 0]
         return Score(found, self.seconds(run))
 
     def task(self, share: float, seed: int, probe: bool = True) -> ReplayTask:
@@ -125,20 +131,18 @@ class Table:
     def draws(self, seeds: int) -> list[tuple[int, int]]:
         """The pairs of draws at the lower levels that every race with these seeds can be replayed on."""
         first = [
-            sample for sample in (1, 2, 3) if all(("level0", sample, *place, 0) in self.outcomes for place in self.truth)
+            sample for sample in (1, 2, 3) if all(("level0", sample, *place, 0) in self.rows for place in self.truth)
         ]
         asked = {sample: semifinalists(self, sample, seeds) for sample in first}
         return [
             (sample, second)
             for sample, second in itertools.product(first, (1, 2))
-            if all(("level1", second, *place, 0) in self.outcomes for place in asked[sample])
+            if all(("level1", second, *place, 0) in self.rows for place in asked[sample])
         ]
 
-    def best(self) -> tuple[tuple[int, str], Outcome]:
-        """What the rule picks of the whole table."""
-        places = list(self.truth)
-        place = places[preference([self.truth[place] for place in places])[0]]
-        return place, self.truth[place]
+    def best(self) -> dict[str, Any]:
+        """What the rule picks of the whole table, as a row of `by_setting`."""
+        return next(iter(self.truth.values()))
 
 
 def part_of(run: Run) -> str:
@@ -157,27 +161,28 @@ def semifinalists(table: Table, sample: int, seeds: int = SEEDS) -> set[tuple[in
     return found
 
 
-def volume(outcomes: list[Outcome]) -> float:
+def volume(rows: Iterable[Mapping[str, Any]]) -> float:
     """Of reliability, generalization and what is left of the predictions, exp(-drift), from the origin."""
-    points = np.array([[o.reliability, o.generalization, math.exp(-o.drift)] for o in outcomes])
+    points = np.array([[row["reliability"], row["generalization"], math.exp(-row["drift_kl"])] for row in rows])
     return float(moocore.hypervolume(points, ref=(0, 0, 0), maximise=True))
 
 
-def regrets(table: Table, pick: Outcome) -> dict[str, float]:
+def regrets(table: Table, pick: Mapping[str, Any]) -> dict[str, float]:
     """Against the best of the table at the pick's reliability or more, up to a standard error."""
-    equal = [o for o in table.truth.values() if o.reliability >= pick.reliability - pick.reliability_se]
-    _, ruled = table.best()
+    least = pick["reliability"] - pick["reliability_se"]
+    equal = [row for row in table.truth.values() if row["reliability"] >= least]
+    ruled, change = table.best(), pick["capability_change"]
     return {
-        "drift": pick.drift - min(o.drift for o in equal),
-        "capability": max(o.capability_change for o in equal) - pick.capability_change,
-        "capability lost": max(0.0, -pick.capability_change) - min(max(0.0, -o.capability_change) for o in equal),
-        "drift against the rule's": pick.drift - ruled.drift,
-        "generalization against the rule's": ruled.generalization - pick.generalization,
+        "drift": pick["drift_kl"] - min(row["drift_kl"] for row in equal),
+        "capability": max(row["capability_change"] for row in equal) - change,
+        "capability lost": max(0.0, -change) - min(max(0.0, -row["capability_change"]) for row in equal),
+        "drift against the rule's": pick["drift_kl"] - ruled["drift_kl"],
+        "generalization against the rule's": ruled["generalization"] - pick["generalization"],
     }
 
 
 def replays(table: Table, seeds: int) -> pd.DataFrame:
-    everything = volume(list(table.truth.values()))
+    everything = volume(table.truth.values())
     rows = []
     draws = table.draws(seeds)
     for name, share, seed, samples in itertools.product([*POLICIES, UNPROBED], SHARES, range(seeds), draws):
@@ -186,12 +191,12 @@ def replays(table: Table, seeds: int) -> pd.DataFrame:
             continue  # they run nothing at the lower levels
         rungs, scores = replayed(policy, table.task(share, seed, name != UNPROBED), lambda run: table.score(run, samples))
         full = in_full(scores)
-        run, _ = leading(full)[0]
+        run = leading(full)[0]
         pick = table.truth[run.layer, run.module]
         cost = sum(score.seconds for score in scores.values()) / table.grid
         rows.append(
             {"policy": name, "share": share, "seed": seed, "draw": str(samples), "position": run.position, "cost": cost,
-             "volume": volume([table.truth[r.layer, r.module] for r in full]) / everything, **regrets(table, pick)}
+             "volume": volume(table.truth[r.layer, r.module] for r in full) / everything, **regrets(table, pick)}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -235,8 +240,10 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="HTML file of the comparison's figure")
     options = parser.parse_args()
     table = Table(pd.read_csv(HERE / "table.csv"), pd.read_csv(HERE / "probe.csv"))
-    place, outcome = table.best()
-    print(f"{len(table.truth)} positions, grid {table.grid / 3600:.1f} worker hours; the rule picks {place}: {outcome}")
+    best = table.best()
+    said = ", ".join(f"{name} {best[name]:.3f}" for name in ("reliability", "generalization", "capability_change", "drift_kl"))
+    print(f"{len(table.truth)} positions, grid {table.grid / 3600:.1f} worker hours")
+    print(f"the rule picks {best['layer']}.{best['module']}: {said}")
     with pd.option_context("display.width", 250, "display.max_columns", 20, "display.float_format", "{:.3f}".format):
         found = replays(table, options.seeds)
         print(summary(found))

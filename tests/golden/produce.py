@@ -126,7 +126,7 @@ def capability_layouts() -> dict[str, Any]:
 
 
 def survey_rungs() -> dict[str, Any]:
-    """What the survey runs on the exhaustive table, by share of the grid's cost and seed; `layer.module rate level seed`."""
+    """What the survey runs on the exhaustive table, by share of the grid's cost and seed; `layer.module rate seed`."""
     table, found = _exhaustive(), {}
     for share in SHARES:
         for seed in range(3):
@@ -134,7 +134,7 @@ def survey_rungs() -> dict[str, Any]:
             found[f"share {share}, seed {seed}"] = [
                 {
                     "name": rung.name,
-                    "runs": [f"{run.position} {run.learning_rate:g} 2 {run.seed}" for run in rung.runs],
+                    "runs": [f"{run.position} {run.learning_rate:g} {run.seed}" for run in rung.runs],
                     "why": rung.why,
                 }
                 for rung in rungs
@@ -210,8 +210,9 @@ def pick() -> dict[str, Any]:
         for name, frame in frames.items()
         for floor in (None, 0.5, 0.8)
     }
-    place, outcome = _exhaustive().best()
-    return found | {"exhaustive, the selection's rule": {"position": f"{place[0]}.{place[1]}", **asdict(outcome)}}
+    best = _exhaustive().best()
+    shown = {name: best[name] for name in ("reliability", "generalization", "capability_change", "drift_kl")}
+    return found | {"exhaustive table": {"position": f"{best['layer']}.{best['module']}", **shown}}
 
 
 def _of_json(value: Any) -> Any:

@@ -2,10 +2,12 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
-from analysis.stats.choice import FAILED, Outcome
+from analysis.stats.pick import ranked
+from analysis.stats.table import by_setting, pack_right, results_frame
 from sweeps.select.policy import (
     Candidate,
     Run,
@@ -19,7 +21,7 @@ from sweeps.select.policy import (
     start_rate,
     survey,
 )
-from sweeps.select.policy_search import PolicySearch
+from sweeps.select.selection import PolicySearch
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from tests.benchmarks.policies import replayed
 
@@ -52,8 +54,8 @@ class World:
             drift = drift_of(run.layer, run.module) * math.exp(self.random.gauss(0, self.noise))
             drift *= run.learning_rate / 0.002
             reliable = 1.0 if run.learning_rate > 0.0015 else 0.7
-            outcome = Outcome(reliable, 0.01, 0.6, 0.05, 0.0, 0.01, drift, self.noise * drift)
-            self.known[run] = Score(outcome, self.seconds(run))
+            row = {"reliability": reliable, "generalization": 0.6, "drift_kl": drift, "n_edits": 100}
+            self.known[run] = Score({"status": "done", **row}, self.seconds(run))
         return self.known[run]
 
     @property
@@ -97,13 +99,13 @@ def test_it_finds_the_best_looks_at_every_kind_and_confirms_the_leader(share):
     world = World()
     rungs, scores = replayed(survey, world.task(share), world.score)
     assert share < 0.1 or {run.module for run in scores} == set(MODULES)
-    run, _ = leading(scores)[0]
+    run = leading(scores)[0]
     assert drift_of(run.layer, run.module) <= 0.05
     confirmed = rungs[-1].runs
     assert {(r.learning_rate, r.seed) for r in confirmed} == {(0.001, 0), (0.002, 1)}, "half the rate, and a second seed"
     leader = {r.position for r in confirmed}.pop()
     before = {run: score for run, score in scores.items() if run not in confirmed}
-    assert [r.position for r in confirmed] == [leader] * 2 and leading(before)[0][0].position == leader
+    assert [r.position for r in confirmed] == [leader] * 2 and leading(before)[0].position == leader
     assert [rung.name for rung in rungs][-1] == "confirm" and rungs[0].name == "survey"
     assert share < 0.1 or len(rungs[0].runs) > 2, "workers are not held up by pairs of runs"
     assert spent(scores) > 0.75 * share * world.grid
@@ -115,7 +117,7 @@ def test_costs_that_were_underrated_are_noticed_in_time():
 
     def dear(run):
         score = world.score(run)
-        return type(score)(score.outcome, 1.8 * score.seconds)
+        return replace(score, seconds=1.8 * score.seconds)
 
     _, scores = replayed(survey, task, dear)
     assert spent(scores) <= task.budget
@@ -135,17 +137,17 @@ def test_a_failed_run_does_not_stop_it():
     world = World()
 
     def score(run):
-        return Score(FAILED, 1.0) if run.layer in (19, 20, 21) else world.score(run)
+        return Score({"status": "failed"}, 1.0) if run.layer in (19, 20, 21) else world.score(run)
 
     _, scores = replayed(survey, world.task(0.2), score)
-    assert leading(scores)[0][0].layer not in (19, 20, 21)
+    assert leading(scores)[0].layer not in (19, 20, 21)
 
 
 def test_costs_are_corrected_by_what_runs_turn_out_to_cost():
     world = World()
     task = world.task(1.0)
     runs = [first_run(task, candidate) for candidate in world.candidates]
-    assert len(affordable(task, {}, runs, 320.0)) > len(affordable(task, {runs[0]: Score(FAILED, 1600.0)}, runs, 320.0))
+    assert len(affordable(task, {}, runs, 320.0)) > len(affordable(task, {runs[0]: Score({"status": "failed"}, 1600.0)}, runs, 320.0))
     assert affordable(task, {}, runs, 0.0) == []
 
 
@@ -157,11 +159,32 @@ def test_the_starting_rate_goes_with_the_inverse_of_the_gain_and_grows_where_ste
 
 
 def test_seeds_of_a_setting_are_one_setting():
-    good, bad = (Outcome(1.0, 0.01, g, 0.05, 0.0, 0.01, d, 0.1 * d) for g, d in ((0.8, 0.1), (0.4, 0.3)))
-    scores = {Run(3, "mlp", 0.002, seed): Score(good if seed else bad, 1.0) for seed in (0, 1, 2)}
-    ((run, mean),) = leading(scores)
-    assert run.seed == 0 and mean.drift == pytest.approx((0.1 + 0.1 + 0.3) / 3)
-    assert mean.drift_se == pytest.approx(math.sqrt(((0.1 / 1.5) ** 2 * 2 + (0.2 / 1.5) ** 2) / 2 / 3), rel=1e-6)
+    def row(drift, generalization=0.5):
+        return {"status": "done", "reliability": 1.0, "generalization": generalization, "drift_kl": drift, "n_edits": 100}
+
+    scores = {Run(3, "mlp", 0.002, seed): Score(row(drift), 1.0) for seed, drift in enumerate((0.3, 0.1, 0.1))}
+    assert leading(scores) == [Run(3, "mlp", 0.002)]
+    mean, better = (0.3 + 0.1 + 0.1) / 3, Run(5, "mlp", 0.002)
+    assert leading({**scores, better: Score(row(mean + 0.009, 0.8), 1.0)})[0] == better, "within the margin of the mean"
+    assert leading({**scores, better: Score(row(mean + 0.011, 0.8), 1.0)})[0] != better
+
+
+def test_the_policy_leads_with_what_the_results_table_picks():
+    draw = random.Random(1)
+    scores = {}
+    for layer in range(8):
+        for seed in range(1 + layer % 3):
+            right = [draw.random() < 0.97 for _ in range(40)]
+            row = {
+                "trial_id": f"{layer} {seed}", "status": "failed" if layer == 3 else "done", "layer": layer, "module": "mlp",
+                "layers": 8, "learning_rate": 0.01, "seed": seed, "reliability": sum(right) / 40,
+                "generalization": draw.random(), "capability_change": draw.uniform(-0.1, 0.05), "n_edits": 40,
+                "drift_kl": draw.uniform(0, 0.05), "seconds_per_edit": 1.0, "diverged": float(layer == 5),
+                "right": pack_right(right),
+            }  # fmt: skip
+            scores[Run(layer, "mlp", 0.01, seed)] = Score(row, 1.0)
+    table = ranked(by_setting(results_frame([score.row for score in scores.values()])))
+    assert [run.layer for run in leading(scores)] == table["layer"].tolist() and len(table) == 6
 
 
 def config_of(run):
@@ -187,7 +210,7 @@ def test_a_search_waits_for_the_rung_and_goes_on_from_what_is_known():
 
     def search(known):
         task = world.task(0.1)
-        return PolicySearch(survey, task, config_of, lambda run, _: world.score(run), known, lambda r, n: told.append(n))
+        return PolicySearch(survey(task), config_of, lambda run, _: world.score(run), known, lambda r, n: told.append(n))
 
     found, started = search({}), 0
     first = found.propose("a")
