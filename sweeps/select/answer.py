@@ -13,7 +13,7 @@ from analysis.stats.choice import outcome_of
 from analysis.stats.intervals import expected
 from analysis.stats.pick import RULE
 from analysis.stats.table import by_setting
-from analysis.stats.wording import change_with_interval, number, percent, plural, seconds, share_interval
+from analysis.stats.wording import number, percent, plural, seconds
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.position_file import FORMAT, SETTINGS
 from sweeps.select.request import METHOD
