@@ -153,7 +153,7 @@ class StudySession:
         """Connect to the cluster, or start Ray on this machine, until the session ends. Raises InputError."""
         study, facts = self.prepared.study, self.prepared.facts
         trial_bytes = most_memory_bytes(self.prepared.plan.sample, facts)
-        self.room = self._stack.enter_context(ray_cluster(self._address, study.resources, trial_bytes, study.model))
+        self.room = self.stack.enter_context(ray_cluster(self.address, study.resources, trial_bytes, study.model))
         return self.room
 
     def run_alone(self, work: Callable[[], T]) -> T:
