@@ -148,7 +148,7 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
     assert "not a position file" in edit("{}")
     assert "fingerprint" in edit(json.dumps(good)), "another model's position is refused"
     bad = edit(json.dumps({**good, "position": "x", "depth": 7, "settings": {"epochs": "many", "speed": 1}}))
-    for part in ("settings.epochs: got 'many', expected a whole number", "settings.speed: unknown", "LAYER.MODULE", "depth: got 7"):
+    for part in ("settings.epochs: got \"many\", expected a whole number", "settings.speed: unknown", "LAYER.MODULE", "depth: got 7"):
         assert part in bad, bad
     missing = locft("edit", tiny_folder, "--edits", "atlas", "--position", "none.json", "--out", "out")
     assert missing.code == 2 and "none.json: cannot read it" in missing.err
