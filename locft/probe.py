@@ -105,6 +105,7 @@ def _gradients(
     hooks = []
 
     def reduce(name: str, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # the hook runs right after it was accumulated
         gradient = parameter.grad.detach().float().reshape(-1)
         parameter.grad = None
         place = places[name]

@@ -1,10 +1,7 @@
-"""The process that computes: its device, the C library's allocator, PyTorch's vector maths, and its machine."""
+"""The process that computes: its device, PyTorch's vector maths, and its machine."""
 
-import ctypes
-import gc
 import os
 import platform
-import sys
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -14,9 +11,6 @@ from typing import Any
 import torch
 
 from locft.errors import InputError, one_line
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_* of glibc's malloc.h
-_LARGEST_KEPT_BLOCK = 2**30
 
 VECTOR_FUNCTIONS = (
     torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv, torch.exp, torch.expm1,
@@ -46,33 +40,6 @@ def torch_device(device: str) -> torch.device:
             + (f", or cuda:0 to cuda:{count - 1}" if count else "")
         ) from error
     return target
-
-
-def keep_freed_memory() -> bool:
-    """Make the C library keep freed memory for the next step; False if it is not glibc.
-
-    A training step allocates the same hundreds of megabytes again and again (logits over the whole vocabulary). glibc
-    returns blocks of that size to the system at once, and each new one costs a page fault per 4 KiB: a fifth of a late
-    layer's step. The price is a resident size that stays at its peak.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        return bool(
-            libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK)
-            and libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_KEPT_BLOCK - 1)
-        )
-    except (OSError, AttributeError):
-        return False
-
-
-def return_freed_memory() -> None:
-    """Collect garbage and give freed memory back to the system (the latter with glibc only)."""
-    gc.collect()
-    if sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @cache

@@ -14,7 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from locft.data.requests import EditSet
 from locft.data.suites import Suite
+from locft.engine.tail import NoTailView
+from locft.engine.tail_engine import TailEngine
 from locft.measure.capability import (
     PROSE_TOKENS,
     EncodedSuite,
@@ -26,26 +29,22 @@ from locft.measure.capability import (
     score_suite,
     suite_rows,
 )
-from locft.model.delta import EditDelta, applied
-from locft.train.encoding import SupervisedLogits, TokenRow, encode_edits
-from locft.engine.tail_engine import TailEngine
 from locft.measure.evaluation import (
-    Answer,
-    Outcome,
-    Question,
+    EditOutcome,
+    EditQuestion,
     ask,
     edit_metrics,
     edit_questions,
     follow,
-    greedy_answers,
     locality_prompts,
 )
-from locft.train.pipelines import Training, TrainingSettings, finetune
+from locft.measure.generation import ModelAnswer, greedy_answers
+from locft.model.delta import EditDelta, applied
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition
+from locft.train.encoding import SupervisedLogits, TokenRow, encode_edits
+from locft.train.pipelines import Training, TrainingSettings, finetune
 from locft.train.reference import full_forward
-from locft.data.requests import EditSet
-from locft.engine.tail import NoTailView
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ _log = logging.getLogger(__name__)
 class Baseline:
     """The unedited model, measured once."""
 
-    locality_answers: tuple[Answer, ...]
+    locality_answers: tuple[ModelAnswer, ...]
     """To the unrelated prompts of all edits, in order; an edit should leave them as they are."""
     scores: SuiteScores | None
     """On the capability suite."""
@@ -68,7 +67,7 @@ class Baseline:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "Baseline":
-        answers = tuple(Answer(text, tuple(ids)) for text, ids in value["answers"])
+        answers = tuple(ModelAnswer(text, tuple(ids)) for text, ids in value["answers"])
         return cls(answers, value["scores"] and SuiteScores.from_dict(value["scores"]), value["metrics"])
 
 
@@ -77,7 +76,7 @@ class Measurement:
     """What an edit did: finite metrics by name, and the answer to every question."""
 
     metrics: dict[str, float]
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[EditOutcome, ...]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Workbench:
     loaded: LoadedModel
     rows: tuple[TokenRow, ...]
     """Training rows, one per edit."""
-    questions: tuple[Question, ...]
+    questions: tuple[EditQuestion, ...]
     suite: EncodedSuite | None
     baseline: Baseline
     engine: TailEngine | None
@@ -168,7 +167,7 @@ class Workbench:
         return Measurement({name: value for name, value in metrics.items() if math.isfinite(value)}, outcomes)
 
     def edited(self, delta: EditDelta) -> tuple[SupervisedLogits, SupervisedLogits | None]:
-        """The edited model as a function of rows: exactly, and coarsely where that is faster (`locft.measure.two_stage_scoring`)."""
+        """The edited model as a function of rows: exact, and coarse where that is faster (`TailEngine.coarse_forward`)."""
         weights = delta.weights(self.loaded.model)
         if not self.engine:
             return full_forward(self.loaded.model, weights), None
@@ -180,8 +179,8 @@ class Workbench:
 def measure_unedited(
     loaded: LoadedModel,
     logits: SupervisedLogits,
-    answers: Sequence[Answer],
-    questions: Sequence[Question],
+    answers: Sequence[ModelAnswer],
+    questions: Sequence[EditQuestion],
     suite: EncodedSuite | None,
 ) -> Baseline:
     """Measure the model as it is, before anything is edited."""
@@ -200,7 +199,7 @@ def capability_metrics(scores: SuiteScores) -> dict[str, float]:
     return {"capability": scores.capability, **{f"capability.{task}": mean for task, mean in scores.accuracy.items()}}
 
 
-def diverged_metrics(questions: Sequence[Question], baseline: Baseline) -> dict[str, float]:
+def diverged_metrics(questions: Sequence[EditQuestion], baseline: Baseline) -> dict[str, float]:
     """Finite worst values for a training that diverged: nothing learnt, nothing kept."""
     kinds = {question.kind for question in questions}
     metrics = {name: 0.0 for kind in kinds for name in (kind, f"{kind}_tf")}

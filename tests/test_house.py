@@ -13,9 +13,15 @@ HOUSE = {"locft": (), "analysis": (), "sweeps": ("locft", "analysis")}
 """Package -> the other packages that it may import."""
 FOREIGN = {"locft": ("ray", "mlflow", "optuna", "plotly")}
 """Package -> libraries that it does without."""
-FLOORS: dict[str, tuple[str, ...]] = {}
-"""Sub-folder, such as "locft.models" -> the folders of its package that it may import beside itself ("locft" stands for the
-files that lie in the package itself). Empty now: there are no sub-folders with code. One that is not listed may import none."""
+FLOORS: dict[str, tuple[str, ...]] = {
+    "locft.data": ("locft",),
+    "locft.model": ("locft",),
+    "locft.train": ("locft", "locft.data", "locft.model"),
+    "locft.engine": ("locft", "locft.model", "locft.train"),
+    "locft.measure": ("locft", "locft.data", "locft.model", "locft.train"),
+}
+"""Sub-folder -> the folders of its package that it may import beside itself ("locft" stands for the files that lie in the
+package itself). One that is not listed may import none."""
 
 FILES = [file.relative_to(ROOT) for package in HOUSE for file in sorted((ROOT / package).rglob("*.py"))]
 

@@ -1,10 +1,10 @@
 """Hidden states of the unedited model at the layers where trials begin: computed once, used by every trial.
 
-Legend: U unique tokens (nodes of the prefix tree), D hidden.
+Legend: U unique tokens (nodes of the prefix tree), D hidden, G sequences of a pack, N tokens of each.
 
-The states are kept in files that every worker of a node maps into memory, so that they are there once per node however
-many workers read them, and the operating system drops and rereads pages as memory allows. Another node computes its
-own: one forward pass is cheaper than shipping gigabytes.
+The states are kept in files that every worker of a machine maps into memory: they are in memory once, however many workers
+read them, and the operating system drops and rereads pages as memory allows. Another machine computes its own, since one
+forward pass is cheaper than shipping gigabytes.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +31,13 @@ from locft.process import describe_machine
 from locft.train.encoding import TokenRow, batches
 
 VERSION = 3
-"""Of the files; raised when the same key would hold other numbers."""
+"""Of the files. Raise it when the same key would hold other numbers."""
 TOKENS_AT_ONCE = 2048
 """Tokens of one forward pass while states are computed."""
 NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-"""Entries of a configuration that change no hidden state."""
+"""Configuration entries that change no hidden state."""
 LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
-"""Disk that all stored states may take together; the least recently used go first."""
+"""Disk space for all stored states together. The least recently used are removed first."""
 
 _STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bfloat16
 _log = logging.getLogger(__name__)
@@ -44,19 +45,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BoundaryStates:
-    """Hidden states entering some layers, for every node of a tree."""
+    """Hidden states entering some layers, for every node of a prefix tree."""
 
     layers: Mapping[int, torch.Tensor]  # layer -> (U, D)
     stride: int = 1
-    """States of every so many-th layer are kept at most."""
+    """Only the layers 0, stride, 2 * stride, ... may be kept."""
 
     def below(self, layer: int) -> int:
-        """The layer whose states a trial at `layer` starts from: itself, or the next one below that may be kept. It does not
-        depend on what else is stored, for a trial's last bits depend on it."""
+        """The layer whose states a trial at `layer` starts from: itself, or the next one below that may be kept.
+
+        This must not depend on what else is stored, since a trial's last bits depend on it.
+        """
         return layer // self.stride * self.stride
 
     def gather(self, layer: int, nodes: torch.Tensor) -> torch.Tensor:
-        """States of a pack's nodes (G, N) entering a stored layer, (G, N, D); zeros behind the ends (node -1)."""
+        """States (G, N, D) of a pack's nodes (G, N) entering a stored layer; zeros behind the ends (node -1)."""
         states = self.layers[layer][nodes.clamp(min=0)]
         return states * (nodes >= 0)[..., None] if (nodes < 0).any() else states
 
@@ -71,11 +74,11 @@ def boundary_states(
     *,
     on_disk: bool = True,
 ) -> BoundaryStates:
-    """States of all nodes entering the given layers, from files of an earlier call where there are some.
+    """States of all nodes entering the given layers, read from files of an earlier call if there are any.
 
-    rows: those of the tree. limit: as of `pack_rows`. on_disk: False keeps the states in this process's memory, for a
-    single edit; so does a disk that is full, with a warning. Where the states of all of the model's layers would not fit into
-    `LIMIT_BYTES`, those of evenly spaced ones are used, the lowest among them (`BoundaryStates.below`).
+    rows: those of the tree. limit: as for `pack_rows`. on_disk: False keeps the states in this process's memory, for a
+    single edit; so does a full disk, with a warning. If the states of all layers of the model would not fit into
+    `LIMIT_BYTES`, only evenly spaced layers are kept, the lowest one included (`BoundaryStates.below`).
     """
     rows = list(rows)
     shape = (len(tree), model.config.get_text_config().hidden_size)
@@ -90,9 +93,11 @@ def boundary_states(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(_lock(folder)):
         folder.mkdir(exist_ok=True)
-        states = {layer: _read(_file(folder, layer), shape) for layer in wanted}
-        missing = [layer for layer, found in states.items() if found is None]
-        if missing:
+        states: dict[int, torch.Tensor] = {}
+        for layer in wanted:
+            with suppress(OSError):
+                states[layer] = _read(_file(folder, layer), shape)
+        if missing := [layer for layer in wanted if layer not in states]:
             _make_room(folder, len(missing) * layer_bytes)
             try:
                 states |= _computed(model, tree, rows, missing, limit, folder)
@@ -106,7 +111,7 @@ def boundary_states(
 
 
 def _key(model: PreTrainedModel, fingerprint: str, rows: list[TokenRow], limit: int) -> str:
-    """Of everything that the bits of the states depend on: weights, rows in their order, and what computes them how."""
+    """Hash of everything that the bits of the states depend on: weights, rows in their order, and what computes them how."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     parts = [
@@ -119,7 +124,7 @@ def _key(model: PreTrainedModel, fingerprint: str, rows: list[TokenRow], limit: 
 def _computed(
     model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int, folder: Path | None
 ) -> dict[int, torch.Tensor]:
-    """Fill (U, D) per layer chunk by chunk, in memory or into files that appear when they are complete. Raises OSError."""
+    """States (U, D) per layer, in memory or in files, which appear when they are complete. Raises OSError."""
     states: dict[int, torch.Tensor] = {}
     files: dict[int, np.memmap] = {}
     for nodes, captured in _passes(model, tree, rows, layers, limit):
@@ -136,7 +141,7 @@ def _computed(
     if folder is None:
         return states
     for layer, array in files.items():
-        array.flush()  # a file that has its name has its numbers, whatever happens to the machine
+        array.flush()  # so that a file with its final name is complete, whatever happens to the machine
         os.replace(_partial(folder, layer), _file(folder, layer))
     return {layer: _read(_file(folder, layer), states[layer].shape) for layer in layers}
 
@@ -144,7 +149,7 @@ def _computed(
 def _passes(
     model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int
 ) -> Iterator[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
-    """Forward passes over all rows: nodes (G, N), and for each layer the states (G, N, D)."""
+    """Forward passes over all rows: nodes (G, N) and the states (G, N, D) of each layer."""
     ordered = sorted({row.token_ids: row for row in rows}.values(), key=lambda row: tree.path(row).tolist())
     for part in batches(ordered, tokens=TOKENS_AT_ONCE, supervised=math.inf):
         pack = pack_rows(tree, ordered[part], limit)
@@ -154,7 +159,7 @@ def _passes(
 
 
 def _make_room(keep: Path, needed: int) -> None:
-    """Remove the least recently used states until `needed` further bytes fit. Those that are being written or read stay."""
+    """Remove the least recently used states until `needed` more bytes fit. Those that are being written or read stay."""
     with filelock.FileLock(keep.parent / "room.lock"):
         folders = sorted((f for f in keep.parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
         sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.npy")) for folder in folders}
@@ -183,7 +188,7 @@ def _partial(folder: Path, layer: int) -> Path:
 
 
 def _empty(shape: tuple[int, int], dtype: torch.dtype, file: Path) -> np.memmap:
-    """A mapped file with its place on the disk: writing to a page that the disk has no place for would end the process."""
+    """A mapped file with its space on disk reserved: writing to a page without space would kill the process."""
     array = np.lib.format.open_memmap(file, mode="w+", dtype=_STORED[dtype], shape=shape)
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as stream:
@@ -191,13 +196,15 @@ def _empty(shape: tuple[int, int], dtype: torch.dtype, file: Path) -> np.memmap:
     return array
 
 
-def _read(file: Path, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """The file's states, copied when written to, so that nothing can change the file. None where it is not there or damaged."""
+def _read(file: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    """The file's states, mapped copy-on-write so that nothing can change the file. OSError if it is missing or damaged."""
     try:
         array = np.load(file, mmap_mode="c")
-    except (OSError, ValueError, EOFError):
-        return None
+    except (ValueError, EOFError) as error:
+        raise OSError(f"{file} is damaged") from error
     tensor = torch.from_numpy(array)
     if tensor.dtype == torch.int16:
         tensor = tensor.view(torch.bfloat16)
-    return tensor if tuple(tensor.shape) == tuple(shape) else None
+    if tuple(tensor.shape) != tuple(shape):
+        raise OSError(f"{file} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    return tensor

@@ -2,10 +2,10 @@
 
 Legend: U unique tokens, G sequences of a pack, N tokens of a sequence, K supervised tokens.
 
-A hidden state depends on the tokens up to its own and on nothing else. So rows with a common beginning (the choices of
-one question, the two sentences of a minimal pair) share its states: the rows form a tree, a node is a token after a
-particular beginning, and a row is a path in it. A pack lays paths side by side into sequences of a bounded length; the
-mask lets a token see its own path only, so nothing is padded but the sequences' ends, and what rounds their width.
+A hidden state depends only on the tokens up to its own. So rows with a common prefix (the choices of one question, the two
+sentences of a minimal pair) share its states: the rows form a tree, a node is a token after a particular prefix, and a row
+is a path. A pack lays paths side by side into sequences of bounded length. Its mask lets a token see its own path only, so
+nothing is padded but the ends of the sequences.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,17 @@ import torch
 from locft.train.encoding import TokenRow
 
 STEP = 8
-"""Sequences are as wide as a multiple of it: for every new shape of a product oneDNN compiles a kernel, which takes as long
-as ten such products. A training draws new batches in every step; rounded, they come in some ten shapes instead of 150."""
+"""The width of a sequence is a multiple of this. For every new shape of a product oneDNN compiles a kernel, which takes as
+long as ten such products; rounded, the batches of a training come in some ten shapes instead of 150."""
 
 
 class PrefixTree:
-    """All token rows of a workbench. Nodes are numbered from 0 in the order of their first row."""
+    """All token rows of a workbench. Nodes are numbered from 0 in the order in which rows first need them."""
 
     def __init__(self, rows: Sequence[TokenRow]):
         nodes: dict[tuple[int, int], int] = {}
-        tokens, depths = [], []
+        tokens: list[int] = []
+        depths: list[int] = []
         self._paths: dict[tuple[int, ...], np.ndarray] = {}
         for row in rows:
             if row.token_ids in self._paths:
@@ -51,11 +52,11 @@ class PrefixTree:
         return row.token_ids in self._paths
 
     def path(self, row: TokenRow) -> np.ndarray:
-        """Nodes of a row's tokens, (T,). KeyError for a row that is not in the tree."""
+        """Nodes (T,) of a row's tokens. Raises KeyError for a row that is not in the tree."""
         return self._paths[row.token_ids]
 
     def predicting(self, row: TokenRow) -> np.ndarray:
-        """Nodes of the tokens before the row's supervised ones, (K,)."""
+        """Nodes (K,) of the tokens before the row's supervised ones."""
         return self._paths[row.token_ids][row.start - 1 : -1]
 
 
@@ -65,20 +66,20 @@ class Pack:
 
     nodes: torch.Tensor  # (G, N) int64, -1 behind a sequence's end
     position_ids: torch.Tensor  # (G, N) int64
-    visible: torch.Tensor | None  # (G, 1, N, N) bool: may the token of this line see that of this column?
-    """None where every row has a sequence of its own: there it is what the model sees by itself."""
+    visible: torch.Tensor | None  # (G, 1, N, N) bool: may the token of this line see the token of this column?
+    """None if every row has a sequence of its own, where the model's own causal mask holds."""
     sequence: torch.Tensor  # (K,) int64, for each supervised token, rows in the order given:
     place: torch.Tensor  # (K,) int64, sequence and place of the token before it, which predicts it
 
     def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """(G, 1, N, N), 0 where visible and the type's lowest number elsewhere; for single rows (G, N) of 1 and 0."""
+        """(G, 1, N, N), 0 where visible and the dtype's lowest number elsewhere. For single rows (G, N) of 1 and 0."""
         if self.visible is None:
             return (self.nodes >= 0).long()
         return torch.zeros(self.visible.shape, dtype=dtype).masked_fill_(~self.visible, torch.finfo(dtype).min)
 
     def asked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distinct places of supervised tokens in each sequence, (G, Q), ends filled with 0, and for each of the K
-        supervised tokens which of them is its own, (K,)."""
+        """The distinct places in each sequence that predict a token (G, Q), ends filled with 0, and for each supervised token
+        the index of its own among them (K,)."""
         width = self.nodes.shape[1]
         distinct, own = np.unique((self.sequence * width + self.place).numpy(), return_inverse=True)
         sequence = distinct // width
@@ -89,24 +90,25 @@ class Pack:
 
 
 def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
-    """Lay rows into sequences of about `limit` tokens, evenly filled; results come in the order given.
+    """Lay rows into sequences of about `limit` tokens, evenly filled.
 
-    Rows with a common beginning go into one sequence, which holds that beginning once. With limit 0 every row has a sequence
-    of its own, for models whose attention takes no mask of ours.
+    Rows with a common prefix go into one sequence, which holds that prefix once. With limit 0 every row has a sequence of
+    its own, for models whose attention takes no mask of ours.
     """
     paths = [tree.path(row) for row in rows]
     if limit == 0:
-        return _pack(tree, rows, [path.tolist() for path in paths], [(i, np.arange(len(p))) for i, p in enumerate(paths)], None)
-    bundles = _bundles(paths)
-    total = sum(len(bundle.nodes) for bundle in bundles)
+        alone = [(index, np.arange(len(path))) for index, path in enumerate(paths)]
+        return _pack(tree, rows, [path.tolist() for path in paths], alone, None)
+    groups = _prefix_groups(paths)
+    total = sum(len(group.nodes) for group in groups)
     sequences: list[list[int]] = [[] for _ in range(max(1, round(total / limit)))]
     where = [(0, paths[0])] * len(rows)
     seen: list[tuple[int, np.ndarray, int]] = []  # sequence, places of a row's tokens, how many of them are shared
-    for bundle in sorted(bundles, key=lambda b: -len(b.nodes)):
+    for group in sorted(groups, key=lambda b: -len(b.nodes)):
         number = min(range(len(sequences)), key=lambda n: len(sequences[n]))
         start = len(sequences[number])
-        sequences[number].extend(bundle.nodes)
-        for index, places, shared in bundle.rows:
+        sequences[number].extend(group.nodes)
+        for index, places, shared in group.rows:
             where[index] = (number, places + start)
             seen.append((number, places + start, shared))
     sequences = [sequence for sequence in sequences if sequence]
@@ -116,7 +118,7 @@ def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
         visible[number, line[shared:, None], line[None, :]] = np.tri(len(line) - shared, len(line), shared, dtype=bool)
     for number, sequence in enumerate(sequences):
         ends = np.arange(len(sequence), longest)
-        visible[number, ends, ends] = True  # a line that sees nothing would be NaN
+        visible[number, ends, ends] = True  # a token that sees nothing would give NaN
     return _pack(tree, rows, sequences, where, visible[:, None])
 
 
@@ -125,29 +127,29 @@ def _rounded(width: int) -> int:
 
 
 @dataclass
-class _Bundle:
-    """Rows with a common beginning: the nodes of all, and for each row its index, its places in them, how many shared."""
+class _PrefixGroup:
+    """Rows with a common prefix: the nodes of all, and for each row its index, its places in them, how many are shared."""
 
     nodes: list[int]
     rows: list[tuple[int, np.ndarray, int]]
 
 
-def _bundles(paths: Sequence[np.ndarray]) -> list[_Bundle]:
-    """Rows side by side in the order of their paths, cut where two neighbours share less than half of the shorter one."""
-    bundles: list[_Bundle] = []
+def _prefix_groups(paths: Sequence[np.ndarray]) -> list[_PrefixGroup]:
+    """Rows in the order of their paths, split where two neighbours share less than half of the shorter one."""
+    groups: list[_PrefixGroup] = []
     before, places = paths[0][:0], paths[0][:0]
     for index in sorted(range(len(paths)), key=lambda i: paths[i].tolist()):
         path = paths[index]
         shared = _common(before, path)
-        if not bundles or 2 * shared < min(len(before), len(path)):
-            bundles.append(_Bundle([], []))
+        if not groups or 2 * shared < min(len(before), len(path)):
+            groups.append(_PrefixGroup([], []))
             shared = 0
-        bundle = bundles[-1]
-        places = np.concatenate([places[:shared], np.arange(len(bundle.nodes), len(bundle.nodes) + len(path) - shared)])
-        bundle.nodes.extend(path[shared:].tolist())
-        bundle.rows.append((index, places, shared))
+        group = groups[-1]
+        places = np.concatenate([places[:shared], np.arange(len(group.nodes), len(group.nodes) + len(path) - shared)])
+        group.nodes.extend(path[shared:].tolist())
+        group.rows.append((index, places, shared))
         before = path
-    return bundles
+    return groups
 
 
 def _pack(

@@ -3,8 +3,8 @@
 Legend: B rows, T tokens, D hidden, K supervised tokens, V vocabulary.
 
 Only one position is trained, so all layers below it give the same hidden states in every step of every trial. A trial
-then needs three things, each of which runs the model's own Hugging Face code and therefore needs no knowledge of
-attention, experts or state spaces:
+then needs three things. Each runs the model's own Hugging Face code and needs no knowledge of attention, experts or state
+spaces:
 
     boundary = capture_boundary(model, layer, input_ids, attention_mask)[layer]     once
     hidden = tail_hidden(tail_view(model, layer), boundary, attention_mask, weights={tail name: tensor})
@@ -13,14 +13,14 @@ attention, experts or state spaces:
 A view is a copy of the module tree but not of the weights: every module object is new, every parameter and buffer is
 the model's own. So nothing done to a view (substituted weights, hooks, fewer layers) reaches the model.
 
-What a view must not repeat is what the model does between its embedding and its first block: the `entry` of the table
-in `families.py` (position embeddings of gpt2 and opt, bloom's norm, granite's multiplier).
+A view must not repeat what the model does between its embedding and its first block: the `entry` of the table in
+`families.py` (position embeddings of gpt2 and opt, bloom's norm, granite's multiplier).
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -31,14 +31,17 @@ from locft.model.families import BY_MODEL_TYPE, IDENTITY, ZERO, Family
 from locft.model.positions import decoder_layers, family_of, layer_prefix, n_layers
 
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
 class NoTailView(ValueError):
-    """A model has no view from a layer upwards; the message says why. It can only be computed whole."""
+    """A model has no view from a layer upwards and can only be computed whole; the message says why."""
 
 
 def supports_tail(model: PreTrainedModel) -> str | None:
-    """None when the views of this model are sound, else the reason why not, in words for the user.
+    """None if the views of this model are sound, otherwise the reason why not, in words for the user.
 
-    A cheap look at family and state. That every family's views equal its full forward is held by the tests.
+    A cheap look at architecture and state. The tests check that the views of every architecture equal its full forward.
     """
     model_type = model.config.model_type
     if model_type not in BY_MODEL_TYPE:
@@ -58,9 +61,10 @@ def supports_tail(model: PreTrainedModel) -> str | None:
 def tail_view(model: PreTrainedModel, layer: int, stop: int | None = None) -> PreTrainedModel:
     """The causal LM from `layer` upwards; it takes the hidden states entering that layer as `inputs_embeds`.
 
-    Shares every parameter with `model`, whose layer `layer` is its layer 0. stop: the layer it ends before; None goes on
-    to the last. `layer` may be the number of layers: then only the final norm and the head are left. InputError when there
-    is no such layer or the architecture is unknown.
+    It shares every parameter with `model`, and its layer 0 is the model's layer `layer`. If `layer` is the number of layers,
+    only the final norm and the head are left. stop: the layer it ends before; None goes on to the last.
+
+    Raises InputError if there is no such layer or the architecture is unknown.
     """
     if layer != n_layers(model):
         layer_prefix(model, layer)
@@ -70,7 +74,7 @@ def tail_view(model: PreTrainedModel, layer: int, stop: int | None = None) -> Pr
         if not hasattr(owner, name):
             continue
         if value in (ZERO, IDENTITY):
-            value = _Zero() if value == ZERO else nn.Identity()
+            value = _ZeroEmbedding() if value == ZERO else nn.Identity()
         setattr(owner, name, value)
     return view
 
@@ -78,7 +82,7 @@ def tail_view(model: PreTrainedModel, layer: int, stop: int | None = None) -> Pr
 def tail_parameter_name(model: PreTrainedModel, layer: int, name: str) -> str:
     """Name in `tail_view(model, layer)` of the model's parameter `name`: "model.layers.22.x" -> "model.layers.0.x".
 
-    ValueError for a parameter of a layer below, which the tail does not have.
+    Raises ValueError for a parameter of a layer below, which the tail does not have.
     """
     prefix = family_of(model).layers + "."
     if not name.startswith(prefix):
@@ -98,10 +102,9 @@ def tail_hidden(
 ) -> torch.Tensor:
     """Final hidden states (B, T, D), after the final norm: what the head takes.
 
-    boundary: (B, T, D) as of `capture_boundary`. attention_mask: (B, T), or another form that the model takes.
-    position_ids: (B, T), the model's own default when absent, ignored by architectures without positions (bloom, state
-    spaces). weights: tail parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients
-    flow to them.
+    boundary: (B, T, D) from `capture_boundary`. attention_mask: (B, T), or another form that the model takes. position_ids:
+    (B, T), by default the model's own; ignored by architectures without positions (bloom, state spaces). weights: tail
+    parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients flow to them.
     """
     base = tail.base_model
     prefix = tail.base_model_prefix + "."
@@ -111,14 +114,14 @@ def tail_hidden(
 
 
 def head_view(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Hidden states (K, D), as of `tail_hidden`, to float32 logits (K, V), through the model's own head code.
+    """The function from hidden states (K, D), as `tail_hidden` gives them, to float32 logits (K, V).
 
-    That code, not just its matrix: soft-capping (gemma2), logit scales (cohere, granite) and biases are in it.
+    It runs the model's own head code, not just its matrix: soft-capping (gemma2), logit scales (cohere, granite), biases.
     """
     view = _copied(model, {})
     owner_path = _owner_path(family_of(model))
     parent, _, name = owner_path.rpartition(".")
-    setattr(view.get_submodule(parent), name, _Given())
+    setattr(view.get_submodule(parent), name, _GivenStates())
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         return view(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
@@ -136,8 +139,8 @@ def capture_boundary(
 ) -> dict[int, torch.Tensor]:
     """Hidden states entering the given layers, layer -> (B, T, D), from one forward of the unedited model.
 
-    The forward ends after the highest of them. Layer 0 gives the input of the first block, with whatever the model adds
-    to the embeddings already in it. input_ids, attention_mask: (B, T). InputError when there is no such layer.
+    The forward ends after the highest of them. For layer 0 it is the input of the first block, which includes whatever the
+    model adds to the embeddings. input_ids, attention_mask: (B, T). Raises InputError if there is no such layer.
     """
     wanted = {layers} if isinstance(layers, int) else set(layers)
     for layer in wanted:
@@ -176,7 +179,7 @@ def _view(model: PreTrainedModel, start: int, stop: int) -> PreTrainedModel:
     part = view
     for name in ("", *_owner_path(family_of(model)).split(".")):
         part = getattr(part, name) if name else part
-        # Only the modules that loop over the layers need it; a layer keeps the model's, with its own index in it.
+        # Only the modules that loop over the layers need it. A layer keeps the model's, which knows its index.
         if (config := getattr(part, "config", None)) is not None:
             part.config = configs.setdefault(id(config), _sliced_config(config, start, stop, len(layers)))
     return view
@@ -185,7 +188,7 @@ def _view(model: PreTrainedModel, start: int, stop: int) -> PreTrainedModel:
 def _sliced_config(config: Any, start: int, stop: int, layers: int) -> Any:
     """A copy of a configuration that describes layers `start` to `stop - 1` of `layers`.
 
-    Values go past the setters, which would check half-changed settings against each other. Only stored lists are cut:
+    Values bypass the setters, which would check half-changed settings against each other. Only stored lists are cut:
     where `layer_types` is a property (mamba) it follows the number of layers by itself.
     """
     part = copy.copy(config)
@@ -198,10 +201,10 @@ def _sliced_config(config: Any, start: int, stop: int, layers: int) -> Any:
     return part
 
 
-def _copied(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+def _copied(module: Module, memo: dict[int, nn.Module]) -> Module:
     """A copy of a module tree: new module objects, the same parameters and buffers. `memo`: id of original -> copy."""
     if id(module) in memo:
-        return memo[id(module)]
+        return cast(Module, memo[id(module)])
     twin = type(module).__new__(type(module))
     memo[id(module)] = twin
     for key, value in vars(module).items():
@@ -215,22 +218,22 @@ def _copied(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     return twin
 
 
-class _Zero(nn.Module):
-    """In place of position embeddings that are in the boundary already: adds nothing."""
+class _ZeroEmbedding(nn.Module):
+    """Stands in for position embeddings that the boundary already includes: adds nothing."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros((), device=next((arg.device for arg in args if isinstance(arg, torch.Tensor)), None))
 
 
-class _Given(nn.Module):
-    """In place of a base model: its final hidden states are the given ones."""
+class _GivenStates(nn.Module):
+    """Stands in for a base model: its final hidden states are the given ones."""
 
-    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> "_Output":
-        return _Output((inputs_embeds,))
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> "_StatesOutput":
+        return _StatesOutput((inputs_embeds,))
 
 
-class _Output(tuple):
-    """Stands for the output class of any base model: the hidden states first, everything else absent."""
+class _StatesOutput(tuple):
+    """Stands in for the output class of any base model: hidden states first, everything else absent."""
 
     @property
     def last_hidden_state(self) -> torch.Tensor:

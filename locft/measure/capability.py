@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from locft.data.suite_layouts import CapabilityItem
 from locft.data.suites import Suite
-from locft.train.encoding import SupervisedLogits, TokenRow, batches, encode_continuation
 from locft.errors import InputError
-from locft.measure.two_stage_scoring import retake
 from locft.measure.token_scores import scores_by_row, slices, targets
+from locft.measure.two_stage_scoring import retake
+from locft.train.encoding import SupervisedLogits, TokenRow, batches, encode_continuation
 
 PROSE_WINDOW = 128
 """Tokens of one row of prose."""
@@ -131,9 +131,9 @@ def score_suite(
 ) -> SuiteScores:
     """Right or wrong for every item. A batch has at most `batch_tokens` tokens with its padding.
 
-    An item is right when the right choice scores above every other one: a tie is wrong, wherever the right choice
-    stands, and so is a score that is not a number. coarse: the same model computed coarsely (`locft.measure.two_stage_scoring`), which
-    decides the items that are not close.
+    An item is right if the right choice scores above every other one. A tie is wrong, wherever the right choice stands, and
+    so is a score that is not a number. coarse: the same model computed coarsely, which decides the items that are not close
+    (`locft.measure.two_stage_scoring`).
     """
     items = [encoded for task in suite.tasks.values() for encoded in task]
     margins = item_margins(coarse or logits, items, batch_tokens)
@@ -142,14 +142,12 @@ def score_suite(
         def exactly(indices: list[int]) -> np.ndarray:
             before = margins[indices]
             margins[indices] = item_margins(logits, [items[index] for index in indices], batch_tokens)
-            with np.errstate(invalid="ignore"):  # of two infinite margins
+            with np.errstate(invalid="ignore"):  # two infinite margins
                 return np.abs(margins[indices] - before)
 
         retake(np.abs(np.nan_to_num(margins, nan=0.0)), exactly)
-    correct, at = {}, 0
-    for name, task in suite.tasks.items():
-        correct[name] = tuple((margins[at : (at := at + len(task))] > 0).tolist())
-    return SuiteScores(suite.fingerprint, correct)
+    right = iter((margins > 0).tolist())
+    return SuiteScores(suite.fingerprint, {name: tuple(next(right) for _ in task) for name, task in suite.tasks.items()})
 
 
 def item_margins(
@@ -249,15 +247,15 @@ def _row(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> Token
 def _prose_rows(
     tokenizer: PreTrainedTokenizerBase, prose: Sequence[str], prose_tokens: int, window: int
 ) -> tuple[TokenRow, ...]:
-    # A model that was trained behind a start token reads badly without: then it is the token that has no predecessor.
+    # A model trained with a start token reads badly without it; then that is the token without a predecessor.
     starts = tokenizer("a")["input_ids"][:1]
     prefix = (tokenizer.bos_token_id,) if starts == [tokenizer.bos_token_id] else ()
     step = window - len(prefix)
-    rows = []
+    windows: list[tuple[int, ...]] = []
     for text in prose:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        rows += [prefix + tuple(ids[at : at + step]) for at in range(0, len(ids), step)]
-    rows = [TokenRow(row, 1) for row in rows if len(row) > 1]
+        windows += [prefix + tuple(ids[at : at + step]) for at in range(0, len(ids), step)]
+    rows = [TokenRow(ids, 1) for ids in windows if len(ids) > 1]
     wanted = max(1, prose_tokens // window)
     if len(rows) > wanted:
         whole = [row for row in rows if len(row.token_ids) == window] or rows

@@ -13,8 +13,8 @@ import torch
 from locft.train.encoding import SupervisedLogits, TokenRow, batches
 
 _TOKENS_AT_ONCE = 8
-"""Supervised tokens whose probabilities are computed at once. Slices that stay in the processor's cache take half the time of
-large ones, and nothing but the logits themselves has size (K, V)."""
+"""Supervised tokens whose probabilities are computed at once. Slices that stay in the processor's cache take half the time
+of large ones, and nothing but the logits themselves has size (K, V)."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ def batches(
 ) -> Iterator[slice]:
     """Cut rows into batches of consecutive ones, each as large as the limits allow; a row over a limit gets its own.
 
-    most: rows of a batch. tokens: of its rows. padded_tokens: with padding to its longest row. supervised: tokens to predict.
+    most: rows of a batch. tokens: of its rows. padded_tokens: the same with padding to its longest row. supervised: tokens
+    to predict.
     """
     start = total = longest = asked = 0
     for index, row in enumerate(rows):
@@ -117,7 +118,9 @@ def encode_edits(tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequ
     return tuple(encode_edit(tokenizer, request.prompt, request.target) for request in requests)
 
 
-def _continuation_ids(tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], continuation: str) -> tuple[int, ...]:
+def _continuation_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], continuation: str
+) -> tuple[int, ...]:
     """Tokens that decode to exactly `continuation` behind the prompt's: SentencePiece adds a space before every text."""
     said = _text(tokenizer, prompt_ids) + continuation
     candidates = [
@@ -129,4 +132,4 @@ def _continuation_ids(tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int,
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

@@ -44,7 +44,8 @@ def loss_and_gradients(
     size = math.ceil(len(batch) / pieces)
     parts = [batch[start : start + size] for start in range(0, len(batch), size)]
     weigh = len if average == "edit" else _supervised
-    value, gradients = 0.0, None
+    value = 0.0
+    gradients: Sequence[torch.Tensor] | None = None
     for part in parts:
         loss = batch_loss(logits(part), part, average)
         if len(parts) > 1:

@@ -92,9 +92,7 @@ def finetune(
     if not trainer.diverged:
         at_once = LOSS_ROWS if trainer.pieces == 1 else max(1, settings.batch_size // trainer.pieces)
         trained_loss = mean_loss(trainer.logits(), rows, at_once)
-    return Training(
-        delta, tuple(losses), trainer.steps, trainer.diverged, seconds, trainer.pieces, trained_loss
-    )
+    return Training(delta, tuple(losses), trainer.steps, trainer.diverged, seconds, trainer.pieces, trained_loss)
 
 
 class PositionTrainer:

@@ -5,6 +5,7 @@ the model and returns a delta; measuring puts every edited weight back. So a tri
 before it in the process.
 """
 
+import gc
 import math
 import socket
 import time
@@ -41,11 +42,9 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
     """
     import torch
 
-    from locft.process import keep_freed_memory
     from locft.workbench import Workbench
 
     torch.set_num_threads(inputs.threads)
-    keep_freed_memory()
     if inputs.key not in _resident:
         kin = [bench for key, bench in _resident.items() if key[0] == inputs.key[0]]
         if not kin:
@@ -78,11 +77,9 @@ def _planned_model(inputs: TrialInputs) -> "LoadedModel":
 
 def measure_baseline(inputs: TrialInputs) -> "Baseline":
     """Measure the unedited model, and give the memory back: in a driver, trials are what needs it next."""
-    from locft.process import return_freed_memory
-
     baseline = resident_workbench(inputs).baseline
     _resident.clear()
-    return_freed_memory()
+    gc.collect()
     return baseline
 
 

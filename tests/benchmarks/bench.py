@@ -22,11 +22,12 @@ from locft.engine.tail import supports_tail
 from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
 from locft.measure.capability import encode_suite, suite_rows
-from locft.measure.evaluation import edit_questions, greedy_answers, locality_prompts
+from locft.measure.evaluation import edit_questions, locality_prompts
+from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel, load_model, load_structure
 from locft.model.positions import TuningPosition, n_layers, parameter_names
 from locft.model.precision import training_precision
-from locft.process import describe_machine, keep_freed_memory
+from locft.process import describe_machine
 from locft.train.encoding import encode_edits
 from locft.train.reference import full_forward
 from locft.workbench import Baseline, Workbench, measure_unedited
@@ -121,7 +122,6 @@ def run_bench(
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(SEED)
-    keep_freed_memory()
     try:
         machine = describe_machine() | _matrix_gflops(loaded.model, settings)
         speeds = ", ".join(f"{name} {value:.0f}" for name, value in machine["matrix_gflops"].items())

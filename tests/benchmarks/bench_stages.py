@@ -284,8 +284,8 @@ def _items_differing(bench: Workbench, delta: EditDelta) -> dict[str, int]:
     """How many capability items the two sides score differently."""
     if bench.suite is None:
         return {}
-    (theirs, _), (ours, coarse) = replace(bench, engine=None).edited(delta), bench.edited(delta)
-    scores = [score_suite(theirs, bench.suite), score_suite(ours, bench.suite, coarse=coarse)]
+    sides = (replace(bench, engine=None).edited(delta), bench.edited(delta))
+    scores = [score_suite(exact, bench.suite, coarse=coarse) for exact, coarse in sides]
     right = [[mark for task in score.correct.values() for mark in task] for score in scores]
     return {"items": len(right[0]), "items_differing": sum(a != b for a, b in zip(*right, strict=True))}
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from locft.data.requests import load_edits, normalise_answer
 from locft.data.suites import load_suite
-from locft.model.delta import EditDelta
-from locft.train.encoding import encode_edit, encode_edits
 from locft.errors import InputError
-from locft.measure.evaluation import greedy_answers
-from locft.train.pipelines import TrainingSettings
+from locft.measure.generation import greedy_answers
+from locft.model.delta import EditDelta
 from locft.model.models import load_model, model_fingerprint, model_folder
 from locft.model.positions import TuningPosition
-from locft.data.requests import load_edits, normalise_answer
+from locft.train.encoding import encode_edit, encode_edits
+from locft.train.pipelines import TrainingSettings
 from locft.workbench import Workbench
 from tests.locft.train.test_encoding import SHARED, assert_exact
 

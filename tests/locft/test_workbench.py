@@ -9,14 +9,15 @@ import torch
 
 from locft import workbench
 from locft.data.suites import load_suite
-from locft.model.delta import EditDelta
 from locft.errors import InputError
-from locft.measure.evaluation import edit_metrics, greedy_answers, locality_prompts
-from locft.train.pipelines import TrainingSettings
+from locft.measure.evaluation import edit_metrics, locality_prompts
+from locft.measure.generation import greedy_answers
+from locft.model.delta import EditDelta
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.data.requests import EditFindings, EditSet, load_edits
+from locft.train.pipelines import TrainingSettings
 from locft.workbench import Baseline, Workbench, diverged_metrics
 from tests.tiny import tiny_loaded
 

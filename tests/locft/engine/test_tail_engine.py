@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from locft.engine import boundary_states as prefix
-
-from locft.engine import tail
+from locft.data.requests import load_edits
 from locft.data.suites import load_suite
+from locft.engine import boundary_states as prefix
+from locft.engine import tail
+from locft.engine import tail_engine as engine_module
+from locft.engine.packing import PrefixTree, pack_rows
+from locft.engine.tail import supports_tail
+from locft.engine.tail_engine import TailEngine, coarse_pays, coarse_products
+from locft.model.models import LoadedModel, model_fingerprint
+from locft.model.positions import TuningPosition, list_positions, parameter_names
 from locft.train.encoding import TokenRow, encode_edit
-from locft.engine.tail_engine import TailEngine
 from locft.train.objective import batch_loss
 from locft.train.pipelines import TrainingSettings, finetune
-from locft.model.models import LoadedModel, model_fingerprint
-from locft.engine.packing import PrefixTree, pack_rows
-from locft.model.positions import TuningPosition, list_positions, parameter_names
 from locft.train.reference import full_forward
-from locft.data.requests import load_edits
-from locft.engine.tail import supports_tail
 from locft.workbench import Workbench
 from tests.tiny import ARCHITECTURES, RELATED, tiny_loaded, tiny_tokenizer
 
@@ -131,9 +131,9 @@ def test_logits_and_gradients_of_every_position_are_the_references(architecture)
 def test_coarse_logits_are_near_the_exact_ones_at_every_layer(architecture, monkeypatch):
     loaded, rows = tiny_loaded(architecture), edit_rows()
     engine = TailEngine(loaded, rows)
-    monkeypatch.setattr("locft.measure.two_stage_scoring.training_precision", lambda device: "float32")
+    monkeypatch.setattr("locft.engine.tail_engine.training_precision", lambda device: "float32")
     assert engine.coarse_forward(1) is None
-    monkeypatch.setattr("locft.measure.two_stage_scoring.training_precision", lambda device: "bfloat16")
+    monkeypatch.setattr("locft.engine.tail_engine.training_precision", lambda device: "bfloat16")
     for info in list_positions(loaded.model):
         weights = {name: loaded.model.get_parameter(name) * 1.1 for name in info.names}
         expected = full_forward(loaded.model, weights)(rows)
@@ -156,7 +156,7 @@ def test_a_step_begins_behind_the_matrix_only_where_the_output_is_linear_in_it(a
     loaded, rows = tiny_loaded(architecture), edit_rows()
     engine = TailEngine(loaded, rows)
     positions = [info.position for info in list_positions(loaded.model) if info.position.layer == 1]
-    cut = [p.module for p in positions if "_cut" in engine.training_forward(p, rows, torch.float32).__qualname__]
+    cut = [p.module for p in positions if "_forward_above" in engine.training_forward(p, rows, torch.float32).__qualname__]
     assert tuple(cut) == CUT[architecture]
 
 
@@ -345,10 +345,10 @@ def test_an_engine_that_does_not_compute_what_the_model_does_is_not_used(monkeyp
     def wrong(view, boundary, attention_mask, *more):
         return whole(view, boundary, attention_mask, *more) + (0.1 if attention_mask.ndim == everywhere else 0.0)
 
-    monkeypatch.setattr("locft.engine.tail_engine.tail_hidden", wrong)
+    monkeypatch.setattr("locft.engine.model_views.tail_hidden", wrong)
     everywhere = 4  # with masks of ours
     assert TailEngine(tiny_loaded("llama"), edit_rows(), on_disk=False).limit == 0
-    monkeypatch.setattr("locft.engine.tail_engine.tail_hidden", lambda *given: whole(*given) + 0.1)
+    monkeypatch.setattr("locft.engine.model_views.tail_hidden", lambda *given: whole(*given) + 0.1)
     bench = Workbench.prepare(tiny_loaded("llama"), load_edits("atlas", limit=2), None)
     assert bench.engine is None and "do not compute what it computes as a whole" in caplog.text
 
@@ -380,3 +380,15 @@ def test_a_trial_does_not_depend_on_what_ran_before():
     train(used, TuningPosition(1, "mlp"), plan)
     one, other = train(used, position, plan), train(fresh, position, plan)
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+
+
+def test_coarse_products_only_where_they_are_faster_and_only_inside(monkeypatch):
+    loaded = tiny_loaded("llama")
+    assert torch.get_float32_matmul_precision() == "highest"
+    with coarse_products():
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(engine_module, "training_precision", lambda device: "float32")
+    assert not coarse_pays(loaded.model)
+    monkeypatch.setattr(engine_module, "training_precision", lambda device: "bfloat16")
+    assert coarse_pays(loaded.model) and not coarse_pays(loaded.model.to(torch.bfloat16))

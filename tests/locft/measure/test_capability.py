@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from locft.errors import InputError
 from locft.data.suites import CapabilityItem, CapabilityTask, Suite
 from locft.measure.capability import (
     SuiteScores,
@@ -20,7 +21,6 @@ from locft.measure.capability import (
     score_suite,
 )
 from locft.train.encoding import TokenRow
-from locft.errors import InputError
 from locft.train.reference import full_forward
 from tests.tiny import SENTENCES, tiny_model, tiny_tokenizer
 

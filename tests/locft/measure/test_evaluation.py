@@ -1,229 +1,24 @@
-"""Greedy answers equal the plainest possible decoding, end where they should, and are judged as the definition says.
-
-Padded and unpadded batches round differently, so a near-tie between two tokens may rightly go either way. Models that are
-compared with another way of computing them are therefore float64, where it would take a tie to 1e-15. Some architectures
-have no float64 in transformers; they run in float32, and the test makes sure that its own answers come near no tie.
-"""
+"""Outcomes and metrics are what the definition says, and teacher forcing first changes none of them."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
+from locft.data.requests import EditRequest, LocalityPrompt
+from locft.measure.evaluation import EditOutcome, ask, edit_metrics, edit_questions, follow, locality_prompts
+from locft.measure.generation import BATCH, NEW_TOKENS, ModelAnswer, greedy_answers
 from locft.model.delta import applied
-from locft.train.encoding import encode_edits, encode_prompt
-from locft.measure.evaluation import (
-    BATCH,
-    NEW_TOKENS,
-    Answer,
-    Outcome,
-    ask,
-    cannot_become,
-    edit_metrics,
-    edit_questions,
-    follow,
-    greedy_answers,
-    locality_prompts,
-)
-from locft.train.pipelines import TrainingSettings, finetune
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition
+from locft.train.encoding import encode_edits, encode_prompt
+from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
-from locft.data.edit_request import EditRequest, LocalityPrompt
-from locft.data.requests import normalise_answer
-from tests.tiny import ARCHITECTURES, tiny_config, tiny_loaded, tiny_model, tiny_tokenizer
-
-PROMPTS = [
-    "The capital of France is",
-    "Who?",
-    "Question: What is the currency of Japan, and which river flows through its capital? Answer:",
-    "x",
-    "Mozart played the",
-    "The official language of Brazil is Portuguese. The official language of",
-    "Äpfel 🎺",
-    "Mozart played thy",
-    "y",
-]
-"""Of several lengths, some of the same."""
-
-
-SINGLE = {
-    "gemma2": "padded float64 rows give NaN: the mask's lowest float64 becomes -inf in a float32 softmax",
-    "bloom": "as gemma2",
-    "qwen2_moe": "the experts' grouped product knows no float64",
-    "qwen3_moe": "as qwen2_moe",
-    "qwen3_next": "as qwen2_moe",
-    "mixtral": "as qwen2_moe",
-}
-"""Architectures that cannot run in float64, and why."""
-
-
-def exact_model(architecture: str, **settings) -> LoadedModel:
-    """A tiny model in the most exact type that it runs in."""
-    loaded = tiny_loaded(architecture, **settings)
-    if architecture not in SINGLE:
-        loaded.model.double()
-    return loaded
-
-
-def plain_greedy(loaded: LoadedModel, prompt: str, tokens: int = NEW_TOKENS) -> Answer:
-    """The definition, written out: one row, no padding, no cache, the whole row again for every token."""
-    ids = list(encode_prompt(loaded.tokenizer, prompt))
-    said, text = [], ""
-    for _ in range(tokens):
-        with torch.no_grad():
-            logits = loaded.model(torch.tensor([ids + said]), use_cache=False).logits[0, -1]
-        first, second = logits.topk(2).values.tolist()
-        assert first - second > (1e-9 if logits.dtype == torch.float64 else 2e-5), "a near-tie: take another seed"
-        said.append(logits.argmax().item())
-        if said[-1] == loaded.tokenizer.eos_token_id:
-            break
-        text = loaded.tokenizer.decode(said).lstrip()
-        if "\n" in text or "." in text:
-            break
-    return Answer(text.split("\n")[0].split(".")[0].strip(), tuple(said))
-
-
-# Decoding
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_batched_answers_are_those_of_plain_greedy_decoding(architecture):
-    loaded = exact_model(architecture)
-    tokens = 12
-    batched = greedy_answers(loaded, PROMPTS, None, [tokens] * len(PROMPTS))
-    assert batched == [plain_greedy(loaded, prompt, tokens) for prompt in PROMPTS]
-
-
-def test_more_prompts_than_a_batch_come_back_in_order():
-    loaded = exact_model("llama")
-    prompts = [f"{'word ' * (i % 5)}number {i * 37 % 100}" for i in range(BATCH + 9)]
-    answers = greedy_answers(loaded, prompts)
-    for index in (0, 1, 17, BATCH - 1, BATCH, BATCH + 8):
-        assert answers[index] == plain_greedy(loaded, prompts[index])
-    assert greedy_answers(loaded, []) == []
-
-
-def test_the_models_own_generation_settings_play_no_part():
-    """Many models ship a repetition penalty or sampling; an answer is the most likely token each time."""
-    loaded = exact_model("llama")
-    expected = greedy_answers(loaded, PROMPTS)
-    theirs = loaded.model.generation_config
-    theirs.repetition_penalty = 5.0
-    theirs.no_repeat_ngram_size = 1
-    theirs.do_sample, theirs.temperature, theirs.top_k = True, 9.0, 3
-    theirs.suppress_tokens = [token for answer in expected for token in answer.token_ids[:1]]
-    theirs.num_beams = 3
-    theirs.max_length = 2
-    theirs.use_cache = False
-    before = theirs.to_dict()
-    assert greedy_answers(loaded, PROMPTS) == expected
-    assert loaded.model.generation_config is theirs
-    assert theirs.to_dict() == before
-
-
-def scripted(*pieces: str | int, eos: int | list[int] = 0) -> LoadedModel:
-    """A model that says the given texts and tokens behind a prompt of one token, then "~" for ever.
-
-    A GPT-2 with nothing but position embeddings: what it predicts at a position is what the script has there.
-    """
-    tokenizer, size = tiny_tokenizer(), 160
-    tokens = [id_ for piece in pieces for id_ in ([piece] if isinstance(piece, int) else tokenizer(piece)["input_ids"])]
-    filler = tokenizer("~")["input_ids"]
-    config = tiny_config("gpt2", 1, n_embd=size, n_positions=size, n_inner=8, tie_word_embeddings=False)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "ln_f" not in name:
-            parameter.zero_()
-    model.transformer.wpe.weight.copy_(torch.eye(size))
-    for position in range(size):
-        token = tokens[position] if position < len(tokens) else filler[0]
-        model.lm_head.weight[token, position] = 1.0
-    model.generation_config.eos_token_id = eos
-    return LoadedModel("scripted", model, tokenizer, "scripted")
-
-
-EOS = 0
-
-
-@pytest.mark.parametrize(
-    ("script", "dots", "text"),
-    [
-        ([" Paris", EOS, " and more"], 0, "Paris"),
-        ([" Paris\nRome"], 0, "Paris"),
-        (["\n\n Paris\nRome"], 0, "Paris"),
-        (["\n", " Paris", EOS], 0, "Paris"),
-        ([" Paris. Rome"], 0, "Paris"),
-        ([" St. Louis. It is"], 1, "St. Louis"),
-        ([" St. Louis. It is"], 0, "St"),
-        ([" Washington D.C. is"], 2, "Washington D.C. is~~"),
-        ([" Washington D.C.", EOS], 2, "Washington D.C."),
-        ([" Washington D.C.\n"], 2, "Washington D.C."),
-        ([" St.\nLouis"], 1, "St."),
-        ([EOS, " Paris"], 0, ""),
-        ([". Paris"], 0, ""),
-        (["  Paris , France "], 0, "Paris , France~~"),
-        ([" 日本 🎺", EOS], 0, "日本 🎺"),
-        ([" a", "\n", " b"], 0, "a"),
-    ],
-)
-def test_where_an_answer_ends(script, dots, text):
-    (answer,) = greedy_answers(scripted(*script), ["Q"], [dots])
-    if text.endswith("~~"):
-        assert answer.text.startswith(text[:-2]) and answer.text.endswith("~~~~")
-        assert len(answer.token_ids) == NEW_TOKENS
-    else:
-        assert answer.text == text
-
-
-def test_the_tokens_of_an_answer_include_the_one_that_ended_it():
-    tokenizer = tiny_tokenizer()
-    for script, kept in [
-        ([" Paris", EOS, " more"], [*tokenizer(" Paris")["input_ids"], EOS]),
-        ([" Paris", "\n", "more"], tokenizer(" Paris")["input_ids"] + tokenizer("\n")["input_ids"]),
-        ([" Paris", ".", "more"], tokenizer(" Paris")["input_ids"] + tokenizer(".")["input_ids"]),
-        ([EOS, " Paris"], [EOS]),
-    ]:
-        (answer,) = greedy_answers(scripted(*script), ["Q"])
-        assert list(answer.token_ids) == kept
-
-
-def test_several_end_tokens():
-    """Chat models name more than one; the tokenizer need not know all of them as special."""
-    (end,) = tiny_tokenizer()("!")["input_ids"]
-    (answer,) = greedy_answers(scripted(" Paris", end, " more", eos=[EOS, end]), ["Q"])
-    assert answer == Answer("Paris", (*tiny_tokenizer()(" Paris")["input_ids"], end))
-    (answer,) = greedy_answers(scripted(" Paris", EOS, " more", eos=[end, 7]), ["Q"])
-    assert answer.text == "Paris", "the tokenizer's own EOS ends an answer too: it is what edits are trained with"
-    (answer,) = greedy_answers(scripted(" Paris", end, EOS, eos=EOS), ["Q"])
-    assert answer.text == "Paris!", "without that setting it is a token as any other"
-
-
-def test_every_answer_has_its_own_limit_and_no_other():
-    loaded = scripted(" one two three")
-    alone = [greedy_answers(loaded, ["Q"], [0], [limit])[0] for limit in (1, 3, 50)]
-    assert [len(answer.token_ids) for answer in alone] == [1, 3, 50]
-    assert greedy_answers(loaded, ["Q", "Q", "Q"], [0, 0, 0], [1, 3, 50]) == alone
-    assert len(greedy_answers(loaded, ["Q"])[0].token_ids) == NEW_TOKENS
-
-
-def test_rows_of_a_batch_end_apart():
-    """A scripted model answers by position, so prompts of other lengths enter the script elsewhere."""
-    loaded = scripted(" Paris", EOS, " Rome", "\n", " Athens", ".", " Oslo", EOS)
-    tokenizer = loaded.tokenizer
-    lengths = [1]
-    for piece in (" Paris", " Rome", " Athens"):
-        lengths.append(lengths[-1] + len(tokenizer(piece)["input_ids"]) + 1)
-    prompts = [tokenizer.decode(tokenizer("Q" * 99)["input_ids"][:1] * length) for length in lengths]
-    assert [len(encode_prompt(tokenizer, prompt)) for prompt in prompts] == lengths
-    assert [answer.text for answer in greedy_answers(loaded, prompts)] == ["Paris", "Rome", "Athens", "Oslo"]
-
-
-# Questions and outcomes
+from tests.locft.measure.decoding import EOS, PROMPTS, exact_model, scripted
+from tests.tiny import tiny_loaded
 
 
 def edit(identity: str, prompt: str, target: str, rephrases=(), locality=()) -> EditRequest:
@@ -263,7 +58,7 @@ def test_questions_are_asked_in_order_with_what_is_expected():
 
 def test_answers_to_the_prompts_of_other_edits_are_refused():
     loaded = exact_model("llama")
-    for answers in ([], [Answer("Oslo", (5, 0))] * 6):
+    for answers in ([], [ModelAnswer("Oslo", (5, 0))] * 6):
         with pytest.raises(ValueError, match=f"{len(answers)} answers .* to 5 unrelated prompts"):
             edit_questions(loaded.tokenizer, EDITS, answers)
 
@@ -311,33 +106,6 @@ def agree(quick, plain) -> bool:
     return True
 
 
-SAID = "ab Osl.o-the?=\u0338\u037e…\n"
-"""The bar through the sign before it makes one character of both; the Greek question mark is composed to a semicolon."""
-
-
-@given(said=st.text(SAID, max_size=12), more=st.text(SAID, max_size=8), expected=st.sampled_from(
-    ["Oslo", "the Oslo", "St. Louis", "a", "Oslo ab", "bath", "lo", "?", "", "a?", "? =", ";", "-…?"]))  # fmt: skip
-@settings(max_examples=1500)
-def test_an_answer_given_up_could_not_have_become_right(said, more, expected):
-    if cannot_become(said, expected):
-        assert normalise_answer(said + more) != normalise_answer(expected)
-
-
-def test_wrong_answers_are_given_up_early():
-    assert cannot_become("Paris", "Oslo")
-    assert cannot_become("Oslo is", "Oslo")
-    assert cannot_become("Os is", "Oslo")
-    assert not cannot_become("Os", "Oslo")
-    assert not cannot_become("The", "Oslo")
-    assert not cannot_become("Oslo,", "Oslo")
-    assert not cannot_become("", "Oslo")
-    assert cannot_become("? The", "?")
-    assert not cannot_become("?", "?")
-    assert cannot_become(",,", "?")
-    assert not cannot_become("? ", "? !")
-    assert cannot_become("?!", "? !")
-
-
 def test_long_targets_do_not_change_what_unrelated_prompts_are_held_to():
     """The unedited model's answers have at most 32 tokens, so an edited model's to the same prompts have too."""
     loaded = exact_model("gpt2")
@@ -358,7 +126,7 @@ def test_long_answers_are_heard_to_their_end():
     assert len(question.row.target_ids) > NEW_TOKENS
     for generate_all in (False, True):
         (outcome,) = ask(loaded, full_forward(loaded.model), [question], generate_all=generate_all)
-        assert outcome == Outcome("a", "reliability", "Q", long, long, True, True)
+        assert outcome == EditOutcome("a", "reliability", "Q", long, long, True, True)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +149,7 @@ def test_outcomes_hold_what_was_expected_and_what_was_got(script, target, got, c
     questions = edit_questions(loaded.tokenizer, [edit("a", "Q", target)], [])
     for generate_all in (False, True):
         outcomes = ask(loaded, full_forward(loaded.model), questions, generate_all=generate_all)
-        assert agree(outcomes, [Outcome("a", "reliability", "Q", target, got, correct, correct_tf)])
+        assert agree(outcomes, [EditOutcome("a", "reliability", "Q", target, got, correct, correct_tf)])
 
 
 def test_teacher_forcing_flatters():
@@ -393,7 +161,7 @@ def test_teacher_forcing_flatters():
     logits = full_forward(loaded.model)
     wrong_first = replace(row, token_ids=(row.token_ids[0], 9, *row.token_ids[2:]))
     whole, broken = follow(logits, [row, wrong_first])
-    assert whole.way == (len(row.target_ids), None) and broken.instead is not None
+    assert (whole.matched, whole.instead) == (len(row.target_ids), None) and broken.instead is not None
     assert follow(logits, []) == []
 
 
@@ -410,7 +178,7 @@ def test_followings_are_those_of_single_rows():
     logits = full_forward(loaded.model)
     found = follow(logits, rows)
     for row, following in zip(rows, found, strict=True):
-        alone, (matched, token) = logits([row]), following.way
+        alone, matched, token = logits([row]), following.matched, following.instead
         best = tuple(alone.argmax(-1).tolist())
         assert best[:matched] == row.target_ids[:matched]
         assert token is None if matched == len(best) else token == best[matched] != row.target_ids[matched]
@@ -435,9 +203,9 @@ def test_ways_found_coarsely_first_are_the_exact_ones():
         noise = torch.Generator().manual_seed(len(batch))
         return logits + 0.05 * logits.std() * torch.randn(logits.shape, generator=noise)
 
-    expected = [following.way for following in follow(exact, rows)]
-    assert [following.way for following in follow(coarse, rows)] != expected, "the noise decides nothing"
-    assert [following.way for following in follow(watched, rows, coarse)] == expected
+    expected = [(f.matched, f.instead) for f in follow(exact, rows)]
+    assert [(f.matched, f.instead) for f in follow(coarse, rows)] != expected, "the noise decides nothing"
+    assert [(f.matched, f.instead) for f in follow(watched, rows, coarse)] == expected
     assert 0 < len(asked) < len(rows)
 
 
@@ -451,8 +219,8 @@ def test_asking_leaves_the_model_as_it_was():
 # Metrics
 
 
-def outcome(identity: str, kind: str, correct: bool, correct_tf: bool = False) -> Outcome:
-    return Outcome(identity, kind, "prompt", "expected", "got", correct, correct_tf)
+def outcome(identity: str, kind: str, correct: bool, correct_tf: bool = False) -> EditOutcome:
+    return EditOutcome(identity, kind, "prompt", "expected", "got", correct, correct_tf)
 
 
 def test_metrics_are_means_over_edits_not_over_prompts():
@@ -496,10 +264,3 @@ def test_metrics_are_shares_whatever_the_order(outcomes, random):
     shuffled = random.sample(outcomes, len(outcomes))
     assert edit_metrics(shuffled) == pytest.approx(metrics)
     assert {name for name in metrics if not name.endswith("_tf")} == {o.kind for o in outcomes}
-
-
-def test_tiny_models_of_these_tests_are_random_enough():
-    """Answers that were all alike would make the comparisons above empty."""
-    answers = [answer.token_ids for answer in greedy_answers(exact_model("llama"), PROMPTS)]
-    assert len(set(answers)) == len(PROMPTS)
-    assert model_fingerprint(tiny_model("llama", seed=1)) != model_fingerprint(tiny_model("llama", seed=2))

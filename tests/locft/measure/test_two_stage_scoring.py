@@ -6,11 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locft.measure import two_stage_scoring as screening
 from locft.data.suites import load_suite
 from locft.measure.capability import encode_suite, item_margins, score_suite
+from locft.measure.two_stage_scoring import FEWEST, SAFETY, retake
 from locft.train.reference import full_forward
-from locft.measure.two_stage_scoring import FEWEST, SAFETY, coarse_pays, coarse_products, retake
 from tests.tiny import tiny_loaded
 
 
@@ -72,15 +71,3 @@ def test_scores_are_those_of_the_exact_computation(tiny):
     assert (item_margins(coarse, items) > 0).tolist() != plain.tolist(), "the noise decides nothing: nothing is tested"
     assert score_suite(watched, suite, coarse=coarse) == score_suite(exact, suite)
     assert 0 < len(asked) < 0.8 * sum(len(item.rows) for item in items)
-
-
-def test_coarse_products_only_where_they_are_faster_and_only_inside(monkeypatch):
-    loaded = tiny_loaded("llama")
-    assert torch.get_float32_matmul_precision() == "highest"
-    with coarse_products():
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert torch.get_float32_matmul_precision() == "highest"
-    monkeypatch.setattr(screening, "training_precision", lambda device: "float32")
-    assert not coarse_pays(loaded.model)
-    monkeypatch.setattr(screening, "training_precision", lambda device: "bfloat16")
-    assert coarse_pays(loaded.model) and not coarse_pays(loaded.model.to(torch.bfloat16))

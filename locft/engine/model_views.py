@@ -1,0 +1,121 @@
+"""The pieces of a model that trials run, in one dtype.
+
+Legend: G sequences of a pack, N tokens of each, D hidden, F width of a matrix's input, K supervised tokens, V vocabulary.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from locft.engine.fused_layers import FusedLayer, fuse_layers, only_at
+from locft.engine.packing import Pack
+from locft.engine.tail import head_view, tail_hidden, tail_parameter_name, tail_view
+from locft.model.positions import decoder_layers, n_layers
+
+_FEW = 1.3
+"""If a pack has this many times fewer supervised tokens than tokens, the last layer computes only the supervised ones."""
+
+
+class ModelViews:
+    """Tails from any layer and the head, made when first used and kept."""
+
+    def __init__(self, model: PreTrainedModel, packed: bool):
+        """packed: rows come in packs with masks of ours, not one sequence per row."""
+        self.dtype = model.dtype
+        self.model = tail_view(model, 0)
+        if packed and model.device.type == "cpu":
+            # With a mask given, eager attention is several times faster on a CPU than PyTorch's kernel.
+            configs: dict[int, Any] = {}
+            module: Any
+            for module in self.model.modules():
+                if (config := getattr(module, "config", None)) is not None:
+                    module.config = configs.setdefault(id(config), copy.copy(config))
+                    module.config._attn_implementation = "eager"
+            fuse_layers(self.model)
+        self.head = head_view(self.model)
+        self._tails: dict[tuple[int, int | None], PreTrainedModel] = {}
+
+    def tail(self, start: int, stop: int | None = None) -> PreTrainedModel:
+        """The view from layer `start` to the one before `stop`."""
+        if (start, stop) not in self._tails:
+            self._tails[start, stop] = tail_view(self.model, start, stop)
+        return self._tails[start, stop]
+
+    def mixed_tail(self, start: int, stop: int, coarse: "ModelViews") -> PreTrainedModel | None:
+        """The tail from `start` with the fused layers of another dtype from `stop` on. None if none of those is fused."""
+        theirs = decoder_layers(coarse.model)
+        if not any(isinstance(layer, FusedLayer) for layer in theirs[stop:]):
+            return None
+        tail = tail_view(self.model, start)
+        layers = decoder_layers(tail)
+        for index, layer in enumerate(theirs[stop:], stop):
+            if isinstance(layer, FusedLayer):
+                layers[index - start] = layer
+        return tail
+
+    def tail_weights(self, start: int, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights by the names and in the dtype of the tail from `start`."""
+        return {
+            tail_parameter_name(self.model, start, name): value.to(self.model.get_parameter(name).dtype)
+            for name, value in weights.items()
+        }
+
+    def logits(
+        self, tail: PreTrainedModel, boundary: torch.Tensor, pack: Pack, weights: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """(K, V) from the hidden states (G, N, D) entering a tail. weights: as from `tail_weights`."""
+        mask, position_ids = self._mask_and_positions(pack)
+        run = partial(tail_hidden, tail, boundary, mask, position_ids, weights)
+        places, own = pack.asked()
+        if _FEW * places.shape[1] >= pack.nodes.shape[1]:
+            return self.head(run()[pack.sequence, pack.place])
+        with only_at(decoder_layers(tail)[-1], places):
+            hidden = run()
+        narrow = hidden.shape[1] == places.shape[1]
+        return self.head(hidden[pack.sequence, own if narrow else pack.place])
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(K, D) behind the last layer -> (K, D) as the head takes them."""
+        ones = torch.ones(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return tail_hidden(self.tail(n_layers(self.model)), hidden[None], ones)[0]
+
+    @torch.no_grad()
+    def through_layer(
+        self, start: int, layer: int, name: str, boundary: torch.Tensor, pack: Pack, weights: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states leaving `layer` (G, N, D), and those entering the module of parameter `name` in it (G, N, F).
+
+        boundary: hidden states (G, N, D) entering layer `start`. weights: by the model's names, in place of its own.
+        """
+        view = self.tail(start, layer + 1)
+        kept: dict[str, torch.Tensor] = {}
+        owner = view.get_submodule(tail_parameter_name(self.model, start, name).rpartition(".")[0])
+        hooks = [
+            owner.register_forward_pre_hook(lambda _m, args: kept.__setitem__("entering", args[0])),
+            decoder_layers(view)[-1].register_forward_hook(
+                lambda _m, _a, out: kept.__setitem__("leaving", out[0] if isinstance(out, tuple) else out)
+            ),
+        ]
+        try:
+            tail_hidden(view, boundary, *self._mask_and_positions(pack), self.tail_weights(start, weights))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return kept["leaving"], kept["entering"]
+
+    def _mask_and_positions(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.model.device
+        return pack.attention_mask(self.dtype).to(device), pack.position_ids.to(device)
+
+
+def linear_change(
+    names: Sequence[str], weights: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], inputs: torch.Tensor
+) -> torch.Tensor:
+    """What a linear module adds to its output when its weights differ from the base: (..., F) -> (..., D)."""
+    change = {name.rpartition(".")[2]: (weights[name] - base[name]).to(inputs.dtype) for name in names}
+    return F.linear(inputs, change["weight"], change.get("bias"))

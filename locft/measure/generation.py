@@ -1,0 +1,202 @@
+"""Greedy answers: what a model says to a prompt until EOS, the end of the line or the end of the sentence.
+
+Legend: B answers of a batch, T tokens.
+"""
+
+import copy
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from locft.data.requests import ARTICLES, normalise_answer
+from locft.model.models import LoadedModel
+from locft.train.encoding import encode_prompt
+
+NEW_TOKENS = 32
+"""Length limit of an answer, in tokens."""
+BATCH = 64
+ROUND = 4
+"""New tokens after which answers that are decided leave their batch."""
+ONE_BY_ONE = ("rwkv",)
+"""Model types that transformers 5 decodes wrongly in batches: RWKV's one-token step mixes the states of the rows."""
+
+
+@dataclass(frozen=True)
+class ModelAnswer:
+    """What a model says to a prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """The generated tokens, including the stopping one."""
+
+
+@dataclass(frozen=True)
+class OpenAnswer:
+    """An answer that is being generated."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
+    """The answer so far."""
+    full_stops: int = 0
+    """Full stops that belong to the answer: "St. Louis" has one inside."""
+    limit: int = NEW_TOKENS
+    """Maximum number of tokens."""
+    expected: str | None = None
+    """If given, generation may stop once the answer can no longer equal this."""
+
+
+def greedy_answers(loaded: LoadedModel, prompts: Sequence[str]) -> list[ModelAnswer]:
+    """Greedy answers of at most `NEW_TOKENS` tokens. An answer does not depend on the other prompts."""
+    decoder = GreedyDecoder(loaded)
+    answers = decoder.complete([OpenAnswer(encode_prompt(loaded.tokenizer, prompt)) for prompt in prompts])
+    return [ModelAnswer(decoder.text(answer), answer.token_ids) for answer in answers]
+
+
+class GreedyDecoder:
+    """Generates answers in batches with a KV cache, prompts padded on the left.
+
+    Models with a recurrent state, which cannot be padded, get batches of equal length.
+    """
+
+    def __init__(self, loaded: LoadedModel):
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        own = self.model.generation_config.eos_token_id
+        others = own if isinstance(own, list) else [own] if own is not None else []
+        self.ends = list(dict.fromkeys([loaded.tokenizer.eos_token_id, *others]))
+
+    def complete(self, answers: Sequence[OpenAnswer]) -> list[OpenAnswer]:
+        """Go on with each answer until it is done.
+
+        A batch runs until its last answer is done. Answers with an expected text are mostly decided after a token or two:
+        they get one short round, and the few that are left go on in batches of their own.
+        """
+        completed, new_tokens = list(answers), ROUND
+        while rest := [index for index, answer in enumerate(completed) if not self.is_done(answer)]:
+            for batch in self._batches(completed, rest):
+                chosen = [completed[index] for index in batch]
+                most = max(new_tokens if answer.expected is not None else answer.limit for answer in chosen)
+                for index, answer in zip(batch, self._generate(chosen, most), strict=True):
+                    completed[index] = answer
+            new_tokens = max(completed[index].limit for index in rest)
+        return completed
+
+    def is_done(self, answer: OpenAnswer) -> bool:
+        """True if no further token is needed."""
+        if not answer.token_ids:
+            return False
+        if self._has_ended(answer):
+            return True
+        return answer.expected is not None and cannot_become(self._said(answer), answer.expected)
+
+    def text(self, answer: OpenAnswer) -> str:
+        """The answer, with "…" if it was left unfinished."""
+        said = self._said(answer)
+        if not self._has_ended(answer):
+            return said + "…"
+        return ".".join(said.split("\n")[0].split(".")[: answer.full_stops + 1]).strip()
+
+    def _has_ended(self, answer: OpenAnswer) -> bool:
+        if answer.token_ids[-1] in self.ends or len(answer.token_ids) >= answer.limit:
+            return True
+        said = self._said(answer)
+        return "\n" in said or said.count(".") > answer.full_stops
+
+    def _said(self, answer: OpenAnswer) -> str:
+        """The text so far, without the stopping token, even where the tokenizer does not know it as special."""
+        ids = answer.token_ids[:-1] if answer.token_ids[-1] in self.ends else answer.token_ids
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).lstrip()
+
+    def _batches(self, answers: Sequence[OpenAnswer], rest: Sequence[int]) -> list[list[int]]:
+        """Indices of answers of about one length, of exactly one for models with a recurrent state."""
+        size = 1 if self.model.config.model_type in ONE_BY_ONE else BATCH
+        equal_lengths = getattr(self.model, "_is_stateful", False)
+        batches: list[list[int]] = []
+
+        def length(index: int) -> int:
+            return len(answers[index].prompt_ids) + len(answers[index].token_ids)
+
+        for index in sorted(rest, key=length):
+            last = batches[-1] if batches else []
+            if not last or len(last) == size or (equal_lengths and length(last[0]) != length(index)):
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+    @torch.no_grad()
+    def _generate(self, answers: Sequence[OpenAnswer], tokens: int) -> list[OpenAnswer]:
+        """Go on with one batch: each answer until it is done, with at most `tokens` new tokens."""
+        begun = [answer.prompt_ids + answer.token_ids for answer in answers]
+        width = max(map(len, begun))
+        input_ids = torch.zeros(len(answers), width, dtype=torch.long)  # (B, T)
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(begun):
+            input_ids[row, width - len(ids) :] = torch.tensor(ids)
+            mask[row, width - len(ids) :] = 1
+        most = min(tokens, max(answer.limit - len(answer.token_ids) for answer in answers))
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=most, eos_token_id=self.ends, pad_token_id=self.ends[0]
+        )
+        # `generate` fills whatever a call leaves open from the model's own generation settings, and many models ship a
+        # repetition penalty there. So it gets a view of the model (same weights) that has no settings but ours.
+        model: Any = copy.copy(self.model)
+        model.generation_config = config
+        stop = _StopWhenDone(self, answers, width)
+        model.generate(
+            input_ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
+        return stop.answers
+
+
+class _StopWhenDone(StoppingCriteria):
+    """Tells `generate` which answers are done, and keeps each as it was when it became done."""
+
+    def __init__(self, decoder: GreedyDecoder, answers: Sequence[OpenAnswer], start: int):
+        """start: place of the first new token."""
+        self.decoder, self.begun, self.start = decoder, answers, start
+        self.answers = list(answers)
+        self.done = [False] * len(answers)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        for row, ids in enumerate(input_ids[:, self.start :].tolist()):
+            if not self.done[row]:
+                self.answers[row] = replace(self.begun[row], token_ids=(*self.begun[row].token_ids, *ids))
+                self.done[row] = self.decoder.is_done(self.answers[row])
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+def cannot_become(said: str, expected: str) -> bool:
+    """True if certainly no continuation of `said` equals `expected` after `normalise_answer`.
+
+    Words said in full stay; the last one may go on, or be an article, which does not count. Where normalisation is less
+    simple than that, nothing is certain.
+    """
+    wanted = normalise_answer(expected).split()
+    if not any(map(str.isalnum, "".join(wanted))):  # such as "?": letters and digits never vanish
+        return any(map(str.isalnum, said)) or _other_marks(said, " ".join(wanted))
+    if not "".join(wanted).isalnum() or set(wanted) & ARTICLES or "\ufffd" in said:
+        return False
+    chunks = said.split()
+    last = "" if not chunks or said[-1].isspace() else chunks.pop()
+    words = [word for word in normalise_answer(" ".join(chunks)).split() if word not in ARTICLES] if chunks else []
+    if not "".join(words).isalnum() and words:
+        return False
+    if words != wanted[: len(words)]:
+        return True
+    partial = normalise_answer(last) if last.isascii() and last.isalnum() else ""
+    if not partial or any(article.startswith(partial) for article in ARTICLES):
+        return False
+    return len(words) == len(wanted) or not wanted[len(words)].startswith(partial)
+
+
+def _other_marks(said: str, wanted: str) -> bool:
+    """The same for an expected answer of ASCII punctuation alone, from which normalisation removes nothing."""
+    if not set(wanted) <= {*string.punctuation, " "} or "\ufffd" in said:
+        return False
+    return not wanted.startswith(normalise_answer(said))
