@@ -14,7 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from locft.engine.llama_kernel import ATTENTION, FrozenRMSNorm, FusedLayerFunction, LayerParts, MaskAndRotary
+from locft.engine.llama_kernel import (
+    ATTENTION,
+    FrozenRMSNorm,
+    FusedLayerFunction,
+    LayerParts,
+    MaskAndRotary,
+)
 from locft.model.positions import decoder_layers
 
 

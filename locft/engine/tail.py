@@ -30,7 +30,6 @@ from transformers import PreTrainedModel
 from locft.model.families import BY_MODEL_TYPE, IDENTITY, ZERO, Family
 from locft.model.positions import decoder_layers, family_of, layer_prefix, n_layers
 
-
 Module = TypeVar("Module", bound=nn.Module)
 
 

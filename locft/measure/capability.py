@@ -20,7 +20,12 @@ from locft.data.suites import Suite
 from locft.errors import InputError
 from locft.measure.token_scores import scores_by_row, slices, targets
 from locft.measure.two_stage_scoring import retake
-from locft.train.encoding import SupervisedLogits, TokenRow, batches, encode_continuation
+from locft.train.encoding import (
+    SupervisedLogits,
+    TokenRow,
+    batches,
+    encode_continuation,
+)
 
 PROSE_WINDOW = 128
 """Tokens of one row of prose."""

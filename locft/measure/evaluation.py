@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from locft.data.edit_request import EditRequest
 from locft.data.requests import normalise_answer
-from locft.measure.generation import BATCH, NEW_TOKENS, GreedyDecoder, ModelAnswer, OpenAnswer
+from locft.measure.generation import (
+    BATCH,
+    NEW_TOKENS,
+    GreedyDecoder,
+    ModelAnswer,
+    OpenAnswer,
+)
 from locft.measure.token_scores import scores_by_row
 from locft.measure.two_stage_scoring import retake
 from locft.model.models import LoadedModel

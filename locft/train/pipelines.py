@@ -18,7 +18,13 @@ from locft.model.delta import EditDelta
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, parameter_names
 from locft.train.encoding import Forward, SupervisedLogits, TokenRow
-from locft.train.objective import LOSS_ROWS, LossAverage, all_finite, loss_and_gradients, mean_loss
+from locft.train.objective import (
+    LOSS_ROWS,
+    LossAverage,
+    all_finite,
+    loss_and_gradients,
+    mean_loss,
+)
 from locft.train.reference import full_forward
 
 Pipeline = Literal["breadth_first", "depth_first"]

@@ -5,7 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    eager_attention_forward,
+)
 
 from locft.engine import model_views
 from locft.engine.fused_layers import fuse_layers, only_at

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locft.data.requests import EditRequest, LocalityPrompt
-from locft.measure.evaluation import EditOutcome, ask, edit_metrics, edit_questions, follow, locality_prompts
+from locft.measure.evaluation import (
+    EditOutcome,
+    ask,
+    edit_metrics,
+    edit_questions,
+    follow,
+    locality_prompts,
+)
 from locft.measure.generation import BATCH, NEW_TOKENS, ModelAnswer, greedy_answers
 from locft.model.delta import applied
 from locft.model.models import LoadedModel, model_fingerprint
