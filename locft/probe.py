@@ -3,9 +3,9 @@
 Legend: g gradient of the mean edit loss, s = sign(g) the direction of Adam's first step, F Fisher information on prose,
 C gradient entries looked at.
 
-What a position would learn from a small step along s is ||g||_1 per unit of learning rate, and what the step would disturb
-is KL = 1/2 lr^2 s'Fs. So s'Fs / (2 ||g||_1^2) is the disturbance that a unit of learning costs there, whatever the learning
-rate: `disturbance`, which ranks positions.
+What a position would learn from a small step along s is ||g||_1 per unit of learning rate, and what the step would
+disturb is KL = 1/2 lr^2 s'Fs. So s'Fs / (2 ||g||_1^2) is the disturbance that a unit of learning costs there, whatever
+the learning rate: `disturbance`, which ranks positions.
 """
 
 import math
@@ -49,9 +49,9 @@ def probe_positions(
 ) -> tuple[PositionScores, ...]:
     """Scores in the order of the positions. The model is left as it was.
 
-    edits: training rows, one per edit; all go through the model at once. prose: rows of running text, cut into windows of
-    `WINDOW` tokens; some thirty windows are enough. The Fisher information is that of the model's own predictions (labels
-    are drawn from them with `seed`). Raises ValueError when no row of prose has two tokens.
+    edits: training rows, one per edit; all go through the model at once. prose: rows of running text, cut into windows
+    of `WINDOW` tokens; some thirty windows are enough. The Fisher information is that of the model's own predictions
+    (labels are drawn from them with `seed`). Raises ValueError when no row of prose has two tokens.
     """
     model, chosen = loaded.model, tuple(positions)
     names = {position: parameter_names(model, position) for position in chosen}
@@ -100,7 +100,7 @@ class _SampledGradient:
 def _gradients(
     watched: Mapping[str, nn.Parameter], places: Mapping[str, torch.Tensor | None], loss: Callable[[], torch.Tensor]
 ) -> dict[str, _SampledGradient]:
-    """Gradients of a loss. Each is reduced and dropped as soon as it is computed, so that memory never holds all of them."""
+    """Gradients of a loss. Each is reduced and dropped as soon as it is computed, to save memory."""
     kept: dict[str, _SampledGradient] = {}
     hooks = []
 

@@ -4,7 +4,7 @@
     training = bench.train(TuningPosition.parse("22.mlp_down"), TrainingSettings(learning_rate=4e-3))
     print(bench.measure(training.delta).metrics)
 
-The unedited model is measured once, before anything is edited, and the result can be handed to other processes.
+The unedited model is measured once, before anything is edited, and the result can be passed to other processes.
 """
 
 import logging
@@ -54,11 +54,11 @@ class Baseline:
     """The unedited model, measured once."""
 
     locality_answers: tuple[ModelAnswer, ...]
-    """To the unrelated prompts of all edits, in order; an edit should leave them as they are."""
+    """Answers to the unrelated prompts of all edits, in order. An edit should leave them as they are."""
     scores: SuiteScores | None
-    """On the capability suite."""
+    """Capability items answered right; None without a suite."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """reliability, generalization (before any edit), capability, capability.<task>, perplexity."""
+    """reliability and generalization (before any edit), capability, capability.<task>, perplexity."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -90,7 +90,7 @@ class Workbench:
     suite: EncodedSuite | None
     baseline: Baseline
     engine: TailEngine | None
-    """The fast forward; None computes everything with the full model."""
+    """The fast forward; None if everything is computed with the full model."""
 
     @classmethod
     def prepare(
@@ -105,11 +105,11 @@ class Workbench:
         on_disk: bool = False,
         full_model: bool = False,
     ) -> "Workbench":
-        """Tokenize everything; measure the unedited model unless its `baseline` is given.
+        """Tokenize everything, and measure the unedited model unless its `baseline` is given.
 
-        layers: where trials will train, others are added when needed. on_disk: keep the hidden states that trials begin
-        with in files, for other processes and later calls. full_model: compute the plain way, without the tail engine, as it
-        also is (with a notice) for a model that has no tail view.
+        layers: where trials will train; others are added when needed. on_disk: keep the hidden states that trials begin
+        with in files, for other processes and later calls. full_model: compute everything with the full model instead
+        of the tail engine. This also happens, with a warning, if the model has no tail view.
         """
         encoded = encode_suite(loaded.tokenizer, suite, prose_tokens) if suite else None
         rows = encode_edits(loaded.tokenizer, edits.requests)
@@ -127,16 +127,16 @@ class Workbench:
         return cls(loaded, rows, questions, encoded, baseline, engine)
 
     def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
-        """Train the edits at a position; the model stays as it is."""
+        """Train the edits at a position. The model stays as it is."""
         forward = None
         if self.engine:
             forward = self.engine.training_forward(position, self.rows, DTYPES[settings.precision])
         return finetune(self.loaded, self.rows, position, settings, forward)
 
     def measure(self, delta: EditDelta, *, whole_answers: bool = False) -> Measurement:
-        """All metrics of the edited model, by the names of the results table, in the model's own dtype.
+        """All metrics of the edited model, computed in the model's own dtype, by their names in the results table.
 
-        whole_answers: generate wrong answers to their end, too, for people to read; it changes no metric.
+        whole_answers: also generate wrong answers in full, for people to read. It changes no metric.
         """
         delta.require_base(self.loaded)
         started = time.perf_counter()
@@ -167,7 +167,8 @@ class Workbench:
         return Measurement({name: value for name, value in metrics.items() if math.isfinite(value)}, outcomes)
 
     def edited(self, delta: EditDelta) -> tuple[SupervisedLogits, SupervisedLogits | None]:
-        """The edited model as a function of rows: exact, and coarse where that is faster (`TailEngine.coarse_forward`)."""
+        """The edited model as a function of rows: exact, and coarse where that is faster
+        (`TailEngine.coarse_forward`)."""
         weights = delta.weights(self.loaded.model)
         if not self.engine:
             return full_forward(self.loaded.model, weights), None
@@ -183,7 +184,7 @@ def measure_unedited(
     questions: Sequence[EditQuestion],
     suite: EncodedSuite | None,
 ) -> Baseline:
-    """Measure the model as it is, before anything is edited."""
+    """Measure the model before anything is edited."""
     before = ask(loaded, logits, [question for question in questions if question.kind != "locality"])
     metrics = {name: value for name, value in edit_metrics(before).items() if not name.endswith("_tf")}
     scores = None
@@ -200,7 +201,7 @@ def capability_metrics(scores: SuiteScores) -> dict[str, float]:
 
 
 def diverged_metrics(questions: Sequence[EditQuestion], baseline: Baseline) -> dict[str, float]:
-    """Finite worst values for a training that diverged: nothing learnt, nothing kept."""
+    """Finite worst values for a training that diverged: nothing learnt, no capability kept."""
     kinds = {question.kind for question in questions}
     metrics = {name: 0.0 for kind in kinds for name in (kind, f"{kind}_tf")}
     if baseline.scores:

@@ -2,9 +2,9 @@
 
 Legend: U unique tokens (nodes of the prefix tree), D hidden, G sequences of a pack, N tokens of each.
 
-The states are kept in files that every worker of a machine maps into memory: they are in memory once, however many workers
-read them, and the operating system drops and rereads pages as memory allows. Another machine computes its own, since one
-forward pass is cheaper than shipping gigabytes.
+The states are kept in files that every worker of a machine maps into memory: they are in memory once, however many
+workers read them, and the operating system drops and rereads pages as memory allows. Another machine computes its own,
+since one forward pass is cheaper than shipping gigabytes.
 """
 
 import hashlib
@@ -85,7 +85,9 @@ def boundary_states(
     layer_bytes, count = shape[0] * shape[1] * model.dtype.itemsize, n_layers(model)
     stride = -(-count // max(1, min(count, LIMIT_BYTES // layer_bytes)))
     if stride > 1:
-        _log.warning("hidden states of one layer in %d are kept: all of them take more than %d bytes", stride, LIMIT_BYTES)
+        _log.warning(
+            "hidden states of one layer in %d are kept: all of them take more than %d bytes", stride, LIMIT_BYTES
+        )
     wanted = sorted({layer // stride * stride for layer in layers})
     if not on_disk:
         return BoundaryStates(_computed(model, tree, rows, wanted, limit, None), stride)
@@ -111,7 +113,7 @@ def boundary_states(
 
 
 def _key(model: PreTrainedModel, fingerprint: str, rows: list[TokenRow], limit: int) -> str:
-    """Hash of everything that the bits of the states depend on: weights, rows in their order, and what computes them how."""
+    """Hash of everything that decides the bits of the states: weights, rows in their order, and what computes them."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     parts = [
@@ -159,7 +161,7 @@ def _passes(
 
 
 def _make_room(keep: Path, needed: int) -> None:
-    """Remove the least recently used states until `needed` more bytes fit. Those that are being written or read stay."""
+    """Remove the least recently used states, but none in use, until `needed` more bytes fit."""
     with filelock.FileLock(keep.parent / "room.lock"):
         folders = sorted((f for f in keep.parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
         sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.npy")) for folder in folders}
@@ -197,7 +199,7 @@ def _empty(shape: tuple[int, int], dtype: torch.dtype, file: Path) -> np.memmap:
 
 
 def _read(file: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """The file's states, mapped copy-on-write so that nothing can change the file. OSError if it is missing or damaged."""
+    """The file's states, mapped copy-on-write. Raises OSError if the file is missing or damaged."""
     try:
         array = np.load(file, mmap_mode="c")
     except (ValueError, EOFError) as error:

@@ -1,7 +1,7 @@
 """Which layers of a model are computed as one operation (`locft.engine.llama_kernel`).
 
-A layer is recognised by its parts and by its numbers, not by a name. One that is not recognised, or that is being trained,
-computes as it always does.
+A layer is recognised by its parts and by its numbers, not by a name. One that is not recognised, or that is being
+trained, computes as it always does.
 
 Legend: G sequences, N tokens of each, D width, Q tokens of each sequence that are computed.
 """
@@ -25,11 +25,12 @@ from locft.model.positions import decoder_layers
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
-    """Give the layers of a module tree that are recognised their fused forward. Parameters stay shared and keep their names.
+    """Give the recognised layers of a module tree their fused forward. Parameters stay shared and keep their names.
 
-    The tree must be the caller's own (a view, with configurations of its own), on a CPU, and compute attention eagerly with
-    masks of shape (G, 1, N, N). If any layer is recognised, the norms and the attention that are computed outside of the
-    fused operation (in a layer that is being trained, and behind the last layer) get hand-written gradients, too.
+    The tree must be the caller's own (a view, with configurations of its own), on a CPU, and compute attention eagerly
+    with masks of shape (G, 1, N, N). If any layer is recognised, the norms and the attention that are computed outside
+    of the fused operation (in a layer that is being trained, and behind the last layer) get hand-written gradients,
+    too.
     """
     norms = set()
     layer: Any

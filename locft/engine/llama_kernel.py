@@ -1,18 +1,18 @@
 """A layer of a frozen Llama-like model as one operation with a hand-written gradient.
 
-With some hundred tokens, most of a step is not matrix products but what lies between them: casts, transposed and repeated
-heads, and autograd's record of each. Here a layer is some thirty operations forward and as many backward, and the products
-that take the same input (queries, keys and values; gate and up) are one. The arithmetic is that of Hugging Face's eager
-code, rounding included. `locft.engine.fused_layers` says which layers are computed so.
+With some hundred tokens, most of a step is not matrix products but what lies between them: casts, transposed and
+repeated heads, and autograd's record of each. Here a layer is some thirty operations forward and as many backward, and
+the products that take the same input (queries, keys and values; gate and up) are one. The arithmetic is that of Hugging
+Face's eager code, rounding included. `locft.engine.fused_layers` says which layers are computed so.
 
-Without a gradient, a layer in bfloat16 also takes hidden states in float32 and adds to them in float32: rounding the sum of
-all layers again and again is most of what bfloat16 loses.
+Without a gradient, a layer in bfloat16 also takes hidden states in float32 and adds to them in float32: rounding the
+sum of all layers again and again is most of what bfloat16 loses.
 
-In the last layer only the tokens that predict something matter. There (`LayerParts.places`) keys and values are computed
-for all tokens, everything else for those alone.
+In the last layer only the tokens that predict something matter. There (`LayerParts.places`) keys and values are
+computed for all tokens, everything else for those alone.
 
-Legend: G sequences, N tokens of each, D width, H heads, K of them with keys of their own, W width of a head, F inner width,
-Q tokens of each sequence that are computed, usually all N.
+Legend: G sequences, N tokens of each, D width, H heads, K of them with keys of their own, W width of a head, F inner
+width, Q tokens of each sequence that are computed, usually all N.
 """
 
 import copy
@@ -125,7 +125,7 @@ class JoinedLinears:
 
 
 class MaskAndRotary:
-    """Mask and rotary angles as the operation needs them: the same for all layers of a pass, so the last ones are kept."""
+    """Mask and rotary angles as the operation needs them. All layers of a pass share them: the last ones are kept."""
 
     _last: "MaskAndRotary | None" = None
 
@@ -249,7 +249,7 @@ class _AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask, scale: float) -> torch.Tensor:
-        groups, heads, tokens, width = query.shape
+        groups, _, tokens, width = query.shape
         shared = key.shape[1]
         long = query.reshape(groups, shared, -1, width)  # (G, K, H/K * N, W)
         scores = torch.matmul(long, key.transpose(2, 3)).mul_(scale)
@@ -282,8 +282,8 @@ def attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it: query (G, H, N, W), key and value (G, K, N, W), mask (G, 1, N, N), added to the
-    scores. Returns (G, N, H, W)."""
+    """Attention as transformers calls it: query (G, H, N, W), key and value (G, K, N, W), mask (G, 1, N, N), added to
+    the scores. Returns (G, N, H, W)."""
     return _AttentionFunction.apply(query, key, value, attention_mask, scaling), None
 
 
@@ -309,7 +309,7 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 def _by_head(heads: torch.Tensor, shared: int) -> torch.Tensor:
     """(G, N, H, W) -> (G * K, H/K * N, W), heads that share a key one behind the other."""
-    groups, tokens, count, width = heads.shape
+    groups, _, count, width = heads.shape
     apart = heads.unflatten(2, (shared, count // shared)).permute(0, 2, 3, 1, 4)
     return apart.reshape(groups * shared, -1, width)
 

@@ -1,6 +1,7 @@
 """The pieces of a model that trials run, in one dtype.
 
-Legend: G sequences of a pack, N tokens of each, D hidden, F width of a matrix's input, K supervised tokens, V vocabulary.
+Legend: G sequences of a pack, N tokens of each, D hidden, F width of a matrix's input, K supervised tokens, V
+vocabulary.
 """
 
 import copy
@@ -18,7 +19,8 @@ from locft.engine.tail import head_view, tail_hidden, tail_parameter_name, tail_
 from locft.model.positions import decoder_layers, n_layers
 
 _FEW = 1.3
-"""If a pack has this many times fewer supervised tokens than tokens, the last layer computes only the supervised ones."""
+"""If a pack has this many times fewer supervised tokens than tokens, the last layer computes only the supervised
+ones."""
 
 
 class ModelViews:
@@ -47,7 +49,7 @@ class ModelViews:
         return self._tails[start, stop]
 
     def mixed_tail(self, start: int, stop: int, coarse: "ModelViews") -> PreTrainedModel | None:
-        """The tail from `start` with the fused layers of another dtype from `stop` on. None if none of those is fused."""
+        """The tail from `start` with another dtype's fused layers from `stop` on; None if none is fused."""
         theirs = decoder_layers(coarse.model)
         if not any(isinstance(layer, FusedLayer) for layer in theirs[stop:]):
             return None

@@ -2,10 +2,10 @@
 
 Legend: U unique tokens, G sequences of a pack, N tokens of a sequence, K supervised tokens.
 
-A hidden state depends only on the tokens up to its own. So rows with a common prefix (the choices of one question, the two
-sentences of a minimal pair) share its states: the rows form a tree, a node is a token after a particular prefix, and a row
-is a path. A pack lays paths side by side into sequences of bounded length. Its mask lets a token see its own path only, so
-nothing is padded but the ends of the sequences.
+A hidden state depends only on the tokens up to its own. So rows with a common prefix (the choices of one question, the
+two sentences of a minimal pair) share its states: the rows form a tree, a node is a token after a particular prefix,
+and a row is a path. A pack lays paths side by side into sequences of bounded length. Its mask lets a token see its own
+path only, so nothing is padded but the ends of the sequences.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ import torch
 from locft.train.encoding import TokenRow
 
 STEP = 8
-"""The width of a sequence is a multiple of this. For every new shape of a product oneDNN compiles a kernel, which takes as
-long as ten such products; rounded, the batches of a training come in some ten shapes instead of 150."""
+"""The width of a sequence is a multiple of this. For every new shape of a product oneDNN compiles a kernel, which takes
+as long as ten such products; rounded, the batches of a training come in some ten shapes instead of 150."""
 
 
 class PrefixTree:
@@ -78,8 +78,8 @@ class Pack:
         return torch.zeros(self.visible.shape, dtype=dtype).masked_fill_(~self.visible, torch.finfo(dtype).min)
 
     def asked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distinct places in each sequence that predict a token (G, Q), ends filled with 0, and for each supervised token
-        the index of its own among them (K,)."""
+        """The distinct places in each sequence that predict a token (G, Q), ends filled with 0, and for each supervised
+        token the index of its own among them (K,)."""
         width = self.nodes.shape[1]
         distinct, own = np.unique((self.sequence * width + self.place).numpy(), return_inverse=True)
         sequence = distinct // width
@@ -92,8 +92,8 @@ class Pack:
 def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
     """Lay rows into sequences of about `limit` tokens, evenly filled.
 
-    Rows with a common prefix go into one sequence, which holds that prefix once. With limit 0 every row has a sequence of
-    its own, for models whose attention takes no mask of ours.
+    Rows with a common prefix go into one sequence, which holds that prefix once. With limit 0 every row has a sequence
+    of its own, for models whose attention takes no mask of ours.
     """
     paths = [tree.path(row) for row in rows]
     if limit == 0:
@@ -128,7 +128,7 @@ def _rounded(width: int) -> int:
 
 @dataclass
 class _PrefixGroup:
-    """Rows with a common prefix: the nodes of all, and for each row its index, its places in them, how many are shared."""
+    """Rows with a common prefix: the nodes of all; for each row its index, its places, how many are shared."""
 
     nodes: list[int]
     rows: list[tuple[int, np.ndarray, int]]

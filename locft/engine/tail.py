@@ -3,8 +3,8 @@
 Legend: B rows, T tokens, D hidden, K supervised tokens, V vocabulary.
 
 Only one position is trained, so all layers below it give the same hidden states in every step of every trial. A trial
-then needs three things. Each runs the model's own Hugging Face code and needs no knowledge of attention, experts or state
-spaces:
+then needs three things. Each runs the model's own Hugging Face code and needs no knowledge of attention, experts or
+state spaces:
 
     boundary = capture_boundary(model, layer, input_ids, attention_mask)[layer]     once
     hidden = tail_hidden(tail_view(model, layer), boundary, attention_mask, weights={tail name: tensor})
@@ -60,8 +60,8 @@ def supports_tail(model: PreTrainedModel) -> str | None:
 def tail_view(model: PreTrainedModel, layer: int, stop: int | None = None) -> PreTrainedModel:
     """The causal LM from `layer` upwards; it takes the hidden states entering that layer as `inputs_embeds`.
 
-    It shares every parameter with `model`, and its layer 0 is the model's layer `layer`. If `layer` is the number of layers,
-    only the final norm and the head are left. stop: the layer it ends before; None goes on to the last.
+    It shares every parameter with `model`, and its layer 0 is the model's layer `layer`. If `layer` is the number of
+    layers, only the final norm and the head are left. stop: the layer it ends before; None goes on to the last.
 
     Raises InputError if there is no such layer or the architecture is unknown.
     """
@@ -101,9 +101,10 @@ def tail_hidden(
 ) -> torch.Tensor:
     """Final hidden states (B, T, D), after the final norm: what the head takes.
 
-    boundary: (B, T, D) from `capture_boundary`. attention_mask: (B, T), or another form that the model takes. position_ids:
-    (B, T), by default the model's own; ignored by architectures without positions (bloom, state spaces). weights: tail
-    parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients flow to them.
+    boundary: (B, T, D) from `capture_boundary`. attention_mask: (B, T), or another form that the model takes.
+    position_ids: (B, T), by default the model's own; ignored by architectures without positions (bloom, state spaces).
+    weights: tail parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients flow to
+    them.
     """
     base = tail.base_model
     prefix = tail.base_model_prefix + "."
@@ -115,7 +116,8 @@ def tail_hidden(
 def head_view(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function from hidden states (K, D), as `tail_hidden` gives them, to float32 logits (K, V).
 
-    It runs the model's own head code, not just its matrix: soft-capping (gemma2), logit scales (cohere, granite), biases.
+    It runs the model's own head code, not just its matrix: soft-capping (gemma2), logit scales (cohere, granite),
+    biases.
     """
     view = _copied(model, {})
     owner_path = _owner_path(family_of(model))
@@ -138,8 +140,8 @@ def capture_boundary(
 ) -> dict[int, torch.Tensor]:
     """Hidden states entering the given layers, layer -> (B, T, D), from one forward of the unedited model.
 
-    The forward ends after the highest of them. For layer 0 it is the input of the first block, which includes whatever the
-    model adds to the embeddings. input_ids, attention_mask: (B, T). Raises InputError if there is no such layer.
+    The forward ends after the highest of them. For layer 0 it is the input of the first block, which includes whatever
+    the model adds to the embeddings. input_ids, attention_mask: (B, T). Raises InputError if there is no such layer.
     """
     wanted = {layers} if isinstance(layers, int) else set(layers)
     for layer in wanted:

@@ -29,8 +29,8 @@ from locft.train.encoding import Forward, SupervisedLogits, TokenRow, batches
 from locft.train.reference import full_forward
 
 SEQUENCE_TOKENS = 96
-"""Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products take
-all sequences of a pack together."""
+"""Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products
+take all sequences of a pack together."""
 _SAMPLE = 4
 """Rows on which an engine is tried before it is used."""
 
@@ -44,7 +44,8 @@ class TailEngine:
         """rows: all that will ever be computed. layers: where trials will train, to compute their states in one pass;
         others are computed when needed. on_disk: as for `boundary_states`.
 
-        Raises NoTailView for a model that has none, or whose views, tried on some of the rows, do not compute what it does.
+        Raises NoTailView for a model that has none, or whose views, tried on some of the rows, do not compute what it
+        does.
         """
         if reason := supports_tail(loaded.model):
             raise NoTailView(reason)
@@ -59,16 +60,15 @@ class TailEngine:
         self._cast = partial(cast_model, loaded.model, fingerprint=loaded.fingerprint, on_disk=on_disk)
 
     def forward(self, layer: int, dtype: torch.dtype | None = None) -> Forward:
-        """A forward whose weights may differ from the model's in `layer` and above, computed in `dtype` (the model's own
-        by default)."""
+        """A forward whose weights may differ from the model's in `layer` and above; `dtype` is by default the model's."""
         start, views = self._start(layer), self.views(dtype or self.model.dtype)
         return self._forward(start, views, views.tail(start))
 
     def training_forward(self, position: TuningPosition, rows: Sequence[TokenRow], dtype: torch.dtype) -> Forward:
         """The same for training one position on these rows.
 
-        A matrix whose product is simply added to the layer's output (`mlp_down` without a norm behind it) needs nothing of
-        its layer but its own inputs, which are as constant as the states below. Steps then begin above the layer.
+        A matrix whose product is simply added to the layer's output (`mlp_down` without a norm behind it) needs nothing
+        of its layer but its own inputs, which are as constant as the states below. Steps then begin above the layer.
         """
         names = parameter_names(self.model, position)
         above = self._forward_above(position.layer, names, rows, self.views(dtype))
@@ -77,8 +77,8 @@ class TailEngine:
     def coarse_forward(self, layer: int) -> Forward | None:
         """The same with bfloat16 products, for decisions that are not close (`locft.measure.two_stage_scoring`).
 
-        Fused layers above `layer` (`locft.engine.fused_layers`) are computed in bfloat16 and added up in float32. None if
-        the hardware would not be faster.
+        Fused layers above `layer` (`locft.engine.fused_layers`) are computed in bfloat16 and added up in float32. None
+        if the hardware would not be faster.
         """
         if not coarse_pays(self.model):
             return None
@@ -163,7 +163,8 @@ class TailEngine:
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """For the nodes of the rows, hidden states leaving the layer (U, D) and those entering the matrix (U, F).
 
-        None if a change of the matrix, tried on the first rows, does not simply add its product to what leaves the layer.
+        None if a change of the matrix, tried on the first rows, does not simply add its product to what leaves the
+        layer.
         """
         start = self._start(layer)
         found: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -186,7 +187,7 @@ class TailEngine:
         return found
 
     def _start(self, layer: int) -> int:
-        """The layer whose stored states a tail for `layer` begins with: itself, unless the disk is too small for all."""
+        """The layer whose stored states a tail for `layer` begins with: itself if the disk has space for all."""
         start = self.states.below(layer)
         if start not in self.states.layers:
             self.states = replace(self.states, layers={**self.states.layers, **self._compute(layers={start}).layers})
@@ -217,8 +218,9 @@ def coarse_products() -> Iterator[None]:
 def _try_views(model: PreTrainedModel, rows: Sequence[TokenRow]) -> tuple[int, ModelViews]:
     """The limit for packs, and views that compute what the model does: tried on a few of the rows, through all layers.
 
-    Some models do not compute rows packed into one sequence as they compute them alone: those with a recurrent state, with
-    position biases made from a two-dimensional mask, or with a window shorter than a row. Their rows get a sequence each.
+    Some models do not compute rows packed into one sequence as they compute them alone: those with a recurrent state,
+    with position biases made from a two-dimensional mask, or with a window shorter than a row. Their rows get a
+    sequence each.
     """
     sample = list({row.token_ids: row for row in rows}.values())[:_SAMPLE]
     expected = torch.cat([full_forward(model)([row]) for row in sample])

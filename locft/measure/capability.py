@@ -2,8 +2,8 @@
 
 Legend: K supervised tokens of a batch, V vocabulary.
 
-A model comes in as `SupervisedLogits`, rows in and logits out, so that the full forward and anything faster are
-measured by the same code.
+A model is given as `SupervisedLogits` (rows in, logits out), so that the full forward and anything faster are measured
+by the same code.
 """
 
 import math
@@ -30,9 +30,10 @@ from locft.train.encoding import (
 PROSE_WINDOW = 128
 """Tokens of one row of prose."""
 PROSE_TOKENS = 2000
-"""About so many tokens of prose are measured."""
+"""Tokens of prose that are measured, approximately."""
 BATCH_TOKENS = 2048
-"""Tokens of a batch with its padding. On a CPU 1024 and 4096 take the same time, but a full forward's logits grow."""
+"""Tokens of a batch with its padding. On a CPU 1024 and 4096 take the same time, but the logits of a full forward
+grow."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class EncodedSuite:
 
 @dataclass(frozen=True)
 class SuiteScores:
-    """Which items a model gets right."""
+    """Which items a model answers right."""
 
     fingerprint: str
-    """Of the suite: scores of different suites are not compared."""
+    """The suite's: scores of different suites are not compared."""
     correct: dict[str, tuple[bool, ...]]
-    """Per task, one per item in the suite's order."""
+    """Task -> one entry per item, in the suite's order."""
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -69,7 +70,7 @@ class SuiteScores:
 
     @property
     def capability(self) -> float:
-        """Mean of the tasks' accuracies: each task counts the same, however many items it has."""
+        """Mean of the tasks' accuracies: every task counts the same, however many items it has."""
         return float(np.mean(list(self.accuracy.values())))
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class SuiteScores:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far an edited model has moved on prose. Infinite or NaN where its logits no longer are finite."""
+    """How far an edited model has moved on prose. Infinite or NaN if its logits are not finite."""
 
     kl: float
     """Mean KL(unedited || edited) per supervised token, in nats."""
@@ -124,7 +125,7 @@ def encode_suite(
 
 
 def suite_rows(suite: EncodedSuite) -> list[TokenRow]:
-    """Every row that measuring the suite asks for: all choices, then the prose."""
+    """Every row that the suite needs: all choices, then the prose."""
     return [*(row for task in suite.tasks.values() for encoded in task for row in encoded.rows), *suite.prose]
 
 
@@ -136,9 +137,9 @@ def score_suite(
 ) -> SuiteScores:
     """Right or wrong for every item. A batch has at most `batch_tokens` tokens with its padding.
 
-    An item is right if the right choice scores above every other one. A tie is wrong, wherever the right choice stands, and
-    so is a score that is not a number. coarse: the same model computed coarsely, which decides the items that are not close
-    (`locft.measure.two_stage_scoring`).
+    An item is right if the right choice scores above every other one. A tie is wrong, wherever the right choice stands,
+    and so is a score that is not a number. coarse: the same model computed coarsely, which decides the items that are
+    not close (`locft.measure.two_stage_scoring`).
     """
     items = [encoded for task in suite.tasks.values() for encoded in task]
     margins = item_margins(coarse or logits, items, batch_tokens)
@@ -152,13 +153,15 @@ def score_suite(
 
         retake(np.abs(np.nan_to_num(margins, nan=0.0)), exactly)
     right = iter((margins > 0).tolist())
-    return SuiteScores(suite.fingerprint, {name: tuple(next(right) for _ in task) for name, task in suite.tasks.items()})
+    return SuiteScores(
+        suite.fingerprint, {name: tuple(next(right) for _ in task) for name, task in suite.tasks.items()}
+    )
 
 
 def item_margins(
     logits: SupervisedLogits, items: Sequence[EncodedItem], batch_tokens: int = BATCH_TOKENS
 ) -> np.ndarray:
-    """By how much each item is right (above 0) or wrong, in nats, float64 (items,)."""
+    """By how many nats each item is right (above 0) or wrong, float64 (items,)."""
     log_likelihoods, leads = score_rows(logits, [row for encoded in items for row in encoded.rows], batch_tokens)
     margins, at = np.zeros(len(items)), 0
     for index, encoded in enumerate(items):
@@ -170,8 +173,8 @@ def item_margins(
 def score_rows(
     logits: SupervisedLogits, rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two values per row, float64 (rows,), in nats: the summed log-likelihood of its supervised tokens, and the smallest
-    lead of one of them over every other token at its place (below 0: another token is likelier)."""
+    """Two values per row, float64 (rows,), in nats: the summed log-likelihood of its supervised tokens, and the
+    smallest lead of one of them over every other token at its place (below 0: another token is likelier)."""
     scores = scores_by_row(logits, rows, _longest_context_first, padded_tokens=batch_tokens)
     log_likelihoods = np.array([float(row.log_likelihood.sum()) for row in scores])
     return log_likelihoods, np.array([float(row.lead.min()) for row in scores])
@@ -188,9 +191,9 @@ def measure_drift(
 ) -> Drift:
     """Distance of the edited model from the unedited one on the prose, and its perplexity there.
 
-    With p the unedited model's probabilities and d the edited logits less the unedited ones, the divergence of a token is
-    log E_p[exp d] - E_p[d]. Neither term cares what is added to d, so d is taken from its mean; both are then as small as
-    the change is, and a KL of 1e-8 nats is no longer the small difference of large sums.
+    With p the unedited model's probabilities and d the edited logits minus the unedited ones, the divergence of a token
+    is log E_p[exp d] - E_p[d]. A constant added to d cancels, so d is centred at its mean under p. Both terms are then
+    as small as the change, and a KL of 1e-8 nats is not the small difference of large sums.
     """
     divergence = log_likelihood = 0.0
     prose = sorted(suite.prose, key=_longest_context_first)
@@ -212,10 +215,10 @@ def capability_change(unedited: SuiteScores, edited: SuiteScores, *, resamples: 
     """Paired change with the percentile interval of a bootstrap over items, stratified by task.
 
     An item's change is -1, 0 or 1, so a resample of a task's items is a draw from the multinomial of these three
-    counts: the bootstrap exactly, without drawing items. Where no item changed, the interval is a point; it then says
-    nothing about changes too rare for so many items.
+    counts: exactly the bootstrap, without drawing items. If no item changed, the interval is a point, and says nothing
+    about changes too rare to show on this many items.
 
-    Raises ValueError when the scores are not of the same suite.
+    Raises ValueError if the scores are of different suites.
     """
     sizes = [{task: len(correct) for task, correct in scores.correct.items()} for scores in (unedited, edited)]
     if unedited.fingerprint != edited.fingerprint or sizes[0] != sizes[1]:
@@ -271,8 +274,8 @@ def _prose_rows(
 
 
 def _longest_context_first(row: TokenRow) -> tuple:
-    """Sorts rows so that those of a batch have about one length, memory runs out at once if ever, and the choices of one
-    question, which can share its states, stay together."""
+    """Sorts rows so that those of a batch have about one length, memory runs out at once if ever, and the choices of
+    one question, which can share its states, stay together."""
     return -row.start, row.token_ids[: row.start], -len(row.token_ids), row.token_ids
 
 

@@ -38,7 +38,7 @@ class EditQuestion:
     prompt: str
     expected: str
     row: TokenRow
-    """Prompt and expected answer for teacher forcing, with EOS or, for locality, the unedited model's stopping token."""
+    """Prompt and expected answer, with EOS or (locality) the unedited model's stopping token, for teacher forcing."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def ask(
 ) -> tuple[EditOutcome, ...]:
     """Put the questions to the edited model, given as a model and as a function of rows (`logits`).
 
-    One teacher-forced pass over the rows that are not in `followed` tells how far greedy generation follows the expected
-    answer. If that is to its end, the stopping token included, the answer is right. Otherwise generation goes on from
-    there, only until the answer is decided: a wrong answer is left unfinished ("Lisb…").
-    coarse: as for `follow`. generate_all: generate every answer in full instead.
+    One teacher-forced pass over the rows that are not in `followed` tells how far greedy generation follows the
+    expected answer. If that is to its end, the stopping token included, the answer is right. Otherwise generation goes
+    on from there, only until the answer is decided: a wrong answer is left unfinished ("Lisb…"). coarse: as for
+    `follow`. generate_all: generate every answer in full instead.
     """
     rest = list(dict.fromkeys(question.row for question in questions if question.row not in followed))
     known = {**followed, **dict(zip(rest, follow(logits, rest, coarse), strict=True))}
@@ -137,7 +137,8 @@ def ask(
 def edit_metrics(outcomes: Sequence[EditOutcome]) -> dict[str, float]:
     """Reliability, generalization and locality (and their teacher-forced twins, `_tf`), each the mean over the edits.
 
-    An edit with several rephrases or unrelated prompts counts once, with their mean. A kind without questions is absent.
+    An edit with several rephrases or unrelated prompts counts once, with their mean. A kind without questions is
+    absent.
     """
     metrics = {}
     for kind in ("reliability", "generalization", "locality"):
@@ -156,8 +157,8 @@ def follow(
 ) -> list[Following]:
     """How far greedy generation would follow each row's supervised tokens.
 
-    coarse: the same model computed coarsely, which decides the rows that are not close (`locft.measure.two_stage_scoring`);
-    their losses are coarse, too.
+    coarse: the same model computed coarsely, which decides the rows that are not close
+    (`locft.measure.two_stage_scoring`); their losses are coarse, too.
     """
     found, margins = _followings(coarse or logits, rows)
     if coarse:
@@ -177,8 +178,8 @@ def follow(
 
 
 def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[list[Following], np.ndarray]:
-    """The same without coarse scores, and how far each row is from being followed otherwise: the least gap up to its first
-    miss, in nats, float64 (rows,)."""
+    """The same without coarse scores, and how far each row is from being followed otherwise: the least gap up to its
+    first miss, in nats, float64 (rows,)."""
     found, margins = [], []
     for row, scores in zip(rows, scores_by_row(logits, rows, lambda row: len(row.token_ids), most=BATCH), strict=True):
         best = scores.best.tolist()

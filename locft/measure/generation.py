@@ -71,8 +71,8 @@ class GreedyDecoder:
     def complete(self, answers: Sequence[OpenAnswer]) -> list[OpenAnswer]:
         """Go on with each answer until it is done.
 
-        A batch runs until its last answer is done. Answers with an expected text are mostly decided after a token or two:
-        they get one short round, and the few that are left go on in batches of their own.
+        A batch runs until its last answer is done. Answers with an expected text are mostly decided after a token or
+        two: they get one short round, and the few that are left go on in batches of their own.
         """
         completed, new_tokens = list(answers), ROUND
         while rest := [index for index, answer in enumerate(completed) if not self.is_done(answer)]:

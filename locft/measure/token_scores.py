@@ -13,8 +13,8 @@ import torch
 from locft.train.encoding import SupervisedLogits, TokenRow, batches
 
 _TOKENS_AT_ONCE = 8
-"""Supervised tokens whose probabilities are computed at once. Slices that stay in the processor's cache take half the time
-of large ones, and nothing but the logits themselves has size (K, V)."""
+"""Supervised tokens whose probabilities are computed at once. Slices that stay in the processor's cache take half the
+time of large ones, and nothing but the logits themselves has size (K, V)."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class TokenScores:
 
     log_likelihood: torch.Tensor  # (K,) float64, nats
     best: torch.Tensor  # (K,) int64: the most likely token
-    lead: torch.Tensor  # (K,) float64: nats by which the expected token is likelier than any other; below 0: less likely
+    lead: (
+        torch.Tensor
+    )  # (K,) float64: nats by which the expected token is likelier than any other; below 0: less likely
     gap: torch.Tensor  # (K,) float64: nats by which the best token is likelier than the second best
 
 
@@ -32,7 +34,8 @@ def scores_by_row(
 ) -> list[TokenScores]:
     """Scores of each row, in the order given.
 
-    The rows are computed in the order of `key`, in batches within the `limits` (those of `locft.train.encoding.batches`).
+    The rows are computed in the order of `key`, in batches within the `limits` (those of
+    `locft.train.encoding.batches`).
     """
     order = sorted(range(len(rows)), key=lambda index: key(rows[index]))
     ordered = [rows[index] for index in order]

@@ -3,9 +3,9 @@
 Legend: T tokens of a row, K supervised tokens.
 
 Everything that is computed with a model is computed on rows: a training example is (prompt | target + EOS), a choice of
-an item is (context | choice), running prose is (first token | the rest). A row stores its tokens and where the supervised
-span starts. The span is never derived from pad tokens: where pad is EOS, such a mask is off by one, and the first token
-of the answer is silently never trained.
+an item is (context | choice), running prose is (first token | the rest). A row stores its tokens and where the
+supervised span starts. The span is never derived from pad tokens: where pad is EOS, such a mask is off by one, and the
+first token of the answer is silently never trained.
 """
 
 import math
@@ -45,7 +45,8 @@ Forward = Callable[[Mapping[str, torch.Tensor]], SupervisedLogits]
 """Binds weights (parameter name -> tensor) that stand in for the model's own; gradients flow to them."""
 
 SUPERVISED_AT_ONCE = 256
-"""Supervised tokens per batch: more are no faster, and with a vocabulary of 256,000 their logits already take 250 MB."""
+"""Supervised tokens per batch: more are no faster, and with a vocabulary of 256,000 their logits already take 250
+MB."""
 
 
 def batches(
@@ -58,8 +59,8 @@ def batches(
 ) -> Iterator[slice]:
     """Cut rows into batches of consecutive ones, each as large as the limits allow; a row over a limit gets its own.
 
-    most: rows of a batch. tokens: of its rows. padded_tokens: the same with padding to its longest row. supervised: tokens
-    to predict.
+    most: rows of a batch. tokens: of its rows. padded_tokens: the same with padding to its longest row. supervised:
+    tokens to predict.
     """
     start = total = longest = asked = 0
     for index, row in enumerate(rows):
@@ -81,8 +82,8 @@ def batches(
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Tokens of a text that something follows: with the tokenizer's own start token, without an end token.
 
-    For a tokenizer without a start token an empty text is the EOS token, the usual stand-in, so that the first real token
-    has a predecessor.
+    For a tokenizer without a start token an empty text is the EOS token, the usual stand-in, so that the first real
+    token has a predecessor.
     """
     ids = tokenizer(text)["input_ids"]
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -97,8 +98,8 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, continu
     """Row of `prompt + continuation` with exactly the continuation supervised, no EOS.
 
     The whole text is tokenized at once. If its first tokens are those of the prompt alone, the rest is the continuation
-    (so SentencePiece adds no second space). If a token spans the boundary, both sides are tokenized separately: the prompt
-    must stay what generation will see.
+    (so SentencePiece adds no second space). If a token spans the boundary, both sides are tokenized separately: the
+    prompt must stay what generation will see.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     whole = encode_prompt(tokenizer, prompt + continuation)
@@ -121,7 +122,7 @@ def encode_edits(tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequ
 def _continuation_ids(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], continuation: str
 ) -> tuple[int, ...]:
-    """Tokens that decode to exactly `continuation` behind the prompt's: SentencePiece adds a space before every text."""
+    """Tokens that decode to exactly `continuation` behind the prompt's. (SentencePiece adds a space to every text.)"""
     said = _text(tokenizer, prompt_ids) + continuation
     candidates = [
         tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

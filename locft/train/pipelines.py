@@ -1,7 +1,8 @@
 """Localized fine-tuning and its two pipelines (arXiv 2509.22072, section 4).
 
 This file decides which edits share a step, when a step is skipped and when training ends. The loss is in
-`locft.train.objective`; how logits are computed is up to the forward that is passed in (`full_forward` or the tail engine).
+`locft.train.objective`; how logits are computed is up to the forward that is passed in (`full_forward` or the tail
+engine).
 """
 
 import math
@@ -47,13 +48,13 @@ class TrainingSettings:
     skip_below: float = 1e-2
     """A batch whose loss is below this takes no step. 0 never skips."""
     stop_below: float = 1e-2
-    """Training ends when an epoch's mean loss is below this (breadth_first); a batch ends when its loss is (depth_first).
-    0 never stops."""
+    """Training ends when an epoch's mean loss is below this (breadth_first); a batch ends when its loss is
+    (depth_first). 0 never stops."""
     seed: int = 0
     """Decides the order of the edits."""
     precision: str = "float32"
-    """What the tail engine computes in during training: float32 or bfloat16. The trained weights are always float32, and
-    the full forward computes in the model's own dtype."""
+    """What the tail engine computes in during training: float32 or bfloat16. The trained weights are always float32,
+    and the full forward computes in the model's own dtype."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ class Training:
     steps: int
     """Optimiser steps taken; skipped ones are not counted."""
     diverged: bool
-    """The loss or a gradient became infinite or NaN. Training stopped there; the delta is of the last finite weights."""
+    """The loss or a gradient became infinite or NaN and ended training; the delta is of the last finite weights."""
     seconds: float
     pieces: int = 1
-    """Number of parts in which a batch was computed: more than 1 only if memory ran out. Changes nothing but rounding."""
+    """Parts in which a batch was computed: more than 1 only if memory ran out. Changes nothing but rounding."""
     trained_loss: float | None = None
     """Mean loss of all edits at the end, computed as in training. Compared with the loss of the edit merged into the
     model's own dtype it shows what rounding costs. None if training diverged."""
@@ -85,8 +86,8 @@ def finetune(
     """Train the position's parameters on the edits. The model itself is only read.
 
     rows: one per edit, from `locft.train.encoding.encode_edits`. forward: how logits are computed, by default the full
-    forward. The trained copies are float32, whatever the model's dtype. On a CPU the result is bitwise a function of the
-    arguments.
+    forward. The trained copies are float32, whatever the model's dtype. On a CPU the result is bitwise a function of
+    the arguments.
     """
     started = time.perf_counter()
     trainer = PositionTrainer(loaded, position, settings, forward)
@@ -104,8 +105,9 @@ def finetune(
 class PositionTrainer:
     """Trained copies of a position's weights and the optimiser steps taken on them, for one training.
 
-    All that a method of training would do differently is here: which tensors are trained, which weights stand in for the
-    model's (`logits`), what a step does, and what the weights have become (`change`). Plain fine-tuning trains the weights.
+    All that a method of training would do differently is here: which tensors are trained, which weights stand in for
+    the model's (`logits`), what a step does, and what the weights have become (`change`). Plain fine-tuning trains the
+    weights.
     """
 
     def __init__(

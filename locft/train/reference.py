@@ -16,8 +16,8 @@ def full_forward(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | N
     """The model as a function from rows to the logits of their supervised tokens.
 
     `weights` stand in for the parameters of those names, cast to the parameter's own dtype; gradients flow to them. The
-    model itself is never written to. Rows are padded at the end to the longest, so positions start at 0 in every row and,
-    attention being causal, padding changes no supervised logit.
+    model itself is never written to. Rows are padded at the end to the longest, so positions start at 0 in every row
+    and, attention being causal, padding changes no supervised logit.
     """
     substitutes = {name: value.to(model.get_parameter(name).dtype) for name, value in (weights or {}).items()}
 
@@ -32,7 +32,7 @@ def full_forward(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | N
 
 
 def pad_rows(rows: Sequence[TokenRow], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (B, T) int64, padded at the end with token 0; the mask comes from the lengths."""
+    """Token ids and attention mask, both (B, T) int64, padded at the end with token 0."""
     longest = max(len(row.token_ids) for row in rows)
     input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
     attention_mask = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -43,7 +43,7 @@ def pad_rows(rows: Sequence[TokenRow], device: torch.device) -> tuple[torch.Tens
 
 
 def supervised_positions(rows: Sequence[TokenRow], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of the position that predicts each supervised token (one to its left), both (K,), rows in order."""
+    """Row and column (K,) of the position that predicts each supervised token, which is one to its left."""
     row = [index for index, r in enumerate(rows) for _ in r.target_ids]
     column = [position - 1 for r in rows for position in range(r.start, len(r.token_ids))]
     return torch.tensor(row, device=device), torch.tensor(column, device=device)

@@ -1,8 +1,9 @@
-"""The engine against the reference loop, side by side in one process: `locft bench`, or `python -m tests.benchmarks.bench`.
+"""The engine against the reference loop, side by side in one process: `locft bench`, or `python -m
+tests.benchmarks.bench`.
 
-Both sides get the same batches, the same starting weights and the same questions, one side right after the other, at every
-layer anew, so that whatever else the machine does hits both; a ratio is that of a pair, two steps on the same batch or two
-measurements of the same edit. What they compute is compared too: a fast wrong answer is not a fast answer.
+Both sides get the same batches, the same starting weights and the same questions, one side right after the other, at
+every layer anew, so that whatever else the machine does hits both; a ratio is that of a pair, two steps on the same
+batch or two measurements of the same edit. What they compute is compared too: a fast wrong answer is not a fast answer.
 """
 
 import math
@@ -218,7 +219,9 @@ def _prepare(
 
     def make() -> TailEngine:
         engine = TailEngine(loaded, every, settings.layers, on_disk=False)
-        engine.forward(n_layers(loaded.model) - 1, DTYPES[settings.precision])  # the weights in that dtype, once a process
+        engine.forward(
+            n_layers(loaded.model) - 1, DTYPES[settings.precision]
+        )  # the weights in that dtype, once a process
         return engine
 
     engine, seconds = timed(make)

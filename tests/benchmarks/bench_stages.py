@@ -119,8 +119,8 @@ def training_step(
 ) -> dict[str, Any]:
     """Steps on the same batches. Both sides begin with the same weights and follow their own gradients.
 
-    The steps of a side follow each other, as in a training: taken in turn, each would find the processor's caches full of
-    the other's numbers. Before the first, both sides train copies that are thrown away, for the same time.
+    The steps of a side follow each other, as in a training: taken in turn, each would find the processor's caches full
+    of the other's numbers. Before the first, both sides train copies that are thrown away, for the same time.
     """
     loaded, engine = bench.loaded, bench.engine
     batches = drawn_batches(bench.rows, size, settings.repeats + 1)
@@ -155,10 +155,10 @@ def training_step(
         "first_loss_difference_float32": _difference(steps[0][0][0], exact),
         "loss_difference": max(differences),
         "setup_seconds": setup_seconds,
-        "reference_added_bytes": added_memory(
-            lambda: step_seconds(trainer_of(loaded, position), batches[0])
+        "reference_added_bytes": added_memory(lambda: step_seconds(trainer_of(loaded, position), batches[0])),
+        "engine_added_bytes": added_memory(
+            lambda: step_seconds(trainer_of(loaded, position, make_forward()), batches[0])
         ),
-        "engine_added_bytes": added_memory(lambda: step_seconds(trainer_of(loaded, position, make_forward()), batches[0])),
     }
 
 

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.kernel_evidence [--isa native avx2] [--repeats 2] [--only VARIANT ...]
 
-Trains `mlp_down` of ten layers of smollm2-135m and measures each result, as the trials of a study do: one PyTorch thread,
-and for each run a new process with no stored hidden states. The variants take turns, each between two runs with all parts.
-AVX2 is emulated: PyTorch, oneDNN and MKL are told to use nothing newer.
+Trains `mlp_down` of ten layers of smollm2-135m and measures each result, as the trials of a study do: one PyTorch
+thread, and for each run a new process with no stored hidden states. The variants take turns, each between two runs with
+all parts. AVX2 is emulated: PyTorch, oneDNN and MKL are told to use nothing newer.
 
-Prints the median processor seconds of each stage and their ratio to the mean of the two runs with all parts: median (range).
-The row "nothing" compares those runs among themselves: a ratio within its range is noise. The JSON lines are single runs.
+Prints the median processor seconds of each stage and their ratio to the mean of the two runs with all parts: median
+(range). The row "nothing" compares those runs among themselves: a ratio within its range is noise. The JSON lines are
+single runs.
 """
 
 import argparse
@@ -78,14 +79,22 @@ def run_study(options: argparse.Namespace, parts: set[str]) -> dict:
 
 
 def in_new_process(variant: str, isa: str, cache: Path, options: argparse.Namespace) -> dict:
-    """Run one variant with the user's models and with what `cache` keeps per machine, but without stored hidden states."""
+    """Run one variant with the user's models and with what `cache` keeps per machine, but without stored hidden
+    states."""
     with tempfile.TemporaryDirectory(dir=cache) as home:
         Path(home, "locft").mkdir()
         for folder in (cache_folder() / "models", cache / "fingerprints", cache / "precision", cache / "weights"):
             folder.mkdir(exist_ok=True)
             Path(home, "locft", folder.name).symlink_to(folder)
         environment = {**os.environ, **ISAS[isa], "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": home}
-        command = [sys.executable, "-m", "tests.benchmarks.kernel_evidence", "--child", variant, json.dumps(vars(options))]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.kernel_evidence",
+            "--child",
+            variant,
+            json.dumps(vars(options)),
+        ]
         output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
