@@ -60,7 +60,7 @@ class TailEngine:
         self._cast = partial(cast_model, loaded.model, fingerprint=loaded.fingerprint, on_disk=on_disk)
 
     def forward(self, layer: int, dtype: torch.dtype | None = None) -> Forward:
-        """A forward whose weights may differ from the model's in `layer` and above; `dtype` is by default the model's."""
+        """A forward whose weights may differ from the model's in `layer` and above. dtype: the model's by default."""
         start, views = self._start(layer), self.views(dtype or self.model.dtype)
         return self._forward(start, views, views.tail(start))
 
