@@ -11,9 +11,8 @@ from locft.model.positions import TuningPosition, parameter_names
 from locft.probe import probe_positions
 from locft.train.encoding import TokenRow, encode_edits
 from locft.train.objective import batch_loss
-from locft.train.pipelines import TrainingSettings
+from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
-from locft.workbench import Workbench
 from tests.tiny import tiny_loaded
 
 POSITIONS = [TuningPosition(layer, module) for layer in range(3) for module in ("mlp_down", "mlp", "attn", "layer")]
@@ -93,13 +92,11 @@ def test_the_model_is_left_as_it_was_and_the_scores_are_reproducible(loaded, row
     assert not any(p.requires_grad or p.grad is not None for p in loaded.model.parameters())
 
 
-def test_the_rate_that_the_gain_gives_learns_wherever_the_position_is(loaded, found):
+def test_the_rate_that_the_gain_gives_learns_wherever_the_position_is(loaded, rows, found):
     """A hundred steps at one nat a step learn; at a thirtieth of that rate they hardly begin."""
-    bench = Workbench.prepare(loaded, load_edits("atlas", limit=12), None)
-
     def left(position, rate):
         settings = TrainingSettings(learning_rate=rate, batch_size=3, epochs=25, precision="float32")
-        trained = bench.train(position, settings)
+        trained = finetune(loaded, rows, position, settings)
         assert not trained.diverged
         return trained.losses[-1] / trained.losses[0]
 

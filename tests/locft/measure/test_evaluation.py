@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locft.data.requests import EditRequest, LocalityPrompt
+from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.measure.evaluation import (
     EditOutcome,
     ask,
