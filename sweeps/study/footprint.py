@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from locft.engine.packed_linear import MOST_BYTES
 from sweeps.study.trial_types import StudyFacts, TrialConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -12,8 +11,6 @@ _DRIVER_BYTES = 1_050_000_000
 """The command with Ray, MLflow and its tables, and Ray's own processes."""
 _PROCESS_BYTES = 380_000_000
 """A worker with its imports, before it loads a model, without the libraries that it shares."""
-_SLACK = 1.6
-"""Freed memory is kept by a worker and not all of it is used again: its temporary memory grows by this factor."""
 _READ_AT_ONCE = 2048
 """Tokens of a forward pass of the unedited model, whose logits are all held."""
 _RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
@@ -51,14 +48,10 @@ def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 
 
 def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """What a worker may add to that: packed layouts of the weights, and the largest logits."""
-    packed = 0
-    if trial.precision == "bfloat16" and 2 * facts.parameters <= MOST_BYTES:
-        packed = 2 * 2 * ((facts.n_layers - trial.layer) * facts.layer_parameters + facts.head_parameters)
+    """What a worker may add to that: the largest logits."""
     batch_tokens = min(trial.batch_size, facts.n_edits) * facts.edit_tokens // max(1, facts.n_edits)
     reading = min(_READ_AT_ONCE, facts.edit_tokens + facts.evaluation_tokens + facts.capability_tokens)
-    logits = 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
-    return int(_SLACK * (packed + logits))
+    return 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
 
 
 def disk_range(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> tuple[int, int]:
