@@ -6,6 +6,7 @@ earlier trials of the model took on this machine, or else by some timed optimise
 middle and last layer. Imports inside functions keep PyTorch out of the start of commands.
 """
 
+import gc
 import heapq
 import logging
 import math
@@ -291,7 +292,6 @@ def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
     would (GPUs, more CPUs or memory than there are)."""
     import torch
 
-    from locft.process import return_freed_memory
 
     study, free = prepared.study, psutil.virtual_memory().available
     runs_here = study.trial_device == "cpu" and study.resources.cpus <= (os.cpu_count() or 1)
@@ -306,7 +306,7 @@ def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
         return None
     finally:
         torch.set_num_threads(before)
-        return_freed_memory()
+        gc.collect()
     slowed = f", {busy:.1f} times slowed by other work" if busy > 1.3 else ""
     return replace(_scaled(trials, prepared), source=f"timed steps of this model{slowed}", spread=1.6, busy=busy)
 
