@@ -14,8 +14,7 @@ from rich.text import Text
 from analysis.stats.pareto import pareto_front
 from analysis.stats.table import results_frame
 from analysis.stats.wording import number, percent, seconds
-from sweeps.commands.console import table_of
-from sweeps.commands.summaries import setting_text
+from sweeps.commands.console import setting_text, table_of
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 if TYPE_CHECKING:

@@ -269,7 +269,7 @@ def select(
         print_json({"position": answer.position, **written, "not_recorded": answer.not_recorded})
     else:
         edits = wanted.edits if wanted.limit is None else f"{wanted.edits} --limit {wanted.limit}"
-        print_selection(answer, file, page, tracker.uri, edits)
+        print_selection(answer.position, file, page, tracker.uri, edits)
     if answer.not_recorded:
         notice(f"MLflow does not have all of this ({answer.not_recorded}); the same command records it")
     if found.ending == "same_failure":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.stats.axes import SWEPT
 from analysis.stats.wording import change_with_interval, number, percent, plural, seconds, share_interval
-from sweeps.commands.console import notice, print_json, print_table, say
+from sweeps.commands.console import notice, print_json, print_table, say, setting_text
 from sweeps.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
@@ -19,18 +19,10 @@ if TYPE_CHECKING:
     from analysis.stats.pick import Recommendation
     from sweeps.answer import StudyAnswer, StudyState
     from sweeps.run.dispatch import Ending
-    from sweeps.select.answer import SelectionAnswer
     from sweeps.study.estimate import Forecast
     from sweeps.study.plan import PreparedStudy
 
 SHOWN_METRICS = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
-
-
-def setting_text(values: Mapping[str, Any]) -> str:
-    """A trial's setting apart from its position: "breadth_first batch 10 rate 0.004 loss by edit seed 0"."""
-    shown = [axis for axis in SWEPT if axis.name not in ("layer", "module")]
-    labels = [axis.short or ("" if axis.type is str else f"{axis.title} ") for axis in shown]
-    return " ".join(label + number(values[axis.name]) for label, axis in zip(labels, shown, strict=True))
 
 
 def about(prepared: "PreparedStudy") -> dict[str, Any]:
@@ -169,30 +161,28 @@ def _compared(comparison: "Comparison") -> dict[str, Any]:
     }
 
 
-def print_selection(answer: "SelectionAnswer", file: Path, page: Path, tracking_uri: str, edits: str) -> None:
+def print_selection(position: dict[str, Any] | None, file: Path, page: Path, tracking_uri: str, edits: str) -> None:
     """Print the selected position, what to expect of it, and the command that makes the edit.
 
-    file: the position file. page: the HTML page. edits: the values of --edits and --limit as they were given.
+    position: content of the position file, `file`. page: the HTML page. edits: the values of --edits and --limit.
     """
-    from sweeps.select.answer import UNMEASURED
+    from sweeps.select.position_file import UNMEASURED
 
-    content = answer.position
-    if content is None:
+    if position is None:
         say("No run finished, so there is no position to recommend.")
     else:
-        say(f"Edit at {content['position']} with learning rate {number(content['settings']['learning_rate'])}.", "bold")
-        if content["predicted"]:
-            for line in expectations(content["predicted"]):
+        rate, second, how = position["settings"]["learning_rate"], position["runner_up"], position["how"]
+        say(f"Edit at {position['position']} with learning rate {number(rate)}.", "bold")
+        if position["predicted"]:
+            for line in expectations(position["predicted"]):
                 say(f"  {line}")
-            second = content["runner_up"]
             runner_up = f"; runner-up {second['position']}" if second else ""
-            say(f"  Chance that it is the best of those measured: {percent(round(content['chance'], 3))}{runner_up}")
+            say(f"  Chance that it is the best of those measured: {percent(round(position['chance'], 3))}{runner_up}")
         else:
             say(f"  {UNMEASURED}")
-        how = content["how"]
         spent = f"{percent(how['grid_share'])} of the full grid's cost, {seconds(how['wall_seconds'])}"
         say(f"  {plural(how['runs'], 'run')}, {spent}")
-        say(f"Make the edit: locft edit {content['model']} --edits {edits} --position {file} --out edited")
+        say(f"Make the edit: locft edit {position['model']} --edits {edits} --position {file} --out edited")
     say(f"Page: {page}\nMLflow: locft ui --tracking-uri {tracking_uri}")
 
 

@@ -15,7 +15,7 @@ from analysis.stats.pick import RULE
 from analysis.stats.table import by_setting
 from analysis.stats.wording import number, percent, plural, seconds
 from sweeps.select.policy import Run, start_rate
-from sweeps.select.position_file import FORMAT, SETTINGS
+from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
 from sweeps.select.request import METHOD
 from sweeps.select.selection import Selection
 from sweeps.study.reader import study_to_yaml
@@ -23,8 +23,6 @@ from sweeps.tracking.outbox import with_retries
 from sweeps.tracking.registry import register_position
 from sweeps.tracking.store import TrackingError
 from sweeps.tracking.study_run import Tracker
-
-UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
 
 
 @dataclass(frozen=True)

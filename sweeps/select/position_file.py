@@ -15,6 +15,8 @@ from locft.model.positions import TuningPosition
 from sweeps.study.schema import value_problem
 
 FORMAT = "locft-position/1"
+UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
+"""How a position without predicted metrics was found."""
 SETTINGS = tuple(axis.name for axis in AXES if axis.trained)
 """Of a trial that the file repeats, besides its position; fields of `TrialConfig` and `TrainingSettings`."""
 

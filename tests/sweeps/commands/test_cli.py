@@ -41,7 +41,7 @@ def place(tmp_path_factory, empty_store, tiny_folder):
     """A folder with a store and a study of three trials."""
     folder = tmp_path_factory.mktemp("cli")
     shutil.copy(empty_store, folder / "mlflow.db")
-    write_study(folder, tiny_folder, space__layer="all", resources={"cpus": 1})
+    write_study(folder, tiny_folder, space__layer="all", resources={"cpus": 1, "concurrent": 1})
     return folder
 
 
@@ -55,7 +55,8 @@ def here(place, monkeypatch):
 def swept(here, locft, ray_running):
     """The folder after `locft sweep` has run in it (the first test to ask for it waits)."""
     if not (here / "tiny.html").exists():
-        assert locft("sweep", "tiny.yaml").code == 0
+        said = locft("sweep", "tiny.yaml")
+        assert said.code == 0, said.err
     return here
 
 
@@ -314,9 +315,10 @@ def test_edit_evaluate_apply(edited, locft, tiny_folder, tmp_path):
 
 
 def test_edit_and_evaluate_in_words(locft, tmp_path, tiny_folder, few_probes):
-    said = locft("edit", tiny_folder, "--edits", "atlas", "--limit", 3, "--position", "0.attn", "--out", tmp_path / "e")
+    few = ("--edits", "atlas", "--limit", 3, "--threads", 1)
+    said = locft("edit", tiny_folder, *few, "--position", "0.attn", "--out", tmp_path / "e")
     assert said.code == 0 and "3 edits at 0.attn" in said.out and "reliability" in said.out
-    said = locft("evaluate", tiny_folder, "--edits", "atlas", "--limit", 3)
+    said = locft("evaluate", tiny_folder, *few)
     assert said.code == 0 and "capability" in said.out
 
 
@@ -342,7 +344,7 @@ def test_an_edit_goes_through_the_model_registry(swept, locft, tmp_path, tiny_fo
 
 
 def test_an_edit_that_diverges_is_work_that_failed(locft, tmp_path, tiny_folder, few_probes):
-    wild = ["--learning-rate", "3e38", "--limit", 4, "--position", "1.mlp", "--out", tmp_path / "e"]
+    wild = ["--learning-rate", "3e38", "--limit", 4, "--position", "1.mlp", "--out", tmp_path / "e", "--threads", 1]
     said = locft("edit", tiny_folder, "--edits", "atlas", *wild, "--json")
     assert said.code == 1 and "diverged" in said.err and said.out == "" and not (tmp_path / "e").exists()
 
