@@ -13,11 +13,12 @@ READY := .venv/.set-up
 UNFINISHED := .venv/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test clean
+.PHONY: help setup demo check test clean
 
 help:
 	@echo "make demo    set up, run the study 'quickstart' on a real model, write its dashboard (about 5 minutes)"
-	@echo "make test    set up and run the tests; ARGS='...' goes to pytest"
+	@echo "make test    set up, check the code and run the tests; ARGS='...' goes to pytest and leaves the check out"
+	@echo "make check   format, lint and types (ruff, mypy)"
 	@echo "make setup   only set up: .venv with the tested versions of everything"
 	@echo "make clean   remove .venv and what tools leave behind; results (mlflow.db, dashboards) stay"
 
@@ -30,7 +31,12 @@ demo: $(READY)
 	@echo "MLflow:     .venv/bin/locft ui      every trial of the study, on 127.0.0.1"
 	@echo "Next:       .venv/bin/locft plan layer-sweep      or with your own edits: .venv/bin/locft --help"
 
-test: $(READY)
+check: $(READY)
+	@.venv/bin/ruff format --check --quiet . || { echo "not formatted: run .venv/bin/ruff format ." >&2; exit 1; }
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/mypy --no-error-summary
+
+test: $(READY) $(if $(ARGS),,check)
 	@.venv/bin/python -m pytest $(ARGS)
 
 $(READY): pyproject.toml constraints.txt
@@ -55,5 +61,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Set up."
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find analysis locft sweeps tests -name __pycache__ -type d -prune -exec rm -rf {} +
