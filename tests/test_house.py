@@ -1,6 +1,9 @@
 """Which part of the house may import which, read from the imports of every file, those inside functions included."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +84,18 @@ def test_every_floor_is_there():
 def test_old_results_stay_valid():
     """Raised only when the same configuration gives another result: every stored trial would be run again."""
     assert METHOD_VERSION == 1
+
+
+UNSEEN = {"accelerate", "gguf"}
+"""Declared and never imported here: transformers needs both to load a GGUF file."""
+INSTALLED_AS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+"""Module -> the package that brings it, where the names differ."""
+
+
+def test_declared_dependencies_are_the_imported_ones():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        declared = tomllib.load(file)["project"]["dependencies"]
+    declared = {re.match(r"[\w-]+", line)[0].lower() for line in declared}
+    modules = {name.partition(".")[0] for file in FILES for _, name in imports(file)}
+    foreign = modules - set(sys.stdlib_module_names) - {*HOUSE, "tests"}
+    assert {INSTALLED_AS.get(name, name).replace("_", "-") for name in foreign} == declared - UNSEEN
