@@ -22,6 +22,12 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "locft.train": ("locft", "locft.data", "locft.model"),
     "locft.engine": ("locft", "locft.model", "locft.train"),
     "locft.measure": ("locft", "locft.data", "locft.model", "locft.train"),
+    "analysis.figures": ("analysis.stats",),
+    "analysis.page": ("analysis.stats", "analysis.figures"),
+    "sweeps.run": ("sweeps.study",),
+    "sweeps.tracking": ("sweeps.study", "sweeps.run"),
+    "sweeps.select": ("sweeps", "sweeps.study", "sweeps.run", "sweeps.tracking"),
+    "sweeps.commands": ("sweeps", "sweeps.study", "sweeps.run", "sweeps.tracking", "sweeps.select"),
 }
 """Sub-folder -> the folders of its package that it may import beside itself ("locft" stands for the files that lie in the
 package itself). One that is not listed may import none."""
