@@ -11,13 +11,12 @@ import json
 import os
 import random
 import re
-import string
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from locft.data.answers import normalise_answer
 from locft.data.edit_layouts import read_edits
 from locft.data.edit_request import EditRequest
 from locft.data.record_files import missing_path, read_json_records
@@ -28,9 +27,6 @@ BUILT_IN = ("atlas",)
 """Names of the edit sets that come with the project. A file of such a name is reached as ./atlas."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-ARTICLES = frozenset({"a", "an", "the"})
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 @dataclass(frozen=True)
@@ -112,20 +108,6 @@ def load_edits(source: str, *, limit: int | None = None, sample_seed: int | None
     requests = tuple(edits[index] for index in chosen)
     findings = _findings(requests, [truths[index] for index in chosen])
     return EditSet(requests, source, layout, _fingerprint(requests), findings)
-
-
-def normalise_answer(text: str) -> str:
-    """The form in which two answers are compared, as in SQuAD: lower case, no punctuation, no articles, single spaces.
-
-    A step that would leave nothing is not taken, so "A" (the letter), "The The" or "!" stay distinct answers instead of
-    equalling an empty one. Unicode is composed first (one é). Applying it twice changes nothing.
-    """
-    lower = unicodedata.normalize("NFC", text.lower())
-    bare = unicodedata.normalize("NFC", lower.translate(_PUNCTUATION))
-    for candidate in (_ARTICLES.sub(" ", bare), bare):
-        if words := candidate.split():
-            return " ".join(words)
-    return " ".join(lower.split())
 
 
 def _drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from locft.data.answers import normalise_answer
 from locft.data.edit_request import EditRequest
-from locft.data.requests import normalise_answer
 from locft.measure.generation import (
     BATCH,
     NEW_TOKENS,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from locft.data.requests import ARTICLES, normalise_answer
+from locft.data.answers import ARTICLES, normalise_answer
 from locft.model.models import LoadedModel
 from locft.train.encoding import encode_prompt
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from locft.data.requests import load_edits, normalise_answer
+from locft.data.answers import normalise_answer
+from locft.data.requests import load_edits
 from locft.data.suites import load_suite
 from locft.errors import InputError
 from locft.measure.generation import greedy_answers

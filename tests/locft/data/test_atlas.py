@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from locft.data.requests import load_edits, normalise_answer
+from locft.data.answers import normalise_answer
+from locft.data.requests import load_edits
 
 FILE = Path(__file__).resolve().parents[3] / "locft" / "data" / "atlas.jsonl"
 RECORDS = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]

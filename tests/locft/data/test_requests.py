@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from locft.data import edit_layouts
+from locft.data.answers import normalise_answer
 from locft.data.edit_layouts import EditLayout
 from locft.data.edit_request import EditRequest, LocalityPrompt
-from locft.data.requests import EditFindings, load_edits, normalise_answer
+from locft.data.requests import EditFindings, load_edits
 from locft.errors import InputError
 
 REAL = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "editing"

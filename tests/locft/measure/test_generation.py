@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locft.data.requests import normalise_answer
+from locft.data.answers import normalise_answer
 from locft.measure.generation import (
     BATCH,
     NEW_TOKENS,
