@@ -15,6 +15,7 @@ from sweeps.tracking.trial_run import environment
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.page.how_found import HowFound
     from analysis.stats.comparison import Measured
     from analysis.stats.pareto import ParetoFront
     from analysis.stats.pick import Recommendation
@@ -99,8 +100,11 @@ class StudyAnswer:
     report_html: str = field(repr=False)
 
 
-def answer_of(state: StudyState, tracker: Tracker, other: "Measured | None" = None) -> StudyAnswer:
-    """Front, pick and report of what is finished so far. other: a study to compare with in the report."""
+def answer_of(
+    state: StudyState, tracker: Tracker, other: "Measured | None" = None, found: "HowFound | None" = None
+) -> StudyAnswer:
+    """Front, pick and report of what is finished so far. other: a study to compare with in the report. found: how a
+    selection found its answer."""
     from analysis.page.report import MAX_MISSES, render_report
     from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
     from analysis.stats.pick import recommend
@@ -114,7 +118,7 @@ def answer_of(state: StudyState, tracker: Tracker, other: "Measured | None" = No
     shown = [*(pick.trial_ids if pick else ()), *(trial for ids in on_front for trial in ids)]
     wanted = finished if len(finished) <= MOST_READ else shown
     outcomes = _outcomes(state.results, wanted, tracker)
-    html = render_report(own.study, own.results, baseline=own.baseline, outcomes=outcomes, other=other)
+    html = render_report(own.study, own.results, baseline=own.baseline, outcomes=outcomes, other=other, found=found)
     return StudyAnswer(front, pick, html)
 
 
@@ -126,12 +130,12 @@ def _outcomes(results: "pd.DataFrame", trials: list[str], tracker: Tracker) -> "
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
-def measured(state: StudyState, tracker: Tracker) -> "Measured":
-    """A study and its results as the report takes them."""
+def measured(state: StudyState, tracker: Tracker | None) -> "Measured":
+    """A study and its results as the report takes them. Without a tracker nothing is said of when it ran."""
     from analysis.stats.comparison import Measured
 
     prepared, study = state.prepared, state.prepared.study
-    started, finished = tracker.times()
+    started, finished = tracker.times() if tracker else (None, None)
     about = {
         "name": study.name,
         "model": study.model,

@@ -25,7 +25,7 @@ from analysis.page.gallery import (
 )
 from analysis.page.how_found import HowFound, rung_rows
 from analysis.page.sentences import bend_of, certainty, cost, differing, facts, headline, near_the_front
-from analysis.page.tables import agreement_rows, front_row, shared_rows, trial_table
+from analysis.page.tables import agreement_rows, front_row, shared_rows, trial_table, varied_axes
 from analysis.page.wrong_answers import wrong_answers
 from analysis.stats.bootstrap import measured_again
 from analysis.stats.comparison import Comparison, Measured, cautions, compare, moved
@@ -66,6 +66,8 @@ def render_report(
         plotly_js: put plotly.js in, packed (1.9 MB). Without it the file is small, and figures are drawn only where the
             page is put into one that has `Plotly`.
     """
+    if found:  # the grid was never to be run in full
+        study = {**study, "trials_planned": None}
     settings, pick = by_setting(results), recommend(results)
     pick_id = pick.trial_id if pick else None
     front = pareto_front(settings, _objectives(settings))
@@ -90,7 +92,7 @@ def render_report(
     drawn = [*plots, *([both["plot"]] if both and both["plot"] else [])]
     shown = table.trials.union(*(plot.trials for plot in drawn))
     controls = explorer(everything, settings, {trial: place for trial, (place, _) in lists.items()}, shown)
-    weighed = what_matters(results)
+    weighed, varied = what_matters(results), varied_axes(results)
     by_id = settings.set_index("trial_id", drop=False)
     return page_template("report.html").render(
         name=str(study["name"]),
@@ -103,9 +105,7 @@ def render_report(
         command=_command(study, pick, by_id, found) if pick else None,
         cost=cost(pick, baseline) if pick else [],
         certainty=certainty(study.get("n_items"), settings, pick, front, again) if pick else [],
-        front=[
-            front_row(by_id.loc[trial], again.chances[trial], lists.get(trial)) for trial in front.trial_ids
-        ],
+        front=[front_row(by_id.loc[id], varied, again.chances[id], lists.get(id)) for id in front.trial_ids],
         front_names=[TITLES.get(name, name) for name in front.objectives],
         knee=knee(front) if len(set(front.points)) > 1 else None,
         near=near_the_front(settings, front, again),

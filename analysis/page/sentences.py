@@ -117,7 +117,7 @@ def certainty(
 ) -> list[tuple[str, str]]:
     """(name, sentence) pairs on how far the pick can be trusted. settings: `by_setting(results)`."""
     metrics, n_settings = pick.metrics, len(comparable(settings, ("reliability",)))
-    said = [("Rule", pick.rule)]
+    said = []
     low, high = interval(metrics, "reliability")
     if math.isfinite(low):
         said.append(

@@ -134,13 +134,21 @@ def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Co
     return {"trial_id": row["trial_id"], "status": status, "cells": cells, "pick": row["trial_id"] in picked}
 
 
-def front_row(row: Mapping[str, Any], chance: float, wrong: tuple[int, WrongAnswers] | None) -> dict[str, Any]:
+def varied_axes(results: pd.DataFrame) -> tuple[str, ...]:
+    """Those that have several values in these trials, besides position and seed: the others are said once."""
+    names = (axis.name for axis in SWEPT if axis.name not in ("layer", "module", "seed"))
+    return tuple(name for name in names if results[name].nunique(dropna=False) > 1)
+
+
+def front_row(
+    row: Mapping[str, Any], varied: Sequence[str], chance: float, wrong: tuple[int, WrongAnswers] | None
+) -> dict[str, Any]:
     """A setting in the table of the front. wrong: the number of the list of its wrong answers, and that list."""
-    seeds = f", {row['n_seeds']} seeds" if row["n_seeds"] > 1 else ""
+    seeds = f"{row['n_seeds']} seeds" if row["n_seeds"] > 1 else ""
     return {
         "trial_id": row["trial_id"],
         "position": place_of(row),
-        "settings": setting_text(row) + seeds,
+        "settings": ", ".join(filter(None, (setting_text(row, varied), seeds))),
         "shares": [(percent(row[name]), share_interval(*interval(row, name))) for name in FRACTIONS],
         "capability": percent(row["capability"]),
         "change": points(row["capability_change"]),

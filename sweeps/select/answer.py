@@ -7,18 +7,17 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from analysis.page.selection_page import Ranked, RungRun, render_selection
+from analysis.page.how_found import HowFound, RungOfRuns, RungRun
+from analysis.page.report import render_report
 from analysis.stats.bootstrap import chances
-from analysis.stats.choice import outcome_of
-from analysis.stats.intervals import expected
 from analysis.stats.pick import RULE
-from analysis.stats.table import by_setting
+from analysis.stats.table import by_setting, expected
 from analysis.stats.wording import number, percent, plural, seconds
+from sweeps.answer import answer_of, measured
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
 from sweeps.select.request import METHOD
 from sweeps.select.selection import Selection
-from sweeps.study.reader import study_to_yaml
 from sweeps.tracking.outbox import with_retries
 from sweeps.tracking.registry import register_position
 from sweeps.tracking.store import TrackingError
@@ -43,7 +42,7 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Sele
     position_file: its name, for the command shown. If the store stays away, the answer is given all the same and says so.
     """
     content = _position(selection)
-    answer = SelectionAnswer(content, _page(selection, content, position_file))
+    answer = SelectionAnswer(content, _page(selection, tracker, content, position_file))
     try:
         with_retries(partial(_record, selection, tracker, answer))
         if content:
@@ -141,77 +140,53 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
     }
 
 
-def _page(selection: Selection, content: dict[str, Any] | None, position_file: str) -> str:
-    request, study, facts = selection.request, selection.request.study, selection.request.facts
-    share = selection.spent_seconds / selection.grid_seconds
+def _page(selection: Selection, tracker: Tracker, content: dict[str, Any] | None, position_file: str) -> str:
+    """The report of the selection's study, with how the answer was found."""
+    found = _how_found(selection, content, position_file)
+    try:
+        return with_retries(lambda: answer_of(selection.state, tracker, found=found).report_html)
+    except TrackingError:  # without the answers to single prompts, which the store has
+        own = measured(selection.state, None)
+        return render_report(own.study, own.results, baseline=own.baseline, found=found)
+
+
+def _how_found(selection: Selection, content: dict[str, Any] | None, position_file: str) -> HowFound:
+    request, study, budget = selection.request, selection.request.study, selection.request.budget
     model, source = shlex.quote(study.model), shlex.quote(study.edits.source)
-    budget = request.budget
     asked = f"{budget.minutes:g} minutes" if budget.share is None else f"{percent(budget.share)} of the grid's cost"
-    grid = seconds(selection.grid_seconds / selection.concurrent)
+    share = percent(selection.spent_seconds / selection.grid_seconds)
     limit = "" if study.edits.limit is None else f" --limit {study.edits.limit}"
-    settings = (
-        f"{study.space.pipeline[0].replace('_', '-')}, {study.space.batch_size[0]} edits a step, at most {study.epochs} epochs,"
-        f" Adam, loss averaged by {study.space.loss_average[0]}"
-    )
-    unedited = ", ".join(f"{name} {number(value)}" for name, value in selection.state.baseline.items())
-    about = {
-        "model": study.model,
-        "pick": content and {"position": content["position"], "rate": number(content["settings"]["learning_rate"])},
-        "lead": f"For {plural(facts.n_edits, 'edit')} like those of {study.edits.source}, found with {percent(share)} of"
-        " the full grid's cost.",
-        "command": f"locft edit {model} --edits {source}{limit} --position {shlex.quote(position_file)} --out edited",
-        "settings": settings,
-        "level_edits": facts.n_edits,
-        "how": _how(selection),
-        "caveat": f"This is {UNMEASURED}." if content and not content["predicted"] else None,
-        "facts": [
-            ("Model", f"{study.model}, {facts.n_layers} layers, fingerprint {facts.model_fingerprint}"),
-            ("Edits", f"{plural(facts.n_edits, 'edit')} of {study.edits.source}"),
-            ("Capability", request.capability_source),
-            ("Unedited", unedited),
+    unmeasured = None
+    if content and not content["predicted"]:
+        rate = content["settings"]["learning_rate"]
+        unmeasured = f"Edit at {content['position']} with learning rate {number(rate)}: this is {UNMEASURED}."
+    return HowFound(
+        how="The probe reads gradients of the unedited model over some edits and some prose, and orders all"
+        f" {plural(len(selection.candidates), 'position')} by what learning would disturb there; the same gradients set each"
+        " position's learning rate. Half of the budget runs the first of them; most of the rest runs the best of each kind"
+        " of module, the kinds in turn, so that each gets the same time. What is kept goes to a gentler learning rate and"
+        " further seeds of the leaders.",
+        command=f"locft edit {model} --edits {source}{limit} --position {shlex.quote(position_file)} --out edited",
+        facts=(
             ("Budget", asked + (" (it ended the selection)" if selection.ending == "out_of_time" else "")),
             (
                 "Cost",
-                f"{plural(len(selection.finished), 'run')}, {seconds(selection.wall_seconds)} in all; the grid of"
-                f" {plural(len(selection.candidates), 'position')} would take about {grid}",
+                f"{plural(len(selection.finished), 'run')}, {seconds(selection.wall_seconds)} in all: {share} of the cost of"
+                f" the grid of {plural(len(selection.candidates), 'position')}, which would take about"
+                f" {seconds(selection.grid_seconds / selection.concurrent)}",
             ),
             ("Method", f"{METHOD}, seed {request.seed}"),
-        ],
-        "settings_yaml": study_to_yaml(study),
-    }
-    probe = [(c.layer, c.module, c.disturbance) for c in selection.candidates]
-    return render_selection(about, _ranking(selection), _rungs(selection), probe)
-
-
-def _ranking(selection: Selection) -> list[Ranked]:
-    chance = chances(by_setting(selection.state.results), seed=selection.request.seed)
-    return [
-        Ranked(
-            f"{row['layer']}.{row['module']}", row["layer"], row["module"], row["learning_rate"], row["n_seeds"],
-            outcome_of(row), chance[row["trial_id"]],
-        )
-        for row in selection.ranking.to_dict("records")
-    ]  # fmt: skip
-
-
-def _how(selection: Selection) -> str:
-    return (
-        "The probe reads gradients of the unedited model over some edits and some prose, and orders all"
-        f" {plural(len(selection.candidates), 'position')} by what learning would disturb there; the same gradients set each"
-        " position's learning rate. Half of the budget runs the first of them; most of the rest runs the best of each kind of"
-        " module, the kinds in turn, so that each gets the same time. What is kept goes to a gentler learning rate and"
-        " further seeds of the leaders."
+        ),
+        probe=tuple((one.layer, one.module, one.disturbance) for one in selection.candidates),
+        rungs=tuple(
+            RungOfRuns(
+                rung.name,
+                rung.why,
+                tuple(
+                    RungRun(request.config(run).id, run.position, run.learning_rate, run.seed) for run in rung.runs
+                ),
+            )
+            for rung in selection.rungs
+        ),
+        unmeasured=unmeasured,
     )
-
-
-def _rungs(selection: Selection) -> list[tuple[str, str, list[RungRun]]]:
-    return [(rung.name, rung.why, [_rung_run(selection, run) for run in rung.runs]) for rung in selection.rungs]
-
-
-def _rung_run(selection: Selection, run: Run) -> RungRun:
-    finished = selection.finished
-    rows = finished[finished["trial_id"] == selection.request.config(run).id].to_dict("records")
-    ranking = selection.ranking
-    picked = len(ranking) > 0 and run.position == f"{ranking['layer'][0]}.{ranking['module'][0]}"
-    fate = "the pick" if rows and picked else "" if rows else "did not finish"
-    return RungRun(run.position, run.learning_rate, run.seed, True, outcome_of(rows[0]) if rows else None, fate, picked)
