@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from analysis.figures.style import ACCENT, BLUE, styled_figure, thinned
 from analysis.stats.axes import AXIS, SWEPT
 from analysis.stats.pareto import comparable
-from analysis.stats.table import FRACTIONS, SETTING_AXES, TITLES, axis_text, by_setting, done, setting_text
+from analysis.stats.table import FRACTIONS, SETTING_AXES, TITLES, by_setting, done, setting_text, value_text
 from analysis.stats.wording import escaped
 
 MAX_CURVES = 150
@@ -256,7 +256,7 @@ def _axis(name: str, values: pd.Series) -> ParallelAxis:
         given.sort(key=[*axis.choices, *given].index if axis.choices else None)
     place = {value: math.log10(value) if axis.log else float(i) for i, value in enumerate(given)}
     shown = given if len(given) <= 8 else [given[0], given[-1]]
-    texts = tuple((place[value], escaped(axis_text(name, value).removeprefix(axis.short))) for value in shown)
+    texts = tuple((place[value], escaped(value_text(name, value))) for value in shown)
     return ParallelAxis(name, label, tuple(place[value] for value in values), texts)
 
 

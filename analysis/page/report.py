@@ -27,7 +27,7 @@ from analysis.page.how_found import HowFound, rung_rows
 from analysis.page.sentences import bend_of, certainty, cost, differing, facts, headline, near_the_front
 from analysis.page.tables import agreement_rows, front_row, shared_rows, trial_table, varied_axes
 from analysis.page.wrong_answers import wrong_answers
-from analysis.stats.bootstrap import measured_again
+from analysis.stats.bootstrap import MeasuredAgain, measured_again
 from analysis.stats.comparison import Comparison, Measured, cautions, compare, moved
 from analysis.stats.importance import importance_sentences, what_matters
 from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, knee, pareto_front
@@ -77,12 +77,7 @@ def render_report(
     compared = compare(Measured(study, results, baseline), other) if other else None
     wrong = wrong_answers(outcomes, settings, [*([pick_id] if pick_id else []), *front.trial_ids, *order], MAX_MISSES)
     lists = {item.trial_id: (place, item) for place, item in enumerate(wrong, 1)}
-    by_trial = {
-        trial: again.chances.get(row, math.nan)
-        for row, ids in zip(settings["trial_id"], settings["trial_ids"], strict=True)
-        for trial in ids
-    }
-    everything = results.assign(on_front=results["trial_id"].map(by_trial))
+    everything = results.assign(on_front=results["trial_id"].map(_by_trial(settings, again.chances)))
     if compared:
         frames = (everything, compared.studies[1].results)
         named = [frame.assign(study=name) for frame, name in zip(frames, compared.names, strict=True)]
@@ -106,14 +101,7 @@ def render_report(
         cost=cost(pick, baseline) if pick else [],
         certainty=certainty(study.get("n_items"), settings, pick, front, again) if pick else [],
         front=[front_row(by_id.loc[id], varied, again.chances[id], lists.get(id)) for id in front.trial_ids],
-        front_names=[TITLES.get(name, name) for name in front.objectives],
-        knee=knee(front) if len(set(front.points)) > 1 else None,
-        near=near_the_front(settings, front, again),
-        bend=bend_of(by_id, front, pick),
-        again=again,
-        hypervolume=f"{front.hypervolume:.3f}",
-        hypervolume_interval="{:.3f}, {:.3f}".format(*again.hypervolume),
-        reference=", ".join(number(x) for x in front.reference),
+        **_front(settings, front, again, pick),
         matters=importance_sentences(weighed),
         not_weighed=weighed.not_shown,
         weighed=importance_plot(weighed) if weighed.found else None,
@@ -130,6 +118,28 @@ def render_report(
         plotly_js=packed_plotly() if plotly_js and drawn else None,
         **_failures(results),
     )
+
+
+def _by_trial(settings: pd.DataFrame, chances: Mapping[str, float]) -> dict[str, float]:
+    """trial_id of each seed -> the chance of its setting."""
+    seeds = zip(settings["trial_id"], settings["trial_ids"], strict=True)
+    return {trial: chances.get(setting, math.nan) for setting, trials in seeds for trial in trials}
+
+
+def _front(
+    settings: pd.DataFrame, front: ParetoFront, again: MeasuredAgain, pick: Recommendation | None
+) -> dict[str, Any]:
+    """What the page says of the front above its table."""
+    return {
+        "front_names": [TITLES.get(name, name) for name in front.objectives],
+        "knee": knee(front) if len(set(front.points)) > 1 else None,
+        "near": near_the_front(settings, front, again),
+        "bend": bend_of(settings.set_index("trial_id"), front, pick),
+        "again": again,
+        "hypervolume": f"{front.hypervolume:.3f}",
+        "hypervolume_interval": "{:.3f}, {:.3f}".format(*again.hypervolume),
+        "reference": ", ".join(number(x) for x in front.reference),
+    }
 
 
 def _objectives(settings: pd.DataFrame) -> tuple[str, str]:

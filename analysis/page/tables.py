@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pandas as pd
 from analysis.page.wrong_answers import WrongAnswers
 from analysis.stats.axes import AXIS, SWEPT
 from analysis.stats.comparison import Comparison, place_of
-from analysis.stats.table import FRACTIONS, TITLES, axis_text, interval, seed_range, setting_text
+from analysis.stats.table import FRACTIONS, TITLES, axis_text, interval, seed_range, setting_text, value_text
 from analysis.stats.wording import (
     ABSENT,
     MINUS,
@@ -47,7 +48,7 @@ class TableColumn:
 def _axis_column(name: str) -> TableColumn:
     axis = AXIS[name]
     title = axis.short.strip() or axis.title
-    return TableColumn(name, title, "", lambda value: axis_text(name, value).removeprefix(axis.short), axis.type is str)
+    return TableColumn(name, title, "", partial(value_text, name), axis.type is str)
 
 
 _COLUMNS = (

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from analysis.stats.axes import SWEPT
 from analysis.stats.pick import Recommendation, best_by_position, recommend
-from analysis.stats.table import TITLES, Z95, axis_text, by_setting
+from analysis.stats.table import TITLES, Z95, by_setting, value_text
 from analysis.stats.wording import number, points, when
 
 Row = Mapping[str, Any]
@@ -145,7 +145,7 @@ def cautions(found: Comparison) -> list[str]:
         if axis.name in ("layer", "module", "seed"):
             continue
         values = [study.results[axis.name].dropna().unique() for study in found.studies]
-        a, b = (", ".join(axis_text(axis.name, one).removeprefix(axis.short) for one in sorted(side)) for side in values)
+        a, b = (", ".join(value_text(axis.name, one) for one in sorted(side)) for side in values)
         if a != b:
             said.append(f"They differ in {axis.title} ({a} here, {b} there); the best setting of a position stands for it.")
     return said

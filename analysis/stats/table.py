@@ -291,10 +291,15 @@ def _settings_of(frame: pd.DataFrame) -> list[tuple]:
     return [tuple(None if _absent(value) else value for value in row) for row in rows]
 
 
+def value_text(name: str, value: Any) -> str:
+    """A value on an axis in words: "0.004", "breadth-first"."""
+    return value.replace("_", "-") if AXIS[name].choices and isinstance(value, str) else number(value)
+
+
 def axis_text(name: str, value: Any) -> str:
-    """A value on an axis in words: "rate 0.004", "breadth-first"."""
+    """The same with what tells it from other numbers: "rate 0.004"."""
     axis = AXIS[name]
-    return axis.short + (value.replace("_", "-") if axis.choices and isinstance(value, str) else number(value))
+    return (axis.short or ("" if axis.type is str else f"{axis.title} ")) + value_text(name, value)
 
 
 def setting_text(row: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
