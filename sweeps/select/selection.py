@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from analysis.stats.pick import ranked
-from analysis.stats.table import by_setting
+from analysis.stats.table import by_setting, done
 from locft.data.suites import load_suite
 from locft.measure.capability import encode_suite
 from locft.model.models import load_model
@@ -69,14 +69,9 @@ class Selection:
         return ranked(by_setting(self.state.results))
 
     @property
-    def finished(self) -> pd.DataFrame:
-        """The trials that are done."""
-        return self.state.results[self.state.results["status"] == "done"]
-
-    @property
     def spent_seconds(self) -> float:
-        """Of one worker, all finished trials together."""
-        return float(self.finished["seconds"].sum())
+        """Seconds of one worker that all finished trials took together."""
+        return float(done(self.state.results)["seconds"].sum())
 
 
 class SelectionReporter(Reporter, Protocol):
@@ -162,7 +157,7 @@ def _survey(
 
 def _finished(request: SelectionRequest, results: pd.DataFrame) -> list[tuple[Run, dict[str, Any]]]:
     """The runs of the request that are done, with their rows."""
-    rows = results[results["status"] == "done"].to_dict("records")
+    rows = done(results).to_dict("records")
     return [(run, row) for row in rows if (run := request.run(config_of_row(row)))]
 
 
