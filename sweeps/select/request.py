@@ -124,7 +124,8 @@ def _study_problems(study: Study) -> Iterator[str]:
         yield "space.seed: a selection chooses seeds itself; leave it out"
     for limit in ("minutes", "trials"):
         if (value := getattr(study.budget, limit)) is not None:
-            yield f"budget.{limit}: got {value:g}; a selection has its own, see --budget-share and --budget-minutes"
+            own = "a selection has budgets of its own, see --budget-share and --budget-minutes"
+            yield f"budget.{limit}: got {value:g}; {own}"
     if study.search.method != "grid":
         yield f"search.method: got {study.search.method}; a selection searches in its own way"
 
