@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -139,7 +140,8 @@ def _survey(
             patience=partial(patience_seconds, facts=request.facts, resources=study.resources),
         )
     results = tracker.load_results()
-    results = results[[request.run(config_of_row(row)) is not None for row in results.to_dict("records")]].reset_index(drop=True)
+    own = np.array([request.run(config_of_row(row)) is not None for row in results.to_dict("records")], dtype=bool)
+    results = results[own].reset_index(drop=True)
     predicted, took = 0.0, 0.0
     for run, row in _finished(request, results):
         predicted, took = predicted + task.seconds(run), took + row["seconds"]
