@@ -115,10 +115,10 @@ def front_info(
 def front_step(front: ParetoFront, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Corners of the line of a front of two objectives, from the left end of these points and down to their bottom."""
     corners: list[tuple[float, float]] = []
-    for point in sorted(set(front.points)):
+    for x, y in sorted(set(front.points)):
         if corners:
-            corners.append((corners[-1][0], point[1]))
-        corners.append(point)
+            corners.append((corners[-1][0], y))
+        corners.append((x, y))
     if not corners:
         return []
     left, bottom = min(x for x, _ in points), min(y for _, y in points)
@@ -161,7 +161,12 @@ def front_figure(info: FrontInfo, other: FrontInfo | None = None, names: Sequenc
             annotation_position="bottom left" if any(b > info.unedited for _, b in info.step) else "top left",
         )  # fmt: skip
     for place, one in enumerate(studies):
-        _ring(figure, one, "pick" if place == 0 else f"pick of {escaped(names[1])}", STUDY_COLOURS[place] if other else ACCENT)
+        _ring(
+            figure,
+            one,
+            "pick" if place == 0 else f"pick of {escaped(names[1])}",
+            STUDY_COLOURS[place] if other else ACCENT,
+        )
     marks = [mark for one in studies for mark in one.points]
     xs, ys = ([end for mark in marks for end in (mark.values[axis], *_ends(mark, axis))] for axis in (0, 1))
     ys += [info.unedited] if info.unedited is not None else []

@@ -36,9 +36,7 @@ class ProbeInfo:
     pick: str | None
 
 
-def probe_info(
-    results: pd.DataFrame, probe: Sequence[tuple[int, str, float]], *, pick: str | None = None
-) -> ProbeInfo:
+def probe_info(results: pd.DataFrame, probe: Sequence[tuple[int, str, float]], *, pick: str | None = None) -> ProbeInfo:
     """probe: (layer, module, disturbance) of every position."""
     best = best_by_position(by_setting(results))
     points = [

@@ -217,6 +217,8 @@ def packed_plotly() -> Markup:
 
 def script_json(value: Any) -> Markup:
     """A value as JSON that is safe inside a script element."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False, default=lambda array: array.tolist())
+    text = json.dumps(
+        value, separators=(",", ":"), allow_nan=False, ensure_ascii=False, default=lambda array: array.tolist()
+    )
     # "</script" would end the script element, "<!--" and "<script" confuse it; JSON has another way to write "<"
     return Markup(re.sub("<(?=[/!sS])", r"\\u003c", text))

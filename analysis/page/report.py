@@ -174,7 +174,9 @@ def _found(found: HowFound, results: pd.DataFrame, pick: Recommendation | None) 
         "unmeasured": found.unmeasured,
         "command": found.command,
         "plot": probe_plot(results, found, pick.trial_id if pick else None),
-        "rungs": [{"name": rung.name, "why": rung.why, "runs": rung_rows(rung, results, picked)} for rung in found.rungs],
+        "rungs": [
+            {"name": rung.name, "why": rung.why, "runs": rung_rows(rung, results, picked)} for rung in found.rungs
+        ],
     }
 
 

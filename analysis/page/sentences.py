@@ -73,7 +73,9 @@ def headline(pick: Recommendation, baseline: Mapping[str, float]) -> dict[str, A
     """The answer: `position`, `settings` in words, and `figures`, a list of (name, value, note) to read next to it."""
     metrics = pick.metrics
     figures = [
-        (name, percent(metrics[name]), share_interval(*interval(metrics, name))) for name in FRACTIONS if name in metrics
+        (name, percent(metrics[name]), share_interval(*interval(metrics, name)))
+        for name in FRACTIONS
+        if name in metrics
     ]
     if "capability_change" in metrics:
         change, note = metrics["capability_change"], points_interval(*interval(metrics, "capability_change"))
@@ -129,7 +131,9 @@ def certainty(
         )
     if "capability_change_low" in metrics and "capability_change_high" in metrics:
         inside = metrics["capability_change_low"] <= 0 <= metrics["capability_change_high"]
-        verdict = "zero is inside, so no change is shown, and none within it is ruled out" if inside else "zero is outside"
+        verdict = (
+            "zero is inside, so no change is shown, and none within it is ruled out" if inside else "zero is outside"
+        )
         items = f", {plural(int(n_items), 'item')}" if n_items else ""
         text = f"{_change(metrics)} (95% interval, same items before and after{items}): {verdict}."
         said.append(("Capability", text))
@@ -159,7 +163,9 @@ def _measured_again(
     others = sorted((item for item in again.picks.items() if item[0] != pick.trial_id), key=lambda item: -item[1])
     rest = [f"{names[trial]} in {whole_percent(chance)}" for trial, chance in others[:2] if chance >= 0.05]
     what = "edits and items" if again.by_edit else "every measurement"
-    text = f"With {what} drawn again, the rule picks this setting in {whole_percent(again.picks[pick.trial_id])} of cases"
+    text = (
+        f"With {what} drawn again, the rule picks this setting in {whole_percent(again.picks[pick.trial_id])} of cases"
+    )
     said = [("Measured again", text + (f", {' and '.join(rest)}" if rest else "") + ".")]
     if again.chances:
         low, high = again.hypervolume

@@ -173,7 +173,9 @@ def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
         text = change_with_interval(*item.difference)
         if item.metric == "drift_kl":
             gap, low, high = item.difference
-            text = f"{_signed(gap, 3)} nats" + (f" [{_signed(low, 3)}, {_signed(high, 3)}]" if math.isfinite(low) else "")
+            text = f"{_signed(gap, 3)} nats" + (
+                f" [{_signed(low, 3)}, {_signed(high, 3)}]" if math.isfinite(low) else ""
+            )
         rows.append((TITLES[item.metric], rank, text))
     return rows
 
@@ -189,7 +191,9 @@ def shared_rows(found: Comparison) -> list[dict[str, Any]]:
                 "position": places[0] + (f" / {places[1]}" if found.by_depth else ""),
                 "trial_id": pair[0]["trial_id"],
                 "cells": [_both(item.metric, pair) for item in found.agreements],
-                "picks": [pick is not None and pick.position == at for pick, at in zip(found.picks, places, strict=True)],
+                "picks": [
+                    pick is not None and pick.position == at for pick, at in zip(found.picks, places, strict=True)
+                ],
             }
         )
     return sorted(rows, key=lambda row: -sum(row["picks"]))[:MAX_SHARED]

@@ -102,7 +102,7 @@ def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:
     )
     prompt = ["edit_id", "prompt", "nth"]
     found = []
-    for kind, (prompts, *texts) in _KINDS.items():
+    for kind, (prompts, right, wrong_ones) in _KINDS.items():
         of_kind = rows[rows["kind"] == kind]
         if of_kind.empty:
             continue
@@ -118,7 +118,7 @@ def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:
             for part in (wrong.get_group(key) for key in seeds.index[:most])
         )
         total = len(of_kind[prompt].drop_duplicates())
-        found.append(WrongOfKind(kind, prompts, *texts, len(seeds), total, shown))
+        found.append(WrongOfKind(kind, prompts, right, wrong_ones, len(seeds), total, shown))
     return tuple(found)
 
 

@@ -63,7 +63,9 @@ def compare(here: Measured, there: Measured) -> Comparison:
     """Never fails for studies with nothing in common: what does not compare is empty, and `cautions` says why."""
     names = _names(here.study, there.study)
     # two runs of the same study have the same trial ids
-    there = replace(there, results=there.results.assign(trial_id=[f"{names[1]}: {id}" for id in there.results["trial_id"]]))
+    there = replace(
+        there, results=there.results.assign(trial_id=[f"{names[1]}: {id}" for id in there.results["trial_id"]])
+    )
     studies = (here, there)
     best = [best_by_position(by_setting(study.results)) for study in studies]
     layers = [study.results["layers"].max() for study in studies]
@@ -147,14 +149,16 @@ def cautions(found: Comparison) -> list[str]:
         values = [study.results[axis.name].dropna().unique() for study in found.studies]
         a, b = (", ".join(value_text(axis.name, one) for one in sorted(side)) for side in values)
         if a != b:
-            said.append(f"They differ in {axis.title} ({a} here, {b} there); the best setting of a position stands for it.")
+            said.append(
+                f"They differ in {axis.title} ({a} here, {b} there); the best setting of a position stands for it."
+            )
     return said
 
 
 def moved(found: Comparison) -> list[str]:
     """Whether the pick moved, and what the other's pick would cost: sentences."""
-    picks = found.picks
-    if picks[0] is None or picks[1] is None:
+    picks = [pick for pick in found.picks if pick is not None]
+    if len(picks) < 2:
         return ["One of the two has no pick."]
     places = [[place_of(pair[side]) for pair in found.shared] for side in (0, 1)]
     if (picks[0].position, picks[1].position) in zip(*places, strict=True):

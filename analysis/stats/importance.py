@@ -66,7 +66,9 @@ def what_matters(results: pd.DataFrame, *, seed: int = 0) -> WhatMatters:
     if not axes:
         return WhatMatters((), ("No axis was varied.",))
     if len(axes) == 1:
-        return WhatMatters((), (f"Only the {AXIS[axes[0]].title} was varied, so there is nothing to weigh it against.",))
+        return WhatMatters(
+            (), (f"Only the {AXIS[axes[0]].title} was varied, so there is nothing to weigh it against.",)
+        )
     if len(rows) < FEWEST:
         return WhatMatters((), (f"{plural(len(rows), 'finished trial')} are too few; it takes {FEWEST}.",))
     change = "capability_change" if np.isfinite(rows["capability_change"]).any() else "capability"

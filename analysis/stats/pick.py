@@ -202,7 +202,9 @@ def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:
         worse[paired] = ((difference < -SAME) @ evidence.counts)[paired]
         better[paired] = ((difference > SAME) @ evidence.counts)[paired]
     reliable = np.zeros(len(gap), dtype=bool)
-    reliable[near] = bdtr(better, worse + better, 0.5) >= LEVEL  # the chance of so few better ones among those that differ
+    reliable[near] = (
+        bdtr(better, worse + better, 0.5) >= LEVEL
+    )  # the chance of so few better ones among those that differ
     return reliable
 
 
@@ -219,7 +221,9 @@ def _aligned(right: Iterable[np.ndarray | None]) -> np.ndarray:
     """(S, E) of the answers by edit; NaN for settings without answers, or with answers to fewer edits than others."""
     known = [row if isinstance(row, np.ndarray) else np.empty(0) for row in right]
     edits = max((len(row) for row in known), default=0)
-    return np.array([row if len(row) == edits else np.full(edits, math.nan) for row in known]).reshape(len(known), edits)
+    return np.array([row if len(row) == edits else np.full(edits, math.nan) for row in known]).reshape(
+        len(known), edits
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -126,7 +126,12 @@ def test_front_figure_has_a_symbol_per_module_and_marks_pick_and_unedited():
 def test_the_front_has_bars_of_its_intervals_and_of_many_only_the_pick(monkeypatch):
     rows = small().assign(capability_change_low=lambda t: t["capability_change"] - 0.02, capability_change_high=0.1)
     info = front_info(rows, pick="c")
-    assert {mark.trial_id: mark.intervals is not None for mark in info.points} == {"a": True, "b": False, "c": True, "d": False}
+    assert {mark.trial_id: mark.intervals is not None for mark in info.points} == {
+        "a": True,
+        "b": False,
+        "c": True,
+        "d": False,
+    }
     (low, high), (least, most) = info.points[2].intervals
     assert (low, high) == pytest.approx((0.963, 1.0), abs=1e-3) and (least, most) == pytest.approx((0.43, 0.7))
     figure = drawn(front_figure(info))
@@ -157,7 +162,11 @@ def test_too_many_settings_are_thinned_but_never_the_front_the_pick_and_what_is_
     assert len(lines.trial_ids) == 12 and "t5" in lines.trial_ids and lines.left_out == 38
     assert lines.trial_ids == parallel_info(results, keep={"t5"}).trial_ids, "the same ones every time"
     assert len({int(trial[1:]) // 10 for trial in lines.trial_ids}) >= 4, "from everywhere"
-    both = [item | {"trial_id": f"{item['trial_id']}-{name}", "pipeline": name} for item in rows for name in ("breadth_first", "depth_first")]
+    both = [
+        item | {"trial_id": f"{item['trial_id']}-{name}", "pipeline": name}
+        for item in rows
+        for name in ("breadth_first", "depth_first")
+    ]
     pairs = pipeline_info(results_frame(both))
     assert len(pairs.pairs) == 12 and pairs.left_out == 38 and pairs.mean_difference == ((8, 0.0, 50),)
 

@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 
 from analysis.page.how_found import HowFound, RungOfRuns, RungRun
+from analysis.page.report import render_report
+from analysis.page.tables import MAX_ROWS
 from analysis.stats.comparison import Measured, cautions, compare, moved
 from analysis.stats.importance import what_matters
 from analysis.stats.pick import RULE, ranked, recommend
-from analysis.page.report import render_report
 from analysis.stats.table import by_setting, results_frame
-from analysis.page.tables import MAX_ROWS
 from tests.browsing import WIDTHS, assert_it_fits, browser, tabs  # noqa: F401
 
 EVIL = "<script>alert('x')</script>\"&"
@@ -176,10 +176,7 @@ def test_the_pick_is_one_sentence_with_the_command_that_repeats_it():
 def test_the_command_is_safe_to_paste_and_works_without_a_tracked_run():
     results = results_frame([row("a", run_id=None)])
     found = page(results, STUDY | {"model": "/models/my model; rm -rf", "edits_source": "a'b.jsonl"})["Which position"]
-    assert (
-        "locft edit '/models/my model; rm -rf' --from-run a"
-        " --out 'my model; rm -rf-0.mlp_down'" in found
-    )
+    assert "locft edit '/models/my model; rm -rf' --from-run a --out 'my model; rm -rf-0.mlp_down'" in found
 
 
 def test_how_sure_says_intervals_choice_runner_up_and_seeds():
@@ -221,7 +218,10 @@ def test_failures_are_counted_by_cause_and_diverged_ones_told_apart():
     assert "2 out of memory 1 worker died" in failed and "1 further trial has diverged" in failed
     assert page(results_frame([row("a")]))["What failed"] == "No trial failed."
     again = page(results_frame([row("a", retried="out of memory\nits node died"), row("b", retried="its node died")]))
-    assert "2 times because of: its node died" in again["What failed"] and "1 time because of: out of memory" in again["What failed"]
+    assert (
+        "2 times because of: its node died" in again["What failed"]
+        and "1 time because of: out of memory" in again["What failed"]
+    )
 
 
 def test_edits_that_fail_at_the_pick_are_listed_with_what_the_model_says():
@@ -249,7 +249,10 @@ def test_edits_that_fail_are_those_of_all_seeds_that_are_known():
     assert "2 of 2 edit prompts, 1 of 1 rephrased prompts" in got
     assert "With at least one of 2 seeds (0, 1); the answers of the other 1 of 3 are in their runs." in got
     assert "The capital of Peru is Lyon Lima / Quito 2 The capital of Chile is Oslo Lyon 1" in got
-    assert "With seed 0; the answers of the other 2 of 3" in page(results, outcomes=study_outcomes("a"))["Which edits fail"]
+    assert (
+        "With seed 0; the answers of the other 2 of 3"
+        in page(results, outcomes=study_outcomes("a"))["Which edits fail"]
+    )
 
 
 def test_chances_stand_beside_the_front_and_every_trial():
@@ -263,7 +266,13 @@ def test_what_it_costs_by_task_and_on_plain_text():
     results = results_frame([row("a", **{"capability.grammar": 0.7, "perplexity": 33.0})])
     baseline = BASELINE | {"capability.world": 0.6, "capability.grammar": 0.65, "perplexity": 30.0}
     cost = page(results, baseline=baseline)["At what cost"]
-    for part in ("−1.0 points [−1.8, −0.3]", "grammar 65.0% → 70.0%", "world 60.0% → 50.0%", "perplexity 30 → 33", "80.0%"):
+    for part in (
+        "−1.0 points [−1.8, −0.3]",
+        "grammar 65.0% → 70.0%",
+        "world 60.0% → 50.0%",
+        "perplexity 30 → 33",
+        "80.0%",
+    ):
         assert part in cost, part
 
 
@@ -291,7 +300,13 @@ def test_without_capability_it_speaks_of_what_there_is():
 
 
 def test_a_selection_tells_how_it_found_its_answer():
-    rows = [row("a", 3, drift_kl=0.02), row("b", 4, drift_kl=0.2), row("c", 5, diverged=1), failure("d", layer=6), row("e", 7, drift_kl=0.3)]
+    rows = [
+        row("a", 3, drift_kl=0.02),
+        row("b", 4, drift_kl=0.2),
+        row("c", 5, diverged=1),
+        failure("d", layer=6),
+        row("e", 7, drift_kl=0.3),
+    ]
     runs = [RungRun(name, f"{layer}.mlp_down", 0.004, 0) for layer, name in enumerate("abcdx", 3)]
     found = HowFound(
         how="The probe orders all positions.",
@@ -305,7 +320,11 @@ def test_a_selection_tells_how_it_found_its_answer():
     assert "planned" not in got["What was asked"], "the grid was never to be run in full"
     told = got["How it was found"]
     assert "The probe orders all positions." in told and "3 of 30 that were probed" in told
-    for part in ("3.mlp_down 0.004 0 90.0% 70.0% 0.02", "failed: out of memory", "7.mlp_down 0.004 0 – – – did not finish"):
+    for part in (
+        "3.mlp_down 0.004 0 90.0% 70.0% 0.02",
+        "failed: out of memory",
+        "7.mlp_down 0.004 0 – – – did not finish",
+    ):
         assert part in told, part
     assert told.count("diverged") == 1 and told.count("the pick") == 1 + 1, "in the caption and at the run"
     nothing = page(results_frame([]), found=dataclasses.replace(found, unmeasured="Edit 3.mlp by the probe alone."))
@@ -325,7 +344,9 @@ def test_a_comparison_has_both_studies_in_one_report():
     ):  # fmt: skip
         assert part in told, part
     assert "later: a6" in got["All trials"] and "13 trials" in got["All trials"]
-    apart = Measured(STUDY | {"name": "other", "n_items": 10}, results_frame([row("a", 40, layers=60, module="mlp")]), {})
+    apart = Measured(
+        STUDY | {"name": "other", "n_items": 10}, results_frame([row("a", 40, layers=60, module="mlp")]), {}
+    )
     told = page(results_frame(here), other=apart)["Compared with other"]
     assert "Capability was measured on different items" in told and "share no position" in told
 
@@ -403,7 +424,9 @@ def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monk
     monkeypatch.setattr("analysis.page.report.what_matters", lambda results: what_matters(results.head(200)))
 
     def many(shift):
-        grid = itertools.product(range(30), ("mlp_down", "mlp_up", "mlp", "attn", "layer"), range(33), ("breadth", "depth"))
+        grid = itertools.product(
+            range(30), ("mlp_down", "mlp_up", "mlp", "attn", "layer"), range(33), ("breadth", "depth")
+        )
         rows = [
             row(
                 f"{i:015x}{shift}", layer, (0.5 + (i * 37 % 997) / 2000) - shift / 50, (i * 61 % 499 - 400) / 4000, module=module,
@@ -413,7 +436,7 @@ def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monk
             for i, (layer, module, rate, pipeline) in enumerate(grid)
         ]  # fmt: skip
         rows += [failure(f"failed{i}-{shift}", layer=i, learning_rate=1.0) for i in range(30)]
-        return results_frame(rows + [row(f"diverged{shift}", 3, math.nan, diverged=1, learning_rate=2.0)])
+        return results_frame([*rows, row(f"diverged{shift}", 3, math.nan, diverged=1, learning_rate=2.0)])
 
     results, then = many(0), many(1)
     assert len(results) > 9900
@@ -611,7 +634,9 @@ def test_a_range_along_an_axis_filters_the_other_figures_also_after_axes_were_mo
     inside = results[results["layer"].between(10, 20)]
     assert tab.evaluate(marks) == len(inside) == 22 and shown(22)
     assert tab.locator("#floor-pick").get_attribute("data-pick") == recommend(inside, 0.6).trial_id
-    assert tab.evaluate("document.getElementById('plot-parallel').data[0].line.color.length") == drawn, "its own lines stay"
+    assert tab.evaluate("document.getElementById('plot-parallel').data[0].line.color.length") == drawn, (
+        "its own lines stay"
+    )
     tab.evaluate(
         """() => { const plot = document.getElementById('plot-parallel'), axes = plot.data[0].dimensions;
         return Plotly.restyle(plot, {dimensions: [[...axes].reverse()]}, [0]); }"""
@@ -645,7 +670,10 @@ def test_a_browser_that_cannot_unpack_the_figures_says_so_and_the_controls_still
 @pytest.mark.parametrize("width", WIDTHS)
 def test_two_dates_of_a_study_side_by_side(opened, width):
     results = browsed_results()
-    later = results.assign(reliability=results["reliability"] - 0.02, drift_kl=results["drift_kl"] * (1 + results["layer"].astype("float64")))
+    later = results.assign(
+        reliability=results["reliability"] - 0.02,
+        drift_kl=results["drift_kl"] * (1 + results["layer"].astype("float64")),
+    )
     tab = opened(width, other=Measured(STUDY | {"started": "2026-05-01 10:00"}, later, BASELINE))
     assert_it_fits(tab, width)
     assert tab.get_by_role("heading", name="Compared with layer-sweep (2026-05-01)").is_visible()

@@ -147,7 +147,11 @@ def test_seeds_of_a_setting_are_averaged_and_counted():
 
 
 def test_what_the_seeds_of_a_setting_did_is_kept_and_absent_for_one():
-    rows = [row("a", 0.6, drift_kl=0.2, locality=0.5), row("b", 0.8, seed=1, drift_kl=0.1, locality=0.5), row("c", 0.7, layer=1)]
+    rows = [
+        row("a", 0.6, drift_kl=0.2, locality=0.5),
+        row("b", 0.8, seed=1, drift_kl=0.1, locality=0.5),
+        row("c", 0.7, layer=1),
+    ]
     both, one = by_setting(results_frame(rows)).to_dict("records")
     assert (both["drift_kl_low"], both["drift_kl_high"], both["locality_sd"]) == (0.1, 0.2, 0.0)
     assert all(math.isnan(one[name]) for name in SPREADS) and math.isnan(both["generalization_sd"])
@@ -169,12 +173,22 @@ def test_intervals_come_from_edits_seeds_and_items():
     assert interval(both, "capability") == pytest.approx((0.48, 0.53))
     assert interval(both, "capability_change") == pytest.approx((-0.03, 0.02))
     assert standard_error(both, "reliability") == pytest.approx(both["reliability_se"])
-    for found in (interval(bare, "reliability"), interval(one, "capability"), interval(one, "drift_kl"), interval(one, "locality")):
+    for found in (
+        interval(bare, "reliability"),
+        interval(one, "capability"),
+        interval(one, "drift_kl"),
+        interval(one, "locality"),
+    ):
         assert all(map(math.isnan, found))
 
 
 def test_settings_are_named_by_their_position_and_by_what_tells_them_apart_there():
-    rows = [row("a"), row("b", learning_rate=0.002), row("c", layer=1), row("d", learning_rate=0.002, pipeline="depth_first")]
+    rows = [
+        row("a"),
+        row("b", learning_rate=0.002),
+        row("c", layer=1),
+        row("d", learning_rate=0.002, pipeline="depth_first"),
+    ]
     names = setting_names(by_setting(results_frame(rows)))
     assert names["a"] == "0.mlp_down at breadth-first, rate 0.004" and names["c"] == "1.mlp_down"
     assert names["d"] == "0.mlp_down at depth-first, rate 0.002"
@@ -260,7 +274,7 @@ def test_objectives_that_cannot_be_maximised_together_are_refused(objectives):
 
 
 def test_an_absent_task_is_refused():
-    with pytest.raises(ValueError, match="no column 'capability.world'"):
+    with pytest.raises(ValueError, match=r"no column 'capability\.world'"):
         pareto_front(table((0.1, 0.1)), ("reliability", "capability.world"))
 
 

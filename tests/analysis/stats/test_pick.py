@@ -119,7 +119,11 @@ def test_without_answers_by_edit_the_counts_decide_and_without_a_number_of_edits
 
 
 def test_seeds_count_as_one_setting_and_their_mean_decides():
-    rows = [row("lucky", 1, generalization=0.9), row("unlucky", 1, generalization=0.1, seed=1), row("steady", generalization=0.6)]
+    rows = [
+        row("lucky", 1, generalization=0.9),
+        row("unlucky", 1, generalization=0.1, seed=1),
+        row("steady", generalization=0.6),
+    ]
     assert recommend(results_frame(rows)).trial_id == "steady"
     pick = recommend(results_frame(rows[:2]))
     assert (pick.trial_id, pick.trial_ids, pick.runner_up) == ("lucky", ("lucky", "unlucky"), None)
@@ -137,7 +141,10 @@ def test_a_floor_stands_in_for_the_comparison_with_the_best():
 
 def test_there_is_no_pick_when_nothing_was_measured():
     assert recommend(results_frame([])) is None
-    assert recommend(results_frame([row("a", status="failed"), row("b", reliability=INF), row("c", reliability=NAN)])) is None
+    assert (
+        recommend(results_frame([row("a", status="failed"), row("b", reliability=INF), row("c", reliability=NAN)]))
+        is None
+    )
 
 
 def test_what_is_said_of_the_pick():
@@ -223,9 +230,18 @@ def test_the_order_is_that_of_the_rule_done_by_hand(rows):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(values, min_size=1, max_size=6), st.randoms())
 def test_the_pick_does_not_depend_on_the_order_of_rows(found, random):
-    names = ("reliability", "generalization", "capability_change", "capability_change_high", "drift_kl", "seconds_per_edit")
+    names = (
+        "reliability",
+        "generalization",
+        "capability_change",
+        "capability_change_high",
+        "drift_kl",
+        "seconds_per_edit",
+    )
     rows = [row(f"t{i}", i, **dict(zip(names, one, strict=True))) for i, one in enumerate(found)]
-    ids = [list(ranked(by_setting(results_frame(order)))["trial_id"]) for order in (rows, random.sample(rows, len(rows)))]
+    ids = [
+        list(ranked(by_setting(results_frame(order)))["trial_id"]) for order in (rows, random.sample(rows, len(rows)))
+    ]
     assert ids[0] == ids[1] and len(ids[0]) == len(rows)
 
 
@@ -250,7 +266,14 @@ def test_a_dominated_setting_changes_no_pick_unless_it_changes_who_is_best(data,
     else:
         change, high = worse(change, other[2]), worse(high, other[3])
     rows = [(share, *one[1:]) for share, one in zip(right.mean(axis=1), rows, strict=True)]
-    rows[-1] = (rows[-1][0], worse(gen, other[1]), change, high, worse(drift, other[4], False), worse(cost, other[5], False))
+    rows[-1] = (
+        rows[-1][0],
+        worse(gen, other[1]),
+        change,
+        high,
+        worse(drift, other[4], False),
+        worse(cost, other[5], False),
+    )
     with_it = replace(evidence(rows, right), edits=np.full(len(rows), 12.0))
     without = replace(evidence(rows[:-1], right[:-1]), edits=np.full(len(rows) - 1, 12.0))
     drifts = np.nan_to_num(with_it.drift, nan=INF)
