@@ -58,7 +58,6 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
             baseline,
             layers=inputs.layers,
             on_disk=True,
-            full_model=inputs.full_model,
         )
     return _resident[inputs.key]
 

@@ -23,11 +23,8 @@ SENTENCE_TOKENS = 12
 """Usual length of a generated answer in tokens, for estimates."""
 
 
-def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
-    """Resolve a study. Raises one InputError with the problems of model, edits and capability files together.
-
-    edits: in place of those that the study names.
-    """
+def prepare(study: Study) -> PreparedStudy:
+    """Resolve a study. Raises one InputError with the problems of model, edits and capability files together."""
     from locft.data.suites import load_suite
     from locft.model.models import folder_fingerprint, load_structure, load_tokenizer, model_folder
     from locft.model.positions import list_positions, n_layers
@@ -50,10 +47,8 @@ def prepare(study: Study, edits: "EditSet | None" = None) -> PreparedStudy:
         modules.setdefault(info.position.layer, []).append(info.position.module)
     if positions:
         attempt(lambda: check_against_model(study, n_layers(structure), modules))
-    named = study.edits
-    if edits is None:
-        edits = attempt(lambda: load_edits(named.source, limit=named.limit, sample_seed=named.sample_seed))
-    wanted = study.capability
+    named, wanted = study.edits, study.capability
+    edits = attempt(lambda: load_edits(named.source, limit=named.limit, sample_seed=named.sample_seed))
     suite = None
     if wanted.suite or wanted.tasks:
         suite = attempt(lambda: load_suite(wanted.suite, wanted.tasks, wanted.limit, wanted.prose))

@@ -121,17 +121,15 @@ class TrialInputs:
     """CPU threads of torch in the worker."""
     layers: tuple[int, ...] = ()
     """Where the study trains: the hidden states entering these layers are computed in one pass."""
-    full_model: bool = False
-    """Compute everything with the whole model, the plain way."""
     spread: bool = False
     """The model's layers are divided among the GPUs of a trial."""
 
     @property
     def key(self) -> tuple:
-        """Tells whether a resident workbench can serve these inputs: first the model's part, then that of the data."""
+        """Equal for inputs that the same workbench can serve: first the model's part, then that of the data."""
         suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
         model = (self.model, self.model_fingerprint, self.dtype, self.device, self.threads, self.spread)
-        return (model, self.edits.fingerprint, suite, self.full_model)
+        return (model, self.edits.fingerprint, suite)
 
 
 @dataclass(frozen=True)
