@@ -224,7 +224,7 @@ def make_forecast(
     done = frozenset(trial for trial in finished if not planned or trial in planned)
     costs = rough_costs(prepared.facts, prepared.study.resources.cpus)
     if len(done) < prepared.plan.count:
-        costs = costs_from_trials(earlier, prepared) or timed and costs_from_steps(prepared) or costs
+        costs = costs_from_trials(earlier, prepared) or (timed and costs_from_steps(prepared)) or costs
     return Forecast(prepared, costs, done, places(prepared))
 
 
@@ -291,7 +291,6 @@ def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
     """The rough costs scaled by timed optimiser steps of the real model; None if this process cannot do what a worker
     would (GPUs, more CPUs or memory than there are)."""
     import torch
-
 
     study, free = prepared.study, psutil.virtual_memory().available
     runs_here = study.trial_device == "cpu" and study.resources.cpus <= (os.cpu_count() or 1)

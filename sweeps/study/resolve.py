@@ -25,11 +25,11 @@ SENTENCE_TOKENS = 12
 
 def prepare(study: Study) -> PreparedStudy:
     """Resolve a study. Raises one InputError with the problems of model, edits and capability files together."""
+    from locft.data.requests import load_edits
     from locft.data.suites import load_suite
     from locft.model.models import folder_fingerprint, load_structure, load_tokenizer, model_folder
     from locft.model.positions import list_positions, n_layers
     from locft.model.precision import training_precision
-    from locft.data.requests import load_edits
 
     problems: list[str] = []
 

@@ -138,7 +138,7 @@ Device = _checked(
     lambda value: isinstance(value, str) and _DEVICE.match(value) is not None, "auto, cpu, cuda, cuda:N or mps"
 )
 Gpus = _checked(
-    lambda value: value == 0.0 or _POSITIVE.accepts(value) and (value <= 1 or value == int(value)),
+    lambda value: value == 0.0 or (_POSITIVE.accepts(value) and (value <= 1 or value == int(value))),
     "a fraction of one GPU or a whole number of GPUs",
     number=True,
 )

@@ -134,9 +134,7 @@ def test_memory_is_what_was_measured():
 
 def test_what_does_not_fit_is_told(monkeypatch):
     study = make_study({"seed": list(range(8))})
-    forecast = Forecast(
-        prepared_study(study), rough_costs(FACTS), concurrent=8
-    )
+    forecast = Forecast(prepared_study(study), rough_costs(FACTS), concurrent=8)
     expected = forecast.estimate
     assert expected.memory_bytes_low < expected.memory_bytes_high
 

@@ -17,9 +17,9 @@ from sweeps.study.plan import (
     trial_config,
     van_der_corput_order,
 )
-from sweeps.study.trial_types import METHOD_VERSION, StudyFacts
-from sweeps.study.schema import Study
 from sweeps.study.reader import load_study, ready_studies
+from sweeps.study.schema import Study
+from sweeps.study.trial_types import METHOD_VERSION, StudyFacts
 
 MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
 
@@ -39,7 +39,7 @@ def make_facts(n_layers=30, modules_by_layer=None, **changes):
             "evaluation_tokens": 3 * 32 * n_edits,
             **sizes,
             **changes,
-        }
+        },
     )
 
 

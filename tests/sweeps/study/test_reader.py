@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from locft.errors import InputError
-from sweeps.study.schema import EveryLayer, LogUniform, Study
 from sweeps.study.plan import check_against_model, selected_layers
 from sweeps.study.reader import load_study, ready_studies, study_to_yaml
+from sweeps.study.schema import EveryLayer, LogUniform, Study
 
 MODULES = {layer: ("mlp_down", "mlp_up", "mlp", "attn", "layer") for layer in range(30)}
 
@@ -117,7 +117,10 @@ MISTAKES = {
         "2: space.batch_size[1]: got 0, expected a whole number of at least 1",
     ),
     "half a batch": ("name: a\nspace: {batch_size: 1.5}", "2: space.batch_size[0]: got 1.5, expected a whole number"),
-    "negative layer": ("name: a\nspace: {layer: -1}", "2: space.layer[0]: got -1, expected a whole number of at least 0"),
+    "negative layer": (
+        "name: a\nspace: {layer: -1}",
+        "2: space.layer[0]: got -1, expected a whole number of at least 0",
+    ),
     "layer word": ("name: a\nspace: {layer: al}", '2: space.layer: got "al", expected all, a layer, a list of layers'),
     "layer range": (
         "name: a\nspace: {layer: 3-7}",
@@ -160,7 +163,10 @@ MISTAKES = {
         '2: capability.tasks.a b: got "a b", expected 1 to 100 letters',
     ),
     "task path": ("name: a\ncapability: {tasks: {a: 3}}", "2: capability.tasks.a: got 3, expected text"),
-    "no items": ("name: a\ncapability: {limit: 0}", "2: capability.limit: got 0, expected a whole number of at least 1"),
+    "no items": (
+        "name: a\ncapability: {limit: 0}",
+        "2: capability.limit: got 0, expected a whole number of at least 1",
+    ),
     "concurrent zero": (
         "name: a\nresources: {concurrent: 0}",
         "2: resources.concurrent: got 0, expected auto or a whole number",
@@ -264,7 +270,7 @@ def test_a_contradiction_with_an_invalid_field_is_not_told(tmp_path):
 
 
 def test_study_checks_itself_when_made_without_a_file():
-    with pytest.raises(ValueError, match="random needs search.trials"):
+    with pytest.raises(ValueError, match=r"random needs search\.trials"):
         Study.model_validate({"name": "a", "search": {"method": "random"}})
 
 
@@ -294,7 +300,7 @@ def test_unreadable_files(tmp_path):
     [
         ("space.layr=3", "--set space.layr: unknown key; did you mean layer?"),
         ("layer=3", "--set layer: unknown key; did you mean space.layer?"),
-        ("space.layer=[3", '--set space.layer: not plain YAML: '),
+        ("space.layer=[3", "--set space.layer: not plain YAML: "),
         ("space.batch_size=0", "--set space.batch_size: space.batch_size[0]: got 0"),
         ("space.layer.every=0", "--set space.layer.every: got 0, expected a whole number of at least 1"),
         ("space..layer=3", "--set space..layer=3: expected field=value"),
@@ -368,7 +374,7 @@ def test_modules_of_a_hybrid_model(tmp_path):
     with pytest.raises(InputError, match="layer 0, 1 of smollm2-135m has no 'attn'; it is in layer 3, 7"):
         check_against_model(load_study(path), 8, hybrid)
     check_against_model(load_study(path, ["space.layer=[0, 3]"]), 8, hybrid)
-    with pytest.raises(InputError, match="space.layer.every: got 8"):
+    with pytest.raises(InputError, match=r"space\.layer\.every: got 8"):
         check_against_model(load_study(path, ["space.layer.every=8", "space.module=mlp"]), 8, hybrid)
 
 
