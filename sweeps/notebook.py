@@ -1,10 +1,10 @@
 """Studies in notebooks and scripts: run one, get its table, draw it.
 
-    import sweeps
+import sweeps
 
-    done = sweeps.run_study("quickstart", {"edits.limit": 20, "space.layer": [4, 15, 26]})
-    results = sweeps.load_results("quickstart", {"edits.limit": 20})     # columns: analysis.table.COLUMNS
-    sweeps.figures(results)["front"]
+done = sweeps.run_study("quickstart", {"edits.limit": 20, "space.layer": [4, 15, 26]})
+results = sweeps.load_results("quickstart", {"edits.limit": 20})     # columns: analysis.table.COLUMNS
+sweeps.figures(results)["front"]
 """
 
 import json

@@ -93,7 +93,9 @@ def run_sweep(
         try:
             done = _conclude(prepared, tracker, ending, with_retries)
         except TrackingError as error:
-            raise TrackingError(f"{error}; all finished trials are recorded, and the same command writes the answer") from None
+            raise TrackingError(
+                f"{error}; all finished trials are recorded, and the same command writes the answer"
+            ) from None
         return _with_registered(done, session, deadline) if register and ending == "complete" else done
 
 

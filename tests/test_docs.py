@@ -13,10 +13,18 @@ from analysis.stats.pick import RULE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SMALL = (
-    "edits.limit=3 capability.limit=2 capability.prose_tokens=32 space.layer=[0,2] space.module=mlp_down"
-    " space.batch_size=2 space.learning_rate=0.02 epochs=3 search.method=grid search.trials=null"
-).split()
+SMALL = [
+    "edits.limit=3",
+    "capability.limit=2",
+    "capability.prose_tokens=32",
+    "space.layer=[0,2]",
+    "space.module=mlp_down",
+    "space.batch_size=2",
+    "space.learning_rate=0.02",
+    "epochs=3",
+    "search.method=grid",
+    "search.trials=null",
+]
 """What makes a ready study one of seconds, once its model is tiny."""
 
 
@@ -41,7 +49,9 @@ def test_links_lead_to_files_and_headings(page):
         assert file.exists(), target
         if heading:
             found = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            assert heading in [re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in found], target
+            assert heading in [re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in found], (
+                target
+            )
 
 
 def test_the_readme_fits_a_page_and_states_the_rule():
@@ -66,7 +76,9 @@ def test_every_field_of_a_study_is_described():
 
     text = (ROOT / "docs" / "study-file.md").read_text(encoding="utf-8")
     for name, field in Study.model_fields.items():
-        nested = field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
+        nested = (
+            field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
+        )
         for key in nested.model_fields if nested else [name]:
             assert re.search(rf"\b{key}\b", text), f"{name}.{key}"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
 from tests.golden import produce
 from tests.golden.make import WRITE
 from tests.heard import Heard
@@ -25,14 +25,19 @@ def differences(found: Any, kept: Any, tolerance: float, place: str = "") -> lis
     """Where the two differ, each place in one line. Numbers may by the tolerance, absolutely and relatively."""
     if isinstance(found, dict) and isinstance(kept, dict):
         odd = [f"{place}/{key}: {'new' if key in found else 'gone'}" for key in sorted(found.keys() ^ kept.keys())]
-        shared = (differences(found[key], kept[key], tolerance, f"{place}/{key}") for key in sorted(found.keys() & kept.keys()))
+        shared = (
+            differences(found[key], kept[key], tolerance, f"{place}/{key}")
+            for key in sorted(found.keys() & kept.keys())
+        )
         return odd + [line for lines in shared for line in lines]
     if isinstance(found, list) and isinstance(kept, list) and len(found) == len(kept):
-        shared = (differences(a, b, tolerance, f"{place}/{i}") for i, (a, b) in enumerate(zip(found, kept, strict=True)))
+        shared = (
+            differences(a, b, tolerance, f"{place}/{i}") for i, (a, b) in enumerate(zip(found, kept, strict=True))
+        )
         return [line for lines in shared for line in lines]
     if isinstance(found, float) and isinstance(kept, int | float):
         same = math.isclose(found, kept, rel_tol=tolerance, abs_tol=tolerance)
-        return [] if same or found != found and kept != kept else [f"{place}: {found!r}, kept {kept!r}"]
+        return [] if same or (found != found and kept != kept) else [f"{place}: {found!r}, kept {kept!r}"]
     return [] if type(found) is type(kept) and found == kept else [f"{place}: {found!r}, kept {kept!r}"]
 
 
@@ -92,7 +97,9 @@ def test_deltas(record_property):
     if known := read("delta_hashes").get(kernels):
         assert differences(exact, known, 0.0) == []
     else:
-        record_property("said", f"golden deltas: no hashes are kept for this CPU ({kernels}), the metrics are compared only")
+        record_property(
+            "said", f"golden deltas: no hashes are kept for this CPU ({kernels}), the metrics are compared only"
+        )
     assert found["model"] == kept["model"]
     for key, trial in found["trials"].items():
         tolerance = 100 * TOLERANCE if "bfloat16" in key else TOLERANCE  # that many digits it has

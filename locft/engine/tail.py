@@ -206,7 +206,7 @@ def _copied(module: Module, memo: dict[int, nn.Module]) -> Module:
     """A copy of a module tree: new module objects, the same parameters and buffers. `memo`: id of original -> copy."""
     if id(module) in memo:
         return cast(Module, memo[id(module)])
-    twin = type(module).__new__(type(module))
+    twin: Module = object.__new__(type(module))
     memo[id(module)] = twin
     for key, value in vars(module).items():
         if key == "_modules":

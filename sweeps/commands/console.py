@@ -72,7 +72,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, float) and not math.isfinite(value) or repr(value) == "<NA>":
+    if (isinstance(value, float) and not math.isfinite(value)) or repr(value) == "<NA>":
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 

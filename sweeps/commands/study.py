@@ -105,7 +105,7 @@ def sweep(
         notice(f"the pick's edit is not in the model registry: {done.not_registered}")
     if done.ending == "same_failure":
         notice("stopped: the first trials all failed for the same reason, so the others would as well")
-    if done.ending == "out_of_time" or done.ending == "complete" and done.state.left > done.state.failed:
+    if done.ending == "out_of_time" or (done.ending == "complete" and done.state.left > done.state.failed):
         left = f"the budget ended the study with {done.state.left} trials left"
         notice(f"{left}; the same command with a larger budget continues it")
     if done.ending == "interrupted":

@@ -24,7 +24,9 @@ from sweeps.study.trial_types import TrialConfig, TrialResult, pack_result, unpa
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000")  # Ray's snapshots grow with every trial; nothing reads them
+os.environ.setdefault(
+    "TUNE_GLOBAL_CHECKPOINT_S", "1000000"
+)  # Ray's snapshots grow with every trial; nothing reads them
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end the run without telling us
 os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # each would be a long traceback; we say it in one line
 os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "64")  # workers that are started side by side

@@ -153,7 +153,9 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     ended = " (it ended the selection)" if selection.ending == "out_of_time" else ""
     grid = seconds(selection.grid_seconds / selection.concurrent)
     spent = percent(selection.spent_seconds / selection.grid_seconds)
-    cost = f"{plural(selection.state.done, 'run')} in {seconds(selection.wall_seconds)}, {spent} of the full grid's cost"
+    cost = (
+        f"{plural(selection.state.done, 'run')} in {seconds(selection.wall_seconds)}, {spent} of the full grid's cost"
+    )
     unmeasured = None
     if content and not content["predicted"]:
         rate = content["settings"]["learning_rate"]

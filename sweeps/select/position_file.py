@@ -47,7 +47,9 @@ def read_position(file: Path) -> PositionFile:
     except ValueError as error:
         raise InputError(f"{file}: this is not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{file}: not a position file: expected the key format with {FORMAT!r}, as `locft select` writes it")
+        raise InputError(
+            f"{file}: not a position file: expected the key format with {FORMAT!r}, as `locft select` writes it"
+        )
     problems = []
     try:
         found = PositionFile.model_validate(content)

@@ -246,6 +246,10 @@ def _probe(inputs: TrialInputs, positions: list[tuple[int, str]], seed: int) -> 
     found = probe_positions(loaded, rows, prose, [TuningPosition(*place) for place in positions], seed=seed)
     fields = ("disturbance", "gain")
     return [
-        {"layer": scores.position.layer, "module": scores.position.module, **{name: getattr(scores, name) for name in fields}}
+        {
+            "layer": scores.position.layer,
+            "module": scores.position.module,
+            **{name: getattr(scores, name) for name in fields},
+        }
         for scores in found
     ]

@@ -10,6 +10,7 @@ beginning to the last end that trials took; `recorded_ms`, what a trial costs th
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -34,7 +35,13 @@ def sleep(config, seconds: float):
 
     began = time.time()
     time.sleep(seconds)
-    metrics = {"reliability": 1.0, "began": began, "seconds": seconds, "ended": time.time(), "process": float(os.getpid())}
+    metrics = {
+        "reliability": 1.0,
+        "began": began,
+        "seconds": seconds,
+        "ended": time.time(),
+        "process": float(os.getpid()),
+    }
     outcomes = tuple({"edit_id": str(n), "kind": "reliability", "prompt": "x" * 60, "got": "y"} for n in range(100))
     return TrialResult(config, "done", None, metrics, (1.0,) * 25, outcomes)
 
@@ -62,7 +69,7 @@ def measured(metrics: list[dict[str, float]], seconds: float) -> dict[str, float
     for entry in sorted(metrics, key=lambda entry: entry["began"]):
         by_worker[entry["process"]].append(entry)
     kept = [entries[WARM_UP:] for entries in by_worker.values() if len(entries) > WARM_UP]
-    gaps = [1000 * (b["began"] - a["ended"]) for entries in kept for a, b in zip(entries, entries[1:], strict=False)]
+    gaps = [1000 * (b["began"] - a["ended"]) for entries in kept for a, b in itertools.pairwise(entries)]
     begin = max(entries[0]["began"] for entries in kept)  # all of them are at work
     end = min(entries[-1]["ended"] for entries in kept)
     inside = [max(0.0, min(e["ended"], end) - max(e["began"], begin)) for entries in kept for e in entries]
@@ -80,12 +87,14 @@ def measured(metrics: list[dict[str, float]], seconds: float) -> dict[str, float
 
 def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, float]:
     from sweeps.commands import ui
-    from sweeps.session import study_session
-    from sweeps.study.resolve import prepare
     from sweeps.run.runner import run_trials
+    from sweeps.session import study_session
     from sweeps.study.reader import load_study
+    from sweeps.study.resolve import prepare
 
-    study = prepare(load_study(str(write_study(folder, folder / "model", name=f"overhead-{nodes}", resources__concurrent="auto"))))
+    study = prepare(
+        load_study(str(write_study(folder, folder / "model", name=f"overhead-{nodes}", resources__concurrent="auto")))
+    )
     trials = [replace(study.plan.trials[0], seed=seed) for seed in range(nodes * (per_worker + WARM_UP))]
     collected = Collected()
     with Nodes() as cluster, ui.running(f"sqlite:///{folder / 'mlflow.db'}", None) as (server, _):
@@ -98,7 +107,11 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
             spent = time.process_time()
             with session.recorder(collected) as recorder:
                 ending = run_trials(
-                    trials, partial(sleep, seconds=seconds), resources=study.study.resources, room=room, reporter=recorder
+                    trials,
+                    partial(sleep, seconds=seconds),
+                    resources=study.study.resources,
+                    room=room,
+                    reporter=recorder,
                 )
             wall, spent = time.monotonic() - began, time.process_time() - spent
         assert ending == "complete" and len(tracker.finished()) == len(trials)

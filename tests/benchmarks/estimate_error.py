@@ -24,12 +24,11 @@ from typing import Any
 import psutil
 
 from locft.cache import cache_folder
-from sweeps.answer import foresee
+from sweeps.answer import foresee, read_state
 from sweeps.study.estimate import Forecast, layers_passed
 from sweeps.study.plan import PreparedStudy
-from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
-from sweeps.answer import read_state
+from sweeps.study.resolve import prepare
 from sweeps.tracking.study_run import find_tracker
 
 ANNOUNCED = "to run: "
@@ -65,7 +64,11 @@ class MemoryPeak(threading.Thread):
 def expected(forecast: Forecast) -> dict[str, Any]:
     found, costs, gib = forecast.estimate, forecast.costs, 2**30
     trials = forecast.prepared.plan.trials
-    measuring = [part.seconds(layers_passed(t, forecast.prepared.facts)) for t in trials for part in (costs.evaluation, costs.capability)]
+    measuring = [
+        part.seconds(layers_passed(t, forecast.prepared.facts))
+        for t in trials
+        for part in (costs.evaluation, costs.capability)
+    ]
     return {
         "source": found.source,
         "seconds": [round(value) for value in (found.seconds_low, found.seconds, found.seconds_high)],
@@ -106,7 +109,9 @@ def measured(study: str, overrides: list[str], prepared: PreparedStudy, folder: 
         "memory_gib": round(memory.bytes / 2**30, 2),
         "memory_mib_of": memory.parts,
         "disk_gib": round((size(folder) - before) / 2**30, 3),
-        "disk_mib_of": {name: size(place) // 2**20 for name, place in (("cache", folder / "cache"), ("runs", folder / "mlruns"))},
+        "disk_mib_of": {
+            name: size(place) // 2**20 for name, place in (("cache", folder / "cache"), ("runs", folder / "mlruns"))
+        },
     }
 
 
@@ -135,7 +140,10 @@ def main() -> None:
         truth = measured(study, overrides, prepared, folder)
         loads.append(round(os.getloadavg()[0], 1))
         ratios = [round(truth["seconds"] / each["seconds"][1], 2) for each in said]
-        print(json.dumps({"study": argument, "expected": said, "truth": truth, "ratio": ratios, "load": loads}), flush=True)
+        print(
+            json.dumps({"study": argument, "expected": said, "truth": truth, "ratio": ratios, "load": loads}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

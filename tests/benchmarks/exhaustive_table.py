@@ -88,13 +88,13 @@ def tuned(table: pd.DataFrame) -> dict[str, float]:
 
 def write_probes(edits: str) -> None:
     """The probe's scores on each draw of edits that is not in the file yet."""
+    from locft.data.requests import load_edits
     from locft.data.suites import load_suite
     from locft.measure.capability import encode_suite
-    from locft.train.encoding import encode_edits
     from locft.model.models import load_model
     from locft.model.positions import TuningPosition
     from locft.probe import probe_positions
-    from locft.data.requests import load_edits
+    from locft.train.encoding import encode_edits
     from sweeps.select.selection import PROBED_EDITS
 
     loaded, chosen = load_model("smollm2-135m"), load_edits(edits)
@@ -169,18 +169,26 @@ def run_part(name: str, samples: tuple[int, ...], edits: str, store: Path, deadl
 
 
 def run_study(study: Path, store: Path) -> None:
-    command = [Path(sys.executable).parent / "locft", "sweep", study, "--tracking-uri", f"sqlite:///{store / 'mlflow.db'}"]
+    command = [
+        Path(sys.executable).parent / "locft",
+        "sweep",
+        study,
+        "--tracking-uri",
+        f"sqlite:///{store / 'mlflow.db'}",
+    ]
     subprocess.run(command, cwd=store, check=True)
 
 
 def append(part: str, sample: int, study: Path, store: Path) -> None:
-    from sweeps.study.resolve import prepare
-    from sweeps.study.reader import load_study
     from sweeps.answer import read_state
+    from sweeps.study.reader import load_study
+    from sweeps.study.resolve import prepare
     from sweeps.tracking.study_run import find_tracker
 
     prepared = prepare(load_study(str(study)))
-    results = read_state(prepared, find_tracker(f"sqlite:///{store / 'mlflow.db'}", prepared.study.name, prepared.id)).results
+    results = read_state(
+        prepared, find_tracker(f"sqlite:///{store / 'mlflow.db'}", prepared.study.name, prepared.id)
+    ).results
     rows = results[results.status == "done"].assign(part=part, sample=sample)
     columns = [*AXES, *(name for name in METRICS if name in rows)]
     together = pd.concat([read_table(), rows[columns]]).drop_duplicates(AXES, keep="first")
@@ -197,9 +205,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", required=True, help="a file of at least 3,000 edits")
     parser.add_argument("--hours", type=float, default=24.0, help="start nothing new after so many hours")
-    parser.add_argument("--only", default=",".join(["probe", *PARTS]), help="parts, with commas, in order; level0:1 for one draw")
+    parser.add_argument(
+        "--only", default=",".join(["probe", *PARTS]), help="parts, with commas, in order; level0:1 for one draw"
+    )
     parser.add_argument("--studies", type=int, default=100, help="of each module and draw at most so many")
-    parser.add_argument("--store", type=Path, default=Path("exhaustive"), help="folder of the studies and their MLflow store")
+    parser.add_argument(
+        "--store", type=Path, default=Path("exhaustive"), help="folder of the studies and their MLflow store"
+    )
     options = parser.parse_args()
     store = options.store.resolve()
     store.mkdir(parents=True, exist_ok=True)

@@ -23,15 +23,14 @@ from typing import Any, TypeVar
 import psutil
 from rich.console import Console
 
-from sweeps.tracking.outbox import Outbox, open_outbox
-from sweeps.answer import foresee
-from sweeps.study.estimate import Forecast
-from sweeps.study.resolve import prepare
+from sweeps.answer import StudyState, answer_of, foresee, read_state
 from sweeps.commands.progress import Progress
-from sweeps.study.trial_types import TrialResult
+from sweeps.study.estimate import Forecast
 from sweeps.study.reader import load_study
-from sweeps.answer import StudyState, answer_of, read_state
+from sweeps.study.resolve import prepare
+from sweeps.study.trial_types import TrialResult
 from sweeps.sweep import run_sweep
+from sweeps.tracking.outbox import Outbox, open_outbox
 from sweeps.tracking.study_run import find_tracker
 
 T = TypeVar("T")

@@ -7,8 +7,19 @@ import random
 from collections.abc import Callable, Generator
 
 from sweeps.run.search import PointSampler
-from sweeps.select.policy import Policy, Run, Rung, Score, Scores, SelectionTask, affordable, first_run, nearest
-from sweeps.select.policy import spent, survey
+from sweeps.select.policy import (
+    Policy,
+    Run,
+    Rung,
+    Score,
+    Scores,
+    SelectionTask,
+    affordable,
+    first_run,
+    nearest,
+    spent,
+    survey,
+)
 from tests.benchmarks.race import PAPER, ReplayTask, full_runs, objectives, race
 
 LATE = 0.9

@@ -60,11 +60,10 @@ class Table:
         rows = pd.concat([rows[rows.part != "seeds"], rows[rows.part == "seeds"].assign(part="full")])
         rows = rows.assign(status="done", layers=self.layers, n_edits=rows.part.map(LEVELS).fillna(40))
         rows["seconds_per_edit"] = rows.train_seconds / rows.n_edits
-        rows["trial_id"] = [
-            f"{r.part} {r.sample} {r.layer}.{r.module} seed {r.seed}" for r in rows.itertuples()
-        ]
+        rows["trial_id"] = [f"{r.part} {r.sample} {r.layer}.{r.module} seed {r.seed}" for r in rows.itertuples()]
         self.rows = {
-            (row["part"], row["sample"], row["layer"], row["module"], row["seed"]): row for row in rows.to_dict("records")
+            (row["part"], row["sample"], row["layer"], row["module"], row["seed"]): row
+            for row in rows.to_dict("records")
         }
         self.costs = {part: self._costs(rows[rows.part == part]) for part in LEVELS}
         if not self.costs["level1"]:  # not run yet: by the share of the edits
@@ -72,7 +71,11 @@ class Table:
             self.costs["level1"] = {module: share * line for module, line in self.costs["full"].items()}
         known = {(layer, module) for part, _, layer, module, _ in self.rows if part == "full"}
         self.probes = [
-            tuple(Candidate(r.layer, r.module, r.disturbance, r.gain) for r in rows.itertuples() if (r.layer, r.module) in known)
+            tuple(
+                Candidate(r.layer, r.module, r.disturbance, r.gain)
+                for r in rows.itertuples()
+                if (r.layer, r.module) in known
+            )
             for _, rows in probe.groupby("sample")
         ]
         """Candidates by the draw of edits that the probe looked at."""
@@ -189,7 +192,9 @@ def replays(table: Table, seeds: int) -> pd.DataFrame:
         policy = POLICIES[OURS if name == UNPROBED else name]
         if name != "race" and samples != draws[0]:
             continue  # they run nothing at the lower levels
-        rungs, scores = replayed(policy, table.task(share, seed, name != UNPROBED), lambda run: table.score(run, samples))
+        _rungs, scores = replayed(
+            policy, table.task(share, seed, name != UNPROBED), lambda run, samples=samples: table.score(run, samples)
+        )
         full = in_full(scores)
         run = leading(full)[0]
         pick = table.truth[run.layer, run.module]
@@ -241,7 +246,9 @@ def main() -> None:
     options = parser.parse_args()
     table = Table(pd.read_csv(HERE / "table.csv"), pd.read_csv(HERE / "probe.csv"))
     best = table.best()
-    said = ", ".join(f"{name} {best[name]:.3f}" for name in ("reliability", "generalization", "capability_change", "drift_kl"))
+    said = ", ".join(
+        f"{name} {best[name]:.3f}" for name in ("reliability", "generalization", "capability_change", "drift_kl")
+    )
     print(f"{len(table.truth)} positions, grid {table.grid / 3600:.1f} worker hours")
     print(f"the rule picks {best['layer']}.{best['module']}: {said}")
     with pd.option_context("display.width", 250, "display.max_columns", 20, "display.float_format", "{:.3f}".format):

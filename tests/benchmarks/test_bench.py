@@ -52,7 +52,9 @@ def short_waits():
 
 def settings_of(loaded, **options):
     return read_settings(
-        loaded.model, N, **{"threads": 1, "batch_size": "2", "repeats": 2, "epochs": 2, "precision": "float32", **options}
+        loaded.model,
+        N,
+        **{"threads": 1, "batch_size": "2", "repeats": 2, "epochs": 2, "precision": "float32", **options},
     )
 
 
@@ -76,7 +78,9 @@ def test_the_object_has_its_shape_and_is_json(whole):
             assert entry["reference_seconds"] > 0 and entry["engine_seconds"] > 0
             assert 0 < entry["ratio_low"] <= entry["ratio"] <= entry["ratio_high"]
         assert [found[name]["batch_size"] for name in steps] == [2, 6]
-        assert all(found[name]["engine_tokens_per_second"] > 0 and found[name]["share_of_matrix_speed"] > 0 for name in steps)
+        assert all(
+            found[name]["engine_tokens_per_second"] > 0 and found[name]["share_of_matrix_speed"] > 0 for name in steps
+        )
     for name in stages:
         ratios = [found[name]["ratio"] for found in whole["layers"].values()]
         assert whole["mean_ratio"][name] == pytest.approx(sum(ratios) / 2)
@@ -209,7 +213,20 @@ def test_the_command(tiny_folder, monkeypatch, capsys):
     monkeypatch.setattr(bench, "load_suite", lambda suite: load_suite(suite, limit=3))
 
     def call(*options):
-        arguments = ["locft", "bench", tiny_folder, "--limit", N, "--batch-size", 2, "--repeats", 1, "--threads", 1, *options]
+        arguments = [
+            "locft",
+            "bench",
+            tiny_folder,
+            "--limit",
+            N,
+            "--batch-size",
+            2,
+            "--repeats",
+            1,
+            "--threads",
+            1,
+            *options,
+        ]
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         with pytest.raises(SystemExit) as left:
             cli.main()

@@ -22,9 +22,9 @@ SECONDS = 0.05
 def run_some(study: str, baseline: dict[str, Any], first: int, step: int, count: int) -> None:
     """The work of one worker: so many trials of the study."""
     from locft.workbench import Baseline
-    from sweeps.study.resolve import prepare
-    from sweeps.study.reader import load_study
     from sweeps.run.trial import resident_workbench, run_trial
+    from sweeps.study.reader import load_study
+    from sweeps.study.resolve import prepare
 
     prepared = prepare(load_study(study))
     trials = prepared.plan.trials
@@ -35,9 +35,9 @@ def run_some(study: str, baseline: dict[str, Any], first: int, step: int, count:
 
 def measured_baseline(study: str) -> dict[str, Any]:
     """Of the unedited model; fills the caches, which are no part of a trial."""
-    from sweeps.study.resolve import prepare
-    from sweeps.study.reader import load_study
     from sweeps.run.trial import measure_baseline
+    from sweeps.study.reader import load_study
+    from sweeps.study.resolve import prepare
 
     return measure_baseline(prepare(load_study(study)).inputs).to_dict()
 

@@ -30,17 +30,17 @@ from analysis.stats.importance import what_matters
 from analysis.stats.pareto import pareto_front
 from analysis.stats.pick import recommend
 from analysis.stats.table import by_setting, results_frame
+from locft.data.requests import load_edits
 from locft.data.suites import load_suite
-from locft.train.pipelines import TrainingSettings
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition
-from locft.data.requests import load_edits
 from locft.process import settle_vector_math
+from locft.train.pipelines import TrainingSettings
 from locft.workbench import Workbench
 from sweeps.select.policy import survey
 from sweeps.study.plan import PreparedStudy
-from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study, ready_studies
+from sweeps.study.resolve import prepare
 from sweeps.sweep import run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.store import user
@@ -112,7 +112,9 @@ def edit_layouts() -> dict[str, Any]:
 
 def capability_layouts() -> dict[str, Any]:
     """By layout, and of the built-in suite."""
-    suites = {file.stem: load_suite(None, {"task": str(file)}) for file in sorted((FOLDER / "capability").glob("*.jsonl"))}
+    suites = {
+        file.stem: load_suite(None, {"task": str(file)}) for file in sorted((FOLDER / "capability").glob("*.jsonl"))
+    }
     suites |= {"probes": load_suite("probes"), "probes, 3 a task": load_suite("probes", limit=3)}
     return {
         name: {
@@ -181,10 +183,15 @@ def figure_infos() -> dict[str, Any]:
     results, pick, baseline = small_results(), "t03", {"capability": 0.6}
     settings = by_setting(results)
     infos = {
-        f"front, {y}": front_info(results, objectives=("reliability", y), baseline=baseline, pick=pick, chances={pick: 0.5})
+        f"front, {y}": front_info(
+            results, objectives=("reliability", y), baseline=baseline, pick=pick, chances={pick: 0.5}
+        )
         for y in ("capability", "capability_change", "generalization")
     }
-    infos |= {f"heatmap, {metric}": heatmap_info(results, metric, pick=pick) for metric in ("reliability", "capability_change", "drift_kl")}
+    infos |= {
+        f"heatmap, {metric}": heatmap_info(results, metric, pick=pick)
+        for metric in ("reliability", "capability_change", "drift_kl")
+    }
     front = pareto_front(settings, ("reliability", "capability"))
     infos |= {
         "loss": loss_info(results, front=front.trial_ids, pick=pick),
@@ -204,7 +211,10 @@ def pick() -> dict[str, Any]:
         status="done", pipeline="breadth_first", batch_size=32, n_edits=100.0, layers=30,
         capability=lambda t: 0.6 + t.capability_change,
     )  # fmt: skip
-    frames = {"small": small_results(), "exhaustive": results_frame(full.drop(columns=["part", "sample"]).to_dict("records"))}
+    frames = {
+        "small": small_results(),
+        "exhaustive": results_frame(full.drop(columns=["part", "sample"]).to_dict("records")),
+    }
     found = {
         f"{name}, {'no floor' if floor is None else f'floor {floor}'}": _of_json(recommend(frame, floor))
         for name, frame in frames.items()
@@ -246,8 +256,23 @@ def kernels() -> str:
     """Which elementary results this CPU and this PyTorch give: where the text is the same, so should be every bit below."""
     draw = torch.tensor([random.Random(seed).random() for seed in range(97 * 64)]).view(97, 64)
     settle_vector_math()
-    results = [draw @ draw.T, draw.T @ draw, draw[:3] @ draw.T, draw[0] @ draw.T, draw.exp(), draw.sin(), draw.softmax(1)]
-    results += [draw.sum(0), draw.sum(1), draw.rsqrt(), draw.sigmoid(), (draw @ draw.T).log_softmax(1), draw.pow(2).mean(-1)]
+    results = [
+        draw @ draw.T,
+        draw.T @ draw,
+        draw[:3] @ draw.T,
+        draw[0] @ draw.T,
+        draw.exp(),
+        draw.sin(),
+        draw.softmax(1),
+    ]
+    results += [
+        draw.sum(0),
+        draw.sum(1),
+        draw.rsqrt(),
+        draw.sigmoid(),
+        (draw @ draw.T).log_softmax(1),
+        draw.pow(2).mean(-1),
+    ]
     low = draw.bfloat16()
     results += [(low @ low.T).float(), torch.nn.functional.scaled_dot_product_attention(*3 * [draw.view(1, 1, 97, 64)])]
     digest = hashlib.sha256(b"".join(result.contiguous().numpy().tobytes() for result in results)).hexdigest()
@@ -280,7 +305,10 @@ def tiny_grid() -> dict[str, Any]:
         for name, changes in OTHERS.items():
             settings = TrainingSettings(**{"batch_size": 2, "learning_rate": 0.02, "epochs": 8} | changes)
             found[f"1.mlp {name}"] = _trial(bench, TuningPosition(1, "mlp"), settings)
-        unedited = {"metrics": bench.baseline.metrics, "answers": [answer.text for answer in bench.baseline.locality_answers]}
+        unedited = {
+            "metrics": bench.baseline.metrics,
+            "answers": [answer.text for answer in bench.baseline.locality_answers],
+        }
         return {"model": loaded.fingerprint, "unedited": unedited, "trials": found}
 
 
@@ -375,7 +403,9 @@ def mlflow_runs(folder: Path, model: Path, name: str = "tiny") -> dict[str, Any]
         key = f"{params['position']} seed {params['seed']}" if "position" in params else run.data.tags["locft.kind"]
         found[key] = {
             "artifacts": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
-            "datasets": [[d.dataset.name, d.dataset.digest, [t.value for t in d.tags]] for d in run.inputs.dataset_inputs],
+            "datasets": [
+                [d.dataset.name, d.dataset.digest, [t.value for t in d.tags]] for d in run.inputs.dataset_inputs
+            ],
             "metrics": sorted(run.data.metrics),
             "models": len(client.get_run(run.info.run_id).inputs.model_inputs),
             "name": run.info.run_name,
@@ -414,7 +444,12 @@ def make_old_store(folder: Path, model: Path) -> None:
     heard = Heard(then=lambda result: signal.raise_signal(signal.SIGINT) if len(heard.results) == 2 else None)
     done = sweep_study(study_file(folder, model), heard)
     assert done.ending == "interrupted" and 2 <= done.state.done < 6
-    places = {str(model): "@MODEL@", _dashed(model): "@DASHED@", str(folder): "@FOLDER@", str(FOLDER.parents[1]): "@FOLDER@"}
+    places = {
+        str(model): "@MODEL@",
+        _dashed(model): "@DASHED@",
+        str(folder): "@FOLDER@",
+        str(FOLDER.parents[1]): "@FOLDER@",
+    }
     places |= {socket.gethostname(): "@HOST@", user(): "@USER@"}
 
     def without_places(text: str) -> str:

@@ -94,6 +94,7 @@ def test_the_model_is_left_as_it_was_and_the_scores_are_reproducible(loaded, row
 
 def test_the_rate_that_the_gain_gives_learns_wherever_the_position_is(loaded, rows, found):
     """A hundred steps at one nat a step learn; at a thirtieth of that rate they hardly begin."""
+
     def left(position, rate):
         settings = TrainingSettings(learning_rate=rate, batch_size=3, epochs=25, precision="float32")
         trained = finetune(loaded, rows, position, settings)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from locft import workbench
+from locft.data.edit_request import EditRequest, LocalityPrompt
+from locft.data.requests import EditFindings, EditSet, load_edits
 from locft.data.suites import load_suite
 from locft.errors import InputError
 from locft.measure.evaluation import edit_metrics, locality_prompts
@@ -15,8 +17,6 @@ from locft.measure.generation import greedy_answers
 from locft.model.delta import EditDelta
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
-from locft.data.edit_request import EditRequest, LocalityPrompt
-from locft.data.requests import EditFindings, EditSet, load_edits
 from locft.train.pipelines import TrainingSettings
 from locft.workbench import Baseline, Workbench, diverged_metrics
 from tests.tiny import tiny_loaded
@@ -119,7 +119,11 @@ def test_an_edit_that_changes_nothing_costs_nothing(bench, delta):
     assert metrics["locality"] == metrics["locality_tf"] == 1.0
     assert metrics["delta_norm"] == 0.0
     assert metrics["drift_kl"] < 1e-9, "edited and unedited start from different layers: equal up to rounding"
-    assert (metrics["capability_change_low"], metrics["capability_change"], metrics["capability_change_high"]) == (0, 0, 0)
+    assert (metrics["capability_change_low"], metrics["capability_change"], metrics["capability_change_high"]) == (
+        0,
+        0,
+        0,
+    )
     for name, value in bench.baseline.metrics.items():
         assert metrics[name] == pytest.approx(value), name
 

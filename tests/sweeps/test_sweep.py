@@ -294,7 +294,11 @@ def test_a_result_that_the_store_refuses_blocks_nothing_and_its_trial_is_tried_a
         refusing.setattr(Tracker, "log_trial", picky)
         done, _ = sweep(study, heard)
         assert done.ending == "complete" and (done.state.done, done.state.left) == (1, 1)
-        assert len(heard.notes) == 1 and "the store refuses it" in heard.notes[0] and len(open_outbox(study.id, resolve_uri(None))) == 1
+        assert (
+            len(heard.notes) == 1
+            and "the store refuses it" in heard.notes[0]
+            and len(open_outbox(study.id, resolve_uri(None))) == 1
+        )
         done, ran = sweep(study)
         assert ran == [bad.id] and "tried again" in caplog.text
     outbox = open_outbox(study.id, resolve_uri(None))
@@ -332,13 +336,15 @@ def test_the_end_of_a_study_waits_for_the_store(grid, monkeypatch):
     assert done.state.left == 0 and len(asked) == 3 and trial_runs(kind="study")[0].info.status == "FINISHED"
     asked.clear()
     monkeypatch.setattr("sweeps.tracking.outbox.PATIENCE_SECONDS", 0.0)
-    with pytest.raises(TrackingError, match="connection refused; all finished trials are recorded, and the same command"):
+    with pytest.raises(
+        TrackingError, match="connection refused; all finished trials are recorded, and the same command"
+    ):
         sweep(prepared(file, "space.layer=[0]"))
     assert trial_runs(kind="study")[0].info.status == "KILLED"
 
 
 def test_only_an_experiment_that_is_not_there_means_that_nothing_is(grid, monkeypatch):
-    _, study, _ = grid
+    _, _study, _ = grid
     assert find_tracker(resolve_uri(None), "other", "other") is None
 
     def busy(*_):

@@ -280,7 +280,9 @@ def test_a_new_layout_is_one_entry(tmp_path, monkeypatch):
     wanted = EditRequest("cards-1", "Peru", "Its capital is", "Oslo", None, (), (LocalityPrompt("a", "b"),))
     assert edits.layout == "cards" and edits.requests == (wanted,)
     problem = only_problem(tmp_path, [{"card": {"about": "Peru", "txt": "Its capital is", "new": "Oslo"}}])
-    assert "field card.text: expected text, got no such field (the keys are about, txt, new; did you mean txt" in problem
+    assert (
+        "field card.text: expected text, got no such field (the keys are about, txt, new; did you mean txt" in problem
+    )
 
 
 # --- selection and fingerprint

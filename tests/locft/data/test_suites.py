@@ -26,7 +26,7 @@ RECORDS = {
         "answerKey": "B",
     },
     "mmlu": {"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "arithmetic"},
-    "lambada": {"text": "He shook his head. \"No,\" he said"},
+    "lambada": {"text": 'He shook his head. "No," he said'},
     "blimp": {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps.", "UID": "agreement"},
     "piqa": {"goal": "To cool soup,", "sol1": "blow on it.", "sol2": "boil it.", "label": 0},
     "hellaswag": {
@@ -125,7 +125,7 @@ def test_variants_of_layouts(tmp_path):
     whole = {"ctx": "She", "endings": ["runs.", "[x]"], "label": 0}
     item = one_task(write(tmp_path, "a.jsonl", [whole])).items[0]
     assert (item.context, item.choices) == ("She", (" runs.", " [x]"))
-    own_line = {"text": "\"Go,\" he said.\n\nShane"}
+    own_line = {"text": '"Go," he said.\n\nShane'}
     item = one_task(write(tmp_path, "a.jsonl", [own_line])).items[0]
     assert (item.context, item.choices) == ('"Go," he said.\n\n', ("Shane",))
 
@@ -207,14 +207,14 @@ def test_prose_from_text_and_from_records(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "change", "expected"),
     [
-        ("arc", {"answerKey": "E"}, "field answerKey: expected one of 1, 2, 3, got a string \"E\""),
+        ("arc", {"answerKey": "E"}, 'field answerKey: expected one of 1, 2, 3, got a string "E"'),
         ("arc", {"choices": {"text": ["a"], "label": ["1", "2"]}}, "choices.text: expected a list of 2 or more texts"),
         ("arc", {"choices": {"text": ["a", "b", "c"], "label": ["1", "2"]}}, "choices.label: expected 3 labels, one a"),
-        ("arc", {"choices": "a"}, "field choices: expected an object, got a string \"a\""),
+        ("arc", {"choices": "a"}, 'field choices: expected an object, got a string "a"'),
         ("arc", {"question": ""}, "field question: expected text, got an empty text"),
         ("piqa", {"label": -1}, "0 to 1 (a split without answers cannot be scored), got a number -1"),
         ("hellaswag", {"label": ""}, "a split without answers cannot be scored"),
-        ("hellaswag", {"endings": ["one"]}, "field endings: expected a list of 2 or more texts, got a list [\"one\"]"),
+        ("hellaswag", {"endings": ["one"]}, 'field endings: expected a list of 2 or more texts, got a list ["one"]'),
         ("mmlu", {"answer": 4}, "field answer: expected the number of the right choice, 0 to 3, got a number 4"),
         ("mmlu", {"answer": True}, "field answer: expected the number of the right choice, 0 to 3, got a boolean true"),
         ("mmlu", {"choices": [str(number) for number in range(30)]}, "at most 26 texts"),

@@ -70,7 +70,9 @@ def test_logits_and_gradients_are_those_of_the_layers_own_code(architecture, dty
 @pytest.mark.parametrize("architecture", sorted(FUSED))
 def test_a_last_layer_that_computes_few_tokens_computes_them_the_same(architecture, dtype, tolerance, monkeypatch):
     loaded, shapes = tiny_loaded(architecture), []
-    monkeypatch.setattr(model_views, "only_at", lambda layer, places: shapes.append(places.shape) or only_at(layer, places))
+    monkeypatch.setattr(
+        model_views, "only_at", lambda layer, places: shapes.append(places.shape) or only_at(layer, places)
+    )
     found = outcome(loaded, dtype)
     assert shapes, "the rows ask for few of their tokens"
     monkeypatch.setattr(model_views, "only_at", lambda layer, places: nullcontext())

@@ -73,7 +73,9 @@ def test_every_token_of_a_pack_sees_exactly_its_own_row_so_far(rows, limit):
     if len(pack.place):
         places, own = pack.asked()
         assert torch.equal(places[pack.sequence, own], pack.place)
-        assert all(len({*line}) >= places.shape[1] - line.count(0) for line in places.tolist()), "no place twice but the first"
+        assert all(len({*line}) >= places.shape[1] - line.count(0) for line in places.tolist()), (
+            "no place twice but the first"
+        )
 
 
 def test_shared_beginnings_are_computed_once():
@@ -134,7 +136,9 @@ def test_logits_and_gradients_of_every_kind_of_position_are_the_references(archi
             torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
             for name, gradient in gradients(logits, rows, weights).items():
                 scale = float(max(value.abs().max() for value in wanted.values()))
-                torch.testing.assert_close(gradient, wanted[name], atol=1e-5 * scale, rtol=1e-3, msg=f"{info.position} {name}")
+                torch.testing.assert_close(
+                    gradient, wanted[name], atol=1e-5 * scale, rtol=1e-3, msg=f"{info.position} {name}"
+                )
     assert model_fingerprint(loaded.model) == before
 
 
@@ -167,7 +171,9 @@ def test_a_step_begins_behind_the_matrix_only_where_the_output_is_linear_in_it(a
     loaded, rows = tiny_loaded(architecture), edit_rows()
     engine = TailEngine(loaded, rows)
     positions = [info.position for info in list_positions(loaded.model) if info.position.layer == 1]
-    cut = [p.module for p in positions if "_forward_above" in engine.training_forward(p, rows, torch.float32).__qualname__]
+    cut = [
+        p.module for p in positions if "_forward_above" in engine.training_forward(p, rows, torch.float32).__qualname__
+    ]
     assert tuple(cut) == CUT[architecture]
 
 
@@ -256,7 +262,11 @@ def test_a_damaged_file_is_made_again(tmp_path, monkeypatch):
     loaded, rows = tiny_loaded("llama"), edit_rows()
     whole = TailEngine(loaded, rows, [1]).states.layers[1].clone()
     file = next(tmp_path.rglob("001.npy"))
-    for damage in (lambda: os.truncate(file, 200), lambda: os.truncate(file, 5), lambda: np.save(file, np.zeros((3, 32), np.float32))):
+    for damage in (
+        lambda: os.truncate(file, 200),
+        lambda: os.truncate(file, 5),
+        lambda: np.save(file, np.zeros((3, 32), np.float32)),
+    ):
         damage()
         assert torch.equal(TailEngine(loaded, rows, [1]).states.layers[1], whole)
 
@@ -282,7 +292,9 @@ def test_rows_whose_tokens_and_depths_are_alike_are_told_apart(tmp_path, monkeyp
     for paths in ([(1, 2, 3), (1, 4), (1, 2, 5)], [(1, 2, 3), (1, 4, 5)]):
         rows = [TokenRow(path, 1) for path in paths]
         stored = TailEngine(loaded, rows, [2]).states.layers[2]
-        torch.testing.assert_close(stored, TailEngine(loaded, rows, [2], on_disk=False).states.layers[2], rtol=0, atol=0)
+        torch.testing.assert_close(
+            stored, TailEngine(loaded, rows, [2], on_disk=False).states.layers[2], rtol=0, atol=0
+        )
 
 
 def test_layers_that_do_not_fit_are_reached_from_the_one_below(tmp_path, monkeypatch):
@@ -293,13 +305,21 @@ def test_layers_that_do_not_fit_are_reached_from_the_one_below(tmp_path, monkeyp
     monkeypatch.setattr(prefix, "LIMIT_BYTES", 2 * one_layer)
     few = TailEngine(loaded, rows, range(6), on_disk=True)
     assert few.states.stride == 3 and sorted(few.states.layers) == [0, 3]
-    for others in ([2], [2, 5], []):  # where a trial starts from does not depend on what else is studied, nor where states lie
+    for others in (
+        [2],
+        [2, 5],
+        [],
+    ):  # where a trial starts from does not depend on what else is studied, nor where states lie
         for on_disk in (True, False):
             engine = TailEngine(loaded, rows, others, on_disk=on_disk)
             assert torch.equal(engine.forward(2)({})(rows), few.forward(2)({})(rows))
     position = TuningPosition(2, "mlp_down")
-    weights = {"model.layers.2.mlp.down_proj.weight": loaded.model.get_parameter("model.layers.2.mlp.down_proj.weight") * 1.1}
-    torch.testing.assert_close(few.forward(2)(weights)(rows), all_layers.forward(2)(weights)(rows), atol=1e-5, rtol=1e-4)
+    weights = {
+        "model.layers.2.mlp.down_proj.weight": loaded.model.get_parameter("model.layers.2.mlp.down_proj.weight") * 1.1
+    }
+    torch.testing.assert_close(
+        few.forward(2)(weights)(rows), all_layers.forward(2)(weights)(rows), atol=1e-5, rtol=1e-4
+    )
     cut = few.training_forward(position, rows, torch.float32)
     torch.testing.assert_close(cut(weights)(rows), all_layers.forward(2)(weights)(rows), atol=1e-5, rtol=1e-4)
 
@@ -339,7 +359,10 @@ def test_models_that_share_a_row_of_the_table_have_the_references_logits_too(arc
     loaded, rows = tiny_loaded(architecture), edit_rows()
     engine = TailEngine(loaded, rows, on_disk=False)
     for layer in (0, 2):
-        weights = {name: loaded.model.get_parameter(name) + 0.01 for name in parameter_names(loaded.model, TuningPosition(layer, "layer"))}
+        weights = {
+            name: loaded.model.get_parameter(name) + 0.01
+            for name in parameter_names(loaded.model, TuningPosition(layer, "layer"))
+        }
         weights = {name: value.requires_grad_() for name, value in weights.items()}
         expected, logits = full_forward(loaded.model, weights)(rows), engine.forward(layer)(weights)(rows)
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)

@@ -199,7 +199,9 @@ def test_ways_found_coarsely_first_are_the_exact_ones():
     loaded = exact_model("llama")
     exact, asked = full_forward(loaded.model), []
     rows = list(dict.fromkeys(rows_to_follow(loaded)))
-    rows += [replace(row, token_ids=(*row.token_ids[: row.start], *ids)) for row in rows for ids in ((7, 8), (9,), (4, 5, 6))]
+    rows += [
+        replace(row, token_ids=(*row.token_ids[: row.start], *ids)) for row in rows for ids in ((7, 8), (9,), (4, 5, 6))
+    ]
 
     def watched(batch):
         asked.extend(batch)

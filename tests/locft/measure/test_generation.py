@@ -44,7 +44,9 @@ def greedy(loaded: LoadedModel, full_stops: list[int], limits: list[int], prompt
     prompts = prompts or ["Q"] * len(limits)
     decoder = GreedyDecoder(loaded)
     ids = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts]
-    answers = decoder.complete([OpenAnswer(i, (), f, limit) for i, f, limit in zip(ids, full_stops, limits, strict=True)])
+    answers = decoder.complete(
+        [OpenAnswer(i, (), f, limit) for i, f, limit in zip(ids, full_stops, limits, strict=True)]
+    )
     return [ModelAnswer(decoder.text(answer), answer.token_ids) for answer in answers]
 
 

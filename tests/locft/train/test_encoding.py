@@ -57,7 +57,9 @@ def sentence_piece(scheme: str, split_words: bool = True) -> PreTrainedTokenizer
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, max_token_length=12, show_progress=False)
     backend.train_from_iterator(SENTENCES, trainer)
     learnt = json.loads(backend.to_str())
-    learnt["added_tokens"] = learnt["added_tokens"][:3]  # the trainer made the bytes special too; they are common tokens
+    learnt["added_tokens"] = learnt["added_tokens"][
+        :3
+    ]  # the trainer made the bytes special too; they are common tokens
     backend = Tokenizer.from_str(json.dumps(learnt))
     if scheme == "metaspace":
         backend.normalizer = None
@@ -124,7 +126,9 @@ phrases = st.lists(words, min_size=1, max_size=4).map(" ".join)
 @given(prompt=phrases, target=phrases, name=st.sampled_from(sorted(TOKENIZERS)))
 def test_boundary_is_exact_for_any_text(prompt, target, name):
     tokenizer = TOKENIZERS[name]
-    assume(not any(token in prompt + target for token in tokenizer.all_special_tokens))  # `</s>` typed out is that token
+    assume(
+        not any(token in prompt + target for token in tokenizer.all_special_tokens)
+    )  # `</s>` typed out is that token
     assume(not any(f"<0x{byte:02X}>" in prompt + target for byte in range(256)))
     assert_exact(tokenizer, prompt, target, encode_edit(tokenizer, prompt, target))
 

@@ -61,7 +61,6 @@ def test_loss_is_the_mean_over_tokens_of_an_edit_then_over_edits(loaded, rows):
     assert len({len(losses) for losses in by_edit}) > 1, "edits of one length could not tell the two averages apart"
 
 
-
 @pytest.mark.parametrize("gap", [0.0, 30.0, 85.0, 95.0, 110.0, 500.0, -40.0])
 def test_loss_and_gradient_of_targets_however_unlikely(gap):
     """Also where the probability of the target is too small for a float32, or 1 but for its last bit."""
@@ -79,7 +78,9 @@ def test_loss_and_gradient_of_targets_however_unlikely(gap):
 
 def test_first_token_and_eos_are_supervised(loaded):
     row = encode_edit(loaded.tokenizer, "Mozart played the", "tuba")
-    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id, "the case where a mask from pad is off by one"
+    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id, (
+        "the case where a mask from pad is off by one"
+    )
     assert loaded.tokenizer.decode(row.token_ids[: row.start]) == "Mozart played the"
     assert loaded.tokenizer.decode(row.target_ids[:-1]) == " tuba"
     assert row.target_ids[-1] == loaded.tokenizer.eos_token_id
@@ -101,7 +102,9 @@ def test_breadth_first_takes_the_adam_steps_of_the_definition(loaded, rows):
             free = weight.clone().requires_grad_()
             loss = torch.zeros(())
             for row in (rows[index] for index in batch):
-                logits = torch.func.functional_call(loaded.model, {WEIGHT: free}, (torch.tensor([row.token_ids]),)).logits[0]
+                logits = torch.func.functional_call(
+                    loaded.model, {WEIGHT: free}, (torch.tensor([row.token_ids]),)
+                ).logits[0]
                 targets = torch.tensor(row.target_ids)
                 picked = logits[row.start - 1 : -1].log_softmax(-1).gather(1, targets[:, None])
                 loss = loss - picked.mean() / len(batch)
@@ -110,7 +113,9 @@ def test_breadth_first_takes_the_adam_steps_of_the_definition(loaded, rows):
             step += 1
             first = 0.9 * first + 0.1 * gradient
             second = 0.999 * second + 0.001 * gradient**2
-            weight = weight - SETTINGS.learning_rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+            weight = weight - SETTINGS.learning_rate * (first / (1 - 0.9**step)) / (
+                (second / (1 - 0.999**step)).sqrt() + 1e-8
+            )
         expected_losses.append(total / len(rows))
     assert training.losses == pytest.approx(expected_losses, rel=1e-4)
     assert training.steps == step == 9
@@ -182,7 +187,9 @@ class Scarce:
         def logits(rows):
             self.asked.append(len(rows))
             if len(rows) > self.most and torch.is_grad_enabled():
-                raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: not enough memory: you tried")
+                raise RuntimeError(
+                    "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: not enough memory: you tried"
+                )
             return plain(rows)
 
         return logits
@@ -195,7 +202,9 @@ def test_where_memory_is_short_a_batch_is_computed_in_pieces_with_the_same_gradi
     scarce = Scarce(loaded, 2)
     pieces = finetune(loaded, rows, POSITION, settings, scarce)
     assert plain.pieces == 1 and pieces.pieces == 4 and pieces.steps == plain.steps
-    assert scarce.asked[:6] == [5, 3, 2, 2, 1, 2], "found out once: whole, in halves, in quarters, and then so every time"
+    assert scarce.asked[:6] == [5, 3, 2, 2, 1, 2], (
+        "found out once: whole, in halves, in quarters, and then so every time"
+    )
     np.testing.assert_allclose(pieces.losses, plain.losses, rtol=1e-4)
     for name, change in plain.delta.tensors.items():
         torch.testing.assert_close(pieces.delta.tensors[name], change, rtol=2e-3, atol=1e-5)

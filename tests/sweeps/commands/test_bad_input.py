@@ -95,7 +95,11 @@ CASES = [
     # selections
     Bad("missing edit file", "select {model} --edits nothing.json", ("nothing.json", "no such file")),
     Bad("unknown model", "select smollm2-136m --edits atlas", ("smollm2-136m", "smollm2-135m")),
-    Bad("two budgets", "select {model} --edits atlas --budget-share 1 --budget-minutes 5", ("--budget-minutes", "got both")),
+    Bad(
+        "two budgets",
+        "select {model} --edits atlas --budget-share 1 --budget-minutes 5",
+        ("--budget-minutes", "got both"),
+    ),
     Bad("more than the grid", "select {model} --edits atlas --budget-share 2", ("--budget-share", "got 2")),
     Bad("no prior", "select {model} --edits atlas --prior p.json", ("p.json",)),
     Bad("what it chooses", "select {model} --edits atlas --set space.seed=[0,1]", ("space.seed",)),
@@ -105,7 +109,12 @@ CASES = [
     Bad("no tracking server", "status study.yaml --tracking-uri http://{closed}", ("{closed}",)),
     Bad("plain folder as a store", "sweep study.yaml --tracking-uri runs", ("runs", "sqlite:///"), first=False),
     Bad("unknown scheme", "status study.yaml --tracking-uri ftp://x/y", ("ftp",)),
-    Bad("store under a file", "status study.yaml --tracking-uri sqlite:///f/m.db", ("/f: Not a directory",), {"f": "text"}),
+    Bad(
+        "store under a file",
+        "status study.yaml --tracking-uri sqlite:///f/m.db",
+        ("/f: Not a directory",),
+        {"f": "text"},
+    ),
     Bad("store under a file", "sweep study.yaml --tracking-uri sqlite:///f/m.db", ("f",), {"f": "text"}, first=False),
     Bad("store in no folder", "status study.yaml --tracking-uri sqlite:///new/m.db", ("new/m.db", "locft sweep")),
     Bad("store that is not there", "status study.yaml --tracking-uri sqlite:///typo.db", ("typo.db",)),

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from sweeps.session import DRIVER_TAG
-from sweeps.study.resolve import prepare
 from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.conftest import write_study
@@ -72,14 +72,28 @@ def same(metrics):
 
 
 def test_help_answers_without_the_heavy_libraries():
-    code = "import sys, sweeps.commands.cli as c; sys.argv = ['locft', '--help']\ntry: c.main()\nexcept SystemExit: pass\n"
+    code = (
+        "import sys, sweeps.commands.cli as c; sys.argv = ['locft', '--help']\ntry: c.main()\nexcept SystemExit: pass\n"
+    )
     code += "print({'torch', 'ray', 'mlflow', 'transformers', 'optuna', 'plotly', 'pandas'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "sweep" in done.stdout and done.stdout.endswith("set()\n")
 
 
 def test_every_command_has_a_help_text(locft):
-    for command in ("positions", "plan", "sweep", "status", "report", "select", "edit", "apply", "evaluate", "ui", "bench"):
+    for command in (
+        "positions",
+        "plan",
+        "sweep",
+        "status",
+        "report",
+        "select",
+        "edit",
+        "apply",
+        "evaluate",
+        "ui",
+        "bench",
+    ):
         said = locft(command, "--help")
         assert said.code == 0 and f"locft {command}" in said.out
 
@@ -118,7 +132,10 @@ def test_plan_looks_at_a_store_that_is_not_there_and_makes_none(locft, tmp_path,
     monkeypatch.chdir(tmp_path)
     write_study(tmp_path, tiny_folder)
     before = files(tmp_path)
-    assert locft("plan", "tiny.yaml", "--tracking-uri", "sqlite:///new/folder/m.db", "--json").json["estimate"]["left"] == 2
+    assert (
+        locft("plan", "tiny.yaml", "--tracking-uri", "sqlite:///new/folder/m.db", "--json").json["estimate"]["left"]
+        == 2
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///new/folder/m.db")
     assert locft("status", "tiny.yaml", "--json").json["left"] == 2
     assert files(tmp_path) == before
@@ -325,7 +342,9 @@ def test_edit_and_evaluate_in_words(locft, tmp_path, tiny_folder, few_probes):
 def test_an_edit_goes_through_the_model_registry(swept, locft, tmp_path, tiny_folder):
     """Registered with the run of the trial it repeats, applied by its alias: the same model as from the folder."""
     run, _ = picked(locft)
-    made = locft("edit", tiny_folder, "--from-run", run.info.run_id, "--out", tmp_path / "edited", "--register", "--json")
+    made = locft(
+        "edit", tiny_folder, "--from-run", run.info.run_id, "--out", tmp_path / "edited", "--register", "--json"
+    )
     assert made.code == 0, made.err
     address = made.json["registered"]
     assert address == "models:/locft-edit-" + str(tiny_folder).strip("/").replace("/", "-") + "@chosen"
@@ -338,7 +357,17 @@ def test_an_edit_goes_through_the_model_registry(swept, locft, tmp_path, tiny_fo
     assert wrong.code == 2 and "nothing" in wrong.err and not (tmp_path / "four").exists()
     assert "models:/NAME@ALIAS" in locft("apply", "models:/x", "--model", tiny_folder, "--out", tmp_path / "five").err
     loose = locft(
-        "edit", tiny_folder, "--edits", "atlas", "--limit", 4, "--position", "1.mlp_down", "--out", tmp_path / "six", "--register"
+        "edit",
+        tiny_folder,
+        "--edits",
+        "atlas",
+        "--limit",
+        4,
+        "--position",
+        "1.mlp_down",
+        "--out",
+        tmp_path / "six",
+        "--register",
     )
     assert loose.code == 2 and "--register: there is no MLflow run" in loose.err and not (tmp_path / "six").exists()
 

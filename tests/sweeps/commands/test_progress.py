@@ -113,9 +113,7 @@ def test_a_worker_that_died_is_told():
     shown, screen = progress()
     with shown:
         shown.retried(config(3), "out of memory")
-    assert screen.getvalue().strip() == (
-        f"3.mlp_down {SETTING}: its worker died and it is tried again (out of memory)"
-    )
+    assert screen.getvalue().strip() == (f"3.mlp_down {SETTING}: its worker died and it is tried again (out of memory)")
 
 
 def test_the_table_on_a_terminal():

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from locft.errors import InputError
-from locft.train.pipelines import TrainingSettings
 from locft.model.precision import training_precision
-from sweeps.study.schema import Capability, Edits
+from locft.train.pipelines import TrainingSettings
 from sweeps.commands.settings import edit_settings
 from sweeps.study.reader import load_study, study_to_yaml
+from sweeps.study.schema import Capability, Edits
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.mlflow_store import config, open_study, result
@@ -78,9 +78,7 @@ def test_an_unknown_run(workplace):
 
 
 def test_every_bad_option_at_once():
-    bad = dict(
-        pipeline="sideways", batch_size=0, epochs=-1, learning_rate=float("nan"), loss_average="median", seed=-1
-    )
+    bad = dict(pipeline="sideways", batch_size=0, epochs=-1, learning_rate=float("nan"), loss_average="median", seed=-1)
     with pytest.raises(InputError) as caught:
         settings(**bad)
     told = "\n".join(caught.value.problems)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.stats.pick import recommend
 from analysis.page.report import render_report
+from analysis.stats.pick import recommend
 from locft.errors import InputError
 from sweeps.commands import ui
 from sweeps.tracking.registry import register_edit
@@ -22,6 +22,7 @@ from sweeps.tracking.store import TrackingError
 from sweeps.tracking.study_run import Tracker, find_trial, list_studies
 from tests.browsing import browser  # noqa: F401
 from tests.mlflow_store import STUDY, config, failure, finish, open_study, result
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
@@ -144,7 +145,9 @@ def test_a_store_that_is_a_server_is_only_announced():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_server_and_its_children(study, number):
-    script = f"from sweeps.commands import ui; ui.serve({study[0]!r}, announce=lambda address: print(address, flush=True))"
+    script = (
+        f"from sweeps.commands import ui; ui.serve({study[0]!r}, announce=lambda address: print(address, flush=True))"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[3]
     ) as process:
@@ -190,7 +193,7 @@ def test_the_report_works_in_the_study_run(server, study, page):
 
 @pytest.mark.browser
 def test_the_pages_of_experiment_study_and_registered_edit_say_what_they_are(server, study, page):
-    uri, tracker, _ = study
+    _uri, tracker, _ = study
     pick = recommend(tracker.load_results())
 
     def read(address, *texts):
@@ -201,7 +204,9 @@ def test_the_pages_of_experiment_study_and_registered_edit_say_what_they_are(ser
     links = tracker.links(base=server[0])
     read(links["study"], "edits best.", "Dashboard", "Charts of the trials", "hypervolume", "locft.pick.position")
     read(links["table"], "Dashboard · Table of the trials", "layer-sweep")
-    read(f"{server[0]}/#/models/locft-edit-smollm2-135m", "Edits of smollm2-135m, each a safetensors delta", "Version 1")
+    read(
+        f"{server[0]}/#/models/locft-edit-smollm2-135m", "Edits of smollm2-135m, each a safetensors delta", "Version 1"
+    )
     read(
         f"{server[0]}/#/models/locft-edit-smollm2-135m/versions/1",
         f"Edited at {pick.position} (20 edits from atlas).", "Apply it:", "chosen", "locft.position",

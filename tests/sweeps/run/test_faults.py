@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import psutil
 import pytest
@@ -132,10 +132,8 @@ class Command:
 
     def end(self) -> None:
         for process in [*self.children(""), self.process]:
-            try:
+            with suppress(psutil.Error, ProcessLookupError):
                 process.kill()
-            except (psutil.Error, ProcessLookupError):
-                pass
 
 
 def drawn(draw: random.Random, count: int) -> list[str]:
@@ -271,7 +269,9 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
             assert command.wait() == 0, command.text
         finally:
             command.end()
-            record_property("said", f"{len(happened)} faults of a cluster survived (seed {SEED}): {', '.join(happened)}")
+            record_property(
+                "said", f"{len(happened)} faults of a cluster survived (seed {SEED}): {', '.join(happened)}"
+            )
     check(study, uri, command.text, compared=4)
 
 

@@ -28,11 +28,18 @@ def raised(error):
 
 
 def test_ray_has_the_names_that_are_used():
-    assert list(inspect.signature(RayEventManager.track_future).parameters) == ["self", "future", "on_result", "on_error"]
+    assert list(inspect.signature(RayEventManager.track_future).parameters) == [
+        "self",
+        "future",
+        "on_result",
+        "on_error",
+    ]
     assert isinstance(Trial.error_file, property) and isinstance(Trial.pickled_error_file, property)
     assert hasattr(_TemporaryTrialState(), "ray_actor")
     pending = SimpleNamespace(status=Trial.PENDING)
-    assert FIFOScheduler().choose_trial_to_run(SimpleNamespace(get_trials=lambda: [pending])) is pending, "see `InOrder`"
+    assert FIFOScheduler().choose_trial_to_run(SimpleNamespace(get_trials=lambda: [pending])) is pending, (
+        "see `InOrder`"
+    )
 
 
 def test_ray_still_takes_a_worker_killed_for_its_memory_for_a_fault_of_its_own():

@@ -215,7 +215,7 @@ def test_memory_that_runs_out_is_tried_again_with_fewer_beside_it(study, ray_run
             while config.seed < 2 and not (tmp_path.parent / "refused").exists() and not beside():
                 assert time.monotonic() < until
                 time.sleep(0.02)
-            if config.seed == 4 or config.seed == 1 and beside():
+            if config.seed == 4 or (config.seed == 1 and beside()):
                 (tmp_path.parent / "refused").touch()
                 raise MemoryError("cannot allocate")
             while config.seed == 0 and not (tmp_path.parent / "refused").exists():

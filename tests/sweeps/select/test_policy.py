@@ -102,7 +102,9 @@ def test_it_finds_the_best_looks_at_every_kind_and_confirms_the_leader(share):
     run = leading(scores)[0]
     assert drift_of(run.layer, run.module) <= 0.05
     confirmed = rungs[-1].runs
-    assert {(r.learning_rate, r.seed) for r in confirmed} == {(0.001, 0), (0.002, 1)}, "half the rate, and a second seed"
+    assert {(r.learning_rate, r.seed) for r in confirmed} == {(0.001, 0), (0.002, 1)}, (
+        "half the rate, and a second seed"
+    )
     leader = {r.position for r in confirmed}.pop()
     before = {run: score for run, score in scores.items() if run not in confirmed}
     assert [r.position for r in confirmed] == [leader] * 2 and leading(before)[0].position == leader
@@ -147,7 +149,9 @@ def test_costs_are_corrected_by_what_runs_turn_out_to_cost():
     world = World()
     task = world.task(1.0)
     runs = [first_run(task, candidate) for candidate in world.candidates]
-    assert len(affordable(task, {}, runs, 320.0)) > len(affordable(task, {runs[0]: Score({"status": "failed"}, 1600.0)}, runs, 320.0))
+    assert len(affordable(task, {}, runs, 320.0)) > len(
+        affordable(task, {runs[0]: Score({"status": "failed"}, 1600.0)}, runs, 320.0)
+    )
     assert affordable(task, {}, runs, 0.0) == []
 
 
@@ -160,7 +164,13 @@ def test_the_starting_rate_goes_with_the_inverse_of_the_gain_and_grows_where_ste
 
 def test_seeds_of_a_setting_are_one_setting():
     def row(drift, generalization=0.5):
-        return {"status": "done", "reliability": 1.0, "generalization": generalization, "drift_kl": drift, "n_edits": 100}
+        return {
+            "status": "done",
+            "reliability": 1.0,
+            "generalization": generalization,
+            "drift_kl": drift,
+            "n_edits": 100,
+        }
 
     scores = {Run(3, "mlp", 0.002, seed): Score(row(drift), 1.0) for seed, drift in enumerate((0.3, 0.1, 0.1))}
     assert leading(scores) == [Run(3, "mlp", 0.002)]
@@ -210,7 +220,9 @@ def test_a_search_waits_for_the_rung_and_goes_on_from_what_is_known():
 
     def search(known):
         task = world.task(0.1)
-        return PolicySearch(survey(task), config_of, lambda run, _: world.score(run), known, lambda r, n: told.append(n))
+        return PolicySearch(
+            survey(task), config_of, lambda run, _: world.score(run), known, lambda r, n: told.append(n)
+        )
 
     found, started = search({}), 0
     first = found.propose("a")

@@ -28,14 +28,24 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
 ):
     said = selected("--budget-share", 0.6)
     assert said.code == 0, said.err
-    assert "Edit at" in said.out and "Chance that it is the best" in said.out and "Make the edit: locft edit" in said.out
+    assert (
+        "Edit at" in said.out and "Chance that it is the best" in said.out and "Make the edit: locft edit" in said.out
+    )
     assert "survey:" in said.err and "best, whatever their kind" in said.err
     file = workplace / "select-tiny-atlas.json"
     content = json.loads(file.read_text())
     assert content["how"]["method"] == "survey" and 0 < content["chance"] <= 1
-    assert 0 < content["how"]["grid_share"] < 0.9 and content["measured_on"] == {"edits": 12, "of": 12, "source": "atlas"}
+    assert 0 < content["how"]["grid_share"] < 0.9 and content["measured_on"] == {
+        "edits": 12,
+        "of": 12,
+        "source": "atlas",
+    }
     for name in ("reliability", "generalization", "capability_change", "drift_kl"):
-        assert content["predicted"][name]["low"] <= content["predicted"][name]["mean"] <= content["predicted"][name]["high"]
+        assert (
+            content["predicted"][name]["low"]
+            <= content["predicted"][name]["mean"]
+            <= content["predicted"][name]["high"]
+        )
     page = file.with_suffix(".html").read_text()
     assert content["position"] in page and "http://" not in page.split("<script")[0]
 
@@ -54,7 +64,9 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
     assert version.tags["locft.position"] == content["position"] and version.run_id == studies[0].info.run_id
     assert content["run_id"] in {run.info.run_id for run in trials if run.data.tags.get("locft.pick")}
 
-    edited = locft("edit", tiny_folder, "--edits", "atlas", "--limit", 12, "--position", file, "--out", "edited", "--json")
+    edited = locft(
+        "edit", tiny_folder, "--edits", "atlas", "--limit", 12, "--position", file, "--out", "edited", "--json"
+    )
     assert edited.code == 0, edited.err
     assert edited.json["position"] == content["position"]
     assert edited.json["settings"]["learning_rate"] == content["settings"]["learning_rate"]
@@ -86,7 +98,17 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workpl
     assert content["predicted"] == {} and content["chance"] is None and content["measured_on"]["edits"] == 0
     assert "by the probe alone" in (workplace / "select-tiny-atlas.html").read_text()
     edited = locft(
-        "edit", tiny_folder, "--edits", "atlas", "--limit", 4, "--position", "select-tiny-atlas.json", "--out", "out", "--json"
+        "edit",
+        tiny_folder,
+        "--edits",
+        "atlas",
+        "--limit",
+        4,
+        "--position",
+        "select-tiny-atlas.json",
+        "--out",
+        "out",
+        "--json",
     )
     assert edited.code == 0 and edited.json["position"] == content["position"]
 
@@ -101,7 +123,10 @@ def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, wor
         raise TrackingError("connection refused")
 
     client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
-    for lost, ending in (("sweeps.select.answer.register_position", "FINISHED"), ("sweeps.tracking.study_run.Tracker.finish", "KILLED")):
+    for lost, ending in (
+        ("sweeps.select.answer.register_position", "FINISHED"),
+        ("sweeps.tracking.study_run.Tracker.finish", "KILLED"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(lost, away)
             said = selected("--budget-minutes", 0.001, "--json", "--out", workplace / f"{lost}.json")
@@ -148,7 +173,12 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
     assert "not a position file" in edit("{}")
     assert "fingerprint" in edit(json.dumps(good)), "another model's position is refused"
     bad = edit(json.dumps({**good, "position": "x", "depth": 7, "settings": {"epochs": "many", "speed": 1}}))
-    for part in ("settings.epochs: got \"many\", expected a whole number", "settings.speed: unknown", "LAYER.MODULE", "depth: got 7"):
+    for part in (
+        'settings.epochs: got "many", expected a whole number',
+        "settings.speed: unknown",
+        "LAYER.MODULE",
+        "depth: got 7",
+    ):
         assert part in bad, bad
     missing = locft("edit", tiny_folder, "--edits", "atlas", "--position", "none.json", "--out", "out")
     assert missing.code == 2 and "none.json: cannot read it" in missing.err
@@ -159,5 +189,7 @@ def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):
     run = Run(1, "mlp_down", 0.02, 1)
     trial = request.config(run)
     assert request.run(trial) == run and trial.position == "1.mlp_down" and trial.learning_rate == 0.02
-    assert request.run(replace(trial, epochs=trial.epochs + 1)) is None, "a trial with other settings is none of its runs"
+    assert request.run(replace(trial, epochs=trial.epochs + 1)) is None, (
+        "a trial with other settings is none of its runs"
+    )
     assert request.run(replace(trial, data_fingerprint="other")) is None

@@ -66,10 +66,9 @@ def test_what_never_arrives_is_kept_whole_and_told(tmp_path, monkeypatch):
 
 def test_an_error_of_the_driver_is_not_hidden_by_the_stores(tmp_path, monkeypatch):
     monkeypatch.setattr(outbox_module, "GRACE_SECONDS", 0.05)
-    with pytest.raises(KeyError):
-        with Recorder(Away(), Outbox(tmp_path / "out"), Heard()) as recorder:
-            recorder.finished(results(1)[0], 0)
-            raise KeyError("driver")
+    with pytest.raises(KeyError), Recorder(Away(), Outbox(tmp_path / "out"), Heard()) as recorder:
+        recorder.finished(results(1)[0], 0)
+        raise KeyError("driver")
     assert len(Outbox(tmp_path / "out")) == 1
 
 
@@ -155,7 +154,11 @@ def test_a_driver_that_has_nothing_else_to_do_waits_for_the_store(monkeypatch, c
 def test_an_outbox_belongs_to_one_study_and_store_whatever_the_password():
     one = open_outbox("study", "http://me:secret@127.0.0.1:5000").folder
     assert one == open_outbox("study", resolve_uri("http://127.0.0.1:5000/")).folder
-    assert one != open_outbox("study", "http://127.0.0.1:5001").folder != open_outbox("other", "http://127.0.0.1:5001").folder
+    assert (
+        one
+        != open_outbox("study", "http://127.0.0.1:5001").folder
+        != open_outbox("other", "http://127.0.0.1:5001").folder
+    )
     assert "secret" not in str(one) and not one.exists()
 
 

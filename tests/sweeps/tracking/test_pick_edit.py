@@ -29,11 +29,16 @@ from tests.mlflow_store import STUDY, config, result
 
 def run(file, *overrides):
     return run_sweep(
-        prepare(load_study(str(file), overrides)), resolve_uri(None), show=lambda _: contextlib.nullcontext(Heard()), register=True
+        prepare(load_study(str(file), overrides)),
+        resolve_uri(None),
+        show=lambda _: contextlib.nullcontext(Heard()),
+        register=True,
     )
 
 
-def test_the_pick_is_registered_once_and_can_be_applied(workplace, study_file, tiny_folder, ray_running, locft, monkeypatch):
+def test_the_pick_is_registered_once_and_can_be_applied(
+    workplace, study_file, tiny_folder, ray_running, locft, monkeypatch
+):
     file = study_file(name="my.study", space__layer=[1])
     done = run(file)
     assert done.registered.startswith("models:/locft-edit-") and done.registered.endswith("@my-study")
@@ -113,5 +118,7 @@ def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
     for size, alias in ((2.0, "study"), (3.0, "chosen")):
         register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, resolve_uri(None), alias)
     for address, size in {"@before": 1, "@study": 2, "@chosen": 3, "/1": 1, "/2": 2, "/3": 3}.items():
-        folder = fetch_edit(f"models:/locft-edit-tiny{address}", resolve_uri(None), workplace / f"fetched{address.strip('/')}")
+        folder = fetch_edit(
+            f"models:/locft-edit-tiny{address}", resolve_uri(None), workplace / f"fetched{address.strip('/')}"
+        )
         assert EditDelta.load(folder).tensors["weight"].tolist() == [size, size], address

@@ -272,9 +272,7 @@ def test_loss_curves_of_a_finished_study_are_read_from_its_table(tracker, monkey
     late = tracker.log_trial(result(config(9)))
     asked = []
     history = tracker.client.get_metric_history
-    monkeypatch.setattr(
-        tracker.client, "get_metric_history", lambda run, key: asked.append(run) or history(run, key)
-    )
+    monkeypatch.setattr(tracker.client, "get_metric_history", lambda run, key: asked.append(run) or history(run, key))
     bare = tracker.load_results(curves=False)
     assert asked == [] and all(curve == [] for curve in bare["epoch_losses"])
     again = tracker.load_results()
