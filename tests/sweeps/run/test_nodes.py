@@ -73,7 +73,7 @@ def test_nodes_install_this_project_with_the_tested_versions(cluster):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "cluster" in project["project"]["optional-dependencies"]
     needed = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
-    needed |= {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    needed |= {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert {mounts.get(f"~/locft-sweeps/{name}") for name in needed} == needed
     assert all((ROOT / name).exists() for name in needed)
 
