@@ -109,19 +109,18 @@ def study_lock(folder: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def study_session(
-    prepared: PreparedStudy, store: str, description: str, *, address: str | None = None, study_id: str | None = None
+    prepared: PreparedStudy, store: str, description: str, *, address: str | None = None
 ) -> Iterator["StudySession"]:
     """Hold a study's lock and deliver what an earlier driver could not; in the end close the study's run, however it ends.
 
     store: address of the tracking store, resolved. description: of the study's run, in markdown. address: of a Ray cluster; None
-    runs on this machine. study_id: `prepared.id` unless given. Raises InputError before anything is written when another driver
+    runs on this machine. Raises InputError before anything is written when another driver
     of this machine runs the study, or when the store cannot be used; TrackingError when the store does not take what was kept.
     """
-    study_id = study_id or prepared.id
     with ExitStack() as stack:
-        stack.enter_context(study_lock(study_folder(study_id, store), prepared.study.name))
-        tracker = find_tracker(store, prepared.study.name, study_id)
-        session = StudySession(prepared, store, description, address, study_id, stack, tracker)
+        stack.enter_context(study_lock(study_folder(prepared.id, store), prepared.study.name))
+        tracker = find_tracker(store, prepared.study.name, prepared.id)
+        session = StudySession(prepared, store, description, address, stack, tracker)
         if len(session.outbox):
             session.open_run()
             session.deliver_kept()
@@ -136,7 +135,6 @@ class StudySession:
     store: str
     description: str
     address: str | None
-    study_id: str
     stack: ExitStack
     """What has to be undone at the end of the session."""
     tracker: Tracker | None
@@ -145,7 +143,7 @@ class StudySession:
     """How many trials run at a time; None before `start_ray`."""
 
     def __post_init__(self) -> None:
-        self.outbox = open_outbox(self.study_id, self.store)
+        self.outbox = open_outbox(self.prepared.id, self.store)
         self.runs_here = runs_here(self.address, self.prepared.study.resources)
         self._run_is_open = False
 
@@ -167,7 +165,7 @@ class StudySession:
         Raises InputError when the store cannot be used, TrackingError when it does not take the run.
         """
         study = self.prepared.study
-        self.tracker = tracker = self.tracker or Tracker.open(self.store, study.name, self.study_id)
+        self.tracker = tracker = self.tracker or Tracker.open(self.store, study.name, self.prepared.id)
         if not self._run_is_open:
             self._run_is_open = True
             self.stack.callback(self._close_run)

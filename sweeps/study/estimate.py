@@ -100,7 +100,7 @@ class Costs:
         return self.source != ROUGH
 
     def training(self, trial: TrialConfig, layers: int, steps: float) -> float:
-        """Seconds of so many steps of full batches."""
+        """Seconds of `steps` steps of full batches."""
         return steps * (self.step.seconds(layers) + trial.batch_size * self.edit.seconds(layers))
 
 

@@ -36,7 +36,7 @@ class Plan:
     trials: tuple[TrialConfig, ...]
     """In the order they are started. Empty for optuna, which chooses while running."""
     count: int
-    """Number of trials; for optuna at most so many. For random less than asked for when the space has no more."""
+    """Number of trials; an upper limit for optuna; for random fewer than asked for when the space has no more."""
     sample: tuple[TrialConfig, ...]
     """What the estimate is computed on: the trials, or for optuna a random sample of the space."""
 
