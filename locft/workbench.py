@@ -43,6 +43,7 @@ from locft.model.delta import EditDelta, applied
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition
 from locft.train.encoding import SupervisedLogits, TokenRow, encode_edits
+from locft.train.examples import TrainingExamples
 from locft.train.pipelines import Training, TrainingSettings, finetune
 from locft.train.reference import full_forward
 
@@ -131,7 +132,7 @@ class Workbench:
         forward = None
         if self.engine:
             forward = self.engine.training_forward(position, self.rows, DTYPES[settings.precision])
-        return finetune(self.loaded, self.rows, position, settings, forward)
+        return finetune(self.loaded, TrainingExamples.of_rows(self.rows), position, settings, forward)
 
     def measure(self, delta: EditDelta, *, whole_answers: bool = False) -> Measurement:
         """All metrics of the edited model, computed in the model's own dtype, by their names in the results table.

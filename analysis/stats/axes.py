@@ -8,6 +8,7 @@ The declarations lie in `analysis` because figures and tables need them, and `an
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +38,19 @@ class Axis:
     """In `space`, where it takes a list; otherwise a field of the study itself."""
     trained: bool = True
     """A field of `locft.train.TrainingSettings`."""
+    only: tuple[str, tuple[str, ...]] | None = None
+    """Another axis and the values of it at which this one changes anything. Elsewhere it is set to its default, so that
+    a grid over both has no doubles."""
     in_first_ids: bool = False
     """Part of every trial id, since the first ids hashed it. A newer axis is left out of the id at its default, so that
     it does not make old results foreign."""
+
+    def counts(self, values: Mapping[str, Any]) -> bool:
+        """Whether this axis changes anything beside these values of the others; an absent one is at its default."""
+        if self.only is None:
+            return True
+        other, where = AXIS[self.only[0]], self.only[1]
+        return values.get(other.name, other.default) in where and other.counts(values)
 
     def expected(self) -> str:
         """What a valid value is, in words."""
@@ -88,8 +99,70 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "loss_average", str, "edit", "loss average",
-        "edit: mean over the tokens of an edit, then over edits; token: mean over all tokens of the batch",
-        choices=("edit", "token"), short="loss by ", in_first_ids=True,
+        "edit: mean over the tokens of an edit, then over edits; token: mean over all tokens of the batch; last_token: the "
+        "edit's first answer token only, as FT-L trains it",
+        choices=("edit", "token", "last_token"), short="loss by ", in_first_ids=True,
+    ),
+    Axis(
+        "method", str, "full", "method", "how the change of the weights is parametrised and held back",
+        choices=("full", "low_curvature", "lora", "adalora", "norm_bounded"),
+    ),
+    Axis(
+        "curvature_strength", float, 10.0, "curvature strength", "nats of edit loss that a nat of predicted drift counts",
+        at_least=0, log=True, short="strength ", only=("method", ("low_curvature",)),
+    ),
+    Axis(
+        "curvature_share", float, 0.0, "frozen share", "share of the curvature whose directions do not change at all",
+        at_least=0, below=1, short="frozen ", only=("method", ("low_curvature",)),
+    ),
+    Axis(
+        "adam_basis", str, "weights", "Adam's basis",
+        "weights: Adam scales each weight; curvature: each direction of the curvature",
+        choices=("weights", "curvature"), short="Adam by ", only=("method", ("low_curvature",)),
+    ),
+    Axis(
+        "rank", int, 8, "rank", "of the change of each matrix (adalora: on average over the matrices)",
+        at_least=1, log=True, short="rank ", only=("method", ("lora", "adalora")),
+    ),
+    Axis(
+        "alpha", float, 16.0, "alpha", "the change is scaled by alpha / rank",
+        above=0, log=True, short="alpha ", only=("method", ("lora", "adalora")),
+    ),
+    Axis(
+        "norm_bound", float, 5e-4, "norm bound", "largest change of a single weight",
+        above=0, log=True, short="bound ", only=("method", ("norm_bounded",)),
+    ),
+    Axis(
+        "train_formats", str, "raw", "trained formats",
+        "how prompts are put in training, drawn anew for each edit and epoch: raw, qa, chat or a text with {prompt}, "
+        "several separated by commas",
+        short="trained ",
+    ),
+    Axis(
+        "prefix_share", float, 0.0, "prefix share", "share of prompts behind random prose, drawn for each edit and epoch",
+        at_least=0, below=1, short="prefix ",
+    ),
+    Axis(
+        "guard", str, "none", "guard",
+        "prompts whose answers are held to the unedited model's: those of the edits with another edit's subject "
+        "(same_relation), prompts of the kind that locality asks (locality_like), or prose",
+        choices=("none", "same_relation", "locality_like", "prose"), short="guard ",
+    ),
+    Axis(
+        "guard_weight", float, 1.0, "guard weight", "nats of edit loss that a nat of drift on a guard counts",
+        above=0, log=True, short="guard weight ", only=("guard", ("same_relation", "locality_like", "prose")),
+    ),
+    Axis(
+        "guards_per_step", int, 4, "guards per step", "guards in each optimiser step",
+        at_least=1, log=True, short="guards ", only=("guard", ("same_relation", "locality_like", "prose")),
+    ),
+    Axis(
+        "noise", float, 0.0, "noise", "on the hidden states that training begins with, as a share of their spread",
+        at_least=0, short="noise ",
+    ),
+    Axis(
+        "shrink", str, "no", "shrink", "yes: the change is scaled down after training as far as every edit stays learnt",
+        choices=("no", "yes"), short="shrink ",
     ),
     Axis("seed", int, 0, "seed", "of the order of the edits", at_least=0, below=2**32, in_first_ids=True),
     Axis(

@@ -145,7 +145,10 @@ def results_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     seen = list(dict.fromkeys(name for row in rows for name in row))
     tasks = sorted(name for name in seen if name.startswith("capability."))
     others = [name for name in seen if name not in COLUMNS and name not in tasks]
-    columns = {name: _typed([row.get(name) for row in rows], column.kind) for name, column in COLUMNS.items()}
+    newer = {axis.name: axis.default for axis in AXES if not axis.in_first_ids}  # absent in older rows: at the default
+    columns = {
+        name: _typed([row.get(name, newer.get(name)) for row in rows], column.kind) for name, column in COLUMNS.items()
+    }
     columns |= {name: _typed([row.get(name) for row in rows], NUMBER) for name in tasks}
     columns |= {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in others}
     frame = pd.DataFrame(columns)

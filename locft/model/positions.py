@@ -16,6 +16,7 @@ from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from locft.errors import InputError
 from locft.model.families import BY_MODEL_TYPE, MODULES, STANDS_IN, Family
@@ -113,6 +114,11 @@ def parameter_names(model: PreTrainedModel, position: TuningPosition) -> tuple[s
     if position.module not in modules:
         raise InputError(_no_module(model, position, modules) if is_known(model) else no_row(model))
     return tuple(f"{prefix}.{name}" for name in modules[position.module])
+
+
+def is_input_first(model: PreTrainedModel, name: str) -> bool:
+    """Whether a matrix is stored (in, out) and its product is `input @ matrix`, as in GPT-2."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
 
 
 def list_positions(model: PreTrainedModel) -> tuple[PositionInfo, ...]:

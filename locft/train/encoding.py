@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from locft.data.edit_request import EditRequest
+from locft.train.formats import RAW, put
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,17 @@ def batches(
         yield slice(start, len(rows))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
     """Tokens of a text that something follows: with the tokenizer's own start token, without an end token.
+
+    special_tokens: False for a text that brings its own, as a chat template's does.
 
     For a tokenizer without a start token an empty text is the EOS token, the usual stand-in, so that the first real
     token has a predecessor.
     """
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+    if not special_tokens:
+        return tuple(ids)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if len(ids) > 0 and ids[-1] == eos and not (len(ids) == 1 and eos == bos):
         ids = ids[:-1]
@@ -94,29 +99,44 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, .
     return tuple(ids)
 
 
-def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> TokenRow:
+def encode_continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, *, special_tokens: bool = True
+) -> TokenRow:
     """Row of `prompt + continuation` with exactly the continuation supervised, no EOS.
 
     The whole text is tokenized at once. If its first tokens are those of the prompt alone, the rest is the continuation
     (so SentencePiece adds no second space). If a token spans the boundary, both sides are tokenized separately: the
     prompt must stay what generation will see.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    whole = encode_prompt(tokenizer, prompt + continuation)
+    prompt_ids = encode_prompt(tokenizer, prompt, special_tokens=special_tokens)
+    whole = encode_prompt(tokenizer, prompt + continuation, special_tokens=special_tokens)
     if prompt and len(whole) > len(prompt_ids) and whole[: len(prompt_ids)] == prompt_ids:
         return TokenRow(whole, len(prompt_ids))
     return TokenRow(prompt_ids + _continuation_ids(tokenizer, prompt_ids, continuation), len(prompt_ids))
 
 
-def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> TokenRow:
-    """Training row of an edit: one space, the target, the model's EOS, all of it supervised."""
-    row = encode_continuation(tokenizer, prompt, " " + target)
+def encode_question(tokenizer: PreTrainedTokenizerBase, prompt: str, form: str = RAW) -> tuple[int, ...]:
+    """Tokens of a prompt in a format (`locft.train.formats`), to be answered."""
+    text, complete = put(tokenizer, prompt, form)
+    return encode_prompt(tokenizer, text, special_tokens=not complete)
+
+
+def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, form: str = RAW) -> TokenRow:
+    """Training row of an edit: one space, the target, the model's EOS, all of it supervised.
+
+    There is no space where whitespace already stands before the target, as behind the turns of most chat templates.
+    """
+    text, complete = put(tokenizer, prompt, form)
+    space = "" if text[-1:].isspace() else " "
+    row = encode_continuation(tokenizer, text, space + target, special_tokens=not complete)
     return TokenRow((*row.token_ids, tokenizer.eos_token_id), row.start)
 
 
-def encode_edits(tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> tuple[TokenRow, ...]:
+def encode_edits(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], form: str = RAW
+) -> tuple[TokenRow, ...]:
     """One training row per edit, in order."""
-    return tuple(encode_edit(tokenizer, request.prompt, request.target) for request in requests)
+    return tuple(encode_edit(tokenizer, request.prompt, request.target, form) for request in requests)
 
 
 def _continuation_ids(

@@ -11,7 +11,7 @@ import torch
 
 from locft.train.encoding import SupervisedLogits, TokenRow, batches
 
-LossAverage = Literal["edit", "token"]
+LossAverage = Literal["edit", "token", "last_token"]
 
 LOSS_ROWS = 64
 """Largest batch of edits when the loss of all of them is computed."""

@@ -7,9 +7,10 @@ engine).
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -17,8 +18,12 @@ import torch
 from locft.errors import out_of_memory
 from locft.model.delta import EditDelta
 from locft.model.models import LoadedModel
-from locft.model.positions import TuningPosition, parameter_names
+from locft.model.positions import TuningPosition, is_input_first, parameter_names
+from locft.train.curvature import Curvature
 from locft.train.encoding import Forward, SupervisedLogits, TokenRow
+from locft.train.examples import TrainingExamples
+from locft.train.guards import Guard
+from locft.train.methods import MethodSettings, Parameter, make_method
 from locft.train.objective import (
     LOSS_ROWS,
     LossAverage,
@@ -32,26 +37,37 @@ Pipeline = Literal["breadth_first", "depth_first"]
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(MethodSettings):
     """How an edit is trained. The defaults are the paper's for LLaMA-3-8B, apart from the batch size."""
 
     pipeline: Pipeline = "breadth_first"
     """breadth_first: epochs over all edits. depth_first: one pass, each batch to its end before the next."""
     batch_size: int = 32
     """Edits per optimiser step."""
-    learning_rate: float = 5e-4
-    """Adam's. Small models need a larger one (4e-3 at 135M parameters)."""
     epochs: int = 25
     """Maximum number of epochs (breadth_first) or of steps per batch (depth_first)."""
     loss_average: LossAverage = "edit"
-    """edit: mean over the tokens of an edit, then over the edits. token: mean over all tokens of the batch."""
+    """edit: mean over the tokens of an edit, then over the edits. token: mean over all tokens of the batch. last_token:
+    the first token of each answer alone, the one that the last token of the prompt predicts, as FT-L does."""
     skip_below: float = 1e-2
     """A batch whose loss is below this takes no step. 0 never skips."""
     stop_below: float = 1e-2
     """Training ends when an epoch's mean loss is below this (breadth_first); a batch ends when its loss is
     (depth_first). 0 never stops."""
-    seed: int = 0
-    """Decides the order of the edits."""
+    train_formats: str = "raw"
+    """How prompts are put, drawn anew for each edit and epoch (`locft.train.formats.parse_formats`)."""
+    prefix_share: float = 0.0
+    """Share of prompts behind random prose, drawn for each edit and epoch (the paper's appendix A.4)."""
+    guard: Guard = "none"
+    """Prompts whose answers are held to the unedited model's (`locft.train.guards`)."""
+    guard_weight: float = 1.0
+    """Nats of edit loss that a nat of drift on a guard counts."""
+    guards_per_step: int = 4
+    """Guards in each optimiser step."""
+    noise: float = 0.0
+    """On the hidden states that training begins with, as a share of their spread."""
+    shrink: Literal["no", "yes"] = "no"
+    """yes: the change is scaled down after training as far as every edit stays learnt."""
     precision: str = "float32"
     """What the tail engine computes in during training: float32 or bfloat16. The trained weights are always float32,
     and the full forward computes in the model's own dtype."""
@@ -78,116 +94,119 @@ class Training:
 
 def finetune(
     loaded: LoadedModel,
-    rows: Sequence[TokenRow],
+    examples: TrainingExamples,
     position: TuningPosition,
     settings: TrainingSettings,
     forward: Forward | None = None,
+    curvature: Mapping[str, Curvature] = MappingProxyType({}),
 ) -> Training:
     """Train the position's parameters on the edits. The model itself is only read.
 
-    rows: one per edit, from `locft.train.encoding.encode_edits`. forward: how logits are computed, by default the full
-    forward. The trained copies are float32, whatever the model's dtype. On a CPU the result is bitwise a function of
-    the arguments.
+    forward: how logits are computed, by default the full forward. curvature: by parameter name, for the methods that need
+    it. The trained copies are float32, whatever the model's dtype. On a CPU the result is bitwise a function of the
+    arguments.
     """
     started = time.perf_counter()
-    trainer = PositionTrainer(loaded, position, settings, forward)
+    trainer = PositionTrainer(loaded, position, settings, examples, forward, curvature)
     pipeline = _breadth_first if settings.pipeline == "breadth_first" else _depth_first
-    losses = pipeline(trainer, rows, settings)
-    delta = EditDelta(str(position), loaded.fingerprint, trainer.change(), asdict(settings))
+    losses = pipeline(trainer, settings)
+    delta = EditDelta(str(position), loaded.fingerprint, trainer.method.change(), asdict(settings))
     seconds = time.perf_counter() - started
     trained_loss = None
     if not trainer.diverged:
         at_once = LOSS_ROWS if trainer.pieces == 1 else max(1, settings.batch_size // trainer.pieces)
-        trained_loss = mean_loss(trainer.logits(), rows, at_once)
+        trained_loss = mean_loss(trainer.logits(), examples.raw, at_once)
     return Training(delta, tuple(losses), trainer.steps, trainer.diverged, seconds, trainer.pieces, trained_loss)
 
 
 class PositionTrainer:
-    """Trained copies of a position's weights and the optimiser steps taken on them, for one training.
-
-    All that a method of training would do differently is here: which tensors are trained, which weights stand in for
-    the model's (`logits`), what a step does, and what the weights have become (`change`). Plain fine-tuning trains the
-    weights.
-    """
+    """The steps of one training: losses and gradients of batches of edits, handed to a method."""
 
     def __init__(
-        self, loaded: LoadedModel, position: TuningPosition, settings: TrainingSettings, forward: Forward | None = None
+        self,
+        loaded: LoadedModel,
+        position: TuningPosition,
+        settings: TrainingSettings,
+        examples: TrainingExamples,
+        forward: Forward | None = None,
+        curvature: Mapping[str, Curvature] = MappingProxyType({}),
     ):
         model = loaded.model
-        self.forward, self.settings = forward or partial(full_forward, model), settings
-        self.base = {name: model.get_parameter(name).detach().float() for name in parameter_names(model, position)}
-        self.weights = {name: value.clone().requires_grad_() for name, value in self.base.items()}
+        self.forward, self.settings, self.examples = forward or partial(full_forward, model), settings, examples
+        parameters = {
+            name: Parameter(model.get_parameter(name).detach().float(), is_input_first(model, name))
+            for name in parameter_names(model, position)
+        }
+        rounds = settings.epochs * math.ceil(len(examples) / settings.batch_size)
+        self.method = make_method(parameters, settings, curvature, rounds)
+        self.draws = torch.Generator().manual_seed(
+            settings.seed
+        )  # not that of the order: one changes without the other
         self.steps, self.pieces, self.diverged = 0, 1, False
-        self.reset_optimiser()
-
-    def reset_optimiser(self) -> None:
-        """Forget all momentum."""
-        self.optimiser = torch.optim.Adam(
-            self.weights.values(), lr=self.settings.learning_rate, weight_decay=0.0, fused=True
-        )
 
     def logits(self) -> SupervisedLogits:
-        return self.forward(self.weights)
+        return self.forward(self.method.weights)
 
-    def change(self) -> dict[str, torch.Tensor]:
-        """Difference of the weights from the base, on the CPU."""
-        return {name: (self.weights[name].detach() - self.base[name]).cpu() for name in self.base}
+    def step(self, batch: Sequence[int]) -> float:
+        """Loss of a batch of edits before the step, and the step unless it is skipped. What is drawn is drawn anew."""
+        return self.step_on([self.examples.draw(edit, self.draws) for edit in batch])
 
     @torch.enable_grad()
-    def step(self, batch: Sequence[TokenRow]) -> float:
-        """Loss of a batch before the step, and the step unless it is skipped. The weights stay finite.
+    def step_on(self, rows: Sequence[TokenRow]) -> float:
+        """The same for given rows. The weights stay finite.
 
         When memory runs out, this and all later batches are computed in twice as many pieces, down to single edits.
         """
-        trained = list(self.weights.values())
+        trained = list(self.method.weights.values())
         while True:
             try:
                 loss, gradients = loss_and_gradients(
                     self.logits(),
                     trained,
-                    batch,
+                    rows,
                     self.settings.loss_average,
                     at_least=self.settings.skip_below,
                     pieces=self.pieces,
                 )
                 break
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or self.pieces >= len(batch):
+                if not out_of_memory(error) or self.pieces >= len(rows):
                     raise
-                self.pieces = min(2 * self.pieces, len(batch))
+                self.pieces = min(2 * self.pieces, len(rows))
+        if gradients is not None and self.examples.guards:
+            held = self.examples.guards.gradients(self.logits(), trained, self.settings, self.draws)
+            gradients = [own.add_(guard) for own, guard in zip(gradients, held, strict=True)]
         if not math.isfinite(loss) or (gradients is not None and not all_finite(gradients)):
             self.diverged = True
         elif gradients is not None:
-            for weight, gradient in zip(trained, gradients, strict=True):
-                weight.grad = gradient
-            self.optimiser.step()
+            self.method.step(gradients)
             self.steps += 1
         return loss
 
 
-def _breadth_first(trainer: PositionTrainer, rows: Sequence[TokenRow], settings: TrainingSettings) -> list[float]:
+def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[float]:
     """Mean loss of each epoch. A diverged training ends with the last whole epoch."""
     losses: list[float] = []
-    order = torch.Generator().manual_seed(settings.seed)
+    edits, order = len(trainer.examples), torch.Generator().manual_seed(settings.seed)
     for _ in range(settings.epochs):
         total = 0.0
-        for batch in _shuffled_batches(rows, settings.batch_size, order):
+        for batch in _shuffled_batches(edits, settings.batch_size, order):
             loss = trainer.step(batch)
             if trainer.diverged:
                 return losses
             total += loss * len(batch)
-        losses.append(total / len(rows))
+        losses.append(total / edits)
         if losses[-1] < settings.stop_below:
             break
     return losses
 
 
-def _depth_first(trainer: PositionTrainer, rows: Sequence[TokenRow], settings: TrainingSettings) -> list[float]:
+def _depth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[float]:
     """Last loss of each batch. A diverged training ends with the last whole batch."""
     losses: list[float] = []
     order = torch.Generator().manual_seed(settings.seed)
-    for batch in _shuffled_batches(rows, settings.batch_size, order):
-        trainer.reset_optimiser()  # each batch is an edit of its own
+    for batch in _shuffled_batches(len(trainer.examples), settings.batch_size, order):
+        trainer.method.restart()  # each batch is an edit of its own
         for _ in range(settings.epochs):
             loss = trainer.step(batch)
             if trainer.diverged:
@@ -198,6 +217,6 @@ def _depth_first(trainer: PositionTrainer, rows: Sequence[TokenRow], settings: T
     return losses
 
 
-def _shuffled_batches(rows: Sequence[TokenRow], size: int, order: torch.Generator) -> list[list[TokenRow]]:
-    drawn = torch.randperm(len(rows), generator=order).tolist()
-    return [[rows[index] for index in drawn[start : start + size]] for start in range(0, len(rows), size)]
+def _shuffled_batches(edits: int, size: int, order: torch.Generator) -> list[list[int]]:
+    drawn = torch.randperm(edits, generator=order).tolist()
+    return [drawn[start : start + size] for start in range(0, edits, size)]

@@ -48,7 +48,7 @@ def wrong_value(got: Any, expected: str, choices: Iterable[str] = ()) -> str:
     """The message about a wrong value, with the nearest of the choices if one is near."""
     if isinstance(got, float) and not math.isfinite(got):
         expected = expected.replace("a number", "a finite number", 1)
-    return f"got {show(got)}, expected {expected}{did_you_mean(str(got), choices)}"
+    return f"got {show(got)}, expected {expected}{did_you_mean(got, choices) if isinstance(got, str) else ''}"
 
 
 def show(value: Any) -> str:

@@ -28,6 +28,7 @@ from locft.model.delta import EditDelta
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition, decoder_layers, parameter_names
 from locft.train.encoding import Forward, TokenRow
+from locft.train.examples import TrainingExamples
 from locft.train.pipelines import PositionTrainer, TrainingSettings
 from locft.workbench import Measurement, Workbench
 from tests.benchmarks.machine_speed import added_memory
@@ -103,7 +104,7 @@ def drawn_batches(rows: Sequence[TokenRow], size: int, count: int) -> list[list[
 
 def step_seconds(trainer: PositionTrainer, batch: Sequence[TokenRow]) -> tuple[float, float]:
     """One optimiser step: the loss before it, and its seconds."""
-    loss, seconds = timed(lambda: trainer.step(batch))
+    loss, seconds = timed(lambda: trainer.step_on(batch))
     if trainer.diverged:
         raise FloatingPointError(f"the loss or a gradient is not finite at loss {loss}")
     return loss, seconds
@@ -111,7 +112,8 @@ def step_seconds(trainer: PositionTrainer, batch: Sequence[TokenRow]) -> tuple[f
 
 def trainer_of(loaded: LoadedModel, position: TuningPosition, forward: Forward | None = None) -> PositionTrainer:
     """Of a training that skips no step. forward: the full one by default."""
-    return PositionTrainer(loaded, position, TrainingSettings(learning_rate=LEARNING_RATE, skip_below=0.0), forward)
+    settings = TrainingSettings(learning_rate=LEARNING_RATE, skip_below=0.0)
+    return PositionTrainer(loaded, position, settings, TrainingExamples.of_rows(()), forward)
 
 
 def training_step(
@@ -133,7 +135,9 @@ def training_step(
     theirs, ours = ([step_seconds(side, batch) for batch in batches] for side in (reference, fast))
     steps = list(zip(theirs, ours, strict=True))
     differences = [_difference(theirs, ours) for (theirs, _), (ours, _) in steps]
-    exact = trainer_of(loaded, position, engine.training_forward(position, bench.rows, torch.float32)).step(batches[0])
+    exact = trainer_of(loaded, position, engine.training_forward(position, bench.rows, torch.float32)).step_on(
+        batches[0]
+    )
     counted = steps[1:]  # both sides of the first pair have the same weights, of the others not quite
     tokens, shares, engine_rates, reference_rates = [], [], [], []
     for batch, ((_, slow), (_, quick)) in zip(batches[1:], counted, strict=True):

@@ -16,6 +16,7 @@ from locft.errors import InputError
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.train.encoding import encode_edits
+from locft.train.examples import TrainingExamples
 from locft.train.pipelines import TrainingSettings, finetune
 from tests.benchmarks import bench, bench_stages
 from tests.benchmarks.bench import COLUMNS, STAGES, read_settings, report_lines, report_rows, run_bench
@@ -137,9 +138,9 @@ def test_a_step_is_one_of_finetune(loaded, rows):
     """The steps that are timed here are those of training."""
     position = TuningPosition(1, "mlp_down")
     settings = TrainingSettings(batch_size=2, learning_rate=LEARNING_RATE, epochs=1, skip_below=0, stop_below=0, seed=0)
-    trained = finetune(loaded, rows, position, settings)
+    trained = finetune(loaded, TrainingExamples.of_rows(rows), position, settings)
     trainer = trainer_of(loaded, position)
-    losses = [trainer.step(batch) for batch in drawn_batches(rows, 2, N // 2)]
+    losses = [trainer.step_on(batch) for batch in drawn_batches(rows, 2, N // 2)]
     assert trained.losses == (pytest.approx(sum(losses) / len(losses), rel=1e-6),)
     for name, change in trained.delta.tensors.items():
         torch.testing.assert_close(loaded.model.get_parameter(name) + change, trainer.weights[name].detach())

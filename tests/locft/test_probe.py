@@ -11,6 +11,7 @@ from locft.model.positions import TuningPosition, parameter_names
 from locft.probe import probe_positions
 from locft.train.encoding import TokenRow, encode_edits
 from locft.train.objective import batch_loss
+from locft.train.examples import TrainingExamples
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.tiny import tiny_loaded
@@ -97,7 +98,7 @@ def test_the_rate_that_the_gain_gives_learns_wherever_the_position_is(loaded, ro
 
     def left(position, rate):
         settings = TrainingSettings(learning_rate=rate, batch_size=3, epochs=25, precision="float32")
-        trained = finetune(loaded, rows, position, settings)
+        trained = finetune(loaded, TrainingExamples.of_rows(rows), position, settings)
         assert not trained.diverged
         return trained.losses[-1] / trained.losses[0]
 

@@ -23,6 +23,7 @@ from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition, list_positions, parameter_names
 from locft.train.encoding import TokenRow, encode_edit
 from locft.train.objective import batch_loss
+from locft.train.examples import TrainingExamples
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from locft.workbench import Workbench
@@ -184,7 +185,10 @@ def test_the_trained_delta_is_the_references_after_several_steps(architecture, p
     position = next(p.position for p in list_positions(loaded.model) if p.position.layer == 1)
     plan = TrainingSettings(pipeline, batch_size=2, learning_rate=1e-3, epochs=4, skip_below=0, stop_below=0)
     forward = TailEngine(loaded, rows).training_forward(position, rows, torch.float32)
-    fast, plain = finetune(loaded, rows, position, plan, forward), finetune(loaded, rows, position, plan)
+    fast, plain = (
+        finetune(loaded, TrainingExamples.of_rows(rows), position, plan, forward),
+        finetune(loaded, TrainingExamples.of_rows(rows), position, plan),
+    )
     assert fast.losses == pytest.approx(plain.losses, rel=1e-4)
     for name, change in plain.delta.tensors.items():
         # Adam's first steps follow the sign of a gradient, which rounding decides where the gradient is nothing
@@ -211,8 +215,12 @@ def test_bfloat16_training_is_close_and_measured_in_the_models_own_dtype():
     engine = TailEngine(loaded, rows)
     plan = TrainingSettings(batch_size=3, learning_rate=1e-2, epochs=5, skip_below=0, stop_below=0)
     position = TuningPosition(1, "mlp")
-    coarse = finetune(loaded, rows, position, plan, engine.training_forward(position, rows, torch.bfloat16))
-    fine = finetune(loaded, rows, position, plan, engine.training_forward(position, rows, torch.float32))
+    coarse = finetune(
+        loaded, TrainingExamples.of_rows(rows), position, plan, engine.training_forward(position, rows, torch.bfloat16)
+    )
+    fine = finetune(
+        loaded, TrainingExamples.of_rows(rows), position, plan, engine.training_forward(position, rows, torch.float32)
+    )
     assert coarse.losses == pytest.approx(fine.losses, rel=0.05)
     assert all(change.dtype == torch.float32 for change in coarse.delta.tensors.values())
     assert all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters())
@@ -406,7 +414,13 @@ def test_a_trial_does_not_depend_on_what_ran_before():
     plan = TrainingSettings(batch_size=2, learning_rate=1e-2, epochs=3, precision="bfloat16")
 
     def train(engine, position, plan):
-        return finetune(loaded, rows, position, plan, engine.training_forward(position, rows, torch.bfloat16)).delta
+        return finetune(
+            loaded,
+            TrainingExamples.of_rows(rows),
+            position,
+            plan,
+            engine.training_forward(position, rows, torch.bfloat16),
+        ).delta
 
     used, fresh = TailEngine(loaded, rows), TailEngine(loaded, rows)
     position = TuningPosition(1, "mlp_down")

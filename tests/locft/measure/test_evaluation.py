@@ -22,6 +22,7 @@ from locft.model.delta import applied
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.train.encoding import encode_edits, encode_prompt
+from locft.train.examples import TrainingExamples
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.locft.measure.decoding import EOS, PROMPTS, exact_model, scripted
@@ -91,7 +92,9 @@ def test_teacher_forcing_first_gives_the_outcomes_of_generating_everything(archi
     loaded = tiny_loaded(architecture)
     questions = questions_of(loaded)
     settings = TrainingSettings(batch_size=3, learning_rate=1e-2, epochs=PARTIAL[architecture])
-    delta = finetune(loaded, encode_edits(loaded.tokenizer, EDITS), TuningPosition(1, "layer"), settings).delta
+    delta = finetune(
+        loaded, TrainingExamples.of_rows(encode_edits(loaded.tokenizer, EDITS)), TuningPosition(1, "layer"), settings
+    ).delta
     with applied(loaded, delta):
         logits = full_forward(loaded.model)
         quick, plain = (ask(loaded, logits, questions, generate_all=everything) for everything in (False, True))

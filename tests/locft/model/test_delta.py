@@ -9,6 +9,7 @@ from locft.model.delta import EditDelta, applied, apply_delta, merge, revert
 from locft.model.models import load_model, model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.train.encoding import encode_edit
+from locft.train.examples import TrainingExamples
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.tiny import tiny_loaded
@@ -26,7 +27,9 @@ def rows(loaded):
 
 @pytest.fixture(scope="module")
 def delta(loaded, rows):
-    return finetune(loaded, rows, TuningPosition(1, "mlp"), TrainingSettings(learning_rate=1e-2, epochs=3)).delta
+    return finetune(
+        loaded, TrainingExamples.of_rows(rows), TuningPosition(1, "mlp"), TrainingSettings(learning_rate=1e-2, epochs=3)
+    ).delta
 
 
 def test_reloaded_delta_is_bitwise_the_same(delta, tmp_path):

@@ -13,6 +13,7 @@ from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.train.encoding import TokenRow, encode_edit, encode_edits
 from locft.train.objective import batch_loss
+from locft.train.examples import TrainingExamples
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.tiny import tiny_loaded
@@ -92,7 +93,7 @@ def test_a_row_must_have_a_predecessor_for_every_supervised_token():
 
 
 def test_breadth_first_takes_the_adam_steps_of_the_definition(loaded, rows):
-    training = finetune(loaded, rows, POSITION, SETTINGS)
+    training = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, SETTINGS)
     weight = loaded.model.get_parameter(WEIGHT).detach().clone()
     first, second, step, expected_losses = torch.zeros_like(weight), torch.zeros_like(weight), 0, []
     order = torch.Generator().manual_seed(SETTINGS.seed)
@@ -126,24 +127,24 @@ def test_breadth_first_takes_the_adam_steps_of_the_definition(loaded, rows):
 
 def test_depth_first_finishes_a_batch_before_the_next(loaded, rows):
     settings = replace(SETTINGS, pipeline="depth_first", batch_size=1, epochs=200, stop_below=1.5, learning_rate=5e-3)
-    training = finetune(loaded, rows, TuningPosition(1, "layer"), settings)
+    training = finetune(loaded, TrainingExamples.of_rows(rows), TuningPosition(1, "layer"), settings)
     assert len(training.losses) == len(rows)
     assert all(loss < 1.5 for loss in training.losses)
-    short = finetune(loaded, rows, POSITION, replace(settings, epochs=4))
+    short = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, replace(settings, epochs=4))
     assert short.steps == 4 * len(rows), "at most `epochs` steps a batch"
 
 
 def test_breadth_first_stops_at_the_epoch_mean_and_reshuffles(loaded, rows):
     settings = replace(SETTINGS, epochs=400, stop_below=1.5, learning_rate=5e-3)
-    training = finetune(loaded, rows, TuningPosition(1, "layer"), settings)
+    training = finetune(loaded, TrainingExamples.of_rows(rows), TuningPosition(1, "layer"), settings)
     assert training.losses[-1] < 1.5 <= min(training.losses[:-1])
     assert len(training.losses) < 400
-    other_order = finetune(loaded, rows, POSITION, replace(SETTINGS, seed=4))
-    assert other_order.losses != finetune(loaded, rows, POSITION, SETTINGS).losses
+    other_order = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, replace(SETTINGS, seed=4))
+    assert other_order.losses != finetune(loaded, TrainingExamples.of_rows(rows), POSITION, SETTINGS).losses
 
 
 def test_a_batch_below_the_threshold_takes_no_step(loaded, rows):
-    training = finetune(loaded, rows, POSITION, replace(SETTINGS, skip_below=1e9))
+    training = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, replace(SETTINGS, skip_below=1e9))
     assert training.steps == 0
     assert training.delta.norm == 0.0
     assert len(training.losses) == SETTINGS.epochs
@@ -153,10 +154,12 @@ def test_a_batch_below_the_threshold_takes_no_step(loaded, rows):
 def test_training_is_bitwise_deterministic_and_leaves_the_model_alone(loaded, rows, pipeline):
     before = model_fingerprint(loaded.model)
     settings = replace(SETTINGS, pipeline=pipeline)
-    alone = finetune(loaded, rows, POSITION, settings)
-    finetune(loaded, rows, TuningPosition(2, "layer"), replace(settings, seed=9, learning_rate=0.3))
+    alone = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, settings)
+    finetune(
+        loaded, TrainingExamples.of_rows(rows), TuningPosition(2, "layer"), replace(settings, seed=9, learning_rate=0.3)
+    )
     torch.manual_seed(123)  # the global generator must play no part
-    again = finetune(loaded, rows, POSITION, settings)
+    again = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, settings)
     assert torch.equal(alone.delta.tensors[WEIGHT], again.delta.tensors[WEIGHT])
     assert alone.losses == again.losses
     assert model_fingerprint(loaded.model) == before
@@ -164,13 +167,18 @@ def test_training_is_bitwise_deterministic_and_leaves_the_model_alone(loaded, ro
 
 
 def test_only_the_position_changes(loaded, rows):
-    delta = finetune(loaded, rows, TuningPosition(0, "attn_q"), SETTINGS).delta
+    delta = finetune(loaded, TrainingExamples.of_rows(rows), TuningPosition(0, "attn_q"), SETTINGS).delta
     assert list(delta.tensors) == ["model.layers.0.self_attn.q_proj.weight"]
     assert delta.norm > 0
 
 
 def test_divergence_is_reported_and_weights_stay_finite(loaded, rows):
-    training = finetune(loaded, rows, TuningPosition(1, "layer"), replace(SETTINGS, learning_rate=1e38, epochs=20))
+    training = finetune(
+        loaded,
+        TrainingExamples.of_rows(rows),
+        TuningPosition(1, "layer"),
+        replace(SETTINGS, learning_rate=1e38, epochs=20),
+    )
     assert training.diverged
     assert all(math.isfinite(loss) for loss in training.losses)
 
@@ -198,9 +206,9 @@ class Scarce:
 @pytest.mark.parametrize("average", ["edit", "token"])
 def test_where_memory_is_short_a_batch_is_computed_in_pieces_with_the_same_gradient(loaded, rows, average):
     settings = replace(SETTINGS, batch_size=5, loss_average=average)
-    plain = finetune(loaded, rows, POSITION, settings)
+    plain = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, settings)
     scarce = Scarce(loaded, 2)
-    pieces = finetune(loaded, rows, POSITION, settings, scarce)
+    pieces = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, settings, scarce)
     assert plain.pieces == 1 and pieces.pieces == 4 and pieces.steps == plain.steps
     assert scarce.asked[:6] == [5, 3, 2, 2, 1, 2], (
         "found out once: whole, in halves, in quarters, and then so every time"
@@ -219,4 +227,4 @@ def test_memory_that_a_cpu_does_not_have_is_recognised():
 
 def test_when_not_even_one_edit_fits_it_is_an_error(loaded, rows):
     with pytest.raises(RuntimeError, match="not enough memory"):
-        finetune(loaded, rows, POSITION, SETTINGS, Scarce(loaded, 0))
+        finetune(loaded, TrainingExamples.of_rows(rows), POSITION, SETTINGS, Scarce(loaded, 0))

@@ -1,0 +1,23 @@
+"""Methods of training a position, one file each: how the change of its weights is parametrised, held back and stepped."""
+
+from collections.abc import Mapping
+
+from locft.train.curvature import Curvature
+from locft.train.methods.full import FullFineTuning
+from locft.train.methods.method import Method, MethodName, MethodSettings, Parameter
+
+__all__ = ["Method", "MethodName", "MethodSettings", "Parameter", "make_method"]
+
+
+def make_method(
+    parameters: Mapping[str, Parameter],
+    settings: MethodSettings,
+    curvature: Mapping[str, Curvature],
+    steps: int,
+) -> Method:
+    """The method that the settings name, at its start.
+
+    curvature: by parameter name; needed by low_curvature alone. steps: the most that the training will take (adalora
+    spreads its rank over them).
+    """
+    return FullFineTuning(parameters, settings)

@@ -1,0 +1,77 @@
+"""What a method of training is: which weights stand in for the model's, and what a step does to them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from locft.train.curvature import Curvature
+
+MethodName = Literal["full", "low_curvature", "lora", "adalora", "norm_bounded"]
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """The part of `locft.train.pipelines.TrainingSettings` that methods read."""
+
+    learning_rate: float = 5e-4
+    """Adam's. Small models need a larger one (4e-3 at 135M parameters)."""
+    method: MethodName = "full"
+    """How the change of the weights is parametrised and held back: a file each in `locft.train.methods`."""
+    curvature_strength: float = 10.0
+    """low_curvature: nats of edit loss that a nat of predicted drift counts."""
+    curvature_share: float = 0.0
+    """low_curvature: the directions that hold this share of the curvature do not change at all."""
+    adam_basis: Literal["weights", "curvature"] = "weights"
+    """low_curvature: whether Adam scales each weight or each direction of the curvature."""
+    rank: int = 8
+    """lora, adalora: of the change of each matrix."""
+    alpha: float = 16.0
+    """lora, adalora: the change is scaled by alpha / rank."""
+    norm_bound: float = 5e-4
+    """norm_bounded: largest change of a single weight."""
+    seed: int = 0
+    """Decides the order of the edits, and everything else that is drawn."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the trained position."""
+
+    base: torch.Tensor
+    """Its value in the unedited model, float32. A matrix is (out, in), or (in, out) where `input_first`; experts stack
+    theirs into (experts, ..., ...)."""
+    input_first: bool = False
+    """The product is `input @ matrix`, as GPT-2 stores it."""
+
+
+class Method(ABC):
+    """One training of one position. The pipelines take gradients at `weights` and hand them to `step`.
+
+    Gradients are those of the dense weights, whatever a method trains: it passes them on to its own parameters. So a
+    batch that is computed in pieces, and every forward, serves all methods.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter]):
+        self.base = {name: parameter.base for name, parameter in parameters.items()}
+        self.weights = {name: value.clone().requires_grad_() for name, value in self.base.items()}
+        """Parameter name -> float32 tensor that stands in for the model's own."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Forget all momentum: what was trained so far becomes where the next edit starts."""
+
+    @abstractmethod
+    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+        """One optimiser step. gradients: of the loss of a batch, in the order of `weights`; they may be overwritten."""
+
+    def change(self) -> dict[str, torch.Tensor]:
+        """Difference of the weights from the base, on the CPU."""
+        return {name: (self.weights[name].detach() - self.base[name]).cpu() for name in self.base}
+
+
+def adam(tensors: Iterable[torch.Tensor], learning_rate: float) -> torch.optim.Adam:
+    """The optimiser of every method (the paper's): no weight decay."""
+    return torch.optim.Adam(list(tensors), lr=learning_rate, weight_decay=0.0, fused=True)
