@@ -16,6 +16,7 @@ from typing import Any
 
 from locft.data.requests import EditSet
 from locft.data.suites import Suite
+from locft.edit_trainer import EditTrainer
 from locft.engine.tail import NoTailView
 from locft.engine.tail_engine import TailEngine
 from locft.measure.capability import (
@@ -40,11 +41,10 @@ from locft.measure.evaluation import (
 )
 from locft.measure.generation import ModelAnswer, greedy_answers
 from locft.model.delta import EditDelta, applied
-from locft.model.models import DTYPES, LoadedModel
+from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition
 from locft.train.encoding import SupervisedLogits, TokenRow, encode_edits
-from locft.train.examples import TrainingExamples
-from locft.train.pipelines import Training, TrainingSettings, finetune
+from locft.train.pipelines import Training, TrainingSettings
 from locft.train.reference import full_forward
 
 _log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Workbench:
     baseline: Baseline
     engine: TailEngine | None
     """The fast forward; None if everything is computed with the full model."""
+    trainer: EditTrainer
 
     @classmethod
     def prepare(
@@ -125,14 +126,12 @@ class Workbench:
         if baseline is None:
             unedited = engine.unedited() if engine else full_forward(loaded.model)
             baseline = measure_unedited(loaded, unedited, answers, questions, encoded)
-        return cls(loaded, rows, questions, encoded, baseline, engine)
+        trainer = EditTrainer(loaded, edits.requests, rows, engine, on_disk)
+        return cls(loaded, rows, questions, encoded, baseline, engine, trainer)
 
     def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
         """Train the edits at a position. The model stays as it is."""
-        forward = None
-        if self.engine:
-            forward = self.engine.training_forward(position, self.rows, DTYPES[settings.precision])
-        return finetune(self.loaded, TrainingExamples.of_rows(self.rows), position, settings, forward)
+        return self.trainer.train(position, settings)
 
     def measure(self, delta: EditDelta, *, whole_answers: bool = False) -> Measurement:
         """All metrics of the edited model, computed in the model's own dtype, by their names in the results table.

@@ -6,8 +6,9 @@ It equals `locft.train.reference.full_forward` up to rounding; the tests hold it
 Legend: U nodes, D hidden, F width of a matrix's input, G sequences of a pack, N tokens of each, K supervised tokens.
 """
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -64,12 +65,29 @@ class TailEngine:
         start, views = self._start(layer), self.views(dtype or self.model.dtype)
         return self._forward(start, views, views.tail(start))
 
-    def training_forward(self, position: TuningPosition, rows: Sequence[TokenRow], dtype: torch.dtype) -> Forward:
-        """The same for training one position on these rows.
+    def over(self, rows: Sequence[TokenRow]) -> "TailEngine":
+        """An engine of the same model over other rows."""
+        twin = copy.copy(self)
+        twin.tree = PrefixTree(rows)
+        twin._compute = partial(self._compute.func, *self._compute.args[:2], twin.tree, rows, **self._compute.keywords)
+        twin.states = replace(self.states, layers={})
+        return twin
+
+    def training_forward(
+        self,
+        position: TuningPosition,
+        rows: Sequence[TokenRow],
+        dtype: torch.dtype,
+        noise: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Forward:
+        """The same for training one position on these rows. noise: what becomes of the states that each step begins with.
 
         A matrix whose product is simply added to the layer's output (`mlp_down` without a norm behind it) needs nothing
         of its layer but its own inputs, which are as constant as the states below. Steps then begin above the layer.
         """
+        if noise is not None:
+            start, views = self._start(position.layer), self.views(dtype)
+            return self._forward(start, views, views.tail(start), noise)
         names = parameter_names(self.model, position)
         above = self._forward_above(position.layer, names, rows, self.views(dtype))
         return above or self.forward(position.layer, dtype)
@@ -108,13 +126,20 @@ class TailEngine:
             self._views[dtype] = ModelViews(self._cast(dtype), packed=self.limit > 0)
         return self._views[dtype]
 
-    def _forward(self, start: int, views: ModelViews, tail: PreTrainedModel) -> Forward:
+    def _forward(
+        self,
+        start: int,
+        views: ModelViews,
+        tail: PreTrainedModel,
+        noise: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Forward:
         def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
             own = views.tail_weights(start, weights)
 
             def supervised_logits(rows: Sequence[TokenRow]) -> torch.Tensor:
                 pack = pack_rows(self.tree, rows, self.limit)
-                return views.logits(tail, self._boundary(start, pack, views), pack, own)
+                boundary = self._boundary(start, pack, views)
+                return views.logits(tail, noise(boundary) if noise else boundary, pack, own)
 
             return supervised_logits
 

@@ -7,7 +7,7 @@ this difference to the base, so a delta read back from a file gives the same met
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -51,6 +51,10 @@ class EditDelta:
                 raise InputError(f"delta of {name}: its shape {tuple(change.shape)} does not fit {tuple(base.shape)}")
             edited[name] = (base.float() + change.to(base.device)).to(base.dtype)
         return edited
+
+    def scaled(self, factor: float) -> "EditDelta":
+        """The same change, `factor` times as large."""
+        return replace(self, tensors={name: factor * change for name, change in self.tensors.items()})
 
     def save(self, path: Path) -> Path:
         """Write one safetensors file (with `FILE_NAME` in it when `path` is a folder); returns the file."""

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+DAMPING = 0.01
+"""Share of a factor's mean eigenvalue that is added to all of them."""
+
 
 @dataclass(frozen=True)
 class Curvature:
@@ -22,14 +25,81 @@ class Curvature:
     columns: torch.Tensor | None = None
     """(..., I, I): of a matrix stored (out, in), the second moment of its inputs."""
     diagonal: torch.Tensor | None = None
-    """Of the parameter's shape, where it is no matrix or its inputs cannot be seen."""
+    """Of the parameter's shape, where it is no matrix or is used in no product."""
 
     def gradient(self, change: torch.Tensor) -> torch.Tensor:
         """Of the predicted drift, in nats per token, at a change of the parameter."""
-        if self.diagonal is not None:
+        if self.rows is None or self.columns is None:
             return self.diagonal * change
-        return self.rows @ change @ self.columns
+        return (self.rows @ change.to(self.rows.dtype) @ self.columns).to(change.dtype)
 
     def drift(self, change: torch.Tensor) -> float:
         """Predicted drift of a change, in nats per token: 1/2 tr(rows C columns C')."""
         return 0.5 * float((self.gradient(change) * change).sum())
+
+    def damped(self, share: float = DAMPING) -> "Curvature":
+        """With `share` of each factor's mean eigenvalue added to all of them.
+
+        Prose of a few thousand tokens shows fewer directions than a wide matrix has; the others are not free of cost.
+        Experts that the prose never reached count as the mean of the others.
+        """
+        if self.rows is None or self.columns is None:
+            assert self.diagonal is not None
+            return Curvature(diagonal=self.diagonal + share * self.diagonal.mean())
+        return Curvature(_damped(self.rows, share), _damped(self.columns, share))
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by the names of the fields."""
+        found = {"rows": self.rows, "columns": self.columns, "diagonal": self.diagonal}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def to(self, device: torch.device) -> "Curvature":
+        return Curvature(**{name: part.to(device) for name, part in self.parts.items()})
+
+    def in_dtype(self, dtype: torch.dtype) -> "Curvature":
+        """With factors that multiply in a dtype: a price is an approximation already, and bfloat16 is several times faster
+        where the hardware has it."""
+        return Curvature(**{name: part if name == "diagonal" else part.to(dtype) for name, part in self.parts.items()})
+
+    def eigenbasis(self) -> "Eigenbasis":
+        if self.rows is None or self.columns is None:
+            return Eigenbasis(None, None, self.diagonal)
+        (row_values, row_vectors), (column_values, column_vectors) = map(torch.linalg.eigh, (self.rows, self.columns))
+        values = row_values.clamp(min=0)[..., :, None] * column_values.clamp(min=0)[..., None, :]
+        return Eigenbasis(row_vectors, column_vectors, values)
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """The directions of a parameter's curvature; where that is diagonal, the weights themselves."""
+
+    rows: torch.Tensor | None  # (..., O, O), eigenvectors in columns
+    columns: torch.Tensor | None  # (..., I, I)
+    curvature: torch.Tensor  # of the parameter's shape, by direction
+
+    def coordinates(self, change: torch.Tensor) -> torch.Tensor:
+        """Of a change, or of a gradient, in the directions."""
+        if self.rows is None or self.columns is None:
+            return change.clone()
+        return self.rows.mT @ change @ self.columns
+
+    def change(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """The inverse of `coordinates`."""
+        if self.rows is None or self.columns is None:
+            return coordinates
+        return self.rows @ coordinates @ self.columns.mT
+
+    def steepest(self, share: float) -> torch.Tensor:
+        """Mask of the fewest directions that hold at least this share of the curvature; none for 0."""
+        values, order = self.curvature.flatten().sort(descending=True)
+        before = values.cumsum(0) - values
+        mask = torch.zeros_like(order, dtype=torch.bool)
+        mask[order] = before < share * values.sum()
+        return mask.reshape(self.curvature.shape)
+
+
+def _damped(factor: torch.Tensor, share: float) -> torch.Tensor:
+    mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean = torch.where(mean > 0, mean, mean.mean())
+    return factor + share * mean[..., None, None] * torch.eye(factor.shape[-1], device=factor.device)

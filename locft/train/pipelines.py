@@ -68,9 +68,6 @@ class TrainingSettings(MethodSettings):
     """On the hidden states that training begins with, as a share of their spread."""
     shrink: Literal["no", "yes"] = "no"
     """yes: the change is scaled down after training as far as every edit stays learnt."""
-    precision: str = "float32"
-    """What the tail engine computes in during training: float32 or bfloat16. The trained weights are always float32,
-    and the full forward computes in the model's own dtype."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,9 @@ class PositionTrainer:
                     raise
                 self.pieces = min(2 * self.pieces, len(rows))
         if gradients is not None and self.examples.guards:
-            held = self.examples.guards.gradients(self.logits(), trained, self.settings, self.draws)
+            held = self.examples.guards.gradients(
+                self.logits(), trained, self.settings.guard_weight, self.settings.guards_per_step, self.draws
+            )
             gradients = [own.add_(guard) for own, guard in zip(gradients, held, strict=True)]
         if not math.isfinite(loss) or (gradients is not None and not all_finite(gradients)):
             self.diverged = True

@@ -10,8 +10,8 @@ from locft.data.requests import load_edits
 from locft.model.positions import TuningPosition, parameter_names
 from locft.probe import probe_positions
 from locft.train.encoding import TokenRow, encode_edits
-from locft.train.objective import batch_loss
 from locft.train.examples import TrainingExamples
+from locft.train.objective import batch_loss
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.tiny import tiny_loaded

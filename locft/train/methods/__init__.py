@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from locft.train.curvature import Curvature
 from locft.train.methods.full import FullFineTuning
+from locft.train.methods.low_curvature import LowCurvature
 from locft.train.methods.method import Method, MethodName, MethodSettings, Parameter
 
 __all__ = ["Method", "MethodName", "MethodSettings", "Parameter", "make_method"]
@@ -20,4 +21,6 @@ def make_method(
     curvature: by parameter name; needed by low_curvature alone. steps: the most that the training will take (adalora
     spreads its rank over them).
     """
+    if settings.method == "low_curvature":
+        return LowCurvature(parameters, settings, curvature)
     return FullFineTuning(parameters, settings)

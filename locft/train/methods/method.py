@@ -7,8 +7,6 @@ from typing import Literal
 
 import torch
 
-from locft.train.curvature import Curvature
-
 MethodName = Literal["full", "low_curvature", "lora", "adalora", "norm_bounded"]
 
 
@@ -32,6 +30,9 @@ class MethodSettings:
     """lora, adalora: the change is scaled by alpha / rank."""
     norm_bound: float = 5e-4
     """norm_bounded: largest change of a single weight."""
+    precision: str = "float32"
+    """What is computed in during training: float32 or bfloat16. The trained weights are always float32, and the full
+    forward computes in the model's own dtype."""
     seed: int = 0
     """Decides the order of the edits, and everything else that is drawn."""
 

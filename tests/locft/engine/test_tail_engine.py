@@ -22,8 +22,8 @@ from locft.engine.tail_engine import TailEngine, coarse_pays, coarse_products
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition, list_positions, parameter_names
 from locft.train.encoding import TokenRow, encode_edit
-from locft.train.objective import batch_loss
 from locft.train.examples import TrainingExamples
+from locft.train.objective import batch_loss
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from locft.workbench import Workbench

@@ -12,8 +12,8 @@ from locft.errors import out_of_memory
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.train.encoding import TokenRow, encode_edit, encode_edits
-from locft.train.objective import batch_loss
 from locft.train.examples import TrainingExamples
+from locft.train.objective import batch_loss
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.tiny import tiny_loaded

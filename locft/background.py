@@ -1,0 +1,82 @@
+"""Text that the model writes itself: what curvature is measured on, what stands before prompts, what guards can hold.
+
+It needs no data, is in the model's own languages and styles, and is never the prose that drift is measured on.
+
+Legend: B samples, T tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from locft.cache import made_once
+from locft.measure.generation import ONE_BY_ONE
+from locft.model.models import LoadedModel
+from locft.process import describe_machine
+from locft.train.encoding import TokenRow, encode_prompt
+
+SAMPLES = 64
+TOKENS = 128
+"""Of each sample."""
+PREFIX_TOKENS = 10
+"""Of a piece of it that is put before a prompt."""
+SEED = 0
+VERSION = 1
+"""Of the files. Raise it when the same model would write something else."""
+
+
+def background_rows(loaded: LoadedModel, *, on_disk: bool) -> tuple[TokenRow, ...]:
+    """`SAMPLES` texts of up to `TOKENS` tokens, drawn from the model at temperature 1 behind its start token.
+
+    On one machine always the same ones. on_disk: kept for other processes and later calls.
+    """
+    if not on_disk:
+        samples = _written(loaded)
+    else:
+        key = json.dumps(
+            [VERSION, SAMPLES, TOKENS, SEED, loaded.fingerprint, str(loaded.model.dtype), describe_machine()]
+        )
+        name = hashlib.sha256(key.encode()).hexdigest()[:20]
+        folder = made_once("background", name, lambda folder: _write(folder / "samples.json", _written(loaded)))
+        samples = json.loads((folder / "samples.json").read_text())
+    return tuple(TokenRow(tuple(ids), 1) for ids in samples)
+
+
+def prefix_texts(loaded: LoadedModel, rows: Sequence[TokenRow]) -> tuple[str, ...]:
+    """The beginnings of the samples as text, each ended like a sentence."""
+    special = set(loaded.tokenizer.all_special_ids)
+    texts = []
+    for row in rows:
+        ids = [token for token in row.token_ids if token not in special][:PREFIX_TOKENS]
+        text = " ".join(str(loaded.tokenizer.decode(ids)).split()).rstrip(".,;:")
+        if text:
+            texts.append(text + ".")
+    return tuple(dict.fromkeys(texts))
+
+
+@torch.no_grad()
+def _written(loaded: LoadedModel) -> list[list[int]]:
+    model = loaded.model
+    start = encode_prompt(loaded.tokenizer, "")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
+    new = min(TOKENS, longest) - len(start)
+    batch = 1 if model.config.model_type in ONE_BY_ONE else SAMPLES
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, eos_token_id=None, pad_token_id=0
+    )
+    samples: list[list[int]] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        for _ in range(SAMPLES // batch):
+            ids = torch.tensor([start] * batch, device=model.device)  # (B, T)
+            drawn = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            samples += drawn.tolist()
+    return samples
+
+
+def _write(file: Path, samples: list[list[int]]) -> None:
+    file.write_text(json.dumps(samples))

@@ -1,0 +1,161 @@
+"""Measuring the curvature of drift (`locft.train.curvature`): one pass over prose for all parameters of a layer.
+
+Legend: B windows of a batch, T tokens of each, I inputs and O outputs of a matrix, N rows of its input.
+
+The matrices are found where they are used: while a layer computes, every product with a watched parameter, or with one
+expert's part of it, is seen, whatever module it is in. A parameter in no product (a norm, a bias, a convolution) gets the
+diagonal of the Fisher information from its gradients.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from locft.engine.tail import capture_boundary, head_view, tail_hidden, tail_parameter_name, tail_view
+from locft.model.models import LoadedModel
+from locft.train.curvature import Curvature
+from locft.train.encoding import TokenRow
+from locft.train.reference import pad_rows
+
+BATCH_TOKENS = 1024
+"""Tokens of one pass: the logits of all of them are computed."""
+
+
+@dataclass
+class _Products:
+    """Sums over the products with one parameter. Experts stack theirs: (E, ...), single matrices have E = 1."""
+
+    input_first: bool
+    inputs: torch.Tensor  # (E, I, I)
+    outputs: torch.Tensor  # (E, O, O)
+    counts: torch.Tensor  # (E,) rows seen
+
+    def curvature(self, tokens: int, shape: torch.Size) -> Curvature:
+        inputs = self.inputs / self.counts.clamp(min=1)[:, None, None]
+        outputs = self.outputs / tokens
+        rows, columns = (inputs, outputs) if self.input_first else (outputs, inputs)
+        if len(shape) == 2:
+            rows, columns = rows[0], columns[0]
+        return Curvature(rows, columns)
+
+
+class _Watch(TorchFunctionMode):
+    """While active, sums up second moments of the inputs and output gradients of every product with a watched tensor."""
+
+    def __init__(self, watched: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.names = {tensor.untyped_storage().data_ptr(): name for name, tensor in watched.items()}
+        self.shapes = {name: tensor.shape for name, tensor in watched.items()}
+        self.found: dict[str, _Products] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            self._seen(args[0], args[1], result, input_first=False)
+        elif func in (torch.addmm, torch.Tensor.addmm):
+            self._seen(args[1], args[2], result, input_first=True)
+        elif func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.bmm):
+            self._seen(args[0], args[1], result, input_first=True)
+        return result
+
+    def _seen(self, inputs: torch.Tensor, matrix: torch.Tensor, output: torch.Tensor, *, input_first: bool) -> None:
+        name = self.names.get(matrix.untyped_storage().data_ptr())
+        if name is None or not output.requires_grad:
+            return
+        if matrix.stride(-1) != 1:  # used transposed
+            input_first = not input_first
+        rows, columns = self.shapes[name][-2:]
+        experts = self.shapes[name].numel() // (rows * columns)
+        first = matrix.storage_offset() // (rows * columns)
+        here = matrix.numel() // (rows * columns)
+        width_in, width_out = (rows, columns) if input_first else (columns, rows)
+        if name not in self.found:
+            new = inputs.new_zeros
+            self.found[name] = _Products(
+                input_first,
+                new((experts, width_in, width_in), dtype=torch.float32),
+                new((experts, width_out, width_out), dtype=torch.float32),
+                new((experts,), dtype=torch.float32),
+            )
+        sums = self.found[name]
+        part = slice(first, first + here)
+        x = inputs.detach().float().reshape(here, -1, width_in)
+        sums.inputs[part].baddbmm_(x.mT, x)
+        sums.counts[part] += x.shape[1]
+
+        def add(gradient: torch.Tensor) -> None:
+            g = gradient.detach().float().reshape(here, -1, width_out)
+            sums.outputs[part].baddbmm_(g.mT, g)
+
+        output.register_hook(add)
+
+
+def measure_curvature(
+    loaded: LoadedModel, layer: int, names: Sequence[str], windows: Sequence[TokenRow], *, seed: int = 0
+) -> dict[str, Curvature]:
+    """Curvature of parameters of one layer, by name, on the CPU.
+
+    windows: of running prose; each token but the first is predicted, with a label drawn from the model's own prediction.
+    """
+    model = loaded.model
+    view, head = _plain_view(model, layer), head_view(model)
+    generator = torch.Generator().manual_seed(seed)
+    watched = {name: model.get_parameter(name).detach().clone() for name in names}
+    stand_ins = {tail_parameter_name(model, layer, name): value for name, value in watched.items()}
+    watch = _Watch({name: value for name, value in watched.items() if value.dim() > 1})
+    others: dict[str, torch.Tensor] = {}
+    diagonals = {}
+    tokens = 0
+    for index, part in enumerate(_parts(windows)):
+        ids, mask = pad_rows(part, model.device)
+        boundary = capture_boundary(model, layer, ids, mask)[layer].requires_grad_()
+        with torch.enable_grad():
+            with watch:
+                hidden = tail_hidden(view, boundary, mask, weights=stand_ins)
+            if index == 0:
+                others = {name: value for name, value in watched.items() if name not in watch.found}
+                for value in others.values():
+                    value.requires_grad_()
+                diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
+                if others:
+                    hidden = tail_hidden(view, boundary, mask, weights=stand_ins)
+            logits = head(hidden[:, :-1][mask[:, 1:].bool()])
+            drawn = _drawn(logits.detach(), generator)
+            loss = F.cross_entropy(logits, drawn, reduction="sum")
+            gradients = torch.autograd.grad(loss, [boundary, *others.values()], allow_unused=True)[1:]
+        for name, gradient in zip(others, gradients, strict=True):
+            if gradient is not None:
+                diagonals[name] += gradient.float() ** 2
+        tokens += len(drawn)
+    found = {name: Curvature(diagonal=value.cpu() / tokens) for name, value in diagonals.items()}
+    return found | {name: sums.curvature(tokens, watched[name].shape) for name, sums in watch.found.items()}
+
+
+def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A label (K,) for each row of logits (K, V), drawn from its distribution: several times faster than multinomial."""
+    cumulated = logits.softmax(-1).cumsum(-1)
+    heights = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, heights)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+def _parts(windows: Sequence[TokenRow]) -> Iterator[Sequence[TokenRow]]:
+    size = max(1, BATCH_TOKENS // max(len(row.token_ids) for row in windows))
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
+
+
+def _plain_view(model: PreTrainedModel, layer: int) -> PreTrainedModel:
+    """The tail from a layer, whose experts are computed one by one, so that their products can be told apart."""
+    view = tail_view(model, layer)
+    configs: dict[int, Any] = {}
+    for module in view.modules():
+        if (config := getattr(module, "config", None)) is not None:
+            module.config = configs.setdefault(id(config), copy.copy(config))
+            module.config._experts_implementation = "eager"
+    return view

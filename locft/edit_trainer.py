@@ -1,0 +1,249 @@
+"""Training as trials call it: a position and settings in, a delta out.
+
+What several trainings share is made when first needed and kept: rows in other formats, prefixes, guards, curvature.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from locft.background import background_rows, prefix_texts
+from locft.cache import made_once
+from locft.curvature import measure_curvature
+from locft.data.edit_request import EditRequest
+from locft.data.requests import load_edits
+from locft.engine.tail_engine import TailEngine
+from locft.errors import InputError
+from locft.measure.evaluation import follow
+from locft.measure.generation import greedy_answers
+from locft.model.models import DTYPES, LoadedModel
+from locft.model.positions import TuningPosition, layer_prefix, parameter_names
+from locft.process import describe_machine
+from locft.train.curvature import Curvature
+from locft.train.encoding import TokenRow, encode_edit, encode_edits, encode_prompt
+from locft.train.examples import TrainingExamples
+from locft.train.formats import available, parse_formats
+from locft.train.guards import Guards
+from locft.train.pipelines import Training, TrainingSettings, finetune
+from locft.train.reference import full_forward
+
+PREFIXES = 5
+"""Different texts before each prompt, as in the paper's appendix A.4."""
+GUARDS = 64
+"""Prompts of a kind, at most."""
+GUARD_TOKENS = 8
+"""Of the unedited model's answer that a guard holds to, at most."""
+WINDOW = 32
+"""Tokens of a guard of prose."""
+SCALES = tuple(step / 20 for step in range(19, 9, -1))
+"""Of a change that is shrunk: 0.95 down to 0.5."""
+CURVATURE_BYTES = 2**30
+"""Up to this size the curvature of a whole layer is measured at once; beyond it, that of the trained position alone."""
+CURVATURE_VERSION = 1
+"""Of the files. Raise it when the same key would hold other numbers."""
+
+
+@dataclass(frozen=True)
+class EditTrainer:
+    """Trains one set of edits on one model, at any position, in any way. The model stays as it is."""
+
+    loaded: LoadedModel
+    requests: tuple[EditRequest, ...]
+    rows: tuple[TokenRow, ...]
+    """Of the edits as raw prompts."""
+    engine: TailEngine | None
+    """The fast forward; None if everything is computed with the full model."""
+    on_disk: bool = False
+    """Keep what is measured of the model in files, for other processes and later calls."""
+    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
+        """Raises InputError for settings that this model or these edits cannot serve."""
+        examples = self.examples(settings)
+        curvature = self.curvature(position) if settings.method == "low_curvature" else {}
+        forward = None
+        engine = self._engine(examples.rows)
+        if settings.noise and not engine:
+            raise InputError(
+                "noise: this model is computed as a whole, so training has no states to begin with; expected 0"
+            )
+        if engine:
+            noise = _gaussian(settings.noise, settings.seed) if settings.noise else None
+            forward = engine.training_forward(position, examples.rows, DTYPES[settings.precision], noise)
+        training = finetune(self.loaded, examples, position, settings, forward, curvature)
+        if settings.shrink == "yes" and not training.diverged:
+            training = self._shrunk(training, position)
+        return training
+
+    def examples(self, settings: TrainingSettings) -> TrainingExamples:
+        """What the settings draw from."""
+        formats = available(self.loaded.tokenizer, parse_formats(settings.train_formats, trained=True))
+        by_format = zip(*(encode_edits(self.loaded.tokenizer, self.requests, form) for form in formats), strict=True)
+        prefixed = self._once(("prefixed", formats), lambda: self._prefixed(formats)) if settings.prefix_share else ()
+        return TrainingExamples(
+            self.rows, tuple(by_format), prefixed, settings.prefix_share, self._guards(settings.guard)
+        )
+
+    def curvature(self, position: TuningPosition) -> dict[str, Curvature]:
+        """Of the position's parameters, by name, damped. Measured once for all positions of the layer."""
+        model, names = self.loaded.model, parameter_names(self.loaded.model, position)
+        prefix = layer_prefix(model, position.layer)
+        layer = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+        if sum(_factor_bytes(model.get_parameter(name).shape) for name in layer) > CURVATURE_BYTES:
+            layer = list(names)
+        found = self._once(("curvature", tuple(layer)), lambda: self._measured(position.layer, layer))
+        return {name: found[name].damped() for name in names}
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def _background(self) -> tuple[TokenRow, ...]:
+        return self._once("background", lambda: background_rows(self.loaded, on_disk=self.on_disk))
+
+    def _measured(self, layer: int, names: Sequence[str]) -> dict[str, Curvature]:
+        rows = self._background()
+        if not self.on_disk:
+            return measure_curvature(self.loaded, layer, names, rows)
+        parts = [CURVATURE_VERSION, list(names), self.loaded.fingerprint, [row.token_ids for row in rows]]
+        parts += [str(self.loaded.model.dtype), str(self.loaded.model.device), describe_machine()]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+        def write(folder: Path) -> None:
+            measured = measure_curvature(self.loaded, layer, names, rows)
+            tensors = {f"{part}/{name}": value for name, one in measured.items() for part, value in one.parts.items()}
+            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "curvature.safetensors")
+
+        stored = load_file(made_once("curvature", key, write) / "curvature.safetensors")
+        by_name: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in stored.items():
+            part, _, name = key.partition("/")
+            by_name.setdefault(name, {})[part] = value
+        return {name: Curvature(**parts) for name, parts in by_name.items()}
+
+    def _prefixed(self, formats: Sequence[str]) -> tuple[tuple[TokenRow, ...], ...]:
+        texts = prefix_texts(self.loaded, self._background())
+        drawn = random.Random(0)
+        rows = []
+        for request in self.requests:
+            before = drawn.sample(texts, min(PREFIXES, len(texts)))
+            rows.append(
+                tuple(
+                    encode_edit(self.loaded.tokenizer, f"{text} {request.prompt}", request.target, form)
+                    for form in formats
+                    for text in before
+                )
+            )
+        return tuple(rows)
+
+    def _guards(self, kind: str) -> Guards | None:
+        if kind == "none":
+            return None
+        return self._once(("guards", kind), lambda: self._made_guards(kind))
+
+    def _made_guards(self, kind: str) -> Guards:
+        rows = self._guard_rows(kind)
+        if not rows:
+            raise InputError(f"guard: got {kind}, but these edits give no such prompts; expected another guard or none")
+        engine = self._engine(rows)
+        return Guards(rows, engine.unedited() if engine else full_forward(self.loaded.model))
+
+    def _guard_rows(self, kind: str) -> tuple[TokenRow, ...]:
+        """Guards of a kind: windows of prose, or prompts with the beginning of the unedited model's answer."""
+        if kind == "prose":
+            windows = [
+                row.token_ids[at : at + WINDOW]
+                for row in self._background()
+                for at in range(0, len(row.token_ids) - 1, WINDOW)
+            ]
+            chosen = windows[:: max(1, len(windows) // GUARDS)][:GUARDS]
+            return tuple(TokenRow(ids, 1) for ids in chosen if len(ids) > 1)
+        prompts = _same_relation(self.requests) if kind == "same_relation" else _locality_like(self.requests)
+        prompts = prompts[:: max(1, len(prompts) // GUARDS)][:GUARDS]
+        rows = []
+        for prompt, answer in zip(prompts, greedy_answers(self.loaded, prompts), strict=True):
+            ids = encode_prompt(self.loaded.tokenizer, prompt)
+            rows.append(TokenRow(ids + answer.token_ids[:GUARD_TOKENS], len(ids)))
+        return tuple(rows)
+
+    def _engine(self, rows: Sequence[TokenRow]) -> TailEngine | None:
+        """An engine over these rows: the workbench's own if it has them all."""
+        if self.engine is None or all(row in self.engine.tree for row in rows):
+            return self.engine
+        return self._once(("engine", tuple(rows)), lambda: self.engine.over(rows))
+
+    def _shrunk(self, training: Training, position: TuningPosition) -> Training:
+        """The change scaled down as long as all edits that hold at full size still do, as raw prompts."""
+
+        def learnt(scale: float) -> int:
+            weights = training.delta.scaled(scale).weights(self.loaded.model)
+            edited = (
+                self.engine.forward(position.layer)(weights)
+                if self.engine
+                else full_forward(self.loaded.model, weights)
+            )
+            return sum(following.instead is None for following in follow(edited, self.rows))
+
+        wanted, best = learnt(1.0), 1.0
+        for scale in SCALES:
+            if learnt(scale) < wanted:
+                break
+            best = scale
+        return replace(training, delta=training.delta.scaled(best))
+
+
+def _gaussian(share: float, seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Adds noise with `share` of each feature's standard deviation, drawn anew in each call."""
+    draws = torch.Generator().manual_seed(seed)
+
+    def noisy(states: torch.Tensor) -> torch.Tensor:
+        drawn = torch.randn(states.shape, generator=draws).to(states)
+        return states + share * states.flatten(0, -2).std(0) * drawn
+
+    return noisy
+
+
+def _factor_bytes(shape: torch.Size) -> int:
+    if len(shape) < 2:
+        return 4 * shape.numel()
+    return 4 * (shape[:-2].numel() * (shape[-1] ** 2 + shape[-2] ** 2))
+
+
+def _same_relation(requests: Sequence[EditRequest]) -> list[str]:
+    """Prompts of the edits with another edit's subject in place of their own; none that an edit is about."""
+    own = {request.prompt for request in requests}
+    known = [request for request in requests if request.subject and request.subject in request.prompt]
+    found = []
+    for index, request in enumerate(known):
+        other = known[(index + 1 + len(known) // 2) % len(known)]
+        prompt = request.prompt.replace(request.subject, other.subject)
+        if prompt not in own:
+            found.append(prompt)
+    return list(dict.fromkeys(found))
+
+
+@cache
+def _general_prompts() -> tuple[str, ...]:
+    return tuple(
+        dict.fromkeys(prompt.prompt for request in load_edits("atlas").requests for prompt in request.locality)
+    )
+
+
+def _locality_like(requests: Sequence[EditRequest]) -> list[str]:
+    """Questions about well-known facts, none of which measures the locality of these edits or names their subjects."""
+    measured = {prompt.prompt for request in requests for prompt in request.locality}
+    subjects = [request.subject for request in requests if request.subject]
+    return [
+        prompt
+        for prompt in _general_prompts()
+        if prompt not in measured and not any(subject in prompt for subject in subjects)
+    ]
