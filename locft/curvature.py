@@ -1,4 +1,4 @@
-"""Measuring the curvature of drift (`locft.train.curvature`): one pass over prose for all parameters of a layer.
+"""Measuring the curvature of drift (`locft.train.methods.curvature`): one pass over prose for all parameters of a layer.
 
 Legend: B windows of a batch, T tokens of each, I inputs and O outputs of a matrix, N rows of its input.
 
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from locft.engine.tail import capture_boundary, head_view, tail_hidden, tail_parameter_name, tail_view
 from locft.model.models import LoadedModel
-from locft.train.curvature import Curvature
 from locft.train.encoding import TokenRow
+from locft.train.methods.curvature import Curvature
 from locft.train.reference import pad_rows
 
 BATCH_TOKENS = 1024

@@ -27,11 +27,11 @@ from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition, layer_prefix, parameter_names
 from locft.process import describe_machine
-from locft.train.curvature import Curvature
 from locft.train.encoding import TokenRow, encode_edit, encode_edits, encode_prompt
 from locft.train.examples import TrainingExamples
 from locft.train.formats import available, parse_formats
 from locft.train.guards import Guards
+from locft.train.methods.curvature import Curvature
 from locft.train.pipelines import Training, TrainingSettings, finetune
 from locft.train.reference import full_forward
 

@@ -19,7 +19,8 @@ FOREIGN = {"locft": ("ray", "mlflow", "optuna", "plotly")}
 FLOORS: dict[str, tuple[str, ...]] = {
     "locft.data": ("locft",),
     "locft.model": ("locft",),
-    "locft.train": ("locft", "locft.data", "locft.model"),
+    "locft.train.methods": ("locft", "locft.model"),
+    "locft.train": ("locft", "locft.data", "locft.model", "locft.train.methods"),
     "locft.engine": ("locft", "locft.model", "locft.train"),
     "locft.measure": ("locft", "locft.data", "locft.model", "locft.train"),
     "analysis.figures": ("analysis.stats",),

@@ -19,11 +19,11 @@ from locft.errors import out_of_memory
 from locft.model.delta import EditDelta
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, is_input_first, parameter_names
-from locft.train.curvature import Curvature
 from locft.train.encoding import Forward, SupervisedLogits, TokenRow
 from locft.train.examples import TrainingExamples
 from locft.train.guards import Guard
 from locft.train.methods import MethodSettings, Parameter, make_method
+from locft.train.methods.curvature import Curvature
 from locft.train.objective import (
     LOSS_ROWS,
     LossAverage,

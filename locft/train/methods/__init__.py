@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from locft.train.curvature import Curvature
+from locft.train.methods.curvature import Curvature
 from locft.train.methods.full import FullFineTuning
 from locft.train.methods.low_curvature import LowCurvature
 from locft.train.methods.method import Method, MethodName, MethodSettings, Parameter

@@ -1,6 +1,6 @@
 """Fine-tuning that is held back where the model is sensitive: the loss of the edits plus a price on predicted drift.
 
-The predicted drift of a change C of a matrix is 1/2 tr(R C K C'), with the factors of `locft.train.curvature`. The price is
+The predicted drift of a change C of a matrix is 1/2 tr(R C K C'), with the factors of `locft.train.methods.curvature`. The price is
 in nats of edit loss per nat of drift, so it means the same on every model. In the eigenbasis of the factors, where C has
 the coordinates Z = U'CV, the drift is 1/2 sum of r_i k_j Z_ij^2: there Adam can scale directions instead of weights, and
 directions can be frozen altogether (compare CrispEdit, arXiv 2602.15823, which projects them out).
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from locft.model.models import DTYPES
-from locft.train.curvature import Curvature, Eigenbasis
+from locft.train.methods.curvature import Curvature, Eigenbasis
 from locft.train.methods.method import Method, MethodSettings, Parameter, adam
 
 
