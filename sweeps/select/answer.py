@@ -12,11 +12,10 @@ from analysis.page.report import render_report
 from analysis.stats.bootstrap import chances
 from analysis.stats.table import by_setting, expected
 from analysis.stats.wording import percent, plural, seconds
-from sweeps.answer import StudyAnswer, answer_of, answer_text, measured
+from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text, measured
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
-from sweeps.select.request import METHOD
-from sweeps.select.selection import Selection
+from sweeps.select.request import METHOD, Selection
 from sweeps.tracking.outbox import with_retries
 from sweeps.tracking.registry import register_position
 from sweeps.tracking.store import TrackingError
@@ -43,10 +42,11 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Sele
     """
     content = _position(selection)
     found = _how_found(selection, content, position_file)
+    state = StudyState(selection.request, selection.results, selection.baseline)
     try:
-        answer = with_retries(partial(answer_of, selection.state, tracker, found=found))
+        answer = with_retries(partial(answer_of, state, tracker, found=found))
     except TrackingError as error:  # the report lacks the answers to single prompts, which only the store has
-        own = measured(selection.state, None)
+        own = measured(state, None)
         html = render_report(own.study, own.results, baseline=own.baseline, found=found)
         return SelectionAnswer(content, html, str(error))
     try:
@@ -60,7 +60,7 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Sele
 
 def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | None, answer: StudyAnswer) -> None:
     """Write the answer into the study's run, and close that."""
-    summary = {"runs": selection.state.done, "grid_share": selection.spent_seconds / selection.grid_seconds}
+    summary = {"runs": selection.done, "grid_share": selection.spent_seconds / selection.grid_seconds}
     pick, text = answer.recommendation, answer_text(answer)
     if content:
         tracker.write_file("position.json", json.dumps(content, indent=2))
@@ -91,7 +91,7 @@ def _position(selection: Selection) -> dict[str, Any] | None:
             return None
         best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
         return _content(selection, Run(best.layer, best.module, start_rate(best, request.steps)))
-    chance = chances(by_setting(selection.state.results), seed=request.seed)
+    chance = chances(by_setting(selection.results), seed=request.seed)
     runs = [Run(row["layer"], row["module"], row["learning_rate"], row["seed"]) for row in ranking]
     second = None
     if len(runs) > 1:
@@ -123,7 +123,7 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "chance": None,
         "runner_up": None,
         "measured_on": {
-            "edits": facts.n_edits if selection.state.done else 0,
+            "edits": facts.n_edits if selection.done else 0,
             "of": facts.n_edits,
             "source": request.study.edits.source,
         },
@@ -131,7 +131,7 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
             "method": METHOD,
             "seed": request.seed,
             "budget": {key: value for key, value in asdict(request.budget).items() if value is not None},
-            "runs": selection.state.done,
+            "runs": selection.done,
             "worker_seconds": round(selection.spent_seconds, 1),
             "grid_share": selection.spent_seconds / selection.grid_seconds,
             "wall_seconds": round(selection.wall_seconds, 1),
@@ -153,9 +153,7 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     ended = " (it ended the selection)" if selection.ending == "out_of_time" else ""
     grid = seconds(selection.grid_seconds / selection.concurrent)
     spent = percent(selection.spent_seconds / selection.grid_seconds)
-    cost = (
-        f"{plural(selection.state.done, 'run')} in {seconds(selection.wall_seconds)}, {spent} of the full grid's cost"
-    )
+    cost = f"{plural(selection.done, 'run')} in {seconds(selection.wall_seconds)}, {spent} of the full grid's cost"
     unmeasured = None
     if content and not content["predicted"]:
         rate = content["settings"]["learning_rate"]

@@ -1,17 +1,23 @@
-"""What a selection is asked for: a model, edits and a budget, checked and resolved."""
+"""What a selection is asked for (a model, edits and a budget, checked and resolved), and what it finds."""
 
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
+import pandas as pd
+
 from analysis.stats.axes import SWEPT
+from analysis.stats.pick import ranked
+from analysis.stats.table import by_setting, done
 from locft.errors import InputError
 from locft.model.models import load_structure
 from locft.model.positions import TuningPosition, modules_of
-from sweeps.select.policy import Run
+from sweeps.run.dispatch import Ending
+from sweeps.select.policy import Candidate, Run, Rung
 from sweeps.select.position_file import read_position
 from sweeps.study.plan import PreparedStudy, trial_config
 from sweeps.study.reader import load_study
@@ -70,6 +76,41 @@ class SelectionRequest(PreparedStudy):
         """The run of a trial; None if the trial has other data or settings."""
         run = Run(config.layer, config.module, config.learning_rate, config.seed)
         return run if self.config(run) == config else None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selection found."""
+
+    request: SelectionRequest
+    results: pd.DataFrame
+    """The results table of all trials of the request, failed ones and those of earlier calls with another budget included."""
+    baseline: dict[str, float]
+    """Metrics of the unedited model."""
+    candidates: tuple[Candidate, ...]
+    rungs: tuple[Rung, ...]
+    """Of this call, in order."""
+    ending: Ending
+    grid_seconds: float
+    """What the full grid would take one worker: the estimate, corrected by what the trials took."""
+    wall_seconds: float
+    concurrent: int
+    """Trials at a time."""
+
+    @cached_property
+    def ranking(self) -> pd.DataFrame:
+        """The measured settings, the one to use first (`analysis.stats.pick.ranked`)."""
+        return ranked(by_setting(self.results))
+
+    @property
+    def done(self) -> int:
+        """Trials that are done."""
+        return len(done(self.results))
+
+    @property
+    def spent_seconds(self) -> float:
+        """Seconds of one worker that all finished trials took together."""
+        return float(done(self.results)["seconds"].sum())
 
 
 def selection_request(

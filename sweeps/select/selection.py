@@ -9,16 +9,14 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 
-from analysis.stats.pick import ranked
-from analysis.stats.table import by_setting, done
+from analysis.stats.table import done
 from locft.data.suites import load_suite
 from locft.measure.capability import encode_suite
 from locft.model.models import load_model
@@ -26,13 +24,12 @@ from locft.model.positions import TuningPosition
 from locft.probe import probe_positions
 from locft.train.encoding import encode_edits
 from locft.workbench import Baseline
-from sweeps.answer import StudyState
 from sweeps.run.cluster import on_workers
-from sweeps.run.dispatch import Ending, Reporter, Room
+from sweeps.run.dispatch import Reporter, Room
 from sweeps.run.runner import run_trials
 from sweeps.run.trial import Basis, measure_baseline, train_and_measure
 from sweeps.select.policy import Candidate, Run, Rung, Score, Scores, SelectionTask, start_rate, survey
-from sweeps.select.request import SelectionRequest
+from sweeps.select.request import Selection, SelectionRequest
 from sweeps.session import StudySession, study_session
 from sweeps.study.estimate import patience_seconds, trial_seconds
 from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult, config_of_row
@@ -45,34 +42,6 @@ FINISHING_SECONDS = 10.0
 BUSY = 0.95
 """Share of a budget in minutes that workers spend in trials."""
 PROBE_FILE = "probe.json"
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a selection found."""
-
-    request: SelectionRequest
-    state: StudyState
-    """All trials of the request, failed ones and those of earlier calls with another budget included."""
-    candidates: tuple[Candidate, ...]
-    rungs: tuple[Rung, ...]
-    """Of this call, in order."""
-    ending: Ending
-    grid_seconds: float
-    """What the full grid would take one worker: the estimate, corrected by what the trials took."""
-    wall_seconds: float
-    concurrent: int
-    """Trials at a time."""
-
-    @cached_property
-    def ranking(self) -> pd.DataFrame:
-        """The measured settings, the one to use first (`analysis.stats.pick.ranked`)."""
-        return ranked(by_setting(self.state.results))
-
-    @property
-    def spent_seconds(self) -> float:
-        """Seconds of one worker that all finished trials took together."""
-        return float(done(self.state.results)["seconds"].sum())
 
 
 class SelectionReporter(Reporter, Protocol):
@@ -147,7 +116,8 @@ def _survey(
         predicted, took = predicted + task.seconds(run), took + row["seconds"]
     return Selection(
         request,
-        StudyState(request, results, baseline.metrics),
+        results,
+        baseline.metrics,
         candidates,
         tuple(search.rungs),
         ending,
