@@ -17,6 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from analysis.figures.curves import (
+    importance_figure,
     loss_figure,
     loss_info,
     parallel_figure,
@@ -24,15 +25,13 @@ from analysis.figures.curves import (
     pipeline_figure,
     pipeline_info,
 )
-from analysis.figures.front import front_figure, front_info
-from analysis.figures.importance import importance_figure
-from analysis.figures.maps import HEATMAP_CAPTION, heatmap_figure, heatmap_info
-from analysis.figures.probe import probe_figure, probe_info
+from analysis.figures.front import FrontInfo, front_figure, front_info
+from analysis.figures.maps import HEATMAP_CAPTION, heatmap_figure, heatmap_info, probe_figure, probe_info
 from analysis.page.how_found import HowFound
 from analysis.stats.comparison import Comparison
 from analysis.stats.importance import WhatMatters
 from analysis.stats.pareto import ParetoFront, comparable
-from analysis.stats.table import TITLES, by_setting, has_values
+from analysis.stats.table import TITLES, has_values
 from analysis.stats.wording import plural, points
 
 DRAWN = "the front, the pick and the best of each position are"
@@ -68,9 +67,8 @@ def gallery(
 ) -> list[Plot]:
     """The figures that these results can fill, in reading order. chances: of being on the front, by trial_id. keep:
     settings to draw where there are too many to draw all, beside front and pick."""
-    plots: list[Plot] = []
-    if len(comparable(by_setting(results), front.objectives)):
-        plots.append(_front_plot(results, front, baseline, pick, chances, keep))
+    shown = front_info(results, objectives=front.objectives, baseline=baseline, pick=pick, chances=chances, keep=keep)
+    plots = [_front_plot(shown)] if shown.points else []
     maps = [name for name in ("reliability", "generalization", "capability_change") if has_values(results, name)]
     for metric in maps if results[["layer", "module"]].drop_duplicates().shape[0] > 1 else ():
         title = TITLES[metric].capitalize()
@@ -118,16 +116,8 @@ def gallery(
     return plots
 
 
-def _front_plot(
-    results: pd.DataFrame,
-    front: ParetoFront,
-    baseline: Mapping[str, float],
-    pick: str | None,
-    chances: Mapping[str, float],
-    keep: Collection[str],
-) -> Plot:
-    x, y = (TITLES.get(name, name) for name in front.objectives)
-    info = front_info(results, objectives=front.objectives, baseline=baseline, pick=pick, chances=chances, keep=keep)
+def _front_plot(info: FrontInfo) -> Plot:
+    x, y = (TITLES.get(name, name) for name in info.objectives)
     barred = ", the bars are 95% intervals " + ("on the front" if info.n_barred > 1 else "of the pick")
     return page_plot(
         "front", f"{x.capitalize()} against {y}", front_figure(info),
