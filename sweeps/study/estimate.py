@@ -23,7 +23,7 @@ from typing import Literal
 import psutil
 
 from locft.errors import InputError
-from sweeps.study.footprint import BYTES, disk_range, memory_range, most_memory_bytes
+from sweeps.study.footprint import BYTES, disk_range, memory_range, places
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.schema import Resources
 from sweeps.study.trial_types import StudyFacts, TrialConfig, TrialResult
@@ -36,8 +36,6 @@ TIMED_EDITS, TIMED_STEPS = 16, 3
 """Edits of a timed step at most, and steps at each of the three layers."""
 ROUGH = "rough rates, nothing measured here"
 
-_FOR_TRIALS = 0.7
-"""Share of the free memory that Ray leaves to trials; the rest is for its object store."""
 _SUPERVISED_SHARE = 0.3
 """Of the tokens read, those whose logits are computed."""
 _GENERATED_SHARE = 0.3
@@ -151,7 +149,8 @@ class Forecast:
 
     def on(self, nodes: Sequence[Mapping[str, float]]) -> "Forecast":
         """The same on these nodes (Ray's resources of each) instead of this machine."""
-        return replace(self, concurrent=places(self.prepared, nodes))
+        prepared = self.prepared
+        return replace(self, concurrent=places(prepared.study.resources, prepared.plan.sample, prepared.facts, nodes))
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -222,26 +221,11 @@ def make_forecast(
     """
     planned = {trial.id for trial in prepared.plan.trials}
     done = frozenset(trial for trial in finished if not planned or trial in planned)
-    costs = rough_costs(prepared.facts, prepared.study.resources.cpus)
+    facts, resources = prepared.facts, prepared.study.resources
+    costs = rough_costs(facts, resources.cpus)
     if len(done) < prepared.plan.count:
         costs = costs_from_trials(earlier, prepared) or (timed and costs_from_steps(prepared)) or costs
-    return Forecast(prepared, costs, done, places(prepared))
-
-
-def places(prepared: PreparedStudy, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
-    """Trials at a time on nodes with these resources of Ray, None for this machine; one if not even that fits."""
-    resources, gpus = prepared.study.resources, 0
-    if nodes is None:
-        if resources.gpus:
-            import torch
-
-            gpus = torch.cuda.device_count()
-        memory = _FOR_TRIALS * psutil.virtual_memory().available
-        nodes = [{"CPU": os.cpu_count() or 1, "GPU": gpus, "memory": memory}]
-    try:
-        return resources.places(nodes, most_memory_bytes(prepared.plan.sample, prepared.facts))
-    except InputError:
-        return 1
+    return Forecast(prepared, costs, done, places(resources, prepared.plan.sample, facts))
 
 
 def machine(resources: Resources) -> str:

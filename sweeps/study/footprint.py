@@ -1,10 +1,17 @@
-"""Memory and disk that trials take, as far as can be told before they run."""
+"""Memory and disk that trials take, as far as can be told before they run, and how many trials fit side by side."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
+import psutil
+
+from locft.errors import InputError
+from sweeps.study.schema import Resources
 from sweeps.study.trial_types import StudyFacts, TrialConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_FOR_TRIALS = 0.7
+"""Share of the free memory that Ray leaves to trials; the rest is for its object store."""
 _TRAINED_BYTES = 4 * 4
 """For each trained number: weight, gradient and Adam's two moments in float32."""
 _DRIVER_BYTES = 1_050_000_000
@@ -15,6 +22,27 @@ _READ_AT_ONCE = 2048
 """Tokens of a forward pass of the unedited model, whose logits are all held."""
 _RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
 """In MLflow's store: a run with its metrics; a question with its answer; a study's dashboard, tables and files."""
+
+
+def places(
+    resources: Resources,
+    trials: Sequence[TrialConfig],
+    facts: StudyFacts,
+    nodes: Sequence[Mapping[str, float]] | None = None,
+) -> int:
+    """Trials at a time on nodes with these resources of Ray, None for this machine; one if not even that fits."""
+    if nodes is None:
+        gpus = 0
+        if resources.gpus:
+            import torch
+
+            gpus = torch.cuda.device_count()
+        memory = _FOR_TRIALS * psutil.virtual_memory().available
+        nodes = [{"CPU": os.cpu_count() or 1, "GPU": gpus, "memory": memory}]
+    try:
+        return resources.places(nodes, most_memory_bytes(trials, facts))
+    except InputError:
+        return 1
 
 
 def most_memory_bytes(trials: Sequence[TrialConfig], facts: StudyFacts) -> int:

@@ -18,11 +18,10 @@ from sweeps.study.estimate import (
     costs_from_trials,
     machine,
     make_forecast,
-    places,
     rough_costs,
     trial_seconds,
 )
-from sweeps.study.footprint import memory_bytes, memory_range
+from sweeps.study.footprint import memory_bytes, memory_range, places
 from sweeps.study.plan import PreparedStudy, make_plan
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
@@ -118,8 +117,9 @@ def test_a_forecast_is_for_the_machines_there_are(monkeypatch):
         forecast.on([{"CPU": 16.0, "memory": 2.5 * memory_bytes(forecast.prepared.plan.sample[0], FACTS)}]).concurrent
         == 2
     )
-    gpu = replace(forecast.prepared, study=make_study(resources={"gpus": 0.5}))
-    assert places(gpu, [{"CPU": 16.0, "GPU": 2.0}]) == 4 and places(gpu, [{"CPU": 16.0}]) == 1
+    gpu, sample = make_study(resources={"gpus": 0.5}).resources, forecast.prepared.plan.sample
+    assert places(gpu, sample, FACTS, [{"CPU": 16.0, "GPU": 2.0}]) == 4
+    assert places(gpu, sample, FACTS, [{"CPU": 16.0}]) == 1
 
 
 def test_memory_is_what_was_measured():
