@@ -21,7 +21,7 @@ import filelock
 import psutil
 
 from locft.errors import InputError
-from sweeps.run.cluster import on_workers, ray_cluster, runs_here
+from sweeps.run.cluster import on_workers, ray_cluster
 from sweeps.run.dispatch import Reporter, Room
 from sweeps.study.estimate import machine
 from sweeps.study.footprint import most_memory_bytes
@@ -144,7 +144,8 @@ class StudySession:
 
     def __post_init__(self) -> None:
         self.outbox = open_outbox(self.prepared.id, self.store)
-        self.runs_here = runs_here(self.address, self.prepared.study.resources)
+        self.runs_here = self.address is None and not self.prepared.study.resources.gpus
+        """Trials run on this machine's CPUs alone: this process can then do what a worker could, and sooner."""
         self._run_is_open = False
 
     def start_ray(self) -> Room:

@@ -24,6 +24,7 @@ from sweeps.study.estimate import patience_seconds
 from sweeps.study.plan import PreparedStudy, optuna_space, point_of, trial_config
 from sweeps.study.trial_types import TrialConfig, config_of_row
 from sweeps.tracking.outbox import with_retries
+from sweeps.tracking.pages import SHOWN_METRICS
 from sweeps.tracking.registry import edit_address, register_edit, registered_edit, study_alias
 from sweeps.tracking.store import TrackingError
 from sweeps.tracking.study_run import Tracker
@@ -184,9 +185,8 @@ def _summary(state: StudyState, answer: StudyAnswer) -> dict[str, float]:
     metrics = {"trials_done": state.done, "trials_failed": state.failed, "front_size": len(answer.front.trial_ids)}
     metrics["hypervolume"] = answer.front.hypervolume
     if answer.recommendation:
-        wanted = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
         found = answer.recommendation.metrics
-        metrics |= {f"pick_{name}": found[name] for name in wanted if name in found}
+        metrics |= {f"pick_{name}": found[name] for name in SHOWN_METRICS if name in found}
     return metrics
 
 

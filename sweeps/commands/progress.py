@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.stats.pareto import pareto_front
-from analysis.stats.table import results_frame
+from analysis.stats.table import FRACTIONS, results_frame
 from analysis.stats.wording import number, percent, seconds
 from sweeps.commands.console import setting_text, table_of
 from sweeps.study.trial_types import TrialConfig, TrialResult
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN = 6
 """Rows of the front in the table on the screen."""
-SHOWN_METRICS = ("reliability", "generalization", "locality", "capability")
+SHOWN_METRICS = (*FRACTIONS, "capability")
 
 
 class Progress:

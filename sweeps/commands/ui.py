@@ -54,12 +54,12 @@ def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = p
 
 @contextmanager
 def running(
-    uri: str, port: int | None = None, *, seconds: float = START_SECONDS, stopped: threading.Event | None = None
+    uri: str, port: int | None = None, *, stopped: threading.Event | None = None
 ) -> Iterator[tuple[str, subprocess.Popen]]:
     """A server for a resolved sqlite or database address while the block runs: its address and its process.
 
-    port: None takes 5000 or any free one. seconds: how long the server may take to answer. stopped: ends that wait.
-    Raises InputError when the named port is taken, or with the server's last lines when it does not start.
+    port: None takes 5000 or any free one. stopped: ends the wait for the server's first answer. Raises InputError when the
+    named port is taken, or with the server's last lines when it does not start.
     """
     port = _free_port(port)
     address = f"http://{HOST}:{port}"
@@ -85,7 +85,7 @@ def running(
             start_new_session=True,  # a process group of its own, which the terminal's Ctrl-C does not reach
         )
         try:
-            _wait_until_healthy(address, process, seconds, stopped or threading.Event(), log)
+            _wait_until_healthy(address, process, stopped or threading.Event(), log)
             yield address, process
         finally:
             _end(process)
@@ -116,11 +116,9 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _wait_until_healthy(
-    address: str, process: subprocess.Popen, seconds: float, stopped: threading.Event, log: BinaryIO
-) -> None:
+def _wait_until_healthy(address: str, process: subprocess.Popen, stopped: threading.Event, log: BinaryIO) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach this machine
-    until = time.monotonic() + seconds
+    until = time.monotonic() + START_SECONDS
     while not stopped.is_set():
         if process.poll() is not None:
             raise InputError(f"the MLflow server did not start (exit code {process.returncode}):\n{_last_lines(log)}")
@@ -129,7 +127,7 @@ def _wait_until_healthy(
         except OSError:  # not yet
             pass
         if time.monotonic() > until:
-            raise InputError(f"the MLflow server did not answer within {seconds:g} s:\n{_last_lines(log)}")
+            raise InputError(f"the MLflow server did not answer within {START_SECONDS} s:\n{_last_lines(log)}")
         stopped.wait(0.2)
 
 

@@ -167,11 +167,6 @@ def on_workers(works: Sequence[Callable[[], T]], resources: "Resources") -> list
         raise InputError(f"{tries}: {str(error).splitlines()[0]}") from error
 
 
-def runs_here(address: str | None, resources: "Resources") -> bool:
-    """True if trials run on this machine's CPUs alone: this process can then do what a worker could, and sooner."""
-    return address is None and not resources.gpus
-
-
 def nodes_there() -> list[dict[str, float]]:
     """Ray's resources of each node that is up."""
     import ray

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -214,12 +215,7 @@ def _probe(inputs: TrialInputs, positions: list[tuple[int, str]], seed: int) -> 
     suite = inputs.suite if inputs.suite and inputs.prose_tokens else load_suite("probes", limit=1)
     prose = encode_suite(loaded.tokenizer, suite, inputs.prose_tokens or 512).prose
     found = probe_positions(loaded, rows, prose, [TuningPosition(*place) for place in positions], seed=seed)
-    fields = ("disturbance", "gain")
     return [
-        {
-            "layer": scores.position.layer,
-            "module": scores.position.module,
-            **{name: getattr(scores, name) for name in fields},
-        }
-        for scores in found
+        asdict(Candidate(*place, scores.disturbance, scores.gain))
+        for place, scores in zip(positions, found, strict=True)
     ]

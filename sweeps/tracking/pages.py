@@ -18,18 +18,11 @@ MAX_COMPARED = 100
 """Runs in one comparison: with more, the page gets slow and the address too long."""
 
 _PIPELINES = {"breadth_first": "bf", "depth_first": "df"}
-_METRICS = (
-    "reliability",
-    "generalization",
-    "locality",
-    "capability",
-    "capability_change",
-    "drift_kl",
-    "seconds_per_edit",
-)
+SHOWN_METRICS = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
+"""The metrics that say what an edit is worth: columns of the prepared view, and of a pick."""
 _COLUMNS = [
     *("params.`layer`", "params.`module`"),
-    *(f"metrics.`{key}`" for key in _METRICS),
+    *(f"metrics.`{key}`" for key in (*SHOWN_METRICS, "seconds_per_edit")),
     *(f"params.`{key}`" for key in ("learning_rate", "batch_size", "pipeline", "seed")),
     "tags.`locft.pick`",
 ]

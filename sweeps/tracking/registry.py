@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.stats.wording import number
 from locft.errors import InputError
+from sweeps.tracking.pages import SHOWN_METRICS
 from sweeps.tracking.store import connect, store_errors
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ FOLDER = "edit"
 """Artifact folder of a run with a folder for each registered edit: a run may be repeated with other settings."""
 ALIAS = "chosen"
 """Of an edit that somebody registered. A study's pick has an alias of its own (`study_alias`)."""
-SHOWN = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
-"""Metrics that a version carries as tags."""
 
 
 def registered_name(kind: str, model: str) -> str:
@@ -103,7 +102,7 @@ def register_edit(
     use = f"`locft apply {edit_address(model, alias)} --model {model} --out edited-model`"
     about = f"Edits of {model}, each a safetensors delta that fits only the model it was made on."
     tags = {"locft.position": position} | ({"locft.edits": edits} if edits else {})
-    tags |= {f"locft.{key}": f"{metrics[key]:.4g}" for key in SHOWN if key in metrics}
+    tags |= {f"locft.{key}": f"{metrics[key]:.4g}" for key in SHOWN_METRICS if key in metrics}
     description = f"Edited at {position}{f' ({edits})' if edits else ''}.\n\nApply it: {use}\n\n{shown}"
     digest = hashlib.sha256((folder / FILE_NAME).read_bytes()).hexdigest()[:16]
     with store_errors(f"the registered model {name!r}", InputError):
