@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sweeps.answer import BASELINE_FILE, StudyAnswer, StudyState, answer_of, answer_text, read_state
 from sweeps.run.dispatch import Ending, Reporter
-from sweeps.run.trial import Basis, measure_baseline, train_and_measure, trained_delta
+from sweeps.run.trial import measure_baseline, train_and_measure, trained_delta
 from sweeps.session import StudySession, study_session
 from sweeps.study.estimate import patience_seconds
 from sweeps.study.plan import PreparedStudy, optuna_space, point_of, trial_config
@@ -110,11 +110,11 @@ def _run_open_trials(
     from sweeps.run.runner import run_trials
 
     prepared = session.prepared
-    basis = Basis(prepared.inputs, _baseline(session))
+    baseline = _baseline(session)
     with show(state) as reporter, session.recorder(reporter) as recorder:
         return run_trials(
             _open_trials(prepared, state),
-            partial(train_and_measure, bases={prepared.facts.data_fingerprint: basis}),
+            partial(train_and_measure, inputs=prepared.inputs, baseline=baseline),
             resources=prepared.study.resources,
             room=session.room,
             reporter=recorder,

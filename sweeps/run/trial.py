@@ -9,8 +9,7 @@ import gc
 import math
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from locft.errors import InputError
@@ -23,22 +22,14 @@ if TYPE_CHECKING:
     from locft.workbench import Baseline, Workbench
 
 
-@dataclass(frozen=True)
-class Basis:
-    """What all trials on the same data start from."""
-
-    inputs: TrialInputs
-    baseline: "Baseline"
-
-
 _resident: dict[tuple, "Workbench"] = {}
+"""The workbench of this process by the key of its inputs; one at most."""
 
 
 def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) -> "Workbench":
-    """The process's workbench for these inputs; made on first use.
+    """The process's workbench for these inputs; made on first use, in place of the one for other inputs.
 
-    Workbenches of one model on several sets of data share it and stay; for another model all are replaced. Raises
-    InputError when the weights on this machine are others than those of the plan.
+    Raises InputError when the weights on this machine are others than those of the plan.
     """
     import torch
 
@@ -46,12 +37,9 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
 
     torch.set_num_threads(inputs.threads)
     if inputs.key not in _resident:
-        kin = [bench for key, bench in _resident.items() if key[0] == inputs.key[0]]
-        if not kin:
-            _resident.clear()
-        loaded = kin[0].loaded if kin else _planned_model(inputs)
+        _resident.clear()
         _resident[inputs.key] = Workbench.prepare(
-            loaded,
+            _planned_model(inputs),
             inputs.edits,
             inputs.suite,
             inputs.prose_tokens,
@@ -98,10 +86,9 @@ def trained_delta(inputs: TrialInputs, baseline: "Baseline", config: TrialConfig
     return train(resident_workbench(inputs, baseline), config).delta
 
 
-def train_and_measure(config: TrialConfig, bases: Mapping[str, Basis]) -> TrialResult:
-    """The work of a trial. bases: by the `data_fingerprint` of trials."""
-    basis = bases[config.data_fingerprint]
-    return run_trial(resident_workbench(basis.inputs, basis.baseline), config)
+def train_and_measure(config: TrialConfig, inputs: TrialInputs, baseline: "Baseline") -> TrialResult:
+    """The work of a trial."""
+    return run_trial(resident_workbench(inputs, baseline), config)
 
 
 def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:

@@ -28,7 +28,7 @@ from locft.workbench import Baseline
 from sweeps.run.cluster import on_workers
 from sweeps.run.dispatch import Reporter, Room
 from sweeps.run.runner import run_trials
-from sweeps.run.trial import Basis, measure_baseline, train_and_measure
+from sweeps.run.trial import measure_baseline, train_and_measure
 from sweeps.select.policy import Candidate, Run, Rung, Score, Scores, SelectionTask, start_rate, survey
 from sweeps.select.request import Selection, SelectionRequest
 from sweeps.session import StudySession, study_session
@@ -102,7 +102,7 @@ def _survey(
     with session.recorder(reporter) as recorder:
         ending = run_trials(
             search,
-            partial(train_and_measure, bases={request.facts.data_fingerprint: Basis(request.inputs, baseline)}),
+            partial(train_and_measure, inputs=request.inputs, baseline=baseline),
             resources=study.resources,
             room=room,
             reporter=recorder,

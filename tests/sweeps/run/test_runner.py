@@ -16,7 +16,7 @@ from locft.errors import InputError
 from sweeps.run.cluster import on_workers, ray_cluster
 from sweeps.run.dispatch import Dispatch, ListedTrials
 from sweeps.run.runner import TrialListener, failed_trial, interrupt_calls, run_trials
-from sweeps.run.trial import Basis, measure_baseline, resident_workbench, run_trial, train_and_measure
+from sweeps.run.trial import measure_baseline, resident_workbench, run_trial, train_and_measure
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
 from sweeps.study.schema import Resources
@@ -50,7 +50,7 @@ def run(trials, work, reporter, resources=None, **more):
 
 def training(study, baseline, inputs=None):
     """The work of a study's trials."""
-    return partial(train_and_measure, bases={study.facts.data_fingerprint: Basis(inputs or study.inputs, baseline)})
+    return partial(train_and_measure, inputs=inputs or study.inputs, baseline=baseline)
 
 
 def test_results_do_not_depend_on_order_company_or_process(study, baseline, tmp_path):
@@ -274,10 +274,10 @@ def test_other_weights_than_the_planned_ones_are_refused(study, baseline, tmp_pa
     """A node may have a model of the same name and size, trained further."""
     tiny_model(seed=1).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    trial, data = study.plan.trials[0], study.facts.data_fingerprint
+    trial = study.plan.trials[0]
     there = dataclasses.replace(study.inputs, model=str(tmp_path))
     with pytest.raises(InputError, match=f"on node .+: got weights .+, expected {trial.model_fingerprint}"):
-        train_and_measure(trial, {data: Basis(there, baseline)})
+        train_and_measure(trial, there, baseline)
 
 
 def test_work_gets_the_gpus_that_it_asks_for(study, ray_running, tmp_path):
