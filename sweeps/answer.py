@@ -85,8 +85,8 @@ def foresee(prepared: PreparedStudy, store: str, *, timed: bool = True) -> Forec
 
     timed: as in `make_forecast`. Raises InputError when the store cannot be reached.
     """
-    tracker = find_tracker(store, prepared.study.name, prepared.id)
-    finished = tracker.finished() if tracker else ()
+    results = read_state(prepared, find_tracker(store, prepared.study.name, prepared.id), curves=False).results
+    finished = results.loc[results["status"] == "done", "trial_id"]
     earlier = earlier_trials(prepared.facts.model_fingerprint, machine(prepared.study.resources), TRIALS, store)
     return make_forecast(prepared, finished, earlier, timed=timed)
 

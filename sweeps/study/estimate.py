@@ -216,12 +216,11 @@ def make_forecast(
 ) -> Forecast:
     """What is left of a study on this machine.
 
-    finished: ids of finished trials. earlier: finished trials of this model on this machine (`machine`), in any study.
-    timed: time some steps of the real model if there are not enough earlier trials; otherwise the rates are rough then.
+    finished: ids of finished trials of the study as it is planned now. earlier: finished trials of this model on this machine
+    (`machine`), in any study. timed: time some steps of the real model if there are not enough earlier trials; otherwise the
+    rates are rough then.
     """
-    planned = {trial.id for trial in prepared.plan.trials}
-    done = frozenset(trial for trial in finished if not planned or trial in planned)
-    facts, resources = prepared.facts, prepared.study.resources
+    done, facts, resources = frozenset(finished), prepared.facts, prepared.study.resources
     costs = rough_costs(facts, resources.cpus)
     if len(done) < prepared.plan.count:
         costs = costs_from_trials(earlier, prepared) or (timed and costs_from_steps(prepared)) or costs

@@ -233,12 +233,6 @@ class Tracker:
         began, ended = (datetime.fromtimestamp(ms / 1000, UTC) if ms else None for ms in times)
         return began, ended
 
-    def finished(self) -> dict[str, str]:
-        """Trial id -> run id of every trial that is done (`load_results` has the failed ones, too)."""
-        with store_errors("the finished trials"):
-            done = [run for run in self._trial_runs(status="FINISHED") if outcome_of(run) == "done"]
-        return {run.data.tags["locft.trial_id"]: run.info.run_id for run in done}
-
     def load_results(self, *, curves: bool = True) -> "pd.DataFrame":
         """The results table (columns: `analysis.stats.table`) and `run_id`: a row for each trial, oldest first.
 

@@ -114,7 +114,7 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
                     reporter=recorder,
                 )
             wall, spent = time.monotonic() - began, time.process_time() - spent
-        assert ending == "complete" and len(tracker.finished()) == len(trials)
+        assert ending == "complete" and len(tracker.load_results(curves=False)) == len(trials)
     found = measured(collected.metrics, seconds)
     ideal = len(trials) * seconds / nodes
     return {"nodes": nodes, **found, "driver_cpu_ms": round(1000 * spent / len(trials), 1),
