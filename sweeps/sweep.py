@@ -53,10 +53,6 @@ class Sweep:
     """Why the pick's edit is not in the registry, when that was asked for."""
 
 
-class PickError(RuntimeError):
-    """The pick's edit cannot be registered; the study's results are unharmed."""
-
-
 def run_sweep(
     prepared: PreparedStudy,
     store: str,
@@ -213,7 +209,9 @@ def _with_registered(done: Sweep, session: StudySession, deadline: float) -> Swe
     try:
         if row := _unregistered_pick(done.state, session.store):
             if time.monotonic() + row["train_seconds"] > deadline:
-                raise PickError("training it again would exceed the budget's minutes; the same command makes up for it")
+                raise RuntimeError(
+                    "training it again would exceed the budget's minutes; the same command makes up for it"
+                )
             _register_pick(session, row)
         use = f"Apply it: `locft apply {address} --model {study.model} --out edited-model`"
         description = f"{answer_text(done.answer)}\n\n{use}"
@@ -229,7 +227,7 @@ def _with_registered(done: Sweep, session: StudySession, deadline: float) -> Swe
 def _register_pick(session: StudySession, row: dict[str, Any]) -> None:
     """Train a trial once more and register its delta. Trials leave no weights behind, and the same numbers give the same delta.
 
-    row: of the results table. Raises PickError when another delta comes out, InputError when the store does not take it.
+    row: of the results table. Raises RuntimeError when another delta comes out, InputError when the store does not take it.
     """
     from analysis.stats.table import METRICS
 
@@ -237,7 +235,7 @@ def _register_pick(session: StudySession, row: dict[str, Any]) -> None:
     metrics = {name: row[name] for name in (*METRICS, "delta_norm") if math.isfinite(row.get(name, math.nan))}
     delta = session.run_alone(partial(trained_delta, session.prepared.inputs, _baseline(session), config))
     if not math.isclose(delta.norm, metrics["delta_norm"], rel_tol=NORM_TOLERANCE):
-        raise PickError(
+        raise RuntimeError(
             f"training {config.position} again gave a change of size {delta.norm:.6g}, and {metrics['delta_norm']:.6g} in the"
             f" trial (other hardware?); `locft edit --from-run {run_id} --register` measures it anew"
         )

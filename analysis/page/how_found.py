@@ -61,10 +61,7 @@ def rung_rows(rung: RungOfRuns, results: pd.DataFrame, picked: Collection[str]) 
             fate = f"failed: {row['error']}" if row else "did not finish"
         elif row["diverged"] == 1:
             fate = "diverged"
-        values = [row.get(name, math.nan) for name in ("reliability", "generalization", "drift_kl")]
-        texts = [percent(values[0]), percent(values[1]), number(values[2])]
-        rows.append(
-            {"position": run.position, "rate": number(run.learning_rate), "seed": run.seed, "fate": fate, "kept": kept}
-            | dict(zip(("reliability", "generalization", "drift"), texts, strict=True))
-        )
+        shares = {name: percent(row.get(name, math.nan)) for name in ("reliability", "generalization")}
+        texts = {**shares, "drift": number(row.get("drift_kl", math.nan)), "rate": number(run.learning_rate)}
+        rows.append({"position": run.position, "seed": run.seed, "fate": fate, "kept": kept, **texts})
     return rows

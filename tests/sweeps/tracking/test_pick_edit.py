@@ -11,7 +11,7 @@ from locft.model.delta import EditDelta
 from sweeps import sweep as sweep_module
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
-from sweeps.sweep import PickError, run_sweep
+from sweeps.sweep import run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.registry import (
     FOLDER,
@@ -65,7 +65,7 @@ def test_the_pick_is_registered_once_and_can_be_applied(
 
 def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(workplace, study_file, ray_running):
     def other_hardware(*_):
-        raise PickError("another delta")
+        raise RuntimeError("another delta")
 
     file = study_file(space__layer=[1])
     with pytest.MonkeyPatch.context() as patch:
