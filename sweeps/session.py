@@ -9,28 +9,33 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import filelock
 import psutil
 
 from locft.errors import InputError
 from sweeps.run.cluster import on_workers, ray_cluster
-from sweeps.run.dispatch import Reporter, Room
-from sweeps.study.estimate import machine
+from sweeps.run.dispatch import Ending, Reporter, Room, Search
+from sweeps.run.trial import train_and_measure
+from sweeps.study.estimate import machine, patience_seconds
 from sweeps.study.footprint import most_memory_bytes
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.reader import study_to_yaml
+from sweeps.study.trial_types import TrialConfig
 from sweeps.tracking.outbox import Recorder, open_outbox, study_folder
 from sweeps.tracking.store import Refused, TrackingError
 from sweeps.tracking.study_run import Tracker, find_tracker
 from sweeps.tracking.trial_run import DatasetRecord, StudyInputs, environment
+
+if TYPE_CHECKING:
+    from locft.workbench import Baseline
 
 T = TypeVar("T")
 
@@ -188,6 +193,28 @@ class StudySession:
     def recorder(self, reporter: Reporter) -> Recorder:
         """Passes trials on to `reporter` and records the finished ones in the study's open run. A context manager."""
         return Recorder(partial(self.tracker.log_trial, inputs=self._inputs()), self.outbox, reporter)
+
+    def run_trials(
+        self, source: Sequence[TrialConfig] | Search, baseline: "Baseline", reporter: Reporter, deadline: float
+    ) -> Ending:
+        """Run trials on Ray, which `start_ray` started, and record them in the study's open run; returns why no further one runs.
+
+        source, deadline: as for `sweeps.run.runner.run_trials`. baseline: the unedited model's measurements. Raises TrackingError
+        when the store stayed away; finished trials are then in the outbox.
+        """
+        from sweeps.run.runner import run_trials  # with Ray, which takes seconds
+
+        prepared, resources = self.prepared, self.prepared.study.resources
+        with self.recorder(reporter) as recorder:
+            return run_trials(
+                source,
+                partial(train_and_measure, inputs=prepared.inputs, baseline=baseline),
+                resources=resources,
+                room=self.room,
+                reporter=recorder,
+                deadline=deadline,
+                patience=partial(patience_seconds, facts=prepared.facts, resources=resources),
+            )
 
     def deliver_kept(self) -> None:
         """Record in the study's open run what an earlier driver could not. Raises TrackingError.

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sweeps.answer import BASELINE_FILE, StudyAnswer, StudyState, answer_of, answer_text, read_state
 from sweeps.run.dispatch import Ending, Reporter
-from sweeps.run.trial import measure_baseline, train_and_measure, trained_delta
+from sweeps.run.trial import measure_baseline, trained_delta
 from sweeps.session import StudySession, study_session
-from sweeps.study.estimate import patience_seconds
 from sweeps.study.plan import PreparedStudy, optuna_space, point_of, trial_config
 from sweeps.study.trial_types import TrialConfig, config_of_row
 from sweeps.tracking.outbox import with_retries
@@ -79,8 +78,12 @@ def run_sweep(
         if state.affordable or (register and not session.runs_here and _unregistered_pick(state, store)):
             session.start_ray()
         tracker = session.open_run()
+        ending: Ending = "complete"
         try:
-            ending = _run_open_trials(session, state, show, deadline) if state.affordable else "complete"
+            if state.affordable:
+                baseline = _baseline(session)
+                with show(state) as reporter:
+                    ending = session.run_trials(_open_trials(prepared, state), baseline, reporter, deadline)
         except TrackingError:  # nothing can be written now
             raise
         except BaseException:  # the study's run shall show what is finished
@@ -94,29 +97,6 @@ def run_sweep(
                 f"{error}; all finished trials are recorded, and the same command writes the answer"
             ) from None
         return _with_registered(done, session, deadline) if register and ending == "complete" else done
-
-
-def _run_open_trials(
-    session: StudySession,
-    state: StudyState,
-    show: Callable[[StudyState], AbstractContextManager[Reporter]],
-    deadline: float,
-) -> Ending:
-    """deadline: on the `time.monotonic()` clock."""
-    from sweeps.run.runner import run_trials
-
-    prepared = session.prepared
-    baseline = _baseline(session)
-    with show(state) as reporter, session.recorder(reporter) as recorder:
-        return run_trials(
-            _open_trials(prepared, state),
-            partial(train_and_measure, inputs=prepared.inputs, baseline=baseline),
-            resources=prepared.study.resources,
-            room=session.room,
-            reporter=recorder,
-            deadline=deadline,
-            patience=partial(patience_seconds, facts=prepared.facts, resources=prepared.study.resources),
-        )
 
 
 def _open_trials(prepared: PreparedStudy, state: StudyState) -> "list[TrialConfig] | OptunaSearch":

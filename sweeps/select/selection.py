@@ -26,13 +26,12 @@ from locft.probe import probe_positions
 from locft.train.encoding import encode_edits
 from locft.workbench import Baseline
 from sweeps.run.cluster import on_workers
-from sweeps.run.dispatch import Reporter, Room
-from sweeps.run.runner import run_trials
-from sweeps.run.trial import measure_baseline, train_and_measure
+from sweeps.run.dispatch import Reporter
+from sweeps.run.trial import measure_baseline
 from sweeps.select.policy import Candidate, Run, Rung, Score, Scores, SelectionTask, start_rate, survey
 from sweeps.select.request import Selection, SelectionRequest
 from sweeps.session import StudySession, study_session
-from sweeps.study.estimate import patience_seconds, trial_seconds
+from sweeps.study.estimate import trial_seconds
 from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult, config_of_row
 from sweeps.tracking.study_run import Tracker
 
@@ -67,17 +66,15 @@ def run_selection(
     began = time.monotonic()
     description = f"Selection of a position for {request.study.model} on {request.study.edits.source}"
     with study_session(request, store, description, address=address) as session:
-        room = session.start_ray()
+        session.start_ray()
         with progress as reporter:
             tracker = session.open_run()
-            found = _survey(request, session, reporter, room, began)
+            found = _survey(request, session, reporter, began)
         yield found, tracker
 
 
-def _survey(
-    request: SelectionRequest, session: StudySession, reporter: SelectionReporter, room: Room, began: float
-) -> Selection:
-    tracker, study, concurrent = session.open_run(), request.study, room.trials()
+def _survey(request: SelectionRequest, session: StudySession, reporter: SelectionReporter, began: float) -> Selection:
+    tracker, concurrent = session.open_run(), session.room.trials()
     candidates, baseline = _prepared(request, tracker, reporter.note)
     minutes = request.budget.minutes
     deadline = math.inf if minutes is None else began + 60 * minutes - FINISHING_SECONDS
@@ -99,16 +96,7 @@ def _survey(
 
     known = {run: score(run, row) for run, row in _finished(request, tracker.load_results(curves=False))}
     search = PolicySearch(survey(task), request.config, score, known, reporter.rung)
-    with session.recorder(reporter) as recorder:
-        ending = run_trials(
-            search,
-            partial(train_and_measure, inputs=request.inputs, baseline=baseline),
-            resources=study.resources,
-            room=room,
-            reporter=recorder,
-            deadline=deadline,
-            patience=partial(patience_seconds, facts=request.facts, resources=study.resources),
-        )
+    ending = session.run_trials(search, baseline, reporter, deadline)
     results = tracker.load_results()
     own = np.array([request.run(config_of_row(row)) is not None for row in results.to_dict("records")], dtype=bool)
     results = results[own].reset_index(drop=True)

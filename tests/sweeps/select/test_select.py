@@ -116,7 +116,7 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workpl
 def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, workplace, monkeypatch):
     """Once without a registry, once without the store. The probe is made in this process, and nothing is run."""
     monkeypatch.setattr("sweeps.select.selection.on_workers", lambda works, *_: [work() for work in works])
-    monkeypatch.setattr("sweeps.select.selection.run_trials", lambda *_, **__: "out_of_time")
+    monkeypatch.setattr("sweeps.run.runner.run_trials", lambda *_, **__: "out_of_time")
     monkeypatch.setattr("sweeps.tracking.outbox.PATIENCE_SECONDS", 0.0)
 
     def away(*_, **__):
