@@ -26,8 +26,6 @@ MAX_PAIRS = 200
 """Pairs of pipelines drawn at most; the mean difference is that of all."""
 MAX_LINES = 1000
 """Settings in the parallel coordinates at most."""
-PAIRED = tuple(axis.name for axis in SWEPT if axis.name != "pipeline")
-"""What the two pipelines of a pair have in common."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> Pipelin
     for side in sides.values():
         if {"breadth_first", "depth_first"} <= side.keys():
             wide, deep = side["breadth_first"], side["depth_first"]
-            label = escaped(f"{wide['layer']}.{wide['module']}, {setting_text(wide, PAIRED)}")
+            label = escaped(f"{wide['layer']}.{wide['module']}, {setting_text(wide | {'pipeline': None})}")
             pairs.append(
                 PipelinePair(
                     int(wide["batch_size"]), label, float(wide[metric]), float(deep[metric]),
