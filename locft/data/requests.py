@@ -19,8 +19,7 @@ from pathlib import Path
 from locft.data.answers import normalise_answer
 from locft.data.edit_layouts import read_edits
 from locft.data.edit_request import EditRequest
-from locft.data.record_files import missing_path, read_json_records
-from locft.data.record_tables import hub_records
+from locft.data.record_files import hub_records, missing_path, read_json_records
 from locft.errors import InputError
 
 BUILT_IN = ("atlas",)

@@ -11,8 +11,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from locft.data.record_files import FileRecord, missing_path, read_json_records, read_text, shortened
-from locft.data.record_tables import csv_records, hub_records, parquet_records
+from locft.data.record_files import (
+    FileRecord,
+    csv_records,
+    hub_records,
+    missing_path,
+    parquet_records,
+    read_json_records,
+    read_text,
+    shortened,
+)
 from locft.data.suite_layouts import CapabilityItem, read_items
 from locft.errors import InputError, did_you_mean
 
