@@ -36,10 +36,7 @@ def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = p
     if uri.startswith("http"):
         return announce(uri)
     stopped = threading.Event()
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda *_: stopped.set())
+    handlers = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with running(uri, port, stopped=stopped) as (address, process):
             if not stopped.is_set():
