@@ -229,13 +229,13 @@ def test_a_killed_driver_leaves_no_open_run(tracker, store):
     study_run, _ = open_study(tracker)
     tags = {"locft.kind": "trial", "locft.study_id": STUDY, "locft.trial_id": config().id, "locft.status": "done"}
     left = tracker.client.create_run(tracker.experiment_id, tags=tags).info.run_id
-    finished = tracker.log_trial(result(config(4)))
+    closed = tracker.log_trial(result(config(4)))
 
     again = Tracker.open(store, "test_a_killed_driver_leaves_no_open_run", STUDY)
     assert open_study(again)[0] == study_run
     assert again.client.get_run(left).info.status == "KILLED"
-    assert again.client.get_run(finished).info.status == "FINISHED"
-    assert finished(again) == {config(4).id: finished}
+    assert again.client.get_run(closed).info.status == "FINISHED"
+    assert finished(again) == {config(4).id: closed}
     assert again.log_trial(result()) == left
     assert again.client.get_run(left).info.status == "FINISHED"
 
