@@ -48,6 +48,9 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def __contains__(self, row: TokenRow) -> bool:
+        return row.token_ids in self._paths
+
     def path(self, row: TokenRow) -> np.ndarray:
         """Nodes (T,) of a row's tokens. Raises KeyError for a row that is not in the tree."""
         return self._paths[row.token_ids]
