@@ -8,8 +8,9 @@ diagonal of the Fisher information from its gradients.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,22 +110,19 @@ def measure_curvature(
     watched = {name: model.get_parameter(name).detach().clone() for name in names}
     stand_ins = {tail_parameter_name(model, layer, name): value for name, value in watched.items()}
     watch = _Watch({name: value for name, value in watched.items() if value.dim() > 1})
-    others: dict[str, torch.Tensor] = {}
-    diagonals = {}
+    others: dict[str, torch.Tensor] | None = None
+    diagonals: dict[str, torch.Tensor] = {}
     tokens = 0
-    for index, part in enumerate(_parts(windows)):
+    for part in _parts(windows):
         ids, mask = pad_rows(part, model.device)
         boundary = capture_boundary(model, layer, ids, mask)[layer].requires_grad_()
         with torch.enable_grad():
+            if others is None:
+                run = partial(tail_hidden, view, boundary, mask, weights=stand_ins)
+                others = _in_no_product(watch, watched, run)
+                diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
             with watch:
                 hidden = tail_hidden(view, boundary, mask, weights=stand_ins)
-            if index == 0:
-                others = {name: value for name, value in watched.items() if name not in watch.found}
-                for value in others.values():
-                    value.requires_grad_()
-                diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
-                if others:
-                    hidden = tail_hidden(view, boundary, mask, weights=stand_ins)
             logits = head(hidden[:, :-1][mask[:, 1:].bool()])
             drawn = _drawn(logits.detach(), generator)
             loss = F.cross_entropy(logits, drawn, reduction="sum")
@@ -135,6 +133,17 @@ def measure_curvature(
         tokens += len(drawn)
     found = {name: Curvature(diagonal=value.cpu() / tokens) for name, value in diagonals.items()}
     return found | {name: sums.curvature(tokens, watched[name].shape) for name, sums in watch.found.items()}
+
+
+def _in_no_product(
+    watch: _Watch, watched: Mapping[str, torch.Tensor], run: Callable[[], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The watched tensors that a run uses in no product; from now on gradients flow to them."""
+    with watch:
+        run()
+    others = {name: value.requires_grad_() for name, value in watched.items() if name not in watch.found}
+    watch.found.clear()
+    return others
 
 
 def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

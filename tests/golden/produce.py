@@ -300,7 +300,7 @@ def tiny_grid() -> dict[str, Any]:
         for layer in (0, 2):
             for module in ("mlp_down", "attn", "layer"):
                 for pipeline in ("breadth_first", "depth_first"):
-                    settings = TrainingSettings(pipeline, batch_size=2, learning_rate=0.02, epochs=8)
+                    settings = TrainingSettings(pipeline=pipeline, batch_size=2, learning_rate=0.02, epochs=8)
                     found[f"{layer}.{module} {pipeline}"] = _trial(bench, TuningPosition(layer, module), settings)
         for name, changes in OTHERS.items():
             settings = TrainingSettings(**{"batch_size": 2, "learning_rate": 0.02, "epochs": 8} | changes)

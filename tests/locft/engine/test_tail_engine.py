@@ -183,7 +183,7 @@ def test_a_step_begins_behind_the_matrix_only_where_the_output_is_linear_in_it(a
 def test_the_trained_delta_is_the_references_after_several_steps(architecture, pipeline):
     loaded, rows = tiny_loaded(architecture), edit_rows()
     position = next(p.position for p in list_positions(loaded.model) if p.position.layer == 1)
-    plan = TrainingSettings(pipeline, batch_size=2, learning_rate=1e-3, epochs=4, skip_below=0, stop_below=0)
+    plan = TrainingSettings(pipeline=pipeline, batch_size=2, learning_rate=1e-3, epochs=4, skip_below=0, stop_below=0)
     forward = TailEngine(loaded, rows).training_forward(position, rows, torch.float32)
     fast, plain = (
         finetune(loaded, TrainingExamples.of_rows(rows), position, plan, forward),

@@ -1,0 +1,135 @@
+"""The curvature of drift against second moments, gradients and divergences computed the plain way."""
+
+import pytest
+import torch
+
+import locft.curvature as module
+from locft.curvature import measure_curvature
+from locft.measure.capability import EncodedSuite, measure_drift
+from locft.model.positions import TuningPosition, is_input_first, parameter_names
+from locft.train.encoding import TokenRow
+from locft.train.methods.curvature import Curvature
+from locft.train.reference import full_forward
+from tests.tiny import tiny_loaded
+
+LAYER = 1
+WINDOWS = [TokenRow(tuple(range(3 + start, 15 + start)), 1) for start in range(0, 60, 5)]
+
+
+@pytest.fixture
+def likeliest(monkeypatch):
+    """Labels that need no luck: the most likely ones."""
+    monkeypatch.setattr(module, "_drawn", lambda logits, generator: logits.argmax(-1))
+
+
+def layer_names(loaded) -> tuple[str, ...]:
+    return parameter_names(loaded.model, TuningPosition(LAYER, "layer"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma2"])
+def test_factors_are_the_second_moments_of_inputs_and_output_gradients(architecture, likeliest):
+    loaded = tiny_loaded(architecture)
+    model = loaded.model
+    found = measure_curvature(loaded, LAYER, layer_names(loaded), WINDOWS)
+    matrices = [name for name in found if name.endswith("weight") and model.get_parameter(name).dim() == 2]
+    assert len(matrices) >= 4
+    inputs, gradients = {}, {}
+    hooks = []
+    for name in matrices:
+        owner = model.get_submodule(name.rpartition(".")[0])
+
+        def keep(_module, given, output, name=name):
+            inputs.setdefault(name, []).append(given[0].detach()[0])
+            output.register_hook(lambda g: gradients.setdefault(name, []).append(g[0]))
+
+        hooks.append(owner.register_forward_hook(keep))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for window in WINDOWS:
+        logits = model(torch.tensor([window.token_ids])).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    predicted = sum(len(window.target_ids) for window in WINDOWS)
+    for name in matrices:
+        x, g = torch.cat(inputs[name]), torch.cat(gradients[name])
+        first, second = (x.T @ x) / len(x), (g.T @ g) / predicted
+        rows, columns = (first, second) if is_input_first(model, name) else (second, first)
+        torch.testing.assert_close(found[name].rows, rows, rtol=1e-3, atol=1e-5 * float(rows.abs().max()))
+        torch.testing.assert_close(found[name].columns, columns, rtol=1e-3, atol=1e-5 * float(columns.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "bloom", "mamba"])
+def test_of_a_single_token_every_matrix_has_the_factors_of_its_gradient(architecture, likeliest):
+    """Then the gradient of a matrix is one outer product, whichever module, expert or layout the matrix is in."""
+    loaded = tiny_loaded(architecture)
+    model, window = loaded.model, TokenRow((5, 9), 1)
+    names = layer_names(loaded)
+    found = measure_curvature(loaded, LAYER, names, [window])
+    weights = {name: model.get_parameter(name).detach().clone().requires_grad_() for name in names}
+    logits = full_forward(model, weights)([window])
+    loss = torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum")
+    gradients = dict(zip(names, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
+    largest = max(float(gradient.norm()) for gradient in gradients.values() if gradient is not None)
+    factored = [name for name in names if found[name].diagonal is None]
+    assert factored
+    for name in factored:
+        gradient = gradients[name]
+        if gradient is None or not gradient.any():
+            continue
+        for index in range(gradient.shape[0]) if gradient.dim() == 3 else [...]:
+            here, rows, columns = gradient[index], found[name].rows[index], found[name].columns[index]
+            side, outer = (
+                (columns, here.T @ here) if is_input_first_of(found[name], here, rows) else (rows, here @ here.T)
+            )
+            if outer.trace() > 0:
+                torch.testing.assert_close(side / side.trace(), outer / outer.trace(), rtol=1e-3, atol=1e-5)
+
+
+def is_input_first_of(one: Curvature, gradient: torch.Tensor, rows: torch.Tensor) -> bool:
+    """Which side holds the output's factor: that of the rows has rank one only there."""
+    outer = gradient @ gradient.T
+    return not torch.allclose(rows / rows.trace(), outer / outer.trace(), rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_in_no_product_has_the_squared_gradient_of_its_window(likeliest):
+    loaded = tiny_loaded("llama")
+    name = f"model.layers.{LAYER}.input_layernorm.weight"
+    window = WINDOWS[0]
+    found = measure_curvature(loaded, LAYER, [name], [window])[name]
+    weight = loaded.model.get_parameter(name).detach().clone().requires_grad_()
+    logits = full_forward(loaded.model, {name: weight})([window])
+    loss = torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(found.diagonal, gradient**2 / len(window.target_ids), rtol=1e-3, atol=1e-7)
+
+
+def test_labels_are_drawn_from_the_models_distribution():
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).repeat(20000, 1)
+    drawn = module._drawn(logits, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.015)
+
+
+def test_predicted_drift_is_about_the_measured_one():
+    """The model is small and random, so the Kronecker product is a rough picture; its scale must be right."""
+    loaded = tiny_loaded("llama")
+    name = f"model.layers.{LAYER}.mlp.down_proj.weight"
+    windows = [TokenRow(tuple((7 * start + 3 * step) % 90 + 3 for step in range(24)), 1) for start in range(60)]
+    found = measure_curvature(loaded, LAYER, [name], windows)[name]
+    base = loaded.model.get_parameter(name).detach()
+    change = 0.02 * torch.randn(base.shape, generator=torch.Generator().manual_seed(1))
+    suite = EncodedSuite("", {}, tuple(windows))
+    measured = measure_drift(full_forward(loaded.model, {name: base + change}), full_forward(loaded.model), suite).kl
+    assert found.drift(change) == pytest.approx(measured, rel=0.5)
+
+
+def test_the_same_twice_and_another_seed_draws_other_labels():
+    loaded = tiny_loaded("llama")
+    name = f"model.layers.{LAYER}.mlp.down_proj.weight"
+    one, again, other = (measure_curvature(loaded, LAYER, [name], WINDOWS, seed=seed)[name] for seed in (0, 0, 1))
+    assert torch.equal(one.rows, again.rows) and torch.equal(one.columns, again.columns)
+    assert not torch.equal(one.rows, other.rows) and torch.equal(one.columns, other.columns)
