@@ -86,7 +86,7 @@ def test_of_a_single_token_every_matrix_has_the_factors_of_its_gradient(architec
                 (columns, here.T @ here) if is_input_first_of(found[name], here, rows) else (rows, here @ here.T)
             )
             if here.norm() > 1e-4 * largest:  # with a single key, the gradient in attention is rounding
-            torch.testing.assert_close(side / side.trace(), outer / outer.trace(), rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(side / side.trace(), outer / outer.trace(), rtol=1e-3, atol=1e-5)
 
 
 def is_input_first_of(one: Curvature, gradient: torch.Tensor, rows: torch.Tensor) -> bool:
