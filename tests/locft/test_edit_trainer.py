@@ -1,0 +1,204 @@
+"""Training as trials call it: what is drawn, held, scaled and kept, on a tiny model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from locft.background import SAMPLES, background_rows, prefix_texts
+from locft.data.edit_request import EditRequest, LocalityPrompt
+from locft.data.requests import load_edits
+from locft.edit_trainer import EditTrainer
+from locft.engine.tail_engine import TailEngine
+from locft.errors import InputError
+from locft.measure.capability import EncodedSuite, measure_drift
+from locft.measure.evaluation import follow
+from locft.model.positions import TuningPosition
+from locft.train.encoding import encode_edits
+from locft.train.pipelines import TrainingSettings
+from locft.train.reference import full_forward
+from tests.tiny import tiny_loaded
+
+POSITION = TuningPosition(1, "mlp_down")
+SETTINGS = TrainingSettings(learning_rate=1e-2, batch_size=4, epochs=6, skip_below=0, stop_below=0)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return load_edits("atlas", limit=8).requests
+
+
+@pytest.fixture(scope="module")
+def trainer(loaded, requests):
+    rows = encode_edits(loaded.tokenizer, requests)
+    return EditTrainer(loaded, requests, rows, TailEngine(loaded, rows, on_disk=False))
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(one.delta.tensors[name], other.delta.tensors[name]) for name in one.delta.tensors)
+
+
+WAYS = [
+    {"method": "low_curvature", "curvature_strength": 0.1},
+    {"method": "low_curvature", "adam_basis": "curvature", "curvature_share": 0.3},
+    {"train_formats": "raw,qa,Say briefly: {prompt}"},
+    {"prefix_share": 0.5},
+    {"guard": "same_relation"},
+    {"guard": "locality_like", "guards_per_step": 2},
+    {"guard": "prose", "guard_weight": 0.1},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_engine_trains_what_the_full_model_does_and_twice_the_same(trainer, way):
+    settings = replace(SETTINGS, **way)
+    fast, again = (trainer.train(POSITION, settings) for _ in range(2))
+    plain = EditTrainer(trainer.loaded, trainer.requests, trainer.rows, None).train(POSITION, settings)
+    assert same(fast, again)
+    assert fast.losses == pytest.approx(plain.losses, rel=2e-3)
+    for name, change in plain.delta.tensors.items():
+        assert (fast.delta.tensors[name] - change).norm() < 0.05 * change.norm()
+    assert not same(fast, trainer.train(POSITION, SETTINGS)), "the setting changes something"
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "gpt_oss", "mamba", "gemma2"])
+def test_every_architecture_takes_every_way(architecture, requests):
+    loaded = tiny_loaded(architecture)
+    rows = encode_edits(loaded.tokenizer, requests[:4])
+    trainer = EditTrainer(loaded, requests[:4], rows, TailEngine(loaded, rows, on_disk=False))
+    way = {"method": "low_curvature", "train_formats": "raw,qa", "prefix_share": 0.5, "guard": "prose"}
+    trained = trainer.train(TuningPosition(1, "layer"), replace(SETTINGS, epochs=2, **way))
+    assert trained.steps == 2 and not trained.diverged
+    assert all(torch.isfinite(change).all() for change in trained.delta.tensors.values())
+    assert trained.delta.norm > 0
+
+
+def test_a_price_on_drift_leaves_less_of_it(trainer):
+    prose = EncodedSuite("", {}, background_rows(trainer.loaded, on_disk=False)[:8])
+    drifts = []
+    for strength in (0.0, 30.0):
+        settings = replace(SETTINGS, method="low_curvature", curvature_strength=strength, epochs=20)
+        weights = trainer.train(POSITION, settings).delta.weights(trainer.loaded.model)
+        drifts.append(
+            measure_drift(full_forward(trainer.loaded.model, weights), full_forward(trainer.loaded.model), prose).kl
+        )
+    assert drifts[1] < 0.7 * drifts[0]
+
+
+def test_guards_hold_what_they_name(trainer):
+    settings = replace(SETTINGS, epochs=15)
+    held = replace(settings, guard="same_relation", guard_weight=3.0, guards_per_step=8)
+    guards = trainer.examples(held).guards
+    prose = EncodedSuite("", {}, guards.rows)
+
+    def moved(training):
+        weights = training.delta.weights(trainer.loaded.model)
+        return measure_drift(full_forward(trainer.loaded.model, weights), full_forward(trainer.loaded.model), prose).kl
+
+    assert moved(trainer.train(POSITION, held)) < 0.5 * moved(trainer.train(POSITION, settings))
+
+
+def test_guards_never_measure_locality_nor_ask_an_edit():
+    measured = load_edits("atlas").requests[0].locality[0].prompt
+    requests = (
+        EditRequest("1", "Peru", "The capital of Peru is", "Oslo", None, (), (LocalityPrompt(measured, None),)),
+        EditRequest("2", "Chad", "The capital of Chad is", "Rome", None, (), ()),
+        EditRequest("3", "Mali", "The currency of Mali is", "yen", None, (), ()),
+    )
+    loaded = tiny_loaded("llama")
+    trainer = EditTrainer(loaded, requests, encode_edits(loaded.tokenizer, requests), None)
+    said = {
+        kind: [loaded.tokenizer.decode(row.token_ids[: row.start]) for row in trainer.examples(
+            replace(SETTINGS, guard=kind)).guards.rows]
+        for kind in ("same_relation", "locality_like")
+    }  # fmt: skip
+    prompts = {request.prompt for request in requests}
+    assert said["same_relation"] and not prompts & set(said["same_relation"])
+    assert "The currency of Peru is" in said["same_relation"] or "The currency of Chad is" in said["same_relation"]
+    assert said["locality_like"] and measured not in said["locality_like"]
+
+
+def test_a_guard_without_prompts_is_an_input_error():
+    loaded = tiny_loaded("llama")
+    requests = (EditRequest("1", "", "Water is", "dry", None, (), ()),)
+    trainer = EditTrainer(loaded, requests, encode_edits(loaded.tokenizer, requests), None)
+    with pytest.raises(InputError, match="guard: got same_relation"):
+        trainer.train(POSITION, replace(SETTINGS, guard="same_relation"))
+
+
+def test_examples_draw_every_format_and_as_many_prefixes_as_asked(trainer):
+    examples = trainer.examples(replace(SETTINGS, train_formats="raw,qa", prefix_share=0.25))
+    draws = torch.Generator().manual_seed(0)
+    drawn = [examples.draw(0, draws) for _ in range(800)]
+    plain = examples.plain[0]
+    assert len(plain) == 2 and len(examples.prefixed[0]) == 10
+    share = sum(row not in plain for row in drawn) / len(drawn)
+    assert share == pytest.approx(0.25, abs=0.05)
+    assert drawn.count(plain[0]) / drawn.count(plain[1]) == pytest.approx(1, abs=0.25)
+    assert {row for row in drawn if row not in plain} == set(examples.prefixed[0])
+    target = plain[0].target_ids
+    assert all(row.target_ids == target for row in examples.prefixed[0])
+
+
+def test_one_format_draws_nothing(trainer, loaded, requests):
+    examples = trainer.examples(SETTINGS)
+    draws = torch.Generator().manual_seed(0)
+    before = draws.get_state()
+    assert [examples.draw(index, draws) for index in range(len(examples))] == list(trainer.rows)
+    assert torch.equal(draws.get_state(), before)
+
+
+def test_a_chat_format_without_a_template_is_left_out(trainer):
+    assert trainer.examples(replace(SETTINGS, train_formats="raw,chat")).plain == trainer.examples(SETTINGS).plain
+
+
+def test_noise_changes_training_and_needs_states(trainer):
+    noisy = replace(SETTINGS, noise=0.05)
+    assert same(trainer.train(POSITION, noisy), trainer.train(POSITION, noisy))
+    assert not same(trainer.train(POSITION, noisy), trainer.train(POSITION, SETTINGS))
+    with pytest.raises(InputError, match="noise: this model is computed as a whole"):
+        EditTrainer(trainer.loaded, trainer.requests, trainer.rows, None).train(POSITION, noisy)
+
+
+def test_shrinking_scales_the_change_as_far_as_all_edits_hold(trainer):
+    settings = replace(SETTINGS, epochs=40)
+    whole, shrunk = (trainer.train(POSITION, replace(settings, shrink=shrink)) for shrink in ("no", "yes"))
+    (name,) = whole.delta.tensors
+    scale = float(shrunk.delta.tensors[name].norm() / whole.delta.tensors[name].norm())
+    assert 0.5 <= scale <= 1
+    torch.testing.assert_close(shrunk.delta.tensors[name], scale * whole.delta.tensors[name])
+
+    def learnt(delta):
+        weights = delta.weights(trainer.loaded.model)
+        return sum(f.instead is None for f in follow(full_forward(trainer.loaded.model, weights), trainer.rows))
+
+    assert learnt(shrunk.delta) >= learnt(whole.delta)
+    if scale > 0.5:
+        assert learnt(whole.delta.scaled(scale - 0.05)) < learnt(whole.delta)
+
+
+def test_what_the_model_writes_is_kept_and_the_same_without_a_file(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.manual_seed(123)
+    drawn = torch.rand(2)
+    torch.manual_seed(123)
+    rows = background_rows(loaded, on_disk=True)
+    assert torch.equal(torch.rand(2), drawn), "nobody else's draws are touched"
+    assert len(rows) == SAMPLES and len({row.token_ids for row in rows}) > SAMPLES // 2
+    assert background_rows(loaded, on_disk=True) == rows == background_rows(loaded, on_disk=False)
+    assert all(text.endswith(".") for text in prefix_texts(loaded, rows))
+
+
+def test_curvature_is_read_back_from_its_file(loaded, requests, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rows = encode_edits(loaded.tokenizer, requests)
+    kept, again = (EditTrainer(loaded, requests, rows, None, on_disk=True).curvature(POSITION) for _ in range(2))
+    assert kept.keys() == again.keys() == {"model.layers.1.mlp.down_proj.weight"}
+    for name, one in kept.items():
+        for part, value in one.parts.items():
+            assert torch.equal(value, again[name].parts[part])
