@@ -4,6 +4,7 @@ What several trainings share is made when first needed and kept: rows in other f
 """
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from locft.train.pipelines import Training, TrainingSettings, finetune
 from locft.train.reference import full_forward
 
 PREFIXES = 5
-"""Different texts before each prompt, as in the paper's appendix A.4."""
+"""Different texts before each prompt, as in the paper's appendix A.4, shared out among the formats but two for each."""
 GUARDS = 64
 """Prompts of a kind, at most."""
 GUARD_TOKENS = 8
@@ -132,17 +133,17 @@ class EditTrainer:
 
     def _prefixed(self, formats: Sequence[str]) -> tuple[tuple[TokenRow, ...], ...]:
         texts = prefix_texts(self.loaded, self._background())
+        each = max(2, PREFIXES // len(formats))
         drawn = random.Random(0)
         rows = []
         for request in self.requests:
-            before = drawn.sample(texts, min(PREFIXES, len(texts)))
-            rows.append(
-                tuple(
-                    encode_edit(self.loaded.tokenizer, f"{text} {request.prompt}", request.target, form)
-                    for form in formats
-                    for text in before
-                )
+            before = iter(drawn.sample(texts, min(each * len(formats), len(texts))))
+            behind = [(form, text) for form in formats for text in itertools.islice(before, each)]
+            encoded = (
+                encode_edit(self.loaded.tokenizer, f"{text} {request.prompt}", request.target, form)
+                for form, text in behind
             )
+            rows.append(tuple(encoded))
         return tuple(rows)
 
     def _guards(self, kind: str) -> Guards | None:
