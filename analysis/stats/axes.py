@@ -39,8 +39,8 @@ class Axis:
     trained: bool = True
     """A field of `locft.train.TrainingSettings`."""
     only: tuple[str, tuple[str, ...]] | None = None
-    """Another axis and the values of it at which this one changes anything. Elsewhere it is set to its default, so that
-    a grid over both has no doubles."""
+    """An axis declared before it, and the values of that at which this one changes anything. Elsewhere it is set to its
+    default, so that a grid over both has no doubles."""
     in_first_ids: bool = False
     """Part of every trial id, since the first ids hashed it. A newer axis is left out of the id at its default, so that
     it does not make old results foreign."""

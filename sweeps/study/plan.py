@@ -10,9 +10,10 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from analysis.stats.axes import AXES, SWEPT
+from analysis.stats.axes import AXES, AXIS, SWEPT
 from locft.errors import InputError
 from sweeps.study.schema import MAX_TRIALS, EveryLayer, LogUniform, Study, nearest
 from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, TrialInputs
@@ -137,7 +138,7 @@ def make_plan(study: Study, facts: StudyFacts) -> Plan:
     """
     check_against_model(study, facts.n_layers, facts.modules_by_layer)
     if study.search.method == "grid":
-        count = len(_positions(study, facts)) * math.prod(len(getattr(study.space, axis)) for axis in (*INNER, "seed"))
+        count = len(_positions(study, facts)) * len(study.space.seed) * _count_settings(study, INNER)
         if count > MAX_TRIALS:
             message = f"space: the grid has {count:,} trials, expected at most {MAX_TRIALS:,}"
             raise InputError(message + "; sample it instead: search: {method: random, trials: ...}")
@@ -154,7 +155,8 @@ def trial_config(study: Study, facts: StudyFacts, point: Mapping[str, Any]) -> T
     """The full configuration at one point of the space.
 
     point: a value for each of `POINT`, or "position" in place of layer and module. A log-uniform learning rate is
-    rounded to three significant digits, so that a trial's id survives being written and read.
+    rounded to three significant digits, so that a trial's id survives being written and read. An axis that changes
+    nothing beside the others is set to its default, so that one trial has one id.
     """
     values = {axis: point[axis] for axis in POINT if axis in point}
     if POSITION in point:
@@ -162,6 +164,7 @@ def trial_config(study: Study, facts: StudyFacts, point: Mapping[str, Any]) -> T
         values |= {"layer": int(layer), "module": module}
     if isinstance(study.space.learning_rate, LogUniform):
         values["learning_rate"] = _rounded(values["learning_rate"], study.space.learning_rate)
+    values = _effective(values)
     values |= {axis.name: getattr(study, axis.name) for axis in AXES if not axis.swept} | {"precision": facts.precision}
     return TrialConfig(
         model_fingerprint=facts.model_fingerprint,
@@ -189,9 +192,12 @@ def optuna_space(study: Study, facts: StudyFacts) -> dict[str, list | tuple]:
 
 
 def point_of(study: Study, facts: StudyFacts, config: TrialConfig) -> dict[str, Any] | None:
-    """The point of `optuna_space` at which a configuration lies; None for one outside, such as before a change."""
-    space = optuna_space(study, facts)
-    point = {axis: config.position if axis == POSITION else getattr(config, axis) for axis in space}
+    """The point of `optuna_space` at which a configuration lies; None for one outside, such as before a change.
+
+    An axis that changes nothing there has the first of its values."""
+    space, known = optuna_space(study, facts), config.to_dict() | {POSITION: config.position}
+    idle = {axis.name for axis in SWEPT if not axis.counts(known)}
+    point = {axis: space[axis][0] if axis in idle else known[axis] for axis in space}
     for axis, values in space.items():
         inside = values[1] <= point[axis] <= values[2] if isinstance(values, tuple) else point[axis] in values
         if not inside:
@@ -200,18 +206,49 @@ def point_of(study: Study, facts: StudyFacts, config: TrialConfig) -> dict[str, 
 
 
 def grid_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
-    """Every combination. Seeds vary slowest, then layers, then the other axes in the order of `POINT`.
+    """Every combination once. Seeds vary slowest, then layers, then the other axes in the order of `POINT`.
 
     Layers come in van der Corput order (0, 16, 8, 24, 4, ... of 30): a study that is stopped half way has seen the
     whole depth with every setting, and the rest only makes it finer. Another seed repeats the whole.
     """
     positions, space = _positions(study, facts), study.space
     layers = tuple(dict.fromkeys(layer for layer, _ in positions))
-    inner = [getattr(space, axis) for axis in INNER]
+    settings = list(_settings(study, INNER, {}))
     for seed, place in itertools.product(space.seed, van_der_corput_order(len(layers))):
         modules = [module for layer, module in positions if layer == layers[place]]
-        for values in itertools.product(modules, *inner):
-            yield dict(zip(POINT, (layers[place], *values, seed), strict=True))
+        for module, setting in itertools.product(modules, settings):
+            yield {"layer": layers[place], "module": module, **setting, "seed": seed}
+
+
+def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, where an axis that changes nothing beside the others is at its default."""
+    return {**values, **{axis.name: axis.default for axis in SWEPT if not axis.counts(values)}}
+
+
+def _tried(study: Study, name: str, chosen: Mapping[str, Any]) -> Sequence[Any]:
+    """The values of an axis beside those chosen for the axes before it: only the default where it changes nothing."""
+    axis = AXIS[name]
+    return getattr(study.space, name) if axis.counts(chosen) else (axis.default,)
+
+
+def _settings(study: Study, names: Sequence[str], chosen: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of these axes that differs in what it does; the last axis varies fastest."""
+    if not names:
+        yield dict(chosen)
+        return
+    for value in _tried(study, names[0], chosen):
+        yield from _settings(study, names[1:], {**chosen, names[0]: value})
+
+
+def _count_settings(study: Study, names: Sequence[str], chosen: Mapping[str, Any] = MappingProxyType({})) -> int:
+    """The number of `_settings`, without listing them."""
+    if not names:
+        return 1
+    first, *rest = names
+    values = _tried(study, first, chosen)
+    if any(axis.only and axis.only[0] == first for axis in SWEPT):
+        return sum(_count_settings(study, rest, {**chosen, first: value}) for value in values)
+    return len(values) * _count_settings(study, rest, chosen)
 
 
 def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
@@ -227,9 +264,10 @@ def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
     for draw in itertools.islice(zip(*streams, strict=False), 20 * wanted + 1000):
         if len(seen) == wanted:
             return
-        if draw[:2] in positions and draw not in seen:
-            seen.add(draw)
-            yield dict(zip(POINT, draw, strict=True))
+        point = _effective(dict(zip(POINT, draw, strict=True)))
+        if draw[:2] in positions and tuple(point.values()) not in seen:
+            seen.add(tuple(point.values()))
+            yield point
     if not isinstance(space.learning_rate, LogUniform):  # nearly used up: take what is left in order
         for point in grid_points(study, facts):
             if len(seen) == wanted:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analysis.stats.axes import AXES
 from locft.errors import InputError
 from sweeps.study.plan import (
     POINT,
@@ -67,19 +68,37 @@ SPACES = st.fixed_dictionaries(
         "batch_size": subset([1, 8, 32]),
         "learning_rate": subset([1e-4, 1e-3, 0.004]),
         "loss_average": subset(["edit", "token"]),
+        "method": subset(["full", "low_curvature", "lora"]),
+        "curvature_strength": subset([3.0, 10.0, 30.0]),
+        "rank": subset([4, 8]),
+        "guard": subset(["none", "prose"]),
+        "guard_weight": subset([0.5, 1.0]),
         "seed": subset([0, 1, 2]),
     }
 )
 
 
+def told_apart(point):
+    """The point without what changes nothing there."""
+    known = dict(point)
+    if known["method"] != "low_curvature":
+        known["curvature_strength"] = 10.0
+    if known["method"] != "lora":
+        known["rank"] = 8
+    if known["guard"] == "none":
+        known["guard_weight"] = 1.0
+    return tuple(known.values())
+
+
 @settings(max_examples=30, deadline=None)
 @given(space=SPACES)
-def test_a_grid_is_the_product_of_its_axes(space):
+def test_a_grid_is_the_product_of_its_axes_without_what_changes_nothing(space):
     study = make_study(space)
     plan = make_plan(study, FACTS)
-    layers = optuna_space(study, FACTS)["layer"]
-    expected = set(itertools.product(layers, *(space[axis] for axis in POINT[1:])))
-    got = [tuple(getattr(trial, axis) for axis in POINT) for trial in plan.trials]
+    layers, axes = optuna_space(study, FACTS)["layer"], [axis for axis in POINT if axis in space]
+    points = itertools.product(layers, *(space[axis] for axis in axes[1:]))
+    expected = {told_apart(zip(axes, point)) for point in points}
+    got = [tuple(getattr(trial, axis) for axis in axes) for trial in plan.trials]
     assert set(got) == expected and len(got) == len(expected) == plan.count
     assert len({trial.id for trial in plan.trials}) == plan.count
     assert plan.sample == plan.trials
@@ -138,14 +157,7 @@ def test_log_uniform_rates_have_three_digits_and_keep_the_bounds():
     rates = [trial.learning_rate for trial in make_plan(study, FACTS).trials]
     assert all(low <= rate <= high for rate in rates)
     assert all(rate in (low, high) or rate == float(f"{rate:.3g}") for rate in rates)
-    point = {
-        "layer": 1,
-        "module": "mlp",
-        "pipeline": "breadth_first",
-        "batch_size": 8,
-        "loss_average": "edit",
-        "seed": 0,
-    }
+    point = {"layer": 1, "module": "mlp", "batch_size": 8}
     assert trial_config(study, FACTS, {**point, "learning_rate": 0.004321}).learning_rate == 0.00432
     listed = make_study({"learning_rate": 0.004321})
     assert trial_config(listed, FACTS, {**point, "learning_rate": 0.004321}).learning_rate == 0.004321
@@ -159,7 +171,8 @@ def test_a_narrow_continuous_axis_ends_instead_of_searching_for_ever():
 def test_a_trial_carries_everything_that_decides_its_result():
     study = make_study({"layer": 22, "batch_size": 8}, epochs=3, skip_below=0.1, stop_below=0.2, dtype="bfloat16")
     (trial,) = make_plan(study, FACTS).trials
-    assert trial.to_dict() == {
+    newer = {axis.name: axis.default for axis in AXES if not axis.in_first_ids}
+    assert trial.to_dict() == newer | {
         "model_fingerprint": "model",
         "data_fingerprint": "data",
         "layers": 30,
@@ -220,6 +233,37 @@ def test_every_point_of_an_optuna_space_is_a_trial_and_is_found_again(facts):
     narrower = make_study(space | {"module": ["mlp"], "layer": [0]}, search={"method": "optuna", "trials": 7})
     assert point_of(narrower, facts, config) is None
     assert point_of(study.model_copy(update={"epochs": 3}), facts, config) is None
+
+
+def test_a_grid_has_no_doubles_where_an_axis_changes_nothing():
+    space = {"layer": 3, "method": ["full", "lora", "low_curvature"], "rank": [4, 16], "curvature_strength": [3, 30]}
+    trials = make_plan(make_study(space), FACTS).trials
+    assert [(t.method, t.rank, t.curvature_strength) for t in trials] == [
+        ("full", 8, 10.0), ("lora", 4, 10.0), ("lora", 16, 10.0), ("low_curvature", 8, 3.0), ("low_curvature", 8, 30.0),
+    ]  # fmt: skip
+    sampled = make_plan(random_study(99, **space), FACTS)
+    assert {trial.id for trial in sampled.trials} == {trial.id for trial in trials}
+    plain = make_plan(make_study({"layer": 3}), FACTS).trials
+    assert make_plan(make_study({"layer": 3, "rank": [4, 16], "guard_weight": 3}), FACTS).trials == plain
+
+
+def test_the_limit_counts_what_the_grid_holds():
+    many = {"layer": list(range(30)), "rank": list(range(1, 60)), "alpha": list(range(1, 61)), "seed": [0]}
+    assert make_plan(make_study(many), FACTS).count == 30
+    with pytest.raises(InputError, match="the grid has 106,200 trials, expected at most 100,000"):
+        make_plan(make_study(many | {"method": ["lora"]}), FACTS)
+    with pytest.raises(InputError, match="the grid has 212,460 trials"):
+        make_plan(make_study(many | {"method": ["full", "lora", "adalora", "low_curvature"]}), FACTS)
+
+
+def test_a_trial_is_found_again_in_an_optuna_space_whatever_was_proposed_beside_it():
+    space = {"layer": [3], "method": ["full", "lora"], "rank": [4, 16]}
+    study = make_study(space, search={"method": "optuna", "trials": 9})
+    axes = optuna_space(study, FACTS)
+    for method, rank in itertools.product(axes["method"], axes["rank"]):
+        point = {axis: values[0] for axis, values in axes.items()} | {"method": method, "rank": rank}
+        config = trial_config(study, FACTS, point)
+        assert point_of(study, FACTS, config) == point | ({"rank": 4} if method == "full" else {})
 
 
 def test_a_plan_refuses_what_the_model_lacks_and_a_grid_without_end():
