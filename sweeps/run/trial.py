@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from locft.errors import InputError
+from locft.train.formats import RAW
 from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
             baseline,
             layers=inputs.layers,
             on_disk=True,
+            **({"ask_formats": inputs.ask_formats} if inputs.ask_formats != (RAW,) else {}),
         )
     return _resident[inputs.key]
 

@@ -97,9 +97,19 @@ class Costs:
         """On this machine."""
         return self.source != ROUGH
 
-    def training(self, trial: TrialConfig, layers: int, steps: float) -> float:
+    def training(self, trial: TrialConfig, facts: StudyFacts, steps: float) -> float:
         """Seconds of `steps` steps of full batches."""
-        return steps * (self.step.seconds(layers) + trial.batch_size * self.edit.seconds(layers))
+        return self._steps(trial, facts, steps, steps * trial.batch_size)
+
+    def epoch(self, trial: TrialConfig, facts: StudyFacts) -> float:
+        """Seconds of the steps over all edits once."""
+        return self._steps(trial, facts, math.ceil(facts.n_edits / trial.batch_size), facts.n_edits)
+
+    def _steps(self, trial: TrialConfig, facts: StudyFacts, steps: float, edits: float) -> float:
+        """Guards are rows like those of edits, without a format around them."""
+        layers, guards = layers_passed(trial, facts), trial.guards_per_step if trial.guard != "none" else 0
+        rows = edits * facts.row_size(trial.train_formats) + steps * guards
+        return steps * self.step.seconds(layers) + rows * self.edit.seconds(layers)
 
 
 @dataclass(frozen=True)
@@ -336,7 +346,7 @@ def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
         share = found["n_edits"] / max(1, facts.n_edits)
         costs, layers = rough_costs(_with_edits(facts, share), cpus), layers_passed(trial.config, facts)
         parts = {
-            "train": costs.training(trial.config, layers, found["steps"]),
+            "train": costs.training(trial.config, facts, found["steps"]),
             "evaluate": costs.evaluation.seconds(layers),
         }
         if trial.config.data_fingerprint == facts.data_fingerprint:  # the same items
@@ -373,10 +383,13 @@ def trial_seconds(
     Both pipelines take the same number of steps if nothing stops them.
     """
     costs = costs or rough_costs(facts)
-    layers, n = layers_passed(trial, facts), facts.n_edits
-    epoch = math.ceil(n / trial.batch_size) * costs.step.seconds(layers) + n * costs.edit.seconds(layers)
+    layers = layers_passed(trial, facts)
     taken = costs.shares[trial.pipeline] if share is None else share
-    return taken * trial.epochs * epoch + costs.evaluation.seconds(layers) + costs.capability.seconds(layers)
+    return (
+        taken * trial.epochs * costs.epoch(trial, facts)
+        + costs.evaluation.seconds(layers)
+        + costs.capability.seconds(layers)
+    )
 
 
 def patience_seconds(trial: TrialConfig, facts: StudyFacts, resources: Resources) -> float:

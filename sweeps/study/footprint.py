@@ -77,7 +77,8 @@ def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 
 def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     """What a worker may add to that: the largest logits."""
-    batch_tokens = min(trial.batch_size, facts.n_edits) * facts.edit_tokens // max(1, facts.n_edits)
+    rows = min(trial.batch_size, facts.n_edits)
+    batch_tokens = int(rows * facts.edit_tokens * facts.row_size(trial.train_formats)) // max(1, facts.n_edits)
     reading = min(_READ_AT_ONCE, facts.edit_tokens + facts.evaluation_tokens + facts.capability_tokens)
     return 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
 

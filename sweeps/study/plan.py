@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from analysis.stats.axes import AXES, AXIS, SWEPT
+from analysis.stats.axes import AXES, AXIS, SWEPT, Axis
 from locft.errors import InputError
 from sweeps.study.schema import MAX_TRIALS, EveryLayer, LogUniform, Study, nearest
 from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, TrialInputs
@@ -51,6 +51,8 @@ class PreparedStudy:
     plan: Plan
     edits: "EditSet"
     suite: "Suite | None"
+    notices: tuple[str, ...] = ()
+    """What of the study file has no effect here, a sentence each."""
 
     @property
     def id(self) -> str:
@@ -71,6 +73,7 @@ class PreparedStudy:
             study.resources.cpus,
             selected_layers(study, self.facts.n_layers),
             spread=study.resources.gpus > 1,
+            ask_formats=study.ask_formats,
         )
 
     @property
@@ -117,6 +120,25 @@ def check_against_model(study: Study, n_layers: int, modules_by_layer: Mapping[i
 
 def _listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers)) if len(layers) <= 8 else f"{', '.join(map(str, layers[:7]))}, ... {layers[-1]}"
+
+
+def idle_axes(study: Study) -> tuple[str, ...]:
+    """Of every axis of the space that is given and changes nothing in any trial: which it is, and when it would."""
+    said = []
+    for axis in SWEPT:
+        given = getattr(study.space, axis.name)
+        if axis.only and given != (axis.default,) and not any(map(axis.counts, _parents(study, axis))):
+            said.append(f"space.{axis.name} changes nothing: it takes space.{axis.only[0]} {' or '.join(axis.only[1])}")
+    return tuple(said)
+
+
+def _parents(study: Study, axis: Axis) -> Iterator[dict[str, Any]]:
+    """Every combination of the axes that decide whether this one changes anything."""
+    names = []
+    while axis.only:
+        axis = AXIS[axis.only[0]]
+        names.insert(0, axis.name)
+    return _settings(study, names, {})
 
 
 def study_id(study: Study, facts: StudyFacts) -> str:

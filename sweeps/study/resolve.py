@@ -5,15 +5,18 @@ Reads, never runs or writes. Imports inside functions keep PyTorch and transform
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from locft.errors import InputError
-from sweeps.study.plan import PreparedStudy, check_against_model, make_plan
+from locft.train.formats import CHAT, RAW, available, parse_formats, put
+from sweeps.study.plan import PreparedStudy, check_against_model, idle_axes, make_plan
 from sweeps.study.schema import Study
 from sweeps.study.trial_types import StudyFacts
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from locft.data.requests import EditSet
     from locft.data.suites import Suite
 
@@ -55,12 +58,13 @@ def prepare(study: Study) -> PreparedStudy:
     if problems:
         raise InputError(problems)
     tokenizer = load_tokenizer(study.model)
+    study, notices = _with_formats_of(study, tokenizer)
     sizes = {str(info.position): info.size for info in positions}
     layer_sizes = [size for position, size in sizes.items() if position.endswith(".layer")]
     head = structure.get_output_embeddings()
     facts = StudyFacts(
         model_fingerprint=folder_fingerprint(model_folder(study.model)),
-        data_fingerprint=_data_fingerprint(edits.fingerprint, suite, wanted.prose_tokens),
+        data_fingerprint=_data_fingerprint(edits.fingerprint, suite, wanted.prose_tokens, study.ask_formats),
         n_layers=n_layers(structure),
         modules_by_layer=modules,
         n_edits=len(edits.requests),
@@ -70,29 +74,63 @@ def prepare(study: Study) -> PreparedStudy:
         head_parameters=head.weight.numel() if head is not None else 0,
         vocabulary=head.weight.shape[0] if head is not None else len(tokenizer),
         trained_parameters=sizes,
-        **_token_counts(tokenizer, edits, suite, wanted.prose_tokens),
+        **_token_counts(tokenizer, edits, suite, study),
     )
-    return PreparedStudy(study, facts, make_plan(study, facts), edits, suite)
+    return PreparedStudy(study, facts, make_plan(study, facts), edits, suite, (*notices, *idle_axes(study)))
 
 
-def _data_fingerprint(edits: str, suite: "Suite | None", prose_tokens: int) -> str:
+def _with_formats_of(study: Study, tokenizer: "PreTrainedTokenizerBase") -> tuple[Study, tuple[str, ...]]:
+    """The study without the formats that the model's tokenizer lacks, and what was left out, in sentences."""
+    trained = [",".join(available(tokenizer, parse_formats(text))) for text in study.space.train_formats]
+    found = {
+        "ask_formats": available(tokenizer, study.ask_formats),
+        "space": study.space.model_copy(update={"train_formats": tuple(dict.fromkeys(trained))}),
+    }
+    changed = study.model_copy(update=found)
+    places = [name for name in ("space", "ask_formats") if getattr(changed, name) != getattr(study, name)]
+    if not places:
+        return study, ()
+    where = " and ".join({"space": "space.train_formats"}.get(name, name) for name in places)
+    return changed, (no_chat(study.model, where),)
+
+
+def no_chat(model: str, where: str) -> str:
+    """The notice that a format is left out. where: the fields or options that name it."""
+    return f"{where}: the tokenizer of {model} has no chat template, so {CHAT} is left out (and raw stands in where that leaves none)"
+
+
+def _data_fingerprint(edits: str, suite: "Suite | None", prose_tokens: int, ask_formats: Sequence[str]) -> str:
+    """Formats count only where they are not the plain one: so the first ids stay."""
     parts: list[Any] = [edits, suite.fingerprint if suite else None, prose_tokens if suite else None]
+    parts += [] if tuple(ask_formats) == (RAW,) else [list(ask_formats)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _token_counts(tokenizer, edits: "EditSet", suite: "Suite | None", prose_tokens: int) -> dict[str, int]:
+def _token_counts(
+    tokenizer: "PreTrainedTokenizerBase", edits: "EditSet", suite: "Suite | None", study: Study
+) -> dict[str, Any]:
     """Tokens that training and measuring read, for the estimate."""
 
     def count(texts: list[str]) -> int:
         return sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0
 
+    def rows(form: str) -> list[str]:
+        return [f"{put(tokenizer, request.prompt, form)[0]} {request.target}." for request in requests]
+
+    def asked(form: str) -> list[str]:
+        return rows(form) + [put(tokenizer, prompt, form)[0] for prompt in rephrased]
+
     requests = edits.requests
-    rows = [f"{request.prompt} {request.target}." for request in requests]
-    asked = [prompt for request in requests for prompt in (*request.rephrases, *(p.prompt for p in request.locality))]
+    rephrased = [prompt for request in requests for prompt in request.rephrases]
+    questions = [unrelated.prompt for request in requests for unrelated in request.locality]
+    questions += [question for form in study.ask_formats for question in asked(form)]
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
     choices = [item.context + choice for item in items for choice in item.choices]
+    trained = {form for text in study.space.train_formats for form in parse_formats(text)}
+    raw = count(rows(RAW))
     return {
-        "edit_tokens": count(rows),
-        "evaluation_tokens": count(rows) + count(asked) + SENTENCE_TOKENS * (len(rows) + len(asked)),
-        "capability_tokens": count(choices) + (2 * prose_tokens if suite else 0),
+        "edit_tokens": raw,
+        "evaluation_tokens": count(questions) + SENTENCE_TOKENS * len(questions),
+        "capability_tokens": count(choices) + (2 * study.capability.prose_tokens if suite else 0),
+        "row_sizes": {form: count(rows(form)) / raw for form in sorted(trained - {RAW})},
     }

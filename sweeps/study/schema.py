@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import (
@@ -29,6 +30,9 @@ from pydantic_core import PydanticCustomError
 
 from analysis.stats.axes import AXES, AXIS, Axis
 from locft.errors import InputError
+from locft.train.formats import EXPECTED as FORMATS_EXPECTED
+from locft.train.formats import NAMES as FORMATS
+from locft.train.formats import RAW, parse_formats
 
 MAX_TRIALS = 100_000
 """A study with more trials than this is taken for a mistake: the driver keeps all of them in memory."""
@@ -38,10 +42,40 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)\Z")
 
 
-def value_problem(name: str, value: Any) -> str | None:
-    """What is wrong with a value for an axis, such as "got 0, expected a whole number of at least 1"; else None."""
+def read_value(name: str, value: Any) -> Any:
+    """A value for an axis as trials have it. Raises InputError, such as "got 0, expected a whole number of at least 1"."""
     axis = AXIS[name]
-    return None if axis.accepts(value) else wrong_value(value, axis.expected(), axis.choices)
+    if not axis.accepts(value):
+        raise InputError(wrong_value(value, axis.expected(), axis.choices))
+    return _formats_text(value) if name == "train_formats" else value
+
+
+def value_problem(name: str, value: Any) -> str | None:
+    """What is wrong with a value for an axis; None if nothing is."""
+    try:
+        read_value(name, value)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _formats_text(text: str) -> str:
+    """Trained formats in one spelling, so that ids do not depend on it: the known ones first, in a fixed order."""
+    given = parse_formats(text, trained=True)
+    spellings = (",".join(formats) for formats in (_in_order(given), given))
+    return next(one for one in spellings if set(parse_formats(one)) == set(given))
+
+
+def read_formats(value: Any) -> tuple[str, ...]:
+    """The formats to ask in, of a text or a list of texts, in a fixed order. Raises InputError."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(wrong_value(value, FORMATS_EXPECTED))
+    return _in_order(parse_formats(texts))
+
+
+def _in_order(formats: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted(formats, key=[*FORMATS, *formats].index))
 
 
 def wrong_value(got: Any, expected: str, choices: Iterable[str] = ()) -> str:
@@ -92,6 +126,18 @@ def _checked(
         if not accepts(read):
             raise _problem(wrong_value(value, expected, choices))
         return read
+
+    return Annotated[Any, PlainValidator(check)]
+
+
+def _read_by(read: Callable[[Any], Any]) -> Any:
+    """The type of a field that a function reads, which raises InputError."""
+
+    def check(value: Any) -> Any:
+        try:
+            return read(value)
+        except InputError as error:
+            raise _problem(str(error)) from None
 
     return Annotated[Any, PlainValidator(check)]
 
@@ -231,6 +277,7 @@ _FORMS: dict[str, tuple[Any, Any]] = {
         _forms("learning_rate", "a number, a list of numbers, or {log_uniform: [low, high]}", LogUniform),
         (AXIS["learning_rate"].default,),
     ),
+    "train_formats": (_list_of(_read_by(partial(read_value, "train_formats"))), (AXIS["train_formats"].default,)),
     "precision": (_type_of(_rule(str, choices=("auto", *AXIS["precision"].choices))), "auto"),
 }
 """Type and default of the axes that have more forms in a study file than in a trial. A precision of auto is bfloat16
@@ -333,6 +380,9 @@ class Study(_Settings):
     device: Device = "auto"
     """auto: a GPU if trials get one (`resources.gpus`), else cpu."""
     edits: Edits = Edits()
+    ask_formats: _read_by(read_formats) = (RAW,)
+    """The forms in which every trial puts its questions: raw, qa, chat, unseen or texts with {prompt}, as a list or
+    separated by commas."""
     capability: Capability = Capability()
     space: Space = Space()
     search: Search = Search()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.stats.axes import AXES
 from analysis.stats.table import pack_right
+from locft.train.formats import RAW, parse_formats
 
 if TYPE_CHECKING:
     from locft.data.requests import EditSet
@@ -102,6 +103,13 @@ class StudyFacts:
     """Read and generated to evaluate all edits once."""
     capability_tokens: int = 0
     """Read to measure capability once, prose included."""
+    row_sizes: Mapping[str, float] = field(default_factory=dict)
+    """By trained format: tokens of the edit rows in it, relative to `edit_tokens`; an absent one counts as 1."""
+
+    def row_size(self, train_formats: str) -> float:
+        """The same of a trial's formats, which training draws from evenly."""
+        sizes = [self.row_sizes.get(form, 1.0) for form in parse_formats(train_formats)]
+        return sum(sizes) / len(sizes)
 
 
 @dataclass(frozen=True)
@@ -123,13 +131,15 @@ class TrialInputs:
     """Where the study trains: the hidden states entering these layers are computed in one pass."""
     spread: bool = False
     """The model's layers are divided among the GPUs of a trial."""
+    ask_formats: tuple[str, ...] = (RAW,)
+    """The forms in which questions about the edits are put."""
 
     @property
     def key(self) -> tuple:
         """Equal for inputs that the same workbench can serve: first the model's part, then that of the data."""
         suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
         model = (self.model, self.model_fingerprint, self.dtype, self.device, self.threads, self.spread)
-        return (model, self.edits.fingerprint, suite)
+        return (model, self.edits.fingerprint, suite, self.ask_formats)
 
 
 @dataclass(frozen=True)
