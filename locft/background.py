@@ -7,6 +7,7 @@ Legend: B samples, T tokens.
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from locft.cache import made_once
+from locft.errors import InputError
 from locft.measure.generation import ONE_BY_ONE
 from locft.model.models import LoadedModel
 from locft.process import describe_machine
@@ -25,24 +27,24 @@ TOKENS = 128
 PREFIX_TOKENS = 10
 """Of a piece of it that is put before a prompt."""
 SEED = 0
+_log = logging.getLogger(__name__)
 VERSION = 1
 """Of the files. Raise it when the same model would write something else."""
 
 
-def background_rows(loaded: LoadedModel, *, on_disk: bool) -> tuple[TokenRow, ...]:
+def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
     """`SAMPLES` texts of up to `TOKENS` tokens, drawn from the model at temperature 1 behind its start token.
 
-    On one machine always the same ones. on_disk: kept for other processes and later calls.
+    On one machine always the same ones; kept in a file for other processes and later calls.
     """
-    if not on_disk:
-        samples = _written(loaded)
-    else:
-        key = json.dumps(
-            [VERSION, SAMPLES, TOKENS, SEED, loaded.fingerprint, str(loaded.model.dtype), describe_machine()]
-        )
-        name = hashlib.sha256(key.encode()).hexdigest()[:20]
+    key = json.dumps([VERSION, SAMPLES, TOKENS, SEED, loaded.fingerprint, str(loaded.model.dtype), describe_machine()])
+    name = hashlib.sha256(key.encode()).hexdigest()[:20]
+    try:
         folder = made_once("background", name, lambda folder: _write(folder / "samples.json", _written(loaded)))
         samples = json.loads((folder / "samples.json").read_text())
+    except InputError as error:
+        _log.warning("%s; the model's samples are not kept", error)
+        samples = _written(loaded)
     return tuple(TokenRow(tuple(ids), 1) for ids in samples)
 
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from locft.errors import InputError
@@ -36,7 +36,7 @@ def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with FileLock(lock_of(folder)):
             if not folder.is_dir():
                 for dead in folder.parent.glob(f"{key}.partial-*"):  # a killed process's: we hold the lock
                     shutil.rmtree(dead, ignore_errors=True)
@@ -49,3 +49,30 @@ def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise InputError(f"cache folder {folder.parent}: {error.strerror or error}; set XDG_CACHE_HOME") from error
     return folder
+
+
+def lock_of(folder: Path) -> str:
+    """The lock that whoever fills or removes a folder of the cache holds."""
+    return f"{folder}.lock"
+
+
+def make_room(keep: Path, needed: int, limit: int) -> None:
+    """Remove the least recently used neighbours of the folder `keep`, but none in use, until `needed` more bytes fit into
+    the `limit` for all of them. Raises OSError."""
+    keep.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(keep.parent / "room.lock"):
+        folders = sorted(
+            (f for f in keep.parent.iterdir() if f.is_dir() and ".partial-" not in f.name),
+            key=lambda f: f.stat().st_mtime,
+        )
+        sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in folders}
+        total = sum(sizes.values())
+        for folder in folders:
+            if total + needed <= limit:
+                return
+            try:
+                with FileLock(lock_of(folder), timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)  # processes that have it mapped keep their pages
+                    total -= sizes[folder]
+            except Timeout:
+                continue

@@ -8,24 +8,40 @@ diagonal of the Fisher information from its gradients.
 """
 
 import copy
+import hashlib
+import json
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from locft.cache import made_once, make_room
 from locft.engine.tail import capture_boundary, head_view, tail_hidden, tail_parameter_name, tail_view
+from locft.errors import InputError
 from locft.model.models import LoadedModel
+from locft.process import describe_machine
 from locft.train.encoding import TokenRow
 from locft.train.methods.curvature import Curvature
 from locft.train.reference import pad_rows
 
 BATCH_TOKENS = 1024
 """Tokens of one pass: the logits of all of them are computed."""
+FILE_NAME = "curvature.safetensors"
+LIMIT_BYTES = 8 * 2**30
+"""Disk space for all that is kept. The least recently used is removed first."""
+VERSION = 1
+"""Of the files. Raise it when the same key would hold other numbers."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -133,6 +149,41 @@ def measure_curvature(
         tokens += len(drawn)
     found = {name: Curvature(diagonal=value.cpu() / tokens) for name, value in diagonals.items()}
     return found | {name: sums.curvature(tokens, watched[name].shape) for name, sums in watch.found.items()}
+
+
+def measured_once(
+    loaded: LoadedModel, layer: int, names: Sequence[str], windows: Sequence[TokenRow]
+) -> dict[str, Curvature]:
+    """The same, kept in a file for other processes and later calls."""
+    parts = [VERSION, list(names), loaded.fingerprint, [row.token_ids for row in windows]]
+    parts += [str(loaded.model.dtype), str(loaded.model.device), describe_machine()]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+    def write(folder: Path) -> None:
+        make_room(folder, sum(factor_bytes(loaded.model.get_parameter(name).shape) for name in names), LIMIT_BYTES)
+        measured = measure_curvature(loaded, layer, names, windows)
+        tensors = {f"{part}/{name}": value for name, one in measured.items() for part, value in one.parts.items()}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / FILE_NAME)
+
+    try:
+        folder = made_once("curvature", key, write)
+        stored = load_file(folder / FILE_NAME)
+        os.utime(folder)
+    except (InputError, OSError) as error:
+        _log.warning("%s; the curvature of layer %d is not kept", error, layer)
+        return measure_curvature(loaded, layer, names, windows)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in stored.items():
+        part, _, name = key.partition("/")
+        found.setdefault(name, {})[part] = value
+    return {name: Curvature(**parts) for name, parts in found.items()}
+
+
+def factor_bytes(shape: torch.Size) -> int:
+    """Size of the curvature of a parameter of this shape."""
+    if len(shape) < 2:
+        return 4 * shape.numel()
+    return 4 * shape[:-2].numel() * (shape[-1] ** 2 + shape[-2] ** 2)
 
 
 def _in_no_product(

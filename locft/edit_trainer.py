@@ -3,22 +3,17 @@
 What several trainings share is made when first needed and kept: rows in other formats, prefixes, guards, curvature.
 """
 
-import hashlib
 import itertools
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from locft.background import background_rows, prefix_texts
-from locft.cache import made_once
-from locft.curvature import measure_curvature
+from locft.curvature import factor_bytes, measured_once
 from locft.data.edit_request import EditRequest
 from locft.data.requests import load_edits
 from locft.engine.tail_engine import TailEngine
@@ -27,7 +22,6 @@ from locft.measure.evaluation import follow
 from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition, layer_prefix, parameter_names
-from locft.process import describe_machine
 from locft.train.encoding import TokenRow, encode_edit, encode_edits, encode_prompt
 from locft.train.examples import TrainingExamples
 from locft.train.formats import available, parse_formats
@@ -48,8 +42,6 @@ SCALES = tuple(step / 20 for step in range(19, 9, -1))
 """Of a change that is shrunk: 0.95 down to 0.5."""
 CURVATURE_BYTES = 2**30
 """Up to this size the curvature of a whole layer is measured at once; beyond it, that of the trained position alone."""
-CURVATURE_VERSION = 1
-"""Of the files. Raise it when the same key would hold other numbers."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +54,6 @@ class EditTrainer:
     """Of the edits as raw prompts."""
     engine: TailEngine | None
     """The fast forward; None if everything is computed with the full model."""
-    on_disk: bool = False
-    """Keep what is measured of the model in files, for other processes and later calls."""
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
@@ -98,9 +88,11 @@ class EditTrainer:
         model, names = self.loaded.model, parameter_names(self.loaded.model, position)
         prefix = layer_prefix(model, position.layer)
         layer = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
-        if sum(_factor_bytes(model.get_parameter(name).shape) for name in layer) > CURVATURE_BYTES:
+        if sum(factor_bytes(model.get_parameter(name).shape) for name in layer) > CURVATURE_BYTES:
             layer = list(names)
-        found = self._once(("curvature", tuple(layer)), lambda: self._measured(position.layer, layer))
+        found = self._once(
+            ("curvature", tuple(layer)), lambda: measured_once(self.loaded, position.layer, layer, self._background())
+        )
         return {name: found[name].damped() for name in names}
 
     def _once(self, key: Any, make: Any) -> Any:
@@ -109,27 +101,7 @@ class EditTrainer:
         return self._kept[key]
 
     def _background(self) -> tuple[TokenRow, ...]:
-        return self._once("background", lambda: background_rows(self.loaded, on_disk=self.on_disk))
-
-    def _measured(self, layer: int, names: Sequence[str]) -> dict[str, Curvature]:
-        rows = self._background()
-        if not self.on_disk:
-            return measure_curvature(self.loaded, layer, names, rows)
-        parts = [CURVATURE_VERSION, list(names), self.loaded.fingerprint, [row.token_ids for row in rows]]
-        parts += [str(self.loaded.model.dtype), str(self.loaded.model.device), describe_machine()]
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-
-        def write(folder: Path) -> None:
-            measured = measure_curvature(self.loaded, layer, names, rows)
-            tensors = {f"{part}/{name}": value for name, one in measured.items() for part, value in one.parts.items()}
-            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "curvature.safetensors")
-
-        stored = load_file(made_once("curvature", key, write) / "curvature.safetensors")
-        by_name: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in stored.items():
-            part, _, name = key.partition("/")
-            by_name.setdefault(name, {})[part] = value
-        return {name: Curvature(**parts) for name, parts in by_name.items()}
+        return self._once("background", lambda: background_rows(self.loaded))
 
     def _prefixed(self, formats: Sequence[str]) -> tuple[tuple[TokenRow, ...], ...]:
         texts = prefix_texts(self.loaded, self._background())
@@ -211,12 +183,6 @@ def _gaussian(share: float, seed: int) -> Callable[[torch.Tensor], torch.Tensor]
         return states + share * states.flatten(0, -2).std(0) * drawn
 
     return noisy
-
-
-def _factor_bytes(shape: torch.Size) -> int:
-    if len(shape) < 2:
-        return 4 * shape.numel()
-    return 4 * (shape[:-2].numel() * (shape[-1] ** 2 + shape[-2] ** 2))
 
 
 def _same_relation(requests: Sequence[EditRequest]) -> list[str]:

@@ -126,7 +126,7 @@ class Workbench:
         if baseline is None:
             unedited = engine.unedited() if engine else full_forward(loaded.model)
             baseline = measure_unedited(loaded, unedited, answers, questions, encoded)
-        trainer = EditTrainer(loaded, edits.requests, rows, engine, on_disk)
+        trainer = EditTrainer(loaded, edits.requests, rows, engine)
         return cls(loaded, rows, questions, encoded, baseline, engine, trainer)
 
     def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:

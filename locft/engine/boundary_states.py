@@ -12,18 +12,17 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
+from filelock import FileLock
 from transformers import PreTrainedModel
 
-from locft.cache import cache_folder
+from locft.cache import cache_folder, lock_of, make_room
 from locft.engine.packing import STEP, PrefixTree, pack_rows
 from locft.engine.tail import capture_boundary
 from locft.model.positions import n_layers
@@ -93,14 +92,14 @@ def boundary_states(
         return BoundaryStates(_computed(model, tree, rows, wanted, limit, None), stride)
     folder = cache_folder() / "states" / _key(model, fingerprint, rows, limit)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(_lock(folder)):
+    with FileLock(lock_of(folder)):
         folder.mkdir(exist_ok=True)
         states: dict[int, torch.Tensor] = {}
         for layer in wanted:
             with suppress(OSError):
                 states[layer] = _read(_file(folder, layer), shape)
         if missing := [layer for layer in wanted if layer not in states]:
-            _make_room(folder, len(missing) * layer_bytes)
+            make_room(folder, len(missing) * layer_bytes, LIMIT_BYTES)
             try:
                 states |= _computed(model, tree, rows, missing, limit, folder)
             except OSError as error:
@@ -158,27 +157,6 @@ def _passes(
         ids = torch.from_numpy(tree.token_ids)[pack.nodes.clamp(min=0)]
         mask, device = pack.attention_mask(model.dtype), model.device
         yield pack.nodes, capture_boundary(model, layers, ids.to(device), mask.to(device), pack.position_ids.to(device))
-
-
-def _make_room(keep: Path, needed: int) -> None:
-    """Remove the least recently used states, but none in use, until `needed` more bytes fit."""
-    with filelock.FileLock(keep.parent / "room.lock"):
-        folders = sorted((f for f in keep.parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
-        sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.npy")) for folder in folders}
-        total = sum(sizes.values())
-        for folder in folders:
-            if total + needed <= LIMIT_BYTES:
-                return
-            try:
-                with filelock.FileLock(_lock(folder), timeout=0):
-                    shutil.rmtree(folder, ignore_errors=True)  # processes that have it mapped keep their pages
-                    total -= sizes[folder]
-            except filelock.Timeout:
-                continue
-
-
-def _lock(folder: Path) -> str:
-    return f"{folder}.lock"
 
 
 def _file(folder: Path, layer: int) -> Path:

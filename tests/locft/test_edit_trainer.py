@@ -79,7 +79,7 @@ def test_every_architecture_takes_every_way(architecture, requests):
 
 
 def test_a_price_on_drift_leaves_less_of_it(trainer):
-    prose = EncodedSuite("", {}, background_rows(trainer.loaded, on_disk=False)[:8])
+    prose = EncodedSuite("", {}, background_rows(trainer.loaded)[:8])
     drifts = []
     for strength in (0.0, 30.0):
         settings = replace(SETTINGS, method="low_curvature", curvature_strength=strength, epochs=20)
@@ -187,17 +187,19 @@ def test_what_the_model_writes_is_kept_and_the_same_without_a_file(loaded, tmp_p
     torch.manual_seed(123)
     drawn = torch.rand(2)
     torch.manual_seed(123)
-    rows = background_rows(loaded, on_disk=True)
+    rows = background_rows(loaded)
     assert torch.equal(torch.rand(2), drawn), "nobody else's draws are touched"
     assert len(rows) == SAMPLES and len({row.token_ids for row in rows}) > SAMPLES // 2
-    assert background_rows(loaded, on_disk=True) == rows == background_rows(loaded, on_disk=False)
+    assert background_rows(loaded) == rows
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert background_rows(loaded) == rows
     assert all(text.endswith(".") for text in prefix_texts(loaded, rows))
 
 
 def test_curvature_is_read_back_from_its_file(loaded, requests, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rows = encode_edits(loaded.tokenizer, requests)
-    kept, again = (EditTrainer(loaded, requests, rows, None, on_disk=True).curvature(POSITION) for _ in range(2))
+    kept, again = (EditTrainer(loaded, requests, rows, None).curvature(POSITION) for _ in range(2))
     assert kept.keys() == again.keys() == {"model.layers.1.mlp.down_proj.weight"}
     for name, one in kept.items():
         for part, value in one.parts.items():
