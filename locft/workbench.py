@@ -38,12 +38,15 @@ from locft.measure.evaluation import (
     edit_questions,
     follow,
     locality_prompts,
+    question_rows,
+    reference_changes,
 )
 from locft.measure.generation import ModelAnswer, greedy_answers
 from locft.model.delta import EditDelta, applied
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition
 from locft.train.encoding import SupervisedLogits, TokenRow, encode_edits
+from locft.train.formats import CHAT, RAW, asked, parse_formats
 from locft.train.pipelines import Training, TrainingSettings
 from locft.train.reference import full_forward
 
@@ -59,7 +62,8 @@ class Baseline:
     scores: SuiteScores | None
     """Capability items answered right; None without a suite."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """reliability and generalization (before any edit), capability, capability.<task>, perplexity."""
+    """reliability and generalization (before any edit; also of each format), capability, capability.<task>,
+    perplexity."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -106,18 +110,24 @@ class Workbench:
         layers: Iterable[int] = (),
         on_disk: bool = False,
         full_model: bool = False,
+        ask_formats: Sequence[str] = (RAW,),
     ) -> "Workbench":
         """Tokenize everything, and measure the unedited model unless its `baseline` is given.
 
-        layers: where trials will train; others are added when needed. on_disk: keep the hidden states that trials begin
-        with in files, for other processes and later calls. full_model: compute everything with the full model instead
-        of the tail engine. This also happens, with a warning, if the model has no tail view.
+        ask_formats: those that edits and rephrases are measured in (`locft.train.formats`); `chat` is left out, with a
+        notice, where the tokenizer has no template, and `unseen` joins any other than raw. layers: where trials will
+        train; others are added when needed. on_disk: keep the hidden states that trials begin with in files, for other
+        processes and later calls. full_model: compute everything with the full model instead of the tail engine. This
+        also happens, with a warning, if the model has no tail view.
         """
+        formats = asked(loaded.tokenizer, parse_formats(ask_formats))
+        if CHAT in ask_formats and CHAT not in formats:
+            _log.warning("%s: its tokenizer has no chat template, so edits are not asked through one", loaded.name)
         encoded = encode_suite(loaded.tokenizer, suite, prose_tokens) if suite else None
         rows = encode_edits(loaded.tokenizer, edits.requests)
         answers = baseline.locality_answers if baseline else greedy_answers(loaded, locality_prompts(edits.requests))
-        questions = edit_questions(loaded.tokenizer, edits.requests, answers)
-        every = [*rows, *(question.row for question in questions), *(suite_rows(encoded) if encoded else ())]
+        questions = edit_questions(loaded.tokenizer, edits.requests, answers, formats)
+        every = [*rows, *question_rows(questions), *(suite_rows(encoded) if encoded else ())]
         engine = None
         try:
             engine = None if full_model else TailEngine(loaded, every, layers, on_disk=on_disk)
@@ -142,10 +152,17 @@ class Workbench:
         started = time.perf_counter()
         edited, coarse = self.edited(delta)
         followed = follow(edited, self.rows)
+        known = dict(zip(self.rows, followed, strict=True))
+        changes = reference_changes(edited, self.unedited(delta), self.questions)
         with applied(self.loaded, delta):
-            known = dict(zip(self.rows, followed, strict=True))
             outcomes = ask(
-                self.loaded, edited, self.questions, followed=known, coarse=coarse, generate_all=whole_answers
+                self.loaded,
+                edited,
+                self.questions,
+                followed=known,
+                changes=changes,
+                coarse=coarse,
+                generate_all=whole_answers,
             )
         metrics = {**edit_metrics(outcomes), "n_edits": float(len(self.rows)), "delta_norm": delta.norm}
         metrics["merged_loss"] = sum(row.loss for row in followed) / len(followed)
@@ -176,6 +193,13 @@ class Workbench:
         coarse = self.engine.coarse_forward(layer)
         return self.engine.forward(layer)(weights), coarse and coarse(weights)
 
+    def unedited(self, delta: EditDelta) -> SupervisedLogits:
+        """The unedited model, computed as the edited one is (stand-in weights of its own included), rounding and all."""
+        if not self.engine:
+            return full_forward(self.loaded.model)
+        weights = {name: self.loaded.model.get_parameter(name).detach() for name in delta.tensors}
+        return self.engine.forward(TuningPosition.parse(delta.position).layer)(weights)
+
 
 def measure_unedited(
     loaded: LoadedModel,
@@ -201,9 +225,12 @@ def capability_metrics(scores: SuiteScores) -> dict[str, float]:
 
 
 def diverged_metrics(questions: Sequence[EditQuestion], baseline: Baseline) -> dict[str, float]:
-    """Finite worst values for a training that diverged: nothing learnt, no capability kept."""
-    kinds = {question.kind for question in questions}
-    metrics = {name: 0.0 for kind in kinds for name in (kind, f"{kind}_tf")}
+    """Finite worst values for a training that diverged: nothing learnt, nothing kept. A divergence in nats has none."""
+    wrong = [
+        EditOutcome(q.edit_id, q.kind, q.prompt, q.expected, "", False, False, q.format, kept=0.0, first_kept=False)
+        for q in questions
+    ]
+    metrics = edit_metrics(wrong)
     if baseline.scores:
         capability = baseline.metrics["capability"]
         metrics |= {f"capability.{task}": 0.0 for task in baseline.scores.accuracy}

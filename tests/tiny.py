@@ -4,11 +4,12 @@ The weights are drawn with a standard deviation of 0.2, ten times what is usual,
 input and on every layer; a comparison between two ways of computing them then means something.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from locft.process import settle_vector_math
@@ -160,6 +161,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}[{{ turn.role }}]: {{ turn.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]:{% endif %}"
+)
+"""A turn ends with another token than `<eos>`, and a space stands before an answer."""
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` with `CHAT_TEMPLATE`, whose `<end>` is one token more."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<end>", special=True)])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def tiny_config(architecture: str, layers: int = 3, **settings: Any):
     """The configuration of `tiny_model`; `settings` override those of the table above."""
     own = dict(_SETTINGS[architecture]) | settings
@@ -169,7 +185,7 @@ def tiny_config(architecture: str, layers: int = 3, **settings: Any):
         own["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
     common = dict(num_hidden_layers=layers, vocab_size=len(tiny_tokenizer()))
     special = dict(pad_token_id=0, eos_token_id=0, bos_token_id=0)
-    return AutoConfig.for_model(architecture, **common, **special, **own)
+    return AutoConfig.for_model(architecture, **common | special | own)
 
 
 def tiny_model(architecture: str = "llama", layers: int = 3, seed: int = 0, **settings: Any) -> PreTrainedModel:
@@ -186,6 +202,12 @@ def tiny_model(architecture: str = "llama", layers: int = 3, seed: int = 0, **se
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     model.tie_weights()
     return model.eval()
+
+
+def chat_loaded(architecture: str = "llama"):
+    """`tiny_loaded` with `chat_tokenizer`."""
+    tokenizer = chat_tokenizer()
+    return replace(tiny_loaded(architecture, vocab_size=len(tokenizer)), tokenizer=tokenizer)
 
 
 def tiny_loaded(architecture: str = "llama", layers: int = 3, seed: int = 0, **settings: Any):

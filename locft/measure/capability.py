@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from locft.data.suite_layouts import CapabilityItem
 from locft.data.suites import Suite
 from locft.errors import InputError
-from locft.measure.token_scores import scores_by_row, slices, targets
+from locft.measure.token_scores import divergence, scores_by_row, slices, targets
 from locft.measure.two_stage_scoring import retake
 from locft.train.encoding import (
     SupervisedLogits,
@@ -189,25 +189,16 @@ def measure_perplexity(logits: SupervisedLogits, suite: EncodedSuite, batch_toke
 def measure_drift(
     edited: SupervisedLogits, unedited: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS
 ) -> Drift:
-    """Distance of the edited model from the unedited one on the prose, and its perplexity there.
-
-    With p the unedited model's probabilities and d the edited logits minus the unedited ones, the divergence of a token
-    is log E_p[exp d] - E_p[d]. A constant added to d cancels, so d is centred at its mean under p. Both terms are then
-    as small as the change, and a KL of 1e-8 nats is not the small difference of large sums.
-    """
-    divergence = log_likelihood = 0.0
+    """Distance of the edited model from the unedited one on the prose, and its perplexity there."""
+    kl = log_likelihood = 0.0
     prose = sorted(suite.prose, key=_longest_context_first)
     for part in batches(prose, padded_tokens=batch_tokens):
         chosen = prose[part]
         for before, after, wanted in slices(_call(unedited, chosen), _call(edited, chosen), targets(chosen)):
-            p = before.softmax(-1)  # (<= 8, V)
-            d = torch.where(p == 0, 0.0, after - before)  # a token that the unedited model rules out adds nothing
-            d -= (p * d).sum(-1, keepdim=True)
-            rest = (p * d).sum(-1, dtype=torch.float64)
-            divergence += float(((p * d.expm1()).sum(-1, dtype=torch.float64).log1p() - rest).sum())
+            kl += float(divergence(before, after).sum())
             own = after.gather(-1, wanted[:, None])[:, 0]
             log_likelihood += float((own.double() - after.logsumexp(-1).double()).sum())
-    kl = divergence / sum(len(row.target_ids) for row in suite.prose)
+    kl /= sum(len(row.target_ids) for row in suite.prose)
     return Drift(0.0 if -1e-9 < kl < 0 else kl, _perplexity(log_likelihood, suite.prose))
 
 

@@ -1,15 +1,21 @@
-"""Did the edit take? Reliability, generalization and locality by greedy answers.
+"""Did the edit take, and what else did it change? Reliability, generalization and locality.
 
-An answer is right if it equals the expected one after SQuAD-style normalisation. Teacher-forced exactness is reported
-beside it, never instead: teacher forcing hides the errors that follow the first one.
+An edit is asked in every format, by greedy generation. An answer is right if it equals the expected one after
+SQuAD-style normalisation. Teacher-forced exactness is reported beside it, never instead: teacher forcing hides the
+errors that follow the first one. Locality is the other way round: whether a free-form answer is literally the same says
+little, so it counts the tokens of a reference answer whose most likely token is unchanged (as EasyEdit does).
+
+Legend: K supervised tokens of a batch, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from locft.data.answers import normalise_answer
@@ -21,12 +27,17 @@ from locft.measure.generation import (
     ModelAnswer,
     OpenAnswer,
 )
-from locft.measure.token_scores import scores_by_row
+from locft.measure.token_scores import divergence, scores_by_row, slices
 from locft.measure.two_stage_scoring import retake
 from locft.model.models import LoadedModel
-from locft.train.encoding import SupervisedLogits, TokenRow, encode_edit, encode_prompt
+from locft.train.encoding import SupervisedLogits, TokenRow, batches, encode_answer, encode_edit, encode_question
+from locft.train.formats import RAW, UNSEEN, label
 
 EditMetric = Literal["reliability", "generalization", "locality"]
+LOCALITY_FIELDS = {
+    "locality": "kept", "locality_first": "first_kept", "locality_kl": "kl", "locality_exact": "correct",
+}  # fmt: skip
+"""Metrics of locality and the fields of an outcome that they are means of."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,11 @@ class EditQuestion:
     prompt: str
     expected: str
     row: TokenRow
-    """Prompt and expected answer, with EOS or (locality) the unedited model's stopping token, for teacher forcing."""
+    """Prompt and expected answer with its end, for teacher forcing. For locality, the answer is the unedited model's."""
+    format: str = RAW
+    """How the prompt is put, by the format's `label`."""
+    reference: TokenRow | None = None
+    """For locality, prompt and reference answer: the data set's, or else the unedited model's own with its end."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,23 @@ class EditOutcome:
     correct: bool
     correct_tf: bool
     """Teacher-forced: every token of the expected answer is the most likely one after those before it."""
+    format: str = RAW
+    kept: float | None = None
+    """`ReferenceChange.kept`, for locality."""
+    first_kept: bool | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceChange:
+    """How far an edit changes what the model predicts along a reference answer."""
+
+    kept: float
+    """Share of its tokens whose most likely token is unchanged."""
+    first_kept: bool
+    """The same of its first token."""
+    kl: float | None
+    """KL(unedited || edited) at its first token, in nats; None if it is not finite."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +100,15 @@ class Following:
 
 
 def edit_questions(
-    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], unedited: Sequence[ModelAnswer]
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    unedited: Sequence[ModelAnswer],
+    formats: Sequence[str] = (RAW,),
 ) -> tuple[EditQuestion, ...]:
     """All questions about the edits. unedited: the base model's answers to the `locality_prompts`, in order.
 
-    Raises ValueError unless there is exactly one answer per prompt.
+    formats: those that edit prompts and rephrases are asked in; unrelated prompts are asked raw. Raises ValueError unless
+    there is exactly one answer per unrelated prompt.
     """
     if len(unedited) != (prompts := len(locality_prompts(requests))):
         raise ValueError(
@@ -81,16 +117,26 @@ def edit_questions(
     questions = []
     answers = iter(unedited)
     for request in requests:
-        row = encode_edit(tokenizer, request.prompt, request.target)
-        questions.append(EditQuestion(request.id, "reliability", request.prompt, request.target, row))
-        for prompt in request.rephrases:
-            row = encode_edit(tokenizer, prompt, request.target)
-            questions.append(EditQuestion(request.id, "generalization", prompt, request.target, row))
+        for form in formats:
+            row = encode_edit(tokenizer, request.prompt, request.target, form)
+            questions.append(EditQuestion(request.id, "reliability", request.prompt, request.target, row, label(form)))
+            for prompt in request.rephrases:
+                row = encode_edit(tokenizer, prompt, request.target, form)
+                questions.append(EditQuestion(request.id, "generalization", prompt, request.target, row, label(form)))
         for unrelated in request.locality:
-            answer, prompt_ids = next(answers), encode_prompt(tokenizer, unrelated.prompt)
-            row = TokenRow(prompt_ids + answer.token_ids, len(prompt_ids))
-            questions.append(EditQuestion(request.id, "locality", unrelated.prompt, answer.text, row))
+            answer, prompt_ids = next(answers), encode_question(tokenizer, unrelated.prompt)
+            row = reference = TokenRow(prompt_ids + answer.token_ids, len(prompt_ids))
+            if unrelated.answer:
+                reference = encode_answer(tokenizer, unrelated.prompt, unrelated.answer)
+            questions.append(
+                EditQuestion(request.id, "locality", unrelated.prompt, answer.text, row, reference=reference)
+            )
     return tuple(questions)
+
+
+def question_rows(questions: Sequence[EditQuestion]) -> list[TokenRow]:
+    """Every row that measuring them needs."""
+    return [row for question in questions for row in (question.row, question.reference) if row]
 
 
 def locality_prompts(requests: Sequence[EditRequest]) -> list[str]:
@@ -104,6 +150,7 @@ def ask(
     questions: Sequence[EditQuestion],
     *,
     followed: Mapping[TokenRow, Following] = MappingProxyType({}),
+    changes: Mapping[TokenRow, ReferenceChange] = MappingProxyType({}),
     coarse: SupervisedLogits | None = None,
     generate_all: bool = False,
 ) -> tuple[EditOutcome, ...]:
@@ -111,8 +158,9 @@ def ask(
 
     One teacher-forced pass over the rows that are not in `followed` tells how far greedy generation follows the
     expected answer. If that is to its end, the stopping token included, the answer is right. Otherwise generation goes
-    on from there, only until the answer is decided: a wrong answer is left unfinished ("Lisb…"). coarse: as for
-    `follow`. generate_all: generate every answer in full instead.
+    on from there, only until the answer is decided: a wrong answer is left unfinished ("Lisb…"). changes: of the
+    questions' references, as far as locality is measured. coarse: as for `follow`. generate_all: generate every answer
+    in full instead.
     """
     rest = list(dict.fromkeys(question.row for question in questions if question.row not in followed))
     known = {**followed, **dict(zip(rest, follow(logits, rest, coarse), strict=True))}
@@ -126,30 +174,72 @@ def ask(
     outcomes = []
     for index, question in enumerate(questions):
         got = decoder.text(answers[index]) if index in answers else question.expected
-        right = normalise_answer(got) == normalise_answer(question.expected)
-        right_tf = known[question.row].instead is None
-        outcomes.append(
-            EditOutcome(question.edit_id, question.kind, question.prompt, question.expected, got, right, right_tf)
+        outcome = EditOutcome(
+            question.edit_id,
+            question.kind,
+            question.prompt,
+            question.expected,
+            got,
+            correct=normalise_answer(got) == normalise_answer(question.expected),
+            correct_tf=known[question.row].instead is None,
+            format=question.format,
         )
+        change = changes.get(question.reference) if question.reference else None
+        outcomes.append(replace(outcome, **asdict(change)) if change else outcome)
     return tuple(outcomes)
 
 
 def edit_metrics(outcomes: Sequence[EditOutcome]) -> dict[str, float]:
-    """Reliability, generalization and locality (and their teacher-forced twins, `_tf`), each the mean over the edits.
+    """The metrics of these outcomes by their names in the results table, each the mean over the edits.
 
-    An edit with several rephrases or unrelated prompts counts once, with their mean. A kind without questions is
-    absent.
+    An edit with several prompts of a kind counts once, with their mean. `reliability` and `generalization` (and their
+    teacher-forced twins, `_tf`) are means over the formats without `unseen`; of each format and of `unseen` there is
+    `reliability.FORMAT`. What was not asked, or has no finite value, is absent.
     """
-    metrics = {}
-    for kind in ("reliability", "generalization", "locality"):
-        for name, field in ((kind, "correct"), (f"{kind}_tf", "correct_tf")):
-            by_edit: dict[str, list[bool]] = {}
-            for outcome in outcomes:
-                if outcome.kind == kind:
-                    by_edit.setdefault(outcome.edit_id, []).append(getattr(outcome, field))
-            if by_edit:
-                metrics[name] = sum(sum(marks) / len(marks) for marks in by_edit.values()) / len(by_edit)
-    return metrics
+    values: dict[str, list[tuple[str, float | None]]] = {}
+    for outcome in outcomes:
+        if outcome.kind == "locality":
+            names = LOCALITY_FIELDS
+        else:
+            names = {f"{outcome.kind}.{outcome.format}": "correct"}
+            if outcome.format != UNSEEN:
+                names |= {outcome.kind: "correct", f"{outcome.kind}_tf": "correct_tf"}
+        for name, field in names.items():
+            values.setdefault(name, []).append((outcome.edit_id, getattr(outcome, field)))
+    means = {name: _mean_over_edits(marks) for name, marks in values.items()}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _mean_over_edits(marks: Sequence[tuple[str, float | None]]) -> float | None:
+    """Mean of the means of each edit, by its id; None if one value is not known."""
+    by_edit: dict[str, list[float]] = {}
+    for edit_id, value in marks:
+        if value is None:
+            return None
+        by_edit.setdefault(edit_id, []).append(value)
+    return sum(sum(of_edit) / len(of_edit) for of_edit in by_edit.values()) / len(by_edit)
+
+
+@torch.no_grad()
+def reference_changes(
+    edited: SupervisedLogits, unedited: SupervisedLogits, questions: Sequence[EditQuestion]
+) -> dict[TokenRow, ReferenceChange]:
+    """How far the predictions along each reference answer of the questions differ between two models."""
+    rows = sorted({q.reference for q in questions if q.reference}, key=lambda row: (len(row.token_ids), row.token_ids))
+    changes = {}
+    for part in batches(rows, most=BATCH):
+        before, after = unedited(rows[part]), edited(rows[part])  # (K, V)
+        best, token = after.max(-1)
+        same = ((before.argmax(-1) == token) & best.isfinite()).cpu()
+        lengths = [len(row.target_ids) for row in rows[part]]
+        firsts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+        pairs = slices(before[firsts], after[firsts])
+        divergences = torch.cat([divergence(*pair).cpu() for pair in pairs]).clamp(min=0).tolist()
+        for row, kept, kl in zip(rows[part], same.split(lengths), divergences, strict=True):
+            changes[row] = ReferenceChange(
+                float(kept.double().mean()), bool(kept[0]), kl if math.isfinite(kl) else None
+            )
+    return changes
 
 
 def follow(

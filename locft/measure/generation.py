@@ -1,4 +1,4 @@
-"""Greedy answers: what a model says to a prompt until EOS, the end of the line or the end of the sentence.
+"""Greedy answers: what a model says to a prompt until EOS, the end of its turn, of the line or of the sentence.
 
 Legend: B answers of a batch, T tokens.
 """
@@ -14,7 +14,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from locft.data.answers import ARTICLES, normalise_answer
 from locft.model.models import LoadedModel
-from locft.train.encoding import encode_prompt
+from locft.train.encoding import answer_end, encode_prompt
+from locft.train.formats import CHAT, RAW
 
 NEW_TOKENS = 32
 """Length limit of an answer, in tokens."""
@@ -66,7 +67,8 @@ class GreedyDecoder:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         own = self.model.generation_config.eos_token_id
         others = own if isinstance(own, list) else [own] if own is not None else []
-        self.ends = list(dict.fromkeys([loaded.tokenizer.eos_token_id, *others]))
+        said = (answer_end(loaded.tokenizer, form) for form in (RAW, CHAT))
+        self.ends = list(dict.fromkeys([*said, *others]))
 
     def complete(self, answers: Sequence[OpenAnswer]) -> list[OpenAnswer]:
         """Go on with each answer until it is done.

@@ -65,6 +65,19 @@ def targets(rows: Sequence[TokenRow]) -> torch.Tensor:
     return torch.tensor([token for row in rows for token in row.target_ids])
 
 
+def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """KL(before || after) between the distributions of logits (N, V): (N,) float64, in nats.
+
+    With p the probabilities before and d the logits after minus those before, the divergence of a token is
+    log E_p[exp d] - E_p[d]. A constant added to d cancels, so d is centred at its mean under p. Both terms are then as
+    small as the change, and a KL of 1e-8 nats is not the small difference of large sums.
+    """
+    p = before.softmax(-1)
+    d = torch.where(p == 0, 0.0, after - before)  # a token that `before` rules out adds nothing
+    d -= (p * d).sum(-1, keepdim=True)
+    return (p * d.expm1()).sum(-1, dtype=torch.float64).log1p() - (p * d).sum(-1, dtype=torch.float64)
+
+
 def slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """A few tokens at a time of tensors (K, ...), on the first one's device."""
     for at in range(0, len(tensors[0]), _TOKENS_AT_ONCE):

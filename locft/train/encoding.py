@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from locft.data.edit_request import EditRequest
-from locft.train.formats import RAW, put
+from locft.train.formats import RAW, around_answer, is_chat, put, space_before_answer
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,31 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, prompt: str, form: str =
     return encode_prompt(tokenizer, text, special_tokens=not complete)
 
 
-def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, form: str = RAW) -> TokenRow:
-    """Training row of an edit: one space, the target, the model's EOS, all of it supervised.
+def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, form: str = RAW) -> TokenRow:
+    """Row of a prompt in a format and its answer, which is supervised, without an end.
 
-    There is no space where whitespace already stands before the target, as behind the turns of most chat templates.
+    One space stands before the answer, none where whitespace already does, or what a chat template puts there.
     """
     text, complete = put(tokenizer, prompt, form)
-    space = "" if text[-1:].isspace() else " "
-    row = encode_continuation(tokenizer, text, space + target, special_tokens=not complete)
-    return TokenRow((*row.token_ids, tokenizer.eos_token_id), row.start)
+    space = around_answer(tokenizer)[0] if is_chat(tokenizer, form) else space_before_answer(text)
+    return encode_continuation(tokenizer, text, space + answer, special_tokens=not complete)
+
+
+def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, form: str = RAW) -> TokenRow:
+    """Training row of an edit: prompt, target and the token that ends an answer in this format (`answer_end`)."""
+    row = encode_answer(tokenizer, prompt, target, form)
+    return TokenRow((*row.token_ids, answer_end(tokenizer, form)), row.start)
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase, form: str = RAW) -> int:
+    """The token that ends an answer: the model's EOS, or the special token that its chat template puts behind one."""
+    eos = tokenizer.eos_token_id
+    if not is_chat(tokenizer, form):
+        return eos
+    behind = around_answer(tokenizer)[1].lstrip()
+    first = next(iter(tokenizer(behind, add_special_tokens=False)["input_ids"]), eos)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return first if first in special else eos
 
 
 def encode_edits(

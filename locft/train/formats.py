@@ -3,7 +3,9 @@
 An edit that holds in one form may be lost in another, so training and measuring both name the forms they use.
 """
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +16,8 @@ NAMES = (RAW, QA, CHAT, UNSEEN)
 PLACE = "{prompt}"
 _QUESTION = f"Question: {PLACE}\nAnswer:"
 _UNSEEN_WORDING = f"I need a short answer, only a few words. {PLACE}"
+_ANSWER = "answer-1905"
+"""Stands for an answer where a template is looked at; no template writes it."""
 EXPECTED = f"{RAW}, {QA}, {CHAT} or a text with {PLACE} in it, several separated by commas"
 
 
@@ -50,16 +54,56 @@ def available(tokenizer: PreTrainedTokenizerBase, formats: Sequence[str]) -> tup
     return found or (RAW,)
 
 
+def asked(tokenizer: PreTrainedTokenizerBase, formats: Sequence[str]) -> tuple[str, ...]:
+    """The formats in which edits are measured: the available ones, and behind them `unseen` where any but raw is."""
+    found = available(tokenizer, [name for name in formats if name != UNSEEN])
+    return found if found == (RAW,) and UNSEEN not in formats else (*found, UNSEEN)
+
+
+def label(form: str) -> str:
+    """The format's part of a metric's name: its own name, or for a wording its first words and a hash of the whole."""
+    if form in NAMES:
+        return form
+    words = "-".join(re.findall(r"\w+", form.replace(PLACE, " ").casefold()))[:24].strip("-")
+    return f"{words or 'wording'}-{hashlib.sha256(form.encode()).hexdigest()[:4]}"
+
+
+def is_chat(tokenizer: PreTrainedTokenizerBase, form: str) -> bool:
+    """True if prompts in this format go through the chat template."""
+    return form in (CHAT, UNSEEN) and bool(tokenizer.chat_template)
+
+
 def put(tokenizer: PreTrainedTokenizerBase, prompt: str, form: str) -> tuple[str, bool]:
     """The text of a prompt in a format, and whether it brings its special tokens along."""
-    if form == RAW:
-        return prompt, False
-    if form == QA:
-        return _QUESTION.replace(PLACE, prompt), False
     if form == UNSEEN:
         prompt = _UNSEEN_WORDING.replace(PLACE, prompt)
-        return put(tokenizer, prompt, CHAT if tokenizer.chat_template else RAW)
-    if form == CHAT:
-        turn = [{"role": "user", "content": prompt}]
-        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)), True
-    return form.replace(PLACE, prompt), False
+    if form == CHAT or is_chat(tokenizer, form):
+        return _render(tokenizer, {"user": prompt}, add_generation_prompt=True), True
+    if form in (RAW, UNSEEN):
+        return prompt, False
+    text = (_QUESTION if form == QA else form).replace(PLACE, prompt)
+    return text, bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+def around_answer(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Whitespace that the chat template puts before an answer, and the text that it puts behind one.
+
+    A template that thinks before it answers, or opens a turn in two ways, is taken to want no more than whitespace.
+    """
+    begun = _render(tokenizer, {"user": "question"}, add_generation_prompt=True)
+    whole = _render(tokenizer, {"user": "question", "assistant": _ANSWER})
+    before, found, behind = whole.rpartition(_ANSWER)
+    space = before.removeprefix(begun)
+    if not found or space.strip():
+        space = space_before_answer(begun)
+    return space, behind if found else ""
+
+
+def space_before_answer(text: str) -> str:
+    """What stands between a text and its answer: one space, nothing where whitespace ends the text."""
+    return "" if text[-1:].isspace() else " "
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Mapping[str, str], **settings: bool) -> str:
+    messages = [{"role": role, "content": text} for role, text in turns.items()]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))

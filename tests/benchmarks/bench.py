@@ -23,7 +23,7 @@ from locft.engine.tail import supports_tail
 from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
 from locft.measure.capability import encode_suite, suite_rows
-from locft.measure.evaluation import edit_questions, locality_prompts
+from locft.measure.evaluation import edit_questions, locality_prompts, question_rows
 from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel, load_model, load_structure
 from locft.model.positions import TuningPosition, n_layers, parameter_names
@@ -213,7 +213,7 @@ def _prepare(
     prompts = locality_prompts(requests) if asks else []
     answers, asking = timed(lambda: greedy_answers(loaded, prompts))  # the same on both sides
     questions = edit_questions(loaded.tokenizer, requests, answers)
-    every = [*rows, *(question.row for question in questions), *(suite_rows(encoded) if encoded else ())]
+    every = [*rows, *question_rows(questions), *(suite_rows(encoded) if encoded else ())]
     with torch.no_grad():
         full_forward(loaded.model)(rows[:1])  # reads the weights into memory, which is no part of the pass
 

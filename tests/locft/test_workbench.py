@@ -17,15 +17,21 @@ from locft.measure.generation import greedy_answers
 from locft.model.delta import EditDelta
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
-from locft.train.pipelines import TrainingSettings
+from locft.train.encoding import encode_edit
+from locft.train.examples import TrainingExamples
+from locft.train.formats import label
+from locft.train.pipelines import TrainingSettings, finetune
 from locft.workbench import Baseline, Workbench, diverged_metrics
-from tests.tiny import tiny_loaded
+from tests.tiny import chat_loaded, tiny_loaded
 
 POSITION = TuningPosition(1, "mlp_down")
 SETTINGS = TrainingSettings(batch_size=2, learning_rate=1e-2, epochs=6)
 PROSE_TOKENS = 64
 
-EDIT_METRICS = {"reliability", "generalization", "locality", "reliability_tf", "generalization_tf", "locality_tf"}
+LEARNT = {f"{kind}{end}" for kind in ("reliability", "generalization") for end in ("", ".raw", "_tf")}
+KEPT = {"locality", "locality_first", "locality_exact"}
+EDIT_METRICS = LEARNT | KEPT
+"""The shares; `locality_kl` is in nats."""
 SUITE_METRICS = {
     "capability",
     "capability_change",
@@ -75,7 +81,7 @@ def measured(bench, delta):
 def test_all_metrics_of_the_results_table_are_there_and_finite(bench, edits, suite, measured, delta):
     tasks = {f"capability.{task.name}" for task in suite.tasks}
     assert len(tasks) == 4
-    assert measured.metrics.keys() == EDIT_METRICS | SUITE_METRICS | tasks | ALWAYS
+    assert measured.metrics.keys() == EDIT_METRICS | {"locality_kl"} | SUITE_METRICS | tasks | ALWAYS
     assert all(isinstance(value, float) and math.isfinite(value) for value in measured.metrics.values())
     for name in EDIT_METRICS | tasks | {"capability"}:
         assert 0 <= measured.metrics[name] <= 1, name
@@ -116,7 +122,8 @@ def test_the_outcomes_are_those_of_the_edited_model(bench, delta, measured):
 def test_an_edit_that_changes_nothing_costs_nothing(bench, delta):
     nothing = replace(delta, tensors={name: torch.zeros_like(value) for name, value in delta.tensors.items()})
     metrics = bench.measure(nothing).metrics
-    assert metrics["locality"] == metrics["locality_tf"] == 1.0
+    assert [metrics[name] for name in sorted(KEPT)] == [1.0] * 3
+    assert metrics["locality_kl"] == 0.0, "computed in the same way"
     assert metrics["delta_norm"] == 0.0
     assert metrics["drift_kl"] < 1e-9, "edited and unedited start from different layers: equal up to rounding"
     assert (metrics["capability_change_low"], metrics["capability_change"], metrics["capability_change_high"]) == (
@@ -141,8 +148,7 @@ def test_an_edit_can_be_learnt(bench):
 
 def test_the_baseline_holds_the_unedited_model(bench, edits, suite):
     assert bench.baseline.metrics.keys() == {
-        "reliability",
-        "generalization",
+        *(name for name in LEARNT if not name.endswith("_tf")),
         "capability",
         "perplexity",
         *(f"capability.{task.name}" for task in suite.tasks),
@@ -269,16 +275,57 @@ def test_an_edit_that_ruins_the_model_still_has_finite_metrics(bench, delta):
     assert len(measured.outcomes) == len(bench.questions)
 
 
+# Formats
+
+
+def test_edits_are_asked_in_every_format(edits, suite, caplog):
+    loaded = chat_loaded()
+    wording = "Answer briefly: {prompt}"
+    bench = Workbench.prepare(loaded, edits, None, ask_formats=("raw", "qa", "chat", wording))
+    assert not caplog.records
+    forms = ("raw", "qa", "chat", label(wording), "unseen")
+    names = {f"{kind}.{form}" for kind in ("reliability", "generalization") for form in forms}
+    assert bench.baseline.metrics.keys() == names | {"reliability", "generalization"}
+    metrics = bench.measure(bench.train(POSITION, SETTINGS).delta).metrics
+    assert names | EDIT_METRICS - {"reliability.raw", "generalization.raw"} <= metrics.keys()
+    assert diverged_metrics(bench.questions, bench.baseline).keys() == names | EDIT_METRICS
+    for kind in ("reliability", "generalization"):
+        counted = [metrics[f"{kind}.{form}"] for form in forms if form != "unseen"]
+        assert metrics[kind] == pytest.approx(sum(counted) / len(counted))
+
+
+def test_an_edit_learnt_in_chat_form_is_heard_to_the_end_of_its_turn(edits):
+    """Trained on chat rows alone, a model ends its answers with the template's own token."""
+    loaded = chat_loaded()
+    bench = Workbench.prepare(loaded, edits, None, ask_formats=("chat",))
+    rows = tuple(encode_edit(loaded.tokenizer, edit.prompt, edit.target, "chat") for edit in edits.requests)
+    settings = replace(SETTINGS, epochs=150)
+    delta = finetune(loaded, TrainingExamples.of_rows(rows), TuningPosition(1, "layer"), settings).delta
+    metrics = bench.measure(delta).metrics
+    assert metrics["reliability"] == metrics["reliability.chat"] == metrics["reliability_tf"] == 1.0
+    assert "reliability.raw" not in metrics and "reliability.unseen" in metrics
+
+
+def test_a_tokenizer_without_a_template_is_asked_the_rest(edits, caplog):
+    bench = Workbench.prepare(tiny_loaded(), edits, None, ask_formats=("raw", "chat"))
+    assert {question.format for question in bench.questions} == {"raw"}
+    assert [record.getMessage() for record in caplog.records] == [
+        "tiny-llama: its tokenizer has no chat template, so edits are not asked through one"
+    ]
+    with pytest.raises(InputError, match="got 'chats', .*did you mean chat"):
+        Workbench.prepare(tiny_loaded(), edits, None, ask_formats=("raw", "chats"))
+
+
 # Less than everything
 
 
 def test_without_a_suite(edits):
     bench = Workbench.prepare(tiny_loaded("llama"), edits, None)
     assert bench.baseline.scores is None
-    assert bench.baseline.metrics.keys() == {"reliability", "generalization"}
+    assert bench.baseline.metrics.keys() == {name for name in LEARNT if not name.endswith("_tf")}
     assert Baseline.from_dict(json.loads(json.dumps(bench.baseline.to_dict()))) == bench.baseline
     measured = bench.measure(bench.train(POSITION, SETTINGS).delta)
-    assert measured.metrics.keys() == EDIT_METRICS | ALWAYS
+    assert measured.metrics.keys() == EDIT_METRICS | {"locality_kl"} | ALWAYS
     assert diverged_metrics(bench.questions, bench.baseline) == dict.fromkeys(EDIT_METRICS, 0.0)
 
 
@@ -298,8 +345,9 @@ def test_without_rephrases_or_locality(rephrases, locality, kinds):
     bench = Workbench.prepare(tiny_loaded("llama"), edits, None)
     assert len(bench.baseline.locality_answers) == len(locality)
     metrics = bench.measure(bench.train(POSITION, SETTINGS).delta).metrics
-    assert metrics.keys() == ALWAYS | kinds | {f"{kind}_tf" for kind in kinds}
-    assert diverged_metrics(bench.questions, bench.baseline).keys() == kinds | {f"{kind}_tf" for kind in kinds}
+    shares = {name for name in EDIT_METRICS if name.startswith(tuple(kinds))}
+    assert metrics.keys() == ALWAYS | shares | ({"locality_kl"} if "locality" in kinds else set())
+    assert diverged_metrics(bench.questions, bench.baseline).keys() == shares
 
 
 def test_a_single_edit():

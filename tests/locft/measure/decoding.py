@@ -44,15 +44,17 @@ def exact_model(architecture: str, **settings) -> LoadedModel:
     return loaded
 
 
-def scripted(*pieces: str | int, eos: int | list[int] = 0) -> LoadedModel:
+def scripted(*pieces: str | int, eos: int | list[int] = 0, tokenizer=None) -> LoadedModel:
     """A model that says the given texts and tokens behind a prompt of one token, then "~" for ever.
 
     A GPT-2 with nothing but position embeddings: what it predicts at a position is what the script has there.
     """
-    tokenizer, size = tiny_tokenizer(), 160
+    tokenizer, size = tokenizer or tiny_tokenizer(), 160
     tokens = [id_ for piece in pieces for id_ in ([piece] if isinstance(piece, int) else tokenizer(piece)["input_ids"])]
     filler = tokenizer("~")["input_ids"]
-    config = tiny_config("gpt2", 1, n_embd=size, n_positions=size, n_inner=8, tie_word_embeddings=False)
+    config = tiny_config(
+        "gpt2", 1, n_embd=size, n_positions=size, n_inner=8, tie_word_embeddings=False, vocab_size=len(tokenizer)
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "ln_f" not in name:

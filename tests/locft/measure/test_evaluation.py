@@ -1,5 +1,6 @@
 """Outcomes and metrics are what the definition says, and teacher forcing first changes none of them."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,22 +12,26 @@ from hypothesis import strategies as st
 from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.measure.evaluation import (
     EditOutcome,
+    EditQuestion,
+    ReferenceChange,
     ask,
     edit_metrics,
     edit_questions,
     follow,
     locality_prompts,
+    question_rows,
+    reference_changes,
 )
 from locft.measure.generation import BATCH, NEW_TOKENS, ModelAnswer, greedy_answers
 from locft.model.delta import applied
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition
-from locft.train.encoding import encode_edits, encode_prompt
+from locft.train.encoding import TokenRow, encode_edits, encode_prompt, encode_question
 from locft.train.examples import TrainingExamples
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.locft.measure.decoding import EOS, PROMPTS, exact_model, scripted
-from tests.tiny import tiny_loaded
+from tests.tiny import chat_loaded, chat_tokenizer, tiny_loaded
 
 
 def edit(identity: str, prompt: str, target: str, rephrases=(), locality=()) -> EditRequest:
@@ -77,8 +82,7 @@ def test_an_unedited_model_answers_unrelated_prompts_as_itself(architecture):
     questions = questions_of(loaded)
     for generate_all in (False, True):
         outcomes = ask(loaded, full_forward(loaded.model), questions, generate_all=generate_all)
-        metrics = edit_metrics(outcomes)
-        assert (metrics["locality"], metrics["locality_tf"]) == (1.0, 1.0)
+        assert edit_metrics(outcomes)["locality_exact"] == 1.0
 
 
 PARTIAL = {"llama": 25, "gpt2": 30, "gemma2": 20}
@@ -228,11 +232,99 @@ def test_asking_leaves_the_model_as_it_was():
     assert model_fingerprint(loaded.model) == before
 
 
+# Formats
+
+
+def test_each_format_is_asked_with_its_own_end():
+    loaded = chat_loaded()
+    tokenizer, forms = loaded.tokenizer, ("raw", "qa", "chat", "unseen")
+    questions = edit_questions(tokenizer, EDITS[:1], [ModelAnswer("x", (5, 0))] * 2, forms)
+    assert [(q.kind[0], q.format) for q in questions] == [
+        *((kind, form) for form in forms for kind in "rgg"), ("l", "raw"), ("l", "raw"),
+    ]  # fmt: skip
+    texts = {q.format: tokenizer.decode(q.row.token_ids) for q in questions if q.kind == "reliability"}
+    assert texts == {
+        "raw": "The capital of France is Oslo<eos>",
+        "qa": "Question: The capital of France is\nAnswer: Oslo<eos>",
+        "chat": "[user]: The capital of France is<end>[assistant]: Oslo<end>",
+        "unseen": "[user]: I need a short answer, only a few words. The capital of France is<end>[assistant]: Oslo<end>",
+    }
+    assert {q.prompt for q in questions if q.kind == "reliability"} == {EDITS[0].prompt}
+
+
+@pytest.mark.parametrize("end", ["<eos>", "<end>"])
+@pytest.mark.parametrize("form", ["raw", "chat"])
+def test_an_answer_ended_by_eos_or_by_the_end_of_a_turn_is_ended(form, end):
+    tokenizer = chat_tokenizer()
+    prompt_tokens = len(encode_question(tokenizer, "Q", form))
+    answer = [tokenizer(" Oslo")["input_ids"], tokenizer.convert_tokens_to_ids(end)]
+    filler = tokenizer("~")["input_ids"] * (prompt_tokens - 1)
+    loaded = scripted(*filler, *answer[0], answer[1], tokenizer=tokenizer)
+    questions = edit_questions(tokenizer, [edit("a", "Q", "Oslo")], [], [form])
+    for generate_all in (False, True):
+        (found,) = ask(loaded, full_forward(loaded.model), questions, generate_all=generate_all)
+        own_end = end == {"raw": "<eos>", "chat": "<end>"}[form]
+        assert found == EditOutcome("a", "reliability", "Q", "Oslo", "Oslo", True, own_end, form)
+
+
+# Locality
+
+
+def by_hand(table):
+    """The logits of single rows, whose supervised tokens have the given probabilities."""
+    return lambda rows: torch.cat([torch.tensor(table[row]).log() for row in rows])
+
+
+def test_locality_worked_out_by_hand():
+    half, even, low = [0.5, 0.25, 0.125, 0.125], [0.25] * 4, [0.125, 0.25, 0.125, 0.5]
+    long, short = TokenRow((1, 2, 3, 0, 1), 2), TokenRow((3, 1), 1)
+    before = {long: [half, half, low], short: [half]}
+    after = {long: [[0.25, 0.125, 0.5, 0.125], half, low], short: [[0.4, 0.3, 0.15, 0.15]]}
+    questions = [EditQuestion("a", "locality", "p", "e", long, reference=row) for row in (long, short)]
+    changes = reference_changes(by_hand(after), by_hand(before), [*questions, *questions])
+    assert changes.keys() == {long, short}
+    assert changes[long] == ReferenceChange(
+        pytest.approx(2 / 3), False, pytest.approx((0.5 + 0.25 - 0.25) * math.log(2), rel=1e-5)
+    )
+    expected = 0.5 * math.log(0.5 / 0.4) + 0.25 * math.log(0.25 / 0.3) + 0.25 * math.log(0.125 / 0.15)
+    assert changes[short] == ReferenceChange(1.0, True, pytest.approx(expected, rel=1e-5))
+    assert reference_changes(by_hand(before), by_hand({**before, short: [even]}), questions[:1])[long].kl == 0.0
+    loaded = scripted(" Oslo", EOS)
+    outcomes = ask(loaded, full_forward(loaded.model), questions, changes=changes)
+    assert [(o.kept, o.first_kept) for o in outcomes] == [(pytest.approx(2 / 3), False), (1.0, True)]
+
+
+def test_a_model_that_predicts_nothing_keeps_nothing():
+    row = TokenRow((3, 1, 2), 1)
+    question = EditQuestion("a", "locality", "p", "e", row, reference=row)
+    broken = {row: [[math.nan] * 4, [0.25] * 3 + [math.inf]]}
+    changes = reference_changes(by_hand(broken), by_hand({row: [[0.4, 0.2, 0.2, 0.2]] * 2}), [question])
+    assert changes == {row: ReferenceChange(0.0, False, None)}
+
+
+def test_references_are_the_answers_of_the_data_set_or_else_the_models_own():
+    tokenizer = exact_model("llama").tokenizer
+    request = EditRequest(
+        "a", "", "Q", "Oslo", None, (), (LocalityPrompt("Spain?", "Madrid"), LocalityPrompt("Peru?", None))
+    )
+    unedited = [ModelAnswer("No", (5, 0)), ModelAnswer("Yes", (7, 8, 0))]
+    given, own = (q for q in edit_questions(tokenizer, [request], unedited) if q.kind == "locality")
+    assert tokenizer.decode(given.reference.token_ids) == "Spain? Madrid"
+    assert tokenizer.decode(given.reference.target_ids) == " Madrid"
+    assert given.row.target_ids == (5, 0) and given.expected == "No"
+    assert own.reference == own.row and own.row.target_ids == (7, 8, 0)
+    assert set(question_rows([given, own])) == {given.row, given.reference, own.row}
+
+
 # Metrics
 
 
 def outcome(identity: str, kind: str, correct: bool, correct_tf: bool = False) -> EditOutcome:
     return EditOutcome(identity, kind, "prompt", "expected", "got", correct, correct_tf)
+
+
+def unrelated(identity: str, same: bool, kept: float, first: bool, kl: float | None) -> EditOutcome:
+    return replace(outcome(identity, "locality", same), kept=kept, first_kept=first, kl=kl)
 
 
 def test_metrics_are_means_over_edits_not_over_prompts():
@@ -246,22 +338,41 @@ def test_metrics_are_means_over_edits_not_over_prompts():
             outcome("b", "reliability", True),
             outcome("b", "generalization", False),
             outcome("c", "reliability", False),
-            outcome("c", "locality", True, True),
-            outcome("c", "locality", False),
+            unrelated("c", True, 1.0, True, 0.0),
+            unrelated("c", False, 0.25, True, 0.6),
+            unrelated("d", False, 0.5, False, 2.0),
         ]
     )
     assert metrics == {
         "reliability": pytest.approx(2 / 3),
+        "reliability.raw": pytest.approx(2 / 3),
         "reliability_tf": pytest.approx(1 / 3),
         "generalization": pytest.approx((3 / 4 + 0) / 2),
+        "generalization.raw": pytest.approx((3 / 4 + 0) / 2),
         "generalization_tf": pytest.approx((1 / 4 + 0) / 2),
-        "locality": 0.5,
-        "locality_tf": 0.5,
+        "locality": pytest.approx((0.625 + 0.5) / 2),
+        "locality_first": 0.5,
+        "locality_kl": pytest.approx((0.3 + 2.0) / 2),
+        "locality_exact": 0.25,
     }
 
 
+def test_the_unseen_wording_has_a_metric_and_does_not_count():
+    asked = [("a", "raw", True), ("a", "chat", False), ("a", "unseen", False), ("b", "raw", True), ("b", "chat", True)]
+    outcomes = [replace(outcome(edit, "reliability", right, right), format=form) for edit, form, right in asked]
+    assert edit_metrics(outcomes) == {
+        "reliability": 0.75, "reliability_tf": 0.75,
+        "reliability.raw": 1.0, "reliability.chat": 0.5, "reliability.unseen": 0.0,
+    }  # fmt: skip
+
+
+def test_what_has_no_finite_value_is_absent():
+    assert "locality_kl" not in edit_metrics([unrelated("a", False, 0.0, False, None)])
+
+
 def test_kinds_that_were_not_asked_are_absent():
-    assert edit_metrics([outcome("a", "reliability", True)]).keys() == {"reliability", "reliability_tf"}
+    alone = edit_metrics([outcome("a", "reliability", True)])
+    assert alone.keys() == {"reliability", "reliability.raw", "reliability_tf"}
     assert edit_metrics([]) == {}
 
 
@@ -275,4 +386,5 @@ def test_metrics_are_shares_whatever_the_order(outcomes, random):
     assert all(0 <= value <= 1 for value in metrics.values())
     shuffled = random.sample(outcomes, len(outcomes))
     assert edit_metrics(shuffled) == pytest.approx(metrics)
-    assert {name for name in metrics if not name.endswith("_tf")} == {o.kind for o in outcomes}
+    names = {"reliability": "reliability", "generalization": "generalization", "locality": "locality_exact"}
+    assert set(names.values()) & metrics.keys() == {names[o.kind] for o in outcomes}
