@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.style import ACCENT, BLUE, INK, MUTED, hover_text, styled_figure, thinned
+from analysis.figures.style import ACCENT, BLUE, INK, MUTED, add_ring, hover_text, styled_figure, thinned
 from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, comparable, pareto_front
 from analysis.stats.table import TITLES, by_setting, interval
 from analysis.stats.wording import escaped
@@ -204,10 +204,7 @@ def _scatter(figure: go.Figure, name: str, marks: Sequence[FrontPoint], symbol: 
 def _ring(figure: go.Figure, info: FrontInfo, name: str, colour: str) -> None:
     """Around the pick, with its position beside it. The page's script moves the trace and the note that are named "pick"."""
     for mark in (mark for mark in info.points if mark.trial_id == info.pick):
-        figure.add_scatter(
-            x=[mark.values[0]], y=[mark.values[1]], mode="markers", name=name, hoverinfo="skip",
-            marker={"symbol": "circle-open", "size": 25, "color": colour, "line": {"width": 3}},
-        )  # fmt: skip
+        add_ring(figure, *mark.values, name, colour)
         left = mark.values[0] > sum(corner[0] for corner in info.step[:1] + info.step[-1:]) / 2
         figure.add_annotation(
             x=mark.values[0], y=mark.values[1], text=f"<b>{escaped(mark.position)}</b>", showarrow=True,

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from scipy.stats import spearmanr
 
 from analysis.figures.front import SYMBOLS
-from analysis.figures.style import ACCENT, INK, hover_text, styled_figure
+from analysis.figures.style import ACCENT, INK, add_ring, hover_text, styled_figure
 from analysis.stats.pick import best_by_position
 from analysis.stats.table import TITLES, by_setting
 from analysis.stats.wording import escaped
@@ -177,8 +177,5 @@ def probe_figure(info: ProbeInfo) -> go.Figure:
             },
         )  # fmt: skip
     for point in (point for point in info.points if point.trial_id == info.pick):
-        figure.add_scatter(
-            x=[point.disturbance], y=[point.drift], mode="markers", name="pick", hoverinfo="skip",
-            marker={"symbol": "circle-open", "size": 25, "color": ACCENT, "line": {"width": 3}},
-        )  # fmt: skip
+        add_ring(figure, point.disturbance, point.drift)
     return figure

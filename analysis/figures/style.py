@@ -1,4 +1,4 @@
-"""What all figures share: colours, the hover text of a trial, which marks are drawn, and an empty figure in our look.
+"""What all figures share: colours, the hover text of a trial, which marks are drawn, the ring of the pick, and an empty figure in our look.
 
 Colours are safe for colour-blind readers: perceptually uniform scales (cividis, viridis) for quantities, blue against
 orange for signs and pairs.
@@ -68,6 +68,14 @@ def styled_figure(height: int, **layout) -> go.Figure:
         **layout,
     )
     return figure
+
+
+def add_ring(figure: go.Figure, x: float, y: float, name: str = "pick", colour: str = ACCENT) -> None:
+    """Mark the pick. The page's script moves the traces that are named "pick"."""
+    figure.add_scatter(
+        x=[x], y=[y], mode="markers", name=name, hoverinfo="skip",
+        marker={"symbol": "circle-open", "size": 25, "color": colour, "line": {"width": 3}},
+    )  # fmt: skip
 
 
 def thinned(ids: Sequence[str], keep: Collection[str], most: int) -> frozenset[str]:
