@@ -1,4 +1,5 @@
-"""What all figures share: colours, the hover text of a trial, which marks are drawn, the ring of the pick, and an empty figure in our look.
+"""What all figures share: colours, the hover text of a trial, which marks are drawn, the ring of the pick, and an
+empty figure in our look.
 
 Colours are safe for colour-blind readers: perceptually uniform scales (cividis, viridis) for quantities, blue against
 orange for signs and pairs.
