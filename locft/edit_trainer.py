@@ -54,7 +54,7 @@ class EditTrainer:
     """Of the edits as raw prompts."""
     engine: TailEngine | None
     """The fast forward; None if everything is computed with the full model."""
-    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
         """Raises InputError for settings that this model or these edits cannot serve."""

@@ -24,7 +24,7 @@ class Guards:
 
     rows: tuple[TokenRow, ...]
     unedited: SupervisedLogits
-    _known: dict[TokenRow, torch.Tensor] = field(default_factory=dict, repr=False)
+    _known: dict[TokenRow, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def gradients(
         self,
