@@ -100,7 +100,7 @@ AXES: tuple[Axis, ...] = (
     Axis(
         "loss_average", str, "edit", "loss average",
         "edit: mean over the tokens of an edit, then over edits; token: mean over all tokens of the batch; last_token: the "
-        "edit's first answer token only, as FT-L trains it",
+        "answer's tokens as the prompt's last token predicts them, as FT-L trains it",
         choices=("edit", "token", "last_token"), short="loss by ", in_first_ids=True,
     ),
     Axis(

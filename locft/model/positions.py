@@ -117,8 +117,9 @@ def parameter_names(model: PreTrainedModel, position: TuningPosition) -> tuple[s
 
 
 def is_input_first(model: PreTrainedModel, name: str) -> bool:
-    """Whether a matrix is stored (in, out) and its product is `input @ matrix`, as in GPT-2."""
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+    """Whether a matrix is stored (in, out) and its product is `input @ matrix`, as in GPT-2 and the experts of gpt-oss."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))
 
 
 def list_positions(model: PreTrainedModel) -> tuple[PositionInfo, ...]:

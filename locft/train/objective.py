@@ -5,6 +5,7 @@ Legend: K supervised tokens of a batch, V vocabulary.
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -18,12 +19,25 @@ LOSS_ROWS = 64
 
 
 def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage) -> torch.Tensor:
-    """Scalar loss of a batch from the (K, V) logits of its supervised tokens, in nats."""
-    targets = torch.tensor([token for row in rows for token in row.target_ids], device=logits.device)  # (K,)
+    """Scalar loss of a batch from the (K, V) logits of its supervised tokens, in nats.
+
+    average: edit, mean over the tokens of an edit, then over the edits; token, mean over all tokens of the batch;
+    last_token, the loss of FT-L as ROME and EasyEdit compute it (github.com/kmeng01/rome, baselines/ft;
+    `objective_optimization: prompt_last` of github.com/zjunlp/EasyEdit): every token of the answer is to be predicted by
+    the last token of the prompt, mean over the answer, then over the edits. For answers of one token, ROME's data, that is
+    the first token's loss. Of several tokens the most likely answer to it is none: it is least, the entropy of the answer's
+    tokens, where each is as likely as it is frequent. The EOS, which theirs does not train, is left out.
+    """
+    answers = [row.target_ids for row in rows]
+    if average == "last_token":
+        first = accumulate(map(len, answers), initial=0)
+        answers = [answer[:-1] or answer for answer in answers]
+        logits = logits[[place for place, answer in zip(first, answers, strict=False) for _ in answer]]
+    targets = torch.tensor([token for answer in answers for token in answer], device=logits.device)  # (K,)
     losses = _CrossEntropy.apply(logits, targets)  # (K,)
     if average == "token":
         return losses.mean()
-    share = [1 / (len(row.target_ids) * len(rows)) for row in rows for _ in row.target_ids]
+    share = [1 / (len(answer) * len(rows)) for answer in answers for _ in answer]
     return losses @ torch.tensor(share, device=logits.device)
 
 
@@ -43,7 +57,7 @@ def loss_and_gradients(
     """
     size = math.ceil(len(batch) / pieces)
     parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-    weigh = len if average == "edit" else _supervised
+    weigh = _supervised if average == "token" else len
     value = 0.0
     gradients: Sequence[torch.Tensor] | None = None
     for part in parts:

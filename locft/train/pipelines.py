@@ -48,7 +48,7 @@ class TrainingSettings(MethodSettings):
     """Maximum number of epochs (breadth_first) or of steps per batch (depth_first)."""
     loss_average: LossAverage = "edit"
     """edit: mean over the tokens of an edit, then over the edits. token: mean over all tokens of the batch. last_token:
-    the first token of each answer alone, the one that the last token of the prompt predicts, as FT-L does."""
+    the answer's tokens as the last token of the prompt predicts them, as FT-L does (`locft.train.objective`)."""
     skip_below: float = 1e-2
     """A batch whose loss is below this takes no step. 0 never skips."""
     stop_below: float = 1e-2

@@ -143,7 +143,7 @@ def test_a_step_is_one_of_finetune(loaded, rows):
     losses = [trainer.step_on(batch) for batch in drawn_batches(rows, 2, N // 2)]
     assert trained.losses == (pytest.approx(sum(losses) / len(losses), rel=1e-6),)
     for name, change in trained.delta.tensors.items():
-        torch.testing.assert_close(loaded.model.get_parameter(name) + change, trainer.weights[name].detach())
+        torch.testing.assert_close(loaded.model.get_parameter(name) + change, trainer.method.weights[name].detach())
 
 
 @pytest.mark.parametrize("position", ["2.mlp_down", "0.mlp_down"])
@@ -155,7 +155,7 @@ def test_arithmetic_is_not_counted_twice(loaded, rows, position):
     tokens = int((pack_rows(engine.tree, rows, engine.limit).nodes >= 0).sum())
     counted = step_flops(loaded.model, position, tokens, sum(len(row.target_ids) for row in rows))
     with FlopCounterMode(display=False) as counter:
-        trainer.step(rows)
+        trainer.step_on(rows)
     assert 0.3 * counter.get_total_flops() < counted <= counter.get_total_flops()
 
 

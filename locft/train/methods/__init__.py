@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 
+from locft.train.methods.adalora import AdaLoRA
 from locft.train.methods.curvature import Curvature
 from locft.train.methods.full import FullFineTuning
+from locft.train.methods.lora import LoRA
 from locft.train.methods.low_curvature import LowCurvature
 from locft.train.methods.method import Method, MethodName, MethodSettings, Parameter
+from locft.train.methods.norm_bounded import NormBounded
 
 __all__ = ["Method", "MethodName", "MethodSettings", "Parameter", "make_method"]
 
@@ -23,4 +26,10 @@ def make_method(
     """
     if settings.method == "low_curvature":
         return LowCurvature(parameters, settings, curvature)
+    if settings.method == "lora":
+        return LoRA(parameters, settings)
+    if settings.method == "adalora":
+        return AdaLoRA(parameters, settings, steps)
+    if settings.method == "norm_bounded":
+        return NormBounded(parameters, settings)
     return FullFineTuning(parameters, settings)

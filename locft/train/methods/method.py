@@ -25,11 +25,11 @@ class MethodSettings:
     adam_basis: Literal["weights", "curvature"] = "weights"
     """low_curvature: whether Adam scales each weight or each direction of the curvature."""
     rank: int = 8
-    """lora, adalora: of the change of each matrix."""
+    """lora: of the change of each matrix. adalora: on average over the matrices, at the end."""
     alpha: float = 16.0
-    """lora, adalora: the change is scaled by alpha / rank."""
+    """lora, adalora: the change is scaled by alpha / rank (adalora: the rank it starts with)."""
     norm_bound: float = 5e-4
-    """norm_bounded: largest change of a single weight."""
+    """norm_bounded: largest change of a single weight; depth_first: by each batch."""
     precision: str = "float32"
     """What is computed in during training: float32 or bfloat16. The trained weights are always float32, and the full
     forward computes in the model's own dtype."""

@@ -62,6 +62,19 @@ def test_loss_is_the_mean_over_tokens_of_an_edit_then_over_edits(loaded, rows):
     assert len({len(losses) for losses in by_edit}) > 1, "edits of one length could not tell the two averages apart"
 
 
+def test_last_token_asks_the_prompt_alone_for_every_token_of_the_answer(loaded, rows):
+    """As ROME's and EasyEdit's FT-L: one forward over the prompts, without targets and without EOS."""
+    by_edit = []
+    for prompt, target in EDITS:
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([loaded.tokenizer(prompt)["input_ids"]])).logits[0, -1].double()
+        answer = loaded.tokenizer(" " + target)["input_ids"]
+        by_edit.append(-logits.log_softmax(-1)[answer].mean().item())
+    found = batch_loss(full_forward(loaded.model)(rows), rows, "last_token")
+    assert found.item() == pytest.approx(np.mean(by_edit), rel=1e-5)
+    assert any(len(row.target_ids) > 2 for row in rows)
+
+
 @pytest.mark.parametrize("gap", [0.0, 30.0, 85.0, 95.0, 110.0, 500.0, -40.0])
 def test_loss_and_gradient_of_targets_however_unlikely(gap):
     """Also where the probability of the target is too small for a float32, or 1 but for its last bit."""
@@ -203,7 +216,7 @@ class Scarce:
         return logits
 
 
-@pytest.mark.parametrize("average", ["edit", "token"])
+@pytest.mark.parametrize("average", ["edit", "token", "last_token"])
 def test_where_memory_is_short_a_batch_is_computed_in_pieces_with_the_same_gradient(loaded, rows, average):
     settings = replace(SETTINGS, batch_size=5, loss_average=average)
     plain = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, settings)

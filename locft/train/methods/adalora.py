@@ -1,0 +1,181 @@
+"""AdaLoRA at a position (arXiv 2303.10512): as LoRA, with a rank that goes where it is needed.
+
+Legend: O rows and I columns of a matrix as it is stored, R the rank it starts with. Stacked experts have a leading
+dimension and count as a matrix each.
+
+The change of a matrix is P diag(values) Q. P and Q are held near orthogonal, so that each value and its pair of vectors is
+a part of the change of its own. Training starts with more of these triplets than asked for; the least important ones of all
+matrices together are then masked, more and more of them, until `rank` a matrix are left on average.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from locft.train.methods.lora import is_matrix
+from locft.train.methods.method import Method, MethodSettings, Parameter, adam
+
+START = 1.5
+"""Rank at the start, in units of the one at the end (the paper, section 4; peft's defaults are 12 and 8)."""
+WARM_UP, LAST = 0.15, 0.5
+"""Shares of the steps before ranks begin to fall and after they are settled. The paper's own runs on the smaller data sets
+of GLUE have 12% to 17% and 46% to 52% (github.com/QingruZhang/AdaLoRA, NLU/scripts; steps from the sizes of the sets)."""
+MASKINGS = 1000
+"""At most about so many times are triplets masked; in a training of fewer steps after each (as in the same scripts)."""
+ORTHOGONALITY = 0.5
+"""Weight of the mean distance of P'P and QQ' from the identity, in Frobenius norm (peft's default)."""
+SMOOTHING = 0.85
+"""Of importance and its spread, from step to step (the paper's, and peft's default)."""
+DEVIATION = 0.02
+"""Of the vectors' entries at the start."""
+
+
+class AdaLoRA(Method):
+    """weights = base + alpha / R * P diag(values) Q, all three trained by Adam; the values start at zero.
+
+    Which triplets are masked, and when, is as in peft, but over a fixed share of the most steps that the training may take.
+    A training that ends early keeps the ranks that it has by then. A new edit (depth_first) goes on with the triplets of the
+    ones before, their importance and a new Adam: the ranks are of the whole training.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings, steps: int):
+        super().__init__(parameters)
+        start = math.ceil(START * settings.rank)
+        self.learning_rate = settings.learning_rate
+        self.scale = settings.alpha / start
+        draws = torch.Generator().manual_seed(settings.seed)
+        self.triplets = {
+            name: Triplets.drawn(parameter.base, start, draws)
+            for name, parameter in parameters.items()
+            if is_matrix(name, parameter.base)
+        }
+        self.vectors = 2 * sum(each.values[..., 0, 0].numel() for each in self.triplets.values())
+        """Number of matrices P and Q."""
+        self.budget = Budget(self.vectors // 2 * start, self.vectors // 2 * settings.rank, max(1, steps))
+        self.taken = 0
+        self.restart()
+
+    def restart(self) -> None:
+        trained = (tensor for each in self.triplets.values() for tensor in each.trained)
+        self.optimiser = adam(trained, self.learning_rate)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+        for name, gradient in zip(self.weights, gradients, strict=True):
+            if name in self.triplets:
+                self.triplets[name].take(gradient.mul_(self.scale), ORTHOGONALITY / self.vectors)
+        self.optimiser.step()
+        self._mask()
+        self.taken += 1
+        for name, each in self.triplets.items():
+            torch.add(self.base[name], each.product(), alpha=self.scale, out=self.weights[name])
+
+    def _mask(self) -> None:
+        """Set the values of triplets beyond the budget to zero; those masked at the end of the fall stay at zero."""
+        if self.taken < self.budget.settled:
+            for each in self.triplets.values():
+                each.rate()
+        if self.budget.masks_at(self.taken):
+            scores = {name: each.score() for name, each in self.triplets.items()}
+            beyond = self.budget.start - self.budget.at(self.taken)
+            threshold = torch.cat([score.flatten() for score in scores.values()]).kthvalue(beyond).values
+            for name, each in self.triplets.items():
+                each.masked = scores[name] <= threshold
+        if self.budget.masks_at(self.taken) or self.taken > self.budget.settled:
+            for each in self.triplets.values():
+                each.values.masked_fill_(each.masked, 0.0)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many triplets all matrices may have together, by the number of steps taken before."""
+
+    start: int
+    end: int
+    steps: int
+
+    @property
+    def warm_up(self) -> int:
+        """The last step with all triplets."""
+        return int(WARM_UP * self.steps)
+
+    @property
+    def settled(self) -> int:
+        """The step from which on the ranks do not change."""
+        return self.steps - int(LAST * self.steps)
+
+    def at(self, step: int) -> int:
+        """Falls as a cube from `start` to `end`."""
+        left = 1 - (step - self.warm_up) / (self.settled - self.warm_up)
+        return int((self.start - self.end) * min(1.0, max(0.0, left)) ** 3 + self.end)
+
+    def masks_at(self, step: int) -> bool:
+        interval = max(1, self.steps // MASKINGS)
+        return step == self.settled or (self.warm_up < step < self.settled and step % interval == 0)
+
+
+@dataclass
+class Triplets:
+    """Of one parameter."""
+
+    left: torch.Tensor
+    """P, (..., O, R)."""
+    values: torch.Tensor
+    """(..., R, 1)."""
+    right: torch.Tensor
+    """Q, (..., R, I)."""
+    masked: torch.Tensor
+    """Which of the values were masked last, (..., R, 1)."""
+    importance: list[torch.Tensor] = field(default_factory=list)
+    """Of each entry of left, values and right: |entry * gradient|, smoothed."""
+    spread: list[torch.Tensor] = field(default_factory=list)
+    """Of the importance, smoothed."""
+
+    @classmethod
+    def drawn(cls, base: torch.Tensor, rank: int, draws: torch.Generator) -> "Triplets":
+        *experts, rows, columns = base.shape
+        left = DEVIATION * torch.randn(*experts, rows, rank, generator=draws)
+        right = DEVIATION * torch.randn(*experts, rank, columns, generator=draws)
+        values = base.new_zeros(*experts, rank, 1)
+        return cls(left.to(base.device), values, right.to(base.device), torch.zeros_like(values, dtype=torch.bool))
+
+    def __post_init__(self):
+        self.importance = [torch.zeros_like(tensor) for tensor in self.trained]
+        self.spread = [torch.zeros_like(tensor) for tensor in self.trained]
+
+    @property
+    def trained(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.left, self.values, self.right
+
+    def product(self) -> torch.Tensor:
+        """P diag(values) Q, (..., O, I)."""
+        return self.left @ (self.values * self.right)
+
+    def take(self, gradient: torch.Tensor, weight: float) -> None:
+        """Gradients of the three from that of their product, and of `weight` times the distances from orthogonality."""
+        inner = self.left.mT @ gradient  # (..., R, I)
+        self.left.grad = gradient @ (self.values * self.right).mT
+        self.values.grad = (inner * self.right).sum(-1, keepdim=True)
+        self.right.grad = inner.mul_(self.values)
+        self.left.grad += weight * (self.left @ _distance_gradient(self.left.mT @ self.left))
+        self.right.grad += weight * (_distance_gradient(self.right @ self.right.mT) @ self.right)
+
+    def rate(self) -> None:
+        """Bring the importance of every entry up to date with the gradients of this step."""
+        for tensor, importance, spread in zip(self.trained, self.importance, self.spread, strict=True):
+            now = (tensor * tensor.grad).abs_()
+            importance.lerp_(now, 1 - SMOOTHING)
+            spread.lerp_((now - importance).abs_(), 1 - SMOOTHING)
+
+    def score(self) -> torch.Tensor:
+        """Importance of each triplet, (..., R, 1): its value's and the means of its vectors'."""
+        left, values, right = (i * s for i, s in zip(self.importance, self.spread, strict=True))
+        return values + left.mean(-2)[..., None] + right.mean(-1, keepdim=True)
+
+
+def _distance_gradient(gram: torch.Tensor) -> torch.Tensor:
+    """Of ||V'V - 1|| at V, with what V is multiplied; gram: V'V, (..., R, R)."""
+    off = gram - torch.eye(gram.shape[-1], device=gram.device)
+    return 2 * off / torch.linalg.matrix_norm(off, keepdim=True).clamp(min=torch.finfo(off.dtype).tiny)

@@ -1,0 +1,31 @@
+"""Fine-tuning within a bound on every weight (arXiv 2012.00363, "Modifying Memories in Transformer Models")."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from locft.train.methods.full import FullFineTuning
+from locft.train.methods.method import MethodSettings, Parameter
+
+
+class NormBounded(FullFineTuning):
+    """After each step of Adam, every weight is put back to within `norm_bound` of where it started.
+
+    A new edit (depth_first) starts where the last one ended, as in the fine-tuning of ROME and EasyEdit, which bound the
+    change of each edit: that of all edits together may be larger. Under breadth_first the bound holds for the whole change.
+    With `loss_average: last_token` this is FT-L.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings):
+        self.bound = settings.norm_bound
+        super().__init__(parameters, settings)
+
+    def restart(self) -> None:
+        super().restart()
+        self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+        super().step(gradients)
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.clamp_(self.start[name] - self.bound, self.start[name] + self.bound)
