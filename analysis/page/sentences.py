@@ -100,8 +100,12 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
     if len(tasks) > 1:
         by_task = ((name.removeprefix("capability."), baseline[name], metrics[name]) for name in tasks)
         said.append(("By task", ", ".join(f"{task} {percent(a)} → {percent(b)}" for task, a, b in by_task) + "."))
+    said += _by_format(metrics)
     if "locality" in metrics:
-        said.append(("Locality", f"{with_interval(metrics, 'locality')} of unrelated prompts are answered as before."))
+        text = f"{with_interval(metrics, 'locality')} of the tokens of answers to unrelated prompts are still the most likely ones"
+        said.append(("Locality", f"{text}{_more_of_locality(metrics)}."))
+    elif "locality_exact" in metrics:  # of a study that an earlier version ran
+        said.append(("Locality", f"{percent(metrics['locality_exact'])} of unrelated prompts are answered as before."))
     if "drift_kl" in metrics:
         text = f"{drift_text(metrics)} on plain text"
         if "perplexity" in metrics and "perplexity" in baseline:
@@ -112,6 +116,30 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
     if time:
         said.append(("Time", ", ".join(time) + "."))
     return said
+
+
+def _by_format(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Where edits were asked in several formats, how they do in each."""
+    said = []
+    for name in ("reliability", "generalization"):
+        parts = {part.partition(".")[2]: value for part, value in metrics.items() if part.startswith(f"{name}.")}
+        if len(parts) > 1:
+            by_format = ", ".join(f"{form} {percent(value)}" for form, value in parts.items())
+            unseen = " (a wording never trained, which does not count)" if "unseen" in parts else ""
+            said.append((f"{name.capitalize()} by format", f"{by_format}{unseen}."))
+    return said
+
+
+def _more_of_locality(metrics: Mapping[str, float]) -> str:
+    """Its other measures, behind a semicolon."""
+    parts = []
+    if "locality_first" in metrics:
+        parts.append(f"{percent(metrics['locality_first'])} of the first tokens")
+    if "locality_kl" in metrics:
+        parts.append(f"{number(metrics['locality_kl'])} nats of divergence there")
+    if "locality_exact" in metrics:
+        parts.append(f"{percent(metrics['locality_exact'])} of the answers are the same, word for word")
+    return "".join(f"; {part}" for part in parts)
 
 
 def certainty(

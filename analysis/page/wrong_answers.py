@@ -1,5 +1,6 @@
 """Which edits fail: per setting the prompts that it answers wrong, and what the model says instead."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ class WrongAnswer:
     """What the model says instead; where the seeds say different things, each of them."""
     seeds: int
     """Of those known, how many get it wrong."""
+    format: str
+    """How the prompt was put."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,20 @@ class WrongOfKind:
     """With at least one of the seeds."""
     total: int
     shown: tuple[WrongAnswer, ...]
-    """Those that the most seeds get wrong first, at most `TOP_WRONG`."""
+    """Those that the most seeds get wrong first, at most `TOP_WRONG`; of unrelated prompts those that changed in substance."""
 
 
 _KINDS = {
     "reliability": ("edit prompts", "get the new answer", "do not get the new answer"),
     "generalization": ("rephrased prompts", "get the new answer", "do not get the new answer"),
-    "locality": ("unrelated prompts", "are answered as before", "are not answered as before"),
+    "unseen": ("prompts in a wording never trained", "get the new answer", "do not get the new answer"),
+    "locality": (
+        "unrelated prompts",
+        "are answered as before",
+        "are not answered word for word as before (answers that changed in substance come first)",
+    ),
 }
+"""Of edit prompts and rephrases, those in the format `unseen` are a kind of their own."""
 
 
 @dataclass(frozen=True)
@@ -97,29 +106,48 @@ def _seeds(row: pd.Series) -> list[str]:
 
 
 def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:
-    rows = rows.assign(  # a prompt is known again in another seed by its edit, its text and its place among equal texts
-        nth=rows.groupby(["trial_id", "edit_id", "kind", "prompt"], dropna=False).cumcount()
-    )
-    prompt = ["edit_id", "prompt", "nth"]
+    rows = _told_apart(rows)
+    prompt = ["edit_id", "prompt", "format", "nth"]
     found = []
     for kind, (prompts, right, wrong_ones) in _KINDS.items():
         of_kind = rows[rows["kind"] == kind]
         if of_kind.empty:
             continue
-        wrong = of_kind[~of_kind["correct"].astype(bool)].groupby(prompt, sort=False, dropna=False)
-        seeds = wrong.size().sort_values(ascending=False, kind="stable")
+        wrong = of_kind[~of_kind["correct"].astype(bool)]
+        pairs = zip(wrong["expected"], wrong["got"], strict=True)
+        other = [kind == "locality" and not _one_holds_the_other(*pair) for pair in pairs]
+        groups = wrong.assign(other=other).groupby(prompt, sort=False, dropna=False)
+        first = groups.agg(other=("other", "max"), kept=("kept", "mean"), seeds=("other", "size"))
+        first = first.sort_values(["other", "kept", "seeds"], ascending=[False, True, False], kind="stable")
         shown = tuple(
             WrongAnswer(
                 prompt=_text(part["prompt"].iloc[0]),
                 expected=_text(part["expected"].iloc[0]),
                 got=" / ".join(dict.fromkeys(map(_text, part["got"]))),
                 seeds=len(part),
+                format=part["format"].iloc[0],
             )
-            for part in (wrong.get_group(key) for key in seeds.index[:most])
+            for part in (groups.get_group(key) for key in first.index[:most])
         )
         total = len(of_kind[prompt].drop_duplicates())
-        found.append(WrongOfKind(kind, prompts, right, wrong_ones, len(seeds), total, shown))
+        found.append(WrongOfKind(kind, prompts, right, wrong_ones, len(first), total, shown))
     return tuple(found)
+
+
+def _told_apart(rows: pd.DataFrame) -> pd.DataFrame:
+    """Outcomes with their kind as in `_KINDS`; with `format` and `kept`, which earlier versions did not record; and with
+    `nth`, the place among equal prompts: with edit, text and format it tells which prompt it is in another seed."""
+    absent = pd.Series(index=rows.index, dtype=object)
+    form = rows.get("format", absent).fillna("raw").astype(str)
+    kept = rows.get("kept", absent).astype("float64")
+    rows = rows.assign(format=form, kept=kept, kind=rows["kind"].mask(form == "unseen", "unseen"))
+    return rows.assign(nth=rows.groupby(["trial_id", "kind", "edit_id", "prompt", "format"], dropna=False).cumcount())
+
+
+def _one_holds_the_other(one: Any, other: Any) -> bool:
+    """Whether the words of one answer stand in the other: "Leonardo" and "Leonardo da Vinci"."""
+    short, long = sorted((re.findall(r"\w+", _text(text).casefold()) for text in (one, other)), key=len)
+    return bool(short) and f" {' '.join(short)} " in f" {' '.join(long)} "
 
 
 def _text(value: Any) -> str:

@@ -10,11 +10,11 @@ import moocore
 import numpy as np
 import pandas as pd
 
-from analysis.stats.table import FRACTIONS
+from analysis.stats.table import FRACTIONS, MORE_FRACTIONS, is_part
 
 DEFAULT_OBJECTIVES = ("reliability", "capability")
-MAXIMISED = (*FRACTIONS, *(f"{name}_tf" for name in FRACTIONS), "capability", "capability_change")
-"""The metrics that can be objectives, besides capability.TASK."""
+MAXIMISED = (*FRACTIONS, *MORE_FRACTIONS, "capability", "capability_change")
+"""The metrics that can be objectives, besides their parts (capability.TASK, reliability.FORMAT)."""
 SAME = 1e-9
 """Values closer than this are ties: means over seeds differ in their last bits for no reason."""
 
@@ -41,10 +41,10 @@ def pareto_front(results: pd.DataFrame, objectives: Sequence[str] = DEFAULT_OBJE
         ValueError: fewer than two objectives, one twice, or one that is not a metric that is better when higher.
     """
     names = tuple(objectives)
-    known = all(name in MAXIMISED or name.startswith("capability.") for name in names)
+    known = all(name in MAXIMISED or is_part(name) for name in names)
     if not known or len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(
-            f"objectives {list(names)}: expected two or more different ones of {', '.join(MAXIMISED)} (or capability.TASK)"
+            f"objectives {list(names)}: expected two or more different ones of {', '.join(MAXIMISED)} (or capability.TASK, reliability.FORMAT)"
         )
     reference = tuple(-1.0 if name == "capability_change" else 0.0 for name in names)
     rows = comparable(results, names)

@@ -23,7 +23,7 @@ from scipy.special import bdtr
 
 from analysis.stats.axes import SETTING
 from analysis.stats.pareto import SAME, comparable
-from analysis.stats.table import METRICS, SPREADS, by_setting
+from analysis.stats.table import METRICS, SPREADS, by_setting, is_part
 from analysis.stats.wording import change_with_interval, number, percent, plural, points
 
 _RULE = (
@@ -60,7 +60,7 @@ class Evidence:
     edits: np.ndarray
     """Number of edits that reliability is a fraction of."""
     right: np.ndarray
-    """(S, E): the share of seeds that got each edit right; rows of NaN where the answers are not known."""
+    """(S, E): the share of seeds and formats that got each edit right; rows of NaN where the answers are not known."""
     counts: np.ndarray
     """(E,): how often each edit counts: once, or as often as a bootstrap drew it."""
 
@@ -231,8 +231,7 @@ def _plain(value: Any) -> Any:
 
 
 def _metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
-    tasks = [name for name in row if name.startswith("capability.")]
-    names = [*METRICS, *tasks, "reliability_se", *SPREADS, "n_seeds"]
+    names = [*METRICS, *filter(is_part, row), "reliability_se", *SPREADS, "n_seeds"]
     return {name: float(row[name]) for name in names if math.isfinite(row[name])}
 
 

@@ -6,7 +6,7 @@ trials; `by_setting` averages the seeds of a setting into one row, of which fron
 Errors and 95% intervals of such a row come from its items and its seeds:
 
 - reliability, generalization and locality are means over edits: Wilson's interval with an edit as one item, since the
-  prompts of an edit stand and fall together. With several seeds the error of their mean is added to each side, in
+  prompts of an edit, in all formats, stand and fall together. With several seeds the error of their mean is added to each side, in
   quadrature.
 - capability and its change: the bootstrap interval of the change, paired by item.
 - drift: its spread over the text is not recorded, so `interval` has none; of several seeds the lowest and highest are
@@ -56,17 +56,22 @@ COLUMNS: dict[str, Column] = {
     "data_fingerprint": Column(TEXT, "hash of edits and capability items"),
     "method_version": Column(INTEGER, "version of the method"),
     "run_id": Column(TEXT, "MLflow run of the trial, None when it was not tracked"),
-    # how well the edits took: fractions in [0, 1] of prompts
-    "reliability": Column(NUMBER, "edit prompts answered with the target, by generation"),
-    "generalization": Column(NUMBER, "rephrased prompts answered with the target, by generation"),
-    "locality": Column(NUMBER, "unrelated prompts answered as by the unedited model, by generation"),
-    "reliability_tf": Column(NUMBER, "the same by teacher forcing, which reads higher"),
-    "generalization_tf": Column(NUMBER, "the same by teacher forcing"),
-    "locality_tf": Column(NUMBER, "the same by teacher forcing"),
+    # how well the edits took: fractions in [0, 1] of prompts, means over the formats that they were asked in
+    "reliability": Column(NUMBER, "edit prompts answered with the target, by generation (also reliability.FORMAT)"),
+    "generalization": Column(NUMBER, "the same of rephrased prompts (also generalization.FORMAT)"),
+    "reliability_tf": Column(NUMBER, "reliability by teacher forcing, which reads higher"),
+    "generalization_tf": Column(NUMBER, "generalization by teacher forcing"),
     "n_edits": Column(NUMBER, "edits that reliability is a fraction of"),
-    "right": Column(TEXT, "which edits were answered right, packed (`unpack_right`); None where that is not known"),
+    "right": Column(
+        TEXT, "which edits were answered right, in which formats, packed (`unpack_right`); None if unknown"
+    ),
+    # what they changed beside that: unrelated prompts, asked raw, against the unedited model
+    "locality": Column(NUMBER, "tokens of a reference answer whose most likely token is unchanged, fraction in [0, 1]"),
+    "locality_first": Column(NUMBER, "the same of the answer's first token alone"),
+    "locality_kl": Column(NUMBER, "mean KL(unedited || edited) at the answer's first token, nats"),
+    "locality_exact": Column(NUMBER, "prompts whose generated answer is unchanged, word for word, fraction in [0, 1]"),
     # what it cost the model
-    "capability": Column(NUMBER, "mean accuracy over the tasks of the suite (further columns: capability.TASK)"),
+    "capability": Column(NUMBER, "mean accuracy over the tasks of the suite (also capability.TASK)"),
     "capability_change": Column(NUMBER, "capability minus that of the unedited model, paired by item"),
     "capability_change_low": Column(NUMBER, "lower end of its 95% bootstrap interval over items"),
     "capability_change_high": Column(NUMBER, "upper end"),
@@ -88,7 +93,11 @@ COLUMNS: dict[str, Column] = {
     "diverged": Column(NUMBER, "1 when the loss stopped being finite, else 0"),
     "delta_norm": Column(NUMBER, "Frobenius norm of the weight change"),
 }
-"""The documented columns, in order. `capability.TASK` columns (accuracy per task) come after them."""
+"""The documented columns, in order. After them come the parts of some: accuracy by task (`capability.TASK`), reliability and
+generalization by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is in no mean."""
+
+FORMATS = ("raw", "qa", "chat")
+"""The order of formats; wordings of the user's follow, and `unseen` is the last."""
 
 MAX_PACKED = 5000
 """Characters of a packed `right`."""
@@ -99,24 +108,33 @@ SETTING_AXES = ("layers", "depth", *SETTING, "model_fingerprint", "data_fingerpr
 """What makes a setting: every axis but the seed."""
 
 METRICS = (
-    "reliability", "generalization", "locality", "reliability_tf", "generalization_tf", "locality_tf", "n_edits",
+    "reliability", "generalization", "reliability_tf", "generalization_tf", "n_edits",
+    "locality", "locality_first", "locality_kl", "locality_exact",
     "capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl", "perplexity",
     "train_loss", "trained_loss", "merged_loss", "epochs_run", "steps", "train_seconds", "evaluate_seconds", "capability_seconds", "seconds",
     "seconds_per_edit", "delta_norm",
 )  # fmt: skip
-"""The metric columns that are averaged over seeds (besides capability.TASK)."""
+"""The metric columns that are averaged over seeds (besides the `part_columns`)."""
 
 
 FRACTIONS = ("reliability", "generalization", "locality")
-"""The metrics that are means over edits of prompts answered right."""
+"""The metrics that say how an edit did: means over edits, in [0, 1]."""
+
+MORE_FRACTIONS = ("reliability_tf", "generalization_tf", "locality_first", "locality_exact")
+"""What stands beside them, in [0, 1], too."""
 
 TITLES = {
     **{name: name for name in (*FRACTIONS, "capability")},
-    **{f"{name}_tf": f"{name} (teacher-forced)" for name in FRACTIONS},
+    **{f"{name}_tf": f"{name} (teacher-forced)" for name in ("reliability", "generalization")},
+    "locality_first": "locality (first token)",
+    "locality_exact": "locality (whole answer)",
+    "locality_kl": "locality (divergence)",
     "capability_change": "capability change",
     "drift_kl": "drift",
 }
-"""Metrics as figures and tables name them."""
+"""Metrics as figures and tables name them; a part such as `reliability.chat` is shown by its own name."""
+
+_PARTED = ("reliability", "generalization", "capability")
 
 DRIFT_ERROR = 0.1
 """Standard error of a single seed's drift as a share of it: about how much seeds differ with the built-in model."""
@@ -127,8 +145,8 @@ SPREADS = (*(f"{name}_sd" for name in FRACTIONS), "drift_kl_low", "drift_kl_high
 
 def results_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The results table of these rows (`TrialResult.to_row()`, or what a tracking server kept of it: numbers may come
-    as text). Every documented column is there with its dtype, also for no rows at all; `capability.TASK` columns
-    follow; anything else is kept at the end as it came.
+    as text). Every documented column is there with its dtype, also for no rows at all; the parts of some follow
+    (`is_part`); anything else is kept at the end as it came.
 
     Raises:
         ValueError: a row lacks one of `REQUIRED`, or has another status than done and failed, or an id comes twice.
@@ -142,19 +160,36 @@ def results_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     if twice := sorted(trial for trial, count in counts.items() if count > 1):
         raise ValueError(f"{len(twice)} trial ids come more than once in the results, the first is {twice[0]}")
 
+    rows = [_with_todays_locality(row) for row in rows]
     seen = list(dict.fromkeys(name for row in rows for name in row))
-    tasks = sorted(name for name in seen if name.startswith("capability."))
-    others = [name for name in seen if name not in COLUMNS and name not in tasks]
+    parts = sorted(filter(is_part, seen), key=_place_of_part)
+    others = [name for name in seen if name not in COLUMNS and name not in parts]
     newer = {axis.name: axis.default for axis in AXES if not axis.in_first_ids}  # absent in older rows: at the default
     columns = {
         name: _typed([row.get(name, newer.get(name)) for row in rows], column.kind) for name, column in COLUMNS.items()
     }
-    columns |= {name: _typed([row.get(name) for row in rows], NUMBER) for name in tasks}
+    columns |= {name: _typed([row.get(name) for row in rows], NUMBER) for name in parts}
     columns |= {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in others}
     frame = pd.DataFrame(columns)
     relative = frame["layer"].astype("float64") / (frame["layers"].astype("float64") - 1).clip(lower=1)
     frame["depth"] = frame["depth"].fillna(relative)
     return frame
+
+
+def _with_todays_locality(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`locality` was what is `locality_exact` now while there was `locality_tf`."""
+    if "locality_tf" not in row:
+        return row
+    kept = {name: value for name, value in row.items() if name not in ("locality", "locality_tf")}
+    return {**kept, "locality_exact": row.get("locality")}
+
+
+def _place_of_part(name: str) -> tuple:
+    """Sorts parts: by metric, tasks by name, formats in their order."""
+    metric, _, part = name.partition(".")
+    last = part == "unseen" and metric != "capability"
+    known = FORMATS.index(part) if part in FORMATS and metric != "capability" else len(FORMATS)
+    return _PARTED.index(metric), last, known, part
 
 
 def _absent(value: Any) -> bool:
@@ -170,19 +205,22 @@ def _typed(values: list[Any], kind: str) -> pd.Series:
     return numbers.astype(_DTYPES[kind])
 
 
-def pack_right(right: Sequence[bool]) -> str | None:
-    """Which edits were answered right as one short text: "N:" and the packed bits, compressed, in base 85. None where the
-    text would be longer than a tag of a tracking store may be."""
-    packed = base64.b85encode(zlib.compress(np.packbits(np.array(right, dtype=bool)).tobytes(), 9)).decode()
-    text = f"{len(right)}:{packed}"
+def pack_right(right: Sequence[bool] | Sequence[Sequence[bool]]) -> str | None:
+    """Which edits were answered right, (E,) or by format (E, F), as one short text: "E:" or "ExF:" and the packed bits,
+    compressed, in base 85. None where the text would be longer than a tag of a tracking store may be."""
+    bits = np.array(right, dtype=bool)
+    packed = base64.b85encode(zlib.compress(np.packbits(bits).tobytes(), 9)).decode()
+    text = f"{'x'.join(map(str, bits.shape))}:{packed}"
     return text if len(text) <= MAX_PACKED else None
 
 
 def unpack_right(text: str) -> np.ndarray:
-    """(E,) bool: the inverse of `pack_right`."""
-    count, _, packed = text.partition(":")
+    """(E,) float64: the share of the formats in which each edit was answered right, of what `pack_right` packed."""
+    shape, _, packed = text.partition(":")
+    edits, _, formats = shape.partition("x")
     bits = np.frombuffer(zlib.decompress(base64.b85decode(packed)), dtype=np.uint8)
-    return np.unpackbits(bits, count=int(count)).astype(bool)
+    counted = int(formats or 1)
+    return np.unpackbits(bits, count=int(edits) * counted).reshape(int(edits), counted).mean(axis=1)
 
 
 def done(results: pd.DataFrame) -> pd.DataFrame:
@@ -198,6 +236,22 @@ def failed(results: pd.DataFrame) -> pd.DataFrame:
 def task_columns(results: pd.DataFrame) -> tuple[str, ...]:
     """The `capability.TASK` columns."""
     return tuple(name for name in results.columns if name.startswith("capability."))
+
+
+def is_part(name: str) -> bool:
+    """Whether a column is a part of a metric: `capability.TASK`, `reliability.FORMAT` or `generalization.FORMAT`."""
+    metric, dot, _ = name.partition(".")
+    return bool(dot) and metric in _PARTED
+
+
+def is_fraction(name: str) -> bool:
+    """Whether a metric is a mean over edits, in [0, 1]."""
+    return name in (*FRACTIONS, *MORE_FRACTIONS) or (is_part(name) and not name.startswith("capability."))
+
+
+def part_columns(results: pd.DataFrame) -> tuple[str, ...]:
+    """The columns that are parts of a metric, by task or by format."""
+    return tuple(filter(is_part, results.columns))
 
 
 def has_values(results: pd.DataFrame, column: str) -> bool:
@@ -234,7 +288,7 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     - `trial_id`, `run_id`, `seed` and `epoch_losses` are those of the lowest seed, which stands for the group;
     - `diverged` is 1 when any seed diverged;
     - new columns: `trial_ids` and `seeds` (tuples, by seed), `n_seeds`, `n_failed` (seeds of it that failed),
-      `right_by_edit` ((E,) array, the share of seeds that got each edit right; None where not known),
+      `right_by_edit` ((E,) array, the share of seeds and formats that got each edit right; None where not known),
       `reliability_sd`, `generalization_sd`, `locality_sd` (between seeds, NaN for one), `drift_kl_low`, `drift_kl_high`
       (lowest and highest of the seeds, NaN for one), and `reliability_se`.
 
@@ -242,7 +296,7 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     shrink the error that comes from the choice of edits (`proportion_se` of the mean), only that of the training order.
     """
     finished = done(results).sort_values(["seed", "trial_id"], kind="stable").reset_index(drop=True)
-    names = [name for name in (*METRICS, *task_columns(results)) if name in finished.columns]
+    names = [name for name in (*METRICS, *part_columns(results)) if name in finished.columns]
     finished[names] = finished[names].where(np.isfinite(finished[names].astype("float64")))
     keys = list(SETTING_AXES)
     groups = finished.groupby(keys, dropna=False, sort=False)
@@ -334,7 +388,7 @@ def seed_error(row: Mapping[str, Any], name: str) -> float:
 
 def standard_error(row: Mapping[str, Any], name: str) -> float:
     """Of a metric; NaN where it is not known."""
-    if name.removesuffix("_tf") in FRACTIONS:
+    if is_fraction(name):
         return math.hypot(proportion_se(row.get(name, math.nan), row.get("n_edits", math.nan)), seed_error(row, name))
     if name in ("capability", "capability_change"):
         low, high = (row.get(f"capability_change_{end}", math.nan) for end in ("low", "high"))
@@ -347,7 +401,7 @@ def standard_error(row: Mapping[str, Any], name: str) -> float:
 def interval(row: Mapping[str, Any], name: str) -> tuple[float, float]:
     """95% interval of a metric; (NaN, NaN) where it is not known. That of capability is the one of its change, moved."""
     value = row.get(name, math.nan)
-    if name.removesuffix("_tf") in FRACTIONS:
+    if is_fraction(name):
         low, high = wilson_interval(value, row.get("n_edits", math.nan))
         if not math.isfinite(low):
             return math.nan, math.nan

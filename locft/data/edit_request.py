@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class LocalityPrompt:
     """A prompt that the edit must not touch.
 
-    `answer` is the data set's, None if it gives none; locality is measured against the unedited model, not against it.
+    `answer` is the data set's, None if it gives none. Locality asks what the edit changes along it, not whether a model
+    gives it.
     """
 
     prompt: str

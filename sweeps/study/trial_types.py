@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.stats.axes import AXES
 from analysis.stats.table import pack_right
-from locft.train.formats import RAW, parse_formats
+from locft.train.formats import RAW, UNSEEN, parse_formats
 
 if TYPE_CHECKING:
     from locft.data.requests import EditSet
@@ -154,7 +154,7 @@ class TrialResult:
     epoch_losses: tuple[float, ...] = ()
     """Mean training loss of each epoch (breadth-first) or of each batch's last step (depth-first)."""
     outcomes: tuple[dict[str, Any], ...] = ()
-    """Per prompt: edit_id, kind (reliability, generalization, locality), prompt, expected, got, correct, correct_tf."""
+    """Per question: the fields of `locft.measure.evaluation.EditOutcome`."""
     retried: tuple[str, ...] = ()
     """Why earlier attempts at it were lost, each in one line."""
     packed_right: str | None = None
@@ -162,9 +162,13 @@ class TrialResult:
 
     @property
     def right(self) -> str | None:
-        """Which edits were answered right, packed (`analysis.stats.table.pack_right`); None where that is not known."""
-        asked = [bool(outcome["correct"]) for outcome in self.outcomes if outcome["kind"] == "reliability"]
-        return pack_right(asked) if asked else self.packed_right
+        """Which edits were answered right, in which formats, packed (`analysis.stats.table.pack_right`); None where that is not known."""
+        by_edit: dict[str, list[bool]] = {}
+        for outcome in self.outcomes:
+            if outcome["kind"] == "reliability" and outcome.get("format") != UNSEEN:
+                by_edit.setdefault(outcome["edit_id"], []).append(bool(outcome["correct"]))
+        right = [marks[0] if len(marks) == 1 else marks for marks in by_edit.values()]
+        return pack_right(right) if right else self.packed_right
 
     def to_row(self) -> dict[str, Any]:
         """One row of the results table (its columns are documented in `analysis.stats.table`)."""

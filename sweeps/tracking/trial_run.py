@@ -14,7 +14,9 @@ from sweeps.study.trial_types import TrialConfig, TrialResult
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Run
 
-OUTCOMES = ["edit_id", "kind", "prompt", "expected", "got", "correct", "correct_tf"]
+OUTCOMES = [
+    "edit_id", "kind", "format", "prompt", "expected", "got", "correct", "correct_tf", "kept", "first_kept", "kl",
+]  # fmt: skip
 """Columns of the table of outcomes."""
 PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", "numpy", "pandas")
 """Packages whose versions are kept with a study."""

@@ -165,7 +165,7 @@ def small_results() -> pd.DataFrame:
                 "epochs": 25, "skip_below": 0.01, "stop_below": 0.01, "dtype": "float32", "precision": "float32",
                 "model_fingerprint": "f" * 16, "data_fingerprint": "d" * 16, "method_version": 1,
                 "reliability": reliability, "generalization": round(0.7 * reliability, 3), "locality": 0.5,
-                "reliability_tf": reliability, "generalization_tf": 0.8, "locality_tf": 0.5, "n_edits": 100.0,
+                "reliability_tf": reliability, "generalization_tf": 0.8, "locality_exact": 0.5, "n_edits": 100.0,
                 "capability": 0.6 + change, "capability.facts": 0.7 + change, "capability_change": change,
                 "capability_change_low": change - 0.02, "capability_change_high": change + 0.02,
                 "drift_kl": round(-change * (1 + draw.random()), 5), "perplexity": 12.0, "train_loss": 0.01,
@@ -324,7 +324,7 @@ def _trial(bench: Workbench, position: TuningPosition, settings: TrainingSetting
         | {"trained_loss": training.trained_loss},
         "losses": list(training.losses),
         "steps": training.steps,
-        "outcomes": [[o.edit_id, o.kind, o.got, o.correct, o.correct_tf] for o in measured.outcomes],
+        "outcomes": [[o.edit_id, o.kind, o.got, o.correct, o.correct_tf, o.kept] for o in measured.outcomes],
     }
 
 

@@ -16,6 +16,7 @@ import pytest
 from analysis.page.how_found import HowFound, RungOfRuns, RungRun
 from analysis.page.report import render_report
 from analysis.page.tables import MAX_ROWS
+from analysis.page.wrong_answers import wrong_answers
 from analysis.stats.comparison import Measured, cautions, compare, moved
 from analysis.stats.importance import what_matters
 from analysis.stats.pick import RULE, ranked, recommend
@@ -202,7 +203,7 @@ def test_intervals_stand_beside_fractions_and_what_the_seeds_did_beside_drift():
     front = one["What else is on the front"]
     assert "90.0%[82.6, 94.5]" in front and "70.0%[60.4, 78.1]" in front and "80.0%[71.1, 86.7]" in front
     assert "90.0% [82.6, 94.5]" in one["All trials"] and "−1.0 [−1.8, −0.3]" in one["All trials"]
-    assert "80.0% [71.1, 86.7] of unrelated prompts" in one["At what cost"]
+    assert "80.0% [71.1, 86.7] of the tokens of answers to unrelated prompts" in one["At what cost"]
     assert "0.01 nats per token on plain text" in one["At what cost"]
     assert "0.012 nats per token (0.01 to 0.014 over the seeds) on plain text" in two["At what cost"]
     assert "0.0120.01 to 0.014" in two["What else is on the front"]
@@ -274,6 +275,65 @@ def test_what_it_costs_by_task_and_on_plain_text():
         "80.0%",
     ):
         assert part in cost, part
+
+
+def test_each_format_is_told_where_edits_were_asked_in_several():
+    formats = {"unseen": 0.5, "chat": 0.8, "raw": 1.0}
+    asked = {f"{name}.{form}": share for name in ("reliability", "generalization") for form, share in formats.items()}
+    cost = page(results_frame([row("a", **asked)]))["At what cost"]
+    said = "raw 100%, chat 80.0%, unseen 50.0% (a wording never trained, which does not count)."
+    assert f"Reliability by format{said}" in cost and f"Generalization by format{said}" in cost
+    assert "by format" not in page(results_frame([row("a", **{"reliability.raw": 0.9})]))["At what cost"]
+
+
+def test_locality_is_told_by_all_its_measures():
+    measures = {"locality_first": 0.9, "locality_kl": 0.25, "locality_exact": 0.1}
+    cost = page(results_frame([row("a", **measures)]))["At what cost"]
+    assert (
+        "are still the most likely ones; 90.0% of the first tokens; 0.25 nats of divergence there; "
+        "10.0% of the answers are the same, word for word."
+    ) in cost
+    before = page(results_frame([row("a", locality_tf=0.9)]))["At what cost"]
+    assert "80.0% of unrelated prompts are answered as before." in before, "an earlier version's"
+
+
+def test_unrelated_answers_that_changed_in_substance_come_first():
+    answers = [
+        ("p1", "Leonardo da Vinci", "Leonardo", 0.2),
+        ("p2", "Paris", "Rome", 0.6),
+        ("p3", "Madrid", "", 0.9),
+        ("p4", "Lima", "Lima, Peru", 0.1),
+        ("p5", "Oslo", "Bergen", 0.4),
+        ("p6", "Quito", "Quito", 1.0),
+    ]
+    outcomes = pd.DataFrame(
+        [
+            {"trial_id": "a", "edit_id": "e", "kind": "locality", "prompt": prompt, "format": "raw", "kept": kept}
+            | {"expected": expected, "got": got, "correct": got == expected}
+            for prompt, expected, got, kept in answers
+        ]
+    )
+    (found,) = wrong_answers(outcomes, by_setting(study_results()), ["a"], 1)
+    assert [answer.prompt for answer in found.groups[0].shown] == ["p5", "p2", "p3", "p4", "p1"]
+    assert (found.groups[0].wrong, found.groups[0].total) == (5, 6)
+
+
+def test_prompts_that_fail_are_told_apart_by_format_and_the_unseen_wording_from_all():
+    outcomes = pd.DataFrame(
+        [
+            {"trial_id": "a", "edit_id": "e", "kind": kind, "prompt": "Q", "format": form, "expected": "x", "got": form}
+            | {"correct": form == "raw", "kept": None}
+            for kind in ("reliability", "generalization")
+            for form in ("raw", "qa", "chat", "unseen")
+        ]
+    )
+    (found,) = wrong_answers(outcomes, by_setting(study_results()), ["a"], 1)
+    listed = {group.kind: [answer.format for answer in group.shown] for group in found.groups}
+    assert listed == {"reliability": ["qa", "chat"], "generalization": ["qa", "chat"], "unseen": ["unseen"] * 2}
+    assert [group.total for group in found.groups] == [3, 3, 2]
+    got = page(results_frame([row("a")]), outcomes=outcomes)["Which edits fail"]
+    assert "2 of 3 edit prompts do not get the new answer" in got and "Q qa" in got
+    assert "2 of 2 prompts in a wording never trained" in got
 
 
 def test_one_trial_no_trial_and_no_result_at_all():

@@ -19,10 +19,14 @@ from analysis.stats.table import (
     done,
     failed,
     interval,
+    pack_right,
+    part_columns,
     proportion_se,
     results_frame,
     setting_names,
     standard_error,
+    task_columns,
+    unpack_right,
     wilson_interval,
 )
 
@@ -62,6 +66,41 @@ def blank_table(n, others):
 
 
 # the table
+
+
+def test_parts_of_metrics_are_columns_in_order_and_averaged_over_seeds():
+    parts = ["generalization.raw", "reliability.unseen", "capability.world", "reliability.brief-1a2b", "reliability.chat",
+             "reliability.raw", "capability.chat", "reliability.qa"]  # fmt: skip
+    rows = [row(name, 0.5, 0.6, seed=seed, **dict.fromkeys(parts, value)) for name, seed, value in
+            (("a", 0, 0.25), ("b", 1, 0.75))]  # fmt: skip
+    frame = results_frame(rows)
+    ordered = (
+        *(f"reliability.{form}" for form in ("raw", "qa", "chat", "brief-1a2b", "unseen")),
+        "generalization.raw", "capability.chat", "capability.world",
+    )  # fmt: skip
+    assert part_columns(frame) == ordered and task_columns(frame) == ordered[-2:]
+    one = by_setting(frame).iloc[0]
+    assert [one[name] for name in ordered] == [0.5] * len(ordered)
+    assert interval(one, "reliability.chat") == wilson_interval(0.5, 100)
+
+
+def test_what_an_earlier_version_called_locality_is_that_of_whole_answers():
+    earlier, todays = row("a", locality=0.1, locality_tf=0.2), row("b", layer=1, locality=0.8, locality_exact=0.1)
+    frame = results_frame([earlier, todays])
+    assert frame["locality_exact"].tolist() == [0.1, 0.1] and "locality_tf" not in frame
+    assert math.isnan(frame["locality"][0]) and frame["locality"][1] == 0.8
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=40))
+def test_which_edits_are_right_survives_packing(right):
+    assert unpack_right(pack_right(right)).tolist() == pytest.approx([sum(formats) / 3 for formats in right])
+    first = [formats[0] for formats in right]
+    assert unpack_right(pack_right(first)).tolist() == first
+    assert pack_right(first).startswith(f"{len(right)}:"), "as it was when there was one format only"
+
+
+def test_what_an_earlier_version_packed_is_still_read():
+    assert unpack_right("10:c-q_80005x0Wt").tolist() == [1, 0, 1, 1, 0, 0, 0, 1, 1, 0]
 
 
 def test_every_documented_column_is_there_with_its_dtype_even_without_rows():
