@@ -178,7 +178,7 @@ class PositionTrainer:
         if not math.isfinite(loss) or (gradients is not None and not all_finite(gradients)):
             self.diverged = True
         elif gradients is not None:
-            self.method.step(gradients)
+            self.method.step(gradients, loss)
             self.steps += 1
         return loss
 

@@ -62,7 +62,7 @@ class AdaLoRA(Method):
         self.optimiser = adam(trained, self.learning_rate)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
         for name, gradient in zip(self.weights, gradients, strict=True):
             if name in self.triplets:
                 self.triplets[name].take(gradient.mul_(self.scale), ORTHOGONALITY / self.vectors)

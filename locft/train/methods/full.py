@@ -16,7 +16,7 @@ class FullFineTuning(Method):
     def restart(self) -> None:
         self.optimiser = adam(self.weights.values(), self.learning_rate)
 
-    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
             weight.grad = gradient
         self.optimiser.step()

@@ -37,7 +37,7 @@ class LoRA(Method):
         self.optimiser = adam((factor for pair in self.factors.values() for factor in pair), self.learning_rate)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
         for name, gradient in zip(self.weights, gradients, strict=True):
             if name in self.factors:
                 left, right = self.factors[name]

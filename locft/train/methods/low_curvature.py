@@ -1,7 +1,9 @@
 """Fine-tuning that is held back where the model is sensitive: the loss of the edits plus a price on predicted drift.
 
 The predicted drift of a change C of a matrix is 1/2 tr(R C K C'), with the factors of `locft.train.methods.curvature`. The price is
-in nats of edit loss per nat of drift, so it means the same on every model. In the eigenbasis of the factors, where C has
+in nats of edit loss per nat of drift, so it means the same on every model. It is lower, in proportion, for a batch whose loss is
+above `LEARNT`: where edits cannot be had for little drift (the last layers) they are learnt first and then drift is saved, while
+a fixed price would leave them unlearnt. In the eigenbasis of the factors, where C has
 the coordinates Z = U'CV, the drift is 1/2 sum of r_i k_j Z_ij^2: there Adam can scale directions instead of weights, and
 directions can be frozen altogether (compare CrispEdit, arXiv 2602.15823, which projects them out).
 """
@@ -13,6 +15,9 @@ import torch
 from locft.model.models import DTYPES
 from locft.train.methods.curvature import Curvature, Eigenbasis
 from locft.train.methods.method import Method, MethodSettings, Parameter, adam
+
+LEARNT = 0.1
+"""Nats of a batch's loss below which drift costs its whole price: its answers are then right but for a few."""
 
 
 class LowCurvature(Method):
@@ -38,22 +43,23 @@ class LowCurvature(Method):
         self.optimiser = adam(self.trained, self.settings.learning_rate)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
+        price = self.settings.curvature_strength * min(1.0, LEARNT / max(loss, LEARNT))
         for name, trained, gradient in zip(self.base, self.trained, gradients, strict=True):
-            trained.grad = self._in_basis(name, trained, gradient) if self.in_basis else self._plain(name, gradient)
+            if self.in_basis:
+                trained.grad = self._in_basis(name, trained, gradient, price)
+            else:
+                change = self.weights[name] - self.base[name]
+                trained.grad = gradient.add_(self.curvature[name].gradient(change), alpha=price)
         self.optimiser.step()
         if self.bases:
             for name, trained in zip(self.base, self.trained, strict=True):
                 self._put(name, trained)
 
-    def _plain(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        change = self.weights[name] - self.base[name]
-        return gradient.add_(self.curvature[name].gradient(change), alpha=self.settings.curvature_strength)
-
-    def _in_basis(self, name: str, coordinates: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    def _in_basis(self, name: str, coordinates: torch.Tensor, gradient: torch.Tensor, price: float) -> torch.Tensor:
         basis = self.bases[name]
         found = basis.coordinates(gradient)
-        found.addcmul_(basis.curvature, coordinates, value=self.settings.curvature_strength)
+        found.addcmul_(basis.curvature, coordinates, value=price)
         return found.masked_fill_(self.frozen[name], 0.0)
 
     def _put(self, name: str, trained: torch.Tensor) -> None:

@@ -65,8 +65,12 @@ class Method(ABC):
         """Forget all momentum: what was trained so far becomes where the next edit starts."""
 
     @abstractmethod
-    def step(self, gradients: Sequence[torch.Tensor]) -> None:
-        """One optimiser step. gradients: of the loss of a batch, in the order of `weights`; they may be overwritten."""
+    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
+        """One optimiser step.
+
+        gradients: of the loss of a batch, in the order of `weights`; they may be overwritten. loss: of the batch's edits,
+        in nats.
+        """
 
     def change(self) -> dict[str, torch.Tensor]:
         """Difference of the weights from the base, on the CPU."""

@@ -24,8 +24,8 @@ class NormBounded(FullFineTuning):
         super().restart()
         self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
-    def step(self, gradients: Sequence[torch.Tensor]) -> None:
-        super().step(gradients)
+    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
+        super().step(gradients, loss)
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.clamp_(self.start[name] - self.bound, self.start[name] + self.bound)

@@ -7,6 +7,7 @@ import torch
 
 from locft.train.methods import MethodSettings, Parameter, make_method
 from locft.train.methods.curvature import Curvature
+from locft.train.methods.low_curvature import LEARNT
 
 SETTINGS = MethodSettings(method="low_curvature", learning_rate=1e-2)
 
@@ -27,11 +28,11 @@ def case(request):
     return torch.randn(7, generator=draw), Curvature(diagonal=torch.rand(7, generator=draw))
 
 
-def trained(base, curvature, settings, steps=30, target=1.0):
+def trained(base, curvature, settings, steps=30, target=1.0, loss=LEARNT):
     """The change that a quadratic loss, at its least where every weight has moved by `target`, brings about."""
     method = make_method({"w": Parameter(base)}, settings, {"w": curvature}, steps)
     for _ in range(steps):
-        method.step([(method.weights["w"].detach() - base - target) / base.numel()])
+        method.step([(method.weights["w"].detach() - base - target) / base.numel()], loss)
     return method.change()["w"]
 
 
@@ -101,6 +102,15 @@ def test_frozen_directions_do_not_change_at_all(case, basis):
     assert held - least / directions.curvature.sum() < 0.6, "no more than are needed"
     found = directions.coordinates(change)
     assert found[frozen].abs().max() < 1e-5 < found[~frozen].abs().max()
+
+
+@pytest.mark.parametrize("basis", ["weights", "curvature"])
+def test_what_is_not_learnt_lowers_the_price_in_proportion(case, basis):
+    base, curvature = case
+    settings = replace(SETTINGS, adam_basis=basis, curvature_strength=1.0)
+    dear, cheap = trained(base, curvature, settings, loss=5 * LEARNT), replace(settings, curvature_strength=0.2)
+    torch.testing.assert_close(dear, trained(base, curvature, cheap), rtol=1e-4, atol=1e-5)
+    assert torch.equal(trained(base, curvature, settings, loss=0.0), trained(base, curvature, settings))
 
 
 def test_damping_adds_to_every_direction_and_stands_in_for_experts_never_reached():

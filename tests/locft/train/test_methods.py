@@ -173,7 +173,7 @@ def test_adaloras_ranks_settle_in_trainings_of_any_length():
         method = make_method({"weight": Parameter(base)}, settings, {}, steps)
         for step in range(steps):
             draws = torch.Generator().manual_seed(step)
-            method.step([torch.randn(base.shape, generator=draws)])
+            method.step([torch.randn(base.shape, generator=draws)], 1.0)
         left = int(method.triplets["weight"].values.count_nonzero())
         assert left == (4 if steps > 1 else 6), steps
 
