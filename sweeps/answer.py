@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from analysis.stats.comparison import Measured
     from analysis.stats.pareto import ParetoFront
     from analysis.stats.pick import Recommendation
+    from analysis.stats.signatures import Remedy
 
 BASELINE_FILE = "baseline.json"
 """File of the study's run: measurements of the unedited model."""
@@ -98,6 +99,7 @@ class StudyAnswer:
     front: "ParetoFront"
     recommendation: "Recommendation | None"
     report_html: str = field(repr=False)
+    remedies: "tuple[Remedy, ...]" = ()
 
 
 def answer_of(
@@ -108,6 +110,7 @@ def answer_of(
     from analysis.page.report import MAX_MISSES, render_report
     from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
     from analysis.stats.pick import recommend
+    from analysis.stats.signatures import remedies
     from analysis.stats.table import by_setting
 
     own = measured(state, tracker)
@@ -119,7 +122,7 @@ def answer_of(
     wanted = finished if len(finished) <= MOST_READ else shown
     outcomes = _outcomes(state.results, wanted, tracker)
     html = render_report(own.study, own.results, baseline=own.baseline, outcomes=outcomes, other=other, found=found)
-    return StudyAnswer(front, pick, html)
+    return StudyAnswer(front, pick, html, remedies(own, pick))
 
 
 def _outcomes(results: "pd.DataFrame", trials: list[str], tracker: Tracker) -> "pd.DataFrame | None":
@@ -142,6 +145,9 @@ def measured(state: StudyState, tracker: Tracker | None) -> "Measured":
         "edits_source": study.edits.source,
         "n_edits": len(prepared.edits.requests),
         "findings": list(prepared.edits.findings.sentences()),
+        "edit_counts": asdict(prepared.edits.findings),
+        "command": prepared.command,
+        "chosen_axes": prepared.chosen_axes,
         "capability_source": prepared.capability_source,
         "n_items": prepared.n_items,
         "trials_planned": prepared.plan.count,
@@ -160,4 +166,5 @@ def answer_text(answer: StudyAnswer) -> str:
     pick = answer.recommendation
     if not pick:
         return "No trial succeeded yet."
-    return f"**Edit at {pick.position}.** {pick.rule}\n\n" + "\n".join(f"- {reason}" for reason in pick.reasons)
+    lines = [*pick.reasons, *(f"{remedy.sentences} Change it: `{command}`" for remedy, command in answer.remedies)]
+    return f"**Edit at {pick.position}.** {pick.rule}\n\n" + "\n".join(f"- {line}" for line in lines)

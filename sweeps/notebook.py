@@ -19,11 +19,10 @@ from analysis.figures.maps import heatmap_figure, heatmap_info
 from analysis.stats.pick import recommend
 from analysis.stats.table import TITLES, has_values
 from sweeps.answer import foresee, read_state
+from sweeps.commands.options import prepared_study
 from sweeps.commands.progress import Progress
 from sweeps.run.dispatch import Reporter
 from sweeps.study.plan import PreparedStudy
-from sweeps.study.reader import load_study
-from sweeps.study.resolve import prepare
 from sweeps.sweep import Sweep, run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import find_tracker
@@ -88,4 +87,4 @@ def figures(results: "pd.DataFrame") -> dict[str, "go.Figure"]:
 
 def _prepared(study: str | PathLike[str], changes: Mapping[str, Any] | None) -> PreparedStudy:
     overrides = [f"{field}={json.dumps(value)}" for field, value in (changes or {}).items()]
-    return prepare(load_study(fspath(study), overrides))
+    return prepared_study(fspath(study), overrides)

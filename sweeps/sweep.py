@@ -16,6 +16,7 @@ from operator import call
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from analysis.stats.formats import by_format
 from sweeps.answer import BASELINE_FILE, StudyAnswer, StudyState, answer_of, answer_text, read_state
 from sweeps.run.dispatch import Ending, Reporter
 from sweeps.run.trial import measure_baseline, trained_delta
@@ -162,7 +163,8 @@ def _summary(state: StudyState, answer: StudyAnswer) -> dict[str, float]:
     metrics["hypervolume"] = answer.front.hypervolume
     if answer.recommendation:
         found = answer.recommendation.metrics
-        metrics |= {f"pick_{name}": found[name] for name in SHOWN_METRICS if name in found}
+        formats = [f"{name}.{form}" for name in ("reliability", "generalization") for form in by_format(found, name)]
+        metrics |= {f"pick_{name}": found[name] for name in (*SHOWN_METRICS, *formats) if name in found}
     return metrics
 
 

@@ -41,6 +41,17 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory) -> Path:
+    """The same with a chat template."""
+    from tests.tiny import chat_tokenizer, tiny_model
+
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "chat", chat_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def ray_running():
     """One Ray for all tests, told that it has two CPUs and two GPUs; starting it takes seconds."""
     import ray

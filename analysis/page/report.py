@@ -25,13 +25,14 @@ from analysis.page.gallery import (
 )
 from analysis.page.how_found import HowFound, rung_rows
 from analysis.page.sentences import bend_of, certainty, cost, differing, facts, headline, near_the_front
-from analysis.page.tables import agreement_rows, front_row, shared_rows, trial_table, varied_axes
+from analysis.page.tables import agreement_rows, format_rows, front_row, shared_rows, trial_table, varied_axes
 from analysis.page.wrong_answers import wrong_answers
 from analysis.stats.bootstrap import MeasuredAgain, measured_again
 from analysis.stats.comparison import Comparison, Measured, cautions, compare, moved
 from analysis.stats.importance import importance_sentences, what_matters
 from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, knee, pareto_front
 from analysis.stats.pick import Recommendation, ranked, recommend
+from analysis.stats.signatures import remedies
 from analysis.stats.table import TITLES, by_setting, done, failed, has_values
 from analysis.stats.wording import number
 
@@ -55,8 +56,9 @@ def render_report(
 
     Args:
         study: name, model, edits_source, n_edits, findings (sentences), capability_source, n_items, trials_planned,
-            trials_done, trials_failed, started, finished (datetime or text), environment (dict), settings_yaml (text).
-            All but name and model may be absent.
+            trials_done, trials_failed, started, finished (datetime or text), environment (dict), settings_yaml (text),
+            and for the commands that change a setting: command (words), edit_counts, chosen_axes
+            (`analysis.stats.signatures`). All but name and model may be absent.
         results: the results table (`analysis.stats.table.results_frame`).
         baseline: metrics of the unedited model (capability, capability.TASK, perplexity, reliability, generalization).
         outcomes: per prompt: trial_id, edit_id, kind, prompt, expected, got, correct. Of the trials whose wrong answers
@@ -97,6 +99,8 @@ def render_report(
         findings=list(study.get("findings") or ()),
         headline=headline(pick, baseline) if pick else None,
         pick=pick,
+        formats=format_rows(pick) if pick else [],
+        remedies=remedies(Measured(study, results, baseline), pick),
         command=_command(study, pick, by_id, found) if pick else None,
         cost=cost(pick, baseline) if pick else [],
         certainty=certainty(study.get("n_items"), settings, pick, front, again) if pick else [],

@@ -100,7 +100,6 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
     if len(tasks) > 1:
         by_task = ((name.removeprefix("capability."), baseline[name], metrics[name]) for name in tasks)
         said.append(("By task", ", ".join(f"{task} {percent(a)} → {percent(b)}" for task, a, b in by_task) + "."))
-    said += _by_format(metrics)
     if "locality" in metrics:
         text = f"{with_interval(metrics, 'locality')} of the tokens of answers to unrelated prompts are still the most likely ones"
         said.append(("Locality", f"{text}{_more_of_locality(metrics)}."))
@@ -115,18 +114,6 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
     time += [f"{seconds(metrics['seconds'])} for the whole trial"] if "seconds" in metrics else []
     if time:
         said.append(("Time", ", ".join(time) + "."))
-    return said
-
-
-def _by_format(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Where edits were asked in several formats, how they do in each."""
-    said = []
-    for name in ("reliability", "generalization"):
-        parts = {part.partition(".")[2]: value for part, value in metrics.items() if part.startswith(f"{name}.")}
-        if len(parts) > 1:
-            by_format = ", ".join(f"{form} {percent(value)}" for form, value in parts.items())
-            unseen = " (a wording never trained, which does not count)" if "unseen" in parts else ""
-            said.append((f"{name.capitalize()} by format", f"{by_format}{unseen}."))
     return said
 
 

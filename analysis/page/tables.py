@@ -9,9 +9,20 @@ from typing import Any
 import pandas as pd
 
 from analysis.page.wrong_answers import WrongAnswers
-from analysis.stats.axes import AXIS, SWEPT
+from analysis.stats.axes import AXIS, SWEPT, named_axes
 from analysis.stats.comparison import Comparison, place_of
-from analysis.stats.table import FRACTIONS, TITLES, axis_text, interval, seed_range, setting_text, value_text
+from analysis.stats.formats import by_format, format_title
+from analysis.stats.pick import Recommendation
+from analysis.stats.table import (
+    FRACTIONS,
+    TITLES,
+    axis_text,
+    interval,
+    seed_range,
+    setting_text,
+    value_text,
+    wilson_interval,
+)
 from analysis.stats.wording import (
     ABSENT,
     MINUS,
@@ -97,7 +108,8 @@ def trial_table(results: pd.DataFrame, picked: Collection[str]) -> TrialTable:
     order = results.sort_values(["reliability", "capability"], ascending=False, na_position="last", kind="stable")
     lost = broken.loc[order.index]
     listed = order[(lost & (lost.cumsum() <= n_broken)) | (~lost & ((~lost).cumsum() <= MAX_ROWS - n_broken))]
-    common = {name: results[name].iloc[0] for name in _VARIED if results[name].nunique(dropna=False) == 1}
+    named = named_axes(results.to_dict("records"))
+    common = {name: results[name].iloc[0] for name in named if results[name].nunique(dropna=False) == 1}
     return TrialTable(
         columns=columns,
         common=", ".join(axis_text(name, value) for name, value in common.items() if not pd.isna(value)),
@@ -161,6 +173,18 @@ def front_row(
         "misses": wrong[0] if wrong else None,
         "wrong": wrong[1].groups[0].wrong if wrong else None,
     }
+
+
+def format_rows(pick: Recommendation) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(format in words, [(share, interval) of reliability and generalization]) where edits were asked in several."""
+    names = ("reliability", "generalization")
+    found = {name: by_format(pick.metrics, name) for name in names}
+
+    def cell(name: str, form: str) -> tuple[str, str]:
+        ends = wilson_interval(found[name].get(form, math.nan), pick.metrics.get("n_edits", math.nan))
+        return percent(found[name].get(form, math.nan)), share_interval(*ends)
+
+    return [(format_title(form), [cell(name, form) for name in names]) for form in found["reliability"]]
 
 
 def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:

@@ -8,7 +8,7 @@ The declarations lie in `analysis` because figures and tables need them, and `an
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,3 +193,12 @@ AXIS = {axis.name: axis for axis in AXES}
 SWEPT = tuple(axis for axis in AXES if axis.swept)
 SETTING = tuple(axis.name for axis in AXES if axis.name != "seed")
 """What tells settings apart: every axis but the seed."""
+
+
+def named_axes(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The swept axes that these trials are described by, apart from their position: the first ones, and of the newer ones
+    those that are not at their default in all of them."""
+    newer = [axis for axis in SWEPT if not axis.in_first_ids]
+    away = {axis.name for row in rows for axis in newer if row.get(axis.name, axis.default) != axis.default}
+    names = (axis.name for axis in SWEPT if axis.in_first_ids or axis.name in away)
+    return tuple(name for name in names if name not in ("layer", "module"))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.stats.axes import AXES, AXIS, SETTING, SWEPT
+from analysis.stats.axes import AXES, AXIS, SETTING, SWEPT, named_axes
 from analysis.stats.wording import number, percent, seed_span, share_interval
 
 Z95 = 1.959964
@@ -360,10 +360,10 @@ def axis_text(name: str, value: Any) -> str:
 
 
 def setting_text(row: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
-    """A setting without its position and seed: "breadth-first, batch 32, rate 0.004, loss by edit". By default every
-    swept axis, of the newer ones those that are not at their default; what is absent is left out."""
+    """A setting without its position and seed: "breadth-first, batch 32, rate 0.004, loss by edit". By default its
+    `named_axes`; what is absent is left out."""
     if names is None:
-        names = [axis.name for axis in SWEPT if axis.in_first_ids or row.get(axis.name) != axis.default]
+        names = named_axes([row])
     known = (name for name in names if name not in ("layer", "module", "seed") and not _absent(row.get(name)))
     return ", ".join(axis_text(name, row[name]) for name in known)
 

@@ -6,10 +6,12 @@ An edit that holds in one form may be lost in another, so training and measuring
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from locft.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:  # a study file names formats, and is read before anything heavy is loaded
+    from transformers import PreTrainedTokenizerBase
 
 RAW, QA, CHAT, UNSEEN = "raw", "qa", "chat", "unseen"
 NAMES = (RAW, QA, CHAT, UNSEEN)
@@ -27,34 +29,37 @@ def parse_formats(text: str | Sequence[str], *, trained: bool = False) -> tuple[
     A comma inside a wording belongs to it. trained: `unseen` is refused, since training on it would make it seen. Raises
     InputError with what was got and expected.
     """
-    found: list[str] = []
-    open_text = ""
-    for entry in [text] if isinstance(text, str) else text:
-        for piece in entry.split(","):
-            known = piece.strip() in NAMES
-            if PLACE in piece or (known and not open_text):
-                found.append((open_text + piece).strip() if PLACE in piece else piece.strip())
-                open_text = ""
-            elif found and PLACE in found[-1] and not open_text:
-                found[-1] += "," + piece
-            else:
-                open_text += piece + ","
-        if open_text:
-            got = open_text.removesuffix(",").strip()
-            near = did_you_mean(got, NAMES)
-            raise InputError(f"got {got!r}, expected {EXPECTED}{near}")
+    found = [form for entry in ([text] if isinstance(text, str) else text) for form in _formats_of(entry)]
     if trained and UNSEEN in found:
         raise InputError(f"got {UNSEEN!r}, which is kept for measuring; expected {EXPECTED}")
     return tuple(dict.fromkeys(found))
 
 
-def available(tokenizer: PreTrainedTokenizerBase, formats: Sequence[str]) -> tuple[str, ...]:
+def _formats_of(text: str) -> list[str]:
+    found: list[str] = []
+    open_text = ""
+    for piece in text.split(","):
+        known = piece.strip() in NAMES
+        if PLACE in piece or (known and not open_text):
+            found.append((open_text + piece).strip() if PLACE in piece else piece.strip())
+            open_text = ""
+        elif found and PLACE in found[-1] and not open_text:
+            found[-1] += "," + piece
+        else:
+            open_text += piece + ","
+    if open_text:
+        got = open_text.removesuffix(",").strip()
+        raise InputError(f"got {got!r}, expected {EXPECTED}{did_you_mean(got, NAMES)}")
+    return found
+
+
+def available(tokenizer: "PreTrainedTokenizerBase", formats: Sequence[str]) -> tuple[str, ...]:
     """Those of the formats that a tokenizer has: `chat` needs a template. Never empty: raw stands in for all."""
     found = tuple(name for name in formats if name != CHAT or tokenizer.chat_template)
     return found or (RAW,)
 
 
-def asked(tokenizer: PreTrainedTokenizerBase, formats: Sequence[str]) -> tuple[str, ...]:
+def asked(tokenizer: "PreTrainedTokenizerBase", formats: Sequence[str]) -> tuple[str, ...]:
     """The formats in which edits are measured: the available ones, and behind them `unseen` where any but raw is."""
     found = available(tokenizer, [name for name in formats if name != UNSEEN])
     return found if found == (RAW,) and UNSEEN not in formats else (*found, UNSEEN)
@@ -68,12 +73,12 @@ def label(form: str) -> str:
     return f"{words or 'wording'}-{hashlib.sha256(form.encode()).hexdigest()[:4]}"
 
 
-def is_chat(tokenizer: PreTrainedTokenizerBase, form: str) -> bool:
+def is_chat(tokenizer: "PreTrainedTokenizerBase", form: str) -> bool:
     """True if prompts in this format go through the chat template."""
     return form in (CHAT, UNSEEN) and bool(tokenizer.chat_template)
 
 
-def put(tokenizer: PreTrainedTokenizerBase, prompt: str, form: str) -> tuple[str, bool]:
+def put(tokenizer: "PreTrainedTokenizerBase", prompt: str, form: str) -> tuple[str, bool]:
     """The text of a prompt in a format, and whether it brings its special tokens along."""
     if form == UNSEEN:
         prompt = _UNSEEN_WORDING.replace(PLACE, prompt)
@@ -85,7 +90,7 @@ def put(tokenizer: PreTrainedTokenizerBase, prompt: str, form: str) -> tuple[str
     return text, bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
-def around_answer(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def around_answer(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     """Whitespace that the chat template puts before an answer, and the text that it puts behind one.
 
     A template that thinks before it answers, or opens a turn in two ways, is taken to want no more than whitespace.
@@ -104,6 +109,6 @@ def space_before_answer(text: str) -> str:
     return "" if text[-1:].isspace() else " "
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Mapping[str, str], **settings: bool) -> str:
+def _render(tokenizer: "PreTrainedTokenizerBase", turns: Mapping[str, str], **settings: bool) -> str:
     messages = [{"role": role, "content": text} for role, text in turns.items()]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis.stats.axes import SWEPT
+from analysis.stats.axes import AXIS, named_axes
 from analysis.stats.wording import number
 from locft.errors import InputError
 from sweeps.tracking.address import check_writable
@@ -54,8 +54,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], ti
 
 
 def setting_text(values: Mapping[str, Any]) -> str:
-    """A trial's setting apart from its position: "breadth_first batch 10 rate 0.004 loss by edit seed 0"."""
-    shown = [axis for axis in SWEPT if axis.name not in ("layer", "module")]
+    """A trial's setting apart from its position (`named_axes`): "breadth_first batch 10 rate 0.004 loss by edit seed 0"."""
+    shown = [AXIS[name] for name in named_axes([values])]
     labels = [axis.short or ("" if axis.type is str else f"{axis.title} ") for axis in shown]
     return " ".join(label + number(values[axis.name]) for label, axis in zip(labels, shown, strict=True))
 

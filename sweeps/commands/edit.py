@@ -7,9 +7,10 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,8 +18,10 @@ from locft.errors import InputError
 from sweeps.commands.console import notice, print_json, print_table, say, writable, write
 from sweeps.commands.options import (
     EDITS_HELP,
+    FORMATS,
     DtypeOption,
     EditsOption,
+    FormatsOption,
     JsonOption,
     LimitOption,
     ModelArgument,
@@ -28,12 +31,15 @@ from sweeps.commands.options import (
     UriOption,
     edits_of,
 )
-from sweeps.commands.summaries import print_metrics
+from sweeps.commands.summaries import print_metrics, print_remedies
 from sweeps.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
+    from analysis.stats.signatures import Signature
+    from locft.data.requests import EditFindings
     from locft.model.delta import EditDelta
-    from locft.workbench import Workbench
+    from locft.train.pipelines import Training, TrainingSettings
+    from locft.workbench import Measurement, Workbench
     from sweeps.commands.settings import EditSettings
     from sweeps.study.schema import Capability, Edits
 
@@ -82,6 +88,7 @@ class SourceOptions:
 
     edits: Annotated[str | None, typer.Option(help=EDITS_HELP)] = None
     limit: LimitOption = None
+    ask_formats: FormatsOption = None
     position: Annotated[
         str | None, typer.Option(help="LAYER.MODULE, such as 22.mlp_down, or the file `locft select` wrote.")
     ] = None
@@ -98,7 +105,9 @@ class SourceOptions:
         if self.edits is None and self.limit is not None:
             raise InputError("--limit: it says how many of --edits to take; give --edits, too")
         edits = None if self.edits is None else edits_of(self.edits, self.limit)
-        return edit_settings(self.position, asdict(training), dtype, edits, self.from_run, tracking_uri)
+        return edit_settings(
+            self.position, asdict(training), dtype, edits, self.from_run, tracking_uri, self.ask_formats
+        )
 
 
 def edit(
@@ -115,7 +124,6 @@ def edit(
     """Make the edits at one position; write the delta and what it does."""
     from locft.model.models import load_structure
     from locft.model.positions import TuningPosition, parameter_names
-    from sweeps.tracking.registry import register_edit
 
     uri = resolve_uri(source.tracking_uri) if source.from_run or register else None
     chosen = source.settings(training, load.dtype, uri)
@@ -128,19 +136,43 @@ def edit(
     parameter_names(load_structure(model, trust_remote_code=load.trust_remote_code), where)
     threads = load.threads or chosen.threads
     load = replace(load, dtype=chosen.dtype, device=load.device or chosen.device, threads=threads)
-    bench = _workbench(model, load, chosen.edits, chosen.capability, chosen.model_fingerprint)
+    bench, findings = _workbench(
+        model, load, chosen.edits, chosen.capability, chosen.ask_formats, fingerprint=chosen.model_fingerprint
+    )
+    chosen = replace(chosen, training=_available(model, bench, chosen.training))
     trained = bench.train(where, chosen.training)
     if trained.diverged:
-        notice(f"the training diverged after {trained.steps} steps: try a smaller --learning-rate")
+        notice(f"the training diverged after {trained.steps} steps")
+        print_remedies(_remedies(bench, chosen, trained, {}, findings), failed=True)
         raise typer.Exit(1)
     measured = bench.measure(trained.delta, whole_answers=True)
-    file = trained.delta.save(folder)
+    summary = _summary(model, folder, bench, chosen, trained, measured)
+    if register:
+        summary["registered"] = _registered(folder, chosen, summary, uri)
+    remedies = _remedies(bench, chosen, trained, measured.metrics, findings)
+    if as_json:
+        signatures = [signature.to_dict(command) for signature, command in remedies]
+        return print_json({**summary, "signatures": signatures})
+    say(f"{len(bench.rows)} edits at {chosen.position} in {trained.seconds:.1f} s: {summary['delta']}")
+    print_metrics(measured.metrics, bench.baseline.metrics)
+    print_remedies(remedies)
+    if register:
+        say(f"Registered: {summary['registered']}")
+
+
+def _summary(
+    model: str, folder: Path, bench: "Workbench", chosen: "EditSettings", trained: "Training", measured: "Measurement"
+) -> dict[str, Any]:
+    """What was edited and what came of it, written into the folder with the delta and the answers."""
+    from locft.train.formats import asked
+
     summary = {
         "model": model,
         "edits": {"source": chosen.edits.source, "count": len(bench.rows)},
         "position": chosen.position,
         "settings": dict(trained.delta.settings),
-        "delta": str(file),
+        "ask_formats": list(asked(bench.loaded.tokenizer, chosen.ask_formats)),
+        "delta": str(trained.delta.save(folder)),
         "seconds": round(trained.seconds, 3),
         "losses": list(trained.losses),
         "metrics": measured.metrics,
@@ -149,14 +181,57 @@ def edit(
     write(folder / "edit.json", json.dumps(summary, indent=2) + "\n")
     outcomes = "".join(json.dumps(asdict(outcome), ensure_ascii=False) + "\n" for outcome in measured.outcomes)
     write(folder / "outcomes.jsonl", outcomes)
-    if register:
-        summary["registered"] = register_edit(folder, chosen.run_id, model, chosen.position, measured.metrics, uri)
-    if as_json:
-        return print_json(summary)
-    say(f"{len(bench.rows)} edits at {chosen.position} in {trained.seconds:.1f} s: {file}")
-    print_metrics(measured.metrics, bench.baseline.metrics)
-    if register:
-        say(f"Registered: {summary['registered']}")
+    return summary
+
+
+def _registered(folder: Path, chosen: "EditSettings", summary: Mapping[str, Any], uri: str) -> str:
+    from sweeps.tracking.registry import register_edit
+
+    return register_edit(folder, chosen.run_id, summary["model"], chosen.position, summary["metrics"], uri)
+
+
+def _available(model: str, bench: "Workbench", training: "TrainingSettings") -> "TrainingSettings":
+    """The settings without the formats that the model's tokenizer lacks, which a notice names."""
+    from locft.train.formats import CHAT, available, parse_formats
+    from sweeps.study.resolve import no_chat
+
+    formats = parse_formats(training.train_formats)
+    found = available(bench.loaded.tokenizer, formats)
+    for sentence in no_chat(model, ["--train-formats"] if CHAT in formats and CHAT not in found else []):
+        notice(sentence)
+    return replace(training, train_formats=",".join(found))
+
+
+def _remedies(
+    bench: "Workbench",
+    chosen: "EditSettings",
+    trained: "Training",
+    measured: Mapping[str, float],
+    findings: "EditFindings",
+) -> "list[tuple[Signature, str]]":
+    """What went wrong with an edit, and the same command with one option changed. measured: metrics of its delta."""
+    from analysis.stats.pick import recommend
+    from analysis.stats.signatures import signatures
+    from analysis.stats.table import results_frame
+    from locft.model.positions import TuningPosition, n_layers
+    from sweeps.run.trial import training_metrics
+
+    where = TuningPosition.parse(chosen.position)
+    row = {
+        "trial_id": "edit", "status": "done", "layers": n_layers(bench.loaded.model), "layer": where.layer,
+        "module": where.module, **asdict(chosen.training), "dtype": chosen.dtype, "epoch_losses": trained.losses,
+        **training_metrics(trained, chosen.training.pipeline, len(bench.rows)), **measured,
+    }  # fmt: skip
+    results = results_frame([row])
+    found = signatures(
+        results,
+        recommend(results),
+        baseline=bench.baseline.metrics,
+        findings=asdict(findings),
+        fixed=("layer", "module"),
+    )
+    words = [word for word in sys.argv[1:] if word != "--json"]
+    return [(signature, signature.edit_command(["locft", *words])) for signature in found]
 
 
 def apply(
@@ -190,6 +265,7 @@ def evaluate(
     model: ModelArgument,
     edits: EditsOption,
     load: LoadOptions,
+    ask_formats: FormatsOption = None,
     delta: Annotated[
         str | None, typer.Option(help="A delta file, its folder or models:/NAME@ALIAS; default: the model as it is.")
     ] = None,
@@ -202,7 +278,8 @@ def evaluate(
 
     change = _delta(delta, tracking_uri) if delta else None
     base = change.base_fingerprint if change else None
-    bench = _workbench(model, load, edits_of(edits, limit), Capability(), base)
+    formats = _formats(ask_formats)
+    bench, _ = _workbench(model, load, edits_of(edits, limit), Capability(), formats, fingerprint=base)
     metrics = bench.measure(change).metrics if change else bench.baseline.metrics
     if as_json:
         where = change.position if change else None
@@ -222,9 +299,15 @@ def bench(context: typer.Context) -> None:
 
 
 def _workbench(
-    model: str, load: LoadOptions, edits: "Edits", capability: "Capability", fingerprint: str | None
-) -> "Workbench":
-    """Load everything and measure the unedited model.
+    model: str,
+    load: LoadOptions,
+    edits: "Edits",
+    capability: "Capability",
+    ask_formats: Sequence[str],
+    *,
+    fingerprint: str | None,
+) -> "tuple[Workbench, EditFindings]":
+    """Load everything and measure the unedited model. A notice says where formats are left out.
 
     fingerprint: what the model's must be, None for any. Raises InputError for another model.
     """
@@ -233,7 +316,9 @@ def _workbench(
     from locft.data.requests import load_edits
     from locft.data.suites import load_suite
     from locft.model.models import load_model
+    from locft.train.formats import CHAT, asked
     from locft.workbench import Workbench
+    from sweeps.study.resolve import no_chat
 
     torch.set_num_threads(load.threads or os.cpu_count() or 1)
     requests = load_edits(edits.source, limit=edits.limit, sample_seed=edits.sample_seed)
@@ -249,7 +334,21 @@ def _workbench(
         )
     for sentence in requests.findings.sentences():
         notice(sentence)
-    return Workbench.prepare(loaded, requests, suite, capability.prose_tokens)
+    formats = asked(loaded.tokenizer, ask_formats)
+    for sentence in no_chat(model, ["--ask-formats"] if CHAT in ask_formats and CHAT not in formats else []):
+        notice(sentence)
+    bench = Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
+    return bench, requests.findings
+
+
+def _formats(given: str | None) -> tuple[str, ...]:
+    """The formats that --ask-formats names, or the usual ones. Raises InputError."""
+    from sweeps.study.schema import read_formats
+
+    try:
+        return read_formats(FORMATS if given is None else given)
+    except InputError as error:
+        raise InputError(f"--ask-formats: {error}") from None
 
 
 def _delta(source: str, tracking_uri: str | None) -> "EditDelta":

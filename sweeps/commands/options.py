@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, make_dataclass
+from dataclasses import dataclass, is_dataclass, make_dataclass, replace
 from functools import wraps
 from inspect import Parameter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,10 +18,19 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+FORMATS = "raw,qa,chat"
+"""What one edit is trained and asked in unless told otherwise: people serve chat models through their template."""
 EDITS = "atlas, an edit file, or the hub id of a data set"
 EDITS_HELP = f"{EDITS[0].upper()}{EDITS[1:]}."
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, hub id, folder or .gguf file.")]
+FormatsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ask-formats",
+        help=f"How edits are asked: raw, qa, chat or a text with {{prompt}}, separated by commas (default {FORMATS}).",
+    ),
+]
 EditsOption = Annotated[str, typer.Option("--edits", help=EDITS_HELP)]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
 SetOption = Annotated[
@@ -57,7 +66,8 @@ def prepared_study(study: str, overrides: list[str] | None) -> "PreparedStudy":
     from sweeps.study.reader import load_study
     from sweeps.study.resolve import prepare
 
-    return prepare(load_study(study, overrides or []))
+    changes = [word for change in overrides or () for word in ("--set", change)]
+    return replace(prepare(load_study(study, overrides or [])), command=("locft", "sweep", study, *changes))
 
 
 def edits_of(source: str, limit: int | None) -> "Edits":
@@ -69,7 +79,7 @@ def edits_of(source: str, limit: int | None) -> "Edits":
     return Edits(source=source, limit=limit)
 
 
-DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here"}
+DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", "train_formats": FORMATS}
 """Of options of `locft edit`, where its defaults (`TrainingSettings`) are not those of the axes."""
 
 

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from analysis.stats.formats import by_format
 from analysis.stats.pareto import pareto_front
 from analysis.stats.table import FRACTIONS, results_frame
 from analysis.stats.wording import number, percent, seconds
@@ -183,6 +184,8 @@ def _outcome(result: TrialResult) -> str:
     if result.metrics.get("diverged"):
         return "diverged"
     found = [f"{name} {percent(result.metrics[name])}" for name in SHOWN_METRICS if name in result.metrics]
+    if formats := by_format(result.metrics, "reliability"):
+        found[0] += f" ({', '.join(f'{name} {percent(share)}' for name, share in formats.items())})"
     if "drift_kl" in result.metrics:
         found.append(f"drift {number(result.metrics['drift_kl'])}")
     return ", ".join(found)

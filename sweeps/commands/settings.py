@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from locft.errors import InputError
 from locft.model.positions import TuningPosition
 from locft.model.precision import training_precision
+from locft.train.formats import RAW
 from locft.train.pipelines import TrainingSettings
-from sweeps.commands.options import EDITS
+from sweeps.commands.options import EDITS, FORMATS
 from sweeps.select.position_file import read_position
 from sweeps.study.reader import study_from_yaml
-from sweeps.study.schema import Capability, Edits, value_problem
+from sweeps.study.schema import Capability, Edits, read_formats, read_value
 from sweeps.tracking.study_run import find_trial
 
 
@@ -24,6 +26,7 @@ class EditSettings:
     training: TrainingSettings
     dtype: str
     edits: Edits
+    ask_formats: tuple[str, ...]
     capability: Capability
     device: str
     threads: int | None
@@ -41,17 +44,23 @@ def edit_settings(
     edits: Edits | None,
     from_run: str | None,
     tracking_uri: str,
+    ask_formats: str | None = None,
 ) -> EditSettings:
     """Where and how to edit.
 
     position: LAYER.MODULE or a position file. given: values by the name of an axis, None where an option is not given.
-    edits: None takes those of the trial. from_run: the MLflow run of a trial to repeat. Raises InputError with every
-    bad option, or when neither a run nor both a position and edits are given.
+    edits, ask_formats: None takes those of the trial. from_run: the MLflow run of a trial to repeat. Raises InputError
+    with every bad option, or when neither a run nor both a position and edits are given.
     """
-    options = {name: value for name, value in given.items() if value is not None}
-    checked = [(name, value_problem(name, value)) for name, value in options.items()]
-    problems = [f"--{name.replace('_', '-')}: {problem}" for name, problem in checked if problem]
-    found = None
+    options: dict[str, Any] = {}
+    problems = []
+    readers = {name: partial(read_value, name) for name in given} | {"ask_formats": read_formats}
+    for name, value in {**given, "ask_formats": ask_formats}.items():
+        try:
+            options |= {} if value is None else {name: readers[name](value)}
+        except InputError as error:
+            problems.append(f"--{name.replace('_', '-')}: {error}")
+    asked, found = options.pop("ask_formats", None), None
     if position is not None and _is_file(position):
         found = read_position(Path(position))
         position = found.position
@@ -71,18 +80,31 @@ def edit_settings(
     if problems:
         raise InputError(problems)
     if from_run is not None:
-        return _repeated(from_run, position, options, dtype, edits, tracking_uri)
-    training = TrainingSettings(
-        **{"precision": training_precision("auto"), **(found.settings if found else {}), **options}
+        return _repeated(from_run, position, options, dtype, edits, tracking_uri, asked)
+    own = {name: read_value(name, value) for name, value in (found.settings if found else {}).items()}
+    own |= {} if found else {"train_formats": FORMATS}
+    return EditSettings(
+        position,
+        TrainingSettings(**{"precision": training_precision("auto"), **own, **options}),
+        dtype or (found.dtype if found else "float32"),
+        edits,
+        asked or read_formats(found.ask_formats if found else FORMATS),
+        Capability(),
+        "auto",
+        None,
+        found and found.model_fingerprint,
+        found and found.run_id,
     )
-    default_dtype, fingerprint, run = (
-        (found.dtype, found.model_fingerprint, found.run_id) if found else ("float32", None, None)
-    )
-    return EditSettings(position, training, dtype or default_dtype, edits, Capability(), "auto", None, fingerprint, run)
 
 
 def _repeated(
-    run_id: str, position: str | None, options: Mapping[str, Any], dtype: str | None, edits: Edits | None, uri: str
+    run_id: str,
+    position: str | None,
+    options: Mapping[str, Any],
+    dtype: str | None,
+    edits: Edits | None,
+    uri: str,
+    asked: tuple[str, ...] | None,
 ) -> EditSettings:
     """The settings of a trial, but for the options that are given."""
     config, study_yaml = find_trial(run_id, uri)
@@ -94,6 +116,7 @@ def _repeated(
         TrainingSettings(**{**config.training, **options}),
         dtype or config.dtype,
         edits or study.edits,
+        asked or (study.ask_formats if study else (RAW,)),
         study.capability if study else Capability(),
         study.device if study else "auto",
         study.resources.cpus if study else None,

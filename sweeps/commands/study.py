@@ -6,13 +6,13 @@ Commands import what they run: `locft --help` would otherwise load torch, Ray an
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from analysis.stats.axes import SWEPT
+from analysis.stats.axes import AXIS, named_axes
 from analysis.stats.wording import number, seconds
 from locft.errors import InputError
 from sweeps.commands.console import notice, plain, print_json, print_table, say, writable, write
@@ -29,7 +29,15 @@ from sweeps.commands.options import (
     edits_of,
     prepared_study,
 )
-from sweeps.commands.summaries import about, expectation, failure_causes, introduce, print_answer, print_selection
+from sweeps.commands.summaries import (
+    about,
+    expectation,
+    failure_causes,
+    introduce,
+    print_answer,
+    print_remedies,
+    print_selection,
+)
 from sweeps.tracking.address import redact, resolve_uri
 
 if TYPE_CHECKING:
@@ -53,9 +61,9 @@ def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOptio
         return print_json({"study": about(prepared), "trials": trials, **expected})
     introduce(prepared)
     if prepared.plan.trials:
-        axes = [axis for axis in SWEPT if axis.name not in ("layer", "module")]
-        rows = [[t.id, t.position, *(number(getattr(t, axis.name)) for axis in axes)] for t in prepared.plan.trials]
-        print_table(("id", "position", *(axis.title for axis in axes)), rows)
+        axes = named_axes(map(vars, prepared.plan.trials))
+        rows = [[t.id, t.position, *(number(getattr(t, name)) for name in axes)] for t in prepared.plan.trials]
+        print_table(("id", "position", *(AXIS[name].title for name in axes)), rows)
     else:
         say(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
     say(expectation(forecast))
@@ -116,7 +124,9 @@ def sweep(
 
 def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOption = False) -> None:
     """Show how far STUDY is: done, diverged, failed (with causes) and left, who runs it and the time left."""
-    from sweeps.answer import read_state
+    from analysis.stats.pick import recommend
+    from analysis.stats.signatures import remedies
+    from sweeps.answer import measured, read_state
     from sweeps.session import driver_of
     from sweeps.tracking.outbox import open_outbox
     from sweeps.tracking.store import connect
@@ -130,6 +140,7 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
     undelivered = len(open_outbox(prepared.id, uri))
     causes, diverged = failure_causes(state), int((state.results["diverged"] == 1).sum())
     left = _seconds_left(prepared, uri) if driver else None
+    found = remedies(measured(state, None), recommend(state.results))
     if as_json:
         return print_json(
             {
@@ -144,6 +155,7 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
                 "undelivered": undelivered,
                 "causes": causes,
                 "retried": dict(state.retried),
+                "signatures": [signature.to_dict(command) for signature, command in found],
             }
         )
     done = f"{state.done} of {prepared.plan.count} done" + (f" ({diverged} diverged)" if diverged else "")
@@ -157,6 +169,7 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
         say(f"  {count} failed: {cause}")
     for cause, count in state.retried.most_common():
         say(f"  {count} retried: {cause}")
+    print_remedies(found, redact(uri))
     if undelivered:
         say(f"  {undelivered} finished trials are kept on this machine; `locft sweep` records them in the store")
 
@@ -227,7 +240,7 @@ class SelectionOptions:
         share = self.budget_share
         if share is None and self.budget_minutes is None:
             share = DEFAULT_SHARE
-        return selection_request(
+        request = selection_request(
             self.model,
             edits_of(self.edits, self.limit).source,
             self.overrides or (),
@@ -236,6 +249,16 @@ class SelectionOptions:
             seed=self.seed,
             prior=self.prior,
         )
+        return replace(request, command=self._words())
+
+    def _words(self) -> tuple[str, ...]:
+        """The command with these options."""
+        words = ["locft", "select", self.model]
+        names = ("edits", "limit", "budget_share", "budget_minutes", "seed", "prior")
+        for name in names:
+            if (value := getattr(self, name)) not in (None, 0):
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        return (*words, *(word for change in self.overrides or () for word in ("--set", change)))
 
 
 def select(

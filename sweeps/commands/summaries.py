@@ -4,7 +4,7 @@ Functions import what they need: pandas and the like would delay `locft --help`.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from sweeps.tracking.address import resolve_uri
 if TYPE_CHECKING:
     from analysis.stats.comparison import Comparison
     from analysis.stats.pick import Recommendation
+    from analysis.stats.signatures import Remedy
     from sweeps.answer import StudyAnswer, StudyState
     from sweeps.run.dispatch import Ending
     from sweeps.study.estimate import Forecast
@@ -33,16 +34,18 @@ def about(prepared: "PreparedStudy") -> dict[str, Any]:
         "id": prepared.id,
         "model": study.model,
         "edits": {"source": study.edits.source, "count": len(edits.requests), **asdict(edits.findings)},
+        "ask_formats": prepared.study.ask_formats,
         "capability": prepared.capability_source,
+        "notices": prepared.notices,
     }
 
 
 def introduce(prepared: "PreparedStudy") -> None:
-    """Say on standard error what the study is about."""
+    """Say on standard error what the study is about, and what of its file has no effect."""
     study, edits = prepared.study, prepared.edits
     notice(f"{study.name}: {study.model}, {len(edits.requests)} edits of {study.edits.source}")
     notice(f"capability: {prepared.capability_source}")
-    for sentence in edits.findings.sentences():
+    for sentence in (*edits.findings.sentences(), *prepared.notices):
         notice(sentence)
 
 
@@ -101,6 +104,7 @@ def print_answer(
                 "front": [{key: row[key] for key in shown} for row in front],
                 "hypervolume": answer.front.hypervolume,
                 "pick": asdict(pick) if pick else None,
+                "signatures": [signature.to_dict(command) for signature, command in answer.remedies],
                 "unedited": state.baseline,
                 "report": str(report_file),
                 "registered": registered,
@@ -112,6 +116,7 @@ def print_answer(
         _print_front(front, pick)
     if pick:
         _print_pick(pick, by_id[pick.trial_id].get("run_id"), state.prepared.study.model, tracking_uri, registered)
+    print_remedies(answer.remedies, tracking_uri)
     if comparison:
         from analysis.stats.comparison import cautions, moved
 
@@ -120,6 +125,18 @@ def print_answer(
             say(f"  {sentence}")
     say(f"{state.done} of {counts['planned']} trials done, {state.failed} failed")
     say(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {tracking_uri}")
+
+
+def print_remedies(remedies: "Iterable[Remedy]", tracking_uri: str | None = None, *, failed: bool = False) -> None:
+    """Print what went wrong and the one setting to change. tracking_uri: of the study, which the commands take where it is
+    not the default. failed: on standard error, since there is no answer."""
+    store = _store_option(tracking_uri)
+    for signature, command in remedies:
+        (notice if failed else say)(f"{signature.sentences}\n  Change one thing: {command}{store}")
+
+
+def _store_option(tracking_uri: str | None) -> str:
+    return "" if tracking_uri in (None, resolve_uri(None)) else f" --tracking-uri {tracking_uri}"
 
 
 def _print_front(front: list[dict[str, Any]], pick: "Recommendation | None") -> None:
@@ -136,7 +153,7 @@ def _print_pick(pick: "Recommendation", run: str, model: str, tracking_uri: str,
     say(f"\nEdit at {pick.position}. {pick.rule}", "bold")
     for reason in pick.reasons:
         say(f"  {reason}")
-    store = "" if tracking_uri == resolve_uri(None) else f" --tracking-uri {tracking_uri}"
+    store = _store_option(tracking_uri)
     say(f"Repeat it: locft edit {model} --from-run {run}{store} --out edited")
     if registered:
         say(f"Apply it: locft apply {registered} --model {model}{store} --out edited-model")

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from locft.errors import InputError
-from locft.train.formats import RAW
 from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
             baseline,
             layers=inputs.layers,
             on_disk=True,
-            **({"ask_formats": inputs.ask_formats} if inputs.ask_formats != (RAW,) else {}),
+            ask_formats=inputs.ask_formats,
         )
     return _resident[inputs.key]
 
@@ -101,21 +100,27 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
     training = train(bench, config)
     if training.diverged:
         metrics, outcomes = diverged_metrics(bench.questions, bench.baseline), ()
-        metrics["n_edits"] = float(len(bench.rows))
     else:
         measured = bench.measure(training.delta)
         metrics, outcomes = measured.metrics, tuple(asdict(outcome) for outcome in measured.outcomes)
-    metrics |= {
+    metrics |= training_metrics(training, config.pipeline, len(bench.rows))
+    metrics["seconds"] = time.perf_counter() - started
+    return TrialResult(config, "done", None, metrics, training.losses, outcomes)
+
+
+def training_metrics(training: "Training", pipeline: str, edits: int) -> dict[str, float]:
+    """How the training of this many edits went, by names in the results table."""
+    metrics = {
+        "n_edits": float(edits),
         "diverged": float(training.diverged),
         "train_seconds": training.seconds,
-        "seconds_per_edit": training.seconds / len(bench.rows),
+        "seconds_per_edit": training.seconds / edits,
         "steps": float(training.steps),
         "batch_pieces": float(training.pieces),
-        "epochs_run": float(len(training.losses)) if config.pipeline == "breadth_first" else 1.0,
+        "epochs_run": float(len(training.losses)) if pipeline == "breadth_first" else 1.0,
     }
     if training.trained_loss is not None and math.isfinite(training.trained_loss):
         metrics["trained_loss"] = training.trained_loss
     if training.losses:
         metrics["train_loss"] = training.losses[-1]
-    metrics["seconds"] = time.perf_counter() - started
-    return TrialResult(config, "done", None, metrics, training.losses, outcomes)
+    return metrics

@@ -119,6 +119,7 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "position": run.position,
         "depth": config.depth,
         "settings": {name: getattr(config, name) for name in SETTINGS},
+        "ask_formats": list(request.study.ask_formats),
         "predicted": {},
         "chance": None,
         "runner_up": None,

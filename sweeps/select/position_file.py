@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from analysis.stats.axes import AXES
 from locft.errors import InputError
 from locft.model.positions import TuningPosition
-from sweeps.study.schema import Text, show, value_problem
+from locft.train.formats import RAW
+from sweeps.study.schema import Text, read_formats, show, value_problem
 
 FORMAT = "locft-position/1"
 UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
@@ -28,7 +29,9 @@ class PositionFile(BaseModel):
 
     position: Text
     settings: dict[str, Any]
-    """Fields of `TrainingSettings`."""
+    """Fields of `TrainingSettings`; an absent one is at its axis's default."""
+    ask_formats: Any = RAW
+    """The formats that reliability and generalization are predicted for, as a study file takes them."""
     dtype: Text
     model: Text
     model_fingerprint: Text
@@ -63,6 +66,10 @@ def read_position(file: Path) -> PositionFile:
             problems.append(f"settings.{key}: unknown, expected one of {', '.join(SETTINGS)}")
         elif problem := value_problem(key, value):
             problems.append(f"settings.{key}: {problem}")
+    try:
+        read_formats(content.get("ask_formats", RAW))
+    except InputError as error:
+        problems.append(f"ask_formats: {error}")
     if isinstance(position, str):
         try:
             TuningPosition.parse(position)

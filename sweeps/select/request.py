@@ -55,6 +55,7 @@ class SelectionRequest(PreparedStudy):
     """Of the probe's samples and of the bootstrap."""
     priors: tuple[tuple[float, str], ...] = ()
     """Relative depth and module of positions that served in other models."""
+    chosen_axes = tuple(Run.__dataclass_fields__)
 
     @property
     def id(self) -> str:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from analysis.stats.axes import AXES, AXIS, SWEPT, Axis
 from locft.errors import InputError
@@ -53,6 +53,10 @@ class PreparedStudy:
     suite: "Suite | None"
     notices: tuple[str, ...] = ()
     """What of the study file has no effect here, a sentence each."""
+    command: tuple[str, ...] = ()
+    """The words that run it, such as locft sweep quickstart; empty where it was made otherwise."""
+    chosen_axes: ClassVar[tuple[str, ...]] = ()
+    """Axes that its command chooses the values of, and the user does not."""
 
     @property
     def id(self) -> str:

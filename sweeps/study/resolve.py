@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from locft.errors import InputError
-from locft.train.formats import CHAT, RAW, available, parse_formats, put
+from locft.train.formats import CHAT, RAW, asked, available, parse_formats, put
 from sweeps.study.plan import PreparedStudy, check_against_model, idle_axes, make_plan
 from sweeps.study.schema import Study
 from sweeps.study.trial_types import StudyFacts
@@ -81,22 +81,23 @@ def prepare(study: Study) -> PreparedStudy:
 
 def _with_formats_of(study: Study, tokenizer: "PreTrainedTokenizerBase") -> tuple[Study, tuple[str, ...]]:
     """The study without the formats that the model's tokenizer lacks, and what was left out, in sentences."""
-    trained = [",".join(available(tokenizer, parse_formats(text))) for text in study.space.train_formats]
-    found = {
-        "ask_formats": available(tokenizer, study.ask_formats),
-        "space": study.space.model_copy(update={"train_formats": tuple(dict.fromkeys(trained))}),
+    given = {
+        "space.train_formats": [parse_formats(text) for text in study.space.train_formats],
+        "ask_formats": [study.ask_formats],
     }
-    changed = study.model_copy(update=found)
-    places = [name for name in ("space", "ask_formats") if getattr(changed, name) != getattr(study, name)]
-    if not places:
-        return study, ()
-    where = " and ".join({"space": "space.train_formats"}.get(name, name) for name in places)
-    return changed, (no_chat(study.model, where),)
+    trained = [",".join(available(tokenizer, formats)) for formats in given["space.train_formats"]]
+    space = study.space.model_copy(update={"train_formats": tuple(dict.fromkeys(trained))})
+    changed = study.model_copy(update={"space": space, "ask_formats": asked(tokenizer, study.ask_formats)})
+    lacking = (
+        [] if tokenizer.chat_template else [name for name, texts in given.items() if any(CHAT in t for t in texts)]
+    )
+    return changed, no_chat(study.model, lacking)
 
 
-def no_chat(model: str, where: str) -> str:
-    """The notice that a format is left out. where: the fields or options that name it."""
-    return f"{where}: the tokenizer of {model} has no chat template, so {CHAT} is left out (and raw stands in where that leaves none)"
+def no_chat(model: str, fields: Sequence[str]) -> tuple[str, ...]:
+    """The notice that a format is left out. fields: those, or the options, that name it; none where none does."""
+    named = " and ".join(fields)
+    return (f"{named}: the tokenizer of {model} has no chat template, so {CHAT} is left out",) if fields else ()
 
 
 def _data_fingerprint(edits: str, suite: "Suite | None", prose_tokens: int, ask_formats: Sequence[str]) -> str:
@@ -117,13 +118,13 @@ def _token_counts(
     def rows(form: str) -> list[str]:
         return [f"{put(tokenizer, request.prompt, form)[0]} {request.target}." for request in requests]
 
-    def asked(form: str) -> list[str]:
+    def answered(form: str) -> list[str]:
         return rows(form) + [put(tokenizer, prompt, form)[0] for prompt in rephrased]
 
     requests = edits.requests
     rephrased = [prompt for request in requests for prompt in request.rephrases]
     questions = [unrelated.prompt for request in requests for unrelated in request.locality]
-    questions += [question for form in study.ask_formats for question in asked(form)]
+    questions += [question for form in study.ask_formats for question in answered(form)]
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
     choices = [item.context + choice for item in items for choice in item.choices]
     trained = {form for text in study.space.train_formats for form in parse_formats(text)}

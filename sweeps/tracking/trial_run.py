@@ -69,9 +69,10 @@ class StudyInputs:
 
 
 def trial_parameters(config: TrialConfig) -> dict[str, str]:
-    """The parameters of a trial's run: depth, position and the axes."""
+    """The parameters of a trial's run: depth, position, and the axes that count beside the others."""
     values = config.to_dict()
-    return {"depth": f"{config.depth:.3f}", "position": config.position, **{name: str(values[name]) for name in AXIS}}
+    axes = {name: str(values[name]) for name, axis in AXIS.items() if axis.counts(values)}
+    return {"depth": f"{config.depth:.3f}", "position": config.position, **axes}
 
 
 def trial_tags(study_id: str, result: TrialResult, inputs: StudyInputs | None) -> dict[str, str]:
@@ -94,7 +95,8 @@ def trial_tags(study_id: str, result: TrialResult, inputs: StudyInputs | None) -
 def config_of(run: "Run") -> TrialConfig:
     """The configuration of a run's trial. Raises ValueError when a field is missing or is not a number."""
     kept = {key.removeprefix("locft."): value for key, value in run.data.tags.items()} | run.data.params
-    newer = {axis.name for axis in AXIS.values() if not axis.in_first_ids}  # absent in older runs: at its default
+    # absent in older runs, and where it changes nothing: at its default
+    newer = {axis.name for axis in AXIS.values() if not axis.in_first_ids}
     if missing := [key for key in _TYPES if key not in kept and key not in newer]:
         raise ValueError(f"no {', '.join(missing)} recorded")
     return TrialConfig(**{key: kind(kept[key]) for key, kind in _TYPES.items() if key in kept})

@@ -372,6 +372,8 @@ def commands(call: Callable[..., dict[str, Any]], file: Path, model: Path) -> di
     }
     said["locft plan"]["estimate"]["source"] = "…"
     said["locft report"]["pick"] = {key: type(value).__name__ for key, value in said["locft report"]["pick"].items()}
+    for name in ("locft report", "locft status"):  # what they say hangs on the pick
+        said[name]["signatures"] = sorted({key for signature in said[name]["signatures"] for key in signature})
     return normalised(said, model)
 
 

@@ -147,7 +147,7 @@ def page(results=None, study=STUDY, **options):
 def test_the_questions_are_answered_in_order():
     got = page(outcomes=study_outcomes())
     assert list(got.sections)[1:] == [
-        "What was asked", "Which position", "At what cost", "How sure", "What else is on the front", "What matters",
+        "What was asked", "Which position", "What went wrong, and what to change", "At what cost", "How sure", "What else is on the front", "What matters",
         "What failed", "Which edits fail", "Figures", "All trials", "How it was made",
     ]  # fmt: skip
 
@@ -277,12 +277,39 @@ def test_what_it_costs_by_task_and_on_plain_text():
         assert part in cost, part
 
 
+def test_what_went_wrong_is_told_with_the_one_setting_to_change():
+    study = STUDY | {
+        "command": ("locft", "sweep", "my study.yaml"),
+        "edit_counts": {"contradictions": 2, "reachable": 0.9},
+    }
+    told = page(results_frame([row("a", locality=0.2)]), study)["What went wrong, and what to change"]
+    assert "Locality lost" in told and "Locality is 20.0%" in told and "Edits fight each other" in told
+    assert "locft sweep 'my study.yaml' --set space.method=low_curvature" in told
+    assert "What went wrong, and what to change" not in page(results_frame([row("a")])).sections
+
+
+def test_settings_are_told_by_what_is_away_from_the_defaults():
+    rows = [row("a", 1, method="lora", rank=4, train_formats="raw,qa"), row("b", 2, 0.5, train_formats="raw,qa")]
+    found = page(results_frame(rows))
+    said = found["All trials"]
+    assert (
+        "trained raw,qa" in said.split("The same for all:")[1].split("layer")[0] and "method" in said and "rank" in said
+    )
+    assert "curvature" not in said and "guard" not in said and "shrink" not in said
+    assert "lora, rank 4, trained raw,qa" in found["Which position"]
+
+
 def test_each_format_is_told_where_edits_were_asked_in_several():
     formats = {"unseen": 0.5, "chat": 0.8, "raw": 1.0}
     asked = {f"{name}.{form}": share for name in ("reliability", "generalization") for form, share in formats.items()}
-    cost = page(results_frame([row("a", **asked)]))["At what cost"]
-    said = "raw 100%, chat 80.0%, unseen 50.0% (a wording never trained, which does not count)."
-    assert f"Reliability by format{said}" in cost and f"Generalization by format{said}" in cost
+    found = page(results_frame([row("a", **asked)]))
+    answer = " ".join(found["Which position"].split())
+    assert "the means over these, without the wording never trained" in answer
+    assert "raw 100% [96.3, 100] 100% [96.3, 100] chat 80.0% [71.1, 86.7]" in answer
+    assert "a wording never trained 50.0%" in answer
+    assert "asked as" not in page()["Which position"], "the plain form alone needs no table"
+    (reason,) = [text for text in recommend(results_frame([row("a", **asked)])).reasons if "asked" in text]
+    assert reason == "Reliability by how the edits are asked: 100% raw, 80.0% chat, 50.0% a wording never trained."
     assert "by format" not in page(results_frame([row("a", **{"reliability.raw": 0.9})]))["At what cost"]
 
 

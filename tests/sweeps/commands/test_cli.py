@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -339,6 +340,49 @@ def test_edit_and_evaluate_in_words(locft, tmp_path, tiny_folder, few_probes):
     assert said.code == 0 and "capability" in said.out
 
 
+def test_an_edit_is_trained_and_asked_in_formats(locft, tmp_path, tiny_folder, chat_folder, few_probes):
+    few = ("--edits", "atlas", "--limit", 3, "--threads", 1)
+    quick = (*few, "--position", "1.mlp", "--learning-rate", 0.02, "--epochs", 2, "--json")
+    said = locft("edit", chat_folder, *quick, "--out", tmp_path / "all")
+    assert said.code == 0 and "chat template" not in said.err, said.err
+    shares = [
+        f"{name}.{form}" for name in ("reliability", "generalization") for form in ("raw", "qa", "chat", "unseen")
+    ]
+    assert {*shares, "reliability", "generalization", "locality", "drift_kl"} <= said.json["metrics"].keys()
+    assert said.json["settings"]["train_formats"] == "raw,qa,chat"
+    assert said.json["ask_formats"] == ["raw", "qa", "chat", "unseen"]
+    again = locft("evaluate", chat_folder, *few, "--delta", tmp_path / "all", "--json").json["metrics"]
+    assert {name: again[name] for name in shares} == {name: said.json["metrics"][name] for name in shares}
+    few_asked = locft("evaluate", chat_folder, *few, "--ask-formats", "raw", "--json").json["metrics"]
+    assert "reliability.raw" in few_asked and "reliability.qa" not in few_asked
+    plain = locft("edit", tiny_folder, *quick, "--out", tmp_path / "plain")
+    assert plain.code == 0 and plain.json["settings"]["train_formats"] == "raw,qa"
+    assert plain.json["ask_formats"] == ["raw", "qa", "unseen"] and "reliability.chat" not in plain.json["metrics"]
+    for option in ("--train-formats", "--ask-formats"):
+        assert f"{option}: the tokenizer of {tiny_folder} has no chat template, so chat is left out" in plain.err
+    lora = locft(
+        "edit", chat_folder, *quick, "--train-formats", "chat", "--rank", 2, "--method", "lora", "--out", tmp_path / "x"
+    )
+    assert lora.code == 0 and lora.json["settings"]["rank"] == 2, lora.err
+    wrong = locft("evaluate", chat_folder, *few, "--ask-formats", "qaa")
+    assert wrong.code == 2 and "--ask-formats: got 'qaa', expected raw, qa, chat or a text" in wrong.err
+
+
+def test_an_edit_says_what_went_wrong_and_the_one_option_to_change(locft, tmp_path, tiny_folder, few_probes):
+    few = ("--edits", "atlas", "--limit", 3, "--threads", 1, "--position", "1.mlp", "--train-formats", "raw")
+    said = locft("edit", tiny_folder, *few, "--learning-rate", 1e-7, "--epochs", 2, "--out", tmp_path / "a b", "--json")
+    (found,) = [one for one in said.json["signatures"] if one["name"] == "low reliability"]
+    assert (found["setting"], found["value"]) == ("learning_rate", 2e-7)
+    assert found["command"].startswith("locft edit ") and found["command"].endswith("--learning-rate 2e-07")
+    again = locft(*shlex.split(found["command"])[1:])
+    assert (
+        again.code == 0
+        and "Low reliability: Reliability is 0% at 1.mlp." in again.out
+        and "Change one thing: locft edit" in again.out
+    )
+    assert json.loads((tmp_path / "a b" / "edit.json").read_text())["settings"]["learning_rate"] == 2e-7
+
+
 def test_an_edit_goes_through_the_model_registry(swept, locft, tmp_path, tiny_folder):
     """Registered with the run of the trial it repeats, applied by its alias: the same model as from the folder."""
     run, _ = picked(locft)
@@ -376,6 +420,7 @@ def test_an_edit_that_diverges_is_work_that_failed(locft, tmp_path, tiny_folder,
     wild = ["--learning-rate", "3e38", "--limit", 4, "--position", "1.mlp", "--out", tmp_path / "e", "--threads", 1]
     said = locft("edit", tiny_folder, "--edits", "atlas", *wild, "--json")
     assert said.code == 1 and "diverged" in said.err and said.out == "" and not (tmp_path / "e").exists()
+    assert "Change one thing: locft edit" in said.err and "--learning-rate 7.5e+37" in said.err
 
 
 # processes

@@ -1,6 +1,7 @@
 """The settings of one edit: options over a repeated trial's over the defaults."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -28,21 +29,22 @@ def run_id(workplace):
     return tracker.log_trial(result(trial))
 
 
-def settings(position=None, edits=None, from_run=None, dtype=None, **given):
-    return edit_settings(position, given, dtype, edits, from_run, resolve_uri(None))
+def settings(position=None, edits=None, from_run=None, dtype=None, ask=None, **given):
+    return edit_settings(position, given, dtype, edits, from_run, resolve_uri(None), ask)
 
 
 def test_defaults():
     chosen = settings("22.mlp_down", ATLAS, batch_size=None)
     assert chosen.position == "22.mlp_down"
-    assert chosen.training == TrainingSettings(precision=training_precision("auto"))
+    assert chosen.training == TrainingSettings(precision=training_precision("auto"), train_formats="raw,qa,chat")
+    assert chosen.ask_formats == ("raw", "qa", "chat")
     assert (chosen.edits, chosen.capability) == (ATLAS, Capability())
     assert (chosen.dtype, chosen.device, chosen.threads, chosen.model_fingerprint) == ("float32", "auto", None, None)
 
 
 def test_options_over_defaults():
     chosen = settings("1.mlp", ATLAS, dtype="bfloat16", batch_size=4, learning_rate=0.1, pipeline="depth_first")
-    expected = TrainingSettings(batch_size=4, learning_rate=0.1, pipeline="depth_first")
+    expected = TrainingSettings(batch_size=4, learning_rate=0.1, pipeline="depth_first", train_formats="raw,qa,chat")
     assert chosen.training == dataclasses.replace(expected, precision=training_precision("auto"))
     assert chosen.dtype == "bfloat16"
 
@@ -65,6 +67,36 @@ def test_options_over_a_trial(run_id):
     assert chosen.training.batch_size == 1 and chosen.training.pipeline == "depth_first"
 
 
+def test_a_trial_is_asked_as_its_study_was(run_id):
+    assert settings(from_run=run_id).ask_formats == ("raw", "qa", "chat"), "so does layer-sweep"
+    assert settings(from_run=run_id).training.train_formats == "raw", "and this one trial was trained so"
+    again = settings(from_run=run_id, ask="raw", train_formats="qa, raw", method="lora", rank=4)
+    assert again.ask_formats == ("raw",) and again.training.train_formats == "raw,qa"
+    assert (again.training.method, again.training.rank) == ("lora", 4)
+
+
+def test_a_position_file_carries_settings_and_formats(tmp_path):
+    found = {
+        "format": "locft-position/1", "model": "tiny", "model_fingerprint": "0" * 16, "dtype": "float32", "depth": 0.5,
+        "position": "1.mlp", "settings": {"method": "lora", "rank": 2, "train_formats": "chat,raw"},
+        "ask_formats": ["raw", "chat"],
+    }  # fmt: skip
+    file = tmp_path / "position.json"
+    file.write_text(json.dumps(found))
+    chosen = settings(str(file), ATLAS)
+    assert (chosen.training.method, chosen.training.rank, chosen.training.train_formats) == ("lora", 2, "raw,chat")
+    assert chosen.ask_formats == ("raw", "chat") and settings(str(file), ATLAS, ask="qa").ask_formats == ("qa",)
+    del found["ask_formats"], found["settings"]["train_formats"]
+    file.write_text(json.dumps(found))
+    older = settings(str(file), ATLAS)
+    assert (older.training.train_formats, older.ask_formats) == ("raw", ("raw",)), "what an older file was found with"
+    file.write_text(json.dumps(found | {"ask_formats": ["chta"], "settings": {"train_formats": "unseen"}}))
+    with pytest.raises(InputError) as caught:
+        settings(str(file), ATLAS)
+    told = "\n".join(caught.value.problems)
+    assert "ask_formats: got 'chta'" in told and "settings.train_formats: got 'unseen'" in told
+
+
 def test_a_trial_of_a_study_that_is_gone_needs_the_edits_named(workplace):
     run_id = Tracker.open(resolve_uri(None), "orphans", "gone").log_trial(result(config(7)))
     with pytest.raises(InputError, match="--edits"):
@@ -79,12 +111,14 @@ def test_an_unknown_run(workplace):
 
 def test_every_bad_option_at_once():
     bad = dict(pipeline="sideways", batch_size=0, epochs=-1, learning_rate=float("nan"), loss_average="median", seed=-1)
+    bad |= dict(method="ful", train_formats="unseen", ask="chta")
     with pytest.raises(InputError) as caught:
         settings(**bad)
     told = "\n".join(caught.value.problems)
-    for option in ("--pipeline", "--batch-size", "--epochs", "--learning-rate", "--loss-average", "--seed"):
+    for option in ("--pipeline", "--batch-size", "--epochs", "--learning-rate", "--loss-average", "--seed", "--method"):
         assert option in told
-    assert "--position" in told and "--edits" in told and len(caught.value.problems) == 8
+    assert "--train-formats: got 'unseen'" in told and "--ask-formats: got 'chta'" in told
+    assert "--position" in told and "--edits" in told and len(caught.value.problems) == 11
 
 
 @pytest.mark.parametrize("rate", [-0.1, 0.0, float("inf")])

@@ -1,7 +1,6 @@
 """Formats in a study: what is trained and what is asked, in one spelling, as far as the model's tokenizer has them."""
 
 import pytest
-from transformers import AutoTokenizer
 
 from locft.errors import InputError
 from sweeps.study.plan import make_plan
@@ -9,21 +8,6 @@ from sweeps.study.reader import load_study, study_from_yaml, study_to_yaml
 from sweeps.study.resolve import prepare
 from sweeps.study.schema import read_value, value_problem
 from tests.sweeps.study.test_plan import FACTS, make_study
-
-TEMPLATE = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }}\n{% endfor %}<assistant>"
-
-
-@pytest.fixture
-def talking_folder(tmp_path, tiny_folder):
-    """The tiny model with a chat template."""
-    import shutil
-
-    folder = tmp_path / "talking"
-    shutil.copytree(tiny_folder, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def ids(study):
@@ -69,9 +53,9 @@ def test_wrong_formats_are_told_with_all_other_problems(tmp_path):
     assert value_problem("train_formats", "raw,qa") is None and "expected raw" in value_problem("train_formats", "q")
 
 
-def test_only_other_formats_than_the_plain_one_make_other_data(study_file, talking_folder):
+def test_only_other_formats_than_the_plain_one_make_other_data(study_file, chat_folder):
     def facts(*changes):
-        return prepare(load_study(str(study_file(model=str(talking_folder))), changes)).facts
+        return prepare(load_study(str(study_file(model=str(chat_folder))), changes)).facts
 
     plain, asked = facts(), facts("ask_formats=[raw, chat]")
     assert facts("ask_formats=raw").data_fingerprint == plain.data_fingerprint != asked.data_fingerprint
@@ -86,7 +70,7 @@ def test_only_other_formats_than_the_plain_one_make_other_data(study_file, talki
 def test_what_the_tokenizer_lacks_is_left_out_and_said(study_file, tiny_folder):
     changes = ("ask_formats=[raw, qa, chat]", "space.train_formats=[chat, raw, 'raw,qa,chat']")
     prepared = prepare(load_study(str(study_file()), changes))
-    assert prepared.study.ask_formats == prepared.inputs.ask_formats == ("raw", "qa")
+    assert prepared.study.ask_formats == prepared.inputs.ask_formats == ("raw", "qa", "unseen")
     assert [trial.train_formats for trial in prepared.plan.trials] == ["raw", "raw,qa"] * 2
     (said,) = prepared.notices
     assert said.startswith(f"space.train_formats and ask_formats: the tokenizer of {tiny_folder} has no chat template")
@@ -95,9 +79,9 @@ def test_what_the_tokenizer_lacks_is_left_out_and_said(study_file, tiny_folder):
     assert alone.facts.data_fingerprint == prepare(load_study(str(study_file()))).facts.data_fingerprint
 
 
-def test_the_workbench_of_other_formats_is_another(study_file, talking_folder):
+def test_the_workbench_of_other_formats_is_another(study_file, chat_folder):
     def inputs(*changes):
-        return prepare(load_study(str(study_file(model=str(talking_folder))), changes)).inputs
+        return prepare(load_study(str(study_file(model=str(chat_folder))), changes)).inputs
 
     assert inputs().key == inputs("ask_formats=raw", "space.train_formats=chat").key
     assert inputs().key != inputs("ask_formats=[raw, chat]").key

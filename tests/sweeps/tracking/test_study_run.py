@@ -18,11 +18,13 @@ from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2 as error_codes
 
+from analysis.stats.axes import AXES
 from locft.errors import InputError
 from sweeps.study.trial_types import pack_result, unpack_result
 from sweeps.tracking import address, pages
 from sweeps.tracking.store import Refused, TrackingError
 from sweeps.tracking.study_run import Tracker, find_tracker, find_trial, list_studies
+from sweeps.tracking.trial_run import config_of
 from tests.mlflow_store import STUDY, config, failure, finish, open_study, result
 
 
@@ -96,6 +98,25 @@ def test_a_trial_run_shows_what_it_is(tracker):
     assert model.params == {"layers": "30", "dtype": "float32"}
     history = tracker.client.get_metric_history(run.info.run_id, "epoch_loss")
     assert [(point.step, point.value) for point in history] == list(enumerate(trial.epoch_losses))
+
+
+def test_the_parameters_are_the_axes_that_count(tracker):
+    trial = config(22, method="lora", rank=4, train_formats="raw,qa")
+    asked = {"reliability": 0.75, "reliability.raw": 1.0, "reliability.qa": 0.5}
+    run = tracker.client.get_run(tracker.log_trial(dataclasses.replace(result(trial), metrics=asked)))
+    assert run.info.run_name == "22.mlp_down bf b10 lr0.004 s0 lora rank 4 trained raw,qa"
+    shown = {"method": "lora", "rank": "4", "alpha": "16.0", "train_formats": "raw,qa", "guard": "none", "shrink": "no"}
+    assert run.data.params.items() >= shown.items()
+    assert not {"curvature_strength", "norm_bound", "guard_weight"} & run.data.params.keys()
+    note = run.data.tags["mlflow.note.content"]
+    assert "lora, rank 4, trained raw,qa" in note and "reliability 0.750 (raw 1.000, Q/A 0.500)" in note
+    assert config_of(run) == trial
+    plain = tracker.client.get_run(tracker.log_trial(result(config(23))))
+    assert "rank" not in plain.data.params and config_of(plain) == config(23)
+    for axis in AXES:  # as a run of an earlier version
+        if not axis.in_first_ids:
+            plain.data.params.pop(axis.name, None)
+    assert config_of(plain) == config(23)
 
 
 def test_outcomes_come_back(tracker):

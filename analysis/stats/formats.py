@@ -1,0 +1,20 @@
+"""The formats in which edits are asked, as metrics and texts name them: "reliability.chat" is reliability in the chat
+template."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+TITLES = {"raw": "raw", "qa": "Q/A", "chat": "chat", "unseen": "a wording never trained"}
+"""Others are wordings of the user, which metrics name by their first words."""
+
+
+def by_format(row: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """Format -> reliability or generalization in it, where several were asked; else nothing."""
+    names = [name for name in row if name.startswith(f"{metric}.") and math.isfinite(row[name])]
+    return {name.partition(".")[2]: float(row[name]) for name in names} if len(names) > 1 else {}
+
+
+def format_title(name: str) -> str:
+    """A format in words."""
+    return TITLES.get(name, name)

@@ -1,0 +1,388 @@
+"""Failure signatures: what goes wrong at the pick of a study, why in its own numbers, and the one setting to change.
+
+A signature is seen in the numbers alone; its cause is the likeliest one that they allow. What to change follows a fixed
+order: first what is not in use yet (another pipeline, method, format), then more of what is.
+"""
+
+import itertools
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.stats.axes import AXIS
+from analysis.stats.comparison import Measured
+from analysis.stats.formats import by_format, format_title
+from analysis.stats.pareto import comparable
+from analysis.stats.pick import Recommendation
+from analysis.stats.table import FORMATS, by_setting, done, value_text
+from analysis.stats.wording import number, percent, plural
+
+CAPABILITY_FALL = 0.10
+"""Of the unedited model's capability."""
+RELIABLE = 0.80
+GENERAL = 0.5
+"""Of reliability."""
+FORMAT_GAP = 0.20
+LOCAL = 0.5
+LEARNT = 0.1
+"""Nats per token: a mean loss below it is low enough to give the answers."""
+FEWEST = 3
+"""Settings that must agree before an edit counts as wrong in all."""
+ALL = ",".join(FORMATS)
+WORDING = "Answer briefly: {prompt}"
+"""One more format to train, where the three above do not reach a wording."""
+CORRECTED = "edits-without-contradictions.jsonl"
+"""Stands for the file that the user makes."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Something that went wrong, and what to do about it."""
+
+    name: str
+    """Such as "one format lost"."""
+    seen: str
+    """The numbers, in a sentence."""
+    cause: str
+    """What they make likely, in a sentence."""
+    setting: str
+    """The one to change: an axis, or another field of the study file."""
+    value: Any
+    """What to set it to."""
+
+    @property
+    def sentences(self) -> str:
+        """Name, numbers and cause."""
+        return f"{self.name.capitalize()}: {self.seen} {self.cause}"
+
+    def command(self, words: Sequence[str]) -> str:
+        """The change as a command. words: those that run the study, such as locft sweep quickstart."""
+        axis = AXIS.get(self.setting)
+        place = f"space.{self.setting}=" if axis and axis.swept else f"{self.setting}="
+        kept = _without(words, lambda option, value: option == "--set" and value.startswith(place))
+        return shlex.join([*kept, "--set", f"{place}{_yaml(self.value)}"])
+
+    def edit_command(self, words: Sequence[str]) -> str:
+        """The same for one edit, which has an option for each axis. words: such as locft edit MODEL --edits FILE."""
+        option = "--edits" if self.setting == "edits.source" else f"--{self.setting.replace('_', '-')}"
+        kept = _without(words, lambda given, _: given == option)
+        return shlex.join([*kept, option, str(self.value)])
+
+    def to_dict(self, command: str) -> dict[str, Any]:
+        """JSON-able, with the command."""
+        return {**asdict(self), "command": command}
+
+
+def _without(words: Sequence[str], replaced: Callable[[str, str], bool]) -> list[str]:
+    """The words of a command without the options that a function of option and value says are replaced."""
+    kept: list[str] = []
+    dropped = False
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        option, equals, value = word.partition("=")
+        if word.startswith("--") and replaced(option, value if equals else following):
+            dropped = not equals  # the next word is its value
+        elif dropped and not word.startswith("--"):
+            dropped = False
+        else:
+            kept.append(word)
+    return kept
+
+
+def _yaml(value: Any) -> str:
+    """As a study file's reader takes it after "=": text with YAML's own signs in it is quoted."""
+    return value if isinstance(value, str) and not re.search(r"[:#{}\[\]]", value) else json.dumps(value)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What the signatures look at."""
+
+    results: pd.DataFrame
+    settings: pd.DataFrame
+    pick: Recommendation
+    row: Mapping[str, Any]
+    """Of the pick in `settings`."""
+    baseline: Mapping[str, float]
+    findings: Mapping[str, float]
+    fixed: Collection[str]
+
+    def metric(self, name: str) -> float:
+        return self.pick.metrics.get(name, math.nan)
+
+    def value(self, axis: str) -> Any:
+        return self.pick.settings.get(axis, AXIS[axis].default)
+
+    @property
+    def formats(self) -> dict[str, float]:
+        """Reliability by format, where several were asked."""
+        return by_format(self.pick.metrics, "reliability")
+
+    @property
+    def untrained(self) -> list[str]:
+        """The asked formats that are not trained, but for the wording that is kept for measuring."""
+        trained = self.value("train_formats").split(",")
+        return [name for name in self.formats if name in FORMATS and name not in trained]
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the pick's lowest seed."""
+        return [loss for loss in self.row["epoch_losses"] if math.isfinite(loss)]
+
+    def first(self, *changes: tuple[str, str, Any]) -> tuple[str, str, Any]:
+        """The first (cause, setting, value) whose setting may be changed."""
+        return next(change for change in changes if change[1] not in self.fixed)
+
+
+def signatures(
+    results: pd.DataFrame,
+    pick: Recommendation | None,
+    *,
+    baseline: Mapping[str, float] = MappingProxyType({}),
+    findings: Mapping[str, float] = MappingProxyType({}),
+    fixed: Collection[str] = (),
+) -> tuple[Signature, ...]:
+    """The signatures of a results table, the gravest first; none where nothing went wrong.
+
+    pick: of these results. baseline: metrics of the unedited model. findings: of the edits, by the names of
+    `locft.data.requests.EditFindings`. fixed: axes that the user cannot set, since the command chooses them.
+    """
+    found = list(_diverged(results, fixed))
+    if pick is not None:
+        settings = by_setting(results)
+        (row,) = settings[settings["trial_id"] == pick.trial_id].to_dict("records")
+        case = _Case(results, settings, pick, row, baseline, findings, fixed)
+        for look in (_capability, _reliability, _one_format, _generalization, _locality, _fights):
+            found += look(case)
+    return tuple(found)
+
+
+Remedy = tuple[Signature, str]
+"""What went wrong, and the command that changes the one setting."""
+
+
+def remedies(about: Measured, pick: Recommendation | None) -> tuple[Remedy, ...]:
+    """The signatures of a study with their commands. pick: of its results."""
+    study = about.study
+    found = signatures(
+        about.results,
+        pick,
+        baseline=about.baseline,
+        findings=study.get("edit_counts") or {},
+        fixed=study.get("chosen_axes") or (),
+    )
+    words = study.get("command") or ("locft", "sweep", str(study["name"]))
+    return tuple((signature, signature.command(words)) for signature in found)
+
+
+def _diverged(results: pd.DataFrame, fixed: Collection[str]) -> Iterator[Signature]:
+    rows = done(results)
+    lost = rows[rows["diverged"] == 1]
+    if lost.empty:
+        return
+    kept, least = rows[rows["diverged"] != 1], float(lost["learning_rate"].min())
+    seen = f"{len(lost)} of {plural(len(rows), 'finished trial')} diverged: the loss stopped being finite."
+    gentle = float(kept["learning_rate"].max())
+    if gentle < least:
+        rate, cause = gentle, f"All of them had a learning rate of at least {number(least)}, the others less."
+    else:
+        rate, cause = _digits(least / 4), f"The learning rate is too high for some positions, from {number(least)} on."
+    setting, value = "learning_rate", rate
+    if "learning_rate" in fixed:  # a selection takes it from the probe
+        size = int(lost["batch_size"].max())
+        setting, value = "batch_size", 2 * size
+        cause += f" More edits than {size} in a step make its gradient steadier."
+    yield Signature("training diverged", seen, cause, setting, value)
+
+
+def _capability(case: _Case) -> Iterator[Signature]:
+    change = case.metric("capability_change")
+    before = case.baseline.get("capability", case.metric("capability") - change)
+    if not change < -CAPABILITY_FALL * before:
+        return
+    seen = (
+        f"Capability fell from {percent(before)} to {percent(before + change)}, by {percent(-change / before)} of it."
+    )
+    yield Signature("capability fell", seen, *_held_back(case))
+
+
+def _locality(case: _Case) -> Iterator[Signature]:
+    kept = case.metric("locality")
+    if not kept < LOCAL:
+        return
+    seen = f"Locality is {percent(kept)}: most of what unrelated prompts were answered has changed."
+    yield Signature("locality lost", seen, *_held_back(case, case.value("guard") == "none"))
+
+
+def _held_back(case: _Case, unguarded: bool = False) -> tuple[str, str, Any]:
+    """Cause, setting and value where the edit changes more than it should. unguarded: guards are not in use yet."""
+    method, strength = case.value("method"), case.value("curvature_strength")
+    drift = case.metric("drift_kl")
+    so_far = f"; predictions on plain text moved by {number(drift)} nats per token" if math.isfinite(drift) else ""
+    if method != "low_curvature":
+        cause = f"Nothing holds the rest of the model in place (method {value_text('method', method)}){so_far}."
+        return cause, "method", "low_curvature"
+    if unguarded:
+        cause = f"No guard holds answers near the edits in place{so_far}."
+        return cause, "guard", "same_relation"
+    return f"A strength of {number(strength)} is too little here{so_far}.", "curvature_strength", _digits(3 * strength)
+
+
+def _reliability(case: _Case) -> Iterator[Signature]:
+    reliability = case.metric("reliability")
+    if not reliability < RELIABLE:
+        return
+    seen = f"Reliability is {percent(reliability)} at {case.pick.position}."
+    yield Signature("low reliability", seen, *_not_learnt(case))
+
+
+def _not_learnt(case: _Case) -> tuple[str, str, Any]:
+    """Cause, setting and value where edits are answered wrong."""
+    losses, epochs = case.losses, case.value("epochs")
+    trained, merged = case.metric("trained_loss"), case.metric("merged_loss")
+    trained = losses[-1] if math.isnan(trained) and losses else trained
+    if _overwritten(case):
+        return _one_after_the_other(case)
+    if trained < LEARNT:
+        if merged > max(LEARNT, 2 * trained):
+            cause = f"Rounding to {case.value('dtype')} undoes it: the loss is {number(trained)} before and {number(merged)} after."
+            return cause, "dtype", "float32"
+        if case.untrained:
+            return _format_change(case, min(case.untrained, key=case.formats.__getitem__))
+        return f"The loss is low ({number(trained)}), but not yet in every form of every prompt.", "epochs", 2 * epochs
+    if len(losses) >= 4 and losses[-1] < 0.9 * losses[3 * len(losses) // 4 - 1] and case.metric("epochs_run") >= epochs:
+        fell = f"from {number(losses[3 * len(losses) // 4 - 1])} to {number(losses[-1])} in the last quarter"
+        return f"The loss was still falling when the {epochs} epochs ended ({fell}).", "epochs", 2 * epochs
+    at = f"the loss ends at {number(trained)}"
+    if case.value("method") == "low_curvature" and case.value("curvature_strength") > 0:
+        strength = case.value("curvature_strength")
+        return (
+            f"The penalty of strength {number(strength)} holds the edits back: {at}.",
+            "curvature_strength",
+            _digits(strength / 3),
+        )
+    if case.value("method") == "norm_bounded":
+        bound = case.value("norm_bound")
+        return (
+            f"The bound of {number(bound)} on each weight leaves too little room: {at}.",
+            "norm_bound",
+            _digits(10 * bound),
+        )
+    if case.value("method") in ("lora", "adalora"):
+        rank = case.value("rank")
+        return f"A change of rank {rank} is too small: {at}.", "rank", 4 * rank
+    rate = case.value("learning_rate")
+    if len(losses) >= 2 and losses[-1] > 1.5 * min(losses):
+        change = (
+            f"The loss went up again, from {number(min(losses))}: the steps are too long.",
+            "learning_rate",
+            _digits(rate / 2),
+        )
+    else:
+        change = (f"The steps are too short: {at}.", "learning_rate", _digits(2 * rate))
+    return case.first(change, (f"The edits are not learnt: {at}.", "epochs", 2 * epochs))
+
+
+def _one_format(case: _Case) -> Iterator[Signature]:
+    if lost := _lost_format(case):
+        best = max(case.formats, key=case.formats.__getitem__)
+        seen = f"Reliability is {percent(case.formats[lost])} in {format_title(lost)}, and {percent(case.formats[best])} in {format_title(best)}."
+        yield Signature("one format lost", seen, *_format_change(case, lost))
+
+
+def _lost_format(case: _Case) -> str | None:
+    """The format that is answered worst, where it is far below the best."""
+    formats = case.formats
+    worst = min(formats, key=formats.__getitem__, default=None)
+    return worst if worst and formats[worst] < max(formats.values()) - FORMAT_GAP else None
+
+
+def _format_change(case: _Case, lost: str) -> tuple[str, str, Any]:
+    """Cause, setting and value where prompts in a format are answered worse."""
+    trained = case.value("train_formats")
+    if lost in case.untrained:
+        return f"It is not trained: prompts are trained as {trained} only.", "train_formats", f"{trained},{lost}"
+    if lost in FORMATS:
+        cause = f"Each edit meets it in one epoch of {len(trained.split(','))} only, of {case.value('epochs')} at most."
+        return cause, "epochs", 2 * case.value("epochs")
+    if not set(FORMATS) <= set(trained.split(",")):
+        return f"Prompts are trained as {trained} only, so other wordings are far away.", "train_formats", ALL
+    return f"The wordings trained ({trained}) are too alike.", "train_formats", f"{trained},{WORDING}"
+
+
+def _generalization(case: _Case) -> Iterator[Signature]:
+    reliability, general = case.metric("reliability"), case.metric("generalization")
+    if not (reliability >= RELIABLE and general < GENERAL * reliability):
+        return
+    seen = f"Generalization is {percent(general)} at a reliability of {percent(reliability)}."
+    trained, size = case.value("train_formats"), int(case.value("batch_size"))
+    changes: list[tuple[str, str, Any]] = []
+    if "," not in trained:
+        changes.append((f"Each edit is trained in one form only ({trained}).", "train_formats", ALL))
+    if not case.value("prefix_share"):
+        changes.append(("Each edit is trained at the beginning of a text only.", "prefix_share", 0.5))
+    tried, layers = case.results["layer"].nunique(), int(case.row["layers"])
+    if tried < layers:
+        changes.append((f"Only {tried} of {layers} layers were tried, and positions differ in it.", "layer", "all"))
+    changes.append(
+        (
+            f"A step sees {plural(size, 'edit')}: more of them leave less room to learn each by heart.",
+            "batch_size",
+            2 * size,
+        )
+    )
+    yield Signature("low generalization", seen, *case.first(*changes))
+
+
+def _fights(case: _Case) -> Iterator[Signature]:
+    name = "edits fight each other"
+    if against := int(case.findings.get("contradictions", 0)):
+        seen = f"{against} edits give a prompt another target than another edit does."
+        most = percent(case.findings.get("reachable", math.nan))
+        yield Signature(name, seen, f"They cannot hold together: at most {most} of all can.", "edits.source", CORRECTED)
+    elif _overwritten(case):
+        yield Signature(name, "Edits that were learnt are lost again.", *_one_after_the_other(case))
+    elif lost := _always_wrong(case):
+        wrong, edits, settings = lost
+        seen = f"The same {plural(wrong, 'edit')} of {edits} {'is' if wrong == 1 else 'are'} answered wrong in all {settings} settings."
+        size, epochs = int(case.value("batch_size")), case.value("epochs")
+        changes = [("They may need more steps than the others.", "epochs", 2 * epochs)]
+        if size < edits:
+            cause = f"With {plural(size, 'edit')} in a step, a step that helps others can undo them."
+            changes.insert(0, (cause, "batch_size", min(2 * size, edits)))
+        yield Signature(name, seen, *case.first(*changes))
+
+
+def _overwritten(case: _Case) -> bool:
+    """Whether edits that were learnt one batch after the other are lost in the end."""
+    trained, losses = case.metric("trained_loss"), case.losses
+    learnt = bool(losses) and float(np.mean(losses)) < LEARNT
+    return case.value("pipeline") == "depth_first" and learnt and trained > LEARNT and len(losses) > 1
+
+
+def _one_after_the_other(case: _Case) -> tuple[str, str, Any]:
+    left, ended = number(float(np.mean(case.losses))), number(case.metric("trained_loss"))
+    cause = f"Depth-first leaves each batch at a loss of {left}, and at the end it is {ended}: later edits overwrite earlier ones."
+    return cause, "pipeline", "breadth_first"
+
+
+def _always_wrong(case: _Case) -> tuple[int, int, int] | None:
+    """How many edits no setting gets right, of how many, and in how many settings; None unless they are few."""
+    rows = comparable(case.settings, ("reliability",))
+    answers = [right for right in rows["right_by_edit"] if isinstance(right, np.ndarray)]
+    if len(answers) < max(FEWEST, len(rows)) or len({len(right) for right in answers}) > 1:
+        return None
+    wrong, edits = int((np.max(answers, axis=0) == 0).sum()), len(answers[0])
+    return (wrong, edits, len(answers)) if 0 < wrong <= (1 - RELIABLE) * edits else None
+
+
+def _digits(value: float) -> float:
+    """Two significant digits."""
+    return float(f"{value:.2g}")
