@@ -24,6 +24,8 @@ EDITS = "atlas, an edit file, or the hub id of a data set"
 EDITS_HELP = f"{EDITS[0].upper()}{EDITS[1:]}."
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, hub id, folder or .gguf file.")]
+METHOD = {"method": "low_curvature", "train_formats": FORMATS}
+"""How one edit is trained unless told otherwise. Why: docs/methods.md, "Edits that hold"."""
 FormatsOption = Annotated[
     str | None,
     typer.Option(
@@ -79,7 +81,7 @@ def edits_of(source: str, limit: int | None) -> "Edits":
     return Edits(source=source, limit=limit)
 
 
-DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", "train_formats": FORMATS}
+DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", **METHOD}
 """Of options of `locft edit`, where its defaults (`TrainingSettings`) are not those of the axes."""
 
 

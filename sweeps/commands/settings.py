@@ -11,7 +11,7 @@ from locft.model.positions import TuningPosition
 from locft.model.precision import training_precision
 from locft.train.formats import RAW
 from locft.train.pipelines import TrainingSettings
-from sweeps.commands.options import EDITS, FORMATS
+from sweeps.commands.options import EDITS, FORMATS, METHOD
 from sweeps.select.position_file import read_position
 from sweeps.study.reader import study_from_yaml
 from sweeps.study.schema import Capability, Edits, read_formats, read_value
@@ -82,7 +82,7 @@ def edit_settings(
     if from_run is not None:
         return _repeated(from_run, position, options, dtype, edits, tracking_uri, asked)
     own = {name: read_value(name, value) for name, value in (found.settings if found else {}).items()}
-    own |= {} if found else {"train_formats": FORMATS}
+    own |= {} if found else METHOD
     return EditSettings(
         position,
         TrainingSettings(**{"precision": training_precision("auto"), **own, **options}),
