@@ -19,7 +19,8 @@ from locft.errors import InputError
 from locft.measure.generation import ONE_BY_ONE
 from locft.model.models import LoadedModel
 from locft.process import describe_machine
-from locft.train.encoding import TokenRow, encode_prompt
+from locft.train.encoding import encode_prompt
+from locft.train.token_rows import TokenRow
 
 SAMPLES = 64
 TOKENS = 128

@@ -29,9 +29,9 @@ from locft.engine.tail import capture_boundary, head_view, tail_hidden, tail_par
 from locft.errors import InputError
 from locft.model.models import LoadedModel
 from locft.process import describe_machine
-from locft.train.encoding import TokenRow
 from locft.train.methods.curvature import Curvature
 from locft.train.reference import pad_rows
+from locft.train.token_rows import TokenRow
 
 BATCH_TOKENS = 1024
 """Tokens of one pass: the logits of all of them are computed."""

@@ -22,13 +22,14 @@ from locft.measure.evaluation import follow
 from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition, layer_prefix, parameter_names
-from locft.train.encoding import TokenRow, encode_edit, encode_edits, encode_prompt
+from locft.train.encoding import encode_edit, encode_edits, encode_prompt
 from locft.train.examples import TrainingExamples
 from locft.train.formats import available, parse_formats
 from locft.train.guards import Guards
 from locft.train.methods.curvature import Curvature
 from locft.train.pipelines import Training, TrainingSettings, finetune
 from locft.train.reference import full_forward
+from locft.train.token_rows import TokenRow
 
 PREFIXES = 5
 """Different texts before each prompt, as in the paper's appendix A.4, shared out among the formats but two for each."""

@@ -18,9 +18,9 @@ from torch import nn
 
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, parameter_names
-from locft.train.encoding import TokenRow
 from locft.train.objective import batch_loss
 from locft.train.reference import full_forward
+from locft.train.token_rows import TokenRow
 
 COORDINATES = 2**20
 """Gradient entries looked at per parameter: all of a small model's, a random sample of a large one's."""

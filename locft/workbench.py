@@ -45,10 +45,11 @@ from locft.measure.generation import ModelAnswer, greedy_answers
 from locft.model.delta import EditDelta, applied
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition
-from locft.train.encoding import SupervisedLogits, TokenRow, encode_edits
+from locft.train.encoding import encode_edits
 from locft.train.formats import CHAT, RAW, asked, parse_formats
 from locft.train.pipelines import Training, TrainingSettings
 from locft.train.reference import full_forward
+from locft.train.token_rows import SupervisedLogits, TokenRow
 
 _log = logging.getLogger(__name__)
 

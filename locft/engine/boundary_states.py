@@ -27,7 +27,7 @@ from locft.engine.packing import STEP, PrefixTree, pack_rows
 from locft.engine.tail import capture_boundary
 from locft.model.positions import n_layers
 from locft.process import describe_machine
-from locft.train.encoding import TokenRow, batches
+from locft.train.token_rows import TokenRow, batches
 
 VERSION = 3
 """Of the files. Raise it when the same key would hold other numbers."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from locft.train.encoding import TokenRow
+from locft.train.token_rows import TokenRow
 
 STEP = 8
 """The width of a sequence is a multiple of this. For every new shape of a product oneDNN compiles a kernel, which takes

@@ -26,8 +26,8 @@ from locft.model.dtype_copy import cast_model
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, n_layers, parameter_names
 from locft.model.precision import training_precision
-from locft.train.encoding import Forward, SupervisedLogits, TokenRow, batches
 from locft.train.reference import full_forward
+from locft.train.token_rows import Forward, SupervisedLogits, TokenRow, batches
 
 SEQUENCE_TOKENS = 96
 """Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products

@@ -20,12 +20,8 @@ from locft.data.suites import Suite
 from locft.errors import InputError
 from locft.measure.token_scores import divergence, scores_by_row, slices, targets
 from locft.measure.two_stage_scoring import retake
-from locft.train.encoding import (
-    SupervisedLogits,
-    TokenRow,
-    batches,
-    encode_continuation,
-)
+from locft.train.encoding import encode_continuation
+from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 PROSE_WINDOW = 128
 """Tokens of one row of prose."""

@@ -30,8 +30,9 @@ from locft.measure.generation import (
 from locft.measure.token_scores import divergence, scores_by_row, slices
 from locft.measure.two_stage_scoring import retake
 from locft.model.models import LoadedModel
-from locft.train.encoding import SupervisedLogits, TokenRow, batches, encode_answer, encode_edit, encode_question
+from locft.train.encoding import encode_answer, encode_edit, encode_question
 from locft.train.formats import RAW, UNSEEN, label
+from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 EditMetric = Literal["reliability", "generalization", "locality"]
 LOCALITY_FIELDS = {

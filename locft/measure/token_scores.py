@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from locft.train.encoding import SupervisedLogits, TokenRow, batches
+from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 _TOKENS_AT_ONCE = 8
 """Supervised tokens whose probabilities are computed at once. Slices that stay in the processor's cache take half the
@@ -35,7 +35,7 @@ def scores_by_row(
     """Scores of each row, in the order given.
 
     The rows are computed in the order of `key`, in batches within the `limits` (those of
-    `locft.train.encoding.batches`).
+    `locft.train.token_rows.batches`).
     """
     order = sorted(range(len(rows)), key=lambda index: key(rows[index]))
     ordered = [rows[index] for index in order]

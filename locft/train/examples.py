@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from locft.train.encoding import TokenRow
 from locft.train.guards import Guards
+from locft.train.token_rows import TokenRow
 
 
 @dataclass(frozen=True)

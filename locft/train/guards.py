@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from locft.train.encoding import SupervisedLogits, TokenRow
+from locft.train.token_rows import SupervisedLogits, TokenRow
 
 KEPT_BYTES = 2**29
 """Of the unedited model's predictions on the guards of a kind."""

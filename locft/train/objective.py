@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from locft.train.encoding import SupervisedLogits, TokenRow, batches
+from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 LossAverage = Literal["edit", "token", "last_token"]
 

@@ -19,7 +19,6 @@ from locft.errors import out_of_memory
 from locft.model.delta import EditDelta
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, is_input_first, parameter_names
-from locft.train.encoding import Forward, SupervisedLogits, TokenRow
 from locft.train.examples import TrainingExamples
 from locft.train.guards import Guard
 from locft.train.methods import MethodSettings, Parameter, make_method
@@ -32,6 +31,7 @@ from locft.train.objective import (
     mean_loss,
 )
 from locft.train.reference import full_forward
+from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
 Pipeline = Literal["breadth_first", "depth_first"]
 

@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from locft.train.encoding import SupervisedLogits, TokenRow
+from locft.train.token_rows import SupervisedLogits, TokenRow
 
 
 def full_forward(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | None = None) -> SupervisedLogits:

@@ -27,9 +27,9 @@ from locft.measure.capability import score_suite
 from locft.model.delta import EditDelta
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition, decoder_layers, parameter_names
-from locft.train.encoding import Forward, TokenRow
 from locft.train.examples import TrainingExamples
 from locft.train.pipelines import PositionTrainer, TrainingSettings
+from locft.train.token_rows import Forward, TokenRow
 from locft.workbench import Measurement, Workbench
 from tests.benchmarks.machine_speed import added_memory
 

@@ -28,9 +28,10 @@ from locft.model.delta import EditDelta, applied
 from locft.model.models import DTYPES, LoadedModel, load_model
 from locft.model.positions import TuningPosition
 from locft.model.precision import training_precision
-from locft.train.encoding import TokenRow, encode_edits
+from locft.train.encoding import encode_edits
 from locft.train.examples import TrainingExamples
 from locft.train.pipelines import TrainingSettings, finetune
+from locft.train.token_rows import TokenRow
 
 FORMS = ("raw", "qa")
 MEASURES = ("tokens", "teacher-forced", "with EOS", "contains", "starts", "exact")

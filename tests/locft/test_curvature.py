@@ -7,9 +7,9 @@ import locft.curvature as module
 from locft.curvature import measure_curvature
 from locft.measure.capability import EncodedSuite, measure_drift
 from locft.model.positions import TuningPosition, is_input_first, parameter_names
-from locft.train.encoding import TokenRow
 from locft.train.methods.curvature import Curvature
 from locft.train.reference import full_forward
+from locft.train.token_rows import TokenRow
 from tests.tiny import tiny_loaded
 
 LAYER = 1

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from locft.data.requests import load_edits
 from locft.model.positions import TuningPosition, parameter_names
 from locft.probe import probe_positions
-from locft.train.encoding import TokenRow, encode_edits
+from locft.train.encoding import encode_edits
 from locft.train.examples import TrainingExamples
 from locft.train.objective import batch_loss
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
+from locft.train.token_rows import TokenRow
 from tests.tiny import tiny_loaded
 
 POSITIONS = [TuningPosition(layer, module) for layer in range(3) for module in ("mlp_down", "mlp", "attn", "layer")]

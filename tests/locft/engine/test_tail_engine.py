@@ -21,11 +21,12 @@ from locft.engine.tail import supports_tail
 from locft.engine.tail_engine import TailEngine, coarse_pays, coarse_products
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition, list_positions, parameter_names
-from locft.train.encoding import TokenRow, encode_edit
+from locft.train.encoding import encode_edit
 from locft.train.examples import TrainingExamples
 from locft.train.objective import batch_loss
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
+from locft.train.token_rows import TokenRow
 from locft.workbench import Workbench
 from tests.tiny import ARCHITECTURES, RELATED, tiny_loaded, tiny_tokenizer
 

@@ -20,8 +20,8 @@ from locft.measure.capability import (
     score_rows,
     score_suite,
 )
-from locft.train.encoding import TokenRow
 from locft.train.reference import full_forward
+from locft.train.token_rows import TokenRow
 from tests.tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 PROSE = " ".join(SENTENCES) * 3

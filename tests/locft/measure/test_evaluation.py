@@ -26,10 +26,11 @@ from locft.measure.generation import BATCH, NEW_TOKENS, ModelAnswer, greedy_answ
 from locft.model.delta import applied
 from locft.model.models import LoadedModel, model_fingerprint
 from locft.model.positions import TuningPosition
-from locft.train.encoding import TokenRow, encode_edits, encode_prompt, encode_question
+from locft.train.encoding import encode_edits, encode_prompt, encode_question
 from locft.train.examples import TrainingExamples
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
+from locft.train.token_rows import TokenRow
 from tests.locft.measure.decoding import EOS, PROMPTS, exact_model, scripted
 from tests.tiny import chat_loaded, chat_tokenizer, tiny_loaded
 

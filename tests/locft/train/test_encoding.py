@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from locft.data.edit_request import EditRequest
 from locft.data.requests import load_edits
-from locft.train.encoding import TokenRow, encode_continuation, encode_edit, encode_edits, encode_prompt
+from locft.train.encoding import encode_continuation, encode_edit, encode_edits, encode_prompt
+from locft.train.token_rows import TokenRow
 from tests.tiny import SENTENCES, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / ".." / "shared"

@@ -11,11 +11,12 @@ from locft.data.edit_request import EditRequest
 from locft.errors import out_of_memory
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
-from locft.train.encoding import TokenRow, encode_edit, encode_edits
+from locft.train.encoding import encode_edit, encode_edits
 from locft.train.examples import TrainingExamples
 from locft.train.objective import batch_loss
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
+from locft.train.token_rows import TokenRow
 from tests.tiny import tiny_loaded
 
 EDITS = [
