@@ -274,7 +274,16 @@ def test_a_plan_refuses_what_the_model_lacks_and_a_grid_without_end():
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("quickstart", 8), ("pipeline-check", 4), ("layer-sweep", 300), ("batch-ablation", 18)]
+    ("name", "count"),
+    [
+        ("quickstart", 8),
+        ("pipeline-check", 4),
+        ("layer-sweep", 300),
+        ("batch-ablation", 18),
+        ("method-comparison", 40),
+        ("recipe", 192),
+        ("generalization", 64),
+    ],
 )
 def test_ready_studies_have_the_trials_their_comments_say(name, count):
     assert make_plan(load_study(name), FACTS).count == count
