@@ -81,7 +81,7 @@ def test_every_architecture_takes_every_way(architecture, requests):
 def test_a_price_on_drift_leaves_less_of_it(trainer):
     prose = EncodedSuite("", {}, background_rows(trainer.loaded)[:8])
     drifts = []
-    for strength in (0.0, 30.0):
+    for strength in (0.0, 300.0):
         settings = replace(SETTINGS, method="low_curvature", curvature_strength=strength, epochs=20)
         weights = trainer.train(POSITION, settings).delta.weights(trainer.loaded.model)
         drifts.append(

@@ -370,6 +370,7 @@ def test_an_edit_is_trained_and_asked_in_formats(locft, tmp_path, tiny_folder, c
 
 def test_an_edit_says_what_went_wrong_and_the_one_option_to_change(locft, tmp_path, tiny_folder, few_probes):
     few = ("--edits", "atlas", "--limit", 3, "--threads", 1, "--position", "1.mlp", "--train-formats", "raw")
+    few += ("--method", "full")
     said = locft("edit", tiny_folder, *few, "--learning-rate", 1e-7, "--epochs", 2, "--out", tmp_path / "a b", "--json")
     (found,) = [one for one in said.json["signatures"] if one["name"] == "low reliability"]
     assert (found["setting"], found["value"]) == ("learning_rate", 2e-7)
