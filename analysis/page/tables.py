@@ -21,7 +21,6 @@ from analysis.stats.table import (
     seed_range,
     setting_text,
     value_text,
-    wilson_interval,
 )
 from analysis.stats.wording import (
     ABSENT,
@@ -132,7 +131,8 @@ def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Co
     cells = []
     for column in columns:
         value = row[column.name]
-        absent = value is None or pd.isna(value)
+        axis = AXIS.get(column.name)
+        absent = value is None or pd.isna(value) or (axis is not None and not axis.counts(row))
         # what the page sorts by: the text, the number it reads from the text, or one it cannot read there
         key: str | float | None = value if isinstance(value, str) else None
         if column.name == "seconds" and not absent:
@@ -181,8 +181,7 @@ def format_rows(pick: Recommendation) -> list[tuple[str, list[tuple[str, str]]]]
     found = {name: by_format(pick.metrics, name) for name in names}
 
     def cell(name: str, form: str) -> tuple[str, str]:
-        ends = wilson_interval(found[name].get(form, math.nan), pick.metrics.get("n_edits", math.nan))
-        return percent(found[name].get(form, math.nan)), share_interval(*ends)
+        return percent(found[name].get(form, math.nan)), share_interval(*interval(pick.metrics, f"{name}.{form}"))
 
     return [(format_title(form), [cell(name, form) for name in names]) for form in found["reliability"]]
 

@@ -361,11 +361,11 @@ def axis_text(name: str, value: Any) -> str:
 
 def setting_text(row: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
     """A setting without its position and seed: "breadth-first, batch 32, rate 0.004, loss by edit". By default its
-    `named_axes`; what is absent is left out."""
+    `named_axes`; what is absent, or changes nothing there, is left out."""
     if names is None:
         names = named_axes([row])
     known = (name for name in names if name not in ("layer", "module", "seed") and not _absent(row.get(name)))
-    return ", ".join(axis_text(name, row[name]) for name in known)
+    return ", ".join(axis_text(name, row[name]) for name in known if AXIS[name].counts(row))
 
 
 def setting_names(settings: pd.DataFrame) -> dict[str, str]:

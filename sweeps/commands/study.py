@@ -5,6 +5,7 @@ Commands import what they run: `locft --help` would otherwise load torch, Ray an
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from analysis.stats.axes import AXIS, named_axes
-from analysis.stats.wording import number, seconds
+from analysis.stats.wording import ABSENT, number, seconds
 from locft.errors import InputError
 from sweeps.commands.console import notice, plain, print_json, print_table, say, writable, write
 from sweeps.commands.options import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from sweeps.select.request import SelectionRequest
     from sweeps.study.estimate import Forecast
     from sweeps.study.plan import PreparedStudy
+    from sweeps.study.trial_types import TrialConfig
     from sweeps.tracking.study_run import Tracker
 
 
@@ -62,7 +64,7 @@ def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOptio
     introduce(prepared)
     if prepared.plan.trials:
         axes = named_axes(map(vars, prepared.plan.trials))
-        rows = [[t.id, t.position, *(number(getattr(t, name)) for name in axes)] for t in prepared.plan.trials]
+        rows = [[trial.id, trial.position, *_cells(trial, axes)] for trial in prepared.plan.trials]
         print_table(("id", "position", *(AXIS[name].title for name in axes)), rows)
     else:
         say(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
@@ -301,6 +303,12 @@ def select(
         raise typer.Exit(INTERRUPTED)
     if answer.position is None:
         raise typer.Exit(1)
+
+
+def _cells(trial: "TrialConfig", axes: Sequence[str]) -> list[str]:
+    """The trial's value on each axis; a dash where it changes nothing."""
+    values = trial.to_dict()
+    return [number(values[name]) if AXIS[name].counts(values) else ABSENT for name in axes]
 
 
 def _warn(forecast: "Forecast") -> None:

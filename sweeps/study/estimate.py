@@ -36,6 +36,8 @@ TIMED_EDITS, TIMED_STEPS = 16, 3
 """Edits of a timed step at most, and steps at each of the three layers."""
 ROUGH = "rough rates, nothing measured here"
 
+_PREFIX_TOKENS = 10
+"""Before a prompt that stands behind prose."""
 _SUPERVISED_SHARE = 0.3
 """Of the tokens read, those whose logits are computed."""
 _GENERATED_SHARE = 0.3
@@ -106,9 +108,10 @@ class Costs:
         return self._steps(trial, facts, math.ceil(facts.n_edits / trial.batch_size), facts.n_edits)
 
     def _steps(self, trial: TrialConfig, facts: StudyFacts, steps: float, edits: float) -> float:
-        """Guards are rows like those of edits, without a format around them."""
+        """In units of edits as raw prompts, which guards are like."""
         layers, guards = layers_passed(trial, facts), trial.guards_per_step if trial.guard != "none" else 0
-        rows = edits * facts.row_size(trial.train_formats) + steps * guards
+        prefix = trial.prefix_share * _PREFIX_TOKENS * facts.n_edits / max(1, facts.edit_tokens)
+        rows = edits * (facts.row_size(trial.train_formats) + prefix) + steps * guards
         return steps * self.step.seconds(layers) + rows * self.edit.seconds(layers)
 
 

@@ -129,6 +129,25 @@ def test_plan_lists_the_trials_and_writes_nothing(locft, tmp_path, monkeypatch, 
     assert files(tmp_path) == before
 
 
+def test_a_plan_shows_the_axes_that_are_away_from_their_defaults(locft, tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, tiny_folder, space__method=["full", "lora"], space__rank=4, space__guard_weight=2.0)
+    said = locft("plan", "tiny.yaml", "--set", "ask_formats=[raw, chat]", "--set", "space.layer=0")
+    assert said.code == 0, said.err
+    for title in ("batch size", "learning rate", "method", "rank"):
+        assert title in said.out, title
+    for title in ("alpha", "guard", "curvature", "shrink", "trained formats"):
+        assert title not in said.out, title
+    (plain,) = [line for line in said.out.splitlines() if "full" in line]
+    assert "\N{EN DASH}" in plain, "rank changes nothing there"
+    assert f"ask_formats: the tokenizer of {tiny_folder} has no chat template, so chat is left out" in said.err
+    assert (
+        "space.guard_weight changes nothing: it takes space.guard same_relation or locality_like or prose" in said.err
+    )
+    told = locft("plan", "tiny.yaml", "--set", "ask_formats=[raw, chat]", "--json").json["study"]
+    assert told["ask_formats"] == ["raw"] and len(told["notices"]) == 2
+
+
 def test_plan_looks_at_a_store_that_is_not_there_and_makes_none(locft, tmp_path, monkeypatch, tiny_folder):
     monkeypatch.chdir(tmp_path)
     write_study(tmp_path, tiny_folder)

@@ -77,6 +77,9 @@ def test_estimates_grow_with_what_costs():
     base = seconds()
     assert seconds(layer=3) > base and seconds(batch_size=1) > base and seconds(seed=[0, 1]) > base
     assert seconds(cpus=1) > base and seconds(make_facts(n_edits=200)) > base
+    longer = make_facts(row_sizes={"chat": 3.0})
+    assert seconds(longer) == base < seconds(longer, train_formats="raw,chat") < seconds(longer, train_formats="chat")
+    assert seconds(guard="prose") > base and seconds(prefix_share=0.5) > base
     optuna = make_study(search={"method": "optuna", "trials": 10})
     assert estimate(optuna, FACTS, rough_costs(FACTS)).seconds > 0
 
