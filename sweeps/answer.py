@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -123,6 +123,18 @@ def answer_of(
     outcomes = _outcomes(state.results, wanted, tracker)
     html = render_report(own.study, own.results, baseline=own.baseline, outcomes=outcomes, other=other, found=found)
     return StudyAnswer(front, pick, html, remedies(own, pick))
+
+
+def remedies_so_far(state: StudyState, tracker: Tracker | None) -> "tuple[Remedy, ...]":
+    """What goes wrong in what is finished so far, with the commands. Of a state without loss curves the pick's is read."""
+    from analysis.stats.pick import recommend
+    from analysis.stats.signatures import remedies
+
+    pick, results = recommend(state.results), state.results.copy()
+    if pick and tracker:
+        (place,) = results.index[results["trial_id"] == pick.trial_id]
+        results.at[place, "epoch_losses"] = tracker.load_curve(results.at[place, "run_id"])
+    return remedies(measured(replace(state, results=results), None), pick)
 
 
 def _outcomes(results: "pd.DataFrame", trials: list[str], tracker: Tracker) -> "pd.DataFrame | None":

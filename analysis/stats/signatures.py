@@ -217,7 +217,7 @@ def _locality(case: _Case) -> Iterator[Signature]:
     kept = case.metric("locality")
     if not kept < LOCAL:
         return
-    seen = f"Locality is {percent(kept)}: most of what unrelated prompts were answered has changed."
+    seen = f"Locality is {percent(kept)}: most tokens of the answers to unrelated prompts have changed."
     yield Signature("locality lost", seen, *_held_back(case, case.value("guard") == "none"))
 
 

@@ -126,9 +126,7 @@ def sweep(
 
 def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOption = False) -> None:
     """Show how far STUDY is: done, diverged, failed (with causes) and left, who runs it and the time left."""
-    from analysis.stats.pick import recommend
-    from analysis.stats.signatures import remedies
-    from sweeps.answer import measured, read_state
+    from sweeps.answer import read_state, remedies_so_far
     from sweeps.session import driver_of
     from sweeps.tracking.outbox import open_outbox
     from sweeps.tracking.store import connect
@@ -142,7 +140,7 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
     undelivered = len(open_outbox(prepared.id, uri))
     causes, diverged = failure_causes(state), int((state.results["diverged"] == 1).sum())
     left = _seconds_left(prepared, uri) if driver else None
-    found = remedies(measured(state, None), recommend(state.results))
+    found = remedies_so_far(state, tracker)
     if as_json:
         return print_json(
             {

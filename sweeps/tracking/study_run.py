@@ -262,6 +262,11 @@ class Tracker:
                 rows[config.id] = {**trial_run.result_of(run, config, status, losses).to_row(), "run_id": run_id}
         return results_frame(list(rows.values()))
 
+    def load_curve(self, trial_run_id: str) -> list[float]:
+        """The loss curve of a trial; empty when none was logged."""
+        with store_errors(f"the losses of run {trial_run_id}"):
+            return self._store.loss_curve(trial_run_id)
+
     def load_outcomes(self, trial_run_id: str) -> "pd.DataFrame":
         """The outcomes of a trial, one row a prompt; empty when none were logged."""
         import pandas as pd

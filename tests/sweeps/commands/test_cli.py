@@ -244,6 +244,19 @@ def test_status_json(swept, locft):
     assert "3 of 3 done" in locft("status", "tiny.yaml").out
 
 
+def test_sweep_status_and_report_name_the_one_setting_to_change(swept, locft):
+    """A tiny random model keeps nothing in place."""
+    found = {name: locft(name, "tiny.yaml", "--json").json["signatures"] for name in ("sweep", "status", "report")}
+    assert found["sweep"] == found["status"] == found["report"]
+    (lost,) = [signature for signature in found["sweep"] if signature["name"] == "locality lost"]
+    assert lost["command"] == "locft sweep tiny.yaml --set space.method=low_curvature"
+    page = (swept / "tiny.html").read_text(encoding="utf-8")
+    for text in (page, *(locft(name, "tiny.yaml").out for name in ("sweep", "status", "report"))):
+        assert lost["command"] in text
+    narrower = locft("status", "tiny.yaml", "--set", "space.method=full", "--json").json["signatures"]
+    assert lost in narrower, "what was set before is replaced"
+
+
 def test_status_says_who_runs_it(swept, locft):
     tracker = Tracker.open(resolve_uri(None), "tiny", prepare(load_study("tiny.yaml")).id)
     driver = {"host": "node-7", "process": 41, "began": "2026-11-25T18:00:00+00:00"}
