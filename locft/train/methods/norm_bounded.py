@@ -13,7 +13,7 @@ class NormBounded(FullFineTuning):
 
     A new edit (depth_first) starts where the last one ended, as in the fine-tuning of ROME and EasyEdit, which bound the
     change of each edit: that of all edits together may be larger. Under breadth_first the bound holds for the whole change.
-    With `loss_average: last_token` this is FT-L.
+    With `loss_average: last_token` this is FT-L, which EasyEdit also runs without a bound.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings):

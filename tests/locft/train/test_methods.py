@@ -219,9 +219,14 @@ def test_the_tail_engine_trains_the_same_delta(architecture, method, pipeline):
     forward = TailEngine(loaded, ROWS, on_disk=False).training_forward(position, ROWS, torch.float32)
     fast, plain = (finetune(loaded, examples, position, settings, *more) for more in ((forward,), ()))
     assert fast.losses == pytest.approx(plain.losses, rel=1e-3)
+    for training in (plain, fast):
+        for name, change in training.delta.tensors.items():
+            if name.endswith(
+                "c_attn.bias"
+            ):  # GPT-2's keys: it shifts all scores of a query alike, so only rounding moves it
+                change.chunk(3)[1].zero_()
     apart = EditDelta("", "", {name: fast.delta.tensors[name] - change for name, change in plain.delta.tensors.items()})
-    # Adam follows the sign of a gradient, which rounding decides where the gradient is nothing, as at biases of keys
-    assert apart.norm < 0.05 * plain.delta.norm
+    assert apart.norm < 1e-3 * plain.delta.norm
     for name, change in plain.delta.tensors.items():
         trained = method == "norm_bounded" or is_matrix(name, change)
         assert bool(change.any()) == bool(fast.delta.tensors[name].any()) == trained, name
