@@ -221,9 +221,8 @@ def test_the_tail_engine_trains_the_same_delta(architecture, method, pipeline):
     assert fast.losses == pytest.approx(plain.losses, rel=1e-3)
     for training in (plain, fast):
         for name, change in training.delta.tensors.items():
-            if name.endswith(
-                "c_attn.bias"
-            ):  # GPT-2's keys: it shifts all scores of a query alike, so only rounding moves it
+            # the bias of GPT-2's keys shifts all scores of a query alike, so only rounding moves it
+            if name.endswith("c_attn.bias"):
                 change.chunk(3)[1].zero_()
     apart = EditDelta("", "", {name: fast.delta.tensors[name] - change for name, change in plain.delta.tensors.items()})
     assert apart.norm < 1e-3 * plain.delta.norm
