@@ -5,7 +5,6 @@ It needs no data, is in the model's own languages and styles, and is never the p
 Legend: B samples, T tokens.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from locft.cache import made_once
+from locft.cache import content_key, made_once
 from locft.errors import InputError
 from locft.measure.generation import ONE_BY_ONE
 from locft.model.models import LoadedModel
@@ -38,10 +37,9 @@ def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
 
     On one machine always the same ones; kept in a file for other processes and later calls.
     """
-    key = json.dumps([VERSION, SAMPLES, TOKENS, SEED, loaded.fingerprint, str(loaded.model.dtype), describe_machine()])
-    name = hashlib.sha256(key.encode()).hexdigest()[:20]
+    key = content_key([VERSION, SAMPLES, TOKENS, SEED, loaded.fingerprint, str(loaded.model.dtype), describe_machine()])
     try:
-        folder = made_once("background", name, lambda folder: _write(folder / "samples.json", _written(loaded)))
+        folder = made_once("background", key, lambda folder: _write(folder / "samples.json", _written(loaded)))
         samples = json.loads((folder / "samples.json").read_text())
     except InputError as error:
         _log.warning("%s; the model's samples are not kept", error)

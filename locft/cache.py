@@ -1,10 +1,13 @@
 """The cache folder, and files and folders in it that appear whole or not at all."""
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -23,6 +26,11 @@ def write_atomically(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as partial:
         partial.write(text)
     os.replace(partial.name, path)
+
+
+def content_key(parts: Any) -> str:
+    """20 hexadecimal digits of JSON-able values, for the name of what is made of them; of others their text counts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:

@@ -7,16 +7,12 @@ expert's part of it, is seen, whatever module it is in. A parameter in no produc
 diagonal of the Fisher information from its gradients.
 """
 
-import copy
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from locft.cache import made_once, make_room
-from locft.engine.tail import capture_boundary, head_view, tail_hidden, tail_parameter_name, tail_view
+from locft.cache import content_key, made_once, make_room
+from locft.engine.tail import capture_boundary, head_view, reconfigure, tail_hidden, tail_parameter_name, tail_view
 from locft.errors import InputError
 from locft.model.models import LoadedModel
 from locft.process import describe_machine
@@ -148,7 +144,8 @@ def measure_curvature(
                 diagonals[name] += gradient.float() ** 2
         tokens += len(drawn)
     found = {name: Curvature(diagonal=value.cpu() / tokens) for name, value in diagonals.items()}
-    return found | {name: sums.curvature(tokens, watched[name].shape) for name, sums in watch.found.items()}
+    factored = {name: sums.curvature(tokens, watched[name].shape) for name, sums in watch.found.items()}
+    return found | {name: one.to(torch.device("cpu")) for name, one in factored.items()}
 
 
 def measured_once(
@@ -157,7 +154,7 @@ def measured_once(
     """The same, kept in a file for other processes and later calls."""
     parts = [VERSION, list(names), loaded.fingerprint, [row.token_ids for row in windows]]
     parts += [str(loaded.model.dtype), str(loaded.model.device), describe_machine()]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+    key = content_key(parts)
 
     def write(folder: Path) -> None:
         make_room(folder, sum(factor_bytes(loaded.model.get_parameter(name).shape) for name in names), LIMIT_BYTES)
@@ -213,9 +210,5 @@ def _parts(windows: Sequence[TokenRow]) -> Iterator[Sequence[TokenRow]]:
 def _plain_view(model: PreTrainedModel, layer: int) -> PreTrainedModel:
     """The tail from a layer, whose experts are computed one by one, so that their products can be told apart."""
     view = tail_view(model, layer)
-    configs: dict[int, Any] = {}
-    for module in view.modules():
-        if (config := getattr(module, "config", None)) is not None:
-            module.config = configs.setdefault(id(config), copy.copy(config))
-            module.config._experts_implementation = "eager"
+    reconfigure(view, _experts_implementation="eager")
     return view

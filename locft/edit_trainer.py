@@ -16,7 +16,7 @@ from locft.background import background_rows, prefix_texts
 from locft.curvature import factor_bytes, measured_once
 from locft.data.edit_request import EditRequest
 from locft.data.requests import load_edits
-from locft.engine.tail_engine import TailEngine
+from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
 from locft.errors import InputError
 from locft.measure.evaluation import follow
 from locft.measure.generation import greedy_answers
@@ -28,7 +28,6 @@ from locft.train.formats import available, parse_formats
 from locft.train.guards import Guards
 from locft.train.methods.curvature import Curvature
 from locft.train.pipelines import Training, TrainingSettings, finetune
-from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
 
 PREFIXES = 5
@@ -60,16 +59,17 @@ class EditTrainer:
     def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
         """Raises InputError for settings that this model or these edits cannot serve."""
         examples = self.examples(settings)
+        rows = examples.rows
         curvature = self.curvature(position) if settings.method == "low_curvature" else {}
         forward = None
-        engine = self._engine(examples.rows)
+        engine = self._engine(rows)
         if settings.noise and not engine:
             raise InputError(
                 "noise: this model is computed as a whole, so training has no states to begin with; expected 0"
             )
         if engine:
             noise = _gaussian(settings.noise, settings.seed) if settings.noise else None
-            forward = engine.training_forward(position, examples.rows, DTYPES[settings.precision], noise)
+            forward = engine.training_forward(position, rows, DTYPES[settings.precision], noise)
         training = finetune(self.loaded, examples, position, settings, forward, curvature)
         if settings.shrink == "yes" and not training.diverged:
             training = self._shrunk(training, position)
@@ -78,11 +78,9 @@ class EditTrainer:
     def examples(self, settings: TrainingSettings) -> TrainingExamples:
         """What the settings draw from."""
         formats = available(self.loaded.tokenizer, parse_formats(settings.train_formats, trained=True))
-        by_format = zip(*(encode_edits(self.loaded.tokenizer, self.requests, form) for form in formats), strict=True)
+        plain = self._once(("plain", formats), lambda: self._plain(formats))
         prefixed = self._once(("prefixed", formats), lambda: self._prefixed(formats)) if settings.prefix_share else ()
-        return TrainingExamples(
-            self.rows, tuple(by_format), prefixed, settings.prefix_share, self._guards(settings.guard)
-        )
+        return TrainingExamples(self.rows, plain, prefixed, settings.prefix_share, self._guards(settings.guard))
 
     def curvature(self, position: TuningPosition) -> dict[str, Curvature]:
         """Of the position's parameters, by name, damped. Measured once for all positions of the layer."""
@@ -103,6 +101,10 @@ class EditTrainer:
 
     def _background(self) -> tuple[TokenRow, ...]:
         return self._once("background", lambda: background_rows(self.loaded))
+
+    def _plain(self, formats: Sequence[str]) -> tuple[tuple[TokenRow, ...], ...]:
+        by_format = (encode_edits(self.loaded.tokenizer, self.requests, form) for form in formats)
+        return tuple(zip(*by_format, strict=True))
 
     def _prefixed(self, formats: Sequence[str]) -> tuple[tuple[TokenRow, ...], ...]:
         texts = prefix_texts(self.loaded, self._background())
@@ -128,8 +130,7 @@ class EditTrainer:
         rows = self._guard_rows(kind)
         if not rows:
             raise InputError(f"guard: got {kind}, but these edits give no such prompts; expected another guard or none")
-        engine = self._engine(rows)
-        return Guards(rows, engine.unedited() if engine else full_forward(self.loaded.model))
+        return Guards(rows, unedited_logits(self.loaded, self._engine(rows)))
 
     def _guard_rows(self, kind: str) -> tuple[TokenRow, ...]:
         """Guards of a kind: windows of prose, or prompts with the beginning of the unedited model's answer."""
@@ -160,11 +161,7 @@ class EditTrainer:
 
         def learnt(scale: float) -> int:
             weights = training.delta.scaled(scale).weights(self.loaded.model)
-            edited = (
-                self.engine.forward(position.layer)(weights)
-                if self.engine
-                else full_forward(self.loaded.model, weights)
-            )
+            edited = logits_with(self.loaded, self.engine, position.layer, weights)
             return sum(following.instead is None for following in follow(edited, self.rows))
 
         wanted, best = learnt(1.0), 1.0

@@ -12,13 +12,15 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from locft.data.edit_request import EditRequest
 from locft.data.requests import EditSet
 from locft.data.suites import Suite
 from locft.edit_trainer import EditTrainer
 from locft.engine.tail import NoTailView
-from locft.engine.tail_engine import TailEngine
+from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
 from locft.measure.capability import (
     PROSE_TOKENS,
     EncodedSuite,
@@ -48,7 +50,6 @@ from locft.model.positions import TuningPosition
 from locft.train.encoding import encode_edits
 from locft.train.formats import CHAT, RAW, asked, parse_formats
 from locft.train.pipelines import Training, TrainingSettings
-from locft.train.reference import full_forward
 from locft.train.token_rows import SupervisedLogits, TokenRow
 
 _log = logging.getLogger(__name__)
@@ -90,14 +91,14 @@ class Workbench:
     """A model with tokenized edits, questions and capability items, ready for trials."""
 
     loaded: LoadedModel
+    requests: tuple[EditRequest, ...]
     rows: tuple[TokenRow, ...]
-    """Training rows, one per edit."""
+    """Of the edits as raw prompts, one each."""
     questions: tuple[EditQuestion, ...]
     suite: EncodedSuite | None
     baseline: Baseline
     engine: TailEngine | None
     """The fast forward; None if everything is computed with the full model."""
-    trainer: EditTrainer
 
     @classmethod
     def prepare(
@@ -135,10 +136,13 @@ class Workbench:
         except NoTailView as reason:
             _log.warning("%s: the whole model is computed in every step: %s", loaded.name, reason)
         if baseline is None:
-            unedited = engine.unedited() if engine else full_forward(loaded.model)
-            baseline = measure_unedited(loaded, unedited, answers, questions, encoded)
-        trainer = EditTrainer(loaded, edits.requests, rows, engine)
-        return cls(loaded, rows, questions, encoded, baseline, engine, trainer)
+            baseline = measure_unedited(loaded, unedited_logits(loaded, engine), answers, questions, encoded)
+        return cls(loaded, edits.requests, rows, questions, encoded, baseline, engine)
+
+    @cached_property
+    def trainer(self) -> EditTrainer:
+        """What trains these edits, with all that it keeps from one training to the next."""
+        return EditTrainer(self.loaded, self.requests, self.rows, self.engine)
 
     def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
         """Train the edits at a position. The model stays as it is."""
@@ -178,8 +182,7 @@ class Workbench:
                 "capability_change_low": change.low,
                 "capability_change_high": change.high,
             }
-            unedited = self.engine.unedited() if self.engine else full_forward(self.loaded.model)
-            drift = measure_drift(edited, unedited, self.suite)
+            drift = measure_drift(edited, unedited_logits(self.loaded, self.engine), self.suite)
             metrics |= {"drift_kl": drift.kl, "perplexity": drift.perplexity}
             metrics["capability_seconds"] = time.perf_counter() - started
         return Measurement({name: value for name, value in metrics.items() if math.isfinite(value)}, outcomes)
@@ -187,19 +190,14 @@ class Workbench:
     def edited(self, delta: EditDelta) -> tuple[SupervisedLogits, SupervisedLogits | None]:
         """The edited model as a function of rows: exact, and coarse where that is faster
         (`TailEngine.coarse_forward`)."""
-        weights = delta.weights(self.loaded.model)
-        if not self.engine:
-            return full_forward(self.loaded.model, weights), None
-        layer = TuningPosition.parse(delta.position).layer
-        coarse = self.engine.coarse_forward(layer)
-        return self.engine.forward(layer)(weights), coarse and coarse(weights)
+        weights, layer = delta.weights(self.loaded.model), TuningPosition.parse(delta.position).layer
+        coarse = self.engine.coarse_forward(layer) if self.engine else None
+        return logits_with(self.loaded, self.engine, layer, weights), coarse and coarse(weights)
 
     def unedited(self, delta: EditDelta) -> SupervisedLogits:
         """The unedited model, computed as the edited one is (stand-in weights of its own included), rounding and all."""
-        if not self.engine:
-            return full_forward(self.loaded.model)
         weights = {name: self.loaded.model.get_parameter(name).detach() for name in delta.tensors}
-        return self.engine.forward(TuningPosition.parse(delta.position).layer)(weights)
+        return logits_with(self.loaded, self.engine, TuningPosition.parse(delta.position).layer, weights)
 
 
 def measure_unedited(

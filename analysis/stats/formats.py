@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+FORMATS = ("raw", "qa", "chat")
+"""The usual ones in their order; wordings of the user's follow, and `unseen` is the last."""
 TITLES = {"raw": "raw", "qa": "Q/A", "chat": "chat", "unseen": "a wording never trained"}
 """Others are wordings of the user, which metrics name by their first words."""
 

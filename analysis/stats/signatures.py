@@ -19,10 +19,10 @@ import pandas as pd
 
 from analysis.stats.axes import AXIS
 from analysis.stats.comparison import Measured
-from analysis.stats.formats import by_format, format_title
+from analysis.stats.formats import FORMATS, by_format, format_title
 from analysis.stats.pareto import comparable
 from analysis.stats.pick import Recommendation
-from analysis.stats.table import FORMATS, by_setting, done, value_text
+from analysis.stats.table import by_setting, done, value_text
 from analysis.stats.wording import number, percent, plural
 
 CAPABILITY_FALL = 0.10

@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.axes import AXES, AXIS, SETTING, SWEPT, named_axes
+from analysis.stats.formats import FORMATS
 from analysis.stats.wording import number, percent, seed_span, share_interval
 
 Z95 = 1.959964
@@ -95,9 +96,6 @@ COLUMNS: dict[str, Column] = {
 }
 """The documented columns, in order. After them come the parts of some: accuracy by task (`capability.TASK`), reliability and
 generalization by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is in no mean."""
-
-FORMATS = ("raw", "qa", "chat")
-"""The order of formats; wordings of the user's follow, and `unseen` is the last."""
 
 MAX_PACKED = 5000
 """Characters of a packed `right`."""

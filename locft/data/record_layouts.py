@@ -4,6 +4,7 @@ A layout is an entry of data: its name, the keys that give it away, and where it
 into the record, such as "requested_rewrite.target_new.str"; "[]" stands for the elements of a list ("locality[].loc").
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ _OBJECTS: FieldType[list[Any]] = FieldType("a list of objects", TypeAdapter(list
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordLayout:
+class RecordLayout(ABC):
     """A published way to write records, and how to recognise it."""
 
     name: str
@@ -59,14 +60,14 @@ class RecordLayout:
     a blank text in an optional field means that the field is absent."""
 
     @property
+    @abstractmethod
     def required(self) -> tuple[str, ...]:
         """Paths of the fields that a record must have."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def optional(self) -> tuple[str, ...]:
         """Paths of the other fields that are read."""
-        raise NotImplementedError
 
     def recognises(self, record: Mapping[str, Any]) -> bool:
         if self.never and record.get(self.never) is not None:

@@ -7,8 +7,6 @@ workers read them, and the operating system drops and rereads pages as memory al
 since one forward pass is cheaper than shipping gigabytes.
 """
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -22,7 +20,7 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from locft.cache import cache_folder, lock_of, make_room
+from locft.cache import cache_folder, content_key, lock_of, make_room
 from locft.engine.packing import STEP, PrefixTree, pack_rows
 from locft.engine.tail import capture_boundary
 from locft.model.positions import n_layers
@@ -119,7 +117,7 @@ def _key(model: PreTrainedModel, fingerprint: str, rows: list[TokenRow], limit: 
         *(VERSION, TOKENS_AT_ONCE, limit, STEP, fingerprint, config, str(model.dtype), describe_machine(), device),
         list(dict.fromkeys(row.token_ids for row in rows)),
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    return content_key(parts)
 
 
 def _computed(

@@ -4,10 +4,8 @@ Legend: G sequences of a pack, N tokens of each, D hidden, F width of a matrix's
 vocabulary.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from transformers import PreTrainedModel
 
 from locft.engine.fused_layers import FusedLayer, fuse_layers, only_at
 from locft.engine.packing import Pack
-from locft.engine.tail import head_view, tail_hidden, tail_parameter_name, tail_view
+from locft.engine.tail import head_view, reconfigure, tail_hidden, tail_parameter_name, tail_view
 from locft.model.positions import decoder_layers, n_layers
 
 _FEW = 1.3
@@ -32,12 +30,7 @@ class ModelViews:
         self.model = tail_view(model, 0)
         if packed and model.device.type == "cpu":
             # With a mask given, eager attention is several times faster on a CPU than PyTorch's kernel.
-            configs: dict[int, Any] = {}
-            module: Any
-            for module in self.model.modules():
-                if (config := getattr(module, "config", None)) is not None:
-                    module.config = configs.setdefault(id(config), copy.copy(config))
-                    module.config._attn_implementation = "eager"
+            reconfigure(self.model, _attn_implementation="eager")
             fuse_layers(self.model)
         self.head = head_view(self.model)
         self._tails: dict[tuple[int, int | None], PreTrainedModel] = {}

@@ -113,6 +113,17 @@ def tail_hidden(
     return functional_call(base, substitutes, kwargs=inputs).last_hidden_state
 
 
+def reconfigure(view: PreTrainedModel, **settings: Any) -> None:
+    """Give a view a configuration of its own with these settings; the model keeps its own."""
+    configs: dict[int, Any] = {}
+    module: Any
+    for module in view.modules():
+        if (config := getattr(module, "config", None)) is not None:
+            module.config = configs.setdefault(id(config), copy.copy(config))
+            for name, value in settings.items():
+                setattr(module.config, name, value)
+
+
 def head_view(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function from hidden states (K, D), as `tail_hidden` gives them, to float32 logits (K, V).
 

@@ -223,6 +223,18 @@ class TailEngine:
         return states.to(views.dtype) if states.dtype == self.model.dtype else states  # mamba's stay float32
 
 
+def logits_with(
+    loaded: LoadedModel, engine: TailEngine | None, layer: int, weights: Mapping[str, torch.Tensor]
+) -> SupervisedLogits:
+    """The model with weights in `layer` and above that stand in for its own; computed whole where there is no engine."""
+    return engine.forward(layer)(weights) if engine else full_forward(loaded.model, weights)
+
+
+def unedited_logits(loaded: LoadedModel, engine: TailEngine | None) -> SupervisedLogits:
+    """The model as it is; computed whole where there is no engine."""
+    return engine.unedited() if engine else full_forward(loaded.model)
+
+
 def coarse_pays(model: PreTrainedModel) -> bool:
     """True if bfloat16 products of this model's numbers would be faster here than exact ones."""
     return model.dtype == torch.float32 and training_precision(model.device.type) == "bfloat16"

@@ -104,7 +104,7 @@ def finetune(
     arguments.
     """
     started = time.perf_counter()
-    trainer = PositionTrainer(loaded, position, settings, examples, forward, curvature)
+    trainer = PositionTrainer(loaded, examples, position, settings, forward, curvature)
     pipeline = _breadth_first if settings.pipeline == "breadth_first" else _depth_first
     losses = pipeline(trainer, settings)
     delta = EditDelta(str(position), loaded.fingerprint, trainer.method.change(), asdict(settings))
@@ -122,9 +122,9 @@ class PositionTrainer:
     def __init__(
         self,
         loaded: LoadedModel,
+        examples: TrainingExamples,
         position: TuningPosition,
         settings: TrainingSettings,
-        examples: TrainingExamples,
         forward: Forward | None = None,
         curvature: Mapping[str, Curvature] = MappingProxyType({}),
     ):

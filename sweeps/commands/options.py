@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analysis.stats import formats
 from analysis.stats.axes import AXES, Axis
 from locft.errors import InputError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
-FORMATS = "raw,qa,chat"
+FORMATS = ",".join(formats.FORMATS)
 """What one edit is trained and asked in unless told otherwise: people serve chat models through their template."""
 EDITS = "atlas, an edit file, or the hub id of a data set"
 EDITS_HELP = f"{EDITS[0].upper()}{EDITS[1:]}."

@@ -113,12 +113,7 @@ def step_seconds(trainer: PositionTrainer, batch: Sequence[TokenRow]) -> tuple[f
 def trainer_of(loaded: LoadedModel, position: TuningPosition, forward: Forward | None = None) -> PositionTrainer:
     """Of a training that skips no step. forward: the full one by default."""
     settings = TrainingSettings(learning_rate=LEARNING_RATE, skip_below=0.0)
-    return PositionTrainer(loaded, position, settings, TrainingExamples.of_rows(()), forward)
-
-
-def without_engine(bench: Workbench) -> Workbench:
-    """The same, trained and measured with the full model."""
-    return replace(bench, engine=None, trainer=replace(bench.trainer, engine=None))
+    return PositionTrainer(loaded, TrainingExamples.of_rows(()), position, settings, forward)
 
 
 def training_step(
@@ -182,7 +177,7 @@ def measurements(bench: Workbench, position: TuningPosition, settings: BenchSett
     delta = bench.train(position, settings.training(min(settings.epochs, BRIEF_EPOCHS))).delta
     if "edit_metrics" not in settings.stages:
         bench = replace(bench, questions=(), rows=bench.rows[:1])
-    plain = without_engine(bench)
+    plain = replace(bench, engine=None)
     items = _items_differing(bench, delta)  # untimed: it warms up, too
     repeats = range(min(settings.repeats, MEASUREMENTS))
     pairs = [(plain.measure(delta, whole_answers=True), bench.measure(delta)) for _ in repeats]
@@ -212,7 +207,7 @@ def study_race(bench: Workbench, prepared: Mapping[str, Any], settings: BenchSet
     times the reference's seconds per step, plus its seconds per measurement; both are measured at `SAMPLED` layers and
     interpolated between them. Steps that were skipped count nothing there, which favours the reference.
     """
-    plain = without_engine(bench)
+    plain = replace(bench, engine=None)
     training = settings.training(settings.epochs)
     layers = sorted(settings.layers)
     at = np.linspace(0, len(layers) - 1, min(SAMPLED, len(layers))).round().astype(int)
@@ -293,7 +288,7 @@ def _items_differing(bench: Workbench, delta: EditDelta) -> dict[str, int]:
     """How many capability items the two sides score differently."""
     if bench.suite is None:
         return {}
-    sides = (without_engine(bench).edited(delta), bench.edited(delta))
+    sides = (replace(bench, engine=None).edited(delta), bench.edited(delta))
     scores = [score_suite(exact, bench.suite, coarse=coarse) for exact, coarse in sides]
     right = [[mark for task in score.correct.values() for mark in task] for score in scores]
     return {"items": len(right[0]), "items_differing": sum(a != b for a, b in zip(*right, strict=True))}

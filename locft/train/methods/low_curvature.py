@@ -1,11 +1,13 @@
 """Fine-tuning that is held back where the model is sensitive: the loss of the edits plus a price on predicted drift.
 
-The predicted drift of a change C of a matrix is 1/2 tr(R C K C'), with the factors of `locft.train.methods.curvature`. The price is
-in nats of edit loss per nat of drift, so it means the same on every model. It is lower, in proportion, for a batch whose loss is
-above `LEARNT`: where edits cannot be had for little drift (the last layers) they are learnt first and then drift is saved, while
-a fixed price would leave them unlearnt. In the eigenbasis of the factors, where C has
-the coordinates Z = U'CV, the drift is 1/2 sum of r_i k_j Z_ij^2: there Adam can scale directions instead of weights, and
-directions can be frozen altogether (compare CrispEdit, arXiv 2602.15823, which projects them out).
+The predicted drift of a change C of a matrix is 1/2 tr(R C K C'), with the factors of `locft.train.methods.curvature`. The
+price is in nats of edit loss per nat of drift, so it means the same on every model. It is lower, in proportion, for a batch
+whose loss is above `LEARNT`: where edits cannot be had for little drift (the last layers) they are learnt first and then
+drift is saved, while a fixed price would leave them unlearnt.
+
+In the eigenbasis of the factors, where C has the coordinates Z = U'CV, the drift is 1/2 sum of r_i k_j Z_ij^2: there Adam
+can scale directions instead of weights, and directions can be frozen altogether (compare CrispEdit, arXiv 2602.15823, which
+projects them out).
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,6 @@ class LowCurvature(Method):
         super().__init__(parameters)
         self.settings = settings
         at_home = {name: curvature[name].to(value.device) for name, value in self.base.items()}
-        self.curvature = {name: one.in_dtype(DTYPES[settings.precision]) for name, one in at_home.items()}
         self.in_basis = settings.adam_basis == "curvature"
         self.bases: dict[str, Eigenbasis] = {}
         self.frozen: dict[str, torch.Tensor] = {}
@@ -37,6 +38,8 @@ class LowCurvature(Method):
         self.trained = list(self.weights.values())
         if self.in_basis:
             self.trained = [torch.zeros_like(value).requires_grad_() for value in self.base.values()]
+        else:
+            self.curvature = {name: one.in_dtype(DTYPES[settings.precision]) for name, one in at_home.items()}
         self.restart()
 
     def restart(self) -> None:
@@ -44,7 +47,7 @@ class LowCurvature(Method):
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
-        price = self.settings.curvature_strength * min(1.0, LEARNT / max(loss, LEARNT))
+        price = self.settings.curvature_strength * (LEARNT / max(loss, LEARNT))
         for name, trained, gradient in zip(self.base, self.trained, gradients, strict=True):
             if self.in_basis:
                 trained.grad = self._in_basis(name, trained, gradient, price)

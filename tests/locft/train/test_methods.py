@@ -38,7 +38,7 @@ PIPELINES = ("breadth_first", "depth_first")
 
 
 def trainer_of(loaded, position, settings) -> PositionTrainer:
-    return PositionTrainer(loaded, TuningPosition.parse(position), settings, TrainingExamples.of_rows(ROWS))
+    return PositionTrainer(loaded, TrainingExamples.of_rows(ROWS), TuningPosition.parse(position), settings)
 
 
 def peft_layers(peft_model, names):
