@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from locft.data.requests import EditSet, load_edits
 from locft.data.suites import Suite, load_suite
-from locft.edit_trainer import EditTrainer
 from locft.engine.tail import supports_tail
 from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
@@ -246,8 +245,7 @@ def _prepare(
             seconds = timed(lambda: measure(logits=full_forward(loaded.model)))[1]
             prepared["unedited"]["reference_seconds"] = asking + seconds
         say("unedited model measured: " + ", ".join(f"{n} {s:.2f}" for n, s in prepared["unedited"].items()))
-    trainer = EditTrainer(loaded, edits.requests, rows, engine)
-    return Workbench(loaded, rows, questions, encoded, baseline, engine, trainer), prepared
+    return Workbench(loaded, edits.requests, rows, questions, encoded, baseline, engine), prepared
 
 
 def _mean_ratios(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
