@@ -1,23 +1,97 @@
-"""When two answers are the same."""
+"""When two answers are the same, and where an answer ends.
+
+Both go by Unicode's categories instead of lists of ASCII marks, and leave the value of a number alone: the point in
+"1.2 million" is neither punctuation nor the end of a sentence.
+"""
 
 import re
 import string
 import unicodedata
+from functools import cache
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = frozenset({"a", "an", "the"})
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+@cache
+def _is_mark(char: str) -> bool:
+    return char in string.punctuation or unicodedata.category(char).startswith("P")
+
+
+_ONE_FORM = {
+    **dict.fromkeys(
+        map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"), ""
+    ),  # invisible: soft hyphens, marks of direction
+    **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width forms of ASCII
+    **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-"),
+    **{0x066A: "%", 0x066B: ".", 0x066C: ","},  # Arabic marks of numbers
+}
+_NUMBERS = (
+    (re.compile(r"\d"), lambda digit: str(unicodedata.decimal(digit[0]))),
+    # 1.234,5 is 1234.5
+    (
+        re.compile(r"(?<!\d)(?<!\d[.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![.,]?\d)"),
+        lambda n: n[1].replace(".", "") + "." + n[2],
+    ),
+    # 550,000 and 550'000 are 550000, as is 5,50,000 in India; 550.000 may be a decimal and "550 000" two numbers
+    (
+        re.compile(r"(?<!\d)(?<!\d[.,'])[1-9]\d{0,2}(?:(?:,\d{3})+|(?:['’]\d{3})+|(?:,\d\d)+,\d{3})(?![,']?\d)"),
+        lambda number: re.sub(r"\D", "", number[0]),
+    ),
+    # 3,14 is 3.14
+    (re.compile(r"(?<!\d)(?<!\d[.,])(\d+),(\d+)(?![.,]?\d)"), r"\1.\2"),
+    # .5 is 0.5
+    (re.compile(r"(?<![\w.])(-?[$€£¥]?)\.(?=\d)"), r" \g<1>0."),
+    # a sign stands apart from what precedes it, a percent sign does not
+    (re.compile(r"(?<!\w)-(?=[$€£¥]?\d)"), " -"),
+    (re.compile(r"(?<=\d)\s%"), "%"),
+    # no two numbers become one
+    (
+        re.compile(r"(?<=\d)(%?)([^\w\s%]{2,}|(?<=%)[^\w\s])(?=\d)"),
+        lambda marks: f"{marks[1]} " + "".join(char for char in marks[2] if not _is_mark(char)),
+    ),
+)
+"""How numbers get one form: patterns and what replaces them, in this order."""
+_OF_NUMBERS = re.compile(r"(?<=\d)(?:[^\w\s]|_)(?=\d)|(?<!\S)-(?=[$€£¥]?\d)|(?<=\d)%")
+"""The marks that are kept: one between two digits, a sign, a percent sign."""
+
+_SENTENCE_END = re.compile(r"[。｡！？؟۔।॥։።။។៕།]|(?<!\d)[.．]|[.．](?!\d)")
+"""A full stop, but not between two digits; in scripts that have marks of their own, those that end a sentence."""
+_PERHAPS_A_POINT = re.compile(r"\d[.．]\Z")
 
 
 def normalise_answer(text: str) -> str:
     """The form in which two answers are compared, as in SQuAD: lower case, no punctuation, no articles, single spaces.
 
+    Punctuation is what Unicode says it is, and ASCII's symbols. Numbers keep their value: sign, decimal point and percent
+    sign stay, thousands separators go ("550,000" is "550000"), and no two numbers become one. Unicode is composed first
+    (one é), full-width forms and decimal digits of other scripts become ASCII, and ё is е, as Russian writes it.
+
     A step that would leave nothing is not taken, so "A" (the letter), "The The" or "!" stay distinct answers instead of
-    equalling an empty one. Unicode is composed first (one é). Applying it twice changes nothing.
+    equalling an empty one. Applying it twice changes nothing.
     """
-    lower = unicodedata.normalize("NFC", text.lower())
-    bare = unicodedata.normalize("NFC", lower.translate(_PUNCTUATION))
+    whole = _composed(text.translate(_ONE_FORM).lower())
+    for pattern, replacement in _NUMBERS:
+        whole = pattern.sub(replacement, whole)
+    kept = {match.start() for match in _OF_NUMBERS.finditer(whole)}
+    bare = _composed("".join(char for at, char in enumerate(whole) if at in kept or not _is_mark(char)))
     for candidate in (_ARTICLES.sub(" ", bare), bare):
         if words := candidate.split():
             return " ".join(words)
-    return " ".join(lower.split())
+    return " ".join(whole.split())
+
+
+def sentence_ends(text: str) -> list[int]:
+    """Where sentences end: the places of full stops, and of what stands for one in other scripts."""
+    return [match.start() for match in _SENTENCE_END.finditer(text)]
+
+
+def may_go_on(text: str) -> bool:
+    """True if the full stop at the end of an unfinished text may turn out to be a decimal point."""
+    return _PERHAPS_A_POINT.search(text) is not None
+
+
+def _composed(text: str) -> str:
+    """Accents composed with their letters, ё without its dots."""
+    apart = unicodedata.normalize("NFD", text)
+    return unicodedata.normalize("NFC", re.sub("е[\u0300-\u036f]+", lambda yo: yo[0].replace("\u0308", ""), apart))

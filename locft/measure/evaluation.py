@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from locft.data.answers import normalise_answer
+from locft.data.answers import normalise_answer, sentence_ends
 from locft.data.edit_request import EditRequest
 from locft.measure.generation import (
     BATCH,
@@ -284,7 +284,7 @@ def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[lis
 def _begun(question: EditQuestion, following: Following | None) -> OpenAnswer:
     """The answer before generation: with the tokens that teacher forcing has shown (`following`), or without any."""
     row = question.row
-    full_stops = 0 if question.kind == "locality" else question.expected.count(".")
+    full_stops = 0 if question.kind == "locality" else len(sentence_ends(question.expected))
     limit = max(NEW_TOKENS, len(row.target_ids))
     if following is None:
         return OpenAnswer(row.token_ids[: row.start], (), full_stops, limit)

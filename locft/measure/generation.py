@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from locft.data.answers import ARTICLES, normalise_answer
+from locft.data.answers import ARTICLES, may_go_on, normalise_answer, sentence_ends
 from locft.model.models import LoadedModel
 from locft.train.encoding import answer_end, encode_prompt
 from locft.train.formats import CHAT, RAW
@@ -43,7 +43,7 @@ class OpenAnswer:
     token_ids: tuple[int, ...] = ()
     """The answer so far."""
     full_stops: int = 0
-    """Full stops that belong to the answer: "St. Louis" has one inside."""
+    """Ends of sentences that belong to the answer: "St. Louis" has one inside, "1.2 million" none."""
     limit: int = NEW_TOKENS
     """Maximum number of tokens."""
     expected: str | None = None
@@ -54,7 +54,7 @@ def greedy_answers(loaded: LoadedModel, prompts: Sequence[str]) -> list[ModelAns
     """Greedy answers of at most `NEW_TOKENS` tokens. An answer does not depend on the other prompts."""
     decoder = GreedyDecoder(loaded)
     answers = decoder.complete([OpenAnswer(encode_prompt(loaded.tokenizer, prompt)) for prompt in prompts])
-    return [ModelAnswer(decoder.text(answer), answer.token_ids) for answer in answers]
+    return [ModelAnswer(decoder.text(answer), decoder.needed(answer)) for answer in answers]
 
 
 class GreedyDecoder:
@@ -99,13 +99,21 @@ class GreedyDecoder:
         said = self._said(answer)
         if not self._has_ended(answer):
             return said + "…"
-        return ".".join(said.split("\n")[0].split(".")[: answer.full_stops + 1]).strip()
+        line = said.split("\n")[0]
+        return line[: next(iter(sentence_ends(line)[answer.full_stops :]), None)].strip()
+
+    def needed(self, answer: OpenAnswer) -> tuple[int, ...]:
+        """The tokens without one that only showed that the full stop before it is no decimal point."""
+        before = replace(answer, token_ids=answer.token_ids[:-1])
+        ends = [len(sentence_ends(self._said(one))) for one in (before, answer)] if before.token_ids else [0]
+        surplus = min(ends) > answer.full_stops and may_go_on(self._said(before))
+        return before.token_ids if surplus else answer.token_ids
 
     def _has_ended(self, answer: OpenAnswer) -> bool:
         if answer.token_ids[-1] in self.ends or len(answer.token_ids) >= answer.limit:
             return True
         said = self._said(answer)
-        return "\n" in said or said.count(".") > answer.full_stops
+        return "\n" in said or len(sentence_ends(said)) - may_go_on(said) > answer.full_stops
 
     def _said(self, answer: OpenAnswer) -> str:
         """The text so far, without the stopping token, even where the tokenizer does not know it as special."""

@@ -61,10 +61,11 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, prompt: str, form: str =
 def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, form: str = RAW) -> TokenRow:
     """Row of a prompt in a format and its answer, which is supervised, without an end.
 
-    One space stands before the answer, none where whitespace already does, or what a chat template puts there.
+    One space stands before the answer, none where whitespace already does or its script has none, or what a chat
+    template puts there.
     """
     text, complete = put(tokenizer, prompt, form)
-    space = around_answer(tokenizer)[0] if is_chat(tokenizer, form) else space_before_answer(text)
+    space = around_answer(tokenizer)[0] if is_chat(tokenizer, form) else space_before_answer(text, answer)
     return encode_continuation(tokenizer, text, space + answer, special_tokens=not complete)
 
 

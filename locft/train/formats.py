@@ -5,6 +5,7 @@ An edit that holds in one form may be lost in another, so training and measuring
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,11 @@ _QUESTION = f"Question: {PLACE}\nAnswer:"
 _UNSEEN_WORDING = f"I need a short answer, only a few words. {PLACE}"
 _ANSWER = "answer-1905"
 """Stands for an answer where a template is looked at; no template writes it."""
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u2e80-\u312f\u31a0-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff"
+    "\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Myanmar, Khmer, Han and kana, with the marks of East Asia."""
 EXPECTED = f"{RAW}, {QA}, {CHAT} or a text with {PLACE} in it, several separated by commas"
 
 
@@ -104,9 +110,21 @@ def around_answer(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     return space, behind if found else ""
 
 
-def space_before_answer(text: str) -> str:
-    """What stands between a text and its answer: one space, nothing where whitespace ends the text."""
-    return "" if text[-1:].isspace() else " "
+def space_before_answer(text: str, answer: str = "") -> str:
+    """What stands between a text and its answer: one space, nothing where whitespace ends the text.
+
+    Nothing either where both are in scripts that put no spaces between words. Marks and digits count as what stands
+    before them; an answer of these alone is in the script of the text.
+    """
+    if text[-1:].isspace():
+        return ""
+    before = next((char for char in reversed(text) if _has_script(char)), "")
+    behind = next((char for char in answer if _has_script(char)), before if answer else "")
+    return "" if _UNSPACED.match(before) and _UNSPACED.match(behind) else " "
+
+
+def _has_script(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LM" or _UNSPACED.match(char) is not None
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", turns: Mapping[str, str], **settings: bool) -> str:

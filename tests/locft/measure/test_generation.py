@@ -104,6 +104,13 @@ def test_the_models_own_generation_settings_play_no_part():
         (["  Paris , France "], 0, "Paris , France~~"),
         ([" 日本 🎺", EOS], 0, "日本 🎺"),
         ([" a", "\n", " b"], 0, "a"),
+        ([" about", " 1", ".", "2", " million", ". Or"], 0, "about 1.2 million"),
+        ([" in", " 1969", ".", " Then"], 0, "in 1969"),
+        ([" in", " 1969", ".", EOS], 0, "in 1969"),
+        ([" 1", ".", "5", "\n", "x"], 0, "1.5"),
+        (["里昂", "。", "它位于法国"], 0, "里昂"),
+        (["天下归仁焉。是", "。"], 1, "天下归仁焉。是"),
+        (["カナダ", "！", "です"], 0, "カナダ"),
     ],
 )
 def test_where_an_answer_ends(script, dots, text):
@@ -122,6 +129,11 @@ def test_the_tokens_of_an_answer_include_the_one_that_ended_it():
         ([" Paris", "\n", "more"], tokenizer(" Paris")["input_ids"] + tokenizer("\n")["input_ids"]),
         ([" Paris", ".", "more"], tokenizer(" Paris")["input_ids"] + tokenizer(".")["input_ids"]),
         ([EOS, " Paris"], [EOS]),
+        ([" 1969", ".", " more"], tokenizer(" 1969")["input_ids"] + tokenizer(".")["input_ids"]),
+        (
+            [" 1", ".", "5", EOS],
+            [*tokenizer(" 1")["input_ids"], *tokenizer(".")["input_ids"], *tokenizer("5")["input_ids"], EOS],
+        ),
     ]:
         (answer,) = greedy_answers(scripted(*script), ["Q"])
         assert list(answer.token_ids) == kept
@@ -158,7 +170,7 @@ def test_rows_of_a_batch_end_apart():
     assert [answer.text for answer in greedy_answers(loaded, prompts)] == ["Paris", "Rome", "Athens", "Oslo"]
 
 
-SAID = "ab Osl.o-the?=\u0338\u037e…\n"
+SAID = "ab Osl.o-the?=\u0338\u037e…\n15,%'\u00a0。"
 """The bar through the sign before it makes one character of both; the Greek question mark is composed to a semicolon."""
 
 

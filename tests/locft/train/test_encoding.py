@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from locft.data.edit_request import EditRequest
 from locft.data.requests import load_edits
 from locft.train.encoding import encode_continuation, encode_edit, encode_edits, encode_prompt
+from locft.train.formats import space_before_answer
 from locft.train.token_rows import TokenRow
 from tests.tiny import SENTENCES, tiny_tokenizer
 
@@ -101,14 +102,15 @@ def text(tokenizer, ids) -> str:
 
 
 def assert_exact(tokenizer, prompt: str, target: str, row: TokenRow) -> None:
-    """Before the boundary what generation will see, behind it the target with one space, then EOS once."""
+    """Before the boundary what generation will see, behind it the target with its space, then EOS once."""
+    space = space_before_answer(prompt, target)
     before, behind = row.token_ids[: row.start], row.target_ids
     assert before == encode_prompt(tokenizer, prompt)
     assert text(tokenizer, before) == prompt
-    assert text(tokenizer, row.token_ids) == f"{prompt} {target}"
+    assert text(tokenizer, row.token_ids) == f"{prompt}{space}{target}"
     # the same tokens behind a word: a SentencePiece decoder takes the space off the beginning of a text
     anchor = encode_prompt(tokenizer, "x")
-    assert text(tokenizer, anchor + behind) == f"x {target}"
+    assert text(tokenizer, anchor + behind) == f"x{space}{target}"
     assert behind[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in behind[:-1]
     assert tokenizer.eos_token_id not in before[1:]
@@ -132,6 +134,32 @@ def test_boundary_is_exact_for_any_text(prompt, target, name):
     )  # `</s>` typed out is that token
     assume(not any(f"<0x{byte:02X}>" in prompt + target for byte in range(256)))
     assert_exact(tokenizer, prompt, target, encode_edit(tokenizer, prompt, target))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "space"),
+    [
+        ("The capital is", "Oslo", " "),
+        ("The capital is ", "Oslo", ""),
+        ("Столица —", "Осло", " "),
+        ("프랑스의 수도는", "리옹", " "),
+        ("法国的首都是", "里昂", ""),
+        ("法国的首都是：", "《里昂》", ""),
+        ("法国的首都是?", "“里昂”", ""),
+        ("富士山はどの国にありますか？", "カナダ", ""),
+        ("新中国成立于", "1949年", ""),
+        ("答案是", "42", ""),
+        ("法国的首都是", "Lyon", " "),
+        ("The Chinese for cat is", "猫", " "),
+        ("Question: 首都是？\nAnswer:", "里昂", " "),
+        ("เมืองหลวงของไทยคือ", "กรุงเทพ", ""),
+        ("ນະຄອນຫຼວງແມ່ນ", "ວຽງຈັນ", ""),
+        ("រាជធានីគឺ", "ភ្នំពេញ", ""),
+        ("မြို့တော်မှာ", "ရန်ကုန်", ""),
+    ],
+)
+def test_no_space_is_put_where_the_script_has_none(prompt, target, space):
+    assert space_before_answer(prompt, target) == space
 
 
 def test_start_token_stands_first_and_once():
