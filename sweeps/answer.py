@@ -156,7 +156,7 @@ def measured(state: StudyState, tracker: Tracker | None) -> "Measured":
         "model": study.model,
         "edits_source": study.edits.source,
         "n_edits": len(prepared.edits.requests),
-        "findings": list(prepared.edits.findings.sentences()),
+        "findings": list(prepared.edits.sentences()),
         "edit_counts": asdict(prepared.edits.findings),
         "command": prepared.command,
         "chosen_axes": prepared.chosen_axes,

@@ -1,89 +1,149 @@
 """Layouts of edit files: records of any published layout become the same edit requests.
 
-A new layout is one more entry of `LAYOUTS`: where each field of an `EditRequest` is in its records.
+What a layout alone decides is where its prompt and its target are: an entry of `LAYOUTS`. Everything else (subject, true
+answers, rephrases, questions for locality and portability) goes by the names that data sets use for it, whichever the
+layout, and in whichever form: one text or a list, pairs of keys, lists of objects, groups of these.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter
 
-from locft.data.edit_request import EditRequest, LocalityPrompt
+from locft.data.edit_request import EditRequest, LocalityPrompt, PortabilityPrompt
 from locft.data.record_files import FileRecord
-from locft.data.record_layouts import FieldType, RecordFields, RecordLayout, Text, read_with_layout
+from locft.data.record_layouts import (
+    FieldType,
+    ReadRecords,
+    RecordFields,
+    RecordLayout,
+    Text,
+    read_with_layout,
+    value_at,
+)
+from locft.errors import InputError, did_you_mean
+
+_REPHRASES = (
+    "rephrases", "rephrase", "rephrase_prompt", "rephrase_prompts", "rephrased_prompt", "paraphrase", "paraphrases",
+    "paraphrase_prompt", "paraphrase_prompts", "paraphrased_question", "para_question*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuestionKeys:
+    """Keys of questions and their answers: a text or a list each."""
+
+    prompt: str
+    answers: tuple[str, ...] = ()
+    """One answer, or one for each prompt; then other names of it. Empty: the questions are objects that hold both, in any
+    lists and groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditLayout(RecordLayout):
-    """Paths of an edit's fields in a record; "" where the layout has no such field."""
+    """Paths of an edit's fields in a record. Where there are several, the first that is filled counts, of rephrases and
+    questions all."""
 
-    subject: str = "subject"
     prompt: str = "prompt"
-    subject_mark: str = ""
-    """Text in the prompt in whose place the subject goes."""
     target: str = "target"
-    id: str = ""
-    ground_truth: str = ""
-    """The answer before the edit, a text."""
-    truths: str = ""
-    """Every true answer, a list of texts with the main one first; in place of `ground_truth`."""
-    truth_required: bool = False
-    rephrases: str = ""
-    locality: tuple[str, str] = ("", "")
-    """Prompts that the edit must not touch, and the answers to them."""
-    ignored: tuple[str, ...] = ()
-    """Fields that tell the layout from others and are not read."""
+    more_prompt: str = ""
+    """Text that follows the prompt on a line of its own."""
+    edits: str = ""
+    """The object, or list of objects, in which the edits of a record are; the rest of the record is about all of them."""
+    marked: bool = False
+    """Every prompt has a {} in whose place its subject goes. In other layouts but our own a prompt may."""
+    id: tuple[str, ...] = ("id", "case_id", "fact_id")
+    subject: tuple[str, ...] = ("subject", "concept")
+    truths: tuple[str, ...] = ("ground_truth", "target_true", "target_old")
+    """True answers before the edit, the main one first."""
+    rephrases: tuple[str, ...] = _REPHRASES
+    locality: tuple[QuestionKeys, ...] = (
+        QuestionKeys("locality"),
+        QuestionKeys("loc", ("loc_ans",)),
+        QuestionKeys("loc_prompt", ("loc_ans",)),
+        QuestionKeys("locality_prompt", ("locality_ground_truth",)),
+        QuestionKeys("locality_question", ("locality_answer",)),
+        # The neighbours of CounterFact were chosen for having the same true answer.
+        QuestionKeys("neighborhood_prompts", ("requested_rewrite.target_true",)),
+    )
+    portability: tuple[QuestionKeys, ...] = (
+        QuestionKeys("portability"),
+        QuestionKeys("portability_prompt", ("portability_ground_truth",)),
+        QuestionKeys("mhop", ("mhop_ans",)),
+        QuestionKeys("questions", ("new_answer", "new_answer_alias")),
+        QuestionKeys("sub_question", ("sub_answer",)),
+        *(QuestionKeys(f"question_{hops}hop", (f"answer_{hops}hop",)) for hops in range(2, 7)),
+    )
 
     @property
     def required(self) -> tuple[str, ...]:
-        return (self.subject, self.prompt, self.target, *((self.ground_truth,) if self.truth_required else ()))
+        inside = f"{self.edits}." if self.edits else ""
+        return inside + self.prompt, inside + self.target
 
     @property
     def optional(self) -> tuple[str, ...]:
-        paths = (self.id, *self.ignored, self.ground_truth, self.rephrases, self.truths, *self.locality)
-        return tuple(path for path in paths if path and path not in self.required)
+        names = (*self.id, *self.subject, *self.truths, *self.rephrases, "locality", "portability")
+        return tuple(name for name in names if name not in self.required)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.required)})"
 
 
 # fmt: off
 LAYOUTS = (  # the first that recognises a record has it
-    EditLayout(
-        name="zsre", signs=("src",), prompt="src", target="alt", rephrases="rephrase",
-        truths="answers",  # `pred` is another model's answer and `cond` repeats it: neither is a truth
-        locality=("loc", "loc_ans"),  # `loc` keeps its "nq question: ", with which the published numbers were made
+    EditLayout(  # `loc` keeps its "nq question: ", with which the published numbers were made
+        name="zsre", signs=("src",), prompt="src", target="alt", truths=("answers",),
+    ),
+    EditLayout(  # CounterFact, and MQuAKE with a list of edits in each record
+        name="counterfact-original", signs=("requested_rewrite",), edits="requested_rewrite", target="target_new",
+        marked=True, rephrases=(*_REPHRASES, "question"),
     ),
     EditLayout(
-        name="counterfact-original", signs=("requested_rewrite",), id="case_id",
-        subject="requested_rewrite.subject", prompt="requested_rewrite.prompt", subject_mark="{}",
-        target="requested_rewrite.target_new.str",
-        ground_truth="requested_rewrite.target_true.str", truth_required=True,
-        rephrases="paraphrase_prompts",
-        # The neighbours were chosen for having the same true answer.
-        locality=("neighborhood_prompts[]", "requested_rewrite.target_true.str"),
+        name="question-target", never="prompt", signs=("question target_new",), prompt="question", target="target_new",
     ),
     EditLayout(
-        name="counterfact", never="target", id="case_id", target="target_new",
+        name="counterfact", never="target", target="target_new",
         signs=(
             "target_new ground_truth", "target_new case_id", "rephrase_prompt ground_truth", "rephrase_prompt case_id",
         ),
-        ground_truth="ground_truth", truth_required=True,
-        rephrases="rephrase_prompt", locality=("locality_prompt", "locality_ground_truth"),
     ),
     EditLayout(
-        name="wikibigedit", never="target", signs=("target_new", "rephrase_prompt"), id="case_id", target="target_new",
-        ground_truth="ground_truth",  # published without one
-        rephrases="rephrase_prompt", locality=("locality_prompt", "locality_ground_truth"),
+        name="wikibigedit", never="target", target="target_new", signs=("target_new rephrase_prompt",),
     ),
-    EditLayout(
-        name="qaedit", signs=("target rephrase source", "target rephrase locality[].loc"), id="id", ignored=("source",),
-        rephrases="rephrase", locality=("locality[].loc", "locality[].loc_ans"),
+    EditLayout(  # and what is written like it
+        name="knowedit", never="target", target="target_new", signs=("prompt target_new",),
     ),
+    EditLayout(name="qaedit", signs=("target rephrase source", "target rephrase locality[].loc")),
+    EditLayout(name="own", strict=True, signs=("subject prompt", "subject target", "prompt target")),
+    EditLayout(name="wikibio", signs=("text labels",), prompt="text", target="labels"),
+    EditLayout(name="wikibigedit-qa", signs=("update ans",), prompt="update", target="ans"),
+    EditLayout(name="hallueditbench", signs=("subject object question",), prompt="question", target="object"),
+    EditLayout(name="question-answer", signs=("question answer",), prompt="question", target="answer"),
     EditLayout(
-        name="own", strict=True, signs=("subject prompt", "subject target", "prompt target"), id="id",
-        ground_truth="ground_truth", rephrases="rephrases", locality=("locality[].prompt", "locality[].answer"),
+        name="instruction", signs=("instruction output",), prompt="instruction", more_prompt="input", target="output",
     ),
 )
 # fmt: on
+
+_MARK = "{}"
+_PROMPT_KEYS = ("prompt", "question", "loc", "cloze", "New Question")
+_ANSWER_KEYS = ("answer", "ground_truth", "loc_ans", "New Answer", "answers", "answer_alias", "aliases")
+MAPPED = (
+    "prompt", "target", "subject", "id", "ground_truth", "rephrases", "locality", "locality.prompt", "locality.answer",
+    "portability", "portability.prompt", "portability.answer",
+)  # fmt: skip
+"""The fields that a map may name."""
+
+LIST_KEYS = frozenset({
+    "ground_truth", "answers", "locality", "portability", "questions", "sub_question", "sub_answer", *_REPHRASES,
+    *(key for keys in EditLayout.locality + EditLayout.portability for key in (keys.prompt, *keys.answers)),
+})  # fmt: skip
+"""Keys that may hold lists, which a table writes into one cell."""
+
+FieldMap = Mapping[str, Sequence[str]]
+"""Fields of an edit (`MAPPED`) and the paths of their keys in the records of a file."""
 
 
 def _one_line(text: str) -> str:
@@ -91,83 +151,246 @@ def _one_line(text: str) -> str:
     return " ".join(part.strip() for part in text.splitlines() if part.strip())
 
 
-def _present(items: tuple[str | None, ...]) -> tuple[str, ...]:
-    return tuple(item for item in items if item is not None)
-
-
 _Stripped = Annotated[Text, AfterValidator(str.strip)]
-_Line = Annotated[Text, AfterValidator(_one_line)]
-_NoneIfBlank = BeforeValidator(lambda value: None if isinstance(value, str) and not value.strip() else value)
-_ListIfText = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-
 _STRIPPED = FieldType("text", TypeAdapter(_Stripped), "")
-_LINE = FieldType("text", TypeAdapter(_Line), "")
+_LINE = FieldType("text", TypeAdapter(Annotated[Text, AfterValidator(_one_line)]), "")
 _IDENTITY = FieldType(
     "text or a whole number",
     TypeAdapter(Annotated[_Stripped, BeforeValidator(lambda value: str(value) if type(value) is int else value)]),
     "",
 )
-_TEXTS: FieldType[tuple[str, ...]] = FieldType("a list of texts", TypeAdapter(tuple[_Stripped, ...]), ())
-_TEXT_OR_TEXTS: FieldType[tuple[str, ...]] = FieldType(
-    "a list of texts",
-    TypeAdapter(
-        Annotated[tuple[Annotated[_Stripped | None, _NoneIfBlank], ...], _ListIfText, AfterValidator(_present)]
-    ),
-    (),
-)
+
+
+def read_field_map(value: Any) -> FieldMap:
+    """A map as a study file or an option writes it: text or a list of texts for each field, or for locality and
+    portability prompt and answer. Raises InputError with every problem."""
+    problems: list[str] = []
+    found: dict[str, tuple[str, ...]] = {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"got {value!r}, expected fields and the keys they are under, such as {{prompt: question}}")
+    flat = {
+        f"{name}.{part}" if part else name: keys
+        for name, given in value.items()
+        for part, keys in (given.items() if isinstance(given, Mapping) else [("", given)])
+    }
+    for name, keys in flat.items():
+        listed = (keys,) if isinstance(keys, str) else keys
+        if name not in MAPPED:
+            problems.append(
+                f"got the field {name}, expected one of {', '.join(MAPPED)}{did_you_mean(str(name), MAPPED)}"
+            )
+        elif not isinstance(listed, list | tuple) or not listed or not all(isinstance(k, str) and k for k in listed):
+            problems.append(f"{name}: got {keys!r}, expected the key that it is under, or a list of keys")
+        elif len(listed) > 1 and name in ("prompt", "target"):
+            problems.append(f"{name}: got {len(listed)} keys, expected one")
+        else:
+            found[name] = tuple(listed)
+    if problems:
+        raise InputError(problems)
+    return found
 
 
 def read_edits(
-    records: Sequence[FileRecord], source: str, earlier_problems: Sequence[str] = ()
-) -> tuple[str, list[EditRequest], list[tuple[str, ...]]]:
-    """(layout, edits, true answers of each edit) of a file's records. Ids are the file's own, "" if it has none.
+    records: Sequence[FileRecord], source: str, earlier_problems: Sequence[str] = (), fields: FieldMap | None = None
+) -> tuple[ReadRecords, list[EditRequest], list[tuple[str, ...]]]:
+    """(what was read, edits, true answers of each edit) of a file's records. Ids are the file's own, "" if it has none;
+    the edits of one record share theirs.
 
     Raises InputError with every problem; `earlier_problems` are those found before.
     """
-    layout, edits = read_with_layout(LAYOUTS, records, source, _read_edit, earlier_problems)
-    return layout.name, [edit for edit, _ in edits], [truths for _, truths in edits]
+    layouts = edit_layouts(fields)
+    for name, keys in (fields or {}).items():
+        missing = [key for key in keys if not any(value_at(record.value, key) is not None for record in records)]
+        if missing and records:
+            near = did_you_mean(missing[0], map(str, records[0].value))
+            told = f"{source}: map: {name}: no record has {', '.join(missing)} (the keys are "
+            earlier_problems = [*earlier_problems, told + f"{', '.join(map(str, records[0].value))}{near})"]
+    if fields and earlier_problems:
+        raise InputError(earlier_problems)
+    read = read_with_layout(
+        layouts, records, source, _read_record, earlier_problems, lambda record: _advice(record.value, source)
+    )
+    edits = [pair for of_record in read.values for pair in of_record]
+    return read, [edit for edit, _ in edits], [truths for _, truths in edits]
 
 
-def _read_edit(layout: EditLayout, fields: RecordFields) -> tuple[EditRequest, tuple[str, ...]]:
-    subject = fields.get(layout.subject, _STRIPPED)
-    prompt = fields.get(layout.prompt, _STRIPPED)
-    if layout.subject_mark and prompt:
-        if layout.subject_mark not in prompt:
-            fields.wrong(layout.prompt, f"{layout.subject_mark} where the subject goes", prompt)
-        prompt = prompt.replace(layout.subject_mark, subject)
-    target = fields.get(layout.target, _LINE)
-    truth = (fields.get if layout.truth_required else fields.optional)(layout.ground_truth, _LINE)
-    known_truths = fields.optional(layout.truths, _TEXT_OR_TEXTS)
-    truths = _present((truth, *map(_one_line, known_truths or ())))
+def edit_layouts(fields: FieldMap | None = None) -> tuple[EditLayout, ...]:
+    """The layouts with the fields of a map where it says; one alone if it says where prompt or target is."""
+    if not fields:
+        return LAYOUTS
+    changes: dict[str, Any] = {}
+    for name, key in (("subject", "subject"), ("id", "id"), ("ground_truth", "truths"), ("rephrases", "rephrases")):
+        if name in fields:
+            changes[key] = tuple(fields[name])
+    for name in ("locality", "portability"):
+        prompts = fields.get(f"{name}.prompt", fields.get(name, ()))
+        if prompts:
+            changes[name] = tuple(QuestionKeys(prompt, tuple(fields.get(f"{name}.answer", ()))) for prompt in prompts)
+    if "prompt" in fields or "target" in fields:
+        (prompt,), (target,) = fields.get("prompt", ("prompt",)), fields.get("target", ("target",))
+        return (EditLayout(name="map", signs=(prompt, target), prompt=prompt, target=target, **changes),)
+    return tuple(replace(layout, **changes) for layout in LAYOUTS)
+
+
+def _advice(record: Mapping[str, Any], source: str) -> str:
+    """How a map would read records like this one, as far as its keys tell."""
+    texts = [key for key, value in record.items() if isinstance(value, str) and value.strip()]
+    texts += [
+        f"{key}.{inner}"
+        for key, value in record.items() if isinstance(value, Mapping)
+        for inner, text in value.items() if isinstance(text, str)
+    ]  # fmt: skip
+
+    texts = [key for key in texts if not key.lower().endswith(("id", "type", "source"))]
+
+    def likeliest(words: Sequence[str], but: str = "") -> str:
+        near = [key for word in words for key in texts if word in key.lower() and key != but]
+        return next((key for key in texts if key in words and key != but), next(iter(near), "KEY"))
+
+    prompt = likeliest(("prompt", "question", "query", "instruction", "input", "cloze", "text", "src"))
+    target = likeliest(
+        ("target", "new", "answer", "output", "response", "completion", "label", "object", "alt"), prompt
+    )
+    return (
+        f"; if the edit is there under other keys, say where: edits: {{source: {source}, map: {{prompt: {prompt}, "
+        f"target: {target}}}}} in a study file, or --map prompt={prompt} --map target={target}"
+    )
+
+
+def _read_record(layout: EditLayout, fields: RecordFields) -> list[tuple[EditRequest, tuple[str, ...]]]:
+    """The edits of a record, each with its true answers. What the record says about all of them is the first one's."""
+    if not layout.edits:
+        return [_read_edit(layout, fields, fields, (fields,))]
+    value = fields.look(layout.edits)
+    several = isinstance(value, list) and value
+    edits: list[tuple[EditRequest, tuple[str, ...]]] = []
+    for index, item in enumerate(value if several else [value]):
+        at = f"{layout.edits}[{index}]" if several else layout.edits
+        if isinstance(item, Mapping):
+            inside = fields.inside(at, item, ())
+            edits.append(_read_edit(layout, inside, fields, (inside,) if edits else (inside, fields)))
+        else:
+            fields.wrong(at, "an object", item)
+    return edits
+
+
+def _read_edit(
+    layout: EditLayout, fields: RecordFields, record: RecordFields, holders: Sequence[RecordFields]
+) -> tuple[EditRequest, tuple[str, ...]]:
+    """fields: the object with the edit. holders: those that hold rephrases and questions for it."""
+    target_path = f"{layout.target}.str" if isinstance(fields.look(layout.target), Mapping) else layout.target
+    truths = tuple(text for name in layout.truths for text in _answers(fields, name, fields.look(name)))
+    subject = _first(layout.subject, fields, _STRIPPED)
+
+    def asked(keys: Sequence[QuestionKeys], scored: bool) -> list[tuple[str, tuple[str, ...]]]:
+        return [found for holder in holders for one in keys for found in _questions(holder, one, scored)]
+
     edit = EditRequest(
-        id=fields.optional(layout.id, _IDENTITY) or "",
+        id=_first(layout.id, record, _IDENTITY),
         subject=subject,
-        prompt=prompt,
-        target=target,
+        prompt=_prompt(layout, fields, subject),
+        target=fields.get(target_path, _LINE),
         ground_truth=truths[0] if truths else None,
-        rephrases=fields.optional(layout.rephrases, _texts(fields)) or (),
-        locality=_read_locality(layout, fields),
+        rephrases=tuple(text for holder in holders for text in _rephrases(layout, holder)),
+        locality=tuple(
+            LocalityPrompt(text, answers[0] if answers else None) for text, answers in asked(layout.locality, False)
+        ),
+        portability=tuple(PortabilityPrompt(text, answers) for text, answers in asked(layout.portability, True)),
     )
     return edit, truths
 
 
-def _read_locality(layout: EditLayout, fields: RecordFields) -> tuple[LocalityPrompt, ...]:
-    prompt, answer = layout.locality
-    list_path, is_list, prompt_inside = prompt.partition("[].")
-    pairs: list[tuple[str | None, str | None]]
-    if is_list:
-        answer_inside = answer.removeprefix(list_path + "[].")
-        pairs = []
-        for item in fields.each(list_path, known=(prompt_inside, answer_inside)):
-            read = item.get if fields.strict else item.optional
-            pairs.append((read(prompt_inside, _STRIPPED), item.optional(answer_inside, _LINE)))
-    elif prompt.endswith("[]"):
-        texts = fields.optional(prompt.removesuffix("[]"), _texts(fields)) or ()
-        pairs = [(text, fields.optional(answer, _LINE)) for text in texts]
-    else:
-        pairs = [(fields.optional(prompt, _STRIPPED), fields.optional(answer, _LINE))]
-    return tuple(LocalityPrompt(text, of_data_set) for text, of_data_set in pairs if text is not None)
+def _first(paths: Sequence[str], fields: RecordFields, kind: FieldType[str]) -> str:
+    return next((text for path in paths if (text := fields.optional(path, kind)) is not None), "")
 
 
-def _texts(fields: RecordFields) -> FieldType[tuple[str, ...]]:
-    return _TEXTS if fields.strict else _TEXT_OR_TEXTS
+def _prompt(layout: EditLayout, fields: RecordFields, subject: str) -> str:
+    prompt = fields.get(layout.prompt, _STRIPPED)
+    if more := fields.optional(layout.more_prompt, _STRIPPED):
+        return f"{prompt}\n{more}"
+    if layout.marked and prompt:
+        fields.get(layout.subject[0], _STRIPPED)
+        if _MARK not in prompt:
+            expected = f"{_MARK} where the subject goes (this prompt is filled in already, as in a file of results)"
+            fields.wrong(layout.prompt, expected, prompt)
+    unfilled = not layout.strict and prompt.count(_MARK) == 1 and subject and subject not in prompt
+    return prompt.replace(_MARK, subject) if layout.marked or unfilled else prompt
+
+
+def _rephrases(layout: EditLayout, fields: RecordFields) -> Iterator[str]:
+    for name in layout.rephrases:
+        for path in (key for key in fields.value if fnmatchcase(str(key), name)) if "*" in name else (name,):
+            yield from _texts(fields, path, fields.look(path))
+
+
+def _questions(fields: RecordFields, keys: QuestionKeys, scored: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Prompts and their answers. scored: a question without an answer is of no use, and stays unread."""
+    value = fields.look(keys.prompt)
+    if not keys.answers:
+        yield from _in_objects(fields, keys.prompt, value, scored)
+        return
+    given = fields.look(keys.answers[0])
+    if value is None or value == [] or (scored and given is None):
+        return
+    aliases = [text for name in keys.answers[1:] for text in _answers(fields, name, fields.look(name))]
+    count = len(value) if isinstance(value, list) else 1
+    one_each = isinstance(given, list) and isinstance(value, list) and (count > 1 or len(given) == 1)
+    if one_each and len(given) != count:
+        return fields.wrong(keys.answers[0], f"{count} answers, one for each of {keys.prompt}", given)
+    for index in range(count):
+        at, inside = (f"[{index}]", value[index]) if isinstance(value, list) else ("", value)
+        answer = (
+            _answers(fields, keys.answers[0] + at, given[index])
+            if one_each
+            else _answers(fields, keys.answers[0], given)
+        )
+        for text in _texts(fields, keys.prompt + at, inside):
+            if answer or not scored:
+                yield text, (*answer, *aliases)
+
+
+def _in_objects(fields: RecordFields, at: str, value: Any, scored: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The questions in objects, in lists and groups of objects, or in texts."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _in_objects(fields, f"{at}[{index}]", item, scored)
+    elif isinstance(value, Mapping):
+        inside = fields.inside(at, value, (*_PROMPT_KEYS, *_ANSWER_KEYS))
+        prompt = next((key for key in _PROMPT_KEYS if key in value), None)
+        answers = tuple(key for key in _ANSWER_KEYS if value.get(key) is not None)
+        if prompt is not None:
+            yield from _questions(inside, QuestionKeys(prompt, answers or _ANSWER_KEYS[:1]), scored)
+        elif value and all(item is None or isinstance(item, list | Mapping) for item in value.values()):
+            for group, item in value.items():
+                yield from _in_objects(fields, f"{at}.{group}", item, scored)
+        elif value and fields.strict:
+            inside.get(_PROMPT_KEYS[0], _STRIPPED)
+    elif isinstance(value, str) and scored:
+        return
+    elif value is not None:
+        for text in _texts(fields, at, value):
+            yield text, ()
+
+
+def _texts(fields: RecordFields, path: str, value: Any) -> list[str]:
+    """A text, or those of a list. In the layouts of others, blank ones are absent."""
+    if value is None or (not fields.strict and isinstance(value, str) and not value.strip()):
+        return []
+    if isinstance(value, list):
+        return [text for index, item in enumerate(value) for text in _texts(fields, f"{path}[{index}]", item)]
+    text = fields.checked(path, _STRIPPED, value)
+    return [text] if text else []
+
+
+def _answers(fields: RecordFields, path: str, value: Any) -> list[str]:
+    """An answer and its other names: a text, an object with the text as "str", or lists of these."""
+    if isinstance(value, list):
+        return [text for index, item in enumerate(value) for text in _answers(fields, f"{path}[{index}]", item)]
+    if isinstance(value, Mapping) and "str" in value:
+        return _answers(fields, f"{path}.str", value["str"])
+    if value is None or (not fields.strict and isinstance(value, str) and not value.strip()):
+        return []
+    if type(value) in (int, float) and not fields.strict and value == value // 1:
+        value = str(int(value))  # a table's column of numbers
+    text = fields.checked(path, _LINE, value)
+    return [text] if text else []

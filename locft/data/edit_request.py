@@ -16,15 +16,26 @@ class LocalityPrompt:
 
 
 @dataclass(frozen=True)
+class PortabilityPrompt:
+    """A question whose answer follows from the edit, such as one about the new capital's country."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    """Any of them is right; the first is the main one. Never empty."""
+
+
+@dataclass(frozen=True)
 class EditRequest:
     """One fact to write into a model. Texts have no whitespace around them; target and answers are one line."""
 
     id: str
-    """The file's own id or case_id, otherwise layout-N for the file's N-th record, counted from 1."""
+    """The file's own id or case_id, otherwise layout-N for the file's N-th edit, counted from 1."""
     subject: str
+    """"" if the file has none. Guards of the same relation need one; training and measuring do not."""
     prompt: str
     target: str
     ground_truth: str | None
     """The answer before the edit (the first if the file has several), or None."""
     rephrases: tuple[str, ...]
     locality: tuple[LocalityPrompt, ...]
+    portability: tuple[PortabilityPrompt, ...] = ()

@@ -4,10 +4,11 @@ Every problem of a file is told at once. A JSON list and JSON Lines often come u
 content decides: a text that begins with "[" is a list of records, anything else is one record a line.
 """
 
+import ast
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -31,6 +32,8 @@ class FileRecord:
     value: dict[str, Any]
     line: int | None = None
     """Line of the file, counted from 1; None for formats that do not tell it."""
+    beside: tuple[str, ...] = ()
+    """Keys of the file that stand beside the list of records."""
 
     @property
     def place(self) -> str:
@@ -38,8 +41,30 @@ class FileRecord:
         return f"record {self.number}" + (f" (line {self.line})" if self.line else "")
 
 
-def read_json_records(path: Path) -> tuple[list[FileRecord], list[str]]:
+def file_records(
+    path: Path,
+    *,
+    lists: Collection[str] = (),
+    is_record: Callable[[Mapping[str, Any]], bool] = lambda value: False,
+    no_header: Callable[[Sequence[str]], Sequence[str] | None] = lambda row: None,
+) -> tuple[list[FileRecord], list[str]]:
+    """(records, problems with single ones) of a file: parquet, CSV (.csv, .tsv), else JSON. The options are those of
+    `csv_records` and `read_json_records`. Raises InputError for a file that cannot be read."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return parquet_records(path), []
+    if suffix in (".csv", ".tsv"):
+        return csv_records(path, lists, no_header=no_header), []
+    return read_json_records(path, is_record)
+
+
+def read_json_records(
+    path: Path, is_record: Callable[[Mapping[str, Any]], bool] = lambda value: False
+) -> tuple[list[FileRecord], list[str]]:
     """(records, problems) of a JSON list or JSON Lines file; blank lines and a byte order mark are skipped.
+
+    A file that is one object is unwrapped: its records are its only list of objects, or the objects under its keys.
+    is_record: whether such an object is a record itself.
 
     Problems are broken JSON (line and column), records that are no objects or no Unicode, and a file without records.
     Raises InputError if the file cannot be read as text.
@@ -52,8 +77,14 @@ def read_json_records(path: Path) -> tuple[list[FileRecord], list[str]]:
             found = [FileRecord(number, value) for number, value in enumerate(json.loads(text), 1)]
         except (ValueError, RecursionError) as error:
             problems.append(_broken(path, error))
-    elif path.suffix.lower() == ".json" and (keys := _keys_of_one_object(text)) is not None:
-        problems.append(f"{path}: one JSON object (keys: {keys}), expected a list of records, or one record a line")
+    elif (whole := _one_object(text)) is not None and not is_record(whole) and _is_wrapper(path, text, whole):
+        try:
+            found = _unwrapped(path, whole)
+        except InputError as error:
+            problems += error.problems
+    elif whole is not None:
+        line = 1 + text[: len(text) - len(text.lstrip())].count("\n")
+        found = [FileRecord(1, whole, line)]
     else:
         # Split at "\n" alone: str.splitlines also splits at characters that JSON strings may hold (U+2028).
         filled = [(line, content) for line, content in enumerate(text.split("\n"), 1) if content.strip(_BLANK)]
@@ -75,6 +106,36 @@ def read_json_records(path: Path) -> tuple[list[FileRecord], list[str]]:
     return records, problems
 
 
+def _is_wrapper(path: Path, text: str, whole: Mapping[str, Any]) -> bool:
+    """Whether one object is a file of records instead of the only line of one."""
+    return path.suffix.lower() == ".json" or bool(_lists(whole)) or "\n" in text.strip(_BLANK)
+
+
+def _lists(whole: Mapping[str, Any]) -> list[str]:
+    """Keys under which there is a list of objects."""
+    return [
+        key for key, value in whole.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    ]  # fmt: skip
+
+
+def _unwrapped(path: Path, whole: dict[str, Any]) -> list[FileRecord]:
+    """The records in one object. Raises InputError if there are none, or more than one list of them."""
+    keys = _lists(whole)
+    if len(keys) > 1:
+        lists = ", ".join(f"{key} ({len(whole[key])})" for key in keys)
+        raise InputError(f"{path}: one JSON object with {len(keys)} lists of records, {lists}; save the one to read")
+    if keys:
+        beside = tuple(key for key in whole if key != keys[0])
+        return [FileRecord(number, value, beside=beside) for number, value in enumerate(whole[keys[0]], 1)]
+    if len(whole) > 1 and all(isinstance(value, dict) for value in whole.values()):
+        return [FileRecord(number, value) for number, value in enumerate(whole.values(), 1)]
+    if len(whole) == 1 and isinstance(inside := next(iter(whole.values())), dict):
+        return _unwrapped(path, inside)
+    shown = ", ".join(list(whole)[:8])
+    raise InputError(f"{path}: one JSON object (keys: {shown}), expected a list of records, or one record a line")
+
+
 def parquet_records(path: Path) -> list[FileRecord]:
     """The rows of a parquet file. Raises InputError if it cannot be read or has none."""
     import pyarrow  # here, because few files need it
@@ -89,12 +150,22 @@ def parquet_records(path: Path) -> list[FileRecord]:
     return [FileRecord(number, row) for number, row in enumerate(rows, 1)]
 
 
-def csv_records(path: Path, json_columns: Sequence[str]) -> list[FileRecord]:
-    """The rows below a CSV file's header line. Cells of the JSON columns hold a list or an object as JSON.
+def csv_records(
+    path: Path,
+    lists: Collection[str],
+    *,
+    no_header: Callable[[Sequence[str]], Sequence[str] | None] = lambda row: None,
+) -> list[FileRecord]:
+    """The rows of a CSV file, whose first line names the columns. Cells are separated by commas, semicolons or tabs.
+
+    lists: columns whose cells may hold a list or an object, as JSON or as Python writes it; all other cells are texts.
+    no_header: given the first row, the names of the columns if that is a record itself, else None.
 
     Raises InputError with every row that has too few or too many cells.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    first = text.lstrip().split("\n", 1)[0]
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=first.count))
     problems: list[str] = []
     records: list[FileRecord] = []
     header: list[str] = []
@@ -105,12 +176,14 @@ def csv_records(path: Path, json_columns: Sequence[str]) -> list[FileRecord]:
             if not row:
                 continue
             if not header:
-                header = row
-            elif len(row) != len(header):
+                header = list(no_header(row) or row)
+                if header == row:
+                    continue
+            if len(row) != len(header):
                 problems.append(f"{path}, line {begun}: {len(row)} cells, but the header has {len(header)}")
             else:
                 cells = zip(header, row, strict=True)
-                value = {key: _json(cell) if key in json_columns else cell for key, cell in cells}
+                value = {key: _parsed(cell) if key in lists else cell for key, cell in cells if key}
                 records.append(FileRecord(len(records) + 1, value, begun))
     except csv.Error as error:
         problems.append(f"{path}, line {reader.line_num}: broken CSV: {error}")
@@ -213,20 +286,23 @@ def _broken(path: Path, error: Exception, line: int | None = None) -> str:
     return f"{place}: unreadable JSON: {error}"  # nested without end; a number of thousands of digits
 
 
-def _keys_of_one_object(text: str) -> str | None:
+def _one_object(text: str) -> dict[str, Any] | None:
+    """The object that a whole text is."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return ", ".join(list(value)[:8]) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def _json(cell: str) -> Any:
-    """The cell's value, or its text if that is no JSON: the readers of fields say what was expected."""
-    try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
+def _parsed(cell: str) -> Any:
+    """The list or object in a cell, or its text if there is none: the readers of fields say what was expected."""
+    for parse in (json.loads, ast.literal_eval) if cell.lstrip()[:1] in ("[", "{") else ():
+        try:
+            return parse(cell)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return cell
 
 
 def _is_unicode(value: dict[str, Any]) -> bool:

@@ -12,20 +12,23 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from locft.data.answers import normalise_answer
-from locft.data.edit_layouts import read_edits
+from locft.data.edit_layouts import LIST_KEYS, edit_layouts, read_edits
 from locft.data.edit_request import EditRequest
-from locft.data.record_files import hub_records, missing_path, read_json_records
+from locft.data.record_files import FileRecord, file_records, hub_records, missing_path
 from locft.errors import InputError
 
 BUILT_IN = ("atlas",)
 """Names of the edit sets that come with the project. A file of such a name is reached as ./atlas."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
+_TABLES = (".csv", ".tsv", ".parquet")
+_FILES = (".json", ".jsonl", ".ndjson", *_TABLES)
 
 
 @dataclass(frozen=True)
@@ -80,33 +83,93 @@ class EditSet:
     """16 hexadecimal digits of the content without the ids: the same edits in another file or layout have the same."""
     findings: EditFindings
     """Of the selected edits."""
+    truths: tuple[tuple[str, ...], ...] = ()
+    """All true answers that the source knows, of each edit."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Paths of keys in the source that no field of an edit is read from, and in how many records; 0 for a key that stands
+    beside the list of records."""
+    records: int = 0
+    """Of the whole source."""
+
+    def sentences(self) -> tuple[str, ...]:
+        """The findings and what was not read, in one sentence each; none if there is nothing to say."""
+        by_count: dict[int, list[str]] = {}
+        for path, count in self.unread.items():
+            by_count.setdefault(count, []).append(path)
+        parts = [
+            f"{', '.join(paths)} ({f'{count:,} of {self.records:,} records' if count else 'beside the records'})"
+            for count, paths in sorted(by_count.items(), reverse=True)
+        ]
+        return (*self.findings.sentences(), *([f"Not read: {'; '.join(parts)}."] if parts else ()))
 
     def sample(self, count: int, seed: int) -> "EditSet":
         """A random sample of `count` of these edits, the same on every machine, in their order."""
-        requests = tuple(self.requests[index] for index in _drawn(range(len(self.requests)), count, seed))
-        findings = _findings(requests, [()] * count)
-        return replace(self, requests=requests, fingerprint=_fingerprint(requests), findings=findings)
+        drawn = _drawn(range(len(self.requests)), count, seed)
+        requests = tuple(self.requests[index] for index in drawn)
+        truths = tuple(self.truths[index] for index in drawn) if self.truths else ((),) * count
+        findings = _findings(requests, truths)
+        return replace(self, requests=requests, fingerprint=_fingerprint(requests), findings=findings, truths=truths)
 
 
-def load_edits(source: str, *, limit: int | None = None, sample_seed: int | None = None) -> EditSet:
+def load_edits(
+    source: str,
+    *,
+    limit: int | None = None,
+    sample_seed: int | None = None,
+    fields: Mapping[str, Sequence[str]] | None = None,
+) -> EditSet:
     """Read and check a whole source, then select.
 
-    `source` is a built-in name ("atlas"), a file (.json list or JSON lines), or a hub id ("owner/name" or
-    "owner/name:split"). `limit` None takes all edits, as does a limit above their number; otherwise it takes the first
-    ones, or with `sample_seed` a random sample, the same on every machine and in the order of the file.
+    `source` is a built-in name ("atlas"), a file (JSON, JSON Lines, CSV or parquet), or a hub id ("owner/name" or
+    "owner/name:split"). `fields` says under which keys its records have what no layout knows
+    (`locft.data.edit_layouts.read_field_map`). `limit` None takes all edits, as does a limit above their number;
+    otherwise it takes the first ones, or with `sample_seed` a random sample, the same on every machine and in the order of
+    the file.
 
     Raises `InputError` with every problem of the source (at most 20 are spelled out).
     """
     source = os.fspath(source)
     _check_selection(limit, sample_seed)
-    layout, edits, truths = _read(source)
-    edits = _with_ids(edits, layout)
+    records, problems = _records(source, fields)
+    read, edits, truths = read_edits(records, source, problems, fields)
+    edits = _with_ids(edits, read.layout.name)
     chosen: Sequence[int] = range(len(edits))
     if limit is not None and limit < len(edits):
         chosen = chosen[:limit] if sample_seed is None else _drawn(chosen, limit, sample_seed)
     requests = tuple(edits[index] for index in chosen)
-    findings = _findings(requests, [truths[index] for index in chosen])
-    return EditSet(requests, source, layout, _fingerprint(requests), findings)
+    known = tuple(truths[index] for index in chosen)
+    unread = dict.fromkeys(records[0].beside, 0) | read.unread if source not in BUILT_IN else {}
+    return EditSet(
+        requests,
+        source,
+        read.layout.name,
+        _fingerprint(requests),
+        _findings(requests, known),
+        known,
+        unread,
+        len(records),
+    )
+
+
+def own_record(request: EditRequest, truths: Sequence[str] = ()) -> dict[str, Any]:
+    """The request as a record of the project's own layout, fields that are empty left out."""
+    known = list(truths) or request.ground_truth
+    record = {
+        "id": request.id,
+        "subject": request.subject,
+        "prompt": request.prompt,
+        "target": request.target,
+        "ground_truth": known[0] if isinstance(known, list) and len(known) == 1 else known,
+        "rephrases": list(request.rephrases),
+        "locality": [
+            {"prompt": one.prompt} | ({"answer": one.answer} if one.answer else {}) for one in request.locality
+        ],
+        "portability": [
+            {"prompt": one.prompt, "answer": one.answers[0] if len(one.answers) == 1 else list(one.answers)}
+            for one in request.portability
+        ],
+    }
+    return {key: value for key, value in record.items() if value}
 
 
 def _drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:
@@ -129,6 +192,7 @@ def _findings(requests: Sequence[EditRequest], truths: Sequence[tuple[str, ...]]
     for request in requests:
         targets_of.setdefault(request.prompt, Counter())[normalise_answer(request.target)] += 1
     groups = targets_of.values()
+    subjects = [" ".join(request.subject.casefold().split()) for request in requests if request.subject]
     return EditFindings(
         duplicates=sum(group.total() - len(group) for group in groups),
         contradictions=sum(group.total() for group in groups if len(group) > 1),
@@ -136,14 +200,16 @@ def _findings(requests: Sequence[EditRequest], truths: Sequence[tuple[str, ...]]
             normalise_answer(request.target) in map(normalise_answer, known)
             for request, known in zip(requests, truths, strict=True)
         ),
-        repeated_subjects=len(requests) - len({" ".join(request.subject.casefold().split()) for request in requests}),
+        repeated_subjects=len(subjects) - len(set(subjects)),
         reachable=sum(max(group.values()) for group in groups) / len(requests),
     )
 
 
 def _fingerprint(requests: Sequence[EditRequest]) -> str:
+    """Portability counts only where there is some: so the first fingerprints stay."""
     content = [
         (r.subject, r.prompt, r.target, r.ground_truth, r.rephrases, [(p.prompt, p.answer) for p in r.locality])
+        + (([(p.prompt, p.answers) for p in r.portability],) if r.portability else ())
         for r in requests
     ]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()[:16]
@@ -165,26 +231,39 @@ def _with_ids(edits: Sequence[EditRequest], layout: str) -> list[EditRequest]:
     return named
 
 
-def _read(source: str) -> tuple[str, list[EditRequest], list[tuple[str, ...]]]:
-    """(layout, edits, true answers of each edit) of a whole source."""
+def _records(source: str, fields: Mapping[str, Sequence[str]] | None) -> tuple[list[FileRecord], list[str]]:
+    """(records, problems with single ones) of a whole source."""
     if source in BUILT_IN:
         with importlib.resources.as_file(importlib.resources.files("locft.data") / f"{source}.jsonl") as path:
-            return _read_file(path)
+            return _file_records(path, fields)
     path = Path(os.path.expanduser(source))
     if os.path.exists(path):
-        return _read_file(path)
-    if _HUB_ID.fullmatch(source) and not source.lower().endswith((".json", ".jsonl", ".ndjson")):
+        return _file_records(path, fields)
+    if _HUB_ID.fullmatch(source) and not source.lower().endswith(_FILES):
         name, _, split = source.partition(":")
-        return read_edits(hub_records(source, name, None, split or None), source)
+        return hub_records(source, name, None, split or None), []
     try:
         problem = missing_path(path)
     except OSError as error:  # a name too long for a file system
         problem = f"{source[:100]}: no such file: {error.strerror}"
     if "did you mean" not in problem:
-        problem += f"; expected a .json or .jsonl file, a hub data set (owner/name), or {' or '.join(BUILT_IN)}"
+        kinds = "a .json, .jsonl, .csv or .parquet file, a hub data set (owner/name)"
+        problem += f"; expected {kinds}, or {' or '.join(BUILT_IN)}"
     raise InputError(problem)
 
 
-def _read_file(path: Path) -> tuple[str, list[EditRequest], list[tuple[str, ...]]]:
-    records, problems = read_json_records(path)
-    return read_edits(records, str(path), problems)
+def _file_records(path: Path, fields: Mapping[str, Sequence[str]] | None) -> tuple[list[FileRecord], list[str]]:
+    """An empty cell of a table is a field that is absent."""
+    layouts = edit_layouts(fields)
+    lists = LIST_KEYS | {
+        key for name, keys in (fields or {}).items() if name not in ("prompt", "target") for key in keys
+    }
+    records, problems = file_records(
+        path, lists=lists, is_record=lambda value: any(layout.recognises(value) for layout in layouts)
+    )
+    if path.suffix.lower() in _TABLES:
+        records = [
+            replace(record, value={key: cell for key, cell in record.value.items() if cell not in ("", None)})
+            for record in records
+        ]
+    return records, problems

@@ -102,6 +102,13 @@ def _hellaswag_ending(ending: str) -> str:
 
 
 # fmt: off
+_LETTERED_COLUMNS = tuple(  # an option a column, as in tables of MMLU and CMMLU; the most options first
+    BenchmarkLayout(
+        name="MMLU", signs=(f"{question} {' '.join(LETTERS[:options])} {answer}",), texts=(question,),
+        context=f"{{{question}}}", choices=tuple(LETTERS[:options]), answer=answer, lettered=True,
+    )
+    for options in range(10, 1, -1) for question, answer in (("question", "answer"), ("Question", "Answer"))
+)
 _HELLASWAG = BenchmarkLayout(
     name="HellaSwag", signs=("ctx_a endings",), texts=("ctx_a",), optional_texts=("ctx_b", "activity_label"),
     context=_hellaswag_context, choices="endings", answer="label", shown=_hellaswag_ending, rule="mean",
@@ -139,6 +146,7 @@ LAYOUTS = (  # the first that recognises a record has it
         name="MMLU", signs=("question choices answer",), texts=("question",), context="{question}",
         choices="choices", answer="answer", lettered=True,
     ),
+    *_LETTERED_COLUMNS,
     BenchmarkLayout(
         name="LAMBADA", signs=("text",), texts=("text",), context="{text}", shown=str,
         only="text domain id idx",  # any table of texts has a column "text": beside "label", say, it is no cloze
@@ -151,10 +159,25 @@ def read_items(
     records: Sequence[FileRecord], task: str, source: str, earlier_problems: Sequence[str] = ()
 ) -> tuple[str, list[CapabilityItem]]:
     """(layout, items) of a file's records. Raises InputError with every problem, those found earlier first."""
-    layout, items = read_with_layout(LAYOUTS, records, source, _read_item, earlier_problems)
+    read = read_with_layout(LAYOUTS, records, source, _read_item, earlier_problems)
     numbers = [record.line or record.number for record in records]
-    ids = [item.id or f"{Path(source).stem}:{number}" for item, number in zip(items, numbers, strict=True)]
-    return layout.name, [replace(item, task=task, id=identity) for item, identity in zip(items, ids, strict=True)]
+    ids = [item.id or f"{Path(source).stem}:{number}" for item, number in zip(read.values, numbers, strict=True)]
+    items = [replace(item, task=task, id=identity) for item, identity in zip(read.values, ids, strict=True)]
+    return read.layout.name, items
+
+
+def columns_without_header(row: Sequence[str]) -> tuple[str, ...] | None:
+    """The columns of a table whose first row is a question already, as MMLU is published: question, options, letter of
+    the right one, perhaps behind a number. None if the row is a header."""
+    number = ("",) if row[0].strip().isdecimal() else ()
+    options = LETTERS[: len(row) - len(number) - 2]
+    named = (
+        any(cell.strip().lower() in ("question", "answer") for cell in row)
+        or list(options) == row[-len(options) - 1 : -1]
+    )
+    if len(options) < 2 or row[-1].strip() not in options or row[-1].strip() == "" or named:
+        return None
+    return (*number, "question", *options, "answer")
 
 
 def _read_item(layout: BenchmarkLayout, fields: RecordFields) -> CapabilityItem:

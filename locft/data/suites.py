@@ -13,15 +13,14 @@ from pathlib import Path
 
 from locft.data.record_files import (
     FileRecord,
-    csv_records,
+    file_records,
     hub_records,
     missing_path,
-    parquet_records,
     read_json_records,
     read_text,
     shortened,
 )
-from locft.data.suite_layouts import CapabilityItem, read_items
+from locft.data.suite_layouts import CapabilityItem, columns_without_header, read_items
 from locft.errors import InputError, did_you_mean
 
 DATA_FOLDER = Path(__file__).parent
@@ -30,7 +29,7 @@ MAX_PROSE_CHARACTERS = 1_000_000
 """Of a longer text, only this much is used; no measurement takes more."""
 PREFERRED_SPLITS = ("test", "validation", "train")
 
-_TABLES = (".jsonl", ".json", ".parquet", ".csv")
+_TABLES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _TEXTS = (".txt", ".md")
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]*))?(?::(?P<split>[\w.+\[\]%:-]+))?")
@@ -186,13 +185,9 @@ def _records(source: str) -> tuple[str, list[FileRecord], list[str]]:
         raise InputError(missing_path(path))
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file")
-    if suffix == ".parquet":
-        return str(path), parquet_records(path), []
-    if suffix == ".csv":
-        return str(path), csv_records(path, json_columns=("choices", "endings")), []
     if suffix not in _TABLES:
         raise InputError(f"{path}: got a file ending in {suffix!r}, expected one of {', '.join(_TABLES)}")
-    return str(path), *read_json_records(path)
+    return str(path), *file_records(path, lists=("choices", "endings"), no_header=columns_without_header)
 
 
 def _spread(items: Sequence[CapabilityItem], limit: int | None) -> tuple[CapabilityItem, ...]:

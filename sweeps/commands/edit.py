@@ -20,10 +20,11 @@ from sweeps.commands.options import (
     EDITS_HELP,
     FORMATS,
     DtypeOption,
-    EditsOption,
+    EditsOptions,
     FormatsOption,
     JsonOption,
     LimitOption,
+    MapOption,
     ModelArgument,
     RemoteCodeOption,
     ThreadsOption,
@@ -88,6 +89,7 @@ class SourceOptions:
 
     edits: Annotated[str | None, typer.Option(help=EDITS_HELP)] = None
     limit: LimitOption = None
+    field_map: MapOption = None
     ask_formats: FormatsOption = None
     position: Annotated[
         str | None, typer.Option(help="LAYER.MODULE, such as 22.mlp_down, or the file `locft select` wrote.")
@@ -104,7 +106,9 @@ class SourceOptions:
 
         if self.edits is None and self.limit is not None:
             raise InputError("--limit: it says how many of --edits to take; give --edits, too")
-        edits = None if self.edits is None else edits_of(self.edits, self.limit)
+        if self.edits is None and self.field_map:
+            raise InputError("--map: it says how --edits is to be read; give --edits, too")
+        edits = None if self.edits is None else edits_of(self.edits, self.limit, self.field_map)
         return edit_settings(
             self.position, asdict(training), dtype, edits, self.from_run, tracking_uri, self.ask_formats
         )
@@ -263,13 +267,12 @@ def apply(
 
 def evaluate(
     model: ModelArgument,
-    edits: EditsOption,
+    edits: EditsOptions,
     load: LoadOptions,
     ask_formats: FormatsOption = None,
     delta: Annotated[
         str | None, typer.Option(help="A delta file, its folder or models:/NAME@ALIAS; default: the model as it is.")
     ] = None,
-    limit: LimitOption = None,
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -279,7 +282,7 @@ def evaluate(
     change = _delta(delta, tracking_uri) if delta else None
     base = change.base_fingerprint if change else None
     formats = _formats(ask_formats)
-    bench, _ = _workbench(model, load, edits_of(edits, limit), Capability(), formats, fingerprint=base)
+    bench, _ = _workbench(model, load, edits.named(), Capability(), formats, fingerprint=base)
     metrics = bench.measure(change).metrics if change else bench.baseline.metrics
     if as_json:
         where = change.position if change else None
@@ -321,7 +324,7 @@ def _workbench(
     from sweeps.study.resolve import no_chat
 
     torch.set_num_threads(load.threads or os.cpu_count() or 1)
-    requests = load_edits(edits.source, limit=edits.limit, sample_seed=edits.sample_seed)
+    requests = load_edits(edits.source, limit=edits.limit, sample_seed=edits.sample_seed, fields=edits.map)
     measured = capability.suite or capability.tasks
     suite = load_suite(capability.suite, capability.tasks, capability.limit, capability.prose) if measured else None
     loaded = load_model(
@@ -332,7 +335,7 @@ def _workbench(
             f"model {model!r} has fingerprint {loaded.fingerprint}, but the edit was made on one with {fingerprint}; "
             "give the model it was made on, unedited"
         )
-    for sentence in requests.findings.sentences():
+    for sentence in requests.sentences():
         notice(sentence)
     formats = asked(loaded.tokenizer, ask_formats)
     for sentence in no_chat(model, ["--ask-formats"] if CHAT in ask_formats and CHAT not in formats else []):

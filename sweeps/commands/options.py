@@ -1,7 +1,7 @@
 """Arguments and options that several commands of `locft` share, and options grouped into one value."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, make_dataclass, replace
 from functools import wraps
 from inspect import Parameter
@@ -35,6 +35,14 @@ FormatsOption = Annotated[
     ),
 ]
 EditsOption = Annotated[str, typer.Option("--edits", help=EDITS_HELP)]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="FIELD=KEY",
+        help="Where the edit file has what no layout knows: prompt=question, rephrases=q1,q2, locality.prompt=near. Repeatable.",
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
 SetOption = Annotated[
     list[str] | None,
@@ -73,13 +81,41 @@ def prepared_study(study: str, overrides: list[str] | None) -> "PreparedStudy":
     return replace(prepare(load_study(study, overrides or [])), command=("locft", "sweep", study, *changes))
 
 
-def edits_of(source: str, limit: int | None) -> "Edits":
-    """The edits that --edits and --limit name. Raises InputError when --edits is empty."""
+def read_map(options: Sequence[str] | None) -> dict[str, list[str]]:
+    """What --map says, field by field. Raises InputError."""
+    found: dict[str, list[str]] = {}
+    for option in options or ():
+        name, equals, keys = option.partition("=")
+        if not equals or not name.strip() or not keys.strip():
+            raise InputError(f"--map {option}: expected FIELD=KEY, such as prompt=question")
+        found.setdefault(name.strip(), []).extend(key.strip() for key in keys.split(","))
+    return found
+
+
+def edits_of(source: str, limit: int | None, field_map: Sequence[str] | None = None) -> "Edits":
+    """The edits that --edits, --limit and --map name. Raises InputError when --edits is empty or --map is wrong."""
+    from locft.data.edit_layouts import read_field_map
     from sweeps.study.schema import Edits
 
     if not source.strip():
         raise InputError(f"--edits: got nothing, expected {EDITS}")
-    return Edits(source=source, limit=limit)
+    try:
+        return Edits(source=source, limit=limit, map=read_field_map(read_map(field_map)))
+    except InputError as error:
+        raise InputError(f"--map: {problem}" if "--map" not in problem else problem for problem in error.problems) from None
+
+
+@dataclass(frozen=True)
+class EditsOptions:
+    """Which edits a command is about."""
+
+    edits: EditsOption
+    limit: LimitOption = None
+    field_map: MapOption = None
+
+    def named(self) -> "Edits":
+        """Raises InputError for an empty source or a wrong map."""
+        return edits_of(self.edits, self.limit, self.field_map)
 
 
 DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", **METHOD}

@@ -45,7 +45,7 @@ def introduce(prepared: "PreparedStudy") -> None:
     study, edits = prepared.study, prepared.edits
     notice(f"{study.name}: {study.model}, {len(edits.requests)} edits of {study.edits.source}")
     notice(f"capability: {prepared.capability_source}")
-    for sentence in (*edits.findings.sentences(), *prepared.notices):
+    for sentence in (*edits.sentences(), *prepared.notices):
         notice(sentence)
 
 

@@ -316,7 +316,7 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
 
     study, facts, sample = prepared.study, prepared.facts, prepared.plan.sample
     size = min(statistics.median_low(trial.batch_size for trial in sample), TIMED_EDITS, facts.n_edits)
-    requests = tuple(replace(request, rephrases=(), locality=()) for request in prepared.edits.requests[:size])
+    requests = tuple(replace(request, rephrases=(), locality=(), portability=()) for request in prepared.edits.requests[:size])
     layers = sorted({0, facts.n_layers // 2, facts.n_layers - 1})
     loaded = load_model(study.model, dtype=study.dtype, device="cpu")
     edits = replace(prepared.edits, requests=requests)

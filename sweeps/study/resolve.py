@@ -51,7 +51,7 @@ def prepare(study: Study) -> PreparedStudy:
     if positions:
         attempt(lambda: check_against_model(study, n_layers(structure), modules))
     named, wanted = study.edits, study.capability
-    edits = attempt(lambda: load_edits(named.source, limit=named.limit, sample_seed=named.sample_seed))
+    edits = attempt(lambda: load_edits(named.source, limit=named.limit, sample_seed=named.sample_seed, fields=named.map))
     suite = None
     if wanted.suite or wanted.tasks:
         suite = attempt(lambda: load_suite(wanted.suite, wanted.tasks, wanted.limit, wanted.prose))
@@ -123,7 +123,7 @@ def _token_counts(
 
     requests = edits.requests
     rephrased = [prompt for request in requests for prompt in request.rephrases]
-    questions = [unrelated.prompt for request in requests for unrelated in request.locality]
+    questions = [asked.prompt for request in requests for asked in (*request.locality, *request.portability)]
     questions += [question for form in study.ask_formats for question in answered(form)]
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
     choices = [item.context + choice for item in items for choice in item.choices]

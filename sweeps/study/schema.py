@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from analysis.stats.axes import AXES, AXIS, Axis
+from locft.data.edit_layouts import read_field_map
 from locft.errors import InputError
 from locft.train.formats import EXPECTED as FORMATS_EXPECTED
 from locft.train.formats import NAMES as FORMATS
@@ -211,6 +212,8 @@ class Edits(Section):
     """Use at most this many edits; null uses all."""
     sample_seed: Seed | None = None
     """Seed of the sample of `limit` edits; null takes the first ones."""
+    map: _read_by(read_field_map) = {}
+    """Keys of the file that no layout knows: such as {prompt: question, target: answer, rephrases: [q1, q2]}."""
 
 
 class Capability(Section):

@@ -105,9 +105,14 @@ def edit_layouts() -> dict[str, Any]:
             "fingerprint": edits.fingerprint,
             "ids": [request.id for request in edits.requests[:10]],
             "layout": edits.layout,
-            "requests": sha256([asdict(request) for request in edits.requests]),
+            "requests": sha256([_without_nothing(asdict(request)) for request in edits.requests]),
         }
     return found
+
+
+def _without_nothing(request: dict[str, Any]) -> dict[str, Any]:
+    """Portability came after these goldens."""
+    return {key: value for key, value in request.items() if value or key != "portability"}
 
 
 def capability_layouts() -> dict[str, Any]:

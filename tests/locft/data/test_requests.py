@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from locft.data import edit_layouts
-from locft.data.answers import normalise_answer
-from locft.data.edit_layouts import EditLayout
-from locft.data.edit_request import EditRequest, LocalityPrompt
-from locft.data.requests import EditFindings, load_edits
+from locft.data.edit_layouts import EditLayout, QuestionKeys
+from locft.data.edit_request import EditRequest, LocalityPrompt, PortabilityPrompt
+from locft.data.requests import EditFindings, load_edits, own_record
 from locft.errors import InputError
 
 REAL = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "editing"
@@ -237,33 +236,24 @@ def test_the_built_in_edits_come_by_name(tmp_path, monkeypatch):
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
 lines = texts.map(lambda text: " ".join(part.strip() for part in text.splitlines() if part.strip()))
+answers = st.lists(lines, min_size=1, max_size=2).map(tuple)
 requests = st.builds(
     EditRequest,
     id=texts,
-    subject=texts,
+    subject=st.just("") | texts,
     prompt=texts,
     target=lines,
     ground_truth=st.none() | lines,
     rephrases=st.lists(texts, max_size=2).map(tuple),
     locality=st.lists(st.builds(LocalityPrompt, texts, st.none() | lines), max_size=2).map(tuple),
+    portability=st.lists(st.builds(PortabilityPrompt, texts, answers), max_size=2).map(tuple),
 )
 
 
 @FUZZ
 @given(wanted=st.lists(requests, min_size=1, max_size=4, unique_by=lambda request: request.id))
 def test_own_format_reads_back(tmp_path, wanted):
-    records = [
-        {
-            "id": r.id,
-            "subject": r.subject,
-            "prompt": r.prompt,
-            "target": r.target,
-            "ground_truth": r.ground_truth,
-            "rephrases": r.rephrases,
-            "locality": [{"prompt": p.prompt, "answer": p.answer} for p in r.locality],
-        }
-        for r in wanted
-    ]
+    records = [own_record(request) for request in wanted]
     as_lines, as_list = (load_edits(write(tmp_path, records, name)) for name in ("a.jsonl", "a.json"))
     assert as_lines.requests == as_list.requests == tuple(wanted)
     assert as_lines.fingerprint == as_list.fingerprint
@@ -271,8 +261,8 @@ def test_own_format_reads_back(tmp_path, wanted):
 
 def test_a_new_layout_is_one_entry(tmp_path, monkeypatch):
     layout = EditLayout(
-        name="cards", signs=("card",), subject="card.about", prompt="card.text", target="card.new", rephrases="others",
-        locality=("kept[].say", "kept[].hear"),
+        name="cards", signs=("card",), subject=("card.about",), prompt="card.text", target="card.new",
+        rephrases=("others",), locality=(QuestionKeys("kept[].say", ("kept[].hear",)),),
     )  # fmt: skip
     monkeypatch.setattr(edit_layouts, "LAYOUTS", (*edit_layouts.LAYOUTS, layout))
     card = {"card": {"about": "Peru", "text": "Its capital is", "new": "Oslo"}, "kept": [{"say": "a", "hear": "b"}]}
@@ -411,32 +401,6 @@ def test_a_ceiling_just_below_one_is_not_rounded_to_one(tmp_path):
     assert "99.99900% at most" in EditFindings(0, 2, 0, 0, 1 - 1e-5).sentences()[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (" The  Lion, the Witch ", "lion witch"),
-        ("U.S.A.", "usa"),
-        ("An  apple\na day", "apple day"),
-        ("theatre", "theatre"),
-        ("A", "a"),
-        ("A.", "a"),
-        ("The The", "the the"),
-        ("!", "!"),
-        ("", ""),
-        ("Cafe\u0301", "café"),
-    ],
-)
-def test_normalise_answer(text, expected):
-    assert normalise_answer(text) == expected
-
-
-@given(st.text())
-def test_normalise_answer_is_idempotent_and_keeps_something(text):
-    once = normalise_answer(text)
-    assert normalise_answer(once) == once
-    assert bool(once) == bool(text.strip())
-
-
 # --- real files
 
 
@@ -484,7 +448,7 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("source", ["atlsa", "x" * 5000, "a\0b", "~nobody-here/y/z", "y" * 3000 + "/b/c.json"])
 def test_a_source_of_no_kind_names_the_kinds(source):
     (problem,) = problems_of(source)
-    assert "no such file" in problem and "a .json or .jsonl file, a hub data set (owner/name), or atlas" in problem
+    assert "no such file" in problem and "or .parquet file, a hub data set (owner/name), or atlas" in problem
 
 
 def test_folder_unreadable_and_empty(tmp_path, monkeypatch):
@@ -522,16 +486,18 @@ def test_broken_lines_and_wrong_fields_are_told_together(tmp_path):
 
 
 def test_no_list_of_edits(tmp_path):
-    assert "keys: data" in only_problem(tmp_path, json.dumps({"data": [OWN]}, indent=1), "edits.json")
+    assert "keys: data" in only_problem(tmp_path, json.dumps({"data": []}, indent=1), "edits.json")
     for content in ("5", '"text"', "null", "NaN"):
         assert "got" in only_problem(tmp_path, content, "edits.json")
 
 
 def test_unknown_layout_names_its_keys_and_the_known_ones(tmp_path):
-    problem = only_problem(tmp_path, [{"question": "x", "choices": []}] * 3)
-    assert f"{tmp_path}/edits.jsonl, record 1 (line 1): unknown layout, got the keys question, choices" in problem
-    for name in (*LAYOUTS, "requested_rewrite", "src, alt", "subject, prompt, target;"):
+    problem = only_problem(tmp_path, [{"question": "x", "choices": [], "right": "y"}] * 3)
+    assert f"{tmp_path}/edits.jsonl, all 3 records: unknown layout, got the keys question, choices, right" in problem
+    for name in (*LAYOUTS, "requested_rewrite.prompt", "src, alt", "own (prompt, target)"):
         assert name in problem
+    assert f"edits: {{source: {tmp_path}/edits.jsonl, map: {{prompt: question, target: KEY}}}}" in problem
+    assert "--map prompt=question --map target=KEY" in problem
 
 
 @pytest.mark.parametrize(
@@ -539,16 +505,11 @@ def test_unknown_layout_names_its_keys_and_the_known_ones(tmp_path):
     [
         ("own", "target"),
         ("own", "prompt"),
-        ("own", "subject"),
         ("zsre", "alt"),
-        ("zsre", "subject"),
         ("zsre", "src"),
         ("counterfact", "target_new"),
-        ("counterfact", "ground_truth"),
-        ("wikibigedit", "subject"),
-        ("wikibigedit", "target_new"),
+        ("wikibigedit", "prompt"),
         ("qaedit", "prompt"),
-        ("qaedit", "subject"),
         ("counterfact-original", "requested_rewrite"),
     ],
 )
@@ -570,32 +531,32 @@ def test_missing_field(tmp_path, layout, field):
         (OWN | {"prompt": ["x"]}, "field prompt: expected text, got a list"),
         (OWN | {"prompt": ""}, "field prompt: expected text, got an empty text"),
         (OWN | {"target": " \n"}, "field target: expected text, got only whitespace"),
-        (OWN | {"rephrases": "x"}, "field rephrases: expected a list of texts, got a string"),
+        (OWN | {"rephrases": {"a": "x"}}, "field rephrases: expected text, got an object"),
         (OWN | {"rephrases": ["x", 3]}, "field rephrases[1]: expected text, got a number 3"),
         (OWN | {"rephrases": [""]}, "field rephrases[0]: expected text, got an empty text"),
-        (OWN | {"locality": {"prompt": "x"}}, "field locality: expected a list of objects, got an object"),
-        (OWN | {"locality": ["x"]}, "field locality[0]: expected an object, got a string"),
+        (OWN | {"locality": [3]}, "field locality[0]: expected text, got a number 3"),
+        (OWN | {"portability": [{"answer": "x"}]}, "field portability[0].prompt: expected text, got no such field"),
         (OWN | {"locality": [{"answer": "x"}]}, "field locality[0].prompt: expected text, got no such field"),
         (
-            OWN | {"locality": [{"prompt": "x", "answers": "y"}]},
-            "field locality[0].answers: unknown key, did you mean 'answer'?",
+            OWN | {"locality": [{"prompt": "x", "anser": "y"}]},
+            "field locality[0].anser: unknown key, did you mean 'answer'?",
         ),
         (OWN | {"ground_truth": False}, "field ground_truth: expected text, got a boolean"),
         (OWN | {"id": 1.5}, "field id: expected text or a whole number, got a number 1.5"),
         (OWN | {"id": ""}, "field id: expected text or a whole number, got an empty text"),
-        (OWN | {"rephrase": ["x"]}, "field rephrase: unknown key, did you mean 'rephrases'?"),
+        (OWN | {"rephases": ["x"]}, "field rephases: unknown key, did you mean 'rephrases'?"),
         (without(OWN, "target") | {"Target": "x"}, "field Target: unknown key, did you mean 'target'?"),
-        (ZSRE | {"answers": [1]}, "field answers[0]: expected text, got a number 1"),
+        (ZSRE | {"answers": [True]}, "field answers[0]: expected text, got a boolean true"),
         (ZSRE | {"alt": ["x"]}, "field alt: expected text, got a list"),
-        (COUNTERFACT | {"ground_truth": None}, "field ground_truth: expected text, got null"),
+        (COUNTERFACT | {"target_new": None, "rephrase_prompt": "x"}, "field target_new: expected text, got null"),
         (ORIGINAL | {"requested_rewrite": "x"}, "field requested_rewrite: expected an object, got a string"),
         (
             ORIGINAL | {"requested_rewrite": ORIGINAL["requested_rewrite"] | {"prompt": "The capital"}},
             "expected {} where the subject",
         ),
         (
-            ORIGINAL | {"requested_rewrite": without(ORIGINAL["requested_rewrite"], "target_true")},
-            "requested_rewrite.target_true: expected an object, got no such field (the keys are prompt, subject",
+            ORIGINAL | {"requested_rewrite": without(ORIGINAL["requested_rewrite"], "subject")},
+            "requested_rewrite.subject: expected text, got no such field (the keys are prompt, relation_id",
         ),
         (
             ORIGINAL | {"requested_rewrite": ORIGINAL["requested_rewrite"] | {"target_new": {}}},
@@ -646,7 +607,7 @@ def test_all_problems_of_a_list_with_their_record(tmp_path):
 
 
 def test_many_problems_are_told_shortly(tmp_path):
-    problems = problems_of(write(tmp_path, [OWN | {"target": 1}] * 1000))
+    problems = problems_of(write(tmp_path, [OWN, *[OWN | {"target": 1}] * 1000]))
     assert len(problems) == 21 and problems[-1] == "... and 980 more problems"
 
 
@@ -673,7 +634,7 @@ def test_no_record_crashes(tmp_path, base, changes, more, name):
         assert error.problems and all(isinstance(problem, str) for problem in error.problems)
         "\n".join(error.problems).encode()  # printable anywhere
     else:
-        assert all(request.prompt and request.target and request.subject for request in edits.requests)
+        assert all(request.prompt and request.target for request in edits.requests)
 
 
 # --- hub data sets

@@ -437,6 +437,24 @@ def test_a_study_is_the_same_after_writing_and_reading(tmp_path, tree):
     assert study_to_yaml(load_study(str(path))) == text
 
 
+def test_a_map_of_edits_is_read_checked_and_written_out(tmp_path):
+    path = tmp_path / "study.yaml"
+    fields = "map: {prompt: q, rephrases: [a, b], locality: {prompt: n}}"
+    path.write_text(f"name: s\nedits: {{source: atlas, {fields}}}\n")
+    study = load_study(str(path), ["edits.map.target=answer"])
+    assert study.edits.map == {
+        "prompt": ("q",),
+        "rephrases": ("a", "b"),
+        "locality.prompt": ("n",),
+        "target": ("answer",),
+    }
+    path.write_text(study_to_yaml(study))
+    assert load_study(str(path)) == study
+    path.write_text("name: s\nedits: {source: atlas, map: {promt: q}}\n")
+    with pytest.raises(InputError, match=r"study.yaml:2: edits.map: got the field promt, .*did you mean prompt"):
+        load_study(str(path))
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(layers=axis(st.integers(0, 99)), rates=axis(RATES), limit=st.none() | st.integers(1, 99))
 def test_overrides_say_the_same_as_the_file(tmp_path, layers, rates, limit):
