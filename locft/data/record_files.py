@@ -7,6 +7,7 @@ content decides: a text that begins with "[" is a list of records, anything else
 import ast
 import csv
 import io
+import itertools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -164,8 +165,8 @@ def csv_records(
     Raises InputError with every row that has too few or too many cells.
     """
     text = read_text(path)
-    first = text.lstrip().split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=first.count))
+    delimiter = max(",;\t", key=lambda char: _regular(text, char))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     problems: list[str] = []
     records: list[FileRecord] = []
     header: list[str] = []
@@ -192,6 +193,16 @@ def csv_records(
     if problems:
         raise InputError(shortened(problems))
     return records
+
+
+def _regular(text: str, delimiter: str) -> tuple[bool, int]:
+    """How well a delimiter fits: whether the first rows have equally many cells, more than one, and how many the first has."""
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+        counts = [len(row) for row in itertools.islice(reader, 20) if row]
+    except csv.Error:
+        return False, 0
+    return len(set(counts)) == 1 and counts[0] > 1, counts[0] if counts else 0
 
 
 def hub_records(

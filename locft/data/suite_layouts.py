@@ -4,6 +4,7 @@ Prompts and scoring rules are those in common use (as in lm-evaluation-harness, 
 compared with published ones. A new layout is one more entry of `LAYOUTS`.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,6 +66,8 @@ class BenchmarkLayout(RecordLayout):
     """A template over the texts, or a function of them."""
     choices: str | tuple[str, ...] = ()
     """Path of the list of choices, or the keys of one choice each. Without any, the model gives the last word."""
+    more_choices: bool = False
+    """Choices may go on under the letters that follow."""
     answer: str | int = 0
     """Path of the right choice's number from 0, or the number itself."""
     labels: str = ""
@@ -102,12 +105,9 @@ def _hellaswag_ending(ending: str) -> str:
 
 
 # fmt: off
-_LETTERED_COLUMNS = tuple(  # an option a column, as in tables of MMLU and CMMLU; the most options first
-    BenchmarkLayout(
-        name="MMLU", signs=(f"{question} {' '.join(LETTERS[:options])} {answer}",), texts=(question,),
-        context=f"{{{question}}}", choices=tuple(LETTERS[:options]), answer=answer, lettered=True,
-    )
-    for options in range(10, 1, -1) for question, answer in (("question", "answer"), ("Question", "Answer"))
+_COLUMNS = BenchmarkLayout(  # an option a column, as in tables of MMLU and CMMLU
+    name="MMLU", signs=("question A B answer",), texts=("question",), context="{question}", choices=("A", "B"),
+    more_choices=True, answer="answer", lettered=True,
 )
 _HELLASWAG = BenchmarkLayout(
     name="HellaSwag", signs=("ctx_a endings",), texts=("ctx_a",), optional_texts=("ctx_b", "activity_label"),
@@ -146,7 +146,10 @@ LAYOUTS = (  # the first that recognises a record has it
         name="MMLU", signs=("question choices answer",), texts=("question",), context="{question}",
         choices="choices", answer="answer", lettered=True,
     ),
-    *_LETTERED_COLUMNS,
+    _COLUMNS,
+    replace(
+        _COLUMNS, signs=("Question A B Answer",), texts=("Question",), context="{Question}", answer="Answer",
+    ),
     BenchmarkLayout(
         name="LAMBADA", signs=("text",), texts=("text",), context="{text}", shown=str,
         only="text domain id idx",  # any table of texts has a column "text": beside "label", say, it is no cloze
@@ -159,11 +162,19 @@ def read_items(
     records: Sequence[FileRecord], task: str, source: str, earlier_problems: Sequence[str] = ()
 ) -> tuple[str, list[CapabilityItem]]:
     """(layout, items) of a file's records. Raises InputError with every problem, those found earlier first."""
-    read = read_with_layout(LAYOUTS, records, source, _read_item, earlier_problems)
+    read = read_with_layout(LAYOUTS, records, source, _read_item, earlier_problems, _advice)
     numbers = [record.line or record.number for record in records]
     ids = [item.id or f"{Path(source).stem}:{number}" for item, number in zip(read.values, numbers, strict=True)]
     items = [replace(item, task=task, id=identity) for item, identity in zip(read.values, ids, strict=True)]
     return read.layout.name, items
+
+
+def _advice(record: FileRecord) -> str:
+    """For tables whose first line is probably none of names."""
+    named = all(re.fullmatch(r"[A-Za-z_][\w .-]{0,30}", str(key)) for key in record.value)
+    return (
+        "" if named else "; if the first line is a question already, put a line with the names of the columns above it"
+    )
 
 
 def columns_without_header(row: Sequence[str]) -> tuple[str, ...] | None:
@@ -192,7 +203,9 @@ def _read_item(layout: BenchmarkLayout, fields: RecordFields) -> CapabilityItem:
     elif isinstance(layout.choices, str):
         choices = fields.get(layout.choices, _ONE_OR_MORE if layout.strict else _TWO_OR_MORE)
     else:
-        choices = tuple(fields.get(key, TEXT) for key in layout.choices)
+        more = LETTERS[len(layout.choices) :] if layout.more_choices else ""
+        further = itertools.takewhile(lambda text: text is not None, (fields.optional(key, TEXT) for key in more))
+        choices = (*(fields.get(key, TEXT) for key in layout.choices), *map(str, further))
     answer = layout.answer if isinstance(layout.answer, int) else _answer(layout, layout.answer, choices, fields)
     if layout.lettered:
         if len(choices) > len(LETTERS):

@@ -117,6 +117,51 @@ def test_csv_with_json_in_the_cells_of_lists(tmp_path, layout):
     assert item.id == "a:2"
 
 
+MMLU_ROWS = [
+    ["How many, about?", "55,000", "550,000", "5,500,000", "2", "B"],
+    ["What was it?", "80%", "40%", "-40%", "-80%", "C"],
+]
+MMLU_ITEMS = [
+    ("How many, about?\nA. 55,000\nB. 550,000\nC. 5,500,000\nD. 2\nAnswer:", 1),
+    ("What was it?\nA. 80%\nB. 40%\nC. -40%\nD. -80%\nAnswer:", 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("header", "number"),
+    [
+        (None, False),
+        (None, True),
+        (["", "Question", "A", "B", "C", "D", "Answer"], True),
+        (["question", "A", "B", "C", "D", "answer"], False),
+        (["id", "question", "A", "B", "C", "D", "answer"], True),
+    ],
+)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_mmlu_as_a_table_with_and_without_a_header(tmp_path, header, number, delimiter):
+    import csv
+
+    rows = [[str(index), *row] if number else row for index, row in enumerate(MMLU_ROWS)]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows] if header else rows)
+    items = one_task(str(tmp_path / "a.csv")).items
+    assert [(item.context, item.answer) for item in items] == MMLU_ITEMS
+    assert all(item.choices == (" A", " B", " C", " D") for item in items)
+    assert items[0].id == ("a:2" if header else "a:1")
+
+
+def test_tables_with_other_numbers_of_options(tmp_path):
+    path = write(tmp_path, "a.csv", "Question,A,B,C,D,E,Answer\nq,1,2,3,4,5,E\nr,1,2,3,,,C\n")
+    assert [(len(item.choices), item.answer) for item in one_task(path).items] == [(5, 4), (3, 2)]
+    (problem,) = problems_of({"t": write(tmp_path, "b.csv", "question,A,B,answer\nq,1,2,C\n")})
+    assert "field answer: expected the number of the right choice, 0 to 1" in problem
+    assert "unknown layout" in problems_of({"t": write(tmp_path, "c.csv", "Question,A,B,C,D\nq,1,2,3,4\n")})[0]
+    (problem,) = problems_of({"t": write(tmp_path, "d.csv", "What is it?,x,y\nAnd this?,x,y\n")})
+    assert (
+        "unknown layout, got the keys What is it?, x, y" in problem and "line with the names of the columns" in problem
+    )
+
+
 def test_variants_of_layouts(tmp_path):
     letter = RECORDS["mmlu"] | {"answer": "D"}
     assert one_task(write(tmp_path, "a.jsonl", [letter])).items[0].answer == 3
