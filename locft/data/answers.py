@@ -18,6 +18,12 @@ def _is_mark(char: str) -> bool:
     return char in string.punctuation or unicodedata.category(char).startswith("P")
 
 
+def _one_space(between: str) -> str:
+    """Several characters between two digits with a space in place of the marks among them; the first's percent sign stays."""
+    rest = "".join(char for char in between if not _is_mark(char))
+    return between if rest == between else f"{'%' * between.startswith('%')} {rest}"
+
+
 _ONE_FORM = {
     **dict.fromkeys(
         map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"), ""
@@ -30,26 +36,23 @@ _NUMBERS = (
     (re.compile(r"\d"), lambda digit: str(unicodedata.decimal(digit[0]))),
     # 1.234,5 is 1234.5
     (
-        re.compile(r"(?<!\d)(?<!\d[.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![.,]?\d)"),
+        re.compile(r"(?<!\d)(?<!\d[.,'’])(\d{1,3}(?:\.\d{3})+),(\d+)(?![.,'’]?\d)"),
         lambda n: n[1].replace(".", "") + "." + n[2],
     ),
     # 550,000 and 550'000 are 550000, as is 5,50,000 in India; 550.000 may be a decimal and "550 000" two numbers
     (
-        re.compile(r"(?<!\d)(?<!\d[.,'])[1-9]\d{0,2}(?:(?:,\d{3})+|(?:['’]\d{3})+|(?:,\d\d)+,\d{3})(?![,']?\d)"),
+        re.compile(r"(?<!\d)(?<!\d[.,'’])[1-9]\d{0,2}(?:(?:,\d{3})+|(?:['’]\d{3})+|(?:,\d\d)+,\d{3})(?![,'’]?\d)"),
         lambda number: re.sub(r"\D", "", number[0]),
     ),
     # 3,14 is 3.14
-    (re.compile(r"(?<!\d)(?<!\d[.,])(\d+),(\d+)(?![.,]?\d)"), r"\1.\2"),
+    (re.compile(r"(?<!\d)(?<!\d[.,'’])(\d+),(\d+)(?![.,'’]?\d)"), r"\1.\2"),
     # .5 is 0.5
     (re.compile(r"(?<![\w.])(-?[$€£¥]?)\.(?=\d)"), r" \g<1>0."),
     # a sign stands apart from what precedes it, a percent sign does not
     (re.compile(r"(?<!\w)-(?=[$€£¥]?\d)"), " -"),
     (re.compile(r"(?<=\d)\s%"), "%"),
     # no two numbers become one
-    (
-        re.compile(r"(?<=\d)(%?)([^\w\s%]{2,}|(?<=%)[^\w\s])(?=\d)"),
-        lambda marks: f"{marks[1]} " + "".join(char for char in marks[2] if not _is_mark(char)),
-    ),
+    (re.compile(r"(?<=\d)(?:[^\w\s]|_){2,}(?=\d)"), lambda marks: _one_space(marks[0])),
 )
 """How numbers get one form: patterns and what replaces them, in this order."""
 _OF_NUMBERS = re.compile(r"(?<=\d)(?:[^\w\s]|_)(?=\d)|(?<!\S)-(?=[$€£¥]?\d)|(?<=\d)%")
