@@ -102,6 +102,13 @@ class EditSet:
         ]
         return (*self.findings.sentences(), *([f"Not read: {'; '.join(parts)}."] if parts else ()))
 
+    def contradictions(self) -> dict[str, tuple[str, ...]]:
+        """Prompts that get more than one target, and these."""
+        targets: dict[str, dict[str, str]] = {}
+        for request in self.requests:
+            targets.setdefault(request.prompt, {}).setdefault(normalise_answer(request.target), request.target)
+        return {prompt: tuple(found.values()) for prompt, found in targets.items() if len(found) > 1}
+
     def sample(self, count: int, seed: int) -> "EditSet":
         """A random sample of `count` of these edits, the same on every machine, in their order."""
         drawn = _drawn(range(len(self.requests)), count, seed)

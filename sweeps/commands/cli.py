@@ -17,6 +17,7 @@ import typer
 from locft.errors import InputError
 from sweeps.commands.console import complain, notice, print_json, say
 from sweeps.commands.edit import apply, bench, edit, evaluate, positions
+from sweeps.commands.edits import edits
 from sweeps.commands.options import INTERRUPTED, JsonOption, UriOption, grouped
 from sweeps.commands.study import plan, report, select, status, sweep
 from sweeps.tracking.address import resolve_uri
@@ -70,7 +71,7 @@ def ui(
     serve(resolve_uri(tracking_uri), port, announce)
 
 
-for _command in (positions, plan, sweep, status, report, select, edit, apply, evaluate, ui):
+for _command in (positions, plan, sweep, status, report, select, edits, edit, apply, evaluate, ui):
     app.command()(grouped(_command))
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(bench)
 
