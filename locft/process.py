@@ -1,6 +1,5 @@
 """The process that computes: its device, PyTorch's vector maths, and its machine."""
 
-import os
 import platform
 from contextlib import suppress
 from functools import cache
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from locft.errors import InputError, one_line
+from locft.machine import usable_cores
 
 VECTOR_FUNCTIONS = (
     torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv, torch.exp, torch.expm1,
@@ -61,7 +61,7 @@ def describe_machine() -> dict[str, Any]:
     """CPU, cores, threads in use, instruction set and versions; JSON-able."""
     return {
         "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from locft.data.edit_request import EditRequest
@@ -21,6 +21,7 @@ from locft.data.suites import Suite
 from locft.edit_trainer import EditTrainer
 from locft.engine.tail import NoTailView
 from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
+from locft.limits import check_limits
 from locft.measure.capability import (
     PROSE_TOKENS,
     EncodedSuite,
@@ -43,11 +44,11 @@ from locft.measure.evaluation import (
     question_rows,
     reference_changes,
 )
-from locft.measure.generation import ModelAnswer, greedy_answers
+from locft.measure.generation import NEW_TOKENS, ModelAnswer, greedy_answers
 from locft.model.delta import EditDelta, applied
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition
-from locft.train.encoding import encode_edits
+from locft.train.encoding import encode_edits, encode_prompt
 from locft.train.formats import CHAT, RAW, asked, parse_formats
 from locft.train.pipelines import Training, TrainingSettings
 from locft.train.token_rows import SupervisedLogits, TokenRow
@@ -127,9 +128,15 @@ class Workbench:
             _log.warning("%s: its tokenizer has no chat template, so edits are not asked through one", loaded.name)
         encoded = encode_suite(loaded.tokenizer, suite, prose_tokens) if suite else None
         rows = encode_edits(loaded.tokenizer, edits.requests)
-        answers = baseline.locality_answers if baseline else greedy_answers(loaded, locality_prompts(edits.requests))
+        unrelated = locality_prompts(edits.requests)
+        check = partial(check_limits, loaded.model, loaded.tokenizer, loaded.name)
+        check((row.token_ids, 0) for row in [*rows, *(suite_rows(encoded) if encoded else ())])
+        check((encode_prompt(loaded.tokenizer, prompt), NEW_TOKENS) for prompt in unrelated)
+        answers = baseline.locality_answers if baseline else greedy_answers(loaded, unrelated)
         questions = edit_questions(loaded.tokenizer, edits.requests, answers, formats)
-        every = [*rows, *question_rows(questions), *(suite_rows(encoded) if encoded else ())]
+        asked_rows = question_rows(questions)
+        check((row.token_ids[: row.start], max(NEW_TOKENS, len(row.target_ids))) for row in asked_rows)
+        every = [*rows, *asked_rows, *(suite_rows(encoded) if encoded else ())]
         engine = None
         try:
             engine = None if full_model else TailEngine(loaded, every, layers, on_disk=on_disk)
@@ -153,7 +160,7 @@ class Workbench:
 
         whole_answers: also generate wrong answers in full, for people to read. It changes no metric.
         """
-        delta.require_base(self.loaded)
+        delta.require_base(self.loaded.name, self.loaded.fingerprint)
         started = time.perf_counter()
         edited, coarse = self.edited(delta)
         followed = follow(edited, self.rows)

@@ -27,8 +27,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from locft.model.families import BY_MODEL_TYPE, IDENTITY, ZERO, Family
-from locft.model.positions import decoder_layers, family_of, layer_prefix, n_layers
+from locft.model.families import IDENTITY, ZERO, Family
+from locft.model.positions import decoder_layers, family_of, is_known, layer_prefix, n_layers
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -42,9 +42,8 @@ def supports_tail(model: PreTrainedModel) -> str | None:
 
     A cheap look at architecture and state. The tests check that the views of every architecture equal its full forward.
     """
-    model_type = model.config.model_type
-    if model_type not in BY_MODEL_TYPE:
-        return f"architecture {model_type!r} has no row in the table of architectures (locft/model/families.py)"
+    if not is_known(model):
+        return f"architecture {model.config.model_type!r} has no row in the table of architectures (locft/model/families.py)"
     rescale_every = getattr(model.config, "rescale_every", 0)
     if rescale_every and n_layers(model) >= rescale_every:
         return (

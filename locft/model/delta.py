@@ -1,4 +1,4 @@
-"""The change that an edit makes, kept apart from the model: save, load, apply, revert, merge.
+"""The change that an edit makes, kept apart from the model: save, load, apply, revert.
 
 Training never touches the model; it returns the float32 difference of the trained parameters. Every evaluation adds
 this difference to the base, so a delta read back from a file gives the same metrics to the bit.
@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from locft.errors import InputError
+from locft.model.checkpoint import DELTA, FORMAT, no_delta
 from locft.model.models import LoadedModel
 
-FORMAT = "locft-delta-1"
-FILE_NAME = "delta.safetensors"
+FILE_NAME = DELTA
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class EditDelta:
         """Read a delta from its file or folder. Raises InputError if there is none."""
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
-            raise InputError(f"delta {path}: no such file, expected a {FILE_NAME} or a folder that holds one")
+            missing = f"delta {path}: no such file, expected a {FILE_NAME} or a folder that holds one"
+            raise InputError(no_delta(path) or missing)
         try:
             with safe_open(file, framework="pt") as stored:
                 about = stored.metadata() or {}
@@ -83,15 +84,16 @@ class EditDelta:
         except (SafetensorError, OSError) as error:
             raise InputError(f"delta {file}: not a safetensors file: {error}") from error
         if about.get("format") != FORMAT:
-            raise InputError(f"delta {file}: its format is {about.get('format')!r}, expected {FORMAT!r}")
+            other = f"delta {file}: its format is {about.get('format')!r}, expected {FORMAT!r}"
+            raise InputError(no_delta(file, tensors) or other)
         return cls(about["position"], about["base_fingerprint"], tensors, json.loads(about["settings"]))
 
-    def require_base(self, loaded: LoadedModel) -> None:
-        """Raise InputError unless `loaded` is the model that the delta was trained on."""
-        if self.base_fingerprint != loaded.fingerprint:
+    def require_base(self, name: str, fingerprint: str) -> None:
+        """Raise InputError unless the model of that name and fingerprint is the one that the delta was trained on."""
+        if self.base_fingerprint != fingerprint:
             raise InputError(
                 f"delta at {self.position}: trained on a model with fingerprint {self.base_fingerprint}, but "
-                f"{loaded.name!r} has {loaded.fingerprint}; apply it to the model it was trained on, unedited"
+                f"{name!r} has {fingerprint}; apply it to the model it was trained on, unedited"
             )
 
 
@@ -101,7 +103,7 @@ def apply_delta(loaded: LoadedModel, delta: EditDelta) -> dict[str, torch.Tensor
     Parameters get other tensors instead of other values: the model's own may lie in a file that many processes map, and
     a page that was written to is no longer shared.
     """
-    delta.require_base(loaded)
+    delta.require_base(loaded.name, loaded.fingerprint)
     originals = {name: loaded.model.get_parameter(name).data for name in delta.tensors}
     revert(loaded, delta.weights(loaded.model))
     return originals
@@ -121,11 +123,3 @@ def applied(loaded: LoadedModel, delta: EditDelta) -> Iterator[None]:
         yield
     finally:
         revert(loaded, originals)
-
-
-def merge(loaded: LoadedModel, delta: EditDelta, folder: Path) -> None:
-    """Write the edited model and its tokenizer to `folder` as safetensors; the model in memory stays as it was."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with applied(loaded, delta):
-        loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)

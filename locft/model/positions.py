@@ -9,7 +9,7 @@ Everything here reads names and shapes only and works on models on the meta devi
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
 from typing import cast
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from locft.errors import InputError
-from locft.model.families import BY_MODEL_TYPE, MODULES, STANDS_IN, Family
+from locft.model.families import BY_MODEL_TYPE, MODULES, STANDS_IN, TEXT_HALVES, Family
 
 
 @dataclass(frozen=True, order=True)
@@ -66,24 +66,40 @@ class PositionInfo:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The table's row for this model.
+    """The table's row for this model, with the path of its blocks; of a vision-language model the row of its text half.
 
     An architecture without one gets a row with whole layers only if its list of blocks is plain to see, otherwise an
     InputError that says what a row needs.
     """
-    family = BY_MODEL_TYPE.get(model.config.model_type)
-    if family is None:
-        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        paths = [path for size, path in _block_lists(model) if size == count]
-        if len(paths) != 1:
-            raise InputError(no_row(model))
-        family = Family((model.config.model_type,), paths[0], {})
-    return family
+    if model.config.model_type in BY_MODEL_TYPE:
+        return BY_MODEL_TYPE[model.config.model_type]
+    text, half = model.config.get_text_config(), _text_half(model)
+    row = BY_MODEL_TYPE.get(_row_of(text.model_type))
+    if row and half:
+        return replace(row, layers=f"{half}.{row.layers.partition('.')[2]}")
+    count = getattr(text, "num_hidden_layers", None)
+    paths = [path for size, path in _block_lists(model) if size == count and path.startswith(half)]
+    if len(paths) != 1:
+        raise InputError(no_row(model))
+    return Family((model.config.model_type,), paths[0], {})
 
 
 def is_known(model: PreTrainedModel) -> bool:
-    """Whether the table of architectures has a row for this model."""
-    return model.config.model_type in BY_MODEL_TYPE
+    """Whether the table of architectures has a row for this model, or for its text half."""
+    types = (model.config.model_type, _row_of(model.config.get_text_config().model_type))
+    return any(name in BY_MODEL_TYPE for name in types)
+
+
+def _row_of(model_type: str) -> str:
+    return TEXT_HALVES.get(model_type, model_type)
+
+
+def _text_half(model: PreTrainedModel) -> str:
+    """Path of the part of a vision-language model that is a language model; empty where the whole is one."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((path for path, part in model.named_modules() if part is decoder), "")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -15,11 +15,13 @@ from typing import Annotated, Literal
 import typer
 
 from locft.errors import InputError
+from sweeps.commands.ask import ask
 from sweeps.commands.console import complain, notice, print_json, say
 from sweeps.commands.edit import apply, bench, edit, evaluate, positions
 from sweeps.commands.edits import edits
 from sweeps.commands.options import INTERRUPTED, JsonOption, UriOption, grouped
 from sweeps.commands.study import plan, report, select, status, sweep
+from sweeps.commands.surroundings import settle
 from sweeps.tracking.address import resolve_uri
 
 app = typer.Typer(
@@ -38,6 +40,8 @@ def main() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        for sentence in settle():
+            notice(sentence)
         code = app(standalone_mode=False)
     except InputError as error:
         complain(error.problems)
@@ -71,7 +75,7 @@ def ui(
     serve(resolve_uri(tracking_uri), port, announce)
 
 
-for _command in (positions, plan, sweep, status, report, select, edits, edit, apply, evaluate, ui):
+for _command in (positions, plan, sweep, status, report, select, edits, edit, ask, apply, evaluate, ui):
     app.command()(grouped(_command))
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(bench)
 
@@ -90,7 +94,10 @@ def _unexpected(error: Exception) -> Literal[1, 2]:
     complain([f"{type(error).__name__}: {lines[0]}"])
     if os.environ.get("LOCFT_DEBUG"):
         raise error
-    notice("(LOCFT_DEBUG=1 shows the traceback)")
+    notice(
+        "nobody foresaw this, so it is probably a bug: please report it with the command and what the same command prints "
+        "with LOCFT_DEBUG=1, which shows the traceback"
+    )
     return 1
 
 

@@ -4,9 +4,7 @@ Commands import what they run: `locft --help` would otherwise load torch and MLf
 """
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,17 +15,17 @@ import typer
 from locft.errors import InputError
 from sweeps.commands.console import notice, print_json, print_table, say, writable, write
 from sweeps.commands.options import (
+    DELTA_HELP,
     EDITS_HELP,
     FORMATS,
-    DtypeOption,
     EditsOptions,
     FormatsOption,
     JsonOption,
     LimitOption,
+    LoadOptions,
     MapOption,
     ModelArgument,
     RemoteCodeOption,
-    ThreadsOption,
     TrainingOptions,
     UriOption,
     edits_of,
@@ -38,7 +36,6 @@ from sweeps.tracking.address import resolve_uri
 if TYPE_CHECKING:
     from analysis.stats.signatures import Signature
     from locft.data.requests import EditFindings
-    from locft.model.delta import EditDelta
     from locft.train.pipelines import Training, TrainingSettings
     from locft.workbench import Measurement, Workbench
     from sweeps.commands.settings import EditSettings
@@ -69,18 +66,6 @@ def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_co
         shapes = "\n".join(" x ".join(map(str, shape)) for shape in info.shapes)
         rows.append([str(info.position), f"{info.size:,}", "\n".join(info.names), shapes])
     print_table(("position", "size", "parameter", "shape"), rows, f"{model}: {len(found)} tuning positions")
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How the model is loaded and where it computes; None where an option is not given."""
-
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the frozen weights: float32 (default), bfloat16 or float16.")
-    ] = None
-    device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda or cuda:N.")] = None
-    threads: ThreadsOption = None
-    trust_remote_code: RemoteCodeOption = False
 
 
 @dataclass(frozen=True)
@@ -239,29 +224,26 @@ def _remedies(
 
 
 def apply(
-    delta: Annotated[
-        str, typer.Argument(metavar="DELTA", help="A delta file, the folder `locft edit` wrote, or models:/NAME@ALIAS.")
-    ],
+    delta: Annotated[str, typer.Argument(metavar="DELTA", help=DELTA_HELP)],
     model: Annotated[str, typer.Option("--model", help="The unedited model it was trained on.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the edited model.")],
-    dtype: DtypeOption = "float32",
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    """Write the edited model: MODEL with DELTA merged into it."""
-    from locft.model.delta import merge
-    from locft.model.models import load_model
+    """Write the edited model: the files of MODEL, with DELTA merged into the tensors it changes."""
+    from locft.model.merge import merge
+    from sweeps.tracking.registry import load_delta
 
-    change = _delta(delta, tracking_uri)
+    change = load_delta(delta, tracking_uri)
     writable(folder / "config.json")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: the folder is not empty; name a new one")
-    loaded = load_model(model, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
-    change.require_base(loaded)
-    merge(loaded, change, folder)
+    merged = merge(model, change, folder, trust_remote_code=trust_remote_code)
+    for sentence in merged.sentences():
+        notice(sentence)
     if as_json:
-        return print_json({"model": model, "position": change.position, "folder": str(folder)})
+        return print_json({"model": model, "position": change.position, **asdict(merged)})
     say(f"{model} edited at {change.position}: {folder}")
 
 
@@ -270,16 +252,15 @@ def evaluate(
     edits: EditsOptions,
     load: LoadOptions,
     ask_formats: FormatsOption = None,
-    delta: Annotated[
-        str | None, typer.Option(help="A delta file, its folder or models:/NAME@ALIAS; default: the model as it is.")
-    ] = None,
+    delta: Annotated[str | None, typer.Option(help=f"{DELTA_HELP} Default: the model as it is.")] = None,
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL, or MODEL with a delta, on edits and capability probes."""
     from sweeps.study.schema import Capability
+    from sweeps.tracking.registry import load_delta
 
-    change = _delta(delta, tracking_uri) if delta else None
+    change = load_delta(delta, tracking_uri) if delta else None
     base = change.base_fingerprint if change else None
     formats = _formats(ask_formats)
     bench, _ = _workbench(model, load, edits.named(), Capability(), formats, fingerprint=base)
@@ -314,22 +295,16 @@ def _workbench(
 
     fingerprint: what the model's must be, None for any. Raises InputError for another model.
     """
-    import torch
-
     from locft.data.requests import load_edits
     from locft.data.suites import load_suite
-    from locft.model.models import load_model
     from locft.train.formats import CHAT, asked
     from locft.workbench import Workbench
     from sweeps.study.resolve import no_chat
 
-    torch.set_num_threads(load.threads or os.cpu_count() or 1)
     requests = load_edits(edits.source, limit=edits.limit, sample_seed=edits.sample_seed, fields=edits.map)
     measured = capability.suite or capability.tasks
     suite = load_suite(capability.suite, capability.tasks, capability.limit, capability.prose) if measured else None
-    loaded = load_model(
-        model, dtype=load.dtype or "float32", device=load.device or "auto", trust_remote_code=load.trust_remote_code
-    )
+    loaded = load.load(model)
     if fingerprint not in (None, loaded.fingerprint):
         raise InputError(
             f"model {model!r} has fingerprint {loaded.fingerprint}, but the edit was made on one with {fingerprint}; "
@@ -352,14 +327,3 @@ def _formats(given: str | None) -> tuple[str, ...]:
         return read_formats(FORMATS if given is None else given)
     except InputError as error:
         raise InputError(f"--ask-formats: {error}") from None
-
-
-def _delta(source: str, tracking_uri: str | None) -> "EditDelta":
-    """A delta from a file, a folder or the model registry."""
-    from locft.model.delta import EditDelta
-    from sweeps.tracking.registry import PREFIX, fetch_edit
-
-    if not source.startswith(PREFIX):
-        return EditDelta.load(Path(source))
-    with tempfile.TemporaryDirectory() as folder:
-        return EditDelta.load(fetch_edit(source, resolve_uri(tracking_uri), Path(folder)))

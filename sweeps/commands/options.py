@@ -12,8 +12,10 @@ import typer
 from analysis.stats import formats
 from analysis.stats.axes import AXES, Axis
 from locft.errors import InputError
+from locft.machine import usable_cores
 
 if TYPE_CHECKING:
+    from locft.model.models import LoadedModel
     from sweeps.study.plan import PreparedStudy
     from sweeps.study.schema import Edits
 
@@ -25,6 +27,7 @@ EDITS = "atlas, an edit file, or the hub id of a data set"
 EDITS_HELP = f"{EDITS[0].upper()}{EDITS[1:]}."
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, hub id, folder or .gguf file.")]
+DELTA_HELP = "A delta file, the folder `locft edit` wrote, or models:/NAME@ALIAS."
 METHOD = {"method": "low_curvature", "train_formats": FORMATS}
 """How one edit is trained unless told otherwise. Why: docs/methods.md, "Edits that hold"."""
 FormatsOption = Annotated[
@@ -54,11 +57,33 @@ UriOption = Annotated[
 ]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster: auto or HOST:PORT. Default: this machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16 or float16.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default all cores.")]
 RemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Off by default.")
 ]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How the model is loaded and where it computes; None where an option is not given."""
+
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the frozen weights: float32 (default), bfloat16 or float16.")
+    ] = None
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda or cuda:N.")] = None
+    threads: ThreadsOption = None
+    trust_remote_code: RemoteCodeOption = False
+
+    def load(self, model: str) -> "LoadedModel":
+        """The model; its computations take the threads that are asked for. Raises InputError as `load_model`."""
+        import torch
+
+        from locft.model.models import load_model
+
+        torch.set_num_threads(self.threads or usable_cores())
+        return load_model(
+            model, dtype=self.dtype or "float32", device=self.device or "auto", trust_remote_code=self.trust_remote_code
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,9 @@ def edits_of(source: str, limit: int | None, field_map: Sequence[str] | None = N
     try:
         return Edits(source=source, limit=limit, map=read_field_map(read_map(field_map)))
     except InputError as error:
-        raise InputError(f"--map: {problem}" if "--map" not in problem else problem for problem in error.problems) from None
+        raise InputError(
+            f"--map: {problem}" if "--map" not in problem else problem for problem in error.problems
+        ) from None
 
 
 @dataclass(frozen=True)

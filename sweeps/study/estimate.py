@@ -10,7 +10,6 @@ import gc
 import heapq
 import logging
 import math
-import os
 import platform
 import re
 import statistics
@@ -23,6 +22,7 @@ from typing import Literal
 import psutil
 
 from locft.errors import InputError
+from locft.machine import usable_cores
 from sweeps.study.footprint import BYTES, disk_range, memory_range, places
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.schema import Resources
@@ -289,7 +289,7 @@ def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
     import torch
 
     study, free = prepared.study, psutil.virtual_memory().available
-    runs_here = study.trial_device == "cpu" and study.resources.cpus <= (os.cpu_count() or 1)
+    runs_here = study.trial_device == "cpu" and study.resources.cpus <= usable_cores()
     if not runs_here or not prepared.plan.sample or prepared.facts.parameters * BYTES[study.dtype] > free:
         return None
     before = torch.get_num_threads()
@@ -316,7 +316,9 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
 
     study, facts, sample = prepared.study, prepared.facts, prepared.plan.sample
     size = min(statistics.median_low(trial.batch_size for trial in sample), TIMED_EDITS, facts.n_edits)
-    requests = tuple(replace(request, rephrases=(), locality=(), portability=()) for request in prepared.edits.requests[:size])
+    requests = tuple(
+        replace(request, rephrases=(), locality=(), portability=()) for request in prepared.edits.requests[:size]
+    )
     layers = sorted({0, facts.n_layers // 2, facts.n_layers - 1})
     loaded = load_model(study.model, dtype=study.dtype, device="cpu")
     edits = replace(prepared.edits, requests=requests)

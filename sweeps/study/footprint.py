@@ -1,11 +1,11 @@
 """Memory and disk that trials take, as far as can be told before they run, and how many trials fit side by side."""
 
-import os
 from collections.abc import Mapping, Sequence
 
 import psutil
 
 from locft.errors import InputError
+from locft.machine import usable_cores
 from sweeps.study.schema import Resources
 from sweeps.study.trial_types import StudyFacts, TrialConfig
 
@@ -38,7 +38,7 @@ def places(
 
             gpus = torch.cuda.device_count()
         memory = _FOR_TRIALS * psutil.virtual_memory().available
-        nodes = [{"CPU": os.cpu_count() or 1, "GPU": gpus, "memory": memory}]
+        nodes = [{"CPU": usable_cores(), "GPU": gpus, "memory": memory}]
     try:
         return resources.places(nodes, most_memory_bytes(trials, facts))
     except InputError:

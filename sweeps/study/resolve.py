@@ -6,6 +6,7 @@ Reads, never runs or writes. Imports inside functions keep PyTorch and transform
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from locft.errors import InputError
@@ -30,6 +31,7 @@ def prepare(study: Study) -> PreparedStudy:
     """Resolve a study. Raises one InputError with the problems of model, edits and capability files together."""
     from locft.data.requests import load_edits
     from locft.data.suites import load_suite
+    from locft.limits import check_limits
     from locft.model.models import folder_fingerprint, load_structure, load_tokenizer, model_folder
     from locft.model.positions import list_positions, n_layers
     from locft.model.precision import training_precision
@@ -51,7 +53,9 @@ def prepare(study: Study) -> PreparedStudy:
     if positions:
         attempt(lambda: check_against_model(study, n_layers(structure), modules))
     named, wanted = study.edits, study.capability
-    edits = attempt(lambda: load_edits(named.source, limit=named.limit, sample_seed=named.sample_seed, fields=named.map))
+    edits = attempt(
+        lambda: load_edits(named.source, limit=named.limit, sample_seed=named.sample_seed, fields=named.map)
+    )
     suite = None
     if wanted.suite or wanted.tasks:
         suite = attempt(lambda: load_suite(wanted.suite, wanted.tasks, wanted.limit, wanted.prose))
@@ -74,7 +78,7 @@ def prepare(study: Study) -> PreparedStudy:
         head_parameters=head.weight.numel() if head is not None else 0,
         vocabulary=head.weight.shape[0] if head is not None else len(tokenizer),
         trained_parameters=sizes,
-        **_token_counts(tokenizer, edits, suite, study),
+        **_token_counts(tokenizer, edits, suite, study, partial(check_limits, structure, tokenizer, study.model)),
     )
     return PreparedStudy(study, facts, make_plan(study, facts), edits, suite, (*notices, *idle_axes(study)))
 
@@ -108,12 +112,20 @@ def _data_fingerprint(edits: str, suite: "Suite | None", prose_tokens: int, ask_
 
 
 def _token_counts(
-    tokenizer: "PreTrainedTokenizerBase", edits: "EditSet", suite: "Suite | None", study: Study
+    tokenizer: "PreTrainedTokenizerBase",
+    edits: "EditSet",
+    suite: "Suite | None",
+    study: Study,
+    check: Callable[[list[tuple[list[int], int]]], None],
 ) -> dict[str, Any]:
-    """Tokens that training and measuring read, for the estimate."""
+    """Tokens that training and measuring read, for the estimate. check: takes the tokens of texts that the model reads, and
+    how many it may add to each."""
+    from locft.measure.generation import NEW_TOKENS
 
-    def count(texts: list[str]) -> int:
-        return sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0
+    def count(texts: list[str], new_tokens: int = 0) -> int:
+        ids = tokenizer(texts)["input_ids"] if texts else []
+        check([(one, new_tokens) for one in ids])
+        return sum(map(len, ids))
 
     def rows(form: str) -> list[str]:
         return [f"{put(tokenizer, request.prompt, form)[0]} {request.target}." for request in requests]
@@ -123,7 +135,8 @@ def _token_counts(
 
     requests = edits.requests
     rephrased = [prompt for request in requests for prompt in request.rephrases]
-    questions = [asked.prompt for request in requests for asked in (*request.locality, *request.portability)]
+    rephrased += [asked.prompt for request in requests for asked in request.portability]
+    questions = [unrelated.prompt for request in requests for unrelated in request.locality]
     questions += [question for form in study.ask_formats for question in answered(form)]
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
     choices = [item.context + choice for item in items for choice in item.choices]
@@ -131,7 +144,7 @@ def _token_counts(
     raw = count(rows(RAW))
     return {
         "edit_tokens": raw,
-        "evaluation_tokens": count(questions) + SENTENCE_TOKENS * len(questions),
+        "evaluation_tokens": count(questions, NEW_TOKENS) + SENTENCE_TOKENS * len(questions),
         "capability_tokens": count(choices) + (2 * study.capability.prose_tokens if suite else 0),
         "row_sizes": {form: count(rows(form)) / raw for form in sorted(trained - {RAW})},
     }

@@ -7,17 +7,21 @@ store does not take or return something, except where they say otherwise.
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.stats.wording import number
 from locft.errors import InputError
+from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.pages import SHOWN_METRICS
 from sweeps.tracking.store import connect, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from locft.model.delta import EditDelta
 
 PREFIX = "models:/"
 FOLDER = "edit"
@@ -124,6 +128,16 @@ def registered_edit(model: str, alias: str, tracking_uri: str) -> str | None:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
                 return None
             raise
+
+
+def load_delta(source: str, tracking_uri: str | None) -> "EditDelta":
+    """A delta from a file, a folder or the model registry. tracking_uri: as the user gave it. Raises InputError."""
+    from locft.model.delta import EditDelta
+
+    if not source.startswith(PREFIX):
+        return EditDelta.load(Path(source))
+    with tempfile.TemporaryDirectory() as folder:
+        return EditDelta.load(fetch_edit(source, resolve_uri(tracking_uri), Path(folder)))
 
 
 def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:

@@ -1,7 +1,6 @@
 """How a trial and its inputs are written as an MLflow run, and read from it again. Nothing here makes a request."""
 
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.stats.axes import AXIS
+from locft.machine import usable_cores
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
@@ -134,4 +134,4 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    return {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(), **versions}
+    return {"python": platform.python_version(), "system": platform.platform(), "cpus": usable_cores(), **versions}

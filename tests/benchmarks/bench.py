@@ -7,7 +7,6 @@ batch or two measurements of the same edit. What they compute is compared too: a
 """
 
 import math
-import os
 import statistics
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +21,7 @@ from locft.data.suites import Suite, load_suite
 from locft.engine.tail import supports_tail
 from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
+from locft.machine import usable_cores
 from locft.measure.capability import encode_suite, suite_rows
 from locft.measure.evaluation import edit_questions, locality_prompts, question_rows
 from locft.measure.generation import greedy_answers
@@ -317,7 +317,7 @@ def main(
     settings = read_settings(
         load_structure(model, trust_remote_code=trust_remote_code),
         len(requests.requests),
-        threads=threads or os.cpu_count() or 1,
+        threads=threads or usable_cores(),
         layers=layers,
         module=module,
         batch_size=batch_size,

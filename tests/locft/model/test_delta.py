@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from locft.errors import InputError
-from locft.model.delta import EditDelta, applied, apply_delta, merge, revert
-from locft.model.models import load_model, model_fingerprint
+from locft.model.delta import EditDelta, applied, apply_delta, revert
+from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.train.encoding import encode_edit
 from locft.train.examples import TrainingExamples
@@ -65,15 +65,6 @@ def test_a_failure_inside_leaves_the_model_unedited(loaded, delta):
     with pytest.raises(RuntimeError), applied(loaded, delta):
         raise RuntimeError("a trial that dies")
     assert model_fingerprint(loaded.model) == before
-
-
-def test_merged_model_is_the_edited_model(loaded, rows, delta, tmp_path):
-    with applied(loaded, delta):
-        expected = full_forward(loaded.model)(rows)
-    merge(loaded, delta, tmp_path / "merged")
-    merged = load_model(str(tmp_path / "merged"), device="cpu")
-    assert torch.equal(full_forward(merged.model)(rows), expected)
-    assert merged.fingerprint != loaded.fingerprint
 
 
 def test_foreign_base_is_refused(delta):

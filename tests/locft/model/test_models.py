@@ -396,6 +396,7 @@ def test_a_hub_id_that_is_cached_needs_no_network(tmp_path):
 
 def test_from_the_hub_come_the_files_that_are_read_and_no_code(tmp_path, monkeypatch):
     asked = []
+    (tmp_path / "config.json").write_text("{}")
 
     def download(name, allow_patterns, ignore_patterns):
         asked.append((name, allow_patterns, ignore_patterns))

@@ -9,8 +9,8 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 from locft.engine.tail_engine import TailEngine
-from locft.model.delta import EditDelta, merge
-from locft.model.models import load_model, model_fingerprint
+from locft.model.delta import EditDelta
+from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition, is_input_first, parameter_names
 from locft.train.encoding import encode_edit
 from locft.train.examples import TrainingExamples
@@ -263,7 +263,7 @@ def test_a_batch_in_pieces_is_the_same_but_for_rounding(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_change_is_an_ordinary_delta(method, tmp_path):
-    """Saved, read back, merged into a model that loads again; of the rank or within the bound that was asked for."""
+    """Saved and read back it is the same; of the rank or within the bound that was asked for."""
     loaded, position = tiny_loaded("llama"), TuningPosition(1, "mlp")
     settings = replace(SETTINGS, method=method, rank=3)
     delta = finetune(loaded, TrainingExamples.of_rows(ROWS), position, settings).delta
@@ -275,10 +275,6 @@ def test_the_change_is_an_ordinary_delta(method, tmp_path):
     again = EditDelta.load(delta.save(tmp_path / "delta"))
     assert again.settings["method"] == method
     assert all(torch.equal(again.tensors[name], change) for name, change in delta.tensors.items())
-    merge(loaded, again, tmp_path / "model")
-    merged = load_model(str(tmp_path / "model")).model
-    for name, weight in delta.weights(loaded.model).items():
-        assert torch.equal(merged.get_parameter(name), weight)
 
 
 @pytest.mark.parametrize("method", METHODS)

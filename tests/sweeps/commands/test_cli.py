@@ -352,7 +352,10 @@ def test_edit_evaluate_apply(edited, locft, tiny_folder, tmp_path):
     assert same(again["metrics"]) == same(told["metrics"]) and again["unedited"] == told["unedited"]
 
     applied = locft("apply", "delta", "--model", tiny_folder, "--out", "merged", "--json").json
-    assert applied == {"model": str(tiny_folder), "position": "1.mlp", "folder": "merged"}
+    assert {key: applied[key] for key in ("model", "position", "folder", "dtype", "left_out")} == {
+        "model": str(tiny_folder), "position": "1.mlp", "folder": "merged", "dtype": "float32", "left_out": [],
+    }  # fmt: skip
+    assert applied["kept"] == pytest.approx(1) and len(applied["tensors"]) == 3
     merged = locft("evaluate", "merged", "--edits", "atlas", "--limit", 4, "--threads", 1, "--json").json
     for name, value in merged["metrics"].items():
         assert value == pytest.approx(told["metrics"][name], rel=1e-6), name

@@ -1,0 +1,147 @@
+"""What a model's folder holds, told from its configuration and the headers of its weights, before any of them is loaded."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from locft.errors import InputError, one_line
+
+CONFIG = "config.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DELTA, FORMAT = "delta.safetensors", "locft-delta-1"
+QUANTIZED_BY = ("quantization_config", "compression_config", "quantization")
+"""Keys of a configuration that say how its weights are quantized: transformers', compressed-tensors' and MLX's."""
+QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Where AutoGPTQ, AutoAWQ and ModelOpt say the same, in a file of its own."""
+CODES = ("weight", "qweight", "packed", "blocks", "codes")
+"""How the names of matrices end that are stored as integer codes; other integers are masks and positions."""
+
+
+def require_model(name: str, folder: Path) -> None:
+    """Raise InputError unless the folder holds a model of dense weights, as far as names and configuration tell."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
+            raise InputError(
+                f"model {name!r}: a PEFT adapter ({ADAPTER_CONFIG}) lies beside the model's weights, and loading would "
+                "put it on top of them; move the adapter into a folder of its own, or merge it first (merge_and_unload)"
+            )
+        raise InputError(f"model {name!r}: {_adapter(folder)}, not a whole model; {_MERGE_IT}")
+    if not (folder / CONFIG).is_file():
+        if (folder / DELTA).is_file():
+            raise InputError(
+                f"model {name!r}: this is the delta of an edit ({DELTA}), not a whole model; name the model it was made "
+                "on, and the delta by --delta, or write the edited model with `locft apply`"
+            )
+        raise InputError(f"model folder {name}: expected a {CONFIG} in it, found none")
+    found = _quantized(read_config(folder))
+    if found is None:
+        said = next((file for file in QUANTIZED_FILES if (folder / file).is_file()), None)
+        found = said and f"{said} says so"
+    if found:
+        raise InputError(_dense_wanted(name, found))
+
+
+def require_dense_weights(name: str, files: tuple[Path, ...]) -> None:
+    """Raise InputError if weights are stored as float8 or as integer codes, which their configuration may not say."""
+    for file in files:
+        for key, dtype, _ in headers(file):
+            codes = dtype[0] in "IU" and key.rpartition(".")[2].endswith(CODES)
+            if dtype.startswith(("F8", "F6", "F4")) or codes:
+                raise InputError(_dense_wanted(name, f"{key} in {file.name} has dtype {dtype}"))
+
+
+def headers(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype (as safetensors calls it) and shape of every tensor of a file; reads no values. Raises InputError."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                about = tensors.get_slice(key)
+                yield key, about.get_dtype(), tuple(about.get_shape())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"model file {file}: not readable as safetensors: {one_line(error)}") from error
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that transformers loads from a folder; others (a delta, a copy) play no part."""
+    if (whole := folder / WHOLE).is_file():
+        return (whole,)
+    index = folder / INDEX
+    if not index.is_file():
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+        raise InputError(
+            f"model folder {folder}: expected {WHOLE} or {INDEX} in it, found {found} "
+            "(other weight formats are not read)"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: expected a JSON object with a weight_map: {one_line(error)}") from error
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise InputError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent[:4])}")
+    return tuple(folder / name for name in names)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises InputError if it is no JSON object."""
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file}: expected a JSON object: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def no_delta(path: Path, names: Collection[str] = ()) -> str | None:
+    """What lies at a path where a delta is expected, in words for the user, when it is an adapter or a model.
+
+    names: of the tensors of a file.
+    """
+    folder = path if path.is_dir() else path.parent
+    if (path / ADAPTER_CONFIG).is_file() or path.name == ADAPTER_WEIGHTS or any(".lora_" in name for name in names):
+        return f"delta {path}: {_adapter(folder)}; {_MERGE_IT}. LocFT's deltas are {DELTA}, which `locft edit` writes"
+    if (path / CONFIG).is_file() or (names and (folder / CONFIG).is_file()):
+        return (
+            f"delta {path}: this is a whole model{' or a part of one' if names else ''}, expected a {DELTA} (format "
+            f"{FORMAT}) or a folder that holds one, which `locft edit` writes; the model has its own argument"
+        )
+    return None
+
+
+_MERGE_IT = "merge it into its base first (PEFT's merge_and_unload, then save_pretrained) and give the merged folder"
+
+
+def _adapter(folder: Path) -> str:
+    """What kind of adapter a folder holds, and for which base."""
+    try:
+        about = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        kind, base = about.get("peft_type"), about.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        kind = base = None
+    return f"this is a PEFT adapter{f' ({kind})' if kind else ''} for {base or 'a base that it does not name'}"
+
+
+def _quantized(config: Mapping[str, Any]) -> str | None:
+    """How a configuration, or one inside it (of the text model), says that the weights are quantized; None if dense."""
+    for key in QUANTIZED_BY:
+        if isinstance(about := config.get(key), Mapping) and about:
+            method = about.get("quant_method") or about.get("quant_algo") or key.removesuffix("_config")
+            details = [f"{about[name]} {label}" for name, label in _DETAILS.items() if about.get(name) is not None]
+            return ", ".join([str(method), *details])
+    inner = (_quantized(part) for part in config.values() if isinstance(part, Mapping))
+    return next((found for found in inner if found), None)
+
+
+_DETAILS = {"bits": "bits", "w_bit": "bits", "fmt": "format", "format": "format"}
+
+
+def _dense_wanted(name: str, how: str) -> str:
+    return (
+        f"model {name!r}: its weights are quantized ({how}), and an edit changes dense weights; give the dense checkpoint "
+        "that it was made from (bfloat16, float16 or float32), edit that, and quantize the merged model anew"
+    )

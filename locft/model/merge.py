@@ -1,0 +1,216 @@
+"""The edited model as a folder: the base's own files, in which only the edited tensors differ.
+
+The model is not loaded. The change of a parameter is taken to the names under which the base stores it (a prefix of its
+own, a tensor for each expert), added to the stored value and rounded to the stored dtype, at its place in a copy of the
+file. So names, dtypes, shards, tied weights and every other byte are the base's.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+
+from locft.errors import InputError
+from locft.model.checkpoint import INDEX, WHOLE, headers, weight_files
+from locft.model.delta import EditDelta
+from locft.model.models import BUILT_IN, folder_fingerprint, load_structure, model_folder
+
+OTHER_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
+    ".index.json",
+)  # fmt: skip
+"""How files end that hold, or list, weights of another format: copied, they would be the unedited model."""
+ROUNDED = 0.01
+"""Share of a change that rounding may take before it is worth a sentence."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A folder with an edited model, and how much of the edit is in it."""
+
+    folder: Path
+    tensors: tuple[str, ...]
+    """The tensors that were edited, by their names in the base's files."""
+    dtype: str
+    """In which they are stored, as in the base; several are separated by commas."""
+    kept: float
+    """Share of the edit's change that is left after rounding to that dtype: its part along the change, 1 for all."""
+    error: float
+    """What rounding put in the change's way: the norm of the difference, as a share of the change's norm."""
+    left_out: tuple[str, ...]
+    """Files of the base that hold other, unedited weights."""
+    converted: bool
+    """True where the base is a GGUF file, the built-in model among them: its dense form is written."""
+
+    def sentences(self) -> list[str]:
+        """What the user should know."""
+        said = []
+        if self.converted:
+            said.append(f"the base is a GGUF file: written is the dense {self.dtype} model that it was converted to")
+        if self.left_out:
+            names = ", ".join(self.left_out[:4]) + (", …" if len(self.left_out) > 4 else "")
+            said.append(f"left out, since they hold unedited weights in another form: {names}")
+        if self.error > ROUNDED:
+            said.append(
+                f"stored as {self.dtype}, as in the base: {100 * self.kept:.0f}% of the edit's change is left after "
+                f"rounding, which is off by {100 * self.error:.0f}% of its norm; `locft evaluate {self.folder}` tells what "
+                "the edits do now, and an edit trained with --dtype bfloat16 or float16 is measured as it is stored"
+            )
+        return said
+
+
+def merge(name: str, delta: EditDelta, folder: Path, *, trust_remote_code: bool = False) -> Merged:
+    """Write the edited model to `folder`, which must not exist or be empty; it appears when it is complete.
+
+    name: of the base, as for `load_model`. Raises InputError if the base is not the delta's, does not store what the delta
+    changes, cannot hold the edited values, or if the folder cannot be written.
+    """
+    base = model_folder(name, trust_remote_code=trust_remote_code).absolute()
+    files = weight_files(base)
+    delta.require_base(name, folder_fingerprint(base))
+    places = {key: file for file in files for key, _, _ in headers(file)}
+    structure = load_structure(name, trust_remote_code=trust_remote_code)
+    changes = stored_changes(structure, tuple(places), delta.tensors)
+    copied, left_out = _other_files(base, files, folder.absolute())
+    copied += [file.relative_to(base) for file in files]
+    _require_space(folder, sum((base / file).stat().st_size for file in copied))
+    along = off = total = 0.0
+    dtypes = set()
+    with _appears_whole(folder.absolute()) as partial:
+        for file in copied:
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / file, partial / file)
+        for key, change in changes.items():
+            stored = _read(places[key], key)
+            value = _edited(key, stored, change)
+            _overwrite(partial / places[key].relative_to(base), key, value)
+            real = value.double() - stored.double()
+            along += float((real * change).sum())
+            off += float((real - change).square().sum())
+            total += float(change.double().square().sum())
+            dtypes.add(str(stored.dtype).removeprefix("torch."))
+    kept, error = (along / total, math.sqrt(off / total)) if total else (1.0, 0.0)
+    converted = name in BUILT_IN or Path(name).is_file()
+    return Merged(folder, tuple(changes), ", ".join(sorted(dtypes)), kept, error, left_out, converted)
+
+
+def stored_changes(
+    model: PreTrainedModel, stored: Sequence[str], changes: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The changes by the names under which a checkpoint stores what they change, in float32.
+
+    model: its structure, on the meta device. stored: all names of the checkpoint. changes: by the model's own names. Where
+    transformers joins or splits stored tensors while loading, the same tables, reversed, split or join the changes; what
+    was not changed is left out. Raises InputError if the checkpoint has no such tensor.
+    """
+    there = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    for name in stored:  # an entry of the table learns by it that it is used
+        rename_source_key(name, renamings, converters, model.base_model_prefix, there)
+    model._weight_conversions = [entry for entry in transforms if entry.was_used()]  # type: ignore[assignment]
+    # A stored tensor may be made of several parameters: the others of the block take part, unchanged.
+    unchanged = {
+        name: torch.zeros(()).expand(there[name].shape)
+        for block in {_block_of(name) for name in changes}
+        for name in there
+        if _block_of(name) == block
+    }
+    found = {}
+    known, prefix = set(stored), f"{model.base_model_prefix}."
+    for name, change in revert_weight_conversion(model, unchanged | dict(changes)).items():
+        if not change.any():
+            continue
+        names = (name, name.removeprefix(prefix), prefix + name)
+        place = next((candidate for candidate in names if candidate in known), None)
+        if place is None:
+            raise InputError(f"the delta changes {', '.join(changes)}, but the base stores no tensor {name}")
+        found[place] = change.contiguous()
+    norms = [sum(float(t.double().square().sum()) for t in group.values()) for group in (found, changes)]
+    if not math.isclose(*norms, rel_tol=1e-6):
+        raise InputError(f"transformers does not tell how the base stores {', '.join(changes)}")
+    return found
+
+
+def _block_of(name: str) -> str:
+    """The part of a parameter's name up to the number of its block; all of it where there is none."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name
+
+
+def _edited(key: str, stored: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """The stored tensor with the change added, in its dtype. Raises InputError if the dtype does not hold the values."""
+    if stored.shape != change.shape:
+        raise InputError(f"the base stores {key} as {tuple(stored.shape)}, the delta changes {tuple(change.shape)}")
+    value = (stored.to(torch.promote_types(stored.dtype, torch.float32)) + change).to(stored.dtype)
+    if not value.isfinite().all() and stored.isfinite().all():
+        raise InputError(f"{key} is stored as {stored.dtype}, which cannot hold the edited values: they overflow")
+    return value
+
+
+def _read(file: Path, key: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(key)
+
+
+def _overwrite(file: Path, key: str, value: torch.Tensor) -> None:
+    """Put a tensor of the same dtype and shape in the place of one in a safetensors file."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        begin, end = json.loads(stream.read(size))[key]["data_offsets"]
+        raw = value.contiguous().reshape(-1).view(torch.uint8).numpy()
+        assert len(raw) == end - begin, f"{key} has {len(raw)} bytes, its place {end - begin}"
+        stream.seek(8 + size + begin)
+        stream.write(raw.data)
+
+
+def _other_files(base: Path, files: Sequence[Path], folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """What is copied beside the weights, and what is left out because it holds others; paths inside the base."""
+    copied, left_out = [], []
+    for place, folders, names in os.walk(base):
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name) != folder]
+        for file in (Path(place, name) for name in sorted(names)):
+            if file in files or file.name.startswith("."):
+                continue
+            index = file == base / INDEX and base / WHOLE not in files
+            if file.name.endswith(OTHER_WEIGHTS) and not index:
+                left_out.append(str(file.relative_to(base)))
+            else:
+                copied.append(file.relative_to(base))
+    return copied, tuple(left_out)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    """Raise InputError if the disk has less room than `needed` bytes."""
+    existing = next(place for place in folder.absolute().parents if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f"cannot write {folder}: it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
+        )
+
+
+@contextmanager
+def _appears_whole(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place at the end of the block; nothing is left of it when the block fails."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,68 @@
+"""What libraries take for granted of the place where a command runs: a user's name, a home, a way to this machine's servers.
+
+Containers give a process a number without a name and a home that cannot be written; company machines send every request
+through a proxy. What is supplied here also holds for the processes that a command starts.
+"""
+
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
+from locft.cache import cache_folder
+from locft.errors import InputError
+from sweeps.tracking.address import LOCAL_HOSTS, check_writable
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+def settle() -> list[str]:
+    """Supply what is missing in the environment; returns what the user should know. Raises InputError if it cannot be had."""
+    _have_a_name()
+    _reach_this_machine()
+    return _have_a_home()
+
+
+def _have_a_name() -> None:
+    """`getpass.getuser`, which MLflow, Ray and PyTorch call, fails where a user's number has no entry."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = "unknown"  # the first variable that it reads
+
+
+def _reach_this_machine() -> None:
+    """Exempt this machine from the proxies."""
+    if any(os.environ.get(name) for name in PROXIES):
+        for name in ("no_proxy", "NO_PROXY"):
+            given = [host.strip() for host in os.environ.get(name, "").split(",") if host.strip()]
+            if "*" not in given:
+                os.environ[name] = ",".join(dict.fromkeys([*given, *LOCAL_HOSTS]))
+
+
+def _have_a_home() -> list[str]:
+    """Let a folder for temporary files stand in for a home that does not exist or cannot be written."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    home = Path(os.path.expanduser("~"))
+    if home.is_absolute():
+        if not given and cache_folder().is_dir():  # it may be one that others have filled
+            return []
+        try:
+            check_writable(home, "the cache")
+            return []
+        except InputError:
+            pass
+    place = Path(tempfile.gettempdir()) / f"locft-{os.getuid()}"
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        check_writable(place, "the cache")
+        if place.stat().st_uid != os.getuid():
+            raise InputError(f"{place} belongs to somebody else")
+    except (OSError, InputError) as error:
+        raise InputError(
+            f"there is no home folder that can be written, and {error}; set HOME and XDG_CACHE_HOME"
+        ) from None
+    os.environ["HOME"] = str(place)
+    if given:
+        return []
+    return [f"no home folder that can be written: {place} stands in; set XDG_CACHE_HOME to keep what is computed"]
