@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from locft.errors import InputError
-from sweeps.tracking.address import check_reachable, redact, sqlite_path, take_credentials
+from sweeps.tracking.address import check_reachable, mlflow_address, redact, sqlite_path, take_credentials
 
 HOST = "127.0.0.1"
 PORT = 5000
@@ -61,10 +61,11 @@ def running(
     port = _free_port(port)
     address = f"http://{HOST}:{port}"
     store = sqlite_path(uri)
+    where = store.parent if store else Path.cwd()
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     environment = {
         **os.environ,
-        "MLFLOW_BACKEND_STORE_URI": uri,  # on the command line everybody could read its password
+        "MLFLOW_BACKEND_STORE_URI": mlflow_address(uri, where),  # on the command line everybody could read its password
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its processes would outlive the server
     }
@@ -75,7 +76,7 @@ def running(
         process = subprocess.Popen(
             command,
             env=environment,
-            cwd=store.parent if store else Path.cwd(),  # where MLflow keeps the artifacts of new experiments
+            cwd=where,  # where MLflow keeps the artifacts of new experiments
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

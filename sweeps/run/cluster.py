@@ -5,12 +5,14 @@ Ray takes seconds to import; `locft status` and a study with nothing left to run
 
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from locft.errors import InputError
+from locft.machine import usable_cores
 from sweeps.run.dispatch import WORKER_RESTARTS, Room
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ CONNECT_SECONDS = 5
 """How long a cluster may take to accept a connection."""
 NODE_SECONDS = 120
 """How long a node may take to start a process and look for the model."""
+_SOCKET_BYTES = 103
+"""What the path of a socket may have on every system."""
+_SOCKET = "/ray/session_2026-11-28_12-00-00_123456_1234567/sockets/plasma_store.1"
+"""The longest of Ray's paths below the temporary folder."""
+_SHORT = "/tmp"
 TOKEN_HINT = (
     "set RAY_AUTH_MODE=token and the cluster's own token (RAY_AUTH_TOKEN, or ~/.ray/auth_token copied from its head)"
 )
@@ -53,7 +60,7 @@ def ray_cluster(
     if address is None:  # told at once, not after Ray's seconds
         import torch
 
-        resources.places([{"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
+        resources.places([{"CPU": usable_cores(), "GPU": torch.cuda.device_count()}])
     _start(address)
     try:
         room = Room(trials_that_fit)
@@ -67,16 +74,38 @@ def ray_cluster(
 def _start(address: str | None) -> None:
     import ray
 
-    quiet = {"include_dashboard": False} if address is None else {}
+    own = {} if address is not None else {"include_dashboard": False, **_own_cores(), **_short_folder()}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **quiet)
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except ray.exceptions.AuthenticationError as error:
         raise InputError(_no_cluster(address, f"there is no token; {TOKEN_HINT}")) from error
-    except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if address is not None and isinstance(error, ConnectionError):  # something listens, but does not let us in
             cause += f", though something listens there: is it Ray, of this version? If so, {TOKEN_HINT}"
         raise InputError(_no_cluster(address, cause)) from error
+
+
+def _own_cores() -> dict[str, int]:
+    """The cores that Ray may use, where they are fewer than it would count."""
+    cores = usable_cores()
+    return {"num_cpus": cores} if cores < (os.cpu_count() or 1) else {}
+
+
+def _short_folder() -> dict[str, str]:
+    """A folder for Ray's sockets, where the usual one's path is too long for them. Raises InputError if there is none."""
+    usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(usual)) + len(_SOCKET) <= _SOCKET_BYTES:
+        return {}
+    try:
+        tempfile.TemporaryFile(dir=_SHORT).close()
+    except OSError as error:
+        raise InputError(
+            f"the temporary folder {usual} has a path of {len(os.fsencode(usual))} bytes, too long for Ray's sockets, and "
+            f"{_SHORT} cannot be written ({error.strerror or error}); set RAY_TMPDIR to a folder with a path of at most "
+            f"{_SOCKET_BYTES - len(_SOCKET)} bytes"
+        ) from None
+    return {"_temp_dir": f"{_SHORT}/ray"}
 
 
 def _check_reachable(address: str) -> None:

@@ -8,9 +8,13 @@ should not start. Commands and notebook functions resolve the address once; ever
 
 import os
 import re
+import sqlite3
 import tempfile
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 from locft.errors import InputError
 
@@ -19,6 +23,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it whe
 DEFAULT_URI = "sqlite:///mlflow.db"
 CHECK_SECONDS = 10
 """How long a server may take to answer the check."""
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine, which no proxy can reach."""
+_VERSION = "SELECT version_num FROM alembic_version"
+"""Asks for the version of MLflow's tables."""
 DATABASES = ("postgresql", "mysql", "mssql")
 ACCEPTED = "sqlite:///FILE.db, http(s)://HOST:PORT, or a database address (postgresql://, mysql://, mssql://)"
 
@@ -43,9 +51,17 @@ def resolve_uri(uri: str | None) -> str:
         path = given.partition(":///")[2].partition("?")[0]
         if not path or path == ":memory:":
             raise InputError(f"tracking address {given!r} names no file; expected for example {DEFAULT_URI}")
-        return f"sqlite:///{Path(path).expanduser().absolute()}"
-    if scheme in DATABASES or given.startswith("databricks"):
+        resolved = f"sqlite:///{Path(path).expanduser().absolute()}"
+        for place in (
+            Path.cwd(),
+            Path(path).expanduser().absolute().parent,
+        ):  # of commands, and of the server of `locft ui`
+            mlflow_address(resolved, place)
+        return resolved
+    if scheme in DATABASES:
         return given
+    if scheme == "databricks":
+        raise InputError(f"tracking address {given!r}: LocFT does not write to Databricks; expected {ACCEPTED}")
     if scheme in ("", "file"):
         path = Path(unquote(given.removeprefix("file:").removeprefix("//")))
         file = path if path.suffix in (".db", ".sqlite", ".sqlite3") else path / "mlflow.db"
@@ -82,6 +98,26 @@ def take_credentials(uri: str) -> str:
 def sqlite_path(uri: str) -> Path | None:
     """The file of a resolved sqlite address; None for every other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def mlflow_address(uri: str, folder: Path) -> str:
+    """A resolved address as MLflow takes it in a process whose working directory is `folder`.
+
+    SQLAlchemy ends the path of an SQLite file at "?", and reads "%" with two digits behind it as an escape, which MLflow,
+    creating the file's folders, does not. A file whose path has them is named relative to the working directory. Raises
+    InputError if they are in what is left of the path.
+    """
+    path = sqlite_path(uri)
+    if path is None or not {"?", "%"} & set(str(path)):
+        return uri
+    name = os.path.relpath(path, folder)
+    if "?" in name or unquote(name) != name:
+        sign = "?" if "?" in name else "%"
+        raise InputError(
+            f"tracking store {path}: its name has a {sign!r}, which means something else in the address of an SQLite file; "
+            "rename the folder or the file, or run the command in the folder of the file"
+        )
+    return f"sqlite:///{name}"
 
 
 def check_writable(folder: Path, what: str) -> None:
@@ -122,6 +158,35 @@ def _check_sqlite(path: Path) -> None:
         start = file.read(16)
     if start and start != b"SQLite format 3\0":
         raise InputError(f"tracking store {path} is not an SQLite file (it starts with {start!r}); give another file")
+    _check_schema(path)
+
+
+def _check_schema(path: Path) -> None:
+    """Raises InputError if the tables of an SQLite file are those of another version of MLflow. Changes nothing."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=CHECK_SECONDS)) as store:
+            tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            found = [name for (name,) in store.execute(_VERSION)] if "alembic_version" in tables else []
+    except sqlite3.Error as error:
+        raise InputError(f"tracking store {path} cannot be read: {error}; give another --tracking-uri") from None
+    if tables & {"alembic_version", "experiments"}:  # else it is empty so far, and MLflow makes its tables
+        _require_schema(
+            f"tracking store {path}", found, f"copy the file, then run `mlflow db upgrade 'sqlite:///{path}'`"
+        )
+
+
+def _require_schema(store: str, found: Sequence[str], upgrade: str) -> None:
+    """Raises InputError unless the tables are those of the MLflow that is installed here. found: their version."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+    from mlflow.version import VERSION
+
+    wanted = _get_latest_schema_revision()
+    if list(found) != [wanted]:
+        version = ", ".join(found) or "none"
+        raise InputError(
+            f"{store} is of an older MLflow, or of a newer one (its schema is {version}, that of MLflow {VERSION} {wanted}): if "
+            f"of an older one, {upgrade}; if of a newer one, use that; or give another --tracking-uri"
+        )
 
 
 def _check_server(uri: str) -> None:
@@ -134,21 +199,36 @@ def _check_server(uri: str) -> None:
     try:
         answer = http_request(credentials, endpoint, "GET", max_retries=0, timeout=CHECK_SECONDS, raise_on_status=False)
     except Exception as error:
-        hint = "start it (locft ui, or mlflow server), or correct --tracking-uri"
+        hint = _proxied(uri) or "start it (locft ui, or mlflow server), or correct --tracking-uri"
         raise InputError(f"{server} cannot be reached ({_cause(error)}); {hint}") from None
+    between = f"; {proxied}" if (proxied := _proxied(uri)) else ""
     if answer.status_code in (401, 403):
         hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
         if "host" in answer.text.lower():  # the server's own guard against foreign host names
             hint = "start it with --allowed-hosts naming this address"
-        raise InputError(f"{server} refuses access (HTTP {answer.status_code}: {answer.text.strip()[:120]}); {hint}")
+        raise InputError(
+            f"{server} refuses access (HTTP {answer.status_code}: {answer.text.strip()[:120]}); {hint}{between}"
+        )
     try:
         is_mlflow = bool({"experiment", "error_code"} & set(answer.json()))
     except ValueError:
         is_mlflow = False
     if not is_mlflow:
         raise InputError(
-            f"{server} answers (HTTP {answer.status_code}) but not as MLflow does; check the port and the path"
+            f"{server} answers (HTTP {answer.status_code}) but not as MLflow does; check the port and the path{between}"
         )
+
+
+def _proxied(uri: str) -> str | None:
+    """What to do about a proxy between this machine and the server; None if there is none."""
+    parts = urlsplit(uri)
+    proxy = getproxies().get(parts.scheme)
+    if not proxy or proxy_bypass(parts.hostname):
+        return None
+    return (
+        f"requests to it go through {parts.scheme}_proxy={redact(proxy)}; if the server can be reached without, "
+        f"no_proxy={parts.hostname} helps"
+    )
 
 
 def _check_database(uri: str) -> None:
@@ -158,12 +238,18 @@ def _check_database(uri: str) -> None:
     timeout = {} if uri.startswith("mssql") else {"connect_timeout": CHECK_SECONDS}
     try:
         engine = sqlalchemy.create_engine(uri, connect_args=timeout)
-        engine.connect().close()
+        with engine.connect() as connection:
+            known = sqlalchemy.inspect(engine).has_table("alembic_version")
+            found = list(connection.scalars(sqlalchemy.text(_VERSION))) if known else None
         engine.dispose()
     except ImportError as error:
         raise InputError(f"tracking database {redact(uri)} needs the Python package {error.name!r}") from None
     except Exception as error:
         raise InputError(f"tracking database {redact(uri)} cannot be reached: {_cause(error)}") from None
+    if found is not None:
+        _require_schema(
+            f"tracking database {redact(uri)}", found, "make a copy of it, then run `mlflow db upgrade` on it"
+        )
 
 
 def _cause(error: BaseException) -> str:

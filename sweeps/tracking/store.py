@@ -13,9 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from locft.errors import InputError
-from sweeps.tracking.address import check_reachable, check_writable, redact, sqlite_path, take_credentials
+from sweeps.tracking.address import (
+    check_reachable,
+    check_writable,
+    mlflow_address,
+    redact,
+    sqlite_path,
+    take_credentials,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +39,10 @@ _INFINITY = 1.7976931348623157e308
 """MLflow stores infinities as the largest float."""
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """MLflow's codes for bad input. A missing permission has another code: it may be granted later."""
+
+
+_addresses: dict[str, str] = {}
+"""What MLflow was given in this process -> the resolved address: a relative path means another file in another folder."""
 
 
 class TrackingError(RuntimeError):
@@ -84,7 +97,12 @@ def connect(uri: str, *, create: bool = False) -> "Store":
 
         for name in ("alembic", "mlflow"):  # creating the tables is announced line by line
             logging.getLogger(name).setLevel(logging.WARNING)
-        return Store(MlflowClient(uri, registry_uri=uri))
+        address = mlflow_address(uri, Path.cwd())
+        if _addresses.setdefault(address, uri) != uri:  # MLflow keeps what it opened by the address
+            raise InputError(
+                f"tracking store {path}: this process already uses another one of that name; start a new one"
+            )
+        return Store(MlflowClient(address, registry_uri=address), uri)
 
 
 class Store:
@@ -93,9 +111,10 @@ class Store:
     Its methods raise what MLflow raises, except where they say otherwise: call them inside `store_errors`.
     """
 
-    def __init__(self, client: "MlflowClient"):
+    def __init__(self, client: "MlflowClient", uri: str):
+        """uri: the address, resolved."""
         self.client = client
-        self.uri = redact(client.tracking_uri)
+        self.uri = redact(uri)
         """The address, without a password."""
 
     def find_experiment(self, name: str) -> "Experiment | None":
@@ -122,14 +141,29 @@ class Store:
         """
         found = self.find_experiment(name)
         with store_errors(f"experiment {name!r} in {self.uri}", InputError):
-            experiment = found or self.client.get_experiment(self.client.create_experiment(name))
+            experiment = found or self.client.get_experiment(self._create_experiment(name))
             for key, value in tags.items():
                 if experiment.tags.get(key) != value:
                     self.client.set_experiment_tag(experiment.experiment_id, key, value)
-        folder = experiment.artifact_location.removeprefix("file://")
-        if sqlite_path(self.uri) is not None and "://" not in folder:
-            check_writable(Path(folder), "artifacts")
+        place = experiment.artifact_location
+        folder = Path(url2pathname(urlsplit(place).path) if place.startswith("file:") else place)
+        if folder.is_absolute():
+            try:
+                check_writable(folder, "artifacts")
+            except InputError as error:
+                raise InputError(
+                    f"experiment {name!r} in {self.uri} keeps its artifacts in a folder of this machine: {error}; make it "
+                    "writable, start the server with --artifacts-destination, or give the study another name"
+                ) from None
         return experiment.experiment_id
+
+    def _create_experiment(self, name: str) -> str:
+        """The id of a new experiment. Where MLflow would misread the path of its artifacts, it gets it as an address."""
+        store = sqlite_path(self.uri)
+        if store is None or not {"?", "#", "%"} & set(str(Path.cwd())):
+            return self.client.create_experiment(name)
+        place = Path.cwd() / "mlruns" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)[:40]}-{time.time_ns():x}"
+        return self.client.create_experiment(name, place.as_uri())
 
     def find_runs(
         self,

@@ -1,12 +1,13 @@
 """Reaching the Ray that a study runs on, and what fits into it."""
 
 import socket
+import tempfile
 import time
 
 import pytest
 
 from locft.errors import InputError
-from sweeps.run import dispatch
+from sweeps.run import cluster, dispatch
 from sweeps.run.cluster import check_nodes, on_workers, ray_cluster
 from sweeps.study.schema import Resources
 
@@ -119,3 +120,14 @@ def test_functions_run_on_workers_and_their_errors_come_back(ray_running):
 
     with pytest.raises(InputError, match="no such thing"):
         on_workers([lambda: 1, wrong], Resources())
+
+
+def test_a_temporary_folder_too_long_for_sockets(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    assert cluster._short_folder() == {}
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 10)))
+    assert cluster._short_folder() == {"_temp_dir": "/tmp/ray"}
+    monkeypatch.setattr(cluster, "_SHORT", str(tmp_path / "absent"))
+    with pytest.raises(InputError, match=r"too long for Ray's sockets.*set RAY_TMPDIR"):
+        cluster._short_folder()
