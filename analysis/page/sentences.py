@@ -100,6 +100,11 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
     if len(tasks) > 1:
         by_task = ((name.removeprefix("capability."), baseline[name], metrics[name]) for name in tasks)
         said.append(("By task", ", ".join(f"{task} {percent(a)} → {percent(b)}" for task, a, b in by_task) + "."))
+    if "portability" in metrics:
+        text = (
+            f"{percent(metrics['portability'])} of the questions that follow from the edits get the answer that follows"
+        )
+        said.append(("Portability", text + "."))
     if "locality" in metrics:
         text = f"{with_interval(metrics, 'locality')} of the tokens of answers to unrelated prompts are still the most likely ones"
         said.append(("Locality", f"{text}{_more_of_locality(metrics)}."))

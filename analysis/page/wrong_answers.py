@@ -50,6 +50,11 @@ class WrongOfKind:
 _KINDS = {
     "reliability": ("edit prompts", "get the new answer", "do not get the new answer"),
     "generalization": ("rephrased prompts", "get the new answer", "do not get the new answer"),
+    "portability": (
+        "questions that follow from an edit",
+        "get the answer that follows",
+        "do not get the answer that follows",
+    ),
     "unseen": ("prompts in a wording never trained", "get the new answer", "do not get the new answer"),
     "locality": (
         "unrelated prompts",

@@ -62,6 +62,8 @@ COLUMNS: dict[str, Column] = {
     "generalization": Column(NUMBER, "the same of rephrased prompts (also generalization.FORMAT)"),
     "reliability_tf": Column(NUMBER, "reliability by teacher forcing, which reads higher"),
     "generalization_tf": Column(NUMBER, "generalization by teacher forcing"),
+    "portability": Column(NUMBER, "questions that follow from the edits answered right (also portability.FORMAT)"),
+    "portability_tf": Column(NUMBER, "portability by teacher forcing, on the main answer"),
     "n_edits": Column(NUMBER, "edits that reliability is a fraction of"),
     "right": Column(
         TEXT, "which edits were answered right, in which formats, packed (`unpack_right`); None if unknown"
@@ -94,8 +96,8 @@ COLUMNS: dict[str, Column] = {
     "diverged": Column(NUMBER, "1 when the loss stopped being finite, else 0"),
     "delta_norm": Column(NUMBER, "Frobenius norm of the weight change"),
 }
-"""The documented columns, in order. After them come the parts of some: accuracy by task (`capability.TASK`), reliability and
-generalization by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is in no mean."""
+"""The documented columns, in order. After them come the parts of some: accuracy by task (`capability.TASK`), reliability,
+generalization and portability by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is in no mean."""
 
 MAX_PACKED = 5000
 """Characters of a packed `right`."""
@@ -106,7 +108,7 @@ SETTING_AXES = ("layers", "depth", *SETTING, "model_fingerprint", "data_fingerpr
 """What makes a setting: every axis but the seed."""
 
 METRICS = (
-    "reliability", "generalization", "reliability_tf", "generalization_tf", "n_edits",
+    "reliability", "generalization", "reliability_tf", "generalization_tf", "portability", "portability_tf", "n_edits",
     "locality", "locality_first", "locality_kl", "locality_exact",
     "capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl", "perplexity",
     "train_loss", "trained_loss", "merged_loss", "epochs_run", "steps", "train_seconds", "evaluate_seconds", "capability_seconds", "seconds",
@@ -118,12 +120,16 @@ METRICS = (
 FRACTIONS = ("reliability", "generalization", "locality")
 """The metrics that say how an edit did: means over edits, in [0, 1]."""
 
-MORE_FRACTIONS = ("reliability_tf", "generalization_tf", "locality_first", "locality_exact")
+MORE_FRACTIONS = (
+    "reliability_tf", "generalization_tf", "portability", "portability_tf", "locality_first", "locality_exact",
+)  # fmt: skip
 """What stands beside them, in [0, 1], too."""
 
 TITLES = {
     **{name: name for name in (*FRACTIONS, "capability")},
     **{f"{name}_tf": f"{name} (teacher-forced)" for name in ("reliability", "generalization")},
+    "portability": "portability",
+    "portability_tf": "portability (teacher-forced)",
     "locality_first": "locality (first token)",
     "locality_exact": "locality (whole answer)",
     "locality_kl": "locality (divergence)",
@@ -132,7 +138,7 @@ TITLES = {
 }
 """Metrics as figures and tables name them; a part such as `reliability.chat` is shown by its own name."""
 
-_PARTED = ("reliability", "generalization", "capability")
+_PARTED = ("reliability", "generalization", "portability", "capability")
 
 DRIFT_ERROR = 0.1
 """Standard error of a single seed's drift as a share of it: about how much seeds differ with the built-in model."""
@@ -237,7 +243,8 @@ def task_columns(results: pd.DataFrame) -> tuple[str, ...]:
 
 
 def is_part(name: str) -> bool:
-    """Whether a column is a part of a metric: `capability.TASK`, `reliability.FORMAT` or `generalization.FORMAT`."""
+    """Whether a column is a part of a metric: `capability.TASK`, or `reliability.FORMAT`, `generalization.FORMAT` and
+    `portability.FORMAT`."""
     metric, dot, _ = name.partition(".")
     return bool(dot) and metric in _PARTED
 

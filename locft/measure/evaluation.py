@@ -1,4 +1,4 @@
-"""Did the edit take, and what else did it change? Reliability, generalization and locality.
+"""Did the edit take, and what else did it change? Reliability, generalization, portability and locality.
 
 An edit is asked in every format, by greedy generation. An answer is right if it equals the expected one after
 SQuAD-style normalisation. Teacher-forced exactness is reported beside it, never instead: teacher forcing hides the
@@ -34,7 +34,7 @@ from locft.train.encoding import encode_answer, encode_edit, encode_question
 from locft.train.formats import RAW, UNSEEN, label
 from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
-EditMetric = Literal["reliability", "generalization", "locality"]
+EditMetric = Literal["reliability", "generalization", "portability", "locality"]
 LOCALITY_FIELDS = {
     "locality": "kept", "locality_first": "first_kept", "locality_kl": "kl", "locality_exact": "correct",
 }  # fmt: skip
@@ -53,6 +53,8 @@ class EditQuestion:
     """Prompt and expected answer with its end, for teacher forcing. For locality, the answer is the unedited model's."""
     format: str = RAW
     """How the prompt is put, by the format's `label`."""
+    also_right: tuple[str, ...] = ()
+    """Other names of the expected answer."""
     reference: TokenRow | None = None
     """For locality, prompt and reference answer: the data set's, or else the unedited model's own with its end."""
 
@@ -108,8 +110,8 @@ def edit_questions(
 ) -> tuple[EditQuestion, ...]:
     """All questions about the edits. unedited: the base model's answers to the `locality_prompts`, in order.
 
-    formats: those that edit prompts and rephrases are asked in; unrelated prompts are asked raw. Raises ValueError unless
-    there is exactly one answer per unrelated prompt.
+    formats: those that edit prompts, rephrases and questions that follow from an edit are asked in; unrelated prompts are
+    asked raw. Raises ValueError unless there is exactly one answer per unrelated prompt.
     """
     if len(unedited) != (prompts := len(locality_prompts(requests))):
         raise ValueError(
@@ -124,13 +126,19 @@ def edit_questions(
             for prompt in request.rephrases:
                 row = encode_edit(tokenizer, prompt, request.target, form)
                 questions.append(EditQuestion(request.id, "generalization", prompt, request.target, row, label(form)))
+            for asked in request.portability:
+                answer, *others = asked.answers
+                row = encode_edit(tokenizer, asked.prompt, answer, form)
+                questions.append(
+                    EditQuestion(request.id, "portability", asked.prompt, answer, row, label(form), tuple(others))
+                )
         for unrelated in request.locality:
-            answer, prompt_ids = next(answers), encode_question(tokenizer, unrelated.prompt)
-            row = reference = TokenRow(prompt_ids + answer.token_ids, len(prompt_ids))
+            kept, prompt_ids = next(answers), encode_question(tokenizer, unrelated.prompt)
+            row = reference = TokenRow(prompt_ids + kept.token_ids, len(prompt_ids))
             if unrelated.answer:
                 reference = encode_answer(tokenizer, unrelated.prompt, unrelated.answer)
             questions.append(
-                EditQuestion(request.id, "locality", unrelated.prompt, answer.text, row, reference=reference)
+                EditQuestion(request.id, "locality", unrelated.prompt, kept.text, row, reference=reference)
             )
     return tuple(questions)
 
@@ -181,7 +189,7 @@ def ask(
             question.prompt,
             question.expected,
             got,
-            correct=normalise_answer(got) == normalise_answer(question.expected),
+            correct=normalise_answer(got) in map(normalise_answer, (question.expected, *question.also_right)),
             correct_tf=known[question.row].instead is None,
             format=question.format,
         )
@@ -193,9 +201,9 @@ def ask(
 def edit_metrics(outcomes: Sequence[EditOutcome]) -> dict[str, float]:
     """The metrics of these outcomes by their names in the results table, each the mean over the edits.
 
-    An edit with several prompts of a kind counts once, with their mean. `reliability` and `generalization` (and their
-    teacher-forced twins, `_tf`) are means over the formats without `unseen`; of each format and of `unseen` there is
-    `reliability.FORMAT`. What was not asked, or has no finite value, is absent.
+    An edit with several prompts of a kind counts once, with their mean. `reliability`, `generalization` and `portability`
+    (and their teacher-forced twins, `_tf`) are means over the formats without `unseen`; of each format and of `unseen`
+    there is `reliability.FORMAT`. What was not asked, or has no finite value, is absent.
     """
     values: dict[str, list[tuple[str, float | None]]] = {}
     for outcome in outcomes:
@@ -291,4 +299,5 @@ def _begun(question: EditQuestion, following: Following | None) -> OpenAnswer:
     shown = row.target_ids[: following.matched]
     if following.instead is not None:
         shown += (following.instead,)
-    return OpenAnswer(row.token_ids[: row.start], shown, full_stops, limit, question.expected)
+    only = None if question.also_right else question.expected
+    return OpenAnswer(row.token_ids[: row.start], shown, full_stops, limit, only)

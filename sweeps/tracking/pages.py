@@ -58,7 +58,7 @@ def trial_note(result: TrialResult, run_id: str) -> str:
         return f"{setting}.\n\nFailed: {result.error}"
     measured = [
         f"{key} {metrics[key]:.3f}{_formats_text(metrics, key)}"
-        for key in ("reliability", "generalization", "locality")
+        for key in ("reliability", "generalization", "portability", "locality")
         if key in metrics
     ]
     if "capability" in metrics:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locft.data.edit_request import EditRequest, LocalityPrompt
+from locft.data.edit_request import EditRequest, LocalityPrompt, PortabilityPrompt
 from locft.measure.evaluation import (
     EditOutcome,
     EditQuestion,
@@ -165,6 +165,37 @@ def test_outcomes_hold_what_was_expected_and_what_was_got(script, target, got, c
     for generate_all in (False, True):
         outcomes = ask(loaded, full_forward(loaded.model), questions, generate_all=generate_all)
         assert agree(outcomes, [EditOutcome("a", "reliability", "Q", target, got, correct, correct_tf)])
+
+
+@pytest.mark.parametrize(
+    ("script", "correct", "correct_tf"),
+    [
+        ([" Norway", EOS], True, True),
+        ([" Kingdom of Norway", EOS], True, False),
+        ([" the kingdom of Norway. It is"], True, False),
+        ([" Sweden", EOS], False, False),
+    ],
+)
+@pytest.mark.parametrize("generate_all", [False, True])
+def test_any_name_of_an_answer_that_follows_is_right(script, correct, correct_tf, generate_all):
+    loaded = scripted(*script)
+    follows = (PortabilityPrompt("Q", ("Norway", "Kingdom of Norway")), PortabilityPrompt("Q", ("Sweden",)))
+    request = replace(edit("a", "Q", "Oslo"), portability=follows)
+    questions = edit_questions(loaded.tokenizer, [request], [])
+    assert [question.kind for question in questions] == ["reliability", "portability", "portability"]
+    outcomes = ask(loaded, full_forward(loaded.model), questions, generate_all=generate_all)
+    assert (outcomes[1].correct, outcomes[1].correct_tf) == (correct, correct_tf)
+    assert (outcomes[1].expected, outcomes[1].prompt) == ("Norway", "Q")
+    metrics = edit_metrics(outcomes)
+    assert metrics["portability"] == metrics["portability.raw"] == 0.5 and metrics["reliability"] == 0.0
+
+
+def test_what_follows_from_edits_is_asked_in_every_format():
+    loaded = chat_loaded()
+    request = replace(edit("a", "Q?", "Oslo", ["R?"]), portability=(PortabilityPrompt("P?", ("Norway",)),))
+    questions = edit_questions(loaded.tokenizer, [request], [], ("raw", "qa", "chat", "unseen"))
+    asked = [(question.kind[0], question.format) for question in questions]
+    assert asked == [(kind, form) for form in ("raw", "qa", "chat", "unseen") for kind in "rgp"]
 
 
 def test_teacher_forcing_flatters():
