@@ -26,9 +26,12 @@ from locft.data.record_layouts import (
 from locft.errors import InputError, did_you_mean
 
 _REPHRASES = (
-    "rephrases", "rephrase", "rephrase_prompt", "rephrase_prompts", "rephrased_prompt", "paraphrase", "paraphrases",
-    "paraphrase_prompt", "paraphrase_prompts", "paraphrased_question", "para_question*",
+    "rephrases", "rephrasings", "para_question*", "para_prompt*",
+    *(word + rest for word in ("rephrase", "rephrased", "paraphrase", "paraphrased")
+      for rest in ("", "_prompt", "_prompts", "_question", "_questions")),
+    "paraphrases",
 )  # fmt: skip
+_ASKED = ("prompt", "prompts", "question", "questions")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class QuestionKeys:
 
     prompt: str
     answers: tuple[str, ...] = ()
-    """One answer, or one for each prompt; then other names of it. Empty: the questions are objects that hold both, in any
-    lists and groups."""
+    """One answer, or one for each prompt ("a|b" if it goes by several keys); then other names of it. Empty: the questions
+    are objects that hold both, in any lists and groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +59,26 @@ class EditLayout(RecordLayout):
     """Every prompt has a {} in whose place its subject goes. In other layouts but our own a prompt may."""
     id: tuple[str, ...] = ("id", "case_id", "fact_id")
     subject: tuple[str, ...] = ("subject", "concept")
-    truths: tuple[str, ...] = ("ground_truth", "target_true", "target_old")
+    truths: tuple[str, ...] = ("ground_truth", "target_true", "target_old", "true_answer", "old_answer")
     """True answers before the edit, the main one first."""
     rephrases: tuple[str, ...] = _REPHRASES
     locality: tuple[QuestionKeys, ...] = (
         QuestionKeys("locality"),
         QuestionKeys("loc", ("loc_ans",)),
-        QuestionKeys("loc_prompt", ("loc_ans",)),
-        QuestionKeys("locality_prompt", ("locality_ground_truth",)),
-        QuestionKeys("locality_question", ("locality_answer",)),
+        QuestionKeys("loc_prompt", ("loc_ans|loc_answer",)),
+        *(
+            QuestionKeys(f"locality_{word}", ("locality_ground_truth|locality_answer|locality_answers",))
+            for word in _ASKED
+        ),
         # The neighbours of CounterFact were chosen for having the same true answer.
         QuestionKeys("neighborhood_prompts", ("requested_rewrite.target_true",)),
     )
     portability: tuple[QuestionKeys, ...] = (
         QuestionKeys("portability"),
-        QuestionKeys("portability_prompt", ("portability_ground_truth",)),
+        *(
+            QuestionKeys(f"portability_{word}", ("portability_ground_truth|portability_answer|portability_answers",))
+            for word in _ASKED
+        ),
         QuestionKeys("mhop", ("mhop_ans",)),
         QuestionKeys("questions", ("new_answer", "new_answer_alias")),
         QuestionKeys("sub_question", ("sub_answer",)),
@@ -129,7 +137,8 @@ LAYOUTS = (  # the first that recognises a record has it
 
 _MARK = "{}"
 _PROMPT_KEYS = ("prompt", "question", "loc", "cloze", "New Question")
-_ANSWER_KEYS = ("answer", "ground_truth", "loc_ans", "New Answer", "answers", "answer_alias", "aliases")
+_ANSWER_KEYS = ("answer", "ground_truth", "loc_ans", "New Answer", "answers", "target", "ans", "expected_answer")
+_ALIAS_KEYS = ("answer_alias", "answer_aliases", "aliases")
 MAPPED = (
     "prompt", "target", "subject", "id", "ground_truth", "rephrases", "locality", "locality.prompt", "locality.answer",
     "portability", "portability.prompt", "portability.answer",
@@ -138,7 +147,11 @@ MAPPED = (
 
 LIST_KEYS = frozenset({
     "ground_truth", "answers", "locality", "portability", "questions", "sub_question", "sub_answer", *_REPHRASES,
-    *(key for keys in EditLayout.locality + EditLayout.portability for key in (keys.prompt, *keys.answers)),
+    *(
+        key
+        for keys in EditLayout.locality + EditLayout.portability
+        for key in (keys.prompt, *(name for names in keys.answers for name in names.split("|")))
+    ),
 })  # fmt: skip
 """Keys that may hold lists, which a table writes into one cell."""
 
@@ -278,7 +291,6 @@ def _read_edit(
     layout: EditLayout, fields: RecordFields, record: RecordFields, holders: Sequence[RecordFields]
 ) -> tuple[EditRequest, tuple[str, ...]]:
     """fields: the object with the edit. holders: those that hold rephrases and questions for it."""
-    target_path = f"{layout.target}.str" if isinstance(fields.look(layout.target), Mapping) else layout.target
     truths = tuple(text for name in layout.truths for text in _answers(fields, name, fields.look(name)))
     subject = _first(layout.subject, fields, _STRIPPED)
 
@@ -289,7 +301,7 @@ def _read_edit(
         id=_first(layout.id, record, _IDENTITY),
         subject=subject,
         prompt=_prompt(layout, fields, subject),
-        target=fields.get(target_path, _LINE),
+        target=_target(layout.target, fields),
         ground_truth=truths[0] if truths else None,
         rephrases=tuple(text for holder in holders for text in _rephrases(layout, holder)),
         locality=tuple(
@@ -317,6 +329,14 @@ def _prompt(layout: EditLayout, fields: RecordFields, subject: str) -> str:
     return prompt.replace(_MARK, subject) if layout.marked or unfilled else prompt
 
 
+def _target(path: str, fields: RecordFields) -> str:
+    """A text, an object with the text as "str", or in the layouts of others a list of one."""
+    value = fields.look(path)
+    if isinstance(value, list) and len(value) == 1 and not fields.strict:
+        return fields.checked(f"{path}[0]", _LINE, value[0])
+    return fields.get(f"{path}.str" if isinstance(value, Mapping) else path, _LINE)
+
+
 def _rephrases(layout: EditLayout, fields: RecordFields) -> Iterator[str]:
     for name in layout.rephrases:
         for path in (key for key in fields.value if fnmatchcase(str(key), name)) if "*" in name else (name,):
@@ -329,21 +349,18 @@ def _questions(fields: RecordFields, keys: QuestionKeys, scored: bool) -> Iterat
     if not keys.answers:
         yield from _in_objects(fields, keys.prompt, value, scored)
         return
-    given = fields.look(keys.answers[0])
+    main = next((key for key in keys.answers[0].split("|") if fields.look(key) is not None), "")
+    given = fields.look(main)
     if value is None or value == [] or (scored and given is None):
         return
     aliases = [text for name in keys.answers[1:] for text in _answers(fields, name, fields.look(name))]
     count = len(value) if isinstance(value, list) else 1
     one_each = isinstance(given, list) and isinstance(value, list) and (count > 1 or len(given) == 1)
     if one_each and len(given) != count:
-        return fields.wrong(keys.answers[0], f"{count} answers, one for each of {keys.prompt}", given)
+        return fields.wrong(main, f"{count} answers, one for each of {keys.prompt}", given)
     for index in range(count):
         at, inside = (f"[{index}]", value[index]) if isinstance(value, list) else ("", value)
-        answer = (
-            _answers(fields, keys.answers[0] + at, given[index])
-            if one_each
-            else _answers(fields, keys.answers[0], given)
-        )
+        answer = _answers(fields, main + at, given[index]) if one_each else _answers(fields, main, given)
         for text in _texts(fields, keys.prompt + at, inside):
             if answer or not scored:
                 yield text, (*answer, *aliases)
@@ -355,11 +372,10 @@ def _in_objects(fields: RecordFields, at: str, value: Any, scored: bool) -> Iter
         for index, item in enumerate(value):
             yield from _in_objects(fields, f"{at}[{index}]", item, scored)
     elif isinstance(value, Mapping):
-        inside = fields.inside(at, value, (*_PROMPT_KEYS, *_ANSWER_KEYS))
+        inside = fields.inside(at, value, (*_PROMPT_KEYS, *_ANSWER_KEYS, *_ALIAS_KEYS))
         prompt = next((key for key in _PROMPT_KEYS if key in value), None)
-        answers = tuple(key for key in _ANSWER_KEYS if value.get(key) is not None)
         if prompt is not None:
-            yield from _questions(inside, QuestionKeys(prompt, answers or _ANSWER_KEYS[:1]), scored)
+            yield from _questions(inside, QuestionKeys(prompt, ("|".join(_ANSWER_KEYS), *_ALIAS_KEYS)), scored)
         elif value and all(item is None or isinstance(item, list | Mapping) for item in value.values()):
             for group, item in value.items():
                 yield from _in_objects(fields, f"{at}.{group}", item, scored)

@@ -22,6 +22,14 @@ MAX_PROBLEMS = 20
 """Problems of one file that are told one by one; a file whose every line is wrong needs no 3000 messages."""
 
 _BLANK = " \t\r\n"
+_NO_TEXT = {
+    b"PAR1": "a parquet file, expected its name to end in .parquet",
+    b"PK\x03\x04": "a spreadsheet or a zip archive; save it as CSV, or unpack it",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet; save it as CSV",
+    b"\x1f\x8b": "a compressed file; unpack it",
+    b"BZh": "a compressed file; unpack it",
+}
+"""How files begin that are no text, and what to do about them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ def read_json_records(
             problems.append(_broken(path, error))
     elif (whole := _one_object(text)) is not None and not is_record(whole) and _is_wrapper(path, text, whole):
         try:
-            found = _unwrapped(path, whole)
+            found = _unwrapped(path, whole, is_record)
         except InputError as error:
             problems += error.problems
     elif whole is not None:
@@ -120,9 +128,11 @@ def _lists(whole: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _unwrapped(path: Path, whole: dict[str, Any]) -> list[FileRecord]:
+def _unwrapped(path: Path, whole: dict[str, Any], is_record: Callable[[Mapping[str, Any]], bool]) -> list[FileRecord]:
     """The records in one object. Raises InputError if there are none, or more than one list of them."""
-    keys = _lists(whole)
+    lists_of_objects = _lists(whole)
+    known = [key for key in lists_of_objects if is_record(whole[key][0])]
+    keys = known if len(known) == 1 else lists_of_objects
     if len(keys) > 1:
         lists = ", ".join(f"{key} ({len(whole[key])})" for key in keys)
         raise InputError(f"{path}: one JSON object with {len(keys)} lists of records, {lists}; save the one to read")
@@ -132,7 +142,7 @@ def _unwrapped(path: Path, whole: dict[str, Any]) -> list[FileRecord]:
     if len(whole) > 1 and all(isinstance(value, dict) for value in whole.values()):
         return [FileRecord(number, value) for number, value in enumerate(whole.values(), 1)]
     if len(whole) == 1 and isinstance(inside := next(iter(whole.values())), dict):
-        return _unwrapped(path, inside)
+        return _unwrapped(path, inside, is_record)
     shown = ", ".join(list(whole)[:8])
     raise InputError(f"{path}: one JSON object (keys: {shown}), expected a list of records, or one record a line")
 
@@ -248,6 +258,8 @@ def read_text(path: Path) -> str:
         raise InputError(missing_path(path)) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    if kind := next((kind for magic, kind in _NO_TEXT.items() if raw.startswith(magic)), None):
+        raise InputError(f"{path}: got {kind}")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

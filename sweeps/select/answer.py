@@ -147,7 +147,8 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     """What the report says besides the results."""
     request, study = selection.request, selection.request.study
     limit = "" if study.edits.limit is None else f" --limit {study.edits.limit}"
-    edits = f"--edits {shlex.quote(study.edits.source)}{limit}"
+    mapped = "".join(f" --map {shlex.quote(f'{name}=' + ','.join(keys))}" for name, keys in study.edits.map.items())
+    edits = f"--edits {shlex.quote(study.edits.source)}{limit}{mapped}"
     positions = plural(len(selection.candidates), "position")
     share, minutes = request.budget.share, request.budget.minutes
     budget = f"{minutes:g} minutes" if share is None else f"{percent(share)} of the grid's cost"

@@ -40,7 +40,9 @@ def unread_sentence(edits):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("key", ["rephrases", "rephrase", "rephrase_prompt", "paraphrase_prompts", "para_question1"])
+@pytest.mark.parametrize(
+    "key", ["rephrases", "rephrase", "rephrase_prompt", "paraphrase_prompts", "para_question1", "paraphrased_questions"]
+)
 @pytest.mark.parametrize("value", ["again", ["again"], ["again", "and again"]])
 def test_rephrases_under_any_name_in_any_layout(tmp_path, layout, key, value):
     without = {
@@ -81,6 +83,7 @@ def test_locality_in_lists_and_groups(tmp_path, base, locality):
         {"loc": ["x"], "loc_ans": ["y"]},
         {"locality_prompt": "x", "locality_ground_truth": "y"},
         {"locality_question": "x", "locality_answer": "y"},
+        {"locality_prompts": ["x"], "locality_answers": ["y"]},
     ],
 )
 def test_locality_in_pairs_of_keys(tmp_path, fields):
@@ -235,6 +238,29 @@ def test_one_record_is_a_file_of_one(tmp_path):
     for name, indent in (("a.json", 1), ("b.json", None), ("c.jsonl", None), ("d.jsonl", 2)):
         (request,) = load(tmp_path, json.dumps(record, indent=indent), name).requests
         assert len(request.locality) == 2
+
+
+def test_the_only_list_of_edits_in_an_object_is_read(tmp_path):
+    edits = load(tmp_path, json.dumps({"authors": [{"name": "x"}], "edits": [KNOWEDIT]}), "a.json")
+    assert len(edits.requests) == 1 and edits.unread == {"authors": 0}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"PAR1\x15", "got a parquet file, expected its name to end in .parquet"),
+        (b"PK\x03\x04\x14", "got a spreadsheet or a zip archive; save it as CSV"),
+        (b"\x1f\x8b\x08", "got a compressed file; unpack it"),
+    ],
+)
+def test_files_that_are_no_text_are_told_apart(tmp_path, content, problem):
+    assert problem in only_problem(tmp_path, content, "a.json")
+
+
+def test_a_target_may_be_a_list_of_one(tmp_path):
+    assert one(tmp_path, KNOWEDIT | {"target_new": ["Oslo"]}).target == "Oslo"
+    problem = only_problem(tmp_path, [KNOWEDIT | {"target_new": ["Oslo", "Rome"]}, KNOWEDIT])
+    assert "record 1 (line 1), field target_new: expected text, got a list" in problem
 
 
 def test_two_lists_in_an_object_are_named(tmp_path):

@@ -547,7 +547,7 @@ def test_missing_field(tmp_path, layout, field):
         (OWN | {"rephases": ["x"]}, "field rephases: unknown key, did you mean 'rephrases'?"),
         (without(OWN, "target") | {"Target": "x"}, "field Target: unknown key, did you mean 'target'?"),
         (ZSRE | {"answers": [True]}, "field answers[0]: expected text, got a boolean true"),
-        (ZSRE | {"alt": ["x"]}, "field alt: expected text, got a list"),
+        (ZSRE | {"alt": ["x", "y"]}, "field alt: expected text, got a list"),
         (COUNTERFACT | {"target_new": None, "rephrase_prompt": "x"}, "field target_new: expected text, got null"),
         (ORIGINAL | {"requested_rewrite": "x"}, "field requested_rewrite: expected an object, got a string"),
         (
