@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter
 
 from locft.data.edit_request import EditRequest, LocalityPrompt, PortabilityPrompt
+from locft.data.field_map import FieldMap
 from locft.data.record_files import FileRecord
 from locft.data.record_layouts import (
     FieldType,
@@ -139,12 +140,6 @@ _MARK = "{}"
 _PROMPT_KEYS = ("prompt", "question", "loc", "cloze", "New Question")
 _ANSWER_KEYS = ("answer", "ground_truth", "loc_ans", "New Answer", "answers", "target", "ans", "expected_answer")
 _ALIAS_KEYS = ("answer_alias", "answer_aliases", "aliases")
-MAPPED = (
-    "prompt", "target", "subject", "id", "ground_truth", "rephrases", "locality", "locality.prompt", "locality.answer",
-    "portability", "portability.prompt", "portability.answer",
-)  # fmt: skip
-"""The fields that a map may name."""
-
 LIST_KEYS = frozenset({
     "ground_truth", "answers", "locality", "portability", "questions", "sub_question", "sub_answer", *_REPHRASES,
     *(
@@ -154,9 +149,6 @@ LIST_KEYS = frozenset({
     ),
 })  # fmt: skip
 """Keys that may hold lists, which a table writes into one cell."""
-
-FieldMap = Mapping[str, Sequence[str]]
-"""Fields of an edit (`MAPPED`) and the paths of their keys in the records of a file."""
 
 
 def _one_line(text: str) -> str:
@@ -172,35 +164,6 @@ _IDENTITY = FieldType(
     TypeAdapter(Annotated[_Stripped, BeforeValidator(lambda value: str(value) if type(value) is int else value)]),
     "",
 )
-
-
-def read_field_map(value: Any) -> FieldMap:
-    """A map as a study file or an option writes it: text or a list of texts for each field, or for locality and
-    portability prompt and answer. Raises InputError with every problem."""
-    problems: list[str] = []
-    found: dict[str, tuple[str, ...]] = {}
-    if not isinstance(value, Mapping):
-        raise InputError(f"got {value!r}, expected fields and the keys they are under, such as {{prompt: question}}")
-    flat = {
-        f"{name}.{part}" if part else name: keys
-        for name, given in value.items()
-        for part, keys in (given.items() if isinstance(given, Mapping) else [("", given)])
-    }
-    for name, keys in flat.items():
-        listed = (keys,) if isinstance(keys, str) else keys
-        if name not in MAPPED:
-            problems.append(
-                f"got the field {name}, expected one of {', '.join(MAPPED)}{did_you_mean(str(name), MAPPED)}"
-            )
-        elif not isinstance(listed, list | tuple) or not listed or not all(isinstance(k, str) and k for k in listed):
-            problems.append(f"{name}: got {keys!r}, expected the key that it is under, or a list of keys")
-        elif len(listed) > 1 and name in ("prompt", "target"):
-            problems.append(f"{name}: got {len(listed)} keys, expected one")
-        else:
-            found[name] = tuple(listed)
-    if problems:
-        raise InputError(problems)
-    return found
 
 
 def read_edits(

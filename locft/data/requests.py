@@ -20,6 +20,7 @@ from typing import Any
 from locft.data.answers import normalise_answer
 from locft.data.edit_layouts import LIST_KEYS, edit_layouts, read_edits
 from locft.data.edit_request import EditRequest
+from locft.data.field_map import FieldMap
 from locft.data.record_files import FileRecord, file_records, hub_records, missing_path
 from locft.errors import InputError
 
@@ -123,13 +124,13 @@ def load_edits(
     *,
     limit: int | None = None,
     sample_seed: int | None = None,
-    fields: Mapping[str, Sequence[str]] | None = None,
+    fields: FieldMap | None = None,
 ) -> EditSet:
     """Read and check a whole source, then select.
 
     `source` is a built-in name ("atlas"), a file (JSON, JSON Lines, CSV or parquet), or a hub id ("owner/name" or
     "owner/name:split"). `fields` says under which keys its records have what no layout knows
-    (`locft.data.edit_layouts.read_field_map`). `limit` None takes all edits, as does a limit above their number;
+    (`locft.data.field_map`). `limit` None takes all edits, as does a limit above their number;
     otherwise it takes the first ones, or with `sample_seed` a random sample, the same on every machine and in the order of
     the file.
 
@@ -238,7 +239,7 @@ def _with_ids(edits: Sequence[EditRequest], layout: str) -> list[EditRequest]:
     return named
 
 
-def _records(source: str, fields: Mapping[str, Sequence[str]] | None) -> tuple[list[FileRecord], list[str]]:
+def _records(source: str, fields: FieldMap | None) -> tuple[list[FileRecord], list[str]]:
     """(records, problems with single ones) of a whole source."""
     if source in BUILT_IN:
         with importlib.resources.as_file(importlib.resources.files("locft.data") / f"{source}.jsonl") as path:
@@ -259,7 +260,7 @@ def _records(source: str, fields: Mapping[str, Sequence[str]] | None) -> tuple[l
     raise InputError(problem)
 
 
-def _file_records(path: Path, fields: Mapping[str, Sequence[str]] | None) -> tuple[list[FileRecord], list[str]]:
+def _file_records(path: Path, fields: FieldMap | None) -> tuple[list[FileRecord], list[str]]:
     """An empty cell of a table is a field that is absent."""
     layouts = edit_layouts(fields)
     lists = LIST_KEYS | {

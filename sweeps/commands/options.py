@@ -119,7 +119,7 @@ def read_map(options: Sequence[str] | None) -> dict[str, list[str]]:
 
 def edits_of(source: str, limit: int | None, field_map: Sequence[str] | None = None) -> "Edits":
     """The edits that --edits, --limit and --map name. Raises InputError when --edits is empty or --map is wrong."""
-    from locft.data.edit_layouts import read_field_map
+    from locft.data.field_map import read_field_map
     from sweeps.study.schema import Edits
 
     if not source.strip():

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from analysis.stats.axes import AXES, AXIS, Axis
-from locft.data.edit_layouts import read_field_map
+from locft.data.field_map import read_field_map
 from locft.errors import InputError
 from locft.train.formats import EXPECTED as FORMATS_EXPECTED
 from locft.train.formats import NAMES as FORMATS

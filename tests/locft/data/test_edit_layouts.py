@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from locft.data.edit_layouts import read_field_map
 from locft.data.edit_request import LocalityPrompt, PortabilityPrompt
+from locft.data.field_map import read_field_map
 from locft.data.requests import load_edits, own_record
 from locft.errors import InputError
 from tests.locft.data.test_requests import LAYOUTS, OWN, only_problem, write

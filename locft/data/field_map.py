@@ -1,0 +1,44 @@
+"""A map says where a file has the fields of an edit that no layout knows: {prompt: question, rephrases: [q1, q2]}."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from locft.errors import InputError, did_you_mean
+
+FieldMap = Mapping[str, Sequence[str]]
+"""Fields of an edit (`MAPPED`) and the paths of their keys in the records of a file."""
+
+MAPPED = (
+    "prompt", "target", "subject", "id", "ground_truth", "rephrases", "locality", "locality.prompt", "locality.answer",
+    "portability", "portability.prompt", "portability.answer",
+)  # fmt: skip
+"""The fields that a map may name."""
+
+
+def read_field_map(value: Any) -> FieldMap:
+    """A map as a study file or an option writes it: text or a list of texts for each field, or for locality and
+    portability prompt and answer. Raises InputError with every problem."""
+    problems: list[str] = []
+    found: dict[str, tuple[str, ...]] = {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"got {value!r}, expected fields and the keys they are under, such as {{prompt: question}}")
+    flat = {
+        f"{name}.{part}" if part else name: keys
+        for name, given in value.items()
+        for part, keys in (given.items() if isinstance(given, Mapping) else [("", given)])
+    }
+    for name, keys in flat.items():
+        listed = (keys,) if isinstance(keys, str) else keys
+        if name not in MAPPED:
+            problems.append(
+                f"got the field {name}, expected one of {', '.join(MAPPED)}{did_you_mean(str(name), MAPPED)}"
+            )
+        elif not isinstance(listed, list | tuple) or not listed or not all(isinstance(k, str) and k for k in listed):
+            problems.append(f"{name}: got {keys!r}, expected the key that it is under, or a list of keys")
+        elif len(listed) > 1 and name in ("prompt", "target"):
+            problems.append(f"{name}: got {len(listed)} keys, expected one")
+        else:
+            found[name] = tuple(listed)
+    if problems:
+        raise InputError(problems)
+    return found
