@@ -47,6 +47,7 @@ def ray_cluster(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_task_oom_retries", str(WORKER_RESTARTS))  # Ray's own number has no end
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a relative name of a model means the same folder in workers
     if address is not None:
         _check_reachable(address)
     import ray

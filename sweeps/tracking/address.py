@@ -177,16 +177,20 @@ def _check_schema(path: Path) -> None:
 
 def _require_schema(store: str, found: Sequence[str], upgrade: str) -> None:
     """Raises InputError unless the tables are those of the MLflow that is installed here. found: their version."""
+    from mlflow import store as mlflow_store
     from mlflow.store.db.utils import _get_latest_schema_revision
     from mlflow.version import VERSION
 
     wanted = _get_latest_schema_revision()
-    if list(found) != [wanted]:
-        version = ", ".join(found) or "none"
-        raise InputError(
-            f"{store} is of an older MLflow, or of a newer one (its schema is {version}, that of MLflow {VERSION} {wanted}): if "
-            f"of an older one, {upgrade}; if of a newer one, use that; or give another --tracking-uri"
-        )
+    if list(found) == [wanted]:
+        return
+    migrations = Path(mlflow_store.__path__[0], "db_migrations", "versions")
+    older = not found or any(migrations.glob(f"{found[0]}_*.py"))
+    what = f"{upgrade}; or" if older else "use that MLflow, or"
+    raise InputError(
+        f"{store} is of {'an older' if older else 'a newer'} MLflow than {VERSION}, which is installed here (its schema is "
+        f"{', '.join(found) or 'none'}, expected {wanted}): {what} give another --tracking-uri"
+    )
 
 
 def _check_server(uri: str) -> None:

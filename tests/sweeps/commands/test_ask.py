@@ -27,22 +27,22 @@ def edit(tmp_path):
 
 def test_before_and_after_in_every_format(locft, chat_folder, edit):
     prompts = ["The capital of France is", "Who played the trumpet?"]
-    said = locft("ask", chat_folder, *prompts, "--delta", edit(chat_folder), "--tokens", 8, "--json").json
+    said = locft("ask", chat_folder, *prompts, "--delta", edit(chat_folder), "--tokens", 8, "--threads", 1, "--json").json
     assert said["position"] == "1.mlp_down"
     answers = said["answers"]
     assert [(a["prompt"], a["format"]) for a in answers] == [(p, form) for p in prompts for form in ("raw", "chat")]
     assert any(answer["before"] != answer["after"] for answer in answers)
-    again = locft("ask", chat_folder, *prompts, "--tokens", 8, "--json").json
+    again = locft("ask", chat_folder, *prompts, "--tokens", 8, "--threads", 1, "--json").json
     assert [a["before"] for a in again["answers"]] == [a["before"] for a in answers], "the model is as it was"
     assert again["position"] is None and {a["after"] for a in again["answers"]} == {None}
 
 
 def test_in_words(locft, tiny_folder, edit):
-    said = locft("ask", tiny_folder, "The capital of France is", "--delta", edit(tiny_folder), "--tokens", 4)
+    said = locft("ask", tiny_folder, "The capital of France is", "--delta", edit(tiny_folder), "--tokens", 4, "--threads", 1)
     first, before, after = said.out.splitlines()[:3]
     assert said.code == 0 and first == "The capital of France is"
     assert before.split()[:2] == ["raw", "before"] and after.split()[:2] == ["raw", "after"]
-    plain = locft("ask", tiny_folder, "The capital of France is", "--tokens", 4)
+    plain = locft("ask", tiny_folder, "The capital of France is", "--tokens", 4, "--threads", 1)
     assert plain.out.splitlines()[1].startswith("  raw ") and "before" not in plain.out
 
 

@@ -65,8 +65,17 @@ def test_tables_of_an_older_version_are_refused_and_left_alone(tmp_path, empty_s
         with pytest.raises(InputError) as caught:
             connect(f"sqlite:///{file}", create=create)
         assert f"copy the file, then run `mlflow db upgrade 'sqlite:///{file}'`" in str(caught.value)
+        assert "is of an older MLflow than" in str(caught.value)
         assert "bd07f7e963c5" in str(caught.value) and "--tracking-uri" in str(caught.value)
     assert time.monotonic() - began < 10 and file.read_bytes() == before and os.listdir(tmp_path) == ["old.db"]
+
+
+def test_tables_of_a_newer_version_are_told_from_older_ones(tmp_path, empty_store):
+    shutil.copy(empty_store, tmp_path / "new.db")
+    with closing(sqlite3.connect(tmp_path / "new.db")) as store, store:
+        store.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    with pytest.raises(InputError, match="of a newer MLflow than .*: use that MLflow"):
+        address.check_reachable(f"sqlite:///{tmp_path}/new.db")
 
 
 def test_an_empty_file_becomes_a_store(tmp_path):
