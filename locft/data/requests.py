@@ -266,9 +266,14 @@ def _file_records(path: Path, fields: FieldMap | None) -> tuple[list[FileRecord]
     lists = LIST_KEYS | {
         key for name, keys in (fields or {}).items() if name not in ("prompt", "target") for key in keys
     }
-    records, problems = file_records(
-        path, lists=lists, is_record=lambda value: any(layout.recognises(value) for layout in layouts)
-    )
+    texts = {name for layout in layouts for name in (layout.prompt, layout.target)}
+
+    def is_record(value: Mapping[str, Any]) -> bool:
+        """Also of one that lacks something, whose list of questions is not to be taken for the records."""
+        known = any(layout.recognises(value) for layout in layouts)
+        return known or any(isinstance(value.get(name), str) for name in texts)
+
+    records, problems = file_records(path, lists=lists, is_record=is_record)
     if path.suffix.lower() in _TABLES:
         records = [
             replace(record, value={key: cell for key, cell in record.value.items() if cell not in ("", None)})

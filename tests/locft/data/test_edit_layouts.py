@@ -263,6 +263,14 @@ def test_a_target_may_be_a_list_of_one(tmp_path):
     assert "record 1 (line 1), field target_new: expected text, got a list" in problem
 
 
+def test_a_record_that_lacks_its_prompt_is_no_wrapper_of_its_questions(tmp_path):
+    record = {"promt": "p", "target": "t", "locality": [{"prompt": "x", "answer": "y"}]}
+    for name in ("a.json", "a.jsonl"):
+        assert "unknown layout, got the keys promt, target, locality" in only_problem(
+            tmp_path, json.dumps(record), name
+        )
+
+
 def test_two_lists_in_an_object_are_named(tmp_path):
     problem = only_problem(tmp_path, json.dumps({"success": [KNOWEDIT] * 2, "locality": [KNOWEDIT]}), "a.json")
     assert "2 lists of records, success (2), locality (1); save the one to read" in problem

@@ -408,7 +408,7 @@ def test_kinds_that_were_not_asked_are_absent():
     assert edit_metrics([]) == {}
 
 
-kinds = st.sampled_from(["reliability", "generalization", "locality"])
+kinds = st.sampled_from(["reliability", "generalization", "portability", "locality"])
 outcome_lists = st.lists(st.builds(outcome, st.sampled_from("abcd"), kinds, st.booleans(), st.booleans()), max_size=30)
 
 
@@ -418,5 +418,5 @@ def test_metrics_are_shares_whatever_the_order(outcomes, random):
     assert all(0 <= value <= 1 for value in metrics.values())
     shuffled = random.sample(outcomes, len(outcomes))
     assert edit_metrics(shuffled) == pytest.approx(metrics)
-    names = {"reliability": "reliability", "generalization": "generalization", "locality": "locality_exact"}
+    names = {name: name for name in ("reliability", "generalization", "portability")} | {"locality": "locality_exact"}
     assert set(names.values()) & metrics.keys() == {names[o.kind] for o in outcomes}
