@@ -1,5 +1,5 @@
-"""Plots of how settings came to their results: loss curves, breadth-first against depth-first, parallel coordinates, and
-what matters.
+"""Plots of how settings came to their results: loss curves, what a stream retains, breadth-first against depth-first,
+parallel coordinates, and what matters.
 
 In two steps like all figures: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's
 id as `customdata`, by which the page filters them.
@@ -22,6 +22,8 @@ from analysis.stats.wording import escaped
 
 MAX_CURVES = 150
 """Loss curves drawn at most; the info says how many were left out."""
+AGES = 10
+"""Parts of a stream by age."""
 MAX_PAIRS = 200
 """Pairs of pipelines drawn at most; the mean difference is that of all."""
 MAX_LINES = 1000
@@ -52,7 +54,7 @@ def loss_info(results: pd.DataFrame, *, front: Sequence[str] = (), pick: str | N
     rows = done(results)
     rows = rows[rows["epoch_losses"].map(len).gt(0).astype(bool)]
     pipelines = set(rows["pipeline"])
-    pipeline = next((name for name in ("breadth_first", "depth_first") if name in pipelines), None)
+    pipeline = next((name for name in ("breadth_first", "depth_first", "stream") if name in pipelines), None)
     rows = rows[rows["pipeline"] == pipeline]
     rank = {trial: 1 for trial in front} | ({pick: 0} if pick is not None else {})
     order = sorted(range(len(rows)), key=lambda i: rank.get(rows["trial_id"].iloc[i], 2))
@@ -68,7 +70,7 @@ def loss_info(results: pd.DataFrame, *, front: Sequence[str] = (), pick: str | N
 
 def loss_figure(info: LossInfo) -> go.Figure:
     """Loss against epoch on a logarithmic axis: the pick bold, the front in colour, the others in grey behind."""
-    unit = "batch" if info.pipeline == "depth_first" else "epoch"
+    unit = {"depth_first": "batch", "stream": "arrival"}.get(info.pipeline or "", "epoch")
     figure = styled_figure(
         height=400,
         xaxis={"title": {"text": unit}, "rangemode": "tozero"},
@@ -95,6 +97,48 @@ def loss_figure(info: LossInfo) -> go.Figure:
             customdata=trials,
             line={"color": colour, "width": width}, opacity=0.55 if kind == "other" else 1,
             connectgaps=False, hovertemplate=f"%{{text}}<br>{unit} %{{x}}: loss %{{y:.3g}}<extra></extra>",
+        )  # fmt: skip
+    return figure
+
+
+@dataclass(frozen=True)
+class RetentionCurve:
+    trial_id: str
+    label: str
+    retained: tuple[float, ...]
+    """Reliability of each part of the edits, those that arrived first ahead; mean over seeds and formats."""
+
+
+def retention_info(results: pd.DataFrame) -> tuple[RetentionCurve, ...]:
+    """What is left of early and late edits at the end, by setting. Empty for a study without streams.
+
+    Settings that train everything together are there for comparison: age means nothing to them.
+    """
+    rows = by_setting(results)
+    if "stream" not in set(rows.get("pipeline", ())):
+        return ()
+    curves = []
+    for row in rows[:MAX_CURVES].to_dict("records"):
+        right = row["right_by_edit"]
+        if isinstance(right, np.ndarray) and len(right) >= AGES:
+            label = escaped(", ".join(filter(None, (f"{row['layer']}.{row['module']}", setting_text(row)))))
+            parts = tuple(float(part.mean()) for part in np.array_split(right, AGES))
+            curves.append(RetentionCurve(row["trial_id"], label, parts))
+    return tuple(curves)
+
+
+def retention_figure(curves: Sequence[RetentionCurve]) -> go.Figure:
+    """Reliability against the time of arrival, a line per setting."""
+    figure = styled_figure(
+        height=400,
+        xaxis={"title": {"text": "share of the edits that had arrived"}, "tickformat": ".0%", "range": [0, 1.03]},
+        yaxis={"title": {"text": "reliability at the end"}, "tickformat": ".0%", "range": [0, 1.03]},
+        hovermode="closest",
+    )
+    for curve in curves:
+        figure.add_scatter(
+            x=[(part + 1) / AGES for part in range(AGES)], y=curve.retained, mode="lines+markers", name=curve.label,
+            customdata=[curve.trial_id] * AGES, hovertemplate=f"{curve.label}<br>%{{x:.0%}}: %{{y:.0%}}<extra></extra>",
         )  # fmt: skip
     return figure
 

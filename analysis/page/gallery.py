@@ -24,6 +24,8 @@ from analysis.figures.curves import (
     parallel_info,
     pipeline_figure,
     pipeline_info,
+    retention_figure,
+    retention_info,
 )
 from analysis.figures.front import FrontInfo, front_figure, front_info
 from analysis.figures.maps import HEATMAP_CAPTION, heatmap_figure, heatmap_info, probe_figure, probe_info
@@ -87,6 +89,15 @@ def gallery(
         more = f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
         caption = f"Mean loss over the edits{pipeline}{more}"
         plots.append(page_plot("losses", "Training loss", loss_figure(losses), caption, "Training loss by epoch."))
+    if retained := retention_info(results):
+        plots.append(
+            page_plot(
+                "retention", "What a stream retains", retention_figure(retained),
+                "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
+                " right forgets; a level one does not.",
+                "Reliability by time of arrival, a line per setting.",
+            )
+        )  # fmt: skip
     for metric in ("reliability", "capability"):
         pairs = pipeline_info(results, metric) if has_values(results, metric) else None
         if pairs is None or not pairs.pairs:

@@ -86,8 +86,9 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "pipeline", str, "breadth_first", "pipeline",
-        "breadth_first: epochs over all edits; depth_first: each batch to its end before the next",
-        choices=("breadth_first", "depth_first"), in_first_ids=True,
+        "breadth_first: epochs over all edits; depth_first: each batch to its end before the next; stream: edits arrive a few "
+        "at a time, in the order of the file, and earlier ones are replayed",
+        choices=("breadth_first", "depth_first", "stream"), in_first_ids=True,
     ),
     Axis(
         "batch_size", int, 32, "batch size", "edits per optimiser step",
@@ -102,6 +103,18 @@ AXES: tuple[Axis, ...] = (
         "edit: mean over the tokens of an edit, then over edits; token: mean over all tokens of the batch; last_token: the "
         "answer's tokens as the prompt's last token predicts them, as FT-L trains it",
         choices=("edit", "token", "last_token"), short="loss by ", in_first_ids=True,
+    ),
+    Axis(
+        "arrival", int, 1, "arrival", "edits that arrive together", at_least=1, log=True, short="arrival ",
+        only=("pipeline", ("stream",)),
+    ),
+    Axis(
+        "replay", int, 8, "replay", "earlier edits drawn for each step", at_least=0, short="replay ",
+        only=("pipeline", ("stream",)),
+    ),
+    Axis(
+        "momentum", str, "fresh", "momentum", "whether the optimiser starts anew with each arrival",
+        choices=("fresh", "kept"), short="momentum ", only=("pipeline", ("stream",)),
     ),
     Axis(
         "method", str, "full", "method", "how the change of the weights is parametrised and held back",
@@ -166,7 +179,8 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis("seed", int, 0, "seed", "of the order of the edits", at_least=0, below=2**32, in_first_ids=True),
     Axis(
-        "epochs", int, 25, "epochs", "at most this many passes (breadth_first) or steps per batch (depth_first)",
+        "epochs", int, 25, "epochs",
+        "at most this many passes over the edits (of an arrival), or steps per batch (depth_first)",
         at_least=1, swept=False, in_first_ids=True,
     ),
     Axis(
@@ -175,7 +189,7 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "stop_below", float, 0.01, "stop below",
-        "an epoch (breadth_first) or a batch (depth_first) whose loss is below ends; 0 never stops early",
+        "training ends (of an arrival or, depth_first, of a batch) when its loss is below; 0 never stops early",
         at_least=0, swept=False, in_first_ids=True,
     ),
     Axis(

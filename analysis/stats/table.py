@@ -84,7 +84,9 @@ COLUMNS: dict[str, Column] = {
     "train_loss": Column(NUMBER, "of the last epoch"),
     "trained_loss": Column(NUMBER, "mean loss of all edits at the end, in the precision of training"),
     "merged_loss": Column(NUMBER, "the same after merging the edit into the model's own dtype: the gap is rounding"),
-    "epoch_losses": Column(LIST, "mean loss of each epoch (breadth-first) or of each batch's last step (depth-first)"),
+    "epoch_losses": Column(
+        LIST, "mean loss of each epoch (breadth-first), or the last of each batch (depth-first) or arrival"
+    ),
     "epochs_run": Column(NUMBER, "passes made"),
     "steps": Column(NUMBER, "optimiser steps taken"),
     "batch_pieces": Column(NUMBER, "in which a batch was computed: 1 unless memory did not suffice"),
@@ -93,6 +95,8 @@ COLUMNS: dict[str, Column] = {
     "capability_seconds": Column(NUMBER, "capability suite and drift"),
     "seconds": Column(NUMBER, "the whole trial"),
     "seconds_per_edit": Column(NUMBER, "train_seconds / n_edits"),
+    "arrival_seconds": Column(NUMBER, "median over the arrivals of a stream, from arrival to the end of its training"),
+    "arrival_seconds_p95": Column(NUMBER, "their 95th percentile"),
     "diverged": Column(NUMBER, "1 when the loss stopped being finite, else 0"),
     "delta_norm": Column(NUMBER, "Frobenius norm of the weight change"),
 }
@@ -112,7 +116,7 @@ METRICS = (
     "locality", "locality_first", "locality_kl", "locality_exact",
     "capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl", "perplexity",
     "train_loss", "trained_loss", "merged_loss", "epochs_run", "steps", "train_seconds", "evaluate_seconds", "capability_seconds", "seconds",
-    "seconds_per_edit", "delta_norm",
+    "seconds_per_edit", "arrival_seconds", "arrival_seconds_p95", "delta_norm",
 )  # fmt: skip
 """The metric columns that are averaged over seeds (besides the `part_columns`)."""
 

@@ -110,6 +110,11 @@ class EditSet:
             targets.setdefault(request.prompt, {}).setdefault(normalise_answer(request.target), request.target)
         return {prompt: tuple(found.values()) for prompt, found in targets.items() if len(found) > 1}
 
+    def of(self, requests: Sequence[EditRequest]) -> "EditSet":
+        """These edits in place of the set's own."""
+        findings = _findings(requests, [()] * len(requests))
+        return replace(self, requests=tuple(requests), fingerprint=_fingerprint(requests), findings=findings)
+
     def sample(self, count: int, seed: int) -> "EditSet":
         """A random sample of `count` of these edits, the same on every machine, in their order."""
         drawn = _drawn(range(len(self.requests)), count, seed)

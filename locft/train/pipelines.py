@@ -7,7 +7,7 @@ engine).
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import MappingProxyType
@@ -33,7 +33,7 @@ from locft.train.objective import (
 from locft.train.reference import full_forward
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
-Pipeline = Literal["breadth_first", "depth_first"]
+Pipeline = Literal["breadth_first", "depth_first", "stream"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,14 @@ class TrainingSettings(MethodSettings):
     """How an edit is trained. The defaults are the paper's for LLaMA-3-8B, apart from the batch size."""
 
     pipeline: Pipeline = "breadth_first"
-    """breadth_first: epochs over all edits. depth_first: one pass, each batch to its end before the next."""
+    """breadth_first: epochs over all edits. depth_first: one pass, each batch to its end before the next. stream: edits
+    arrive a few at a time, in the order of the file, and are trained while earlier ones are replayed."""
+    arrival: int = 1
+    """stream: edits that arrive together. Epochs go over them as breadth_first does over all."""
+    replay: int = 8
+    """stream: earlier edits drawn for each step. Their loss is added to that of the new ones."""
+    momentum: Literal["fresh", "kept"] = "fresh"
+    """stream: whether the optimiser starts anew with each arrival."""
     batch_size: int = 32
     """Edits per optimiser step."""
     epochs: int = 25
@@ -76,7 +83,8 @@ class Training:
 
     delta: EditDelta
     losses: tuple[float, ...]
-    """breadth_first: mean loss of each epoch over the edits. depth_first: each batch's last loss."""
+    """breadth_first: mean loss of each epoch over the edits. depth_first: each batch's last loss. stream: each arrival's
+    last mean loss."""
     steps: int
     """Optimiser steps taken; skipped ones are not counted."""
     diverged: bool
@@ -84,9 +92,23 @@ class Training:
     seconds: float
     pieces: int = 1
     """Parts in which a batch was computed: more than 1 only if memory ran out. Changes nothing but rounding."""
+    arrival_seconds: tuple[float, ...] = ()
+    """stream: from the arrival of edits to the end of their training."""
     trained_loss: float | None = None
     """Mean loss of all edits at the end, computed as in training. Compared with the loss of the edit merged into the
     model's own dtype it shows what rounding costs. None if training diverged."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a stream goes on with."""
+
+    delta: EditDelta
+    """Of the edits so far: training starts from it, and gives one delta for all."""
+    edits: int
+    """So many of the examples, the first ones, are learnt already and only replayed."""
+    seconds: float = math.inf
+    """No step begins later than this after the first."""
 
 
 def finetune(
@@ -96,24 +118,33 @@ def finetune(
     settings: TrainingSettings,
     forward: Forward | None = None,
     curvature: Mapping[str, Curvature] = MappingProxyType({}),
+    earlier: Earlier | None = None,
 ) -> Training:
     """Train the position's parameters on the edits. The model itself is only read.
 
     forward: how logits are computed, by default the full forward. curvature: by parameter name, for the methods that need
-    it. The trained copies are float32, whatever the model's dtype. On a CPU the result is bitwise a function of the
-    arguments.
+    it. earlier: what a stream goes on with. The trained copies are float32, whatever the model's dtype. On a CPU the result
+    is bitwise a function of the arguments, unless a time limit ends it.
     """
     started = time.perf_counter()
-    trainer = PositionTrainer(loaded, examples, position, settings, forward, curvature)
-    pipeline = _breadth_first if settings.pipeline == "breadth_first" else _depth_first
-    losses = pipeline(trainer, settings)
+    trainer = PositionTrainer(loaded, examples, position, settings, forward, curvature, earlier)
+    losses = _PIPELINES[settings.pipeline](trainer, settings)
     delta = EditDelta(str(position), loaded.fingerprint, trainer.method.change(), asdict(settings))
     seconds = time.perf_counter() - started
     trained_loss = None
     if not trainer.diverged:
         at_once = LOSS_ROWS if trainer.pieces == 1 else max(1, settings.batch_size // trainer.pieces)
         trained_loss = mean_loss(trainer.logits(), examples.raw, at_once)
-    return Training(delta, tuple(losses), trainer.steps, trainer.diverged, seconds, trainer.pieces, trained_loss)
+    return Training(
+        delta,
+        tuple(losses),
+        trainer.steps,
+        trainer.diverged,
+        seconds,
+        trainer.pieces,
+        tuple(trainer.arrival_seconds),
+        trained_loss,
+    )
 
 
 class PositionTrainer:
@@ -127,14 +158,23 @@ class PositionTrainer:
         settings: TrainingSettings,
         forward: Forward | None = None,
         curvature: Mapping[str, Curvature] = MappingProxyType({}),
+        earlier: Earlier | None = None,
     ):
         model = loaded.model
         self.forward, self.settings, self.examples = forward or partial(full_forward, model), settings, examples
+        start = earlier.delta.tensors if earlier else {}
         parameters = {
-            name: Parameter(model.get_parameter(name).detach().float(), is_input_first(model, name))
+            name: Parameter(
+                base := model.get_parameter(name).detach().float(),
+                is_input_first(model, name),
+                start[name].to(base.device) if start else None,
+            )
             for name in parameter_names(model, position)
         }
-        rounds = settings.epochs * math.ceil(len(examples) / settings.batch_size)
+        self.first_new = earlier.edits if earlier else 0
+        self.deadline = time.perf_counter() + earlier.seconds if earlier else math.inf
+        self.arrival_seconds: list[float] = []
+        rounds = settings.epochs * math.ceil((len(examples) - self.first_new) / settings.batch_size)
         self.method = make_method(parameters, settings, curvature, rounds)
         self.draws = torch.Generator().manual_seed(
             settings.seed
@@ -144,12 +184,41 @@ class PositionTrainer:
     def logits(self) -> SupervisedLogits:
         return self.forward(self.method.weights)
 
-    def step(self, batch: Sequence[int]) -> float:
-        """Loss of a batch of edits before the step, and the step unless it is skipped. What is drawn is drawn anew."""
-        return self.step_on([self.examples.draw(edit, self.draws) for edit in batch])
+    @property
+    def ended(self) -> bool:
+        """No step is to follow: the training diverged, or its time is over."""
+        return self.diverged or time.perf_counter() > self.deadline
+
+    def step(self, batch: Sequence[int], replay: Sequence[int] = ()) -> float:
+        """Loss of a batch of edits before the step, and the step unless it is skipped. What is drawn is drawn anew.
+
+        replay: earlier edits, whose loss is added for the step.
+        """
+        rows = [self.examples.draw(edit, self.draws) for edit in batch]
+        return self.step_on(rows, [self.examples.draw(edit, self.draws) for edit in replay])
+
+    def learn(self, edits: Sequence[int], order: torch.Generator, earlier: int = 0) -> list[float]:
+        """Mean losses of epochs over some edits. The last one may be cut short by a divergence, and is then left out.
+
+        earlier: how many of the first examples may be replayed.
+        """
+        settings = self.settings
+        losses: list[float] = []
+        for _ in range(settings.epochs):
+            total = 0.0
+            for batch in _shuffled_batches(len(edits), settings.batch_size, order):
+                replay = torch.randperm(earlier, generator=self.draws)[: settings.replay].tolist() if earlier else ()
+                loss = self.step([edits[index] for index in batch], replay)
+                if self.ended:
+                    return losses
+                total += loss * len(batch)
+            losses.append(total / len(edits))
+            if losses[-1] < settings.stop_below:
+                break
+        return losses
 
     @torch.enable_grad()
-    def step_on(self, rows: Sequence[TokenRow]) -> float:
+    def step_on(self, rows: Sequence[TokenRow], replay: Sequence[TokenRow] = ()) -> float:
         """The same for given rows. The weights stay finite.
 
         When memory runs out, this and all later batches are computed in twice as many pieces, down to single edits.
@@ -170,11 +239,9 @@ class PositionTrainer:
                 if not out_of_memory(error) or self.pieces >= len(rows):
                     raise
                 self.pieces = min(2 * self.pieces, len(rows))
-        if gradients is not None and self.examples.guards:
-            held = self.examples.guards.gradients(
-                self.logits(), trained, self.settings.guard_weight, self.settings.guards_per_step, self.draws
-            )
-            gradients = [own.add_(guard) for own, guard in zip(gradients, held, strict=True)]
+        if gradients is not None:
+            for more in self._beside(replay):
+                gradients = [own.add_(other) for own, other in zip(gradients, more, strict=True)]
         if not math.isfinite(loss) or (gradients is not None and not all_finite(gradients)):
             self.diverged = True
         elif gradients is not None:
@@ -182,20 +249,38 @@ class PositionTrainer:
             self.steps += 1
         return loss
 
+    def _beside(self, replay: Sequence[TokenRow]) -> Iterator[Sequence[torch.Tensor]]:
+        """Gradients that join those of a batch: of what is replayed, unless it is still known, and of guards."""
+        trained, settings, guards = list(self.method.weights.values()), self.settings, self.examples.guards
+        if replay:
+            _, gradients = loss_and_gradients(
+                self.logits(), trained, replay, settings.loss_average, at_least=settings.skip_below, pieces=self.pieces
+            )
+            if gradients is not None:
+                yield gradients
+        if guards:
+            yield guards.gradients(self.logits(), trained, settings.guard_weight, settings.guards_per_step, self.draws)
+
 
 def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[float]:
     """Mean loss of each epoch. A diverged training ends with the last whole epoch."""
+    order = torch.Generator().manual_seed(settings.seed)
+    return trainer.learn(range(len(trainer.examples)), order)
+
+
+def _stream(trainer: PositionTrainer, settings: TrainingSettings) -> list[float]:
+    """Last mean loss of each arrival. A training that ends early ends with the last whole arrival."""
     losses: list[float] = []
-    edits, order = len(trainer.examples), torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.epochs):
-        total = 0.0
-        for batch in _shuffled_batches(edits, settings.batch_size, order):
-            loss = trainer.step(batch)
-            if trainer.diverged:
-                return losses
-            total += loss * len(batch)
-        losses.append(total / edits)
-        if losses[-1] < settings.stop_below:
+    order = torch.Generator().manual_seed(settings.seed)
+    for first in range(trainer.first_new, len(trainer.examples), settings.arrival):
+        started = time.perf_counter()
+        if settings.momentum == "fresh":
+            trainer.method.restart()
+        arrived = range(first, min(first + settings.arrival, len(trainer.examples)))
+        found = trainer.learn(arrived, order, earlier=first)
+        trainer.arrival_seconds.append(time.perf_counter() - started)
+        losses += found[-1:]
+        if trainer.ended:
             break
     return losses
 
@@ -214,6 +299,9 @@ def _depth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[f
                 break
         losses.append(loss)
     return losses
+
+
+_PIPELINES = {"breadth_first": _breadth_first, "depth_first": _depth_first, "stream": _stream}
 
 
 def _shuffled_batches(edits: int, size: int, order: torch.Generator) -> list[list[int]]:

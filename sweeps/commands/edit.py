@@ -14,6 +14,7 @@ import typer
 
 from locft.errors import InputError
 from sweeps.commands.console import notice, print_json, print_table, say, writable, write
+from sweeps.commands.continued import Batch, ContinueOptions
 from sweeps.commands.options import (
     DELTA_HELP,
     EDITS_HELP,
@@ -35,11 +36,11 @@ from sweeps.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
     from analysis.stats.signatures import Signature
-    from locft.data.requests import EditFindings
+    from locft.data.requests import EditFindings, EditSet
     from locft.train.pipelines import Training, TrainingSettings
     from locft.workbench import Measurement, Workbench
     from sweeps.commands.settings import EditSettings
-    from sweeps.study.schema import Capability, Edits
+    from sweeps.study.schema import Capability
 
 
 def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_code: RemoteCodeOption = False) -> None:
@@ -105,17 +106,19 @@ def edit(
     source: SourceOptions,
     training: TrainingOptions,
     load: LoadOptions,
+    going_on: ContinueOptions,
     register: Annotated[
         bool, typer.Option("--register", help="Keep the delta with its MLflow run, as the model's registered edit.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the edits at one position; write the delta and what it does."""
+    """Make the edits at one position, or go on with an earlier edit; write the delta and what it does."""
     from locft.model.models import load_structure
     from locft.model.positions import TuningPosition, parameter_names
 
     uri = resolve_uri(source.tracking_uri) if source.from_run or register else None
-    chosen = source.settings(training, load.dtype, uri)
+    earlier = going_on.earlier(folder, source)
+    chosen = earlier.settings(training, load.dtype, source) if earlier else source.settings(training, load.dtype, uri)
     where = TuningPosition.parse(chosen.position)
     if register and chosen.run_id is None:
         raise InputError(
@@ -125,24 +128,28 @@ def edit(
     parameter_names(load_structure(model, trust_remote_code=load.trust_remote_code), where)
     threads = load.threads or chosen.threads
     load = replace(load, dtype=chosen.dtype, device=load.device or chosen.device, threads=threads)
-    bench, findings = _workbench(
-        model, load, chosen.edits, chosen.capability, chosen.ask_formats, fingerprint=chosen.model_fingerprint
+    batch = going_on.batch(earlier, source, chosen)
+    bench = _workbench(
+        model, load, batch.measured, chosen.capability, chosen.ask_formats, fingerprint=chosen.model_fingerprint
     )
+    findings = batch.measured.findings
     chosen = replace(chosen, training=_available(model, bench, chosen.training))
-    trained = bench.train(where, chosen.training)
+    trained = batch.train(bench, where, chosen.training)
     if trained.diverged:
         notice(f"the training diverged after {trained.steps} steps")
         print_remedies(_remedies(bench, chosen, trained, {}, findings), failed=True)
         raise typer.Exit(1)
     measured = bench.measure(trained.delta, whole_answers=True)
-    summary = _summary(model, folder, bench, chosen, trained, measured)
+    summary = _summary(model, folder, bench, chosen, trained, measured, batch)
     if register:
         summary["registered"] = _registered(folder, chosen, summary, uri)
     remedies = _remedies(bench, chosen, trained, measured.metrics, findings)
     if as_json:
         signatures = [signature.to_dict(command) for signature, command in remedies]
         return print_json({**summary, "signatures": signatures})
-    say(f"{len(bench.rows)} edits at {chosen.position} in {trained.seconds:.1f} s: {summary['delta']}")
+    say(f"{batch.counted()} at {chosen.position} in {trained.seconds:.1f} s: {summary['delta']}")
+    for sentence in batch.told(summary):
+        say(sentence)
     print_metrics(measured.metrics, bench.baseline.metrics)
     print_remedies(remedies)
     if register:
@@ -150,14 +157,23 @@ def edit(
 
 
 def _summary(
-    model: str, folder: Path, bench: "Workbench", chosen: "EditSettings", trained: "Training", measured: "Measurement"
+    model: str,
+    folder: Path,
+    bench: "Workbench",
+    chosen: "EditSettings",
+    trained: "Training",
+    measured: "Measurement",
+    batch: "Batch",
 ) -> dict[str, Any]:
-    """What was edited and what came of it, written into the folder with the delta and the answers."""
+    """What was edited and what came of it, written into the folder with the delta, its ledger and the answers."""
+    from locft.data.ledger import FILE_NAME
     from locft.train.formats import asked
 
     summary = {
         "model": model,
         "edits": {"source": chosen.edits.source, "count": len(bench.rows)},
+        "dtype": chosen.dtype,
+        "run_id": chosen.run_id,
         "position": chosen.position,
         "settings": dict(trained.delta.settings),
         "ask_formats": list(asked(bench.loaded.tokenizer, chosen.ask_formats)),
@@ -166,7 +182,9 @@ def _summary(
         "losses": list(trained.losses),
         "metrics": measured.metrics,
         "unedited": bench.baseline.metrics,
+        **batch.came_of_it(measured),
     }
+    write(folder / FILE_NAME, batch.ledger.text())
     write(folder / "edit.json", json.dumps(summary, indent=2) + "\n")
     outcomes = "".join(json.dumps(asdict(outcome), ensure_ascii=False) + "\n" for outcome in measured.outcomes)
     write(folder / "outcomes.jsonl", outcomes)
@@ -263,7 +281,7 @@ def evaluate(
     change = load_delta(delta, tracking_uri) if delta else None
     base = change.base_fingerprint if change else None
     formats = _formats(ask_formats)
-    bench, _ = _workbench(model, load, edits.named(), Capability(), formats, fingerprint=base)
+    bench = _workbench(model, load, edits.named().load(), Capability(), formats, fingerprint=base)
     metrics = bench.measure(change).metrics if change else bench.baseline.metrics
     if as_json:
         where = change.position if change else None
@@ -285,23 +303,21 @@ def bench(context: typer.Context) -> None:
 def _workbench(
     model: str,
     load: LoadOptions,
-    edits: "Edits",
+    requests: "EditSet",
     capability: "Capability",
     ask_formats: Sequence[str],
     *,
     fingerprint: str | None,
-) -> "tuple[Workbench, EditFindings]":
+) -> "Workbench":
     """Load everything and measure the unedited model. A notice says where formats are left out.
 
     fingerprint: what the model's must be, None for any. Raises InputError for another model.
     """
-    from locft.data.requests import load_edits
     from locft.data.suites import load_suite
     from locft.train.formats import CHAT, asked
     from locft.workbench import Workbench
     from sweeps.study.resolve import no_chat
 
-    requests = load_edits(edits.source, limit=edits.limit, sample_seed=edits.sample_seed, fields=edits.map)
     measured = capability.suite or capability.tasks
     suite = load_suite(capability.suite, capability.tasks, capability.limit, capability.prose) if measured else None
     loaded = load.load(model)
@@ -315,8 +331,7 @@ def _workbench(
     formats = asked(loaded.tokenizer, ask_formats)
     for sentence in no_chat(model, ["--ask-formats"] if CHAT in ask_formats and CHAT not in formats else []):
         notice(sentence)
-    bench = Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
-    return bench, requests.findings
+    return Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
 
 
 def _formats(given: str | None) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """The settings of one edit: options over those of a position file or of the trial to repeat, over the defaults."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from locft.errors import InputError
+from locft.model.delta import EditDelta
 from locft.model.positions import TuningPosition
 from locft.model.precision import training_precision
 from locft.train.formats import RAW
@@ -52,14 +53,7 @@ def edit_settings(
     edits, ask_formats: None takes those of the trial. from_run: the MLflow run of a trial to repeat. Raises InputError
     with every bad option, or when neither a run nor both a position and edits are given.
     """
-    options: dict[str, Any] = {}
-    problems = []
-    readers = {name: partial(read_value, name) for name in given} | {"ask_formats": read_formats}
-    for name, value in {**given, "ask_formats": ask_formats}.items():
-        try:
-            options |= {} if value is None else {name: readers[name](value)}
-        except InputError as error:
-            problems.append(f"--{name.replace('_', '-')}: {error}")
+    options, problems = _checked({**given, "ask_formats": ask_formats})
     asked, found = options.pop("ask_formats", None), None
     if position is not None and _is_file(position):
         found = read_position(Path(position))
@@ -95,6 +89,44 @@ def edit_settings(
         found and found.model_fingerprint,
         found and found.run_id,
     )
+
+
+def continued_settings(
+    delta: EditDelta, about: Mapping[str, Any], given: Mapping[str, Any], dtype: str | None, ask_formats: str | None
+) -> EditSettings:
+    """The settings of an earlier edit, but for the options that are given. about: its edit.json. No capability is measured: a
+    new edit is to be live soon. Raises InputError."""
+    options, problems = _checked({**given, "ask_formats": ask_formats})
+    if problems:
+        raise InputError(problems)
+    asked = options.pop("ask_formats", None) or tuple(about.get("ask_formats") or (RAW,))
+    known = {field.name for field in fields(TrainingSettings)}
+    own = {name: value for name, value in delta.settings.items() if name in known}
+    return EditSettings(
+        delta.position,
+        TrainingSettings(**{**own, **options}),
+        dtype or about.get("dtype", "float32"),
+        Edits(source=str(about.get("edits", {}).get("source", ""))),
+        asked,
+        Capability(suite=None),
+        "auto",
+        None,
+        delta.base_fingerprint,
+        about.get("run_id"),
+    )
+
+
+def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the options that are given, and what is wrong with them."""
+    options: dict[str, Any] = {}
+    problems = []
+    for name, value in given.items():
+        read = read_formats if name == "ask_formats" else partial(read_value, name)
+        try:
+            options |= {} if value is None else {name: read(value)}
+        except InputError as error:
+            problems.append(f"--{name.replace('_', '-')}: {error}")
+    return options, problems
 
 
 def _repeated(

@@ -12,6 +12,8 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from locft.errors import InputError
 from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
 
@@ -123,4 +125,7 @@ def training_metrics(training: "Training", pipeline: str, edits: int) -> dict[st
         metrics["trained_loss"] = training.trained_loss
     if training.losses:
         metrics["train_loss"] = training.losses[-1]
+    if training.arrival_seconds:
+        for name, share in (("arrival_seconds", 0.5), ("arrival_seconds_p95", 0.95)):
+            metrics[name] = float(np.quantile(training.arrival_seconds, share))
     return metrics

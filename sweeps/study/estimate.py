@@ -47,7 +47,7 @@ _START_SECONDS = 40.0
 _MEASURING = 1.7
 """If only steps were timed: what measuring takes relative to its rough rate, with steps at theirs. Edit metrics and
 capability took 0.9 and 1.3 on one machine with bfloat16 instructions, 2.1 and 2.2 on another."""
-_SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8}
+_SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8, "stream": 0.3}
 """Of the steps that `epochs` allows, those usually taken before `stop_below` ends the training."""
 _LEAST_STEPS = 0.3
 """The same if everything is learnt early."""
@@ -101,18 +101,24 @@ class Costs:
 
     def training(self, trial: TrialConfig, facts: StudyFacts, steps: float) -> float:
         """Seconds of `steps` steps of full batches."""
-        return self._steps(trial, facts, steps, steps * trial.batch_size)
+        return self._steps(trial, facts, steps, steps * _batch(trial))
 
     def epoch(self, trial: TrialConfig, facts: StudyFacts) -> float:
         """Seconds of the steps over all edits once."""
-        return self._steps(trial, facts, math.ceil(facts.n_edits / trial.batch_size), facts.n_edits)
+        return self._steps(trial, facts, math.ceil(facts.n_edits / _batch(trial)), facts.n_edits)
 
     def _steps(self, trial: TrialConfig, facts: StudyFacts, steps: float, edits: float) -> float:
         """In units of edits as raw prompts, which guards are like."""
         layers, guards = layers_passed(trial, facts), trial.guards_per_step if trial.guard != "none" else 0
         prefix = trial.prefix_share * _PREFIX_TOKENS * facts.n_edits / max(1, facts.edit_tokens)
-        rows = edits * (facts.row_size(trial.train_formats) + prefix) + steps * guards
+        replayed = steps * trial.replay if trial.pipeline == "stream" else 0
+        rows = (edits + replayed) * (facts.row_size(trial.train_formats) + prefix) + steps * guards
         return steps * self.step.seconds(layers) + rows * self.edit.seconds(layers)
+
+
+def _batch(trial: TrialConfig) -> int:
+    """New edits of a full step."""
+    return min(trial.batch_size, trial.arrival) if trial.pipeline == "stream" else trial.batch_size
 
 
 @dataclass(frozen=True)
@@ -277,7 +283,7 @@ def costs_from_trials(earlier: Sequence[TrialResult], prepared: PreparedStudy) -
     for pipeline in shares:
         those = [trial for trial in known if trial.config.pipeline == pipeline]
         if len(those) >= ENOUGH:
-            allowed = sum(t.config.epochs * math.ceil(t.metrics["n_edits"] / t.config.batch_size) for t in those)
+            allowed = sum(t.config.epochs * math.ceil(t.metrics["n_edits"] / _batch(t.config)) for t in those)
             shares[pipeline] = sum(trial.metrics["steps"] for trial in those) / allowed
     source = f"{len(known)} earlier trials of this model"
     return replace(_scaled(known, prepared), source=source, spread=1.4, shares=shares)

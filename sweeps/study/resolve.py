@@ -29,7 +29,6 @@ SENTENCE_TOKENS = 12
 
 def prepare(study: Study) -> PreparedStudy:
     """Resolve a study. Raises one InputError with the problems of model, edits and capability files together."""
-    from locft.data.requests import load_edits
     from locft.data.suites import load_suite
     from locft.limits import check_limits
     from locft.model.models import folder_fingerprint, load_structure, load_tokenizer, model_folder
@@ -53,9 +52,7 @@ def prepare(study: Study) -> PreparedStudy:
     if positions:
         attempt(lambda: check_against_model(study, n_layers(structure), modules))
     named, wanted = study.edits, study.capability
-    edits = attempt(
-        lambda: load_edits(named.source, limit=named.limit, sample_seed=named.sample_seed, fields=named.map)
-    )
+    edits = attempt(named.load)
     suite = None
     if wanted.suite or wanted.tasks:
         suite = attempt(lambda: load_suite(wanted.suite, wanted.tasks, wanted.limit, wanted.prose))

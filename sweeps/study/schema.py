@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -34,6 +34,9 @@ from locft.errors import InputError
 from locft.train.formats import EXPECTED as FORMATS_EXPECTED
 from locft.train.formats import NAMES as FORMATS
 from locft.train.formats import RAW, parse_formats
+
+if TYPE_CHECKING:
+    from locft.data.requests import EditSet
 
 MAX_TRIALS = 100_000
 """A study with more trials than this is taken for a mistake: the driver keeps all of them in memory."""
@@ -214,6 +217,12 @@ class Edits(Section):
     """Seed of the sample of `limit` edits; null takes the first ones."""
     map: _read_by(read_field_map) = {}
     """Keys of the file that no layout knows: such as {prompt: question, target: answer, rephrases: [q1, q2]}."""
+
+    def load(self) -> "EditSet":
+        """Raises InputError with every problem of the source."""
+        from locft.data.requests import load_edits
+
+        return load_edits(self.source, limit=self.limit, sample_seed=self.sample_seed, fields=self.map)
 
 
 class Capability(Section):

@@ -20,7 +20,7 @@ VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 MAX_COMPARED = 100
 """Runs in one comparison: with more, the page gets slow and the address too long."""
 
-_PIPELINES = {"breadth_first": "bf", "depth_first": "df"}
+_PIPELINES = {"breadth_first": "bf", "depth_first": "df", "stream": "st"}
 SHOWN_METRICS = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
 """The metrics that say what an edit is worth: columns of the prepared view, and of a pick."""
 _COLUMNS = [

@@ -33,7 +33,7 @@ DEVIATION = 0.02
 
 
 class AdaLoRA(Method):
-    """weights = base + alpha / R * P diag(values) Q, all three trained by Adam; the values start at zero.
+    """weights = origin + alpha / R * P diag(values) Q, all three trained by Adam; the values start at zero.
 
     Which triplets are masked, and when, is as in peft, but over a fixed share of the most steps that the training may take.
     A training that ends early keeps the ranks that it has by then. A new edit (depth_first) goes on with the triplets of the
@@ -70,7 +70,7 @@ class AdaLoRA(Method):
         self._mask()
         self.taken += 1
         for name, each in self.triplets.items():
-            torch.add(self.base[name], each.product(), alpha=self.scale, out=self.weights[name])
+            torch.add(self.origin[name], each.product(), alpha=self.scale, out=self.weights[name])
 
     def _mask(self) -> None:
         """Set the values of triplets beyond the budget to zero; those masked at the end of the fall stay at zero."""

@@ -13,7 +13,7 @@ from locft.train.methods.method import Method, MethodSettings, Parameter, adam
 
 
 class LoRA(Method):
-    """weights = base + alpha / rank * B A, with A (R, in) and B (out, R) trained by Adam; A starts Kaiming-uniform and B at
+    """weights = origin + alpha / rank * B A, with A (R, in) and B (out, R) trained by Adam; A starts Kaiming-uniform and B at
     zero, as in peft. Vectors, and so biases and norms, stay as they are.
 
     A new edit (depth_first) goes on with the factors of the ones before and a new Adam, as EasyEdit's sequential editing
@@ -45,7 +45,7 @@ class LoRA(Method):
                 right.grad = (self.scale * left).mT @ gradient
         self.optimiser.step()
         for name, (left, right) in self.factors.items():
-            torch.add(self.base[name], left @ right, alpha=self.scale, out=self.weights[name])
+            torch.add(self.origin[name], left @ right, alpha=self.scale, out=self.weights[name])
 
 
 def is_matrix(name: str, value: torch.Tensor) -> bool:

@@ -37,7 +37,8 @@ class LowCurvature(Method):
             self.frozen = {name: basis.steepest(settings.curvature_share) for name, basis in self.bases.items()}
         self.trained = list(self.weights.values())
         if self.in_basis:
-            self.trained = [torch.zeros_like(value).requires_grad_() for value in self.base.values()]
+            changes = {name: self.origin[name] - base for name, base in self.base.items()}
+            self.trained = [self.bases[name].coordinates(change).requires_grad_() for name, change in changes.items()]
         else:
             self.curvature = {name: one.in_dtype(DTYPES[settings.precision]) for name, one in at_home.items()}
         self.restart()

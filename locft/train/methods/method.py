@@ -46,6 +46,8 @@ class Parameter:
     theirs into (experts, ..., ...)."""
     input_first: bool = False
     """The product is `input @ matrix`, as GPT-2 stores it."""
+    start: torch.Tensor | None = None
+    """The change of an earlier edit, which training goes on with; None starts at the base."""
 
 
 class Method(ABC):
@@ -57,7 +59,12 @@ class Method(ABC):
 
     def __init__(self, parameters: Mapping[str, Parameter]):
         self.base = {name: parameter.base for name, parameter in parameters.items()}
-        self.weights = {name: value.clone().requires_grad_() for name, value in self.base.items()}
+        self.origin = {
+            name: parameter.base if parameter.start is None else parameter.base + parameter.start
+            for name, parameter in parameters.items()
+        }
+        """Where training starts: the base, or an earlier edit of it."""
+        self.weights = {name: value.clone().requires_grad_() for name, value in self.origin.items()}
         """Parameter name -> float32 tensor that stands in for the model's own."""
 
     @abstractmethod

@@ -1,0 +1,162 @@
+"""The ledger of an edit: every edit that was ever made into one delta, when it arrived, and what became of it.
+
+It lies beside the delta as JSON Lines in the project's own layout, with keys of its own, so it is an edit file like any
+other. A delta is cumulative: it is of all active edits together, against the untouched base.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from locft.data.answers import normalise_answer
+from locft.data.edit_request import EditRequest
+from locft.data.record_files import read_json_records
+from locft.data.requests import load_edits, own_record
+from locft.errors import InputError, did_you_mean
+
+FILE_NAME = "ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One edit and its fate."""
+
+    request: EditRequest
+    arrived: str
+    """When, ISO 8601 in UTC."""
+    superseded_by: str | None = None
+    """The id of the later edit that gives its prompt another answer."""
+    retracted: str | None = None
+    """When it was taken back."""
+
+    @property
+    def active(self) -> bool:
+        return self.superseded_by is None and self.retracted is None
+
+    def to_record(self) -> dict:
+        fate = {"superseded_by": self.superseded_by, "retracted": self.retracted}
+        return own_record(self.request) | {"arrived": self.arrived} | {k: v for k, v in fate.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What new edits and retractions make of a ledger."""
+
+    ledger: "Ledger"
+    new: tuple[EditRequest, ...]
+    """To be trained: those that are not in the ledger already."""
+    retracted: tuple[EditRequest, ...]
+    sentences: tuple[str, ...]
+    """What a user should know, in one sentence each."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """In the order of arrival. Ids are unique."""
+
+    entries: tuple[LedgerEntry, ...] = ()
+
+    @property
+    def active(self) -> tuple[EditRequest, ...]:
+        """The edits that the delta is to hold."""
+        return tuple(entry.request for entry in self.entries if entry.active)
+
+    @classmethod
+    def of(cls, requests: Sequence[EditRequest], when: str) -> "Ledger":
+        """Edits that came all at once, as they are: what contradicts itself is found by `EditFindings`."""
+        return cls(tuple(LedgerEntry(request, when) for request in requests))
+
+    def add(self, requests: Sequence[EditRequest], when: str, without: Sequence[str] = ()) -> Arrival:
+        """The ledger after an arrival.
+
+        A new edit supersedes an active one that asks the same: the same prompt, or one of its rephrases. One that is active
+        already is left out. An id that is taken gets "#2", "#3". without: ids of active edits to take back; they go before the
+        new ones come. Raises InputError with every id that is not there.
+        """
+        entries = list(self.entries)
+        gone = self._retracted(without)
+        entries = [replace(entry, retracted=when) if entry.request.id in gone else entry for entry in entries]
+        new, superseded, known = [], [], []
+        for request in requests:
+            asked = [at for at, entry in enumerate(entries) if entry.active and _asks_the_same(entry.request, request)]
+            if any(_is_same(entries[at].request, request) for at in asked):
+                known.append(request.id)
+                continue
+            request = replace(request, id=_free(request.id, {entry.request.id for entry in entries}))
+            for at in asked:
+                entries[at] = replace(entries[at], superseded_by=request.id)
+                superseded.append(f"{entries[at].request.id} by {request.id}")
+            entries.append(LedgerEntry(request, when))
+            new.append(request)
+        kept = {entry.request.id for entry in entries if entry.active}
+        return Arrival(
+            Ledger(tuple(entries)),
+            tuple(request for request in new if request.id in kept),
+            tuple(entry.request for entry in self.entries if entry.request.id in gone),
+            (
+                *_told(superseded, "Superseded, since a later edit gives the prompt another answer"),
+                *_told(known, "Learnt before, and not trained again"),
+                *_told(sorted(gone), "Taken back"),
+            ),
+        )
+
+    def _retracted(self, without: Sequence[str]) -> set[str]:
+        fate = {entry.request.id: entry for entry in self.entries}
+        problems = []
+        for wanted in without:
+            if wanted not in fate:
+                near = did_you_mean(wanted, list(fate))
+                problems.append(f"--without: got {wanted!r}, expected the id of an edit in the ledger{near}")
+            elif not fate[wanted].active:
+                how = "taken back" if fate[wanted].retracted else f"superseded by {fate[wanted].superseded_by}"
+                problems.append(f"--without: got {wanted!r}, which was {how} before")
+        if problems:
+            raise InputError(problems)
+        return set(without)
+
+    def text(self) -> str:
+        """The file's content."""
+        return "".join(json.dumps(entry.to_record(), ensure_ascii=False) + "\n" for entry in self.entries)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Ledger":
+        """Raises InputError where there is none, or it is damaged."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise InputError(
+                f"{folder}: there is no {FILE_NAME} beside the delta, expected a folder that `locft edit` wrote; "
+                "make the edit again to continue it"
+            )
+        records, _ = read_json_records(path)
+        requests = load_edits(str(path)).requests
+        entries = []
+        for request, record in zip(requests, records, strict=True):
+            arrived, by, gone = (record.value.get(key) for key in ("arrived", "superseded_by", "retracted"))
+            if not isinstance(arrived, str):
+                raise InputError(f"{path}, {record.place}, field arrived: expected a time, got {arrived!r}")
+            entries.append(LedgerEntry(request, arrived, by, gone))
+        return cls(tuple(entries))
+
+
+def _asks_the_same(earlier: EditRequest, later: EditRequest) -> bool:
+    return later.prompt in (earlier.prompt, *earlier.rephrases)
+
+
+def _is_same(earlier: EditRequest, later: EditRequest) -> bool:
+    return earlier.prompt == later.prompt and normalise_answer(earlier.target) == normalise_answer(later.target)
+
+
+def _free(wanted: str, taken: set[str]) -> str:
+    identity, copy = wanted, 1
+    while identity in taken:
+        copy += 1
+        identity = f"{wanted}#{copy}"
+    return identity
+
+
+def _told(ids: Sequence[str], what: str, most: int = 8) -> list[str]:
+    if not ids:
+        return []
+    more = f" and {len(ids) - most:,} more" if len(ids) > most else ""
+    return [f"{what}: {', '.join(ids[:most])}{more}."]

@@ -1,0 +1,221 @@
+"""`locft edit --onto` and `--consolidate`: edits that go on with an earlier one, and its ledger."""
+
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from analysis.stats.wording import percent, plural
+from locft.errors import InputError
+from sweeps.commands.console import notice
+
+if TYPE_CHECKING:
+    from locft.data.edit_request import EditRequest
+    from locft.data.ledger import Arrival, Ledger
+    from locft.data.requests import EditSet
+    from locft.model.delta import EditDelta
+    from locft.model.positions import TuningPosition
+    from locft.train.pipelines import Training, TrainingSettings
+    from locft.workbench import Measurement, Workbench
+    from sweeps.commands.edit import SourceOptions
+    from sweeps.commands.settings import EditSettings
+
+EARLIER_MEASURED = 100
+"""Of the earlier edits, a sample of so many is measured after new ones were trained."""
+
+
+@dataclass(frozen=True)
+class ContinueOptions:
+    """What the edit goes on with."""
+
+    onto: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Go on with the edit in this folder: one delta of all edits so far."),
+    ] = None
+    without: Annotated[
+        str | None, typer.Option(metavar="IDS", help="With --onto: take these edits back, separated by commas.")
+    ] = None
+    within: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="With --onto: end the training after this time.")
+    ] = None
+    consolidate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Train all edits in the ledger of this folder anew, together, from the base."
+        ),
+    ] = None
+
+    def earlier(self, folder: Path, source: "SourceOptions") -> "Earlier | None":
+        """What is gone on with; None for an edit of its own. Raises InputError with every option that does not fit."""
+        named = self.onto or self.consolidate
+        problems = []
+        if self.onto and self.consolidate:
+            problems.append("--consolidate: it trains all edits anew, so nothing goes --onto it; give one of them")
+        for name, value in (("--without", self.without), ("--within", self.within)):
+            if value is not None and not self.onto:
+                problems.append(f"{name}: it goes with --onto FOLDER, the edit to go on with")
+        if self.within is not None and not self.within > 0:
+            problems.append(f"--within: got {self.within:g}, expected a number of seconds above 0")
+        if named:
+            for name, value in (("--position", source.position), ("--from-run", source.from_run)):
+                if value is not None:
+                    problems.append(f"{name}: an edit that goes on with another stays at its position")
+            if folder.resolve() == named.resolve():
+                problems.append(
+                    f"--out {folder}: it is the edit to go on with, which stays as it is; name another folder"
+                )
+        if self.onto and not (source.edits or self.without):
+            problems.append("--onto: expected new edits (--edits), or some to take back (--without)")
+        if self.consolidate and source.edits:
+            problems.append("--consolidate: it trains the edits of the ledger; add new ones by --onto")
+        if problems:
+            raise InputError(problems)
+        return Earlier.load(named) if named else None
+
+    def batch(self, earlier: "Earlier | None", source: "SourceOptions", chosen: "EditSettings") -> "Batch":
+        """The edits to train, and what becomes of the ledger."""
+        from locft.data.ledger import Ledger
+        from sweeps.study.schema import Edits
+
+        given = earlier is None or source.edits
+        edits = (chosen.edits if given else Edits(source=str(earlier.ledger_file))).load()
+        if earlier is None:
+            return Batch(edits, Ledger.of(edits.requests, now()), new=edits.requests)
+        if self.consolidate:
+            return Batch(edits.of(earlier.ledger.active), earlier.ledger, new=earlier.ledger.active)
+        arrival = earlier.ledger.add(edits.requests if given else (), now(), _names(self.without))
+        if not arrival.new and not arrival.retracted:
+            raise InputError([*arrival.sentences, "--edits: there is nothing new in them"])
+        if not arrival.ledger.active:
+            raise InputError("--without: no edit would be left; the unedited model is what you want")
+        for sentence in arrival.sentences:
+            notice(sentence)
+        return Batch.onto(earlier, arrival, edits, math.inf if self.within is None else self.within)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An edit as `locft edit` wrote it."""
+
+    folder: Path
+    delta: "EditDelta"
+    ledger: "Ledger"
+    about: Mapping[str, Any]
+    """Its edit.json."""
+
+    @classmethod
+    def load(cls, folder: Path) -> "Earlier":
+        from locft.data.ledger import Ledger
+        from locft.model.delta import EditDelta
+
+        about = folder / "edit.json"
+        try:
+            described = json.loads(about.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{about}: expected the description of an edit that `locft edit` wrote: {error}") from None
+        return cls(folder, EditDelta.load(folder), Ledger.load(folder), described)
+
+    @property
+    def ledger_file(self) -> Path:
+        from locft.data.ledger import FILE_NAME
+
+        return self.folder / FILE_NAME
+
+    def settings(self, training: Any, dtype: str | None, source: "SourceOptions") -> "EditSettings":
+        """Those of the earlier edit, but for the options that are given."""
+        from sweeps.commands.options import edits_of
+        from sweeps.commands.settings import continued_settings
+
+        chosen = continued_settings(self.delta, self.about, asdict(training), dtype, source.ask_formats)
+        named = edits_of(source.edits, source.limit, source.field_map) if source.edits else chosen.edits
+        return replace(chosen, edits=named, training=replace(chosen.training, pipeline="breadth_first"))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Edits to train, alone or onto earlier ones."""
+
+    measured: "EditSet"
+    """What is asked at the end: the new edits, and a sample of the earlier ones."""
+    ledger: "Ledger"
+    """With the new edits."""
+    new: tuple["EditRequest", ...]
+    kept: tuple["EditRequest", ...] = ()
+    """The earlier edits that still hold."""
+    retracted: tuple["EditRequest", ...] = ()
+    delta: "EditDelta | None" = None
+    """Of the earlier edits; None where training starts at the base."""
+    seconds: float = math.inf
+    """At most, for training."""
+
+    @classmethod
+    def onto(cls, earlier: Earlier, arrival: "Arrival", edits: "EditSet", seconds: float) -> "Batch":
+        fresh = {request.id for request in arrival.new}
+        kept = tuple(request for request in arrival.ledger.active if request.id not in fresh)
+        sample = random.Random(0).sample(kept, min(EARLIER_MEASURED, len(kept)))
+        measured = edits.of((*arrival.new, *sample))
+        return cls(measured, arrival.ledger, arrival.new, kept, arrival.retracted, earlier.delta, seconds)
+
+    def train(self, bench: "Workbench", position: "TuningPosition", settings: "TrainingSettings") -> "Training":
+        """Alone, as the settings say. Onto earlier edits, the new ones are trained while those are replayed, and what the
+        unedited model said takes the place of a retracted target."""
+        from locft.edit_trainer import EditTrainer
+        from locft.measure.generation import greedy_answers
+        from locft.train.encoding import encode_edits
+        from locft.train.pipelines import Earlier as Start
+
+        if self.delta is None:
+            return bench.train(position, settings)
+        self.delta.require_base(bench.loaded)
+        said = greedy_answers(bench.loaded, [request.prompt for request in self.retracted]) if self.retracted else ()
+        undone = (replace(one, target=answer.text) for one, answer in zip(self.retracted, said, strict=True))
+        new = (*(request for request in undone if request.target), *self.new)
+        requests = (*self.kept, *new)
+        trainer = EditTrainer(bench.loaded, requests, encode_edits(bench.loaded.tokenizer, requests), bench.engine)
+        settings = replace(settings, pipeline="stream", arrival=max(1, len(new)))
+        return trainer.train(position, settings, Start(self.delta, len(self.kept), self.seconds))
+
+    def counted(self) -> str:
+        """The edits in words."""
+        if self.delta is None:
+            return plural(len(self.new), "edit")
+        back = f", {len(self.retracted):,} taken back" if self.retracted else ""
+        return f"{plural(len(self.new), 'new edit')} onto {len(self.kept):,}{back}"
+
+    def told(self, found: Mapping[str, Any]) -> Iterator[str]:
+        """`came_of_it` in sentences."""
+        for name in ("new", "earlier"):
+            if name in found:
+                yield f"Reliability of {name} edits: {percent(found[name]['reliability'])}"
+        if missing := found.get("not_learnt"):
+            yield f"Not right in every form yet: {', '.join(missing)}"
+
+    def came_of_it(self, measured: "Measurement") -> dict[str, Any]:
+        """Of an edit that goes on with another: reliability of new and of earlier edits (of the sample), and the ids of new
+        ones that are not right in every form that counts."""
+        if self.delta is None:
+            return {}
+        fresh = {request.id for request in self.new}
+        asked = [one for one in measured.outcomes if one.kind == "reliability" and one.format != "unseen"]
+        found: dict[str, Any] = {}
+        for name, is_new in (("new", True), ("earlier", False)):
+            right = [one.correct for one in asked if (one.edit_id in fresh) == is_new]
+            if right:
+                found[name] = {"edits": len(self.new if is_new else self.kept), "reliability": sum(right) / len(right)}
+        found["not_learnt"] = sorted({one.edit_id for one in asked if one.edit_id in fresh and not one.correct})
+        return found
+
+
+def now() -> str:
+    """In UTC, to the second, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
