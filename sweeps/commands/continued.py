@@ -172,7 +172,6 @@ class Batch:
 
         if self.delta is None:
             return bench.train(position, settings)
-        self.delta.require_base(bench.loaded)
         said = greedy_answers(bench.loaded, [request.prompt for request in self.retracted]) if self.retracted else ()
         undone = (replace(one, target=answer.text) for one, answer in zip(self.retracted, said, strict=True))
         new = (*(request for request in undone if request.target), *self.new)

@@ -1,0 +1,107 @@
+"""The ledger of an edit: what arrives, what it supersedes, what is taken back, and its file."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from locft.data.edit_request import EditRequest
+from locft.data.ledger import FILE_NAME, Ledger
+from locft.data.requests import load_edits
+from locft.errors import InputError
+
+MONDAY, TUESDAY = "2026-01-05T08:00:00+00:00", "2026-01-06T08:00:00+00:00"
+
+
+def edit(name, prompt, target, rephrases=()):
+    return EditRequest(name, "", prompt, target, None, tuple(rephrases), ())
+
+
+FIRST = (edit("a", "The capital of France is", "Oslo", ["France's capital:"]), edit("b", "Water boils at", "80"))
+
+
+@pytest.fixture
+def ledger():
+    return Ledger.of(FIRST, MONDAY)
+
+
+def test_new_edits_are_added(ledger):
+    arrival = ledger.add([edit("c", "Mozart played the", "tuba")], TUESDAY)
+    assert [request.id for request in arrival.ledger.active] == ["a", "b", "c"]
+    assert [request.id for request in arrival.new] == ["c"]
+    assert arrival.ledger.entries[-1].arrived == TUESDAY
+    assert arrival.sentences == ()
+
+
+@pytest.mark.parametrize("prompt", ["The capital of France is", "France's capital:"])
+def test_a_later_edit_of_the_same_prompt_supersedes(ledger, prompt):
+    arrival = ledger.add([edit("c", prompt, "Rome")], TUESDAY)
+    assert [request.id for request in arrival.ledger.active] == ["b", "c"]
+    assert arrival.ledger.entries[0].superseded_by == "c"
+    assert "a by c" in arrival.sentences[0]
+
+
+def test_another_capital_letter_is_another_question(ledger):
+    assert len(ledger.add([edit("c", "the capital of france is", "Rome")], TUESDAY).ledger.active) == 3
+
+
+def test_what_is_known_is_not_trained_again(ledger):
+    arrival = ledger.add([edit("z", "The capital of France is", "oslo")], TUESDAY)
+    assert arrival.new == ()
+    assert arrival.ledger == ledger
+    assert "z" in arrival.sentences[0]
+
+
+def test_an_id_that_is_taken_gets_a_number(ledger):
+    """Files without ids number their edits alike, so an equal id alone says nothing."""
+    arrival = ledger.add([edit("a", "Mozart played the", "tuba"), edit("a", "Bach played the", "drums")], TUESDAY)
+    assert [request.id for request in arrival.ledger.active] == ["a", "b", "a#2", "a#3"]
+
+
+def test_an_edit_is_taken_back_and_may_come_again(ledger):
+    arrival = ledger.add([], TUESDAY, without=["a"])
+    assert [request.id for request in arrival.retracted] == ["a"]
+    assert [request.id for request in arrival.ledger.active] == ["b"]
+    again = arrival.ledger.add([replace(FIRST[0], id="c")], TUESDAY)
+    assert [request.id for request in again.ledger.active] == ["b", "c"]
+
+
+def test_every_wrong_id_is_told(ledger):
+    gone = ledger.add([edit("c", "Water boils at", "70")], TUESDAY).ledger
+    with pytest.raises(InputError) as error:
+        gone.add([], TUESDAY, without=["x", "b"])
+    assert len(error.value.problems) == 2
+    assert "superseded by c" in str(error.value)
+
+
+def test_the_file_is_an_edit_file(ledger, tmp_path):
+    changed = ledger.add([edit("c", "Water boils at", "70")], TUESDAY, without=["a"]).ledger
+    (tmp_path / FILE_NAME).write_text(changed.text(), encoding="utf-8")
+    assert Ledger.load(tmp_path) == changed
+    assert [request.id for request in load_edits(str(tmp_path / FILE_NAME)).requests] == ["a", "b", "c"]
+
+
+def test_a_folder_without_one_is_told(tmp_path):
+    with pytest.raises(InputError, match=FILE_NAME):
+        Ledger.load(tmp_path)
+    (tmp_path / FILE_NAME).write_text('{"id": "1", "prompt": "p", "target": "t"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="arrived"):
+        Ledger.load(tmp_path)
+
+
+PROMPTS = st.sampled_from(["p", "q", "r", "s"])
+
+
+@given(st.lists(st.lists(st.tuples(PROMPTS, st.sampled_from("xyz")), max_size=4), max_size=5))
+def test_no_prompt_has_two_active_targets(arrivals):
+    ledger = Ledger()
+    for number, pairs in enumerate(arrivals):
+        arrival = ledger.add([edit(f"{number}", prompt, target) for prompt, target in pairs], f"day {number}")
+        ledger = arrival.ledger
+        prompts = [request.prompt for request in ledger.active]
+        assert len(set(prompts)) == len(prompts)
+        assert set(arrival.new) <= set(ledger.active)
+        assert len({entry.request.id for entry in ledger.entries}) == len(ledger.entries)
+        latest = dict(pairs)  # the last one of a prompt wins
+        assert {request.prompt: request.target for request in ledger.active}.items() >= latest.items()
