@@ -1,5 +1,6 @@
 """The documents: what the README shows runs, links lead somewhere, and the rule of the pick reads the same everywhere."""
 
+import json
 import re
 import shlex
 import shutil
@@ -90,6 +91,8 @@ def place(workplace, tiny_folder):
     edit = blocks(ROOT / "README.md", "json")[0]
     lines = [edit.replace("Portugal", country) for country in ("Portugal", "Norway", "Peru")]
     (workplace / "my_edits.jsonl").write_text("".join(lines), encoding="utf-8")
+    new = {"id": "ID", "prompt": "The capital of Chad is", "target": "Oslo"}
+    (workplace / "today.jsonl").write_text(json.dumps(new) + "\n", encoding="utf-8")
     return workplace
 
 

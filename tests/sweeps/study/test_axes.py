@@ -13,11 +13,11 @@ WITH_MOMENTUM = """
 import json
 import analysis.stats.axes as axes
 
-momentum = axes.Axis("momentum", float, 0.9, "momentum", "of the optimiser", at_least=0, below=1)
-axes.AXES += (momentum,)
-axes.SWEPT += (momentum,)
-axes.SETTING += ("momentum",)
-axes.AXIS["momentum"] = momentum
+warmth = axes.Axis("warmth", float, 0.9, "warmth", "of the optimiser", at_least=0, below=1)
+axes.AXES += (warmth,)
+axes.SWEPT += (warmth,)
+axes.SETTING += ("warmth",)
+axes.AXIS["warmth"] = warmth
 
 from analysis.stats.table import results_frame
 from locft.errors import InputError
@@ -31,18 +31,18 @@ def plan(*overrides):
     return make_plan(study, FACTS).trials, optuna_space(study, FACTS)
 
 try:
-    plan("space.momentum=[0.5, 1.5]")
+    plan("space.warmth=[0.5, 1.5]")
 except InputError as error:
     problems = error.problems
-trials, space = plan("space.momentum=[0.5, 0.9]")
+trials, space = plan("space.warmth=[0.5, 0.9]")
 rows = results_frame([TrialResult(trial, "done").to_row() for trial in trials])
 print(json.dumps({
     "problems": problems,
     "plain": sorted(trial.id for trial in plan()[0]),
-    "trials": {trial.id: trial.momentum for trial in trials},
-    "trained": trials[0].training["momentum"],
-    "space": space["momentum"],
-    "column": sorted(set(rows["momentum"])),
+    "trials": {trial.id: trial.warmth for trial in trials},
+    "trained": trials[0].training["warmth"],
+    "space": space["warmth"],
+    "column": sorted(set(rows["warmth"])),
 }))
 """
 
@@ -57,11 +57,11 @@ def test_a_new_axis_is_declared_and_nothing_else():
     found = json.loads(done.stdout.splitlines()[-1])
     without = [trial.id for trial in make_plan(load_study("pipeline-check", ["space.layer=3"]), FACTS).trials]
     assert found["plain"] == sorted(without), "at its default it changes no id"
-    assert sorted(id for id, momentum in found["trials"].items() if momentum == 0.9) == sorted(without)
+    assert sorted(id for id, warmth in found["trials"].items() if warmth == 0.9) == sorted(without)
     assert len(found["trials"]) == 2 * len(without)
     assert found["trained"] in (0.5, 0.9) and found["space"] == found["column"] == [0.5, 0.9]
     (problem,) = found["problems"]
-    assert problem.endswith("space.momentum[1]: got 1.5, expected a number of at least 0 and below 1")
+    assert problem.endswith("space.warmth[1]: got 1.5, expected a number of at least 0 and below 1")
 
 
 @pytest.mark.parametrize("axis", [axis for axis in AXES if axis.default is not None], ids=lambda axis: axis.name)

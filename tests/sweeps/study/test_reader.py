@@ -134,7 +134,7 @@ MISTAKES = {
     "rule on a counted axis": ("name: a\nspace: {batch_size: {log_uniform: [1, 9]}}", "2: space.batch_size: got {"),
     "pipeline": (
         "name: a\nspace: {pipeline: breadth-first}",
-        '2: space.pipeline[0]: got "breadth-first", expected breadth_first or depth_first; did you mean breadth_first?',
+        '2: space.pipeline[0]: got "breadth-first", expected breadth_first, depth_first or stream; did you mean breadth_first?',
     ),
     "search method": (
         "name: a\nsearch: {method: gird}",
