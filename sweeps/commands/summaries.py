@@ -3,6 +3,7 @@
 Functions import what they need: pandas and the like would delay `locft --help`.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -124,7 +125,7 @@ def print_answer(
         for sentence in (*moved(comparison), *cautions(comparison)):
             say(f"  {sentence}")
     say(f"{state.done} of {counts['planned']} trials done, {state.failed} failed")
-    say(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {tracking_uri}")
+    say(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {shlex.quote(tracking_uri)}")
 
 
 def print_remedies(remedies: "Iterable[Remedy]", tracking_uri: str | None = None, *, failed: bool = False) -> None:
@@ -200,7 +201,7 @@ def print_selection(position: dict[str, Any] | None, file: Path, page: Path, tra
         spent = f"{percent(how['grid_share'])} of the full grid's cost, {seconds(how['wall_seconds'])}"
         say(f"  {plural(how['runs'], 'run')}, {spent}")
         say(f"Make the edit: locft edit {position['model']} --edits {edits} --position {file} --out edited")
-    say(f"Page: {page}\nMLflow: locft ui --tracking-uri {tracking_uri}")
+    say(f"Page: {page}\nMLflow: locft ui --tracking-uri {shlex.quote(tracking_uri)}")
 
 
 def expectations(predicted: Mapping[str, Mapping[str, float]]) -> Iterator[str]:

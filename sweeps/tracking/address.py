@@ -48,7 +48,9 @@ def resolve_uri(uri: str | None) -> str:
             raise InputError(f"tracking address {redact(given)!r} names no host; expected for example http://HOST:5000")
         return given.rstrip("/")
     if scheme == "sqlite":
-        path = given.partition(":///")[2].partition("?")[0]
+        path = given.partition(":///")[2]
+        if not Path(path).expanduser().is_file():  # else the sign is part of its name
+            path = path.partition("?")[0]
         if not path or path == ":memory:":
             raise InputError(f"tracking address {given!r} names no file; expected for example {DEFAULT_URI}")
         resolved = f"sqlite:///{Path(path).expanduser().absolute()}"

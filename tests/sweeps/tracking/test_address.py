@@ -27,7 +27,7 @@ def test_a_study_in_a_folder_of_any_name(name, tmp_path, empty_store, monkeypatc
     shutil.copy(empty_store, folder / file)
     monkeypatch.chdir(folder)
     uri = address.resolve_uri(f"sqlite:///{file}")
-    assert address.sqlite_path(uri) == folder / file
+    assert address.sqlite_path(uri) == folder / file and address.resolve_uri(uri) == uri
     tracker = Tracker.open(uri, "study", STUDY)
     open_study(tracker)
     tracker.write_file("answer.json", '{"größe": 1}')
