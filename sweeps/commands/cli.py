@@ -91,7 +91,8 @@ def _unexpected(error: Exception) -> Literal[1, 2]:
         complain([f"{error.format_message().rstrip('.')} (`{command} --help` lists what it takes)"])
         return 2
     lines = str(error).strip().splitlines() or [""]
-    complain([f"{type(error).__name__}: {lines[0]}"])
+    said = lines[-1 if lines[0].startswith("Traceback") else 0]  # Ray's errors quote those of other processes whole
+    complain([f"{type(error).__name__}: {said}"])
     if os.environ.get("LOCFT_DEBUG"):
         raise error
     notice(

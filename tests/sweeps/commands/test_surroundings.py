@@ -72,6 +72,19 @@ def test_no_place_at_all(monkeypatch):
         settle()
 
 
+@pytest.mark.parametrize(
+    "text", ["it broke\nsomewhere", "Traceback (most recent call last):\n  File x\nKeyError: it broke"]
+)
+def test_what_nobody_foresaw_says_what_broke_and_how_to_report_it(text, monkeypatch, locft):
+    def fail():
+        raise RuntimeError(text)
+
+    monkeypatch.delenv("LOCFT_DEBUG", raising=False)
+    monkeypatch.setattr("sweeps.commands.cli.settle", fail)
+    said = locft("status", "study.yaml")
+    assert said.code == 1 and "it broke" in said.err and "LOCFT_DEBUG=1" in said.err and "report it" in said.err
+
+
 @pytest.mark.parametrize("given", [None, "intra.example", "*"])
 def test_this_machine_is_exempt_from_proxies(given, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
