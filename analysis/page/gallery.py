@@ -89,15 +89,7 @@ def gallery(
         more = f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
         caption = f"Mean loss over the edits{pipeline}{more}"
         plots.append(page_plot("losses", "Training loss", loss_figure(losses), caption, "Training loss by epoch."))
-    if retained := retention_info(results):
-        plots.append(
-            page_plot(
-                "retention", "What a stream retains", retention_figure(retained),
-                "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
-                " right forgets; a level one does not.",
-                "Reliability by time of arrival, a line per setting.",
-            )
-        )  # fmt: skip
+    plots += _retention_plots(results)
     for metric in ("reliability", "capability"):
         pairs = pipeline_info(results, metric) if has_values(results, metric) else None
         if pairs is None or not pairs.pairs:
@@ -125,6 +117,21 @@ def gallery(
             )
         )  # fmt: skip
     return plots
+
+
+def _retention_plots(results: pd.DataFrame) -> list[Plot]:
+    """For a study with streams."""
+    retained = retention_info(results)
+    if not retained:
+        return []
+    return [
+        page_plot(
+            "retention", "What a stream retains", retention_figure(retained),
+            "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
+            " right forgets; a level one does not.",
+            "Reliability by time of arrival, a line per setting.",
+        )
+    ]  # fmt: skip
 
 
 def _front_plot(info: FrontInfo) -> Plot:

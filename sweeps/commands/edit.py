@@ -6,7 +6,7 @@ Commands import what they run: `locft --help` would otherwise load torch and MLf
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,22 +14,18 @@ import typer
 
 from locft.errors import InputError
 from sweeps.commands.console import notice, print_json, print_table, say, writable, write
-from sweeps.commands.continued import Batch, ContinueOptions
+from sweeps.commands.edit_source import Batch, ContinueOptions, SourceOptions
 from sweeps.commands.options import (
     DELTA_HELP,
-    EDITS_HELP,
     FORMATS,
     EditsOptions,
     FormatsOption,
     JsonOption,
-    LimitOption,
     LoadOptions,
-    MapOption,
     ModelArgument,
     RemoteCodeOption,
     TrainingOptions,
     UriOption,
-    edits_of,
 )
 from sweeps.commands.summaries import print_metrics, print_remedies
 from sweeps.tracking.address import resolve_uri
@@ -67,37 +63,6 @@ def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_co
         shapes = "\n".join(" x ".join(map(str, shape)) for shape in info.shapes)
         rows.append([str(info.position), f"{info.size:,}", "\n".join(info.names), shapes])
     print_table(("position", "size", "parameter", "shape"), rows, f"{model}: {len(found)} tuning positions")
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """What to edit where: options, a position file, or the trial to repeat."""
-
-    edits: Annotated[str | None, typer.Option(help=EDITS_HELP)] = None
-    limit: LimitOption = None
-    field_map: MapOption = None
-    ask_formats: FormatsOption = None
-    position: Annotated[
-        str | None, typer.Option(help="LAYER.MODULE, such as 22.mlp_down, or the file `locft select` wrote.")
-    ] = None
-    from_run: Annotated[
-        str | None,
-        typer.Option("--from-run", help="Repeat the trial of this MLflow run; other options replace its own."),
-    ] = None
-    tracking_uri: UriOption = None
-
-    def settings(self, training: TrainingOptions, dtype: str | None, tracking_uri: str | None) -> "EditSettings":
-        """Everything that an edit needs. Raises InputError with every bad option."""
-        from sweeps.commands.settings import edit_settings
-
-        if self.edits is None and self.limit is not None:
-            raise InputError("--limit: it says how many of --edits to take; give --edits, too")
-        if self.edits is None and self.field_map:
-            raise InputError("--map: it says how --edits is to be read; give --edits, too")
-        edits = None if self.edits is None else edits_of(self.edits, self.limit, self.field_map)
-        return edit_settings(
-            self.position, asdict(training), dtype, edits, self.from_run, tracking_uri, self.ask_formats
-        )
 
 
 def edit(

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.stats import formats
-from analysis.stats.axes import AXES, Axis
+from analysis.stats.axes import AXES, ONE_EDIT, Axis
 from locft.errors import InputError
 from locft.machine import usable_cores
 
@@ -21,15 +20,13 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
-FORMATS = ",".join(formats.FORMATS)
-"""What one edit is trained and asked in unless told otherwise: people serve chat models through their template."""
 EDITS = "atlas, an edit file, or the hub id of a data set"
 EDITS_HELP = f"{EDITS[0].upper()}{EDITS[1:]}."
+FORMATS = ONE_EDIT["train_formats"]
+"""What a single edit is asked in unless told otherwise: what it is trained in."""
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, hub id, folder or .gguf file.")]
 DELTA_HELP = "A delta file, the folder `locft edit` wrote, or models:/NAME@ALIAS."
-METHOD = {"method": "low_curvature", "train_formats": FORMATS}
-"""How one edit is trained unless told otherwise. Why: docs/methods.md, "Edits that hold"."""
 FormatsOption = Annotated[
     str | None,
     typer.Option(
@@ -145,7 +142,7 @@ class EditsOptions:
         return edits_of(self.edits, self.limit, self.field_map)
 
 
-DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", **METHOD}
+DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", **ONE_EDIT}
 """Of options of `locft edit`, where its defaults (`TrainingSettings`) are not those of the axes."""
 
 

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from analysis.stats.axes import ONE_EDIT
 from locft.errors import InputError
 from locft.model.delta import EditDelta
 from locft.model.positions import TuningPosition
 from locft.model.precision import training_precision
 from locft.train.formats import RAW
 from locft.train.pipelines import TrainingSettings
-from sweeps.commands.options import EDITS, FORMATS, METHOD
 from sweeps.select.position_file import read_position
 from sweeps.study.reader import study_from_yaml
 from sweeps.study.schema import Capability, Edits, read_formats, read_value
@@ -63,7 +63,7 @@ def edit_settings(
             "--position: expected LAYER.MODULE such as 22.mlp_down or a position file, or --from-run RUN_ID"
         )
     if edits is None and from_run is None:
-        problems.append(f"--edits: expected {EDITS}, or --from-run RUN_ID")
+        problems.append("--edits: expected the edits to make, or --from-run RUN_ID")
     if found and from_run is not None:
         problems.append("--position: a position file and --from-run both bring settings; give one of them")
     if position is not None:
@@ -76,13 +76,13 @@ def edit_settings(
     if from_run is not None:
         return _repeated(from_run, position, options, dtype, edits, tracking_uri, asked)
     own = {name: read_value(name, value) for name, value in (found.settings if found else {}).items()}
-    own |= {} if found else METHOD
+    own |= {} if found else ONE_EDIT
     return EditSettings(
         position,
         TrainingSettings(**{"precision": training_precision("auto"), **own, **options}),
         dtype or (found.dtype if found else "float32"),
         edits,
-        asked or read_formats(found.ask_formats if found else FORMATS),
+        asked or read_formats(found.ask_formats if found else ONE_EDIT["train_formats"]),
         Capability(),
         "auto",
         None,

@@ -1,4 +1,4 @@
-"""`locft edit --onto` and `--consolidate`: edits that go on with an earlier one, and its ledger."""
+"""What `locft edit` trains: edits of their own, or some that go on with an earlier edit and its ledger."""
 
 import json
 import math
@@ -14,6 +14,15 @@ import typer
 from analysis.stats.wording import percent, plural
 from locft.errors import InputError
 from sweeps.commands.console import notice
+from sweeps.commands.options import (
+    EDITS_HELP,
+    FormatsOption,
+    LimitOption,
+    MapOption,
+    TrainingOptions,
+    UriOption,
+    edits_of,
+)
 
 if TYPE_CHECKING:
     from locft.data.edit_request import EditRequest
@@ -23,11 +32,41 @@ if TYPE_CHECKING:
     from locft.model.positions import TuningPosition
     from locft.train.pipelines import Training, TrainingSettings
     from locft.workbench import Measurement, Workbench
-    from sweeps.commands.edit import SourceOptions
     from sweeps.commands.settings import EditSettings
 
 EARLIER_MEASURED = 100
 """Of the earlier edits, a sample of so many is measured after new ones were trained."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What to edit where: options, a position file, or the trial to repeat."""
+
+    edits: Annotated[str | None, typer.Option(help=EDITS_HELP)] = None
+    limit: LimitOption = None
+    field_map: MapOption = None
+    ask_formats: FormatsOption = None
+    position: Annotated[
+        str | None, typer.Option(help="LAYER.MODULE, such as 22.mlp_down, or the file `locft select` wrote.")
+    ] = None
+    from_run: Annotated[
+        str | None,
+        typer.Option("--from-run", help="Repeat the trial of this MLflow run; other options replace its own."),
+    ] = None
+    tracking_uri: UriOption = None
+
+    def settings(self, training: TrainingOptions, dtype: str | None, tracking_uri: str | None) -> "EditSettings":
+        """Everything that an edit needs. Raises InputError with every bad option."""
+        from sweeps.commands.settings import edit_settings
+
+        if self.edits is None and self.limit is not None:
+            raise InputError("--limit: it says how many of --edits to take; give --edits, too")
+        if self.edits is None and self.field_map:
+            raise InputError("--map: it says how --edits is to be read; give --edits, too")
+        edits = None if self.edits is None else edits_of(self.edits, self.limit, self.field_map)
+        return edit_settings(
+            self.position, asdict(training), dtype, edits, self.from_run, tracking_uri, self.ask_formats
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +90,7 @@ class ContinueOptions:
         ),
     ] = None
 
-    def earlier(self, folder: Path, source: "SourceOptions") -> "Earlier | None":
+    def earlier(self, folder: Path, source: SourceOptions) -> "Earlier | None":
         """What is gone on with; None for an edit of its own. Raises InputError with every option that does not fit."""
         named = self.onto or self.consolidate
         problems = []
@@ -78,7 +117,7 @@ class ContinueOptions:
             raise InputError(problems)
         return Earlier.load(named) if named else None
 
-    def batch(self, earlier: "Earlier | None", source: "SourceOptions", chosen: "EditSettings") -> "Batch":
+    def batch(self, earlier: "Earlier | None", source: SourceOptions, chosen: "EditSettings") -> "Batch":
         """The edits to train, and what becomes of the ledger."""
         from locft.data.ledger import Ledger
         from sweeps.study.schema import Edits
@@ -127,9 +166,8 @@ class Earlier:
 
         return self.folder / FILE_NAME
 
-    def settings(self, training: Any, dtype: str | None, source: "SourceOptions") -> "EditSettings":
+    def settings(self, training: Any, dtype: str | None, source: SourceOptions) -> "EditSettings":
         """Those of the earlier edit, but for the options that are given."""
-        from sweeps.commands.options import edits_of
         from sweeps.commands.settings import continued_settings
 
         chosen = continued_settings(self.delta, self.about, asdict(training), dtype, source.ask_formats)
