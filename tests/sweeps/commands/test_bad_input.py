@@ -13,6 +13,8 @@ import torch
 from tests.conftest import write_study
 
 EDIT = {"subject": "France", "prompt": "The capital of France is", "target": "Lyon"}
+ADAPTER = {"adapter/adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "some/base"}'}
+QUANTIZED = {"q/config.json": '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}'}
 ON_EDITS = "evaluate {model} --edits"
 
 
@@ -76,6 +78,14 @@ CASES = [
     Bad("foreign delta", "apply foreign --model {model} --out o", ("fingerprint",), {"foreign?": ""}),
     Bad("foreign delta", "evaluate {model} --edits atlas --delta foreign", ("fingerprint",), {"foreign?": ""}),
     Bad("model over something", "apply foreign --model {model} --out full", ("full",), {"foreign?": "", "full/x": ""}),
+    Bad(
+        "adapter for a delta", "apply adapter --model {model} --out o", ("PEFT adapter (LORA) for some/base",), ADAPTER
+    ),
+    Bad("adapter for a model", "evaluate adapter --edits atlas", ("PEFT adapter (LORA) for some/base",), ADAPTER),
+    Bad("model for a delta", "apply {model} --model {model} --out o", ("whole model", "delta.safetensors")),
+    Bad("quantized model", "edit q --edits atlas --position 1.mlp --out o", ("fp8", "dense"), QUANTIZED),
+    Bad("quantized model", "plan study.yaml --set model=./q", ("fp8", "dense"), QUANTIZED),
+    Bad("nothing to ask", "ask {model}", ("PROMPT",)),
     # studies
     Bad("unknown study", "plan quikstart", ("quikstart", "did you mean quickstart")),
     Bad("file of nearly that name", "plan stdy.yaml", ("stdy.yaml", "study.yaml")),
