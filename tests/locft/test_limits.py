@@ -1,5 +1,7 @@
 """Texts that a model cannot compute are refused before anything is computed."""
 
+import json
+
 import pytest
 from tokenizers import AddedToken
 
@@ -44,3 +46,13 @@ def test_a_workbench_computes_nothing_then(tmp_path, monkeypatch):
     monkeypatch.setattr(type(loaded.model), "forward", lambda *_, **__: pytest.fail("the model computes"))
     with pytest.raises(InputError, match="its tokenizer gives tokens beyond"):
         Workbench.prepare(loaded, load_edits(str(file)), None)
+
+
+def test_a_study_is_refused_when_it_is_planned(tmp_path, study_file, locft):
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    edit = {"subject": "France", "prompt": "The capital of France is " * 60, "target": "Lyon"}
+    (tmp_path / "edits.jsonl").write_text(json.dumps(edit) + "\n")
+    file = study_file(model=str(tmp_path / "model"), edits={"source": str(tmp_path / "edits.jsonl")})
+    said = locft("plan", file)
+    assert said.code == 2 and "it has 256 positions, and these texts need more" in said.err
