@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analysis.stats.wording import plural
 from locft.errors import InputError
 from sweeps.commands.console import notice, print_json, print_table, say, writable, write
 from sweeps.commands.edit_source import Batch, ContinueOptions, SourceOptions
@@ -99,11 +100,13 @@ def edit(
     )
     findings = batch.measured.findings
     chosen = replace(chosen, training=_available(model, bench, chosen.training))
+    notice(f"training {batch.counted()} at {chosen.position}")
     trained = batch.train(bench, where, chosen.training)
     if trained.diverged:
         notice(f"the training diverged after {trained.steps} steps")
         print_remedies(_remedies(bench, chosen, trained, {}, findings), failed=True)
         raise typer.Exit(1)
+    notice(f"measuring the edited model, after {trained.seconds:.0f} s of training")
     measured = bench.measure(trained.delta, whole_answers=True)
     summary = _summary(model, folder, bench, chosen, trained, measured, batch)
     if register:
@@ -296,6 +299,8 @@ def _workbench(
     formats = asked(loaded.tokenizer, ask_formats)
     for sentence in no_chat(model, ["--ask-formats"] if CHAT in ask_formats and CHAT not in formats else []):
         notice(sentence)
+    items = f" and {sum(len(task.items) for task in suite.tasks):,} capability items" if suite else ""
+    notice(f"measuring {model} as it is: {plural(len(requests.requests), 'edit')} in {', '.join(formats)}{items}")
     return Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
 
 

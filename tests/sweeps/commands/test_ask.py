@@ -27,7 +27,9 @@ def edit(tmp_path):
 
 def test_before_and_after_in_every_format(locft, chat_folder, edit):
     prompts = ["The capital of France is", "Who played the trumpet?"]
-    said = locft("ask", chat_folder, *prompts, "--delta", edit(chat_folder), "--tokens", 8, "--threads", 1, "--json").json
+    said = locft(
+        "ask", chat_folder, *prompts, "--delta", edit(chat_folder), "--tokens", 8, "--threads", 1, "--json"
+    ).json
     assert said["position"] == "1.mlp_down"
     answers = said["answers"]
     assert [(a["prompt"], a["format"]) for a in answers] == [(p, form) for p in prompts for form in ("raw", "chat")]
@@ -38,7 +40,9 @@ def test_before_and_after_in_every_format(locft, chat_folder, edit):
 
 
 def test_in_words(locft, tiny_folder, edit):
-    said = locft("ask", tiny_folder, "The capital of France is", "--delta", edit(tiny_folder), "--tokens", 4, "--threads", 1)
+    said = locft(
+        "ask", tiny_folder, "The capital of France is", "--delta", edit(tiny_folder), "--tokens", 4, "--threads", 1
+    )
     first, before, after = said.out.splitlines()[:3]
     assert said.code == 0 and first == "The capital of France is"
     assert before.split()[:2] == ["raw", "before"] and after.split()[:2] == ["raw", "after"]
