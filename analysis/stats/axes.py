@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.stats.formats import FORMATS
-
 
 @dataclass(frozen=True)
 class Axis:
@@ -205,9 +203,6 @@ AXES: tuple[Axis, ...] = (
 )  # fmt: skip
 """In the order of columns and tables. Layer and module make the position; seeds are averaged."""
 
-ONE_EDIT = {"method": "low_curvature", "train_formats": ",".join(FORMATS)}
-"""How a single edit is trained unless told otherwise, where it differs from the defaults: people serve chat models through
-their template. Why: docs/methods.md, "Edits that hold"."""
 AXIS = {axis.name: axis for axis in AXES}
 SWEPT = tuple(axis for axis in AXES if axis.swept)
 SETTING = tuple(axis.name for axis in AXES if axis.name != "seed")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.stats.axes import AXES, ONE_EDIT, Axis
+from analysis.stats.axes import AXES, Axis
+from analysis.stats.formats import ONE_EDIT
 from locft.errors import InputError
 from locft.machine import usable_cores
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from analysis.stats.axes import ONE_EDIT
+from analysis.stats.formats import ONE_EDIT
 from locft.errors import InputError
 from locft.model.delta import EditDelta
 from locft.model.positions import TuningPosition
