@@ -86,7 +86,7 @@ def merge(name: str, delta: EditDelta, folder: Path, *, trust_remote_code: bool 
     _require_space(folder, sum((base / file).stat().st_size for file in copied))
     along = off = total = 0.0
     dtypes = set()
-    with _appears_whole(folder.absolute()) as partial:
+    with appears_whole(folder.absolute()) as partial:
         for file in copied:
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / file, partial / file)
@@ -203,7 +203,7 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def _appears_whole(folder: Path) -> Iterator[Path]:
+def appears_whole(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place at the end of the block; nothing is left of it when the block fails."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:

@@ -5,20 +5,18 @@ Commands import what they run: `locft --help` would otherwise load torch and MLf
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.stats.wording import plural
 from locft.errors import InputError
 from sweeps.commands.console import notice, print_json, print_table, say, writable, write
 from sweeps.commands.edit_source import Batch, ContinueOptions, SourceOptions
 from sweeps.commands.options import (
     DELTA_HELP,
-    FORMATS,
     EditsOptions,
     FormatsOption,
     JsonOption,
@@ -29,15 +27,15 @@ from sweeps.commands.options import (
     UriOption,
 )
 from sweeps.commands.summaries import print_metrics, print_remedies
+from sweeps.commands.workbench import asked_formats, workbench
 from sweeps.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
     from analysis.stats.signatures import Signature
-    from locft.data.requests import EditFindings, EditSet
+    from locft.data.requests import EditFindings
     from locft.train.pipelines import Training, TrainingSettings
     from locft.workbench import Measurement, Workbench
     from sweeps.commands.settings import EditSettings
-    from sweeps.study.schema import Capability
 
 
 def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_code: RemoteCodeOption = False) -> None:
@@ -95,7 +93,7 @@ def edit(
     threads = load.threads or chosen.threads
     load = replace(load, dtype=chosen.dtype, device=load.device or chosen.device, threads=threads)
     batch = going_on.batch(earlier, source, chosen)
-    bench = _workbench(
+    bench = workbench(
         model, load, batch.measured, chosen.capability, chosen.ask_formats, fingerprint=chosen.model_fingerprint
     )
     findings = batch.measured.findings
@@ -248,8 +246,8 @@ def evaluate(
 
     change = load_delta(delta, tracking_uri) if delta else None
     base = change.base_fingerprint if change else None
-    formats = _formats(ask_formats)
-    bench = _workbench(model, load, edits.named().load(), Capability(), formats, fingerprint=base)
+    formats = asked_formats(ask_formats)
+    bench = workbench(model, load, edits.named().load(), Capability(), formats, fingerprint=base)
     metrics = bench.measure(change).metrics if change else bench.baseline.metrics
     if as_json:
         where = change.position if change else None
@@ -266,49 +264,3 @@ def bench(context: typer.Context) -> None:
     from tests.benchmarks.bench import app
 
     app(args=context.args, prog_name=context.command_path, standalone_mode=False)
-
-
-def _workbench(
-    model: str,
-    load: LoadOptions,
-    requests: "EditSet",
-    capability: "Capability",
-    ask_formats: Sequence[str],
-    *,
-    fingerprint: str | None,
-) -> "Workbench":
-    """Load everything and measure the unedited model. A notice says where formats are left out.
-
-    fingerprint: what the model's must be, None for any. Raises InputError for another model.
-    """
-    from locft.data.suites import load_suite
-    from locft.train.formats import CHAT, asked
-    from locft.workbench import Workbench
-    from sweeps.study.resolve import no_chat
-
-    measured = capability.suite or capability.tasks
-    suite = load_suite(capability.suite, capability.tasks, capability.limit, capability.prose) if measured else None
-    loaded = load.load(model)
-    if fingerprint not in (None, loaded.fingerprint):
-        raise InputError(
-            f"model {model!r} has fingerprint {loaded.fingerprint}, but the edit was made on one with {fingerprint}; "
-            "give the model it was made on, unedited"
-        )
-    for sentence in requests.sentences():
-        notice(sentence)
-    formats = asked(loaded.tokenizer, ask_formats)
-    for sentence in no_chat(model, ["--ask-formats"] if CHAT in ask_formats and CHAT not in formats else []):
-        notice(sentence)
-    items = f" and {sum(len(task.items) for task in suite.tasks):,} capability items" if suite else ""
-    notice(f"measuring {model} as it is: {plural(len(requests.requests), 'edit')} in {', '.join(formats)}{items}")
-    return Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
-
-
-def _formats(given: str | None) -> tuple[str, ...]:
-    """The formats that --ask-formats names, or the usual ones. Raises InputError."""
-    from sweeps.study.schema import read_formats
-
-    try:
-        return read_formats(FORMATS if given is None else given)
-    except InputError as error:
-        raise InputError(f"--ask-formats: {error}") from None

@@ -1,0 +1,60 @@
+"""What commands measure an edit with: the model, the edits and the capability items, loaded and checked together."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from analysis.stats.wording import plural
+from locft.errors import InputError
+from sweeps.commands.console import notice
+from sweeps.commands.options import FORMATS, LoadOptions
+
+if TYPE_CHECKING:
+    from locft.data.requests import EditSet
+    from locft.workbench import Workbench
+    from sweeps.study.schema import Capability
+
+
+def workbench(
+    model: str,
+    load: LoadOptions,
+    requests: "EditSet",
+    capability: "Capability",
+    ask_formats: Sequence[str],
+    *,
+    fingerprint: str | None,
+) -> "Workbench":
+    """Load everything and measure the unedited model. A notice says where formats are left out.
+
+    fingerprint: what the model's must be, None for any. Raises InputError for another model.
+    """
+    from locft.data.suites import load_suite
+    from locft.train.formats import CHAT, asked
+    from locft.workbench import Workbench
+    from sweeps.study.resolve import no_chat
+
+    measured = capability.suite or capability.tasks
+    suite = load_suite(capability.suite, capability.tasks, capability.limit, capability.prose) if measured else None
+    loaded = load.load(model)
+    if fingerprint not in (None, loaded.fingerprint):
+        raise InputError(
+            f"model {model!r} has fingerprint {loaded.fingerprint}, but the edit was made on one with {fingerprint}; "
+            "give the model it was made on, unedited"
+        )
+    for sentence in requests.sentences():
+        notice(sentence)
+    formats = asked(loaded.tokenizer, ask_formats)
+    for sentence in no_chat(model, ["--ask-formats"] if CHAT in ask_formats and CHAT not in formats else []):
+        notice(sentence)
+    items = f" and {sum(len(task.items) for task in suite.tasks):,} capability items" if suite else ""
+    notice(f"measuring {model} as it is: {plural(len(requests.requests), 'edit')} in {', '.join(formats)}{items}")
+    return Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
+
+
+def asked_formats(given: str | None) -> tuple[str, ...]:
+    """The formats that --ask-formats names, or the usual ones. Raises InputError."""
+    from sweeps.study.schema import read_formats
+
+    try:
+        return read_formats(FORMATS if given is None else given)
+    except InputError as error:
+        raise InputError(f"--ask-formats: {error}") from None
