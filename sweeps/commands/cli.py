@@ -19,6 +19,7 @@ from sweeps.commands.ask import ask
 from sweeps.commands.console import complain, notice, print_json, say
 from sweeps.commands.edit import apply, bench, edit, evaluate, positions
 from sweeps.commands.edits import edits
+from sweeps.commands.export import export
 from sweeps.commands.options import INTERRUPTED, JsonOption, UriOption, grouped
 from sweeps.commands.study import plan, report, select, status, sweep
 from sweeps.commands.surroundings import settle
@@ -75,7 +76,7 @@ def ui(
     serve(resolve_uri(tracking_uri), port, announce)
 
 
-for _command in (positions, plan, sweep, status, report, select, edits, edit, ask, apply, evaluate, ui):
+for _command in (positions, plan, sweep, status, report, select, edits, edit, ask, apply, export, evaluate, ui):
     app.command()(grouped(_command))
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(bench)
 

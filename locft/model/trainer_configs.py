@@ -1,0 +1,230 @@
+"""A position in the words of other trainers: a configuration that trains exactly its parameters.
+
+Each tool has its own rule for which parameters train; the sources read are named at each function.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+import yaml
+from transformers import PreTrainedModel
+
+from locft.errors import InputError
+from locft.model.positions import TuningPosition, parameter_names
+
+TRAINERS = ("axolotl", "trl", "llamafactory")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train, and how."""
+
+    base: str
+    """Hub id or folder of the model."""
+    position: TuningPosition
+    learning_rate: float
+    batch_size: int
+    epochs: int
+    seed: int
+    bfloat16: bool
+    """Whether products are computed in bfloat16; the trained weights are float32."""
+    data: str
+    """Name of the file with the edits, beside the configuration."""
+    about: tuple[str, ...] = ()
+    """Lines for people, put before everything else."""
+
+
+def trainer_config(trainer: str, recipe: Recipe, model: PreTrainedModel) -> str:
+    """The text of the file that a tool of `TRAINERS` takes.
+
+    model: the base or its structure on the meta device. Raises InputError for a position that the model does not have or
+    that the tool cannot train alone.
+    """
+    names = parameter_names(model, recipe.position)
+    return {"axolotl": _axolotl, "trl": _trl, "llamafactory": _llamafactory}[trainer](recipe, model, names)
+
+
+def _axolotl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> str:
+    """Source: `freeze_layers_except` and `LayerNamePattern` in axolotl's src/axolotl/utils/freeze.py: a parameter trains if
+    `re.match` finds a pattern at the beginning of its name. Axolotl escapes the dots of a pattern itself: an escaped one
+    would ask for a backslash, so they are left as they are, and all else is escaped. The "$" ends the match.
+
+    A model that axolotl computes in bfloat16 it also loads in bfloat16, where small steps are lost; hence float32.
+    """
+    config = {
+        "base_model": recipe.base,
+        "unfrozen_parameters": [f"^{'.'.join(map(re.escape, name.split('.')))}$" for name in names],
+        "datasets": [{"path": recipe.data, "ds_type": "json", "type": "input_output"}],
+        "train_on_inputs": False,
+        "val_set_size": 0,
+        "sequence_len": 512,
+        "sample_packing": False,
+        "gradient_checkpointing": False,
+        "learning_rate": recipe.learning_rate,
+        "micro_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": recipe.epochs,
+        "optimizer": "adamw_torch",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler": "constant",
+        "warmup_steps": 0,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "seed": recipe.seed,
+        "output_dir": "./edited-model",
+    }
+    data = 'Each line of the data: {"segments": [{"label": false, "text": prompt}, {"label": true, "text": answer with EOS}]}'
+    return _yaml(recipe, names, data, config)
+
+
+def _llamafactory(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> str:
+    """Source: `_setup_freeze_tuning` in LLaMA-Factory's src/llamafactory/model/adapter.py: freeze_trainable_layers takes the
+    last n layers (n > 0) or the first -n; a parameter trains if its name contains ".LAYER.MODULE", where a module is what
+    follows a layer's number, or ".LAYER." for `all`. So most positions cannot be named; those that can are found by trying.
+    """
+    layer, count = recipe.position.layer, _layer_count(model)
+    parts = _parts(names, layer)
+    tried = [(n, modules) for modules in (parts, ("all",)) for n in ((-(layer + 1), count - layer) if count else ())]
+    trained = {(n, modules): _freeze_trains(model, count, n, modules) for n, modules in tried}
+    exact = next((choice for choice, found in trained.items() if set(found) == set(names)), None)
+    if exact is None:
+        least = min((len(found) for found in trained.values() if found), default=0)
+        raise InputError(
+            f"--format llamafactory: its freeze type trains whole parts of the first or of the last layers (here "
+            f"{', '.join(parts)}) by what their names contain; to reach {recipe.position} it would train {least} parameters "
+            f"in place of {len(names)}. --format axolotl and --format trl train exactly this position"
+        )
+    config = {
+        "model_name_or_path": recipe.base,
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "freeze",
+        "freeze_trainable_layers": exact[0],
+        "freeze_trainable_modules": ",".join(exact[1]),
+        "dataset_dir": ".",
+        "dataset": "edits",
+        "template": "empty",
+        "cutoff_len": 512,
+        "disable_gradient_checkpointing": True,
+        "learning_rate": recipe.learning_rate,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": recipe.epochs,
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "bf16": recipe.bfloat16,
+        "seed": recipe.seed,
+        "output_dir": "./edited-model",
+    }
+    entry = {"edits": {"file_name": recipe.data, "columns": {"prompt": "prompt", "response": "completion"}}}
+    data = f"dataset_info.json beside this file has to hold {json.dumps(entry)}"
+    return _yaml(recipe, names, data, config)
+
+
+def _layer_count(model: PreTrainedModel) -> int:
+    """The number of layers as LLaMA-Factory finds it; 0 where it does not."""
+    config = getattr(model.config, "text_config", model.config)
+    keys = ("num_hidden_layers", "num_layers", "n_layer")
+    return next((found for key in keys if (found := getattr(config, key, None))), 0)
+
+
+def _freeze_trains(model: PreTrainedModel, count: int, layers: int, modules: Collection[str]) -> tuple[str, ...]:
+    """The parameters that LLaMA-Factory trains; none where it refuses the modules.
+
+    count: of layers. layers, modules: freeze_trainable_layers and freeze_trainable_modules.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    split = [(name, next((mark for mark in (".0.", ".1.") if mark in name), None)) for name in names]
+    known = {"all", *(name.split(mark)[-1].split(".")[0] for name, mark in split if mark)}
+    if not known.issuperset(modules):
+        return ()
+    numbers = range(max(0, count - layers), count) if layers > 0 else range(min(-layers, count))
+    parts = [f".{number}.{'' if module == 'all' else module}" for module in modules for number in numbers]
+    return tuple(name for name in names if any(part in name for part in parts))
+
+
+def _parts(names: Collection[str], layer: int) -> tuple[str, ...]:
+    """What follows the layer's number in these names: mlp, self_attn, ..."""
+    return tuple(dict.fromkeys(name.split(f".{layer}.", 1)[1].split(".")[0] for name in names))
+
+
+_SCRIPT = """\
+from datasets import load_dataset
+from transformers import AutoTokenizer, {loader}
+from trl import SFTConfig, SFTTrainer
+
+MODEL = {base}
+DATA = {data}  # each line: {{"prompt": ..., "completion": ...}}
+TRAINED = {{
+{names}
+}}
+
+model = {loader}.from_pretrained(MODEL, dtype="float32")
+parameters = dict(model.named_parameters())
+if missing := TRAINED - parameters.keys():
+    raise SystemExit(f"{{MODEL}} has no parameters {{sorted(missing)}}")
+for name, parameter in parameters.items():
+    parameter.requires_grad_(name in TRAINED)
+
+trainer = SFTTrainer(
+    model=model,
+    processing_class=AutoTokenizer.from_pretrained(MODEL),
+    train_dataset=load_dataset("json", data_files=DATA, split="train"),
+    args=SFTConfig(
+        output_dir="edited-model",
+        learning_rate={learning_rate!r},
+        per_device_train_batch_size={batch_size},
+        gradient_accumulation_steps=1,
+        num_train_epochs={epochs},
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        completion_only_loss=True,
+        gradient_checkpointing=False,
+        bf16={bfloat16},
+        seed={seed},
+        save_strategy="no",
+    ),
+)
+trainer.train()
+trainer.save_model()
+"""
+
+
+def _trl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> str:
+    """Source: TRL's trl/trainer/sft_trainer.py, which trains what has `requires_grad` and puts an EOS behind a completion
+    that has none. bf16 there is mixed precision: the weights stay float32."""
+    loader = type(model).__name__
+    script = _SCRIPT.format(
+        base=json.dumps(recipe.base, ensure_ascii=False),
+        data=json.dumps(recipe.data, ensure_ascii=False),
+        names="\n".join(f"    {json.dumps(name)}," for name in names),
+        loader=loader if hasattr(transformers, loader) else "AutoModelForCausalLM",
+        learning_rate=recipe.learning_rate,
+        batch_size=recipe.batch_size,
+        epochs=recipe.epochs,
+        bfloat16=recipe.bfloat16,
+        seed=recipe.seed,
+    )
+    return _comments(recipe, names) + script
+
+
+def _yaml(recipe: Recipe, names: Collection[str], data: str, config: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=1000)
+    return _comments(recipe, names, data) + text
+
+
+def _comments(recipe: Recipe, names: Collection[str], *more: str) -> str:
+    trained = f"Trains {recipe.position} alone: {', '.join(names) if len(names) < 4 else f'{len(names)} parameters'}."
+    return "".join(f"# {line}\n" for line in (trained, *recipe.about, *more))

@@ -1,0 +1,318 @@
+"""The command `locft export`: an edit as a LoRA adapter, or a position as the configuration of another trainer.
+
+Registered in `sweeps.commands.cli`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from analysis.stats.axes import AXES
+from analysis.stats.wording import number, percent, plural
+from locft.errors import InputError, did_you_mean
+from sweeps.commands.console import notice, print_json, print_table, say, writable, write
+from sweeps.commands.options import (
+    EDITS_HELP,
+    FormatsOption,
+    JsonOption,
+    LimitOption,
+    LoadOptions,
+    MapOption,
+    UriOption,
+    edits_of,
+)
+from sweeps.commands.workbench import asked_formats, workbench
+
+if TYPE_CHECKING:
+    from locft.data.requests import EditSet
+    from locft.model.adapter import LowRank
+    from locft.model.delta import EditDelta
+    from sweeps.commands.settings import EditSettings
+
+    Measure = Callable[[EditDelta], tuple[dict[str, float], set[tuple[str, str]]]]
+    """Of a delta: metrics, and which edits are right in which format."""
+
+PEFT, FORMATS = "peft", ("peft", "axolotl", "trl", "llamafactory")
+DRIFT = 1.1
+"""Drift of an adapter that counts as the edit's own, as a multiple of it."""
+KEPT = 0.99
+"""Share of the change's norm that an adapter has to keep where no edits are asked."""
+TOLD = ("learning_rate", "batch_size", "epochs", "seed", "precision")
+"""Of the settings of an edit, those that every trainer has."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the command needs besides an edit or a position and its model."""
+
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", help="Of the adapter; of several, such as 16,64,256, the smallest that holds."),
+    ] = None
+    edits: Annotated[
+        str | None, typer.Option(help=f"To ask at every rank, or to write beside the configuration. {EDITS_HELP}")
+    ] = None
+    limit: LimitOption = None
+    field_map: MapOption = None
+    ask_formats: FormatsOption = None
+    tracking_uri: UriOption = None
+
+    def named(self) -> "EditSet | None":
+        """The edits, if any. Raises InputError."""
+        if self.edits is not None:
+            return edits_of(self.edits, self.limit, self.field_map).load()
+        if self.limit is not None or self.field_map:
+            raise InputError("--limit and --map: they say how --edits is to be read; give --edits, too")
+        return None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The edit at a rank."""
+
+    rank: int | None
+    """None for the edit as it is."""
+    size: int
+    """Number of values."""
+    kept: float
+    """Norm of the change, as a share of the edit's."""
+    metrics: dict[str, float]
+    lost: int | None
+    """Edits that are no longer right in an asked format in which they were; None where none are asked, or none were right."""
+
+    def holds(self, own: "Row") -> bool:
+        """Whether this is as good as the edit itself."""
+        held = self.kept >= KEPT if self.lost is None else self.lost == 0
+        return held and self.metrics.get("drift_kl", math.inf) <= DRIFT * own.metrics.get("drift_kl", math.inf)
+
+
+def export(
+    what: Annotated[
+        str, typer.Argument(metavar="DELTA|POSITION", help="As for `locft apply`, or for `locft edit --position`.")
+    ],
+    model: Annotated[str, typer.Option("--model", help="The unedited model.")],
+    form: Annotated[
+        str,
+        typer.Option("--format", help="peft: DELTA as a LoRA adapter; axolotl, trl, llamafactory: train at POSITION."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the adapter, or file for the configuration.")],
+    options: ExportOptions,
+    load: LoadOptions,
+    as_json: JsonOption = False,
+) -> None:
+    """Write DELTA as a LoRA adapter for MODEL, or a configuration with which other trainers train exactly POSITION."""
+    if form not in FORMATS:
+        raise InputError(f"--format {form}: expected one of {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
+    if form == PEFT:
+        return _adapter(what, model, out, options, load, as_json)
+    given = {
+        "--rank": options.rank, "--ask-formats": options.ask_formats, "--tracking-uri": options.tracking_uri,
+        "--dtype": load.dtype, "--device": load.device, "--threads": load.threads,
+    }  # fmt: skip
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise InputError(f"{', '.join(wrong)}: for --format peft; --format {form} computes nothing")
+    _configuration(what, model, form, out, options, load.trust_remote_code, as_json)
+
+
+def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: LoadOptions, as_json: bool) -> None:
+    from locft.model.adapter import LowRank, base_address
+    from locft.model.models import folder_fingerprint, load_structure, model_folder
+    from sweeps.tracking.registry import load_delta
+
+    ranks = _ranks(options.rank)
+    writable(out / "adapter_config.json")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: the folder is not empty; name a new one")
+    edits, formats = options.named(), asked_formats(options.ask_formats)
+    change = load_delta(what, options.tracking_uri)
+    structure = load_structure(model, trust_remote_code=load.trust_remote_code)
+    change.require_base(model, folder_fingerprint(model_folder(model, trust_remote_code=load.trust_remote_code)))
+    low_rank = LowRank.of(structure, change)
+    for sentence in low_rank.sentences():
+        notice(sentence)
+    if (most := max(ranks)) > low_rank.full_rank:
+        notice(f"rank {most}: this change has no more than rank {low_rank.full_rank}, which leaves nothing out")
+        ranks = sorted({min(rank, low_rank.full_rank) for rank in ranks})
+    rows = list(
+        _rows(low_rank, ranks, _on_edits(model, change, edits, formats, load) if edits else _on_prose(model, load))
+    )
+    own, adapters = rows[0], rows[1:]
+    chosen = adapters[0] if len(adapters) == 1 else next((row for row in adapters if row.holds(own)), None)
+    base = base_address(model)
+    if chosen:
+        low_rank.save(chosen.rank, out, base)
+    if as_json:
+        found = {"rank": chosen and chosen.rank, "holds": chosen and chosen.holds(own), "folder": chosen and str(out)}
+        about = {"model": model, "position": change.position, "base": base, "left_out": low_rank.left_out}
+        print_json({**about, **found, "rows": [asdict(row) for row in rows]})
+    else:
+        _print_rows(rows)
+        if chosen:
+            reason = _reason(chosen, own, len(adapters))
+            say(f"\nRank {chosen.rank} {reason}: {out}", "bold")
+            say(f"Base: {base}")
+    if not chosen:
+        notice(f"no rank up to {max(ranks)} holds what the edit does; nothing was written. A larger one may, and one rank "
+               "alone is written as it is")  # fmt: skip
+        raise typer.Exit(1)
+
+
+def _ranks(text: str | None) -> list[int]:
+    """In rising order. Raises InputError."""
+    words = [word.strip() for word in (text or "").split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise InputError(f"--rank: got {text or 'nothing'}, expected whole numbers above 0, such as 16 or 16,64,256")
+    return sorted({int(word) for word in words})
+
+
+def _rows(low_rank: "LowRank", ranks: list[int], measure: "Measure") -> Iterator[Row]:
+    """The edit itself, then each rank."""
+    own, right = measure(low_rank.delta)
+    size = sum(change.numel() for change in low_rank.delta.tensors.values())
+    yield Row(None, size, 1.0, own, 0 if right else None)
+    for rank in ranks:
+        notice(f"measuring rank {rank}")
+        metrics, still = measure(low_rank.at(rank))
+        lost = len({edit for edit, _ in right - still}) if right else None
+        yield Row(rank, low_rank.size(rank), low_rank.kept(rank), metrics, lost)
+
+
+def _on_edits(
+    model: str, change: "EditDelta", edits: "EditSet", formats: tuple[str, ...], load: LoadOptions
+) -> "Measure":
+    """Measures deltas by the edits' questions, and by drift on the built-in prose."""
+    from locft.train.formats import UNSEEN
+    from sweeps.study.schema import Capability
+
+    few = Capability(limit=1)  # for its prose
+    bench = workbench(model, load, edits, few, formats, fingerprint=change.base_fingerprint)
+
+    def measure(delta: "EditDelta") -> tuple[dict[str, float], set[tuple[str, str]]]:
+        measured = bench.measure(delta)
+        asked = [one for one in measured.outcomes if one.kind == "reliability" and one.format != UNSEEN]
+        return _shown(measured.metrics), {(one.edit_id, one.format) for one in asked if one.correct}
+
+    return measure
+
+
+def _on_prose(model: str, load: LoadOptions) -> "Measure":
+    """Measures deltas by drift on the built-in prose alone."""
+    from locft.data.suites import load_suite
+    from locft.engine.tail_engine import logits_with, unedited_logits
+    from locft.measure.capability import encode_suite, measure_drift
+    from locft.model.positions import TuningPosition
+
+    loaded = load.load(model)
+    suite = encode_suite(loaded.tokenizer, load_suite(limit=1))
+
+    def measure(delta: "EditDelta") -> tuple[dict[str, float], set[tuple[str, str]]]:
+        layer = TuningPosition.parse(delta.position).layer
+        edited = logits_with(loaded, None, layer, delta.weights(loaded.model))
+        return {"drift_kl": measure_drift(edited, unedited_logits(loaded, None), suite).kl}, set()
+
+    return measure
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, float]:
+    """Reliability, also of each format, generalization, locality and drift."""
+    formats = sorted(name for name in metrics if name.startswith("reliability."))
+    names = ("reliability", *formats, "generalization", "locality", "drift_kl")
+    return {name: metrics[name] for name in names if name in metrics}
+
+
+def _print_rows(rows: list[Row]) -> None:
+    names = list(rows[0].metrics)
+    lost = ["edits lost"] if rows[0].lost is not None else []
+    lines = []
+    for row in rows:
+        values = (number(row.metrics.get(name)) if name == "drift_kl" else percent(row.metrics[name]) for name in names)
+        label = "the edit" if row.rank is None else str(row.rank)
+        lines.append([label, f"{row.size:,}", percent(row.kept), *values, *([str(row.lost)] if lost else [])])
+    print_table(("rank", "values", "change kept", *names, *lost), lines)
+
+
+def _reason(chosen: Row, own: Row, tried: int) -> str:
+    if not chosen.holds(own):
+        return "does not hold all that the edit does, and was written since no other was named"
+    held = f"keeps at least {KEPT:.0%} of the change" if chosen.lost is None else "loses no edit"
+    first = "is the smallest that " if tried > 1 else ""
+    return f"{first}{held}, with drift within {DRIFT - 1:.0%} of the edit's"
+
+
+def _configuration(
+    what: str, model: str, form: str, out: Path, options: ExportOptions, trust_remote_code: bool, as_json: bool
+) -> None:
+    from locft.model.adapter import base_address
+    from locft.model.models import BUILT_IN, folder_fingerprint, load_structure, load_tokenizer, model_folder
+    from locft.model.positions import TuningPosition, parameter_names
+    from locft.model.trainer_configs import Recipe, trainer_config
+    from sweeps.commands.settings import edit_settings
+    from sweeps.study.schema import Edits
+
+    writable(out)
+    edits = options.named()
+    chosen = edit_settings(what, {}, None, Edits(), None, "")
+    structure = load_structure(model, trust_remote_code=trust_remote_code)
+    known = chosen.model_fingerprint and (model in BUILT_IN or Path(model).expanduser().exists())
+    if known and (found := folder_fingerprint(model_folder(model))) != chosen.model_fingerprint:
+        raise InputError(
+            f"model {model!r} has fingerprint {found}, but {what} was found on one with {chosen.model_fingerprint}"
+        )
+    training, where = chosen.training, TuningPosition.parse(chosen.position)
+    data = out.with_name(f"{out.stem}-edits.jsonl")
+    about = tuple(_about(chosen, what))
+    recipe = Recipe(
+        base_address(model), where, training.learning_rate, training.batch_size, training.epochs, training.seed,
+        training.precision == "bfloat16", data.name, about,
+    )  # fmt: skip
+    text = trainer_config(form, recipe, structure)
+    if edits:
+        write(writable(data), _records(edits, form, load_tokenizer(model, trust_remote_code=trust_remote_code)))
+    write(out, text)
+    names = parameter_names(structure, where)
+    if as_json:
+        return print_json(
+            {"model": model, "position": str(where), "parameters": names, "format": form, "file": str(out),
+             "data": str(data) if edits else None, "notes": about}
+        )  # fmt: skip
+    for line in about:
+        notice(line)
+    say(f"{form} trains {', '.join(names[:4])}{', …' if len(names) > 4 else ''}: {out}")
+    say(f"{plural(len(edits.requests), 'edit')}: {data}" if edits else f"Put the edits into {data}, or give --edits")
+
+
+def _about(chosen: "EditSettings", what: str) -> Iterator[str]:
+    """Where the settings are from, and what of them the trainers do not have."""
+    values = asdict(chosen.training)
+    source = f"those of {what}" if chosen.model_fingerprint else "the defaults of `locft edit`"
+    yield f"Learning rate {values['learning_rate']:g}, batch size {values['batch_size']}, epochs {values['epochs']}: {source}."
+    yield "Prompts are put as they are (raw), the loss is the mean over the tokens of a batch, and training ends with the last epoch."
+    others = [axis for axis in AXES if axis.trained and axis.name not in TOLD]
+    missing = [
+        f"{axis.name} {values[axis.name]}"
+        for axis in others
+        if values[axis.name] != axis.default and axis.counts(values)
+    ]
+    if missing:
+        yield f"Left out, since this trainer has nothing like it: {'; '.join(missing)}. Expect other results than `locft edit`'s."
+
+
+def _records(edits: "EditSet", form: str, tokenizer: Any) -> str:
+    """The edits as lines of JSON that a trainer reads: prompt, and target with its space and the EOS."""
+    from locft.train.formats import space_before_answer
+
+    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    lines = []
+    for request in edits.requests:
+        answer = space_before_answer(request.prompt, request.target) + request.target + tokenizer.eos_token
+        record: dict[str, Any] = {"prompt": request.prompt, "completion": answer}
+        if form == "axolotl":  # takes every text as it is
+            prompt = (tokenizer.bos_token if starts else "") + request.prompt
+            record = {"segments": [{"label": False, "text": prompt}, {"label": True, "text": answer}]}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines)
