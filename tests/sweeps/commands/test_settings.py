@@ -37,7 +37,7 @@ def test_defaults():
     chosen = settings("22.mlp_down", ATLAS, batch_size=None)
     assert chosen.position == "22.mlp_down"
     assert chosen.training == TrainingSettings(
-        precision=training_precision("auto"), method="low_curvature", train_formats="raw,qa,chat"
+        precision=training_precision("auto"), method="low_curvature", train_formats="raw,qa,chat", epochs=50
     )
     assert chosen.ask_formats == ("raw", "qa", "chat")
     assert (chosen.edits, chosen.capability) == (ATLAS, Capability())
@@ -47,7 +47,12 @@ def test_defaults():
 def test_options_over_defaults():
     chosen = settings("1.mlp", ATLAS, dtype="bfloat16", batch_size=4, learning_rate=0.1, pipeline="depth_first")
     expected = TrainingSettings(
-        batch_size=4, learning_rate=0.1, pipeline="depth_first", method="low_curvature", train_formats="raw,qa,chat"
+        batch_size=4,
+        learning_rate=0.1,
+        pipeline="depth_first",
+        method="low_curvature",
+        train_formats="raw,qa,chat",
+        epochs=50,
     )
     assert chosen.training == dataclasses.replace(expected, precision=training_precision("auto"))
     assert chosen.dtype == "bfloat16"
