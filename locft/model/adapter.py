@@ -149,6 +149,8 @@ class LowRank:
         with appears_whole(folder.absolute()) as partial:
             save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             (partial / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            # safetensors lets nobody else read its file, such as the user that a server runs as
+            (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
         return folder
 
 

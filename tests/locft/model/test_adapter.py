@@ -5,16 +5,17 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from locft.errors import InputError
 from locft.model.adapter import LowRank, base_address
 from locft.model.delta import EditDelta, applied
 from locft.model.models import load_model, load_structure
-from tests.locft.model.test_merge import delta_at, saved
+from tests.locft.model.test_merge import TEXT, delta_at, saved
 from tests.tiny import tiny_model
 
 IDS = torch.tensor([[5, 17, 42, 99, 7, 3]])
+SIZES_OF_EYE = dict(hidden_size=32, intermediate_size=48, num_heads=4, depth=2)
 POSITIONS = [
     ("llama", "1.mlp_down", 12),
     ("llama", "1.mlp", 12),
@@ -52,8 +53,22 @@ def test_peft_loads_what_was_measured(architecture, position, layers, tmp_path):
     assert torch.allclose(through_peft(base, tmp_path / "full"), edited(loaded, whole), atol=1e-4)
     assert not torch.allclose(cut, edited(loaded, whole), atol=1e-2), "the truncation shows"
     about = json.loads((tmp_path / "three" / "adapter_config.json").read_text())
+    modes = {file.stat().st_mode for file in (tmp_path / "three").iterdir()}
+    assert len(modes) == 1, "whoever may read the configuration may read the weights"
     assert about["base_model_name_or_path"] == str(base) and about["r"] == about["lora_alpha"] == 3
     assert about["fan_in_fan_out"] == (architecture == "gpt2")
+
+
+def test_the_text_half_of_a_vision_language_model(tmp_path):
+    eye = SIZES_OF_EYE | dict(out_hidden_size=32, deepstack_visual_indexes=[0])
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=TEXT, vision_config=eye))
+    base = saved(tmp_path / "base", model)
+    loaded, delta = load_model(str(base), device="cpu"), delta_at(base, "1.mlp", size=0.3)
+    low_rank = LowRank.of(loaded.model, delta)
+    low_rank.save(low_rank.full_rank, tmp_path / "adapter", base_address(str(base)))
+    with torch.no_grad():
+        whole = PeftModel.from_pretrained(Qwen3VLForConditionalGeneration.from_pretrained(base), tmp_path / "adapter")
+        assert torch.allclose(whole.eval()(input_ids=IDS).logits, edited(loaded, delta), atol=1e-4)
 
 
 def test_layer_1_is_not_layer_10(tmp_path):
