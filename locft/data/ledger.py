@@ -128,7 +128,7 @@ class Ledger:
                 f"{folder}: there is no {FILE_NAME} beside the delta, expected a folder that `locft edit` wrote; "
                 "make the edit again to continue it"
             )
-        records, _ = read_json_records(path)
+        records, _ = read_json_records(path, is_record=lambda value: True)  # the only one may hold lists of objects
         requests = load_edits(str(path)).requests
         entries = []
         for request, record in zip(requests, records, strict=True):

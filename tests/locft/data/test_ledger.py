@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locft.data.edit_request import EditRequest
+from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.data.ledger import FILE_NAME, Ledger
 from locft.data.requests import load_edits
 from locft.errors import InputError
@@ -80,6 +80,12 @@ def test_the_file_is_an_edit_file(ledger, tmp_path):
     (tmp_path / FILE_NAME).write_text(changed.text(), encoding="utf-8")
     assert Ledger.load(tmp_path) == changed
     assert [request.id for request in load_edits(str(tmp_path / FILE_NAME)).requests] == ["a", "b", "c"]
+
+
+def test_a_single_edit_with_locality_prompts_is_not_taken_for_a_wrapper_of_them(tmp_path):
+    one = Ledger.of([replace(FIRST[0], locality=(LocalityPrompt("The capital of Spain is", "Madrid"),))], MONDAY)
+    (tmp_path / FILE_NAME).write_text(one.text(), encoding="utf-8")
+    assert Ledger.load(tmp_path) == one
 
 
 def test_a_folder_without_one_is_told(tmp_path):
