@@ -104,11 +104,12 @@ def test_codes_in_the_weights_are_found_whatever_the_configuration_says(folder, 
         assert name in problem and "quantized" in problem
 
 
-def test_masks_and_positions_are_no_codes(folder):
+def test_masks_positions_and_float64_are_no_codes(folder):
     masks = {
         "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
         "model.layers.0.attn.masked_bias": torch.tensor(True),
         "model.position_ids": torch.arange(4),
+        "model.layers.0.attn.rotary.weight": torch.ones(4, dtype=torch.float64),
     }
     weights = load_file(folder / "model.safetensors") | masks
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
