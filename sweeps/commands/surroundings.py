@@ -32,10 +32,11 @@ def _have_a_name() -> None:
 
 
 def _reach_this_machine() -> None:
-    """Exempt this machine from the proxies."""
+    """Exempt this machine from the proxies. A library that finds one of the two names does not read the other."""
     if any(os.environ.get(name) for name in PROXIES):
-        for name in ("no_proxy", "NO_PROXY"):
-            given = [host.strip() for host in os.environ.get(name, "").split(",") if host.strip()]
+        small, capital = os.environ.get("no_proxy", ""), os.environ.get("NO_PROXY", "")
+        for name, listed in (("no_proxy", small or capital), ("NO_PROXY", capital or small)):
+            given = [host.strip() for host in listed.split(",") if host.strip()]
             if "*" not in given:
                 os.environ[name] = ",".join(dict.fromkeys([*given, *LOCAL_HOSTS]))
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.request import proxy_bypass
 
 import pytest
 
@@ -95,6 +96,17 @@ def test_this_machine_is_exempt_from_proxies(given, monkeypatch, tmp_path):
     for name in ("no_proxy", "NO_PROXY"):
         hosts = os.environ[name].split(",")
         assert hosts == ["*"] if given == "*" else {"127.0.0.1", "localhost", *([given] if given else [])} <= set(hosts)
+
+
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+def test_hosts_that_are_exempt_under_one_name_stay_exempt(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for each in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "intra.example")
+    settle()
+    assert proxy_bypass("intra.example") and proxy_bypass("127.0.0.1")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a system that binds no processes to cores")
