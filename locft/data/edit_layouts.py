@@ -200,8 +200,10 @@ def edit_layouts(fields: FieldMap | None = None) -> tuple[EditLayout, ...]:
             changes[key] = tuple(fields[name])
     for name in ("locality", "portability"):
         prompts = fields.get(f"{name}.prompt", fields.get(name, ()))
+        answers = tuple(fields.get(f"{name}.answer", ()))
+        own = [(key,) for key in answers] if len(answers) == len(prompts) else [answers] * len(prompts)
         if prompts:
-            changes[name] = tuple(QuestionKeys(prompt, tuple(fields.get(f"{name}.answer", ()))) for prompt in prompts)
+            changes[name] = tuple(map(QuestionKeys, prompts, own))
     if "prompt" in fields or "target" in fields:
         (prompt,), (target,) = fields.get("prompt", ("prompt",)), fields.get("target", ("target",))
         return (EditLayout(name="map", signs=(prompt, target), prompt=prompt, target=target, **changes),)

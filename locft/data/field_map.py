@@ -1,6 +1,6 @@
 """A map says where a file has the fields of an edit that no layout knows: {prompt: question, rephrases: [q1, q2]}."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from locft.errors import InputError, did_you_mean
@@ -39,6 +39,19 @@ def read_field_map(value: Any) -> FieldMap:
             problems.append(f"{name}: got {len(listed)} keys, expected one")
         else:
             found[name] = tuple(listed)
+    for name in ("locality", "portability"):
+        problems += _unpaired(name, flat, found)
     if problems:
         raise InputError(problems)
     return found
+
+
+def _unpaired(name: str, given: Mapping[str, Any], found: FieldMap) -> Iterator[str]:
+    """What is wrong between the prompts and the answers of locality or portability."""
+    prompts, answers = found.get(f"{name}.prompt", found.get(name, ())), found.get(f"{name}.answer", ())
+    if name in given and f"{name}.prompt" in given:
+        yield f"got both {name} and {name}.prompt, expected one of them"
+    elif f"{name}.answer" in given and not {name, f"{name}.prompt"} & given.keys():
+        yield f"{name}.answer: expected the key of its prompts, too: {name}.prompt"
+    elif len(prompts) > 1 and len(answers) > 1 and len(prompts) != len(answers):
+        yield f"{name}.answer: got {len(answers)} keys for {len(prompts)} of prompts, expected one, or one for each"

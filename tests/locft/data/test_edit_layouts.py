@@ -339,6 +339,19 @@ def test_a_map_beside_a_known_layout(tmp_path):
     assert edits.layout == "knowedit" and edits.requests[0].rephrases == ("a",)
 
 
+def test_a_map_pairs_prompts_with_answers(tmp_path):
+    record = {"q": "p", "a": "t", "q1": "x", "q2": "y", "a1": "X", "a2": "Y"}
+    shared = {"prompt": "q", "target": "a"}
+
+    def asked(prompts, answers):
+        fields = read_field_map(shared | {"portability": {"prompt": prompts, "answer": answers}})
+        return [(one.prompt, one.answers) for one in load(tmp_path, [record], fields=fields).requests[0].portability]
+
+    assert asked(["q1", "q2"], ["a1", "a2"]) == [("x", ("X",)), ("y", ("Y",))]
+    assert asked("q1", ["a1", "a2"]) == [("x", ("X", "Y"))]
+    assert asked(["q1", "q2"], "a1") == [("x", ("X",)), ("y", ("X",))]
+
+
 def test_a_map_of_keys_that_are_not_there(tmp_path):
     with pytest.raises(InputError) as caught:
         load(tmp_path, [{"quest": "p", "answr": "t"}], fields={"prompt": ("question",), "target": ("answr",)})
@@ -356,6 +369,12 @@ def test_a_map_of_keys_that_are_not_there(tmp_path):
         ({"prompt": ["a", "b"]}, "prompt: got 2 keys, expected one"),
         ({"locality": {"question": "q"}}, "got the field locality.question"),
         ("prompt", "got 'prompt', expected fields and the keys they are under"),
+        ({"locality": {"answer": "a"}}, "locality.answer: expected the key of its prompts, too: locality.prompt"),
+        ({"portability": "p", "portability.prompt": "q"}, "got both portability and portability.prompt"),
+        (
+            {"locality": {"prompt": ["p", "q", "r"], "answer": ["a", "b"]}},
+            "locality.answer: got 2 keys for 3 of prompts, expected one, or one for each",
+        ),
     ],
 )
 def test_a_wrong_map(value, problem):
