@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from locft.data.record_files import (
     FileRecord,
@@ -20,7 +21,7 @@ from locft.data.record_files import (
     read_text,
     shortened,
 )
-from locft.data.suite_layouts import CapabilityItem, columns_without_header, read_items
+from locft.data.suite_layouts import LAYOUTS, CapabilityItem, columns_without_header, read_items
 from locft.errors import InputError, did_you_mean
 
 DATA_FOLDER = Path(__file__).parent
@@ -187,7 +188,14 @@ def _records(source: str) -> tuple[str, list[FileRecord], list[str]]:
         raise InputError(f"{path}: is a folder, expected a file")
     if suffix not in _TABLES:
         raise InputError(f"{path}: got a file ending in {suffix!r}, expected one of {', '.join(_TABLES)}")
-    return str(path), *file_records(path, lists=("choices", "endings"), no_header=columns_without_header)
+    return str(path), *file_records(
+        path, lists=("choices", "endings"), is_record=_is_record, no_header=columns_without_header
+    )
+
+
+def _is_record(value: Mapping[str, Any]) -> bool:
+    """Whether an object is an item or prose, and not a wrapper of records."""
+    return isinstance(value.get("text"), str) or any(layout.recognises(value) for layout in LAYOUTS)
 
 
 def _spread(items: Sequence[CapabilityItem], limit: int | None) -> tuple[CapabilityItem, ...]:

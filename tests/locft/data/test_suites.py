@@ -192,6 +192,18 @@ def test_folder_of_files_is_one_task(tmp_path):
     assert "different layouts" in problem and "is BLiMP" in problem and "is PIQA" in problem
 
 
+@pytest.mark.parametrize("layout", RECORDS)
+def test_a_json_file_may_be_one_item(tmp_path, layout):
+    """Not a wrapper of records, whatever it holds."""
+    items = one_task(write(tmp_path, "a.json", RECORDS[layout])).items
+    assert [(item.context, item.choices, item.answer, item.rule) for item in items] == [EXPECTED[layout]]
+
+
+def test_prose_may_be_one_record(tmp_path):
+    task = {"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"]])}
+    assert load_suite(None, task, prose=write(tmp_path, "p.json", {"text": "A b."})).prose == ("A b.",)
+
+
 def test_limit_is_evenly_spaced_and_repeatable(tmp_path):
     path = write(tmp_path, "a.jsonl", [RECORDS["blimp"]] * 10)
     assert [item.id for item in one_task(path, limit=4).items] == ["a:1", "a:3", "a:6", "a:8"]
