@@ -81,7 +81,7 @@ def edit(
     from locft.model.positions import TuningPosition, parameter_names
 
     uri = resolve_uri(source.tracking_uri) if source.from_run or register else None
-    earlier = going_on.earlier(folder, source)
+    earlier = going_on.earlier(folder, source, training)
     chosen = earlier.settings(training, load.dtype, source) if earlier else source.settings(training, load.dtype, uri)
     where = TuningPosition.parse(chosen.position)
     if register and chosen.run_id is None:

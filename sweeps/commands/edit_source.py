@@ -21,7 +21,7 @@ from sweeps.commands.options import (
     MapOption,
     TrainingOptions,
     UriOption,
-    edits_of,
+    optional_edits,
 )
 
 if TYPE_CHECKING:
@@ -59,11 +59,7 @@ class SourceOptions:
         """Everything that an edit needs. Raises InputError with every bad option."""
         from sweeps.commands.settings import edit_settings
 
-        if self.edits is None and self.limit is not None:
-            raise InputError("--limit: it says how many of --edits to take; give --edits, too")
-        if self.edits is None and self.field_map:
-            raise InputError("--map: it says how --edits is to be read; give --edits, too")
-        edits = None if self.edits is None else edits_of(self.edits, self.limit, self.field_map)
+        edits = optional_edits(self.edits, self.limit, self.field_map)
         return edit_settings(
             self.position, asdict(training), dtype, edits, self.from_run, tracking_uri, self.ask_formats
         )
@@ -90,7 +86,7 @@ class ContinueOptions:
         ),
     ] = None
 
-    def earlier(self, folder: Path, source: SourceOptions) -> "Earlier | None":
+    def earlier(self, folder: Path, source: SourceOptions, training: Any) -> "Earlier | None":
         """What is gone on with; None for an edit of its own. Raises InputError with every option that does not fit."""
         named = self.onto or self.consolidate
         problems = []
@@ -105,6 +101,12 @@ class ContinueOptions:
             for name, value in (("--position", source.position), ("--from-run", source.from_run)):
                 if value is not None:
                     problems.append(f"{name}: an edit that goes on with another stays at its position")
+            for name in ("pipeline", "arrival"):
+                if getattr(training, name) is not None:
+                    problems.append(
+                        f"--{name}: new edits are one arrival onto the earlier ones, and --consolidate trains breadth_first; "
+                        "leave it out"
+                    )
             if folder.resolve() == named.resolve():
                 problems.append(
                     f"--out {folder}: it is the edit to go on with, which stays as it is; name another folder"
@@ -124,6 +126,8 @@ class ContinueOptions:
 
         given = earlier is None or source.edits
         edits = (chosen.edits if given else Edits(source=str(earlier.ledger_file))).load()
+        if not given:
+            edits = replace(edits, unread={})  # the ledger's own keys
         if earlier is None:
             return Batch(edits, Ledger.of(edits.requests, now()), new=edits.requests)
         if self.consolidate:
@@ -158,6 +162,10 @@ class Earlier:
             described = json.loads(about.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{about}: expected the description of an edit that `locft edit` wrote: {error}") from None
+        if not isinstance(described, dict):
+            raise InputError(
+                f"{about}: expected the description of an edit that `locft edit` wrote, got no JSON object"
+            )
         return cls(folder, EditDelta.load(folder), Ledger.load(folder), described)
 
     @property
@@ -171,7 +179,7 @@ class Earlier:
         from sweeps.commands.settings import continued_settings
 
         chosen = continued_settings(self.delta, self.about, asdict(training), dtype, source.ask_formats)
-        named = edits_of(source.edits, source.limit, source.field_map) if source.edits else chosen.edits
+        named = optional_edits(source.edits, source.limit, source.field_map) or chosen.edits
         return replace(chosen, edits=named, training=replace(chosen.training, pipeline="breadth_first"))
 
 
@@ -211,7 +219,12 @@ class Batch:
         if self.delta is None:
             return bench.train(position, settings)
         said = greedy_answers(bench.loaded, [request.prompt for request in self.retracted]) if self.retracted else ()
-        undone = (replace(one, target=answer.text) for one, answer in zip(self.retracted, said, strict=True))
+        undone = [replace(one, target=answer.text) for one, answer in zip(self.retracted, said, strict=True)]
+        if silent := [request.id for request in undone if not request.target]:
+            notice(
+                f"the unedited model answers {', '.join(silent)} with nothing, so there is nothing to train in the place of "
+                "these targets: they may stay until the next --consolidate"
+            )
         new = (*(request for request in undone if request.target), *self.new)
         requests = (*self.kept, *new)
         trainer = EditTrainer(bench.loaded, requests, encode_edits(bench.loaded.tokenizer, requests), bench.engine)

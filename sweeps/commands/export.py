@@ -24,7 +24,7 @@ from sweeps.commands.options import (
     LoadOptions,
     MapOption,
     UriOption,
-    edits_of,
+    optional_edits,
 )
 from sweeps.commands.workbench import asked_formats, workbench
 
@@ -64,11 +64,8 @@ class ExportOptions:
 
     def named(self) -> "EditSet | None":
         """The edits, if any. Raises InputError."""
-        if self.edits is not None:
-            return edits_of(self.edits, self.limit, self.field_map).load()
-        if self.limit is not None or self.field_map:
-            raise InputError("--limit and --map: they say how --edits is to be read; give --edits, too")
-        return None
+        named = optional_edits(self.edits, self.limit, self.field_map)
+        return named.load() if named else None
 
 
 @dataclass(frozen=True)

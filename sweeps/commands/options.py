@@ -130,6 +130,17 @@ def edits_of(source: str, limit: int | None, field_map: Sequence[str] | None = N
         ) from None
 
 
+def optional_edits(source: str | None, limit: int | None, field_map: Sequence[str] | None) -> "Edits | None":
+    """The same; None without --edits. Raises InputError for --limit or --map without it, too."""
+    if source is not None:
+        return edits_of(source, limit, field_map)
+    problems = ["--limit: it says how many of --edits to take; give --edits, too"] if limit is not None else []
+    problems += ["--map: it says how --edits is to be read; give --edits, too"] if field_map else []
+    if problems:
+        raise InputError(problems)
+    return None
+
+
 @dataclass(frozen=True)
 class EditsOptions:
     """Which edits a command is about."""

@@ -1,6 +1,7 @@
 """`locft edit --onto`, `--without`, `--within` and `--consolidate`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -48,16 +49,44 @@ def test_a_story_of_an_edit(locft, first, new, tmp_path, tiny_folder):
         "edit", tiny_folder, "--onto", "second", "--without", "bees", "--json", "--threads", 1, "--out", "third"
     )
     assert said.code == 0, said.err
-    assert "Taken back: bees" in said.err
+    assert "Taken back: bees" in said.err and "Not read" not in said.err
     assert "bees" not in [request.id for request in Ledger.load(tmp_path / "third").active]
 
     said = locft("edit", tiny_folder, "--consolidate", "third", "--json", "--threads", 1, "--out", "fourth")
     assert said.code == 0, said.err
+    assert "Not read" not in said.err
     assert said.json["settings"]["pipeline"] == "breadth_first" and said.json["edits"]["count"] == 3
     assert Ledger.load(tmp_path / "fourth") == Ledger.load(tmp_path / "third")
     anew = locft("edit", tiny_folder, "--edits", "third/ledger.jsonl", *QUICK, *RAW, "--out", "other")
     assert anew.json["edits"]["count"] == 5  # the ledger is an edit file like any other, all of it
     assert EditDelta.load(tmp_path / "fourth").position == "1.mlp_down"
+
+
+def test_a_prompt_to_which_the_unedited_model_says_nothing_is_named(locft, first, tmp_path, tiny_folder, monkeypatch):
+    from locft.measure import generation
+
+    asked = generation.greedy_answers
+    monkeypatch.setattr(
+        generation, "greedy_answers", lambda *given: [replace(answer, text="") for answer in asked(*given)]
+    )
+    said = locft("edit", tiny_folder, "--onto", "first", "--without", "atlas-0001", "--threads", 1, "--out", "second")
+    assert said.code == 0, said.err
+    assert "the unedited model answers atlas-0001 with nothing" in said.err
+    assert all(EditDelta.load(tmp_path / "second").tensors[name].equal(value)
+               for name, value in EditDelta.load(first).tensors.items())  # fmt: skip
+
+
+def test_a_description_that_is_none_is_told(locft, first, new, tiny_folder):
+    (first / "edit.json").write_text("[]", encoding="utf-8")
+    said = locft("edit", tiny_folder, "--onto", "first", "--edits", new, "--out", "second")
+    assert said.code == 2 and "first/edit.json: expected the description of an edit" in said.err
+
+
+def test_how_edits_are_read_needs_edits(locft, first, tmp_path, tiny_folder):
+    only = ("--onto", "first", "--without", "atlas-0001", "--limit", 1, "--map", "prompt=q")
+    said = locft("edit", tiny_folder, *only, "--out", "second")
+    assert said.code == 2 and "--limit: it says how many" in said.err and "--map: it says how" in said.err
+    assert not (tmp_path / "second").exists()
 
 
 def test_time_ends_the_training(locft, first, new, tiny_folder):
@@ -87,6 +116,10 @@ def test_nothing_new_writes_nothing(locft, first, tmp_path, tiny_folder):
         ),
         (("--onto", "x"), ["--onto: expected new edits"]),
         (("--onto", "x", "--edits", "atlas", "--position", "1.mlp"), ["--position: an edit that goes on with another"]),
+        (
+            ("--onto", "x", "--edits", "atlas", "--pipeline", "depth_first", "--arrival", 2),
+            ["--pipeline: new edits are one arrival", "--arrival: new edits are one arrival"],
+        ),
         (("--onto", "x", "--consolidate", "y"), ["--consolidate: it trains all edits anew"]),
         (("--consolidate", "x", "--edits", "atlas"), ["--consolidate: it trains the edits of the ledger"]),
         (("--onto", "out", "--edits", "atlas"), ["--out out: it is the edit to go on with"]),
