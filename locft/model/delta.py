@@ -57,7 +57,8 @@ class EditDelta:
         return replace(self, tensors={name: factor * change for name, change in self.tensors.items()})
 
     def save(self, path: Path) -> Path:
-        """Write one safetensors file (with `FILE_NAME` in it when `path` is a folder); returns the file."""
+        """Write one safetensors file (with `FILE_NAME` in it when `path` is a folder); returns the file, which is there as a
+        whole or not at all."""
         if path.suffix != ".safetensors":
             path.mkdir(parents=True, exist_ok=True)
             path = path / FILE_NAME
@@ -67,8 +68,12 @@ class EditDelta:
             "base_fingerprint": self.base_fingerprint,
             "settings": json.dumps(dict(self.settings), sort_keys=True),
         }
-        save_file({name: change.contiguous() for name, change in self.tensors.items()}, path, metadata=about)
-        return path
+        partial = path.with_name(f".{path.name}.partial")
+        partial.touch()
+        readable = partial.stat().st_mode  # as other new files: safetensors lets its owner alone read
+        save_file({name: change.contiguous() for name, change in self.tensors.items()}, partial, metadata=about)
+        partial.chmod(readable)
+        return partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "EditDelta":

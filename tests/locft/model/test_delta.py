@@ -82,3 +82,14 @@ def test_files_that_are_no_delta_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(InputError, match="expected 'locft-delta-1'"):
         EditDelta.load(tmp_path / "foreign.safetensors")
+
+
+def test_a_file_may_be_read_by_whom_other_files_may(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    delta = EditDelta("1.mlp_down", "tiny", {"weight": torch.ones(2, 3)})
+    file = delta.save(tmp_path)
+    assert file.stat().st_mode == plain.stat().st_mode
+    assert delta.scaled(2.0).save(tmp_path) == file
+    assert EditDelta.load(file).tensors["weight"].sum() == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, "plain"]
