@@ -58,6 +58,15 @@ class EditQuestion:
     reference: TokenRow | None = None
     """For locality, prompt and reference answer: the data set's, or else the unedited model's own with its end."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All right answers, the expected one first."""
+        return self.expected, *self.also_right
+
+    def full_stops(self, name: str) -> int:
+        """Ends of sentences that belong to an answer of this name."""
+        return 0 if self.kind == "locality" else len(sentence_ends(name))
+
 
 @dataclass(frozen=True)
 class EditOutcome:
@@ -182,14 +191,14 @@ def ask(
     answers = dict(zip(open_answers, decoder.complete(list(open_answers.values())), strict=True))
     outcomes = []
     for index, question in enumerate(questions):
-        got = decoder.text(answers[index]) if index in answers else question.expected
+        got = _said(decoder, answers[index], question) if index in answers else question.expected
         outcome = EditOutcome(
             question.edit_id,
             question.kind,
             question.prompt,
             question.expected,
             got,
-            correct=normalise_answer(got) in map(normalise_answer, (question.expected, *question.also_right)),
+            correct=normalise_answer(got) in map(normalise_answer, question.names),
             correct_tf=known[question.row].instead is None,
             format=question.format,
         )
@@ -289,10 +298,18 @@ def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[lis
     return found, np.array(margins)
 
 
+def _said(decoder: GreedyDecoder, answer: OpenAnswer, question: EditQuestion) -> str:
+    """The text of an answer, ended as the name that it equals ends; as the expected answer does if it equals none."""
+    texts = [decoder.text(replace(answer, full_stops=question.full_stops(name))) for name in question.names]
+    equal = (text for text, name in zip(texts, question.names, strict=True)
+             if normalise_answer(text) == normalise_answer(name))  # fmt: skip
+    return next(equal, texts[0])
+
+
 def _begun(question: EditQuestion, following: Following | None) -> OpenAnswer:
     """The answer before generation: with the tokens that teacher forcing has shown (`following`), or without any."""
     row = question.row
-    full_stops = 0 if question.kind == "locality" else len(sentence_ends(question.expected))
+    full_stops = max(map(question.full_stops, question.names))
     limit = max(NEW_TOKENS, len(row.target_ids))
     if following is None:
         return OpenAnswer(row.token_ids[: row.start], (), full_stops, limit)

@@ -190,6 +190,22 @@ def test_any_name_of_an_answer_that_follows_is_right(script, correct, correct_tf
     assert metrics["portability"] == metrics["portability.raw"] == 0.5 and metrics["reliability"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("names", "script"),
+    [
+        (("Missouri", "St. Louis"), [" St. Louis. It is"]),
+        (("St. Louis", "Missouri"), [" Missouri. It is"]),
+        (("Missouri", "Washington D.C.", "St. Louis"), [" Washington D.C.", EOS]),
+    ],
+)
+@pytest.mark.parametrize("generate_all", [False, True])
+def test_each_name_ends_where_its_own_sentence_does(names, script, generate_all):
+    loaded = scripted(*script)
+    request = replace(edit("a", "Q", "Oslo"), portability=(PortabilityPrompt("Q", names),))
+    questions = edit_questions(loaded.tokenizer, [request], [])
+    assert ask(loaded, full_forward(loaded.model), questions, generate_all=generate_all)[1].correct
+
+
 def test_what_follows_from_edits_is_asked_in_every_format():
     loaded = chat_loaded()
     request = replace(edit("a", "Q?", "Oslo", ["R?"]), portability=(PortabilityPrompt("P?", ("Norway",)),))
