@@ -205,6 +205,7 @@ def _require_space(folder: Path, needed: int) -> None:
 @contextmanager
 def appears_whole(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place at the end of the block; nothing is left of it when the block fails."""
+    folder = folder.resolve()  # a link would not give way to a folder
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

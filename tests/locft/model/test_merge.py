@@ -234,6 +234,14 @@ def test_into_the_base_itself_and_over_an_empty_folder(tmp_path):
     assert sorted(os.listdir(base / "edited")) == sorted(set(os.listdir(base)) - {"edited"})
 
 
+def test_into_an_empty_folder_behind_a_link(tmp_path):
+    base = saved(tmp_path / "base", tiny_model())
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    merge(str(base), delta_at(base, "1.mlp_down"), tmp_path / "link")
+    assert (tmp_path / "disk" / "config.json").is_file() and (tmp_path / "link").is_symlink()
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     base = saved(tmp_path / "base", tiny_model())
     delta = delta_at(base, "1.mlp_down")
