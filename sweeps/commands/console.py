@@ -87,6 +87,14 @@ def writable(file: Path) -> Path:
     return file
 
 
+def new_folder(folder: Path, file: str) -> Path:
+    """The folder, checked before any work: a file can be written in it, and nothing is. Raises InputError."""
+    writable(folder / file)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--out {folder}: the folder is not empty; name a new one")
+    return folder
+
+
 def write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")

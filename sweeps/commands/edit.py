@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from locft.errors import InputError
-from sweeps.commands.console import notice, print_json, print_table, say, writable, write
+from sweeps.commands.console import new_folder, notice, print_json, print_table, say, writable, write
 from sweeps.commands.edit_source import Batch, ContinueOptions, SourceOptions
 from sweeps.commands.options import (
     DELTA_HELP,
@@ -220,9 +220,7 @@ def apply(
     from sweeps.tracking.registry import load_delta
 
     change = load_delta(delta, tracking_uri)
-    writable(folder / "config.json")
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--out {folder}: the folder is not empty; name a new one")
+    new_folder(folder, "config.json")
     merged = merge(model, change, folder, trust_remote_code=trust_remote_code)
     for sentence in merged.sentences():
         notice(sentence)

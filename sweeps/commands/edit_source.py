@@ -95,6 +95,8 @@ class ContinueOptions:
         for name, value in (("--without", self.without), ("--within", self.within)):
             if value is not None and not self.onto:
                 problems.append(f"{name}: it goes with --onto FOLDER, the edit to go on with")
+        if self.without is not None and not _names(self.without):
+            problems.append(f"--without: got {self.without!r}, expected ids of edits, separated by commas")
         if self.within is not None and not self.within > 0:
             problems.append(f"--within: got {self.within:g}, expected a number of seconds above 0")
         if named:
@@ -111,7 +113,7 @@ class ContinueOptions:
                 problems.append(
                     f"--out {folder}: it is the edit to go on with, which stays as it is; name another folder"
                 )
-        if self.onto and not (source.edits or self.without):
+        if self.onto and not source.edits and self.without is None:
             problems.append("--onto: expected new edits (--edits), or some to take back (--without)")
         if self.consolidate and source.edits:
             problems.append("--consolidate: it trains the edits of the ledger; add new ones by --onto")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analysis.stats.wording import plural
 from locft.errors import InputError
 from sweeps.commands.console import notice, print_json, print_table, say, writable, write
 from sweeps.commands.options import EDITS_HELP, JsonOption, LimitOption, MapOption, edits_of
@@ -49,7 +50,7 @@ def edits(
                 "contradictions": contradictions, "unread": dict(found.unread), "fixed": fix and str(fix),
             }
         )  # fmt: skip
-    say(f"{source}: layout {found.layout}, {found.records:,} records")
+    say(f"{source}: layout {found.layout}, {plural(found.records, 'record')}")
     print_table(("", "count"), [(name, f"{count:,}") for name, count in _counts(found).items()])
     say(f"The first edit:\n{json.dumps(records[0], ensure_ascii=False, indent=2)}")
     for sentence in found.sentences() or ("Nothing to complain of.",):

@@ -15,7 +15,7 @@ import typer
 from analysis.stats.axes import AXES
 from analysis.stats.wording import number, percent, plural
 from locft.errors import InputError, did_you_mean
-from sweeps.commands.console import notice, print_json, print_table, say, writable, write
+from sweeps.commands.console import new_folder, notice, print_json, print_table, say, writable, write
 from sweeps.commands.options import (
     EDITS_HELP,
     FormatsOption,
@@ -122,9 +122,7 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
     from sweeps.tracking.registry import load_delta
 
     ranks = _ranks(options.rank)
-    writable(out / "adapter_config.json")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out}: the folder is not empty; name a new one")
+    new_folder(out, "adapter_config.json")
     edits, formats = options.named(), asked_formats(options.ask_formats)
     change = load_delta(what, options.tracking_uri)
     structure = load_structure(model, trust_remote_code=load.trust_remote_code)

@@ -115,6 +115,7 @@ def test_nothing_new_writes_nothing(locft, first, tmp_path, tiny_folder):
             ["--without: it goes with --onto", "--within: it goes with", "--within: got 0"],
         ),
         (("--onto", "x"), ["--onto: expected new edits"]),
+        (("--onto", "x", "--without", " ,"), ["--without: got ' ,', expected ids of edits"]),
         (("--onto", "x", "--edits", "atlas", "--position", "1.mlp"), ["--position: an edit that goes on with another"]),
         (
             ("--onto", "x", "--edits", "atlas", "--pipeline", "depth_first", "--arrival", 2),

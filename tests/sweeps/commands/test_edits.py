@@ -42,6 +42,8 @@ def test_what_is_understood_of_a_file(locft, file, workplace):
         "edits": 2, "with a subject": 0, "with a true answer": 0, "rephrases": 2, "locality prompts": 2, "with an answer": 0,
         "portability questions": 0,
     }  # fmt: skip
+    file.write_text('{"prompt": "p", "target": "t"}', encoding="utf-8")
+    assert f"{file}: layout own, 1 record\n" in locft("edits", file).out
     assert found["first"]["rephrases"] == ["Peru's capital?"] and found["findings"]["reachable"] == 0.5
     assert found["contradictions"] == {"What is the capital of Peru?": ["Oslo", "Rome"]}
     assert found["unread"] == {"note": 1, "version": 0} and found["fixed"] is None
