@@ -326,8 +326,8 @@ def _questions(fields: RecordFields, keys: QuestionKeys, scored: bool) -> Iterat
     for index in range(count):
         at, inside = (f"[{index}]", value[index]) if isinstance(value, list) else ("", value)
         answer = _answers(fields, main + at, given[index]) if one_each else _answers(fields, main, given)
-        for text in _texts(fields, keys.prompt + at, inside):
-            if answer or not scored:
+        if answer or not scored:
+            for text in _texts(fields, keys.prompt + at, inside):
                 yield text, (*answer, *aliases)
 
 

@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -188,6 +189,8 @@ def csv_records(
                 continue
             if not header:
                 header = list(no_header(row) or row)
+                if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+                    raise InputError(f"{path}, line {begun}: the header names {', '.join(twice)} more than once")
                 if header == row:
                     continue
             if len(row) != len(header):

@@ -311,6 +311,16 @@ def test_a_table_that_is_none(tmp_path):
     assert "cannot be read as parquet" in only_problem(tmp_path, b"no", "a.parquet")
     assert "line 2: 3 cells, but the header has 2" in only_problem(tmp_path, "prompt,target\na,b,c\n", "a.csv")
     assert "unknown layout, got the keys a, b" in only_problem(tmp_path, "a,b\n1,2\n", "a.csv")
+    assert "line 1: the header names target more than once" in only_problem(
+        tmp_path, "prompt,target,target\np,t,u\n", "a.csv"
+    )
+
+
+@pytest.mark.parametrize("answer", [[], None, " ", [[" "]]])
+def test_a_question_without_an_answer_is_not_read(tmp_path, answer):
+    question = {"prompt": "x", "ground_truth": answer}
+    edits = load(tmp_path, [{"prompt": "p", "target_new": "t", "portability": {"Reasoning": [question]}}])
+    assert edits.requests[0].portability == () and "portability" in next(iter(edits.unread))
 
 
 # --- a map
