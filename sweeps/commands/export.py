@@ -248,7 +248,13 @@ def _configuration(
     from locft.model.trainer_configs import Recipe, trainer_config
     from sweeps.commands.settings import edit_settings
     from sweeps.study.schema import Edits
+    from sweeps.tracking.registry import PREFIX
 
+    if Path(what).is_dir() or Path(what).suffix == ".safetensors" or what.startswith(PREFIX):
+        raise InputError(
+            f"{what}: got a delta, which is for --format peft; --format {form} takes LAYER.MODULE such as 22.mlp_down, or the "
+            "file `locft select` wrote"
+        )
     writable(out)
     edits = options.named()
     chosen = edit_settings(what, {}, None, Edits(), None, "")

@@ -100,6 +100,9 @@ def test_bad_targets(locft, tiny_folder, chat_folder, low_rank_edit, tmp_path):
     wrong = ("export", "1.mlp_down", "--model", tiny_folder, "--out", tmp_path / "c.yaml", "--format")
     assert "did you mean axolotl" in locft(*wrong, "axolot").err
     assert "--rank" in locft(*wrong, "axolotl", "--rank", 2).err
+    for delta in (low_rank_edit, low_rank_edit / "delta.safetensors", "models:/tiny@edit"):
+        said = locft("export", delta, *wrong[2:], "trl")
+        assert said.code == 2 and "got a delta, which is for --format peft" in said.err
     refused = locft(*wrong, "llamafactory")
     assert refused.code == 2 and "--format axolotl" in refused.err and not (tmp_path / "c.yaml").exists()
 
