@@ -95,8 +95,8 @@ class Ledger:
             tuple(request for request in new if request.id in kept),
             tuple(entry.request for entry in self.entries if entry.request.id in gone),
             (
-                *_told(superseded, "Superseded, since a later edit gives the prompt another answer"),
-                *_told(known, "Learnt before, and not trained again"),
+                *_told(superseded, "Superseded by a later edit of the same prompt"),
+                *_told(known, "Already learnt, not trained again"),
                 *_told(sorted(gone), "Taken back"),
             ),
         )

@@ -31,7 +31,7 @@ OTHER_WEIGHTS = (
 )  # fmt: skip
 """How files end that hold, or list, weights of another format: copied, they would be the unedited model."""
 ROUNDED = 0.01
-"""Share of a change that rounding may take before it is worth a sentence."""
+"""Rounding error, as a share of the change, above which the user is told."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,25 @@ class Merged:
     kept: float
     """Share of the edit's change that is left after rounding to that dtype: its part along the change, 1 for all."""
     error: float
-    """What rounding put in the change's way: the norm of the difference, as a share of the change's norm."""
+    """Rounding error: the norm of the difference from the change, as a share of the change's norm."""
     left_out: tuple[str, ...]
     """Files of the base that hold other, unedited weights."""
     converted: bool
     """True where the base is a GGUF file, the built-in model among them: its dense form is written."""
 
     def sentences(self) -> list[str]:
-        """What the user should know."""
+        """Notices for the user."""
         said = []
         if self.converted:
-            said.append(f"the base is a GGUF file: written is the dense {self.dtype} model that it was converted to")
+            said.append(f"the base is a GGUF file, so its dense {self.dtype} conversion was written")
         if self.left_out:
             names = ", ".join(self.left_out[:4]) + (", …" if len(self.left_out) > 4 else "")
-            said.append(f"left out, since they hold unedited weights in another form: {names}")
+            said.append(f"not copied, because they hold unedited weights in another format: {names}")
         if self.error > ROUNDED:
             said.append(
                 f"stored as {self.dtype}, as in the base: {100 * self.kept:.0f}% of the edit's change is left after "
-                f"rounding, which is off by {100 * self.error:.0f}% of its norm; `locft evaluate {self.folder}` tells what "
-                "the edits do now, and an edit trained with --dtype bfloat16 or float16 is measured as it is stored"
+                f"rounding, with an error of {100 * self.error:.0f}% of its norm; `locft evaluate {self.folder} --edits "
+                "FILE` measures the result, and with --dtype bfloat16 or float16 `locft edit` measures an edit as it will be stored"
             )
         return said
 

@@ -97,7 +97,7 @@ def _unexpected(error: Exception) -> Literal[1, 2]:
     if os.environ.get("LOCFT_DEBUG"):
         raise error
     notice(
-        "nobody foresaw this, so it is probably a bug: please report it with the command and what the same command prints "
+        "this error was not expected and is probably a bug: please report it with the command and what the same command prints "
         "with LOCFT_DEBUG=1, which shows the traceback"
     )
     return 1

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sweeps.commands.settings import EditSettings
 
 EARLIER_MEASURED = 100
-"""Of the earlier edits, a sample of so many is measured after new ones were trained."""
+"""Size of the sample of earlier edits that is measured after new ones were trained."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class ContinueOptions:
         if not arrival.new and not arrival.retracted:
             raise InputError([*arrival.sentences, "--edits: there is nothing new in them"])
         if not arrival.ledger.active:
-            raise InputError("--without: no edit would be left; the unedited model is what you want")
+            raise InputError("--without: no edit would be left; use the unedited model instead")
         for sentence in arrival.sentences:
             notice(sentence)
         return Batch.onto(earlier, arrival, edits, math.inf if self.within is None else self.within)
@@ -246,11 +246,11 @@ class Batch:
             if name in found:
                 yield f"Reliability of {name} edits: {percent(found[name]['reliability'])}"
         if missing := found.get("not_learnt"):
-            yield f"Not right in every form yet: {', '.join(missing)}"
+            yield f"Not yet right in every format: {', '.join(missing)}"
 
     def came_of_it(self, measured: "Measurement") -> dict[str, Any]:
         """Of an edit that goes on with another: reliability of new and of earlier edits (of the sample), and the ids of new
-        ones that are not right in every form that counts."""
+        ones that are not right in every asked format."""
         if self.delta is None:
             return {}
         fresh = {request.id for request in self.new}

@@ -53,7 +53,7 @@ def edits(
     say(f"{source}: layout {found.layout}, {plural(found.records, 'record')}")
     print_table(("", "count"), [(name, f"{count:,}") for name, count in _counts(found).items()])
     say(f"The first edit:\n{json.dumps(records[0], ensure_ascii=False, indent=2)}")
-    for sentence in found.sentences() or ("Nothing to complain of.",):
+    for sentence in found.sentences() or ("No problems found.",):
         say(sentence)
     for prompt, targets in list(contradictions.items())[:MOST_SHOWN]:
         say(f"  {prompt!r} is to be answered {' and '.join(map(repr, targets))}")

@@ -131,7 +131,9 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
     for sentence in low_rank.sentences():
         notice(sentence)
     if (most := max(ranks)) > low_rank.full_rank:
-        notice(f"rank {most}: this change has no more than rank {low_rank.full_rank}, which leaves nothing out")
+        notice(
+            f"rank {most}: the change has rank {low_rank.full_rank} at most, so {low_rank.full_rank} is used and is exact"
+        )
         ranks = sorted({min(rank, low_rank.full_rank) for rank in ranks})
     rows = list(
         _rows(low_rank, ranks, _on_edits(model, change, edits, formats, load) if edits else _on_prose(model, load))
@@ -152,8 +154,8 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
             say(f"\nRank {chosen.rank} {reason}: {out}", "bold")
             say(f"Base: {base}")
     if not chosen:
-        notice(f"no rank up to {max(ranks)} holds what the edit does; nothing was written. A larger one may, and one rank "
-               "alone is written as it is")  # fmt: skip
+        notice(f"no rank up to {max(ranks)} keeps what the edit does; nothing was written. Try a larger rank, or give a "
+               "single one to have it written anyway")  # fmt: skip
         raise typer.Exit(1)
 
 
@@ -233,7 +235,7 @@ def _print_rows(rows: list[Row]) -> None:
 
 def _reason(chosen: Row, own: Row, tried: int) -> str:
     if not chosen.holds(own):
-        return "does not hold all that the edit does, and was written since no other was named"
+        return "does not keep all that the edit does; it was written because it is the only rank given"
     held = f"keeps at least {KEPT:.0%} of the change" if chosen.lost is None else "loses no edit"
     first = "is the smallest that " if tried > 1 else ""
     return f"{first}{held}, with drift within {DRIFT - 1:.0%} of the edit's"
@@ -300,7 +302,7 @@ def _about(chosen: "EditSettings", what: str) -> Iterator[str]:
         if values[axis.name] != axis.default and axis.counts(values)
     ]
     if missing:
-        yield f"Left out, since this trainer has nothing like it: {'; '.join(missing)}. Expect other results than `locft edit`'s."
+        yield f"Left out, because this trainer has no equivalent: {'; '.join(missing)}. Results will differ from `locft edit`'s."
 
 
 def _records(edits: "EditSet", form: str, tokenizer: Any) -> str:

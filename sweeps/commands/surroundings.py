@@ -66,4 +66,4 @@ def _have_a_home() -> list[str]:
     os.environ["HOME"] = str(place)
     if given:
         return []
-    return [f"no home folder that can be written: {place} stands in; set XDG_CACHE_HOME to keep what is computed"]
+    return [f"no writable home folder, using {place}; set XDG_CACHE_HOME to keep what is computed"]

@@ -94,7 +94,7 @@ def test_time_ends_the_training(locft, first, new, tiny_folder):
         "edit", tiny_folder, "--onto", "first", "--edits", new, "--within", 1e-6, "--threads", 1, "--out", "late"
     )
     assert said.code == 0, said.err
-    assert "Not right in every form yet: bees, other" in said.out
+    assert "Not yet right in every format: bees, other" in said.out
 
 
 def test_nothing_new_writes_nothing(locft, first, tmp_path, tiny_folder):

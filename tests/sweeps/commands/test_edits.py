@@ -47,7 +47,7 @@ def test_what_is_understood_of_a_file(locft, file, workplace):
     assert found["first"]["rephrases"] == ["Peru's capital?"] and found["findings"]["reachable"] == 0.5
     assert found["contradictions"] == {"What is the capital of Peru?": ["Oslo", "Rome"]}
     assert found["unread"] == {"note": 1, "version": 0} and found["fixed"] is None
-    assert "Nothing to complain of." in locft("edits", "atlas", "--limit", 1).out
+    assert "No problems found." in locft("edits", "atlas", "--limit", 1).out
 
 
 def test_a_file_is_written_in_our_own_layout(locft, file, workplace):
