@@ -17,7 +17,16 @@ from analysis.figures.style import ACCENT, BLUE, INK, styled_figure, thinned
 from analysis.stats.axes import AXIS, SWEPT
 from analysis.stats.importance import WhatMatters
 from analysis.stats.pareto import comparable
-from analysis.stats.table import FRACTIONS, SETTING_AXES, TITLES, by_setting, done, setting_text, value_text
+from analysis.stats.table import (
+    FRACTIONS,
+    SETTING_AXES,
+    TITLES,
+    by_setting,
+    done,
+    setting_names,
+    setting_text,
+    value_text,
+)
 from analysis.stats.wording import escaped
 
 MAX_CURVES = 150
@@ -117,13 +126,11 @@ def retention_info(results: pd.DataFrame) -> tuple[RetentionCurve, ...]:
     rows = by_setting(results)
     if "stream" not in set(rows.get("pipeline", ())):
         return ()
-    curves = []
-    for row in rows[:MAX_CURVES].to_dict("records"):
-        right = row["right_by_edit"]
+    curves, names = [], setting_names(rows)
+    for trial, right in rows[["trial_id", "right_by_edit"]][:MAX_CURVES].itertuples(index=False):
         if isinstance(right, np.ndarray) and len(right) >= AGES:
-            label = escaped(", ".join(filter(None, (f"{row['layer']}.{row['module']}", setting_text(row)))))
             parts = tuple(float(part.mean()) for part in np.array_split(right, AGES))
-            curves.append(RetentionCurve(row["trial_id"], label, parts))
+            curves.append(RetentionCurve(trial, escaped(names[trial]), parts))
     return tuple(curves)
 
 

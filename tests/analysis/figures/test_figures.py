@@ -12,11 +12,13 @@ from analysis.figures.curves import (
     parallel_info,
     pipeline_figure,
     pipeline_info,
+    retention_figure,
+    retention_info,
 )
 from analysis.figures.front import front_figure, front_info
 from analysis.figures.maps import heatmap_figure, heatmap_info
 from analysis.figures.style import hover_text
-from analysis.stats.table import by_setting, results_frame
+from analysis.stats.table import by_setting, pack_right, results_frame
 
 NAN = math.nan
 
@@ -287,6 +289,26 @@ def test_names_are_escaped_in_every_figure():
     for figure in figures:
         text = json.dumps(drawn(figure))
         assert "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_retention_is_reliability_by_time_of_arrival():
+    forgets = pack_right([place >= 10 for place in range(20)])
+    keeps = pack_right([True] * 20)
+    streams = [
+        row("a", pipeline="stream", replay=0, right=forgets, n_edits=20),
+        row("b", pipeline="stream", replay=8, right=keeps, n_edits=20),
+        row("c", pipeline="stream", replay=32, right=None, n_edits=20),
+    ]
+    curves = retention_info(results_frame(streams))
+    assert {curve.label: curve.retained for curve in curves} == {
+        "0.mlp_down at replay 0": (0.0,) * 5 + (1.0,) * 5,
+        "0.mlp_down at replay 8": (1.0,) * 10,
+    }
+    figure = retention_figure(curves)
+    assert list(figure.data[0].x) == pytest.approx([part / 10 for part in range(1, 11)])
+    assert retention_info(results_frame([row("a", right=keeps, n_edits=20)])) == (), (
+        "age means nothing without a stream"
+    )
 
 
 def test_infos_do_not_change_the_table():
