@@ -5,6 +5,7 @@ other. A delta is cumulative: it is of all active edits together, against the un
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from locft.data.answers import normalise_answer
 from locft.data.edit_request import EditRequest
 from locft.data.record_files import read_json_records
-from locft.data.requests import load_edits, own_record
+from locft.data.requests import free_id, load_edits, own_record
 from locft.errors import InputError, did_you_mean
 
 FILE_NAME = "ledger.jsonl"
@@ -77,16 +78,24 @@ class Ledger:
         entries = list(self.entries)
         gone = self._retracted(without)
         entries = [replace(entry, retracted=when) if entry.request.id in gone else entry for entry in entries]
+        taken = {entry.request.id for entry in entries}
+        asking: defaultdict[str, list[int]] = defaultdict(list)  # prompt or rephrase -> places of the edits it asks
+        for at, entry in enumerate(entries):
+            for text in _asked_as(entry.request):
+                asking[text].append(at)
         new, superseded, known = [], [], []
         for request in requests:
-            asked = [at for at, entry in enumerate(entries) if entry.active and _asks_the_same(entry.request, request)]
+            asked = [at for at in asking[request.prompt] if entries[at].active]
             if any(_is_same(entries[at].request, request) for at in asked):
                 known.append(request.id)
                 continue
-            request = replace(request, id=_free(request.id, {entry.request.id for entry in entries}))
+            request = replace(request, id=free_id(request.id, taken.__contains__))
+            taken.add(request.id)
             for at in asked:
                 entries[at] = replace(entries[at], superseded_by=request.id)
                 superseded.append(f"{entries[at].request.id} by {request.id}")
+            for text in _asked_as(request):
+                asking[text].append(len(entries))
             entries.append(LedgerEntry(request, when))
             new.append(request)
         kept = {entry.request.id for entry in entries if entry.active}
@@ -139,20 +148,12 @@ class Ledger:
         return cls(tuple(entries))
 
 
-def _asks_the_same(earlier: EditRequest, later: EditRequest) -> bool:
-    return later.prompt in (earlier.prompt, *earlier.rephrases)
+def _asked_as(request: EditRequest) -> set[str]:
+    return {request.prompt, *request.rephrases}
 
 
 def _is_same(earlier: EditRequest, later: EditRequest) -> bool:
     return earlier.prompt == later.prompt and normalise_answer(earlier.target) == normalise_answer(later.target)
-
-
-def _free(wanted: str, taken: set[str]) -> str:
-    identity, copy = wanted, 1
-    while identity in taken:
-        copy += 1
-        identity = f"{wanted}#{copy}"
-    return identity
 
 
 def _told(ids: Sequence[str], what: str, most: int = 8) -> list[str]:

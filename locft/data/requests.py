@@ -12,7 +12,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -228,17 +228,26 @@ def _fingerprint(requests: Sequence[EditRequest]) -> str:
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
+def free_id(wanted: str, taken: Callable[[str], bool]) -> str:
+    """An id that is not taken: the wanted one, or the first of wanted#2, wanted#3, ... that is free."""
+    identity, copy = wanted, 1
+    while taken(identity):
+        copy += 1
+        identity = f"{wanted}#{copy}"
+    return identity
+
+
 def _with_ids(edits: Sequence[EditRequest], layout: str) -> list[EditRequest]:
     """Each edit with an id, the file's own if it has one; if a file repeats an id, the later ones get "#2", "#3"."""
     given = {edit.id for edit in edits}
     used: set[str] = set()
     named = []
     for number, edit in enumerate(edits, start=1):
-        wanted = edit.id or f"{layout}-{number}"
-        identity, copy = wanted, 1
-        while identity in used or (identity in given and identity != edit.id):
-            copy += 1
-            identity = f"{wanted}#{copy}"
+
+        def taken(identity: str, own: str = edit.id) -> bool:
+            return identity in used or (identity in given and identity != own)
+
+        identity = free_id(edit.id or f"{layout}-{number}", taken)
         used.add(identity)
         named.append(replace(edit, id=identity))
     return named
