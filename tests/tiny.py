@@ -217,3 +217,12 @@ def tiny_loaded(architecture: str = "llama", layers: int = 3, seed: int = 0, **s
     model = tiny_model(architecture, layers, seed, **settings).requires_grad_(False)  # frozen, as load_model does
     fingerprint = f"{architecture}-{model_fingerprint(model)}"  # llama and granite differ in their configuration only
     return LoadedModel(f"tiny-{architecture}", model, tiny_tokenizer(), fingerprint)
+
+
+def edit_rows(loaded, edits):
+    """Rows of (prompt, target) pairs as raw prompts."""
+    from locft.data.edit_request import EditRequest
+    from locft.train.encoding import encode_edits
+
+    requests = [EditRequest(str(i), "", prompt, target, None, (), ()) for i, (prompt, target) in enumerate(edits)]
+    return encode_edits(loaded.tokenizer, requests)

@@ -63,7 +63,7 @@ def loss_info(results: pd.DataFrame, *, front: Sequence[str] = (), pick: str | N
     rows = done(results)
     rows = rows[rows["epoch_losses"].map(len).gt(0).astype(bool)]
     pipelines = set(rows["pipeline"])
-    pipeline = next((name for name in ("breadth_first", "depth_first", "stream") if name in pipelines), None)
+    pipeline = next((name for name in AXIS["pipeline"].choices if name in pipelines), None)
     rows = rows[rows["pipeline"] == pipeline]
     rank = {trial: 1 for trial in front} | ({pick: 0} if pick is not None else {})
     order = sorted(range(len(rows)), key=lambda i: rank.get(rows["trial_id"].iloc[i], 2))

@@ -198,7 +198,8 @@ class PositionTrainer:
         return self.step_on(rows, [self.examples.draw(edit, self.draws) for edit in replay])
 
     def learn(self, edits: Sequence[int], order: torch.Generator, earlier: int = 0) -> list[float]:
-        """Mean losses of epochs over some edits. The last one may be cut short by a divergence, and is then left out.
+        """Mean losses of epochs over some edits. The last one may be cut short, by a divergence or
+        because the time is over, and is then left out.
 
         earlier: how many of the first examples may be replayed.
         """

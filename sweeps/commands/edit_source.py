@@ -86,7 +86,7 @@ class ContinueOptions:
         ),
     ] = None
 
-    def earlier(self, folder: Path, source: SourceOptions, training: Any) -> "Earlier | None":
+    def earlier(self, folder: Path, source: SourceOptions, training: Any) -> "EarlierEdit | None":
         """What is gone on with; None for an edit of its own. Raises InputError with every option that does not fit."""
         named = self.onto or self.consolidate
         problems = []
@@ -119,9 +119,9 @@ class ContinueOptions:
             problems.append("--consolidate: it trains the edits of the ledger; add new ones by --onto")
         if problems:
             raise InputError(problems)
-        return Earlier.load(named) if named else None
+        return EarlierEdit.load(named) if named else None
 
-    def batch(self, earlier: "Earlier | None", source: SourceOptions, chosen: "EditSettings") -> "Batch":
+    def batch(self, earlier: "EarlierEdit | None", source: SourceOptions, chosen: "EditSettings") -> "Batch":
         """The edits to train, and what becomes of the ledger."""
         from locft.data.ledger import Ledger
         from sweeps.study.schema import Edits
@@ -145,7 +145,7 @@ class ContinueOptions:
 
 
 @dataclass(frozen=True)
-class Earlier:
+class EarlierEdit:
     """An edit as `locft edit` wrote it."""
 
     folder: Path
@@ -155,7 +155,7 @@ class Earlier:
     """Its edit.json."""
 
     @classmethod
-    def load(cls, folder: Path) -> "Earlier":
+    def load(cls, folder: Path) -> "EarlierEdit":
         from locft.data.ledger import Ledger
         from locft.model.delta import EditDelta
 
@@ -203,7 +203,7 @@ class Batch:
     """At most, for training."""
 
     @classmethod
-    def onto(cls, earlier: Earlier, arrival: "Arrival", edits: "EditSet", seconds: float) -> "Batch":
+    def onto(cls, earlier: EarlierEdit, arrival: "Arrival", edits: "EditSet", seconds: float) -> "Batch":
         fresh = {request.id for request in arrival.new}
         kept = tuple(request for request in arrival.ledger.active if request.id not in fresh)
         sample = random.Random(0).sample(kept, min(EARLIER_MEASURED, len(kept)))
@@ -216,7 +216,7 @@ class Batch:
         from locft.edit_trainer import EditTrainer
         from locft.measure.generation import greedy_answers
         from locft.train.encoding import encode_edits
-        from locft.train.pipelines import Earlier as Start
+        from locft.train.pipelines import Earlier
 
         if self.delta is None:
             return bench.train(position, settings)
@@ -231,7 +231,7 @@ class Batch:
         requests = (*self.kept, *new)
         trainer = EditTrainer(bench.loaded, requests, encode_edits(bench.loaded.tokenizer, requests), bench.engine)
         settings = replace(settings, pipeline="stream", arrival=max(1, len(new)))
-        return trainer.train(position, settings, Start(self.delta, len(self.kept), self.seconds))
+        return trainer.train(position, settings, Earlier(self.delta, len(self.kept), self.seconds))
 
     def counted(self) -> str:
         """The edits in words."""

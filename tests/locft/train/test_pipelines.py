@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from locft.data.edit_request import EditRequest
 from locft.errors import out_of_memory
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
-from locft.train.encoding import encode_edit, encode_edits
+from locft.train.encoding import encode_edit
 from locft.train.examples import TrainingExamples
 from locft.train.objective import batch_loss
 from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
-from tests.tiny import tiny_loaded
+from tests.tiny import edit_rows, tiny_loaded
 
 EDITS = [
     ("The capital of France is", "Oslo"),
@@ -38,8 +37,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def rows(loaded):
-    requests = [EditRequest(str(i), "", prompt, target, None, (), ()) for i, (prompt, target) in enumerate(EDITS)]
-    return encode_edits(loaded.tokenizer, requests)
+    return edit_rows(loaded, EDITS)
 
 
 def token_losses(model, tokenizer, prompt: str, target: str) -> list[float]:

@@ -5,15 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from locft.data.edit_request import EditRequest
 from locft.model.positions import TuningPosition
-from locft.train.encoding import encode_edits
 from locft.train.examples import TrainingExamples
 from locft.train.methods import MethodSettings
 from locft.train.objective import mean_loss
 from locft.train.pipelines import Earlier, TrainingSettings, finetune
 from locft.train.reference import full_forward
-from tests.tiny import tiny_loaded
+from tests.tiny import edit_rows, tiny_loaded
 
 EDITS = [
     ("The capital of France is", "Oslo"),
@@ -36,8 +34,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def rows(loaded):
-    requests = [EditRequest(str(i), "", prompt, target, None, (), ()) for i, (prompt, target) in enumerate(EDITS)]
-    return encode_edits(loaded.tokenizer, requests)
+    return edit_rows(loaded, EDITS)
 
 
 def trained(loaded, rows, earlier=None, **changes):
