@@ -19,8 +19,8 @@ def write(folder, name, content):
     return path
 
 
-def read(path):
-    records, problems = read_json_records(path)
+def read(path, **options):
+    records, problems = read_json_records(path, **options)
     assert not problems
     return records
 
@@ -133,7 +133,8 @@ def test_both_forms_read_back(tmp_path, records, indent):
     as_lines = write(tmp_path, "a.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     numbers = list(range(1, len(records) + 1))
     assert read(as_list) == [FileRecord(n, record) for n, record in zip(numbers, records, strict=True)]
-    assert read(as_lines) == [FileRecord(n, record, line=n) for n, record in zip(numbers, records, strict=True)]
+    lines = read(as_lines, is_record=lambda value: True)  # else a file of one line could wrap a list of records
+    assert lines == [FileRecord(n, record, line=n) for n, record in zip(numbers, records, strict=True)]
 
 
 @FUZZ
