@@ -130,11 +130,11 @@ def measure_curvature(
         boundary = capture_boundary(model, layer, ids, mask)[layer].requires_grad_()
         with torch.enable_grad():
             if others is None:
-                run = partial(tail_hidden, view, boundary, mask, weights=stand_ins)
+                run = partial(tail_hidden, view, boundary, mask, weights=stand_ins, input_ids=ids)
                 others = _in_no_product(watch, watched, run)
                 diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
             with watch:
-                hidden = tail_hidden(view, boundary, mask, weights=stand_ins)
+                hidden = tail_hidden(view, boundary, mask, weights=stand_ins, input_ids=ids)
             logits = head(hidden[:, :-1][mask[:, 1:].bool()])
             drawn = _drawn(logits.detach(), generator)
             loss = F.cross_entropy(logits, drawn, reduction="sum")

@@ -152,9 +152,8 @@ def _passes(
     ordered = sorted({row.token_ids: row for row in rows}.values(), key=lambda row: tree.path(row).tolist())
     for part in batches(ordered, tokens=TOKENS_AT_ONCE, supervised=math.inf):
         pack = pack_rows(tree, ordered[part], limit)
-        ids = torch.from_numpy(tree.token_ids)[pack.nodes.clamp(min=0)]
-        mask, device = pack.attention_mask(model.dtype), model.device
-        yield pack.nodes, capture_boundary(model, layers, ids.to(device), mask.to(device), pack.position_ids.to(device))
+        inputs = (pack.token_ids, pack.attention_mask(model.dtype), pack.position_ids)
+        yield pack.nodes, capture_boundary(model, layers, *(tensor.to(model.device) for tensor in inputs))
 
 
 def _file(folder: Path, layer: int) -> Path:

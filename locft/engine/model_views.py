@@ -64,8 +64,8 @@ class ModelViews:
         self, tail: PreTrainedModel, boundary: torch.Tensor, pack: Pack, weights: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """(K, V) from the hidden states (G, N, D) entering a tail. weights: as from `tail_weights`."""
-        mask, position_ids = self._mask_and_positions(pack)
-        run = partial(tail_hidden, tail, boundary, mask, position_ids, weights)
+        mask, position_ids, token_ids = self._inputs(pack)
+        run = partial(tail_hidden, tail, boundary, mask, position_ids, weights, token_ids)
         places, own = pack.asked()
         if _FEW * places.shape[1] >= pack.nodes.shape[1]:
             return self.head(run()[pack.sequence, pack.place])
@@ -97,15 +97,17 @@ class ModelViews:
             ),
         ]
         try:
-            tail_hidden(view, boundary, *self._mask_and_positions(pack), self.tail_weights(start, weights))
+            mask, position_ids, token_ids = self._inputs(pack)
+            tail_hidden(view, boundary, mask, position_ids, self.tail_weights(start, weights), token_ids)
         finally:
             for hook in hooks:
                 hook.remove()
         return kept["leaving"], kept["entering"]
 
-    def _mask_and_positions(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    def _inputs(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mask, position and token ids."""
         device = self.model.device
-        return pack.attention_mask(self.dtype).to(device), pack.position_ids.to(device)
+        return pack.attention_mask(self.dtype).to(device), pack.position_ids.to(device), pack.token_ids.to(device)
 
 
 def linear_change(

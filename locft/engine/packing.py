@@ -65,6 +65,7 @@ class Pack:
     """Rows laid into dense sequences."""
 
     nodes: torch.Tensor  # (G, N) int64, -1 behind a sequence's end
+    token_ids: torch.Tensor  # (G, N) int64
     position_ids: torch.Tensor  # (G, N) int64
     visible: torch.Tensor | None  # (G, 1, N, N) bool: may the token of this line see the token of this column?
     """None if every row has a sequence of its own, where the model's own causal mask holds."""
@@ -167,6 +168,7 @@ def _pack(
     sequence_of = np.repeat([number for number, _ in where], [len(line) for line in predicting])
     return Pack(
         torch.from_numpy(nodes),
+        torch.from_numpy(tree.token_ids[np.maximum(nodes, 0)]),
         torch.from_numpy(np.where(nodes >= 0, tree.depths[nodes], 0)),
         None if visible is None else torch.from_numpy(visible),
         torch.from_numpy(sequence_of.astype(np.int64)),

@@ -7,14 +7,15 @@ then needs three things. Each runs the model's own Hugging Face code and needs n
 state spaces:
 
     boundary = capture_boundary(model, layer, input_ids, attention_mask)[layer]     once
-    hidden = tail_hidden(tail_view(model, layer), boundary, attention_mask, weights={tail name: tensor})
+    hidden = tail_hidden(tail_view(model, layer), boundary, attention_mask, weights={...}, input_ids=input_ids)
     logits = head_view(model)(hidden[rows, columns])      only where a token is supervised
 
 A view is a copy of the module tree but not of the weights: every module object is new, every parameter and buffer is
 the model's own. So nothing done to a view (substituted weights, hooks, fewer layers) reaches the model.
 
-A view must not repeat what the model does between its embedding and its first block: the `entry` of the table in
-`families.py` (position embeddings of gpt2 and opt, bloom's norm, granite's multiplier).
+Side by side with the hidden states, some models hand their layers more that they make of the tokens (an embedding per
+layer, the first hidden states). So a tail is given the tokens, too, and computes all that the model computes before its
+first block; only the hidden states that enter the block are exchanged for the boundary.
 """
 
 import copy
@@ -27,8 +28,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from locft.model.families import IDENTITY, ZERO, Family
-from locft.model.positions import decoder_layers, family_of, is_known, layer_prefix, n_layers
+from locft.errors import InputError
+from locft.model.positions import blocks_path, decoder_layers, layer_prefix, n_layers, same_blocks
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -42,8 +43,12 @@ def supports_tail(model: PreTrainedModel) -> str | None:
 
     A cheap look at architecture and state. The tests check that the views of every architecture equal its full forward.
     """
-    if not is_known(model):
-        return f"architecture {model.config.model_type!r} has no row in the table of architectures (locft/model/families.py)"
+    try:
+        n_layers(model)
+    except InputError as error:
+        return str(error).splitlines()[0]
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        return "its upper layers attend to keys and values of lower layers (num_kv_shared_layers)"
     rescale_every = getattr(model.config, "rescale_every", 0)
     if rescale_every and n_layers(model) >= rescale_every:
         return (
@@ -64,16 +69,13 @@ def tail_view(model: PreTrainedModel, layer: int, stop: int | None = None) -> Pr
 
     Raises InputError if there is no such layer or the architecture is unknown.
     """
-    if layer != n_layers(model):
+    count = n_layers(model)
+    if layer != count:
         layer_prefix(model, layer)
-    view = _view(model, layer, n_layers(model) if stop is None else stop)
-    owner = view.get_submodule(_owner_path(family_of(model)))
-    for name, value in family_of(model).entry.items():
-        if not hasattr(owner, name):
-            continue
-        if value in (ZERO, IDENTITY):
-            value = _ZeroEmbedding() if value == ZERO else nn.Identity()
-        setattr(owner, name, value)
+        return _view(model, layer, count if stop is None else stop)
+    view = _view(model, count - 1, count)
+    layers = decoder_layers(view)
+    layers[0] = _Unchanged(layers[0])
     return view
 
 
@@ -82,7 +84,7 @@ def tail_parameter_name(model: PreTrainedModel, layer: int, name: str) -> str:
 
     Raises ValueError for a parameter of a layer below, which the tail does not have.
     """
-    prefix = family_of(model).layers + "."
+    prefix = blocks_path(model) + "."
     if not name.startswith(prefix):
         return name
     index, rest = name.removeprefix(prefix).split(".", 1)
@@ -97,19 +99,30 @@ def tail_hidden(
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
+    input_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Final hidden states (B, T, D), after the final norm: what the head takes.
 
     boundary: (B, T, D) from `capture_boundary`. attention_mask: (B, T), or another form that the model takes.
     position_ids: (B, T), by default the model's own; ignored by architectures without positions (bloom, state spaces).
     weights: tail parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients flow to
-    them.
+    them. input_ids: (B, T), for models whose layers see more of the tokens than the boundary holds.
     """
     base = tail.base_model
     prefix = tail.base_model_prefix + "."
     substitutes = {name.removeprefix(prefix): value for name, value in (weights or {}).items()}
-    inputs = _inputs(base, attention_mask, position_ids) | {"inputs_embeds": boundary}
-    return functional_call(base, substitutes, kwargs=inputs).last_hidden_state
+    if input_ids is None:
+        input_ids = torch.zeros(boundary.shape[:2], dtype=torch.long, device=boundary.device)
+    inputs = _inputs(base, attention_mask, position_ids) | {"input_ids": input_ids}
+
+    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return ((boundary, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": boundary})
+
+    entrance = decoder_layers(tail)[0].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        return functional_call(base, substitutes, kwargs=inputs).last_hidden_state
+    finally:
+        entrance.remove()
 
 
 def reconfigure(view: PreTrainedModel, **settings: Any) -> None:
@@ -130,7 +143,7 @@ def head_view(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     biases.
     """
     view = _copied(model, {})
-    owner_path = _owner_path(family_of(model))
+    owner_path = _owner_path(model)
     parent, _, name = owner_path.rpartition(".")
     setattr(view.get_submodule(parent), name, _GivenStates())
 
@@ -151,7 +164,8 @@ def capture_boundary(
     """Hidden states entering the given layers, layer -> (B, T, D), from one forward of the unedited model.
 
     The forward ends after the highest of them. For layer 0 it is the input of the first block, which includes whatever
-    the model adds to the embeddings. input_ids, attention_mask: (B, T). Raises InputError if there is no such layer.
+    the model adds to the embeddings. input_ids, attention_mask: (B, T). Raises InputError if there is no such layer,
+    NoTailView if what enters a layer is not one state per token.
     """
     wanted = {layers} if isinstance(layers, int) else set(layers)
     for layer in wanted:
@@ -161,16 +175,23 @@ def capture_boundary(
     for layer in wanted:
 
         def keep(_module: nn.Module, args: tuple, kwargs: dict, layer: int = layer) -> None:
-            captured[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+            states = args[0] if args else kwargs["hidden_states"]
+            if layer in captured:
+                raise NoTailView("it runs its blocks several times in a forward pass")
+            if states.shape[:-1] != input_ids.shape:
+                raise NoTailView(
+                    f"between its blocks {tuple(input_ids.shape)} tokens have hidden states of shape {tuple(states.shape)}"
+                )
+            captured[layer] = states.detach()
 
         decoder_layers(view)[layer].register_forward_pre_hook(keep, with_kwargs=True)  # the view's: the model has none
     view.base_model(input_ids=input_ids, **_inputs(view.base_model, attention_mask, position_ids))
     return {layer: captured[layer] for layer in sorted(captured)}
 
 
-def _owner_path(family: Family) -> str:
+def _owner_path(model: PreTrainedModel) -> str:
     """Path of the module that owns the list of blocks: "model" for "model.layers"."""
-    return family.layers.rpartition(".")[0]
+    return blocks_path(model).rpartition(".")[0]
 
 
 def _inputs(base: nn.Module, attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any]:
@@ -186,9 +207,10 @@ def _view(model: PreTrainedModel, start: int, stop: int) -> PreTrainedModel:
     memo: dict[int, nn.Module] = {}
     memo[id(layers)] = nn.ModuleList(_copied(layers[index], memo) for index in range(start, stop))
     view = _copied(model, memo)
+    same_blocks(view, model)
     configs: dict[int, Any] = {}
     part = view
-    for name in ("", *_owner_path(family_of(model)).split(".")):
+    for name in ("", *_owner_path(model).split(".")):
         part = getattr(part, name) if name else part
         # Only the modules that loop over the layers need it. A layer keeps the model's, which knows its index.
         if (config := getattr(part, "config", None)) is not None:
@@ -229,11 +251,20 @@ def _copied(module: Module, memo: dict[int, nn.Module]) -> Module:
     return twin
 
 
-class _ZeroEmbedding(nn.Module):
-    """Stands in for position embeddings that the boundary already includes: adds nothing."""
+class _Unchanged(nn.Module):
+    """Stands in for a layer: returns the hidden states that enter it, in the form in which the layer returns its own."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros((), device=next((arg.device for arg in args if isinstance(arg, torch.Tensor)), None))
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self._layer = [layer]  # no submodule: the view has none of its parameters
+        self._tuple: bool | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._tuple is None:
+            with torch.no_grad():
+                self._tuple = isinstance(self._layer[0](*args, **kwargs), tuple)
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states,) if self._tuple else states
 
 
 class _GivenStates(nn.Module):

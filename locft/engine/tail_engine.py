@@ -278,13 +278,16 @@ def _may_be_packed(model: PreTrainedModel, rows: Sequence[TokenRow]) -> bool:
 def _agree(
     views: ModelViews, model: PreTrainedModel, sample: Sequence[TokenRow], limit: int, expected: torch.Tensor
 ) -> bool:
-    tree = PrefixTree(sample)
-    pack = pack_rows(tree, sample, limit and sum(len(row.token_ids) for row in sample))
-    ids = torch.from_numpy(tree.token_ids)[pack.nodes.clamp(min=0)].to(model.device)
-    mask, places = pack.attention_mask(model.dtype).to(model.device), pack.position_ids.to(model.device)
-    try:
-        found = views.logits(views.tail(0), capture_boundary(model, 0, ids, mask, places)[0], pack, {})
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return False
+    """Tails from the first, a middle and the last layer: what a layer takes from those below it shows in the upper ones."""
+    count = n_layers(model)
+    pack = pack_rows(PrefixTree(sample), sample, limit and sum(len(row.token_ids) for row in sample))
+    inputs = (pack.token_ids, pack.attention_mask(model.dtype), pack.position_ids)
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1))
+    try:
+        boundaries = capture_boundary(model, {0, count // 2, count - 1}, *(x.to(model.device) for x in inputs))
+        found = [views.logits(views.tail(layer), states, pack, {}) for layer, states in boundaries.items()]
+    except NoTailView:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError):
+        return False
+    return all(bool((one - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1)) for one in found)

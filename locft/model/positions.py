@@ -1,25 +1,32 @@
 """Where a model can be tuned: a layer and a module in it, resolved to exact parameter names.
 
 A position trains the parameters of exactly the named part: weight and bias of a projection, everything inside the
-attention or MLP block, or the whole layer with its norms. Names are built from the table in `families.py` and the
-layer's own path, so "1.mlp_down" never touches layers 10 to 19, as a substring test would.
+attention or MLP block, or the whole layer with its norms. Names are built from the parts that `structure.py` finds, or a
+row of `families.py` lists, and the layer's own path, so "1.mlp_down" never touches layers 10 to 19, as a substring test would.
 
 Everything here reads names and shapes only and works on models on the meta device.
 """
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
 from typing import cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from locft.errors import InputError
-from locft.model.families import BY_MODEL_TYPE, MODULES, STANDS_IN, TEXT_HALVES, Family
+from locft.model.families import BY_MODEL_TYPE, MODULES, STANDS_IN
+from locft.model.structure import parts_of
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")
+"""What configurations call the number of blocks."""
+_BY_FAR = 1.25
+"""The list of blocks holds most of the weights of all lists of its length."""
 
 
 @dataclass(frozen=True, order=True)
@@ -65,46 +72,37 @@ class PositionInfo:
         return sum(map(prod, self.shapes))
 
 
-def family_of(model: PreTrainedModel) -> Family:
-    """The table's row for this model, with the path of its blocks; of a vision-language model the row of its text half.
+@dataclass
+class _Layout:
+    """What is known of a model, found once."""
 
-    An architecture without one gets a row with whole layers only if its list of blocks is plain to see, otherwise an
-    InputError that says what a row needs.
+    blocks: str
+    """Path of the list of blocks."""
+    modules: dict[int, dict[str, tuple[str, ...]]]
+    """Layer -> module -> parameter names inside the block."""
+
+
+_LAYOUTS: WeakKeyDictionary[PreTrainedModel, _Layout] = WeakKeyDictionary()
+
+
+def blocks_path(model: PreTrainedModel) -> str:
+    """Path of the model's list of blocks, "model.layers"; of a vision-language model, that of its text half.
+
+    Raises InputError where it is not plain to see.
     """
-    if model.config.model_type in BY_MODEL_TYPE:
-        return BY_MODEL_TYPE[model.config.model_type]
-    text, half = model.config.get_text_config(), _text_half(model)
-    row = BY_MODEL_TYPE.get(_row_of(text.model_type))
-    if row and half:
-        return replace(row, layers=f"{half}.{row.layers.partition('.')[2]}")
-    count = getattr(text, "num_hidden_layers", None)
-    paths = [path for size, path in _block_lists(model) if size == count and path.startswith(half)]
-    if len(paths) != 1:
-        raise InputError(no_row(model))
-    return Family((model.config.model_type,), paths[0], {})
+    if model not in _LAYOUTS:
+        _LAYOUTS[model] = _Layout(_find_blocks(model), {})
+    return _LAYOUTS[model].blocks
 
 
-def is_known(model: PreTrainedModel) -> bool:
-    """Whether the table of architectures has a row for this model, or for its text half."""
-    types = (model.config.model_type, _row_of(model.config.get_text_config().model_type))
-    return any(name in BY_MODEL_TYPE for name in types)
-
-
-def _row_of(model_type: str) -> str:
-    return TEXT_HALVES.get(model_type, model_type)
-
-
-def _text_half(model: PreTrainedModel) -> str:
-    """Path of the part of a vision-language model that is a language model; empty where the whole is one."""
-    if model.config.get_text_config() is model.config:
-        return ""
-    decoder = model.get_decoder()
-    return next((path for path, part in model.named_modules() if part is decoder), "")
+def same_blocks(view: PreTrainedModel, model: PreTrainedModel) -> None:
+    """A view has its blocks where its model has them, however few are left."""
+    _LAYOUTS[view] = _Layout(blocks_path(model), {})
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's blocks, in order."""
-    return cast(nn.ModuleList, model.get_submodule(family_of(model).layers))
+    return cast(nn.ModuleList, model.get_submodule(blocks_path(model)))
 
 
 def n_layers(model: PreTrainedModel) -> int:
@@ -117,7 +115,7 @@ def layer_prefix(model: PreTrainedModel, layer: int) -> str:
     count = n_layers(model)
     if not 0 <= layer < count:
         raise InputError(f"layer {layer} is out of range: {_label(model)} has {count} layers, 0 to {count - 1}")
-    return f"{family_of(model).layers}.{layer}"
+    return f"{blocks_path(model)}.{layer}"
 
 
 def parameter_names(model: PreTrainedModel, position: TuningPosition) -> tuple[str, ...]:
@@ -128,7 +126,7 @@ def parameter_names(model: PreTrainedModel, position: TuningPosition) -> tuple[s
     prefix = layer_prefix(model, position.layer)
     modules = _modules_of_layer(model, position.layer)
     if position.module not in modules:
-        raise InputError(_no_module(model, position, modules) if is_known(model) else no_row(model))
+        raise InputError(_no_module(model, position, modules) if has_parts(model) else no_row(model))
     return tuple(f"{prefix}.{name}" for name in modules[position.module])
 
 
@@ -156,34 +154,87 @@ def modules_of(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(module for module in MODULES if module in found)
 
 
+def has_parts(model: PreTrainedModel) -> bool:
+    """Whether anything smaller than a whole layer is known of this model."""
+    return modules_of(model) != ("layer",)
+
+
 def no_row(model: PreTrainedModel) -> str:
-    """What is needed to write a row for this model: where the blocks are, what is in one, and how a row looks."""
+    """Why there are no parts, and what is needed to write a row for this model: what is in a block, how a row looks."""
     size, path = max(_block_lists(model), default=(0, ""))
-    model_type = model.config.model_type
-    lines = [f"architecture {model_type!r} ({type(model).__name__}) has no row in the table of architectures"]
+    model_type = model.config.get_text_config().model_type
+    lines = [f"the structure of {model_type!r} ({type(model).__name__}) does not tell its attention and MLP"]
     if size:
         block = cast(nn.ModuleList, model.get_submodule(path))[size - 1]
         lines.append(f"its blocks seem to be {path} ({size} of them); the last one has these parameters:")
         lines += [f"  {name} {tuple(parameter.shape)}" for name, parameter in block.named_parameters()]
     lines += [
         "add a row to FAMILIES in locft/model/families.py, with paths inside the block, for example:",
-        f'  Family(("{model_type}",), "{path or "model.layers"}", {{"mlp_down": ("mlp.down_proj",), "mlp": ("mlp",)}})',
-        f"known architectures: {', '.join(sorted(BY_MODEL_TYPE))}",
+        f'  Family(("{model_type}",), {{"mlp_down": ("mlp.down_proj",), "mlp": ("mlp",)}})',
     ]
     return "\n".join(lines)
 
 
 def _modules_of_layer(model: PreTrainedModel, layer: int) -> dict[str, tuple[str, ...]]:
-    """Module -> parameter names inside the block, for the modules that this layer has, in canonical order."""
-    paths = family_of(model).modules
-    names = [name for name, _ in decoder_layers(model)[layer].named_parameters()]
-    found = {
-        module: tuple(
-            name for name in names if any(f"{name}.".startswith(f"{path}.") for path in paths.get(module, ()))
-        )
-        for module in MODULES
+    """Module -> parameter names inside the block, for the modules that this layer has, in canonical order.
+
+    A parameter that blocks share (zamba's attention) belongs to the first of them.
+    """
+    path = blocks_path(model)
+    known = _LAYOUTS[model].modules
+    if layer not in known:
+        block = decoder_layers(model)[layer]
+        paths = _parts(model, layer, block)
+        own = {name for name, _ in model.named_parameters() if name.startswith(f"{path}.{layer}.")}
+        names = [name for name, _ in block.named_parameters() if f"{path}.{layer}.{name}" in own]
+        found = {
+            module: tuple(name for name in names if any(_belongs(name, part) for part in paths.get(module, ())))
+            for module in MODULES
+        }
+        known[layer] = {module: own for module, own in (found | {"layer": tuple(names)}).items() if own}
+    return known[layer]
+
+
+def _belongs(name: str, part: str) -> bool:
+    """Whether a parameter is this part, lies in it, or is its bias ("experts.down_proj_bias")."""
+    return f"{name}.".startswith(f"{part}.") or name == f"{part}_bias"
+
+
+def _parts(model: PreTrainedModel, layer: int, block: nn.Module) -> Mapping[str, tuple[str, ...]]:
+    config = model.config.get_text_config()
+    for model_type in (model.config.model_type, config.model_type):
+        if model_type in BY_MODEL_TYPE:
+            return BY_MODEL_TYPE[model_type].modules
+    types = getattr(config, "layer_types", None) or ()
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(hidden, int):
+        hidden = cast(nn.Embedding, model.get_input_embeddings()).embedding_dim
+    return parts_of(block, hidden, types[layer] if len(types) == n_layers(model) else "")
+
+
+def _text_half(model: PreTrainedModel) -> str:
+    """Path of the part of a vision-language model that is a language model; empty where the whole is one."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((path for path, part in model.named_modules() if part is decoder), "")
+
+
+def _find_blocks(model: PreTrainedModel) -> str:
+    """The list of modules as long as the configuration says, in the text half, highest in the tree and by far the largest."""
+    text, half = model.config.get_text_config(), _text_half(model)
+    counts = {getattr(text, name, None) for name in _DEPTHS}
+    lists = [path for size, path in _block_lists(model) if size in counts and path.startswith(half)]
+    highest = min((path.count(".") for path in lists), default=0)
+    weights = {
+        path: sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
+        for path in lists
+        if path.count(".") == highest
     }
-    return {module: own for module, own in (found | {"layer": tuple(names)}).items() if own}
+    largest = max(weights, key=weights.__getitem__, default="")
+    if not largest or sum(weights.values()) > _BY_FAR * weights[largest]:
+        raise InputError(no_row(model))
+    return largest
 
 
 def _no_module(model: PreTrainedModel, position: TuningPosition, has: Collection[str]) -> str:

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_code: RemoteCodeOption = False) -> None:
     """List every tuning position of MODEL: layer, module, parameters, shapes, size."""
     from locft.model.models import load_structure
-    from locft.model.positions import is_known, list_positions, no_row
+    from locft.model.positions import has_parts, list_positions, no_row
 
     structure = load_structure(model, trust_remote_code=trust_remote_code)
     found = list_positions(structure)
-    if not is_known(structure):
+    if not has_parts(structure):
         notice(f"whole layers only: {no_row(structure)}")
     if as_json:
         rows = [

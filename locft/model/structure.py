@@ -1,0 +1,388 @@
+"""The parts of a block, told from its structure: attention, MLP or experts, mixer, and the matrices of each.
+
+Which matrices read the hidden size and which write it is told by their shapes; names only tell what shapes cannot:
+queries from keys from values, gate from up, the direction of a square matrix. Nothing is computed, so a model on the
+meta device will do. What structure and names leave open, or tell differently, is left out: a missing position is better
+than a wrong one.
+
+Legend: D hidden size, F inner size of an MLP.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+Parts = Mapping[str, tuple[str, ...]]
+"""Module (one of `families.MODULES`) -> paths inside a block, of submodules or of parameters."""
+
+_ATTENTION = {"attn", "att", "attention"}
+_NO_PART = {"cross", "crossattention", "encoder", "adapter", "adapters", "lora"}
+"""Attention to another model's states, which a causal LM skips, and what was added to a model."""
+_MLP_WORDS = {"mlp", "mlps", "ffn", "ff", "ffw", "feed", "feedforward", "moe", "expert", "experts", "fc", "channel"}
+_RECURRENT = re.compile("mamba|lstm|ssm|recurren|lru|rwkv|delta|conv|retention|hyena|lightning|s4|s6|kda|gla")
+_STATES = {"A_log", "dt_bias", "time_decay", "D"}
+"""Parameters that only a recurrent state has."""
+_ROUTER = {"router", "gate", "gating", "switch"}
+_LETTERS = {"q": "q", "query": "q", "queries": "q", "k": "k", "key": "k", "keys": "k", "v": "v", "value": "v", "values": "v"}
+_GENERIC = {"linear", "dense", "proj", "weight", "base", "layer"}
+"""Last names that say nothing: the name before them does."""
+_DOWN = {"down", "out", "output", "wo", "w2", "fc2", "lin2", "linear2"}
+_UP = {"up", "in", "input", "intermediate", "wi", "fc1", "lin1", "linear1"}
+_GATED_PAIRS = (("w1", "w3"), ("w1", "v1"), ("wi_0", "wi_1"), ("w_0", "w_1"))
+"""Last names of gate and up where neither word occurs: LLaMA's, DBRX's, T5's and CPM-Ant's."""
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix, or a stack of one matrix per expert."""
+
+    path: str
+    """Inside the block: of its module, or of the parameter where a module has several."""
+    out: int
+    inputs: int
+    stacked: bool
+    """Only its name is sure to tell its direction."""
+
+    @property
+    def name(self) -> str:
+        """The last component of its path that says something."""
+        names = [name for name in self.path.split(".") if not name.isdigit()] or [self.path]
+        while len(names) > 1 and _words(names[-1]) <= _GENERIC:
+            names.pop()
+        return names[-1]
+
+    @property
+    def words(self) -> set[str]:
+        return _words(self.name)
+
+    @property
+    def letters(self) -> str:
+        """Which of q, k, v its name speaks of: "", "q", "kv", ..."""
+        return _letters(self.name)
+
+    def below(self, path: str) -> bool:
+        return f"{self.path}.".startswith(f"{path}.") if path else True
+
+
+@dataclass(frozen=True)
+class _Component:
+    kind: str
+    """attn, mlp or mixer."""
+    paths: tuple[str, ...]
+    matrices: tuple[_Matrix, ...]
+
+    @property
+    def named(self) -> bool:
+        """Whether its name says that it is an MLP."""
+        return any(_words(name) & _MLP_WORDS for path in self.paths for name in path.split("."))
+
+
+def parts_of(block: nn.Module, hidden: int, layer_type: str = "") -> Parts:
+    """The parts of a block that its structure tells. hidden: D. layer_type: as the configuration calls this layer."""
+    parts: dict[str, list[str]] = {}
+    components = _components(block, hidden, layer_type)
+    found = [(c, {"attn": _attention, "mlp": _mlp, "mixer": _mixer}[c.kind](c, hidden)) for c in components]
+    routed = any("experts_down" in roles for _, roles in found)
+    for component, roles in found:
+        parts.setdefault(component.kind, []).extend(component.paths)
+        beside = routed and any("shared" in _words(path) for path in component.paths)  # a shared expert of its own
+        for module, paths in roles.items():
+            parts.setdefault(module.replace("mlp_", "shared_") if beside else module, []).extend(paths)
+    return {module: tuple(paths) for module, paths in parts.items()}
+
+
+def _components(block: nn.Module, hidden: int, layer_type: str) -> list[_Component]:
+    """Those of a block. What lies in it directly (OPT's fc1 and fc2, BERT's halves of an MLP) makes one together."""
+    finder = _Finder(block, hidden, layer_type)
+    found = [component for name, _ in block.named_children() for component in finder.below(name)]
+    loose = [
+        matrix
+        for matrix in finder.matrices
+        if not any(matrix.below(path) for path in (*finder.ignored, *(p for c in found for p in c.paths)))
+    ]
+    mlps = [component for component in found if component.kind == "mlp"]
+    others = [component for component in found if component.kind != "mlp"]
+    if not any(component.kind == "attn" for component in found) and {"q", "k", "v"} <= set("".join(m.letters for m in loose)):
+        inline = [matrix for matrix in loose if matrix.letters or (matrix.words & {"o", "out"} and matrix.out == hidden)]
+        others.append(_Component("attn", tuple(matrix.path for matrix in inline), tuple(inline)))
+        loose = [matrix for matrix in loose if matrix not in inline]
+    if len(mlps) > 1:
+        mlps = [component for component in mlps if component.named]
+    if not mlps and (dense := _dense(loose, hidden)):
+        paths = tuple(path for role in dense.values() for path in role)
+        mlps = [_Component("mlp", paths, tuple(m for m in loose if m.path in paths))]
+    return others + [_with_router(component, loose) for component in mlps]
+
+
+def _with_router(component: _Component, loose: Sequence[_Matrix]) -> _Component:
+    """Experts that lie in the block directly have their router beside them."""
+    if not any(matrix.stacked for matrix in component.matrices) or any("." not in path for path in component.paths) is False:
+        return component
+    if any(_words(name) & _ROUTER for matrix in component.matrices for name in matrix.path.split(".")[1:]):
+        return component
+    router = [matrix for matrix in loose if _words(matrix.path.split(".")[0]) & _ROUTER]
+    paths = tuple({matrix.path.split(".")[0]: None for matrix in router})
+    return _Component("mlp", component.paths + paths, component.matrices + tuple(router))
+
+
+class _Finder:
+    """Looks for components in the tree of a block."""
+
+    def __init__(self, block: nn.Module, hidden: int, layer_type: str):
+        self.block, self.hidden, self.layer_type = block, hidden, layer_type
+        self.matrices = tuple(_matrices(block))
+        self.ignored: list[str] = []
+
+    def below(self, path: str) -> list[_Component]:
+        """Those at or below a path: the largest module that is one component, otherwise those in it."""
+        module, words = self.block.get_submodule(path), _words(path.rpartition(".")[2])
+        own = tuple(matrix for matrix in self.matrices if matrix.below(path))
+        if not own:
+            return []
+        if (words & _NO_PART) or (_is_norm(words) and not words & _ATTENTION):
+            self.ignored.append(path)
+            return []
+        if self._mixes(module, path, own):
+            linear = re.search("linear|mamba|recurrent|conv", self.layer_type)
+            kind = "mixer" if linear or self._recurrent(module, path) else "attn"
+            return [_Component(kind, (path,), own)]
+        found = [component for name, _ in module.named_children() for component in self.below(f"{path}.{name}")]
+        mixing = [component for component in found if component.kind != "mlp"]
+        if not mixing:
+            return [_Component("mlp", (path,), own)] if self._is_mlp(own) else found
+        rest = [matrix for matrix in own if not any(matrix.below(p) for c in found for p in c.paths)]
+        wraps = len(found) == 1 and not _is_norm(words) and not isinstance(module, nn.ModuleList)
+        if wraps and (rest or (mixing[0].kind == "attn" and words & _ATTENTION)):
+            return [_Component(mixing[0].kind, (path,), own)]
+        return found
+
+    def _mixes(self, module: nn.Module, path: str, own: Sequence[_Matrix]) -> bool:
+        """Whether a module's own children make it one that mixes tokens."""
+        direct = [matrix for matrix in own if matrix.path.count(".") == path.count(".") + 1]
+        names = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
+        letters = set("".join(_letters(name) for name in names))
+        attention = bool(_words(path.rpartition(".")[2]) & _ATTENTION)
+        writes = len(own) > 1 and any(matrix.out == self.hidden for matrix in own)
+        if {"q", "k", "v"} <= letters or (writes and "q" in letters and letters & {"k", "v"}):
+            return True
+        if attention and ((writes and letters) or self._closed(direct)):
+            return True
+        return bool(direct) and self._recurrent(module, path) and self._closed(own)
+
+    def _recurrent(self, module: nn.Module, path: str) -> bool:
+        name = path.rpartition(".")[2]
+        kind = _without_common_start(type(module).__name__, type(self.block).__name__)
+        if any(name in _STATES for name, _ in module.named_parameters(recurse=False)):
+            return True
+        words = _words(kind) | _words(name)
+        linear = "linear" in words and words & _ATTENTION and not self.layer_type
+        return bool(linear or _RECURRENT.search(name.lower()) or _RECURRENT.search(kind.lower()))
+
+    def _closed(self, matrices: Iterable[_Matrix]) -> bool:
+        """Whether they lead from the hidden size back to it."""
+        own = list(matrices)
+        return any(m.inputs == self.hidden for m in own) and any(m.out == self.hidden for m in own) and len(own) > 1
+
+    def _is_mlp(self, own: Sequence[_Matrix]) -> bool:
+        return any(m.stacked and self.hidden in (m.out, m.inputs) for m in own) or bool(_dense(own, self.hidden))
+
+
+def _attention(component: _Component, hidden: int) -> dict[str, list[str]]:
+    roles: dict[str, list[_Matrix]] = {}
+    for matrix in component.matrices:
+        words = matrix.words
+        if matrix.letters in ("q", "k", "v", "kv", "qkv"):
+            roles.setdefault(matrix.letters, []).append(matrix)
+        elif words & {"o", "out", "output", "wo"} and not words & {"gate", "up", "in"} and "experts" not in matrix.path:
+            roles.setdefault("o", []).append(matrix)
+    asked = _highest([matrix for role, matrices in roles.items() if role != "o" for matrix in matrices])
+    roles = {
+        role: [matrix for matrix in matrices if matrix in asked] if role != "o" else _highest(matrices)
+        for role, matrices in roles.items()
+    }
+    roles = {role: matrices for role, matrices in roles.items() if matrices}
+    known = [matrix for matrices in roles.values() for matrix in matrices]
+    direct = _highest([m for m in component.matrices if m not in known and not m.stacked])
+    rest = [matrix for matrix in direct if not matrix.words & {"gate", "g"}]
+    writes = [matrix for matrix in rest if matrix.out == hidden]
+    if "o" not in roles and len(writes) > 1:  # a square matrix beside it: only names tell
+        writes = [matrix for matrix in writes if matrix.words & {"c", "dense", "proj"} and "attn" not in matrix.words]
+    if "o" not in roles and len(writes) == 1:
+        roles["o"] = writes
+    fused = [m for m in rest if m.inputs == hidden and m not in roles.get("o", []) and m.out > hidden // 2]
+    if not set(roles) & {"q", "k", "v", "kv", "qkv"} and len(fused) == 1 and roles.get("o"):
+        inner = roles["o"][0].inputs
+        if inner < fused[0].out <= 3 * inner:
+            roles["qkv"] = fused
+    return {f"attn_{role}": [matrix.path for matrix in matrices] for role, matrices in roles.items()}
+
+
+def _mixer(component: _Component, hidden: int) -> dict[str, list[str]]:
+    """What reads the hidden states, and what leads back to them."""
+    direct = _highest([matrix for matrix in component.matrices if not matrix.stacked])
+    outs = [m for m in direct if m.out == hidden and m.words & {"out", "o", "output"} and "gate" not in m.words]
+    if not outs:
+        outs = [m for m in direct if m.out == hidden and m.inputs != hidden and m.letters == ""]
+    ins = [m for m in direct if m.inputs == hidden and m not in outs]
+    if len(outs) != 1 or not ins:
+        return {}
+    return {"mixer_in": [m.path for m in ins], "mixer_out": [m.path for m in outs]}
+
+
+def _mlp(component: _Component, hidden: int) -> dict[str, list[str]]:
+    root = component.paths[0] if len(component.paths) == 1 else ""
+    shared, experts, rest = [], [], []
+    for matrix in component.matrices:
+        inside = [name for name in matrix.path.split(".") if not name.isdigit()]
+        words = set().union(*(_words(name) for name in inside))
+        if "shared" in words:
+            shared.append(matrix)
+        elif matrix.stacked or words & {"experts", "expert"}:
+            experts.append(matrix)
+        else:
+            rest.append(matrix)
+    dense = _dense(rest, hidden)
+    if not experts:
+        if shared:
+            return {f"mlp_{role}": paths for role, paths in _dense(shared + rest, hidden).items()}
+        return {f"mlp_{role}": paths for role, paths in dense.items()}
+    parts = {f"shared_{role}": paths for role, paths in _dense(shared, hidden).items()}
+    parts |= {f"experts_{role}": paths for role, paths in _stacked_roles(experts, hidden).items()}
+    router = _router(root, [m for m in (*rest, *experts, *shared)], experts, hidden)
+    return parts | ({"router": router} if router else {})
+
+
+def _router(root: str, candidates: Sequence[_Matrix], experts: Sequence[_Matrix], hidden: int) -> list[str]:
+    """The child of the experts' module that chooses among them."""
+    depth = len(root.split(".")) if root else 0
+    children: dict[str, list[_Matrix]] = {}
+    for matrix in candidates:
+        children.setdefault(".".join(matrix.path.split(".")[: depth + 1]), []).append(matrix)
+    return [
+        path
+        for path, matrices in children.items()
+        if _words(path.rpartition(".")[2]) & _ROUTER
+        and "shared" not in _words(path.rpartition(".")[2])
+        and any(matrix.inputs == hidden and matrix.out > 1 for matrix in matrices)
+        and not any(matrix in experts for matrix in matrices)
+    ]
+
+
+def _stacked_roles(experts: Sequence[_Matrix], hidden: int) -> dict[str, list[str]]:
+    """Of the matrices of routed experts: back to the hidden size, and everything that leads from it."""
+    down, up = [], []
+    for matrix in experts:
+        role = _named_role(matrix)
+        if not matrix.stacked and matrix.out != matrix.inputs:
+            role = "down" if matrix.out == hidden else "up" if matrix.inputs == hidden else ""
+        if role == "down":
+            down.append(matrix.path)
+        elif role:
+            up.append(matrix.path)
+    pairs = {last for pair in _GATED_PAIRS for last in pair}
+    for matrix in experts:
+        if matrix.path not in (*down, *up) and matrix.path.rpartition(".")[2] in pairs:
+            up.append(matrix.path)
+    return {"down": down, "gate_up": up} if down and up else {}
+
+
+def _dense(matrices: Sequence[_Matrix], hidden: int) -> dict[str, list[str]]:
+    """The matrices of one MLP, or of several alike: down, and up, gate and up, or both in one. Empty if it is none."""
+    groups: dict[str, list[_Matrix]] = {}
+    for matrix in matrices:
+        groups.setdefault(re.sub(r"^((?:.*\.)?\d+)\..*|.*", r"\1", matrix.path), []).append(matrix)
+    if len(groups) > 1 and "" not in groups:
+        each = [_dense_roles(group, hidden) for group in groups.values()]
+        return {role: [path for roles in each for path in roles.get(role, [])] for role in each[0]}
+    return _dense_roles(matrices, hidden)
+
+
+def _dense_roles(matrices: Sequence[_Matrix], hidden: int) -> dict[str, list[str]]:
+    writes = [m for m in matrices if m.out == hidden and m.inputs != hidden]
+    square = [m for m in matrices if m.out == hidden == m.inputs]
+    if len(writes) != 1:
+        writes = [m for m in (writes or square) if _named_role(m) == "down"]
+    if len(writes) != 1:
+        return {}
+    down = writes[0]
+    inner = down.inputs
+    reads = [m for m in matrices if m is not down and m.inputs == hidden]
+    both = [m for m in reads if m.out == 2 * inner]
+    single = [m for m in reads if m.out == inner]
+    roles = {"down": [down.path]}
+    if len(both) == 1 and not single:
+        return roles | {"gate_up": [both[0].path]}
+    if len(single) == 1 and not both:
+        return roles | {"up": [single[0].path]}
+    if len(single) == 2 and not both:
+        gate, up = _gate_and_up(single)
+        return roles | ({"up": [up.path], "gate": [gate.path]} if gate and up else {})
+    return {}
+
+
+def _gate_and_up(pair: Sequence[_Matrix]) -> tuple[_Matrix | None, _Matrix | None]:
+    for one, other in (pair, pair[::-1]):
+        names = (one.path.rpartition(".")[2], other.path.rpartition(".")[2])
+        if names in _GATED_PAIRS or ("gate" in one.words and "gate" not in other.words):
+            return one, other
+        if "up" in other.words and "up" not in one.words:
+            return one, other
+    return None, None
+
+
+def _named_role(matrix: _Matrix) -> str:
+    words = matrix.words
+    if words & _DOWN or matrix.name in ("c_proj", "dense_4h_to_h") or (words & {"layer"} and matrix.name.endswith("2")):
+        return "down"
+    return "up" if words & (_UP | {"gate"}) or matrix.name in ("c_fc", "dense_h_to_4h") else ""
+
+
+def _matrices(block: nn.Module) -> Iterator[_Matrix]:
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if not 2 <= parameter.dim() <= 3 or "bias" in name or name in _STATES:
+                continue
+            out, inputs = parameter.shape[-2:]
+            if isinstance(module, Conv1D) or getattr(module, "is_transposed", False):
+                out, inputs = inputs, out
+            full = f"{path}.{name}" if path else name
+            stacked = parameter.dim() == 3 or (name != "weight" and "experts" in path)
+            yield _Matrix(path if name == "weight" else full, out, inputs, stacked)
+
+
+def _highest(matrices: Sequence[_Matrix]) -> list[_Matrix]:
+    """Those that lie highest in the tree: an indexer or an adapter below has projections of the same names."""
+    depth = min((matrix.path.count(".") for matrix in matrices), default=0)
+    return [matrix for matrix in matrices if matrix.path.count(".") == depth]
+
+
+def _letters(name: str) -> str:
+    words = _words(name)
+    if words >= {"c", "attn"} or "qkv" in words:
+        return "qkv"
+    found = {_LETTERS[word] for word in words if word in _LETTERS} | (set("kv") if "kv" in words else set())
+    return "".join(sorted(found, key="qkv".index))
+
+
+def _words(name: str) -> set[str]:
+    """ "Wqkv" -> qkv;  "kv_a_proj_with_mqa" -> kv, a, proj, with, mqa;  "MiniMaxLightningAttention" -> mini, max, ..."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+    words = {word.lower() for word in re.split(r"[_\W]+", spaced) if word}
+    return {re.sub(r"^w(?=(q|k|v|o|qkv|kv)$)", "", word) for word in words}
+
+
+def _is_norm(words: Collection[str]) -> bool:
+    return any(word.endswith("norm") for word in words)
+
+
+def _without_common_start(name: str, other: str) -> str:
+    """ "KimiLinearDeltaAttention" beside "KimiLinearDecoderLayer" -> "DeltaAttention": model names say nothing."""
+    split = [re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*|[a-z0-9]+", text) for text in (name, other)]
+    while all(split) and split[0][0] == split[1][0] and len(split[0]) > 1:
+        split = [split[0][1:], split[1][1:]]
+    return "".join(split[0])
