@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from locft.cache import content_key, made_once, make_room
-from locft.engine.tail import capture_boundary, head_view, reconfigure, tail_hidden, tail_parameter_name, tail_view
+from locft.engine.tail import capture_boundary, head_view, reconfigure, tail_hidden, tail_view
 from locft.errors import InputError
 from locft.model.models import LoadedModel
 from locft.process import describe_machine
@@ -120,7 +120,6 @@ def measure_curvature(
     view, head = _plain_view(model, layer), head_view(model)
     generator = torch.Generator().manual_seed(seed)
     watched = {name: model.get_parameter(name).detach().clone() for name in names}
-    stand_ins = {tail_parameter_name(model, layer, name): value for name, value in watched.items()}
     watch = _Watch({name: value for name, value in watched.items() if value.dim() > 1})
     others: dict[str, torch.Tensor] | None = None
     diagonals: dict[str, torch.Tensor] = {}
@@ -130,11 +129,11 @@ def measure_curvature(
         boundary = capture_boundary(model, layer, ids, mask)[layer].requires_grad_()
         with torch.enable_grad():
             if others is None:
-                run = partial(tail_hidden, view, boundary, mask, weights=stand_ins, input_ids=ids)
+                run = partial(tail_hidden, view, boundary, mask, weights=watched, input_ids=ids)
                 others = _in_no_product(watch, watched, run)
                 diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
             with watch:
-                hidden = tail_hidden(view, boundary, mask, weights=stand_ins, input_ids=ids)
+                hidden = tail_hidden(view, boundary, mask, weights=watched, input_ids=ids)
             logits = head(hidden[:, :-1][mask[:, 1:].bool()])
             drawn = _drawn(logits.detach(), generator)
             loss = F.cross_entropy(logits, drawn, reduction="sum")

@@ -3,10 +3,9 @@
 import re
 from typing import Any
 
-import torch
-from locft.model.models import _loader
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from locft.model.models import _loader
 
 VOCABULARY = 400
 LAYERS = 4
@@ -48,7 +47,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": dict(num_heads=8, head_dim=8),
     "dots3_note_text": dict(num_key_value_heads=4),
     "cohere_compass_text": dict(rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
-    "dots1": dict(n_routed_experts=4, n_shared_experts=1),
+    "deepseek_v2": dict(num_experts_per_tok=2),
+    "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
+    "longcat_flash": dict(qk_head_dim=16, head_dim=8),
     "dbrx": dict(attn_config=dict(rope_theta=10000.0, kv_n_heads=2, clip_qkv=8.0)),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]], num_layers=4),
     "hunyuan_v1_dense": dict(head_dim=8),
@@ -59,7 +60,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": dict(is_decoder=True, axial_pos_embds=False),
     "gemma3n_text": _GEMMA3N,
     "gemma3n": dict(text_config=_GEMMA3N),
-    "zamba": dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"]),
+    "zamba": dict(attention_hidden_size=64, attention_head_dim=16, num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"]),
     "qwen4_exp_text": _QSA,
     "qwen4_exp": dict(text_config=_QSA),
     "dots3_note": dict(text_config=dict(num_key_value_heads=4), audio_config=dict(adapter_out_dim=32, adapter_in_dim=32), vision_config=dict(adapter_out_dim=32, adapter_in_dim=32, adapter_input_size=32)),
@@ -97,12 +98,18 @@ def shrunk(config: PretrainedConfig, path: str = "") -> dict[str, Any]:
             settings[name] = small(name, value)
     if chosen:
         for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"):
-            if n in own: settings[n] = len(chosen)
+            if n in own:
+                settings[n] = len(chosen)
     for n in own:
         if n.endswith(("token_id", "token_index")) and isinstance(own[n], int):
             settings[n] = 0 if n in ("pad_token_id", "eos_token_id", "bos_token_id", "sep_token_id") else VOCABULARY - 1
     for n in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        if getattr(config, n, None) is not None: settings[n] = 0
+        if getattr(config, n, None) is not None:
+            settings[n] = 0
+    if "kv_lora_rank" in own:  # latent attention has a key per query
+        settings["num_key_value_heads"] = 4
+    if "is_decoder" in known:
+        settings["is_decoder"] = True
     return settings
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from locft.engine.fused_layers import FusedLayer, fuse_layers, only_at
 from locft.engine.packing import Pack
-from locft.engine.tail import head_view, reconfigure, tail_hidden, tail_parameter_name, tail_view
+from locft.engine.tail import head_view, reconfigure, run_until, tail_hidden, tail_view
 from locft.model.positions import decoder_layers, n_layers
 
 _FEW = 1.3
@@ -33,13 +33,13 @@ class ModelViews:
             reconfigure(self.model, _attn_implementation="eager")
             fuse_layers(self.model)
         self.head = head_view(self.model)
-        self._tails: dict[tuple[int, int | None], PreTrainedModel] = {}
+        self._tails: dict[int, PreTrainedModel] = {}
 
-    def tail(self, start: int, stop: int | None = None) -> PreTrainedModel:
-        """The view from layer `start` to the one before `stop`."""
-        if (start, stop) not in self._tails:
-            self._tails[start, stop] = tail_view(self.model, start, stop)
-        return self._tails[start, stop]
+    def tail(self, start: int) -> PreTrainedModel:
+        """The view from layer `start` upwards."""
+        if start not in self._tails:
+            self._tails[start] = tail_view(self.model, start)
+        return self._tails[start]
 
     def mixed_tail(self, start: int, stop: int, coarse: "ModelViews") -> PreTrainedModel | None:
         """The tail from `start` with another dtype's fused layers from `stop` on; None if none is fused."""
@@ -50,15 +50,12 @@ class ModelViews:
         layers = decoder_layers(tail)
         for index, layer in enumerate(theirs[stop:], stop):
             if isinstance(layer, FusedLayer):
-                layers[index - start] = layer
+                layers[index] = layer
         return tail
 
-    def tail_weights(self, start: int, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights by the names and in the dtype of the tail from `start`."""
-        return {
-            tail_parameter_name(self.model, start, name): value.to(self.model.get_parameter(name).dtype)
-            for name, value in weights.items()
-        }
+    def tail_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights in the views' dtype."""
+        return {name: value.to(self.model.get_parameter(name).dtype) for name, value in weights.items()}
 
     def logits(
         self, tail: PreTrainedModel, boundary: torch.Tensor, pack: Pack, weights: Mapping[str, torch.Tensor]
@@ -76,8 +73,8 @@ class ModelViews:
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """(K, D) behind the last layer -> (K, D) as the head takes them."""
-        ones = torch.ones(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return tail_hidden(self.tail(n_layers(self.model)), hidden[None], ones)[0]
+        ones = torch.ones(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        return tail_hidden(self.tail(n_layers(self.model)), hidden[:, None], ones)[:, 0]
 
     @torch.no_grad()
     def through_layer(
@@ -87,22 +84,19 @@ class ModelViews:
 
         boundary: hidden states (G, N, D) entering layer `start`. weights: by the model's names, in place of its own.
         """
-        view = self.tail(start, layer + 1)
-        kept: dict[str, torch.Tensor] = {}
-        owner = view.get_submodule(tail_parameter_name(self.model, start, name).rpartition(".")[0])
-        hooks = [
-            owner.register_forward_pre_hook(lambda _m, args: kept.__setitem__("entering", args[0])),
-            decoder_layers(view)[-1].register_forward_hook(
-                lambda _m, _a, out: kept.__setitem__("leaving", out[0] if isinstance(out, tuple) else out)
-            ),
-        ]
+        view = self.tail(start)
+        entering: list[torch.Tensor] = []
+        hook = view.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
+            lambda _m, args: entering.append(args[0])
+        )
+        mask, position_ids, token_ids = self._inputs(pack)
+        own = self.tail_weights(weights)
         try:
-            mask, position_ids, token_ids = self._inputs(pack)
-            tail_hidden(view, boundary, mask, position_ids, self.tail_weights(start, weights), token_ids)
+            run = partial(tail_hidden, view, boundary, mask, position_ids, own, token_ids)
+            leaving = run_until(decoder_layers(view)[layer], run)
         finally:
-            for hook in hooks:
-                hook.remove()
-        return kept["leaving"], kept["entering"]
+            hook.remove()
+        return leaving, entering[-1]
 
     def _inputs(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mask, position and token ids."""

@@ -21,6 +21,7 @@ first block; only the hidden states that enter the block are exchanged for the b
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -61,36 +62,20 @@ def supports_tail(model: PreTrainedModel) -> str | None:
     return None
 
 
-def tail_view(model: PreTrainedModel, layer: int, stop: int | None = None) -> PreTrainedModel:
-    """The causal LM from `layer` upwards; it takes the hidden states entering that layer as `inputs_embeds`.
+def tail_view(model: PreTrainedModel, layer: int) -> PreTrainedModel:
+    """The causal LM in which only `layer` and those above it compute, for `tail_hidden`.
 
-    It shares every parameter with `model`, and its layer 0 is the model's layer `layer`. If `layer` is the number of
-    layers, only the final norm and the head are left. stop: the layer it ends before; None goes on to the last.
-
-    Raises InputError if there is no such layer or the architecture is unknown.
+    It shares every parameter of them with `model`, under the same names, and has none of the layers below. If `layer` is
+    the number of layers, only the final norm and the head are left. Raises InputError if there is no such layer.
     """
-    count = n_layers(model)
-    if layer != count:
+    if layer != n_layers(model):
         layer_prefix(model, layer)
-        return _view(model, layer, count if stop is None else stop)
-    view = _view(model, count - 1, count)
-    layers = decoder_layers(view)
-    layers[0] = _Unchanged(layers[0])
+    view = _copied(model, {})
+    same_blocks(view, model)
+    layers, forms = decoder_layers(view), dict[type, int]()
+    for index in range(layer):
+        layers[index] = _Unchanged(decoder_layers(model)[index], forms)
     return view
-
-
-def tail_parameter_name(model: PreTrainedModel, layer: int, name: str) -> str:
-    """Name in `tail_view(model, layer)` of the model's parameter `name`: "model.layers.22.x" -> "model.layers.0.x".
-
-    Raises ValueError for a parameter of a layer below, which the tail does not have.
-    """
-    prefix = blocks_path(model) + "."
-    if not name.startswith(prefix):
-        return name
-    index, rest = name.removeprefix(prefix).split(".", 1)
-    if int(index) < layer:
-        raise ValueError(f"{name} lies below layer {layer}, where the tail begins")
-    return f"{prefix}{int(index) - layer}.{rest}"
 
 
 def tail_hidden(
@@ -103,22 +88,24 @@ def tail_hidden(
 ) -> torch.Tensor:
     """Final hidden states (B, T, D), after the final norm: what the head takes.
 
-    boundary: (B, T, D) from `capture_boundary`. attention_mask: (B, T), or another form that the model takes.
+    boundary: from `capture_boundary`, (B, T, D). attention_mask: (B, T), or another form that the model takes.
     position_ids: (B, T), by default the model's own; ignored by architectures without positions (bloom, state spaces).
-    weights: tail parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients flow to
-    them. input_ids: (B, T), for models whose layers see more of the tokens than the boundary holds.
+    weights: parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients flow to them.
+    input_ids: (B, T), for models whose layers see more of the tokens than the boundary holds.
     """
-    base = tail.base_model
-    prefix = tail.base_model_prefix + "."
-    substitutes = {name.removeprefix(prefix): value for name, value in (weights or {}).items()}
+    path, base = _base(tail)
+    substitutes = {name.removeprefix(f"{path}."): value for name, value in (weights or {}).items()}
     if input_ids is None:
         input_ids = torch.zeros(boundary.shape[:2], dtype=torch.long, device=boundary.device)
     inputs = _inputs(base, attention_mask, position_ids) | {"input_ids": input_ids}
+    layers = decoder_layers(tail)
+    first = next((layer for layer in layers if not isinstance(layer, _Unchanged)), layers[-1])
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return ((boundary, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": boundary})
+        states = boundary.reshape(_entering(args, kwargs).shape)  # some models have several states per token
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
-    entrance = decoder_layers(tail)[0].register_forward_pre_hook(enter, with_kwargs=True)
+    entrance = first.register_forward_pre_hook(enter, with_kwargs=True)
     try:
         return functional_call(base, substitutes, kwargs=inputs).last_hidden_state
     finally:
@@ -143,11 +130,14 @@ def head_view(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     biases.
     """
     view = _copied(model, {})
-    owner_path = _owner_path(model)
-    parent, _, name = owner_path.rpartition(".")
-    setattr(view.get_submodule(parent), name, _GivenStates())
+    given: list[torch.Tensor] = []
+    part: Any = view
+    for name in blocks_path(model).split(".")[:-1]:  # whichever of them the causal LM calls
+        part = getattr(part, name)
+        part.forward = lambda *_args, **_kwargs: _StatesOutput((given[0],))
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
+        given[:] = [hidden[None]]
         return view(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
 
     return logits
@@ -163,35 +153,102 @@ def capture_boundary(
 ) -> dict[int, torch.Tensor]:
     """Hidden states entering the given layers, layer -> (B, T, D), from one forward of the unedited model.
 
-    The forward ends after the highest of them. For layer 0 it is the input of the first block, which includes whatever
-    the model adds to the embeddings. input_ids, attention_mask: (B, T). Raises InputError if there is no such layer,
-    NoTailView if what enters a layer is not one state per token.
+    The forward ends at the highest of them. For layer 0 it is the input of the first block, which includes whatever
+    the model adds to the embeddings. input_ids, attention_mask: (B, T). Where a token has several states, D is that of
+    all together. Raises InputError if there is no such layer, NoTailView if what enters a layer has another form.
     """
     wanted = {layers} if isinstance(layers, int) else set(layers)
     for layer in wanted:
         layer_prefix(model, layer)
-    view = _view(model, 0, max(wanted) + 1)
+    view = tail_view(model, 0)
     captured: dict[int, torch.Tensor] = {}
     for layer in wanted:
 
         def keep(_module: nn.Module, args: tuple, kwargs: dict, layer: int = layer) -> None:
-            states = args[0] if args else kwargs["hidden_states"]
-            if layer in captured:
-                raise NoTailView("it runs its blocks several times in a forward pass")
-            if states.shape[:-1] != input_ids.shape:
+            states = _entering(args, kwargs)
+            if states.shape[:2] != input_ids.shape or states.dim() < 3:
                 raise NoTailView(
                     f"between its blocks {tuple(input_ids.shape)} tokens have hidden states of shape {tuple(states.shape)}"
                 )
-            captured[layer] = states.detach()
+            captured[layer] = states.detach().flatten(2)
+            if layer == max(wanted):
+                raise _Done
 
         decoder_layers(view)[layer].register_forward_pre_hook(keep, with_kwargs=True)  # the view's: the model has none
-    view.base_model(input_ids=input_ids, **_inputs(view.base_model, attention_mask, position_ids))
+    _, base = _base(view)
+    with suppress(_Done):
+        base(input_ids=input_ids, **_inputs(base, attention_mask, position_ids))
+    if skipped := sorted(wanted - set(captured)):
+        raise NoTailView(f"a forward pass over text skips its layers {', '.join(map(str, skipped))}")
     return {layer: captured[layer] for layer in sorted(captured)}
 
 
-def _owner_path(model: PreTrainedModel) -> str:
-    """Path of the module that owns the list of blocks: "model" for "model.layers"."""
-    return blocks_path(model).rpartition(".")[0]
+@torch.no_grad()
+def require_only_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None
+) -> None:
+    """Raise NoTailView if a layer takes more from those below it than hidden states: a tail would not have it.
+
+    That is a further output of theirs among its arguments, or a container in which they leave something. Arguments as
+    for `capture_boundary`.
+    """
+    view = tail_view(model, 0)
+    outputs: list[torch.Tensor] = []  # kept, so that no other tensor takes their identity
+    sizes: dict[int, int] = {}
+
+    def entering(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        others = [*args[1:], *(value for name, value in kwargs.items() if name != "hidden_states")]
+        taken = [value for value in others if any(value is output for output in outputs)]
+        grown = [
+            value
+            for value in others
+            if isinstance(value, dict | list) and sizes.setdefault(id(value), len(value)) != len(value)
+        ]
+        if taken or grown:
+            raise NoTailView("its layers take more than hidden states from the layers below them")
+
+    def leaving(_module: nn.Module, _args: tuple, output: Any) -> None:
+        if isinstance(output, tuple | list):
+            outputs.extend(part for part in output[1:] if isinstance(part, torch.Tensor))
+
+    for layer in decoder_layers(view):
+        layer.register_forward_pre_hook(entering, with_kwargs=True)
+        layer.register_forward_hook(leaving)
+    _, base = _base(view)
+    base(input_ids=input_ids, **_inputs(base, attention_mask, position_ids))
+
+
+@torch.no_grad()
+def run_until(layer: nn.Module, run: Callable[[], object]) -> torch.Tensor:
+    """What leaves a layer of a view in a run that ends there."""
+    found: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _args: tuple, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple | list) else output)
+        raise _Done
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        with suppress(_Done):
+            run()
+    finally:
+        handle.remove()
+    return found[0]
+
+
+class _Done(Exception):
+    """Ends a forward pass that has computed what it was started for."""
+
+
+def _entering(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states among a block's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _base(view: PreTrainedModel) -> tuple[str, nn.Module]:
+    """Path and module of all but the head: the causal LM's child that holds the blocks."""
+    path = blocks_path(view).partition(".")[0]
+    return path, view.get_submodule(path)
 
 
 def _inputs(base: nn.Module, attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any]:
@@ -199,39 +256,6 @@ def _inputs(base: nn.Module, attention_mask: torch.Tensor, position_ids: torch.T
     if position_ids is not None and "position_ids" in inspect.signature(base.forward).parameters:
         inputs["position_ids"] = position_ids
     return inputs
-
-
-def _view(model: PreTrainedModel, start: int, stop: int) -> PreTrainedModel:
-    """The causal LM with layers `start` to `stop - 1` only, and a configuration that says so."""
-    layers = decoder_layers(model)
-    memo: dict[int, nn.Module] = {}
-    memo[id(layers)] = nn.ModuleList(_copied(layers[index], memo) for index in range(start, stop))
-    view = _copied(model, memo)
-    same_blocks(view, model)
-    configs: dict[int, Any] = {}
-    part = view
-    for name in ("", *_owner_path(model).split(".")):
-        part = getattr(part, name) if name else part
-        # Only the modules that loop over the layers need it. A layer keeps the model's, which knows its index.
-        if (config := getattr(part, "config", None)) is not None:
-            part.config = configs.setdefault(id(config), _sliced_config(config, start, stop, len(layers)))
-    return view
-
-
-def _sliced_config(config: Any, start: int, stop: int, layers: int) -> Any:
-    """A copy of a configuration that describes layers `start` to `stop - 1` of `layers`.
-
-    Values bypass the setters, which would check half-changed settings against each other. Only stored lists are cut:
-    where `layer_types` is a property (mamba) it follows the number of layers by itself.
-    """
-    part = copy.copy(config)
-    for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == layers:
-            vars(part)[name] = value[start:stop]
-    depth = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    if depth in vars(config):
-        vars(part)[depth] = stop - start
-    return part
 
 
 def _copied(module: Module, memo: dict[int, nn.Module]) -> Module:
@@ -254,24 +278,26 @@ def _copied(module: Module, memo: dict[int, nn.Module]) -> Module:
 class _Unchanged(nn.Module):
     """Stands in for a layer: returns the hidden states that enter it, in the form in which the layer returns its own."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, forms: dict[type, int]):
+        """forms: kind of layer -> length of the tuple it returns, 0 for a tensor; learnt from one of each."""
         super().__init__()
         self._layer = [layer]  # no submodule: the view has none of its parameters
-        self._tuple: bool | None = None
+        self._forms = forms
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._tuple is None:
+        layer = self._layer[0]
+        if type(layer) not in self._forms:
             with torch.no_grad():
-                self._tuple = isinstance(self._layer[0](*args, **kwargs), tuple)
-        states = args[0] if args else kwargs["hidden_states"]
-        return (states,) if self._tuple else states
+                output = layer(*args, **kwargs)
+            self._forms[type(layer)] = len(output) if isinstance(output, tuple | list) else 0
+        states, length = _entering(args, kwargs), self._forms[type(layer)]
+        return (states, *[None] * (length - 1)) if length else states
 
-
-class _GivenStates(nn.Module):
-    """Stands in for a base model: its final hidden states are the given ones."""
-
-    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> "_StatesOutput":
-        return _StatesOutput((inputs_embeds,))
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # the model may ask of which kind its layer is
+            return getattr(self.__dict__["_layer"][0], name)
 
 
 class _StatesOutput(tuple):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from locft.engine.boundary_states import TOKENS_AT_ONCE, boundary_states
 from locft.engine.model_views import ModelViews, linear_change
 from locft.engine.packing import Pack, PrefixTree, pack_rows
-from locft.engine.tail import NoTailView, capture_boundary, supports_tail
+from locft.engine.tail import NoTailView, capture_boundary, require_only_states, supports_tail
 from locft.model.dtype_copy import cast_model
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, n_layers, parameter_names
@@ -32,6 +32,15 @@ from locft.train.token_rows import Forward, SupervisedLogits, TokenRow, batches
 SEQUENCE_TOKENS = 96
 """Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products
 take all sequences of a pack together."""
+_WINDOWS = (
+    "sliding_window",
+    "window_size",
+    "sliding_window_size",
+    "attention_chunk_size",
+    "index_topk",
+    "indexer_budget",
+)
+"""What configurations call the number of earlier tokens that a token attends to."""
 _SAMPLE = 4
 """Rows on which an engine is tried before it is used."""
 
@@ -134,7 +143,7 @@ class TailEngine:
         noise: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Forward:
         def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
-            own = views.tail_weights(start, weights)
+            own = views.tail_weights(weights)
 
             def supervised_logits(rows: Sequence[TokenRow]) -> torch.Tensor:
                 pack = pack_rows(self.tree, rows, self.limit)
@@ -270,7 +279,7 @@ def _try_views(model: PreTrainedModel, rows: Sequence[TokenRow]) -> tuple[int, M
 
 def _may_be_packed(model: PreTrainedModel, rows: Sequence[TokenRow]) -> bool:
     config = model.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+    windows = [getattr(config, name, None) for name in _WINDOWS]
     longest = max(len(row.token_ids) for row in rows)
     return not getattr(model, "_is_stateful", False) and all(not window or longest <= window for window in windows)
 
@@ -281,11 +290,14 @@ def _agree(
     """Tails from the first, a middle and the last layer: what a layer takes from those below it shows in the upper ones."""
     count = n_layers(model)
     pack = pack_rows(PrefixTree(sample), sample, limit and sum(len(row.token_ids) for row in sample))
-    inputs = (pack.token_ids, pack.attention_mask(model.dtype), pack.position_ids)
+    inputs = [x.to(model.device) for x in (pack.token_ids, pack.attention_mask(model.dtype), pack.position_ids)]
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     try:
-        boundaries = capture_boundary(model, {0, count // 2, count - 1}, *(x.to(model.device) for x in inputs))
-        found = [views.logits(views.tail(layer), states, pack, {}) for layer, states in boundaries.items()]
+        require_only_states(model, *inputs)
+        states = capture_boundary(model, range(count), *inputs)
+        found = [views.logits(views.tail(layer), states[layer], pack, {}) for layer in {0, count // 2, count - 1}]
+    except NoTailView:
+        raise
     except NoTailView:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError):

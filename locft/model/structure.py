@@ -26,7 +26,17 @@ _RECURRENT = re.compile("mamba|lstm|ssm|recurren|lru|rwkv|delta|conv|retention|h
 _STATES = {"A_log", "dt_bias", "time_decay", "D"}
 """Parameters that only a recurrent state has."""
 _ROUTER = {"router", "gate", "gating", "switch"}
-_LETTERS = {"q": "q", "query": "q", "queries": "q", "k": "k", "key": "k", "keys": "k", "v": "v", "value": "v", "values": "v"}
+_LETTERS = {
+    "q": "q",
+    "query": "q",
+    "queries": "q",
+    "k": "k",
+    "key": "k",
+    "keys": "k",
+    "v": "v",
+    "value": "v",
+    "values": "v",
+}
 _GENERIC = {"linear", "dense", "proj", "weight", "base", "layer"}
 """Last names that say nothing: the name before them does."""
 _DOWN = {"down", "out", "output", "wo", "w2", "fc2", "lin2", "linear2"}
@@ -105,8 +115,12 @@ def _components(block: nn.Module, hidden: int, layer_type: str) -> list[_Compone
     ]
     mlps = [component for component in found if component.kind == "mlp"]
     others = [component for component in found if component.kind != "mlp"]
-    if not any(component.kind == "attn" for component in found) and {"q", "k", "v"} <= set("".join(m.letters for m in loose)):
-        inline = [matrix for matrix in loose if matrix.letters or (matrix.words & {"o", "out"} and matrix.out == hidden)]
+    if not any(component.kind == "attn" for component in found) and {"q", "k", "v"} <= set(
+        "".join(m.letters for m in loose)
+    ):
+        inline = [
+            matrix for matrix in loose if matrix.letters or (matrix.words & {"o", "out"} and matrix.out == hidden)
+        ]
         others.append(_Component("attn", tuple(matrix.path for matrix in inline), tuple(inline)))
         loose = [matrix for matrix in loose if matrix not in inline]
     if len(mlps) > 1:
@@ -119,7 +133,10 @@ def _components(block: nn.Module, hidden: int, layer_type: str) -> list[_Compone
 
 def _with_router(component: _Component, loose: Sequence[_Matrix]) -> _Component:
     """Experts that lie in the block directly have their router beside them."""
-    if not any(matrix.stacked for matrix in component.matrices) or any("." not in path for path in component.paths) is False:
+    if (
+        not any(matrix.stacked for matrix in component.matrices)
+        or any("." not in path for path in component.paths) is False
+    ):
         return component
     if any(_words(name) & _ROUTER for matrix in component.matrices for name in matrix.path.split(".")[1:]):
         return component
