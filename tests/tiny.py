@@ -194,14 +194,19 @@ def tiny_model(architecture: str = "llama", layers: int = 3, seed: int = 0, **se
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(architecture, layers, **settings), dtype=torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.dim() >= 2 and "A_log" not in name:
-                    parameter.normal_(0.0, WEIGHT_STD)
-                elif "bias" in name or "norm" in name or "ln" in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.tie_weights()
+        randomize(model)
     return model.eval()
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel) -> None:
+    """Draw the weights of a model so that every part of it shows in the output."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and "A_log" not in name:
+            parameter.normal_(0.0, WEIGHT_STD)
+        elif "bias" in name or "norm" in name or "ln" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.tie_weights()
 
 
 def chat_loaded(architecture: str = "llama"):

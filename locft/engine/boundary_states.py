@@ -78,8 +78,10 @@ def boundary_states(
     `LIMIT_BYTES`, only evenly spaced layers are kept, the lowest one included (`BoundaryStates.below`).
     """
     rows = list(rows)
-    shape = (len(tree), model.config.get_text_config().hidden_size)
-    layer_bytes, count = shape[0] * shape[1] * model.dtype.itemsize, n_layers(model)
+    one = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    state = capture_boundary(model, 0, one, one)[0]  # may be wider than the hidden size, and of another dtype
+    shape = (len(tree), state.shape[-1])
+    layer_bytes, count = math.prod(shape) * state.dtype.itemsize, n_layers(model)
     stride = -(-count // max(1, min(count, LIMIT_BYTES // layer_bytes)))
     if stride > 1:
         _log.warning(

@@ -279,8 +279,11 @@ def _try_views(model: PreTrainedModel, rows: Sequence[TokenRow]) -> tuple[int, M
 
 def _may_be_packed(model: PreTrainedModel, rows: Sequence[TokenRow]) -> bool:
     config = model.config.get_text_config()
-    windows = [getattr(config, name, None) for name in _WINDOWS]
     longest = max(len(row.token_ids) for row in rows)
+    try:
+        windows = [getattr(config, name, None) for name in _WINDOWS]
+    except RuntimeError:  # it differs from layer to layer
+        return False
     return not getattr(model, "_is_stateful", False) and all(not window or longest <= window for window in windows)
 
 
@@ -296,8 +299,6 @@ def _agree(
         require_only_states(model, *inputs)
         states = capture_boundary(model, range(count), *inputs)
         found = [views.logits(views.tail(layer), states[layer], pack, {}) for layer in {0, count // 2, count - 1}]
-    except NoTailView:
-        raise
     except NoTailView:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError):

@@ -110,7 +110,7 @@ def load_model(
     if spread:
         options["device_map"] = "auto"
     try:
-        loader = _loader(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+        loader = model_class(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
         loaded: Any = loader.from_pretrained(  # a pair, which transformers' hints do not say
             folder, use_safetensors=True, output_loading_info=True, **options
         )
@@ -136,7 +136,7 @@ def load_model(
     return LoadedModel(name, model, tokenizer, fingerprint)
 
 
-def _loader(config: PretrainedConfig) -> Any:
+def model_class(config: PretrainedConfig) -> Any:
     """The class that makes a model of this configuration: a causal LM, or a vision-language model whole."""
     whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
@@ -163,7 +163,7 @@ def load_structure(name: str, *, trust_remote_code: bool = False) -> PreTrainedM
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return _loader(config).from_config(config, trust_remote_code=trust_remote_code)
+            return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
         raise InputError(f"model {name!r}: {folder}/{CONFIG}: {one_line(error)}") from error
 

@@ -220,11 +220,23 @@ def _text_half(model: PreTrainedModel) -> str:
     return next((path for path, part in model.named_modules() if part is decoder), "")
 
 
+def _owner_type(model: PreTrainedModel, path: str) -> str | None:
+    """Model type by which the owner of a list of modules is configured."""
+    return getattr(getattr(model.get_submodule(path.rpartition(".")[0]), "config", None), "model_type", None)
+
+
 def _find_blocks(model: PreTrainedModel) -> str:
-    """The list of modules as long as the configuration says, in the text half, highest in the tree and by far the largest."""
+    """The list of modules in the text half that is highest in the tree and holds by far the most weights.
+
+    Lists as long as the configuration says come first, the others only where there is none.
+    """
     text, half = model.config.get_text_config(), _text_half(model)
+    lists = {path: size for size, path in _block_lists(model) if path.startswith(half)}
     counts = {getattr(text, name, None) for name in _DEPTHS}
-    lists = [path for size, path in _block_lists(model) if size in counts and path.startswith(half)]
+    if text is not model.config:
+        owned = {path for path in lists if _owner_type(model, path) == text.model_type}
+        lists = {path: size for path, size in lists.items() if path in owned} or lists
+    lists = {path: size for path, size in lists.items() if size in counts} or lists
     highest = min((path.count(".") for path in lists), default=0)
     weights = {
         path: sum(parameter.numel() for parameter in model.get_submodule(path).parameters())

@@ -326,9 +326,11 @@ def _dense_roles(matrices: Sequence[_Matrix], hidden: int) -> dict[str, list[str
         return {}
     down = writes[0]
     inner = down.inputs
-    reads = [m for m in matrices if m is not down and m.inputs == hidden]
+    reads = [m for m in matrices if m is not down and m.inputs == hidden and m.out > 1 and not m.words & _NO_PART]
     both = [m for m in reads if m.out == 2 * inner]
     single = [m for m in reads if m.out == inner]
+    if len(reads) > len(both) + len(single):  # something else than an MLP
+        return {}
     roles = {"down": [down.path]}
     if len(both) == 1 and not single:
         return roles | {"gate_up": [both[0].path]}
