@@ -29,7 +29,10 @@ _NUMBERS: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*", VOCABULARY),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|.*_positions|context_length|model_max_length", 256),
     (r"moe_intermediate_size|expert_ffn_hidden_size|.*shared.*intermediate_size", 24),
-    (r".*intermediate_size.*|(.*_)?ffn_dim|ffn_hidden_size|n_inner|d_inner|d_ff|dff|dim_ff|feed_forward_size|mlp_dim", 48),
+    (
+        r".*intermediate_size.*|(.*_)?ffn_dim|ffn_hidden_size|n_inner|d_inner|d_ff|dff|dim_ff|feed_forward_size|mlp_dim",
+        48,
+    ),
     (r"hidden_size_per_layer_input|ple_embed_dim", 16),
     (r"(.*_)?hidden_size(_global)?|d_model|n_embd|emb_dim|.*embed(ding)?_(dim|size)|word_embed_proj_dim", HIDDEN),
     (r"lru_width|mamba_d_ssm|.*_output_dim|projector_.*_dim|adapter_(in_dim|out_dim|input_size)", HIDDEN),

@@ -25,7 +25,6 @@ _MLP_WORDS = {"mlp", "mlps", "ffn", "ff", "ffw", "feed", "feedforward", "moe", "
 _RECURRENT = re.compile("mamba|lstm|ssm|recurren|lru|rwkv|delta|conv|retention|hyena|lightning|s4|s6|kda|gla")
 _STATES = {"A_log", "dt_bias", "time_decay", "D"}
 """Parameters that only a recurrent state has."""
-_ROUTER = {"router", "gate", "gating", "switch"}
 _LETTERS = {
     "q": "q",
     "query": "q",
@@ -133,14 +132,9 @@ def _components(block: nn.Module, hidden: int, layer_type: str) -> list[_Compone
 
 def _with_router(component: _Component, loose: Sequence[_Matrix]) -> _Component:
     """Experts that lie in the block directly have their router beside them."""
-    if (
-        not any(matrix.stacked for matrix in component.matrices)
-        or any("." not in path for path in component.paths) is False
-    ):
+    if "experts" not in component.paths:
         return component
-    if any(_words(name) & _ROUTER for matrix in component.matrices for name in matrix.path.split(".")[1:]):
-        return component
-    router = [matrix for matrix in loose if _words(matrix.path.split(".")[0]) & _ROUTER]
+    router = [matrix for matrix in loose if _is_router(matrix.path.split(".")[0])]
     paths = tuple({matrix.path.split(".")[0]: None for matrix in router})
     return _Component("mlp", component.paths + paths, component.matrices + tuple(router))
 
@@ -169,7 +163,8 @@ class _Finder:
         found = [component for name, _ in module.named_children() for component in self.below(f"{path}.{name}")]
         mixing = [component for component in found if component.kind != "mlp"]
         if not mixing:
-            return [_Component("mlp", (path,), own)] if self._is_mlp(own) else found
+            whole = self._is_mlp(own) or any("experts" in p.removeprefix(path) for c in found for p in c.paths)
+            return [_Component("mlp", (path,), own)] if whole else found
         rest = [matrix for matrix in own if not any(matrix.below(p) for c in found for p in c.paths)]
         wraps = len(found) == 1 and not _is_norm(words) and not isinstance(module, nn.ModuleList)
         if wraps and (rest or (mixing[0].kind == "attn" and words & _ATTENTION)):
@@ -281,8 +276,7 @@ def _router(root: str, candidates: Sequence[_Matrix], experts: Sequence[_Matrix]
     return [
         path
         for path, matrices in children.items()
-        if _words(path.rpartition(".")[2]) & _ROUTER
-        and "shared" not in _words(path.rpartition(".")[2])
+        if _is_router(path.rpartition(".")[2])
         and any(matrix.inputs == hidden and matrix.out > 1 for matrix in matrices)
         and not any(matrix in experts for matrix in matrices)
     ]
@@ -393,6 +387,10 @@ def _words(name: str) -> set[str]:
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     words = {word.lower() for word in re.split(r"[_\W]+", spaced) if word}
     return {re.sub(r"^w(?=(q|k|v|o|qkv|kv)$)", "", word) for word in words}
+
+
+def _is_router(name: str) -> bool:
+    return name in ("gate", "gating", "switch") or "router" in _words(name)
 
 
 def _is_norm(words: Collection[str]) -> bool:

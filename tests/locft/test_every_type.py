@@ -38,7 +38,16 @@ from tests.every_type import (
 from tests.tiny import tiny_tokenizer
 
 TYPES = [name for name in decoder_only_types() if name not in NO_TINY_MODEL]
-ONE_TOKEN = {"mlp_down", "mlp_up", "mlp_gate", "mlp_gate_up", "shared_down", "shared_up", "shared_gate", "shared_gate_up"}
+ONE_TOKEN = {
+    "mlp_down",
+    "mlp_up",
+    "mlp_gate",
+    "mlp_gate_up",
+    "shared_down",
+    "shared_up",
+    "shared_gate",
+    "shared_gate_up",
+}
 ONE_TOKEN |= {"attn_q", "attn_o", "mixer_out"}
 CARRIED = {"attn_k", "attn_v", "attn_kv", "attn_qkv", "mixer_in"}
 CARRIED_ON: dict[str, set[str]] = {
@@ -86,7 +95,9 @@ def test_positions(model_type):
     config = tiny_config(model_type)
     with torch.device("meta"):
         assert list_positions(model_class(config).from_config(config)) == infos
-    assert all(parameters[name].shape == shape for info in infos for name, shape in zip(info.names, info.shapes, strict=True))
+    assert all(
+        parameters[name].shape == shape for info in infos for name, shape in zip(info.names, info.shapes, strict=True)
+    )
     modules = set(modules_of(model))
     assert modules & {"attn", "mixer"} and (modules & {"mlp"} or modules == {"mixer", "mixer_in", "mixer_out", "layer"})
     seen = set()
@@ -142,7 +153,9 @@ def output_of(model, name: str, part, size: float, *, entering: bool = False) ->
         model.get_submodule(name.rpartition(".")[0]).register_forward_hook(change),
         part.register_forward_pre_hook(lambda _m, args: found.append(args[0]))
         if entering
-        else part.register_forward_hook(lambda _m, _a, out: found.append(out[0] if isinstance(out, tuple | list) else out)),
+        else part.register_forward_hook(
+            lambda _m, _a, out: found.append(out[0] if isinstance(out, tuple | list) else out)
+        ),
     ]
     try:
         model(input_ids=torch.tensor([token_rows()[0].token_ids]), use_cache=False)

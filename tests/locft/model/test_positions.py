@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from locft.errors import InputError
-from locft.model.families import BY_MODEL_TYPE, FAMILIES, MODULES, STANDS_IN
+from locft.model.families import BY_MODEL_TYPE, MODULES, STANDS_IN
 from locft.model.positions import (
     TuningPosition,
     decoder_layers,
+    has_parts,
     layer_prefix,
     list_positions,
     modules_of,
@@ -34,144 +36,109 @@ def names(architecture: str, position: str, layers: int = 3) -> tuple[str, ...]:
     return parameter_names(meta_model(architecture, layers), TuningPosition.parse(position))
 
 
-# What two typical modules of layer 1 train, written out by hand from the models' own parameter names.
-LLAMA_LIKE = {
-    "mlp_down": ("model.layers.1.mlp.down_proj.weight",),
-    "attn_o": ("model.layers.1.self_attn.o_proj.weight",),
-}
-EXPECTED = {
-    **{
-        name: LLAMA_LIKE
-        for name in (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma2",
-            "gemma3_text",
-            "phi3",
-            "olmo2",
-            "cohere",
-            "granite",
-            "gemma",
-            "olmo",
-            "olmo3",
-            "cohere2",
-            "smollm3",
-            "stablelm",
-            "seed_oss",
-            "exaone4",
-            "helium",
-            "arcee",
-            "nemotron",
-            "ernie4_5",
-            "hunyuan_v1_dense",
-            "glm",
-            "glm4",
-            "ministral",
-        )
-    },
-    "gpt2": {
-        "mlp_down": ("transformer.h.1.mlp.c_proj.weight", "transformer.h.1.mlp.c_proj.bias"),
-        "attn_qkv": ("transformer.h.1.attn.c_attn.weight", "transformer.h.1.attn.c_attn.bias"),
-    },
-    "gpt_bigcode": {
-        "mlp_up": ("transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_fc.bias"),
-        "attn_o": ("transformer.h.1.attn.c_proj.weight", "transformer.h.1.attn.c_proj.bias"),
-    },
-    "gpt_neo": {
-        "mlp_down": ("transformer.h.1.mlp.c_proj.weight", "transformer.h.1.mlp.c_proj.bias"),
-        "attn_v": ("transformer.h.1.attn.attention.v_proj.weight",),
-    },
-    "gptj": {
-        "mlp_down": ("transformer.h.1.mlp.fc_out.weight", "transformer.h.1.mlp.fc_out.bias"),
-        "attn_o": ("transformer.h.1.attn.out_proj.weight",),
-    },
-    "gpt_neox": {
-        "mlp_down": ("gpt_neox.layers.1.mlp.dense_4h_to_h.weight", "gpt_neox.layers.1.mlp.dense_4h_to_h.bias"),
-        "attn_o": ("gpt_neox.layers.1.attention.dense.weight", "gpt_neox.layers.1.attention.dense.bias"),
-    },
-    "bloom": {
-        "mlp_up": ("transformer.h.1.mlp.dense_h_to_4h.weight", "transformer.h.1.mlp.dense_h_to_4h.bias"),
-        "attn_o": ("transformer.h.1.self_attention.dense.weight", "transformer.h.1.self_attention.dense.bias"),
-    },
-    "falcon": {
-        "mlp_down": ("transformer.h.1.mlp.dense_4h_to_h.weight",),
-        "attn_qkv": ("transformer.h.1.self_attention.query_key_value.weight",),
-    },
-    "opt": {
-        "mlp_down": ("model.decoder.layers.1.fc2.weight", "model.decoder.layers.1.fc2.bias"),
-        "mlp": (
-            "model.decoder.layers.1.fc1.weight",
-            "model.decoder.layers.1.fc1.bias",
-            "model.decoder.layers.1.fc2.weight",
-            "model.decoder.layers.1.fc2.bias",
-        ),
-    },
-    "phi": {
-        "mlp_down": ("model.layers.1.mlp.fc2.weight", "model.layers.1.mlp.fc2.bias"),
-        "attn_o": ("model.layers.1.self_attn.dense.weight", "model.layers.1.self_attn.dense.bias"),
-    },
-    "starcoder2": {
-        "mlp_down": ("model.layers.1.mlp.c_proj.weight", "model.layers.1.mlp.c_proj.bias"),
-        "attn_o": ("model.layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.bias"),
-    },
-    "qwen2_moe": {
-        "shared_down": ("model.layers.1.mlp.shared_expert.down_proj.weight",),
-        "experts_down": ("model.layers.1.mlp.experts.down_proj",),
-        "router": ("model.layers.1.mlp.gate.weight",),
-    },
-    "mixtral": {
-        "experts_down": ("model.layers.1.mlp.experts.down_proj",),
-        "experts_gate_up": ("model.layers.1.mlp.experts.gate_up_proj",),
-        "router": ("model.layers.1.mlp.gate.weight",),
-    },
-    "qwen3_moe": {"experts_down": ("model.layers.1.mlp.experts.down_proj",)},
-    "olmoe": {"experts_down": ("model.layers.1.mlp.experts.down_proj",)},
-    "gpt_oss": {
-        "experts_down": ("model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.down_proj_bias"),
-        "router": ("model.layers.1.mlp.router.weight", "model.layers.1.mlp.router.bias"),
-    },
-    "deepseek_v3": {
-        "shared_down": ("model.layers.1.mlp.shared_experts.down_proj.weight",),
-        "attn_kv": (
-            "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
-            "model.layers.1.self_attn.kv_b_proj.weight",
-        ),
-    },
-    "qwen3_next": {
-        "shared_up": ("model.layers.1.mlp.shared_expert.up_proj.weight",),
-        "attn_o": ("model.layers.1.self_attn.o_proj.weight",),
-    },
-    "lfm2": {
-        "mlp_down": ("model.layers.1.feed_forward.w2.weight",),
-        "attn_o": ("model.layers.1.self_attn.out_proj.weight",),
-    },
-    "mamba": {
-        "mixer_in": ("backbone.layers.1.mixer.in_proj.weight",),
-        "mixer_out": ("backbone.layers.1.mixer.out_proj.weight",),
-    },
-    "mamba2": {"mixer_out": ("backbone.layers.1.mixer.out_proj.weight",)},
-    "falcon_mamba": {"mixer_out": ("backbone.layers.1.mixer.out_proj.weight",)},
-    "rwkv": {
-        "mlp_down": ("rwkv.blocks.1.feed_forward.value.weight",),
-        "attn_q": ("rwkv.blocks.1.attention.receptance.weight",),
-        "attn_o": ("rwkv.blocks.1.attention.output.weight",),
-    },
-}
+ATTENTION = dict(
+    attn="self_attn",
+    attn_q="self_attn.q_proj",
+    attn_k="self_attn.k_proj",
+    attn_v="self_attn.v_proj",
+    attn_o="self_attn.o_proj",
+)
+GATED = dict(mlp="mlp", mlp_down="mlp.down_proj", mlp_up="mlp.up_proj", mlp_gate="mlp.gate_proj")
+FUSED = dict(mlp="mlp", mlp_down="mlp.down_proj", mlp_gate_up="mlp.gate_up_proj")
+PLAIN = dict(mlp="mlp", mlp_down="mlp.c_proj", mlp_up="mlp.c_fc")
+H_TO_4H = dict(mlp="mlp", mlp_down="mlp.dense_4h_to_h", mlp_up="mlp.dense_h_to_4h")
+SPARSE = GATED | dict(
+    router="mlp.gate mlp.router",
+    experts_down="mlp.experts.down_proj mlp.experts.down_proj_bias",
+    experts_gate_up="mlp.experts.gate_up_proj mlp.experts.gate_up_proj_bias",
+)
+MAMBA = dict(mixer="mixer", mixer_in="mixer.in_proj", mixer_out="mixer.out_proj")
 
 
-def test_every_row_of_the_table_is_tested():
-    assert set(BY_MODEL_TYPE) == set(EVERY) == set(EXPECTED)
-    assert len(BY_MODEL_TYPE) == sum(len(family.model_types) for family in FAMILIES), "a model type is in two rows"
-    assert all(set(family.modules) <= set(MODULES) for family in FAMILIES)
+def shared(path: str) -> dict[str, str]:
+    return {f"shared_{name}": f"{path}.{name}_proj" for name in ("down", "up", "gate")}
+
+
+# What the modules consist of, listed by hand: paths inside a block, which some of its layers may lack.
+LISTED: dict[str, dict[str, str]] = {
+    "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 cohere cohere2 smollm3 stablelm seed_oss "
+    "exaone4 helium granite ernie4_5 hunyuan_v1_dense": ATTENTION | GATED,
+    "arcee nemotron": ATTENTION | dict(mlp="mlp", mlp_down="mlp.down_proj", mlp_up="mlp.up_proj"),
+    "glm glm4": ATTENTION | FUSED,
+    "phi3": dict(attn="self_attn", attn_qkv="self_attn.qkv_proj", attn_o="self_attn.o_proj") | FUSED,
+    "phi": ATTENTION | dict(attn_o="self_attn.dense", mlp="mlp", mlp_down="mlp.fc2", mlp_up="mlp.fc1"),
+    "starcoder2": ATTENTION | PLAIN,
+    "mixtral qwen2_moe qwen3_moe olmoe gpt_oss": ATTENTION | SPARSE | shared("mlp.shared_expert"),
+    # Latent attention: low-rank pairs of matrices for the queries, and for keys and values together.
+    "deepseek_v3": dict(
+        attn="self_attn",
+        attn_q="self_attn.q_a_proj self_attn.q_b_proj",
+        attn_kv="self_attn.kv_a_proj_with_mqa self_attn.kv_b_proj",
+        attn_o="self_attn.o_proj",
+    )
+    | SPARSE
+    | shared("mlp.shared_experts"),
+    "qwen3_next": ATTENTION
+    | SPARSE
+    | shared("mlp.shared_expert")
+    | dict(
+        mixer="linear_attn",
+        mixer_in="linear_attn.in_proj_qkvz linear_attn.in_proj_ba",
+        mixer_out="linear_attn.out_proj",
+    ),
+    "lfm2": ATTENTION
+    | dict(attn_o="self_attn.out_proj", mixer="conv", mixer_in="conv.in_proj", mixer_out="conv.out_proj")
+    | dict(mlp="feed_forward", mlp_down="feed_forward.w2", mlp_up="feed_forward.w3", mlp_gate="feed_forward.w1"),
+    "gpt2 gpt_bigcode": dict(attn="attn", attn_qkv="attn.c_attn", attn_o="attn.c_proj") | PLAIN,
+    "gpt_neo": {name: path.replace("self_attn", "attn.attention") for name, path in ATTENTION.items()}
+    | dict(attn="attn", attn_o="attn.attention.out_proj")
+    | PLAIN,
+    "gptj": {name: path.replace("self_attn", "attn") for name, path in ATTENTION.items()}
+    | dict(attn_o="attn.out_proj", mlp="mlp", mlp_down="mlp.fc_out", mlp_up="mlp.fc_in"),
+    "gpt_neox": dict(attn="attention", attn_qkv="attention.query_key_value", attn_o="attention.dense") | H_TO_4H,
+    "bloom falcon": dict(
+        attn="self_attention", attn_qkv="self_attention.query_key_value", attn_o="self_attention.dense"
+    )
+    | H_TO_4H,
+    # The MLP is no submodule: its two matrices lie directly in the block.
+    "opt": ATTENTION | dict(attn_o="self_attn.out_proj", mlp="fc1 fc2", mlp_down="fc2", mlp_up="fc1"),
+    "mamba mamba2 falcon_mamba": MAMBA,
+    # Time mixing stands for attention, where receptance asks as a query does; channel mixing for the MLP, which it gates.
+    "rwkv": dict(
+        attn="attention",
+        attn_q="attention.receptance",
+        attn_k="attention.key",
+        attn_v="attention.value",
+        attn_o="attention.output",
+        mlp="feed_forward",
+        mlp_down="feed_forward.value",
+        mlp_up="feed_forward.key",
+        mlp_gate="feed_forward.receptance",
+    ),
+}
+EXPECTED = {name: paths for types, paths in LISTED.items() for name in types.split()}
+
+
+def test_every_type_is_listed():
+    assert set(EVERY) == set(EXPECTED) >= set(BY_MODEL_TYPE)
+    assert all(set(paths) <= set(MODULES) for paths in EXPECTED.values())
     assert set(STANDS_IN) | {near for nears in STANDS_IN.values() for near in nears} <= set(MODULES)
 
 
 @pytest.mark.parametrize("architecture", EVERY)
-def test_a_module_is_exactly_its_parameters(architecture):
-    for module, expected in EXPECTED[architecture].items():
-        assert set(names(architecture, f"1.{module}")) == set(expected)
+def test_positions_are_the_listed_ones(architecture):
+    model = meta_model(architecture)
+    infos = {info.position: info.names for info in list_positions(model)}
+    for layer, block in enumerate(decoder_layers(model)):
+        prefix, own = layer_prefix(model, layer), [name for name, _ in block.named_parameters()]
+        listed = {
+            module: tuple(
+                f"{prefix}.{name}" for name in own if any(f"{name}.".startswith(f"{path}.") for path in paths.split())
+            )
+            for module, paths in EXPECTED[architecture].items()
+        } | {"layer": tuple(f"{prefix}.{name}" for name in own)}
+        found = {position.module: names for position, names in infos.items() if position.layer == layer}
+        assert found == {module: names for module, names in listed.items() if names}
 
 
 @pytest.mark.parametrize("architecture", EVERY)
@@ -297,23 +264,31 @@ def test_parse_inverts_str(layer, module):
     assert TuningPosition.parse(str(position)) == position
 
 
-def test_unknown_architecture_has_whole_layers_and_shows_how_to_add_it():
-    config = AutoConfig.for_model("xglm", num_layers=2, d_model=32, attention_heads=4, ffn_dim=48, vocab_size=64)
+def test_unknown_parts_leave_whole_layers_and_show_how_to_list_them():
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert [str(info.position) for info in list_positions(model)] == ["0.layer", "1.layer"]
-    block = [name for name, _ in model.named_parameters() if name.startswith("model.layers.1.")]
-    assert parameter_names(model, TuningPosition(1, "layer")) == tuple(block) and "model.layers.1.fc2.weight" in block
+        model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+        for index in range(3):
+            model.model.layers[index] = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16))
+    assert [str(info.position) for info in list_positions(model)] == ["0.layer", "1.layer", "2.layer"]
+    assert not has_parts(model) and len(parameter_names(model, TuningPosition(1, "layer"))) == 4
     with pytest.raises(InputError) as error:
         parameter_names(model, TuningPosition(1, "mlp_down"))
-    shows_how_to_add_it(str(error.value))
-    model.config.num_layers = 5  # where the list of blocks is not plain to see, there is no position at all
-    with pytest.raises(InputError) as error:
+    text = str(error.value)
+    assert "'llama'" in text and "model.layers (3 of them)" in text and "0.weight (48, 32)" in text
+    assert "locft/model/families.py" in text and 'Family(("llama",), ' in text
+
+
+def test_blocks_that_are_not_plain_to_see():
+    config = AutoConfig.for_model("xlm", n_layers=2, emb_dim=32, n_heads=4, vocab_size=64)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="structure of 'xlm'"):  # a list of attentions, and another of MLPs
         list_positions(model)
-    shows_how_to_add_it(str(error.value))
 
 
-def shows_how_to_add_it(text: str) -> None:
-    assert "'xglm'" in text and "model.layers (2 of them)" in text
-    assert "self_attn.q_proj.weight (32, 32)" in text and "fc2.weight (32, 48)" in text
-    assert "locft/model/families.py" in text and 'Family(("xglm",), "model.layers"' in text
+def test_a_parameter_that_blocks_share_belongs_to_the_first():
+    model = tiny_model("llama")
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+    assert parameter_names(model, TuningPosition(1, "mlp_down")) == ("model.layers.1.mlp.down_proj.weight",)
+    with pytest.raises(InputError, match="layer 2 .* has no 'mlp_down'.* exists in layers 0-1"):
+        parameter_names(model, TuningPosition(2, "mlp_down"))
