@@ -72,6 +72,7 @@ def tail_view(model: PreTrainedModel, layer: int) -> PreTrainedModel:
         layer_prefix(model, layer)
     view = _copied(model, {})
     same_blocks(view, model)
+    view.base_path = _base_path(model)
     layers, forms = decoder_layers(view), dict[type, int]()
     for index in range(layer):
         layers[index] = _Unchanged(decoder_layers(model)[index], forms)
@@ -93,7 +94,8 @@ def tail_hidden(
     weights: parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients flow to them.
     input_ids: (B, T), for models whose layers see more of the tokens than the boundary holds.
     """
-    path, base = _base(tail)
+    path = cast(str, tail.base_path)
+    base = tail.get_submodule(path)
     substitutes = {name.removeprefix(f"{path}."): value for name, value in (weights or {}).items()}
     if input_ids is None:
         input_ids = torch.zeros(boundary.shape[:2], dtype=torch.long, device=boundary.device)
@@ -131,10 +133,11 @@ def head_view(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     view = _copied(model, {})
     given: list[torch.Tensor] = []
-    part: Any = view
-    for name in blocks_path(model).split(".")[:-1]:  # whichever of them the causal LM calls
-        part = getattr(part, name)
-        part.forward = lambda *_args, **_kwargs: _StatesOutput((given[0],))
+    base, owner = _base_path(model), blocks_path(model).rpartition(".")[0]
+    part: Any
+    for path, part in view.named_modules():
+        if f"{path}.".startswith(f"{base}.") and f"{owner}.".startswith(f"{path}."):  # whichever the causal LM calls
+            part.forward = lambda *_args, **_kwargs: _StatesOutput((given[0],))
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         given[:] = [hidden[None]]
@@ -175,7 +178,7 @@ def capture_boundary(
                 raise _Done
 
         decoder_layers(view)[layer].register_forward_pre_hook(keep, with_kwargs=True)  # the view's: the model has none
-    _, base = _base(view)
+    base = view.get_submodule(cast(str, view.base_path))
     with suppress(_Done):
         base(input_ids=input_ids, **_inputs(base, attention_mask, position_ids))
     if skipped := sorted(wanted - set(captured)):
@@ -214,7 +217,7 @@ def require_only_states(
     for layer in decoder_layers(view):
         layer.register_forward_pre_hook(entering, with_kwargs=True)
         layer.register_forward_hook(leaving)
-    _, base = _base(view)
+    base = view.get_submodule(cast(str, view.base_path))
     base(input_ids=input_ids, **_inputs(base, attention_mask, position_ids))
 
 
@@ -245,10 +248,18 @@ def _entering(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _base(view: PreTrainedModel) -> tuple[str, nn.Module]:
-    """Path and module of all but the head: the causal LM's child that holds the blocks."""
-    path = blocks_path(view).partition(".")[0]
-    return path, view.get_submodule(path)
+def _base_path(model: PreTrainedModel) -> str:
+    """Path of all but the head: the outermost module around the blocks that is no causal LM itself."""
+    names = blocks_path(model).split(".")[:-1]
+    paths = [".".join(names[: depth + 1]) for depth in range(len(names))]
+    for path in paths:
+        if not _has_head(model.get_submodule(path)):
+            return path
+    raise NoTailView("no module of it holds the blocks without the head")
+
+
+def _has_head(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
 
 
 def _inputs(base: nn.Module, attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any]:

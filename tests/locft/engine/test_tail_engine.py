@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from locft.data.requests import load_edits
 from locft.data.suites import load_suite
@@ -28,6 +27,7 @@ from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
 from locft.workbench import Workbench
+from tests.every_type import tiny_model_of
 from tests.tiny import ARCHITECTURES, RELATED, tiny_loaded, tiny_tokenizer
 
 UNPACKED = {"gemma2", "gemma3_text", "bloom", "mamba", "rwkv", "mamba2", "lfm2", "qwen3_next"}
@@ -398,15 +398,10 @@ def test_an_engine_that_does_not_compute_what_the_model_does_is_not_used(monkeyp
     assert bench.engine is None and "do not compute what it computes as a whole" in caplog.text
 
 
-def test_an_unknown_architecture_is_trained_whole_and_says_so(caplog):
-    config = AutoConfig.for_model(
-        "xglm", num_layers=2, d_model=32, attention_heads=4, ffn_dim=48, vocab_size=len(tiny_tokenizer())
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    loaded = LoadedModel("xglm", model, tiny_tokenizer(), model_fingerprint(model))
+def test_an_architecture_without_a_tail_is_trained_whole_and_says_so(caplog):
+    loaded = LoadedModel("zaya", tiny_model_of("zaya"), tiny_tokenizer(), "zaya")
     bench = Workbench.prepare(loaded, load_edits("atlas", limit=2), None)
-    assert bench.engine is None and "architecture 'xglm' has no row in the table" in caplog.text
+    assert bench.engine is None and "its layers take more than hidden states from the layers below" in caplog.text
     training = bench.train(TuningPosition(1, "layer"), TrainingSettings(learning_rate=1e-2, epochs=5))
     assert training.losses[-1] < training.losses[0]
     assert bench.measure(training.delta).metrics["n_edits"] == 2
