@@ -10,7 +10,7 @@ Legend: D hidden size, F inner size of an MLP.
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -22,23 +22,23 @@ _ATTENTION = {"attn", "att", "attention"}
 _NO_PART = {"cross", "crossattention", "encoder", "adapter", "adapters", "lora"}
 """Attention to another model's states, which a causal LM skips, and what was added to a model."""
 _MLP_WORDS = {"mlp", "mlps", "ffn", "ff", "ffw", "feed", "feedforward", "moe", "expert", "experts", "fc", "channel"}
-_RECURRENT = re.compile("mamba|lstm|ssm|recurren|lru|rwkv|delta|conv|retention|hyena|lightning|s4|s6|kda|gla")
+_RECURRENT = re.compile(
+    r"mamba\d*|\w?lstm|ssm|recurrent|recurrence|(rg)?lru|rwkv\d*|delta(net)?|(short)?conv(olution)?(\dd)?|retention|hyena|"
+    "lightning|kda|gla"
+)
+"""A word that names a state space, a linear attention or a convolution."""
 _STATES = {"A_log", "dt_bias", "time_decay", "D"}
 """Parameters that only a recurrent state has."""
 _LETTERS = {
-    "q": "q",
-    "query": "q",
-    "queries": "q",
-    "k": "k",
-    "key": "k",
-    "keys": "k",
-    "v": "v",
-    "value": "v",
-    "values": "v",
+    word: letter
+    for letter, words in (("q", "q query queries"), ("k", "k key keys"), ("v", "v value values"))
+    for word in words.split()
 }
+_ASIDE = {"pos", "position", "rel", "relative", "index", "indexer"}
+"""Words of projections that attention has beside those of queries, keys and values."""
 _GENERIC = {"linear", "dense", "proj", "weight", "base", "layer"}
 """Last names that say nothing: the name before them does."""
-_DOWN = {"down", "out", "output", "wo", "w2", "fc2", "lin2", "linear2"}
+_DOWN = {"down", "out", "output", "o", "w2", "fc2", "lin2", "linear2"}
 _UP = {"up", "in", "input", "intermediate", "wi", "fc1", "lin1", "linear1"}
 _GATED_PAIRS = (("w1", "w3"), ("w1", "v1"), ("wi_0", "wi_1"), ("w_0", "w_1"))
 """Last names of gate and up where neither word occurs: LLaMA's, DBRX's, T5's and CPM-Ant's."""
@@ -86,7 +86,7 @@ class _Component:
     @property
     def named(self) -> bool:
         """Whether its name says that it is an MLP."""
-        return any(_words(name) & _MLP_WORDS for path in self.paths for name in path.split("."))
+        return any(_words(path) & _MLP_WORDS for path in self.paths)
 
 
 def parts_of(block: nn.Module, hidden: int, layer_type: str = "") -> Parts:
@@ -94,6 +94,7 @@ def parts_of(block: nn.Module, hidden: int, layer_type: str = "") -> Parts:
     parts: dict[str, list[str]] = {}
     components = _components(block, hidden, layer_type)
     found = [(c, {"attn": _attention, "mlp": _mlp, "mixer": _mixer}[c.kind](c, hidden)) for c in components]
+    found = [(c, roles) for c, roles in found if c.kind != "attn" or set(roles) - {"attn_o"}]
     routed = any("experts_down" in roles for _, roles in found)
     for component, roles in found:
         parts.setdefault(component.kind, []).extend(component.paths)
@@ -114,14 +115,12 @@ def _components(block: nn.Module, hidden: int, layer_type: str) -> list[_Compone
     ]
     mlps = [component for component in found if component.kind == "mlp"]
     others = [component for component in found if component.kind != "mlp"]
-    if not any(component.kind == "attn" for component in found) and {"q", "k", "v"} <= set(
-        "".join(m.letters for m in loose)
-    ):
-        inline = [
-            matrix for matrix in loose if matrix.letters or (matrix.words & {"o", "out"} and matrix.out == hidden)
-        ]
-        others.append(_Component("attn", tuple(matrix.path for matrix in inline), tuple(inline)))
+    if not others and set("qkv") <= {letter for matrix in loose for letter in matrix.letters}:
+        inline = [m for m in loose if m.letters or (m.words & {"o", "out"} and m.out == hidden)]
+        others = [_Component("attn", tuple(matrix.path for matrix in inline), tuple(inline))]
         loose = [matrix for matrix in loose if matrix not in inline]
+    if re.search("linear|mamba|recurrent|conv", layer_type) and not any(c.kind == "mixer" for c in others):
+        others = [replace(component, kind="mixer") for component in others]
     if len(mlps) > 1:
         mlps = [component for component in mlps if component.named]
     if not mlps and (dense := _dense(loose, hidden)):
@@ -157,9 +156,7 @@ class _Finder:
             self.ignored.append(path)
             return []
         if self._mixes(module, path, own):
-            linear = re.search("linear|mamba|recurrent|conv", self.layer_type)
-            kind = "mixer" if linear or self._recurrent(module, path) else "attn"
-            return [_Component(kind, (path,), own)]
+            return [_Component("mixer" if self._recurrent(module, path) else "attn", (path,), own)]
         found = [component for name, _ in module.named_children() for component in self.below(f"{path}.{name}")]
         mixing = [component for component in found if component.kind != "mlp"]
         if not mixing:
@@ -191,7 +188,7 @@ class _Finder:
             return True
         words = _words(kind) | _words(name)
         linear = "linear" in words and words & _ATTENTION and not self.layer_type
-        return bool(linear or _RECURRENT.search(name.lower()) or _RECURRENT.search(kind.lower()))
+        return bool(linear) or any(_RECURRENT.fullmatch(word) for word in words)
 
     def _closed(self, matrices: Iterable[_Matrix]) -> bool:
         """Whether they lead from the hidden size back to it."""
@@ -206,9 +203,11 @@ def _attention(component: _Component, hidden: int) -> dict[str, list[str]]:
     roles: dict[str, list[_Matrix]] = {}
     for matrix in component.matrices:
         words = matrix.words
+        if words & _ASIDE or ("gate" in words and matrix.inputs == hidden):
+            continue
         if matrix.letters in ("q", "k", "v", "kv", "qkv"):
             roles.setdefault(matrix.letters, []).append(matrix)
-        elif words & {"o", "out", "output", "wo"} and not words & {"gate", "up", "in"} and "experts" not in matrix.path:
+        elif words & {"o", "out", "output"} and not words & {"gate", "up", "in"} and "experts" not in matrix.path:
             roles.setdefault("o", []).append(matrix)
     asked = _highest([matrix for role, matrices in roles.items() if role != "o" for matrix in matrices])
     roles = {
@@ -216,6 +215,8 @@ def _attention(component: _Component, hidden: int) -> dict[str, list[str]]:
         for role, matrices in roles.items()
     }
     roles = {role: matrices for role, matrices in roles.items() if matrices}
+    if not any(matrix.out == hidden or matrix.stacked for matrix in roles.get("o", [])):
+        roles.pop("o", None)
     known = [matrix for matrices in roles.values() for matrix in matrices]
     direct = _highest([m for m in component.matrices if m not in known and not m.stacked])
     rest = [matrix for matrix in direct if not matrix.words & {"gate", "g"}]
@@ -246,24 +247,20 @@ def _mixer(component: _Component, hidden: int) -> dict[str, list[str]]:
 
 def _mlp(component: _Component, hidden: int) -> dict[str, list[str]]:
     root = component.paths[0] if len(component.paths) == 1 else ""
-    shared, experts, rest = [], [], []
+    shared, experts, rest = list[_Matrix](), list[_Matrix](), list[_Matrix]()
     for matrix in component.matrices:
-        inside = [name for name in matrix.path.split(".") if not name.isdigit()]
-        words = set().union(*(_words(name) for name in inside))
+        words = _words(matrix.path)
         if "shared" in words:
             shared.append(matrix)
         elif matrix.stacked or words & {"experts", "expert"}:
             experts.append(matrix)
         else:
             rest.append(matrix)
-    dense = _dense(rest, hidden)
     if not experts:
-        if shared:
-            return {f"mlp_{role}": paths for role, paths in _dense(shared + rest, hidden).items()}
-        return {f"mlp_{role}": paths for role, paths in dense.items()}
+        return {f"mlp_{role}": paths for role, paths in _dense(shared + rest, hidden).items()}
     parts = {f"shared_{role}": paths for role, paths in _dense(shared, hidden).items()}
     parts |= {f"experts_{role}": paths for role, paths in _stacked_roles(experts, hidden).items()}
-    router = _router(root, [m for m in (*rest, *experts, *shared)], experts, hidden)
+    router = _router(root, component.matrices, experts, hidden)
     return parts | ({"router": router} if router else {})
 
 
@@ -284,19 +281,14 @@ def _router(root: str, candidates: Sequence[_Matrix], experts: Sequence[_Matrix]
 
 def _stacked_roles(experts: Sequence[_Matrix], hidden: int) -> dict[str, list[str]]:
     """Of the matrices of routed experts: back to the hidden size, and everything that leads from it."""
-    down, up = [], []
+    pairs = {last for pair in _GATED_PAIRS for last in pair}
+    down, up = list[str](), list[str]()
     for matrix in experts:
-        role = _named_role(matrix)
+        role = _named_role(matrix) or ("up" if matrix.path.rpartition(".")[2] in pairs else "")
         if not matrix.stacked and matrix.out != matrix.inputs:
             role = "down" if matrix.out == hidden else "up" if matrix.inputs == hidden else ""
-        if role == "down":
-            down.append(matrix.path)
-        elif role:
-            up.append(matrix.path)
-    pairs = {last for pair in _GATED_PAIRS for last in pair}
-    for matrix in experts:
-        if matrix.path not in (*down, *up) and matrix.path.rpartition(".")[2] in pairs:
-            up.append(matrix.path)
+        if role:
+            (down if role == "down" else up).append(matrix.path)
     return {"down": down, "gate_up": up} if down and up else {}
 
 

@@ -108,6 +108,7 @@ def test_what_only_looks_like_a_part():
     assert found(**MLP, laurel__left=(8, D), laurel__right=(D, 8), gate=(16, D), projection=(D, 16)) == MLP_FOUND
     cross = {f"cross_attn__{name}_proj": (D, D) for name in "qkvo"}
     assert found(**MLP, **cross) == MLP_FOUND
+    assert found(**MLP, attention_input__in_proj=(8, D), attention_input__out_proj=(D, 8)) == MLP_FOUND
     own = {f"attn__{name}_proj": (D, D) for name in "qkvo"}
     indexed = found(**own, attn__indexer__wq=(8, D), attn__indexer__wk=(8, D))
     assert indexed["attn_q"] == "attn.q_proj" and indexed["attn_k"] == "attn.k_proj"
