@@ -149,6 +149,7 @@ def test_a_trial_whose_worker_always_dies_is_a_failure(study, ray_running, tmp_p
     assert len(list(tmp_path.iterdir())) == 3 and len(heard.deaths) == 2, "one try and two more"
 
 
+@pytest.mark.clock
 def test_sigterm_ends_the_run_and_keeps_what_is_finished(study, ray_running):
     """Ctrl-C for real is in test_sweep."""
     interrupted = []

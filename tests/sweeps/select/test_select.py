@@ -84,6 +84,7 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
     assert len(set(ids)) == len(ids) == more
 
 
+@pytest.mark.clock
 def test_a_budget_in_minutes_is_kept_by_the_clock(selected):
     said = selected("--budget-minutes", 0.6, "--json")
     assert said.code == 0, said.err
