@@ -163,10 +163,10 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     return HowFound(
         how=(
             f"The probe reads gradients of the unedited model over some edits and some prose. It orders all {positions} by"
-            " how much of the model learning there would disturb, and sets each position's learning rate. Half of the budget"
-            " runs the first positions of that order. Most of the rest runs the best of each kind of module, the kinds in"
-            " turn, so that each gets the same time. What is kept goes to half the learning rate and further seeds of the"
-            " leaders."
+            " how much of the model learning there would disturb, and sets each position's learning rate. Positions resemble"
+            " their neighbours in depth and others of their kind, so every run says something of those not run. The next"
+            " runs are always those likeliest to be the pick, or on the front, for what they cost. A quarter of the budget"
+            " is kept for half the learning rate and a second seed of the leader."
         ),
         command=f"locft edit {shlex.quote(study.model)} {edits} --position {shlex.quote(position_file)} --out edited",
         facts=(

@@ -1,9 +1,8 @@
 """The survey: which positions to run when only a share of the grid can be paid for.
 
-The probe predicts well how much of the model an edit at a position disturbs, so the positions it likes best run first. It
-does not know which kind of module generalizes, and at what price, so some of each kind run next. On the exhaustive table
-(`tests/benchmarks/replay.py`) this misses little of the front at a tenth of the grid's cost, and beats a race that begins
-with runs on few edits.
+Before anything runs, the probe's order is all that is known. Each run then tells something of its position, its neighbours
+and its kind of module, and of how far the probe can be trusted on this model (`sweeps.select.belief`). The next runs are
+those most likely to matter for what they cost. `tests/benchmarks/replay.py` compares this with other policies.
 
 A policy is a generator: it yields rungs of runs and is sent the scores of all runs finished so far. It knows nothing of
 Ray, files or clocks (what a run cost is part of its score), so the same code selects live, resumes from stored scores, and
@@ -20,6 +19,7 @@ import pandas as pd
 
 from analysis.stats.pick import evidence_of, judge
 from analysis.stats.table import mean_right
+from sweeps.select.belief import REACH, SCALES, Chances, Place, chances
 
 STEP_GAIN = 1.0
 """Nats by which the first sign step should lower the mean loss: the starting rate is this over the position's gain.
@@ -32,8 +32,16 @@ JUDGED = (
     "reliability", "generalization", "capability_change", "capability_change_high", "drift_kl", "seconds_per_edit", "n_edits",
 )  # fmt: skip
 """The metrics that the rule of the pick looks at."""
-FEW = 4
-"""This many runs per worker or fewer are not divided into rungs."""
+RUNGS = 4
+"""A rung spends at most this part of what is left."""
+CONFIRMED = 0.25
+"""Share of the budget that is kept to confirm the leader."""
+FEW = 5
+"""With fewer runs than these there is nothing to learn from: the first go to the probe's best, apart in depth."""
+SETTLED = 8
+"""After this many runs the chance to be on the front counts half as much as the chance to be the pick."""
+UNLIKELY = 0.05
+"""The survey ends when the chance that the pick is among what was not run falls below this."""
 
 
 @dataclass(frozen=True, order=True)
@@ -118,27 +126,69 @@ Policy = Callable[[SelectionTask], Generator[Rung, Scores, None]]
 
 
 def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
-    """Half the budget goes to priors and the probe's best positions, the rest to the kinds of modules `in_turn`.
+    """Spends each second where it is most likely to matter: at positions that may be the pick or on the front, by what the
+    runs so far let one expect (`sweeps.select.belief`).
 
-    Enough is kept to try half the leader's rate and a second seed of it. Each rung spends half of what is left, so that
-    estimated costs are corrected before the money is gone. When only few runs are left they form one rung, so that no worker
-    waits for another to end a long one.
+    Rungs are small, since each corrects what is expected and what runs cost. A quarter of the budget is kept to confirm
+    the leader, if that pays for a run at all. The survey ends early when nothing left is likely to be the pick.
     """
+    scores: Scores = {}
     served = [nearest(task, depth, module) for depth, module in task.priors]
-    best = [first_run(task, c) for c in dict.fromkeys([*served, *probe_order(task)])]
-    runs = affordable(task, {}, best, task.budget / 2) or best[:1]
-    scores = yield _rung(task, runs, "the probe's best, whatever their kind")
-    left = [run for run in in_turn(task) if run not in scores]
-    while left:
-        rest, kept = task.budget - spent(scores), confirmations(task, scores)[: 2 if task.gentler else 1]
-        fit = affordable(task, scores, [*kept, *left], rest)[len(kept) :]
-        half = max(len(affordable(task, scores, left, rest / 2)), task.concurrent)
-        runs = fit if len(fit) <= FEW * task.concurrent else fit[:half]
+    while left := [candidate for candidate in task.candidates if first_run(task, candidate) not in scores]:
+        expected = expectations(task, scores)
+        if scores and sum(expected.pick[task.candidates.index(candidate)] for candidate in left) < UNLIKELY:
+            break
+        kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
+        rest = task.budget - spent(scores)
+        telling, why = _most_telling(task, left, expected, len(scores)), "the likeliest to matter for what they cost"
+        if not scores and len(affordable(task, {}, [first_run(task, c) for c in telling], task.budget)) < FEW:
+            telling, why = _apart(task), "the probe's best, apart in depth"
+        order = [*(c for c in dict.fromkeys(served) if c in left), *telling]
+        asked = list(dict.fromkeys(first_run(task, candidate) for candidate in order))
+        payable = [run for run in asked if affordable(task, scores, [*kept, run], rest)[len(kept) :]]
+        fit = affordable(task, scores, [*kept, *payable], rest)[len(kept) :]
+        runs = fit[: max(task.concurrent, len(fit) // RUNGS)] or ([] if scores else asked[:1])
         if not runs:
             break
-        scores = yield _rung(task, runs, "the best of each kind of module, in turn")
-        left = left[len(runs) :]
+        scores = yield _rung(task, runs, why)
     yield from confirm(task, scores)
+
+
+def expectations(task: SelectionTask, scores: Scores) -> Chances:
+    """The chances of the candidates at their starting rates, in their order."""
+    measured: dict[Run, list[Score]] = {}
+    for run, score in scores.items():
+        measured.setdefault(replace(run, seed=0), []).append(score)
+    places = []
+    for candidate in task.candidates:
+        run = first_run(task, candidate)
+        known = measured.get(run)
+        rows = [score.row for score in known or () if score.comparable]
+        metrics = {name: _mean(rows, name) for name in SCALES} if known else None
+        depth = candidate.layer / max(1, task.layers - 1)
+        places.append(Place(depth, candidate.module, candidate.disturbance, task.seconds(run), metrics))
+    return chances(places)
+
+
+def _apart(task: SelectionTask) -> list[Candidate]:
+    """The probe's order, but what lies near a better position comes behind all that does not."""
+    far: list[Candidate] = []
+    for candidate in probe_order(task):
+        if all(abs(candidate.layer - other.layer) >= REACH * task.layers for other in far):
+            far.append(candidate)
+    return list(dict.fromkeys([*far, *probe_order(task)]))
+
+
+def _most_telling(task: SelectionTask, left: Sequence[Candidate], expected: Chances, runs: int) -> list[Candidate]:
+    """Those left, by the chance per second of their run to be the pick, and the more was run already, to be on the front."""
+    place = {candidate: index for index, candidate in enumerate(task.candidates)}
+    weight = runs / (runs + SETTLED)
+
+    def worth(candidate: Candidate) -> float:
+        index = place[candidate]
+        return (expected.pick[index] + weight * expected.front[index]) / task.seconds(first_run(task, candidate))
+
+    return sorted(left, key=lambda c: (-worth(c), c.disturbance, c.layer, c.module))
 
 
 def confirm(task: SelectionTask, scores: Scores) -> Generator[Rung, Scores, None]:
@@ -163,22 +213,6 @@ def intent(run: Run, scores: Scores) -> str:
     """What a confirming run adds to what is known of its position, in words."""
     rates = {known.learning_rate for known in scores if known.position == run.position}
     return f"{run.position} with seed {run.seed}" if run.learning_rate in rates else f"{run.position} at half the rate"
-
-
-def in_turn(task: SelectionTask) -> list[Run]:
-    """All positions: each kind of module in the probe's order, the kinds taking turns so that each gets the same time."""
-    lines: dict[str, list[Run]] = {}
-    for candidate in probe_order(task):
-        lines.setdefault(candidate.module, []).append(first_run(task, candidate))
-    taken, order = dict.fromkeys(lines, 0.0), []
-    while lines:
-        after = {module: taken[module] + task.seconds(line[0]) for module, line in lines.items()}
-        module = min(after, key=lambda module: after[module])
-        taken[module] = after[module]
-        order.append(lines[module].pop(0))
-        if not lines[module]:
-            del lines[module]
-    return order
 
 
 def leading(scores: Scores) -> list[Run]:

@@ -14,8 +14,8 @@ from sweeps.select.policy import (
     Score,
     SelectionTask,
     affordable,
+    expectations,
     first_run,
-    in_turn,
     leading,
     spent,
     start_rate,
@@ -67,29 +67,45 @@ class World:
         return SelectionTask(self.candidates, 24, self.seconds, lambda candidate: 0.002, **given)
 
 
-def test_kinds_in_turn_get_the_same_time_and_the_best_of_each_comes_first():
+@pytest.mark.parametrize("order", [1, -1, 0])
+def test_with_three_runs_they_are_apart_in_depth_whatever_the_probe_says(order):
+    """A model on which the probe is right, wrong or says nothing; every run costs the same."""
     world = World()
+    world.seconds = lambda run: 10.0
+    world.candidates = tuple(replace(c, disturbance=c.disturbance**order) for c in world.candidates)
+    rungs, _ = replayed(survey, world.task(3.4 / len(world.candidates)), world.score)
+    assert [len(rung.runs) for rung in rungs] == [2, 1] and {rung.name for rung in rungs} == {"survey"}
+    layers = sorted(run.layer for run in rungs[0].runs)
+    assert layers[1] - layers[0] >= 6
+
+
+def test_a_probe_that_is_wrong_is_found_out():
+    """A few runs show what the probe does not."""
+    world = World(probe_noise=0.0)
+    world.candidates = tuple(replace(c, disturbance=1 / c.disturbance) for c in world.candidates)
+    _, scores = replayed(survey, world.task(0.2), world.score)
+    run = leading(scores)[0]
+    assert run.module != "attn" and drift_of(run.layer, run.module) <= 0.05
+
+
+def test_it_ends_when_nothing_left_is_likely_to_be_the_pick():
+    world = World(noise=0.0, probe_noise=0.0)
     task = world.task(1.0)
-    order = in_turn(task)
-    assert sorted(run.position for run in order) == sorted(c.position for c in world.candidates)
-    dearest = max(map(world.seconds, order))
-    for upto in range(1, len(order) // 2):
-        taken = dict.fromkeys(MODULES, 0.0)
-        for run in order[:upto]:
-            taken[run.module] += world.seconds(run)
-        assert max(taken.values()) - min(taken.values()) <= dearest
-    disturbance = {c.position: c.disturbance for c in world.candidates}
-    for module in MODULES:
-        line = [disturbance[run.position] for run in order if run.module == module]
-        assert line == sorted(line)
+    rungs, scores = replayed(survey, task, world.score)
+    left = [run for run in (first_run(task, candidate) for candidate in world.candidates) if run not in scores]
+    expected = expectations(task, scores)
+    assert (
+        left
+        and sum(expected.pick[task.candidates.index(c)] for c in task.candidates if first_run(task, c) in left) < 0.05
+    )
+    assert spent(scores) < 0.9 * world.grid and rungs[-1].name == "confirm"
 
 
 def test_what_served_elsewhere_is_in_the_first_rung():
     world = World()
     rungs, _ = replayed(survey, world.task(0.2, priors=((0.0, "attn"), (0.5, "mlp"))), world.score)
     first = {run.position for run in rungs[0].runs}
-    best = sorted(world.candidates, key=lambda c: c.disturbance)
-    assert {"0.attn", *(c.position for c in best[: len(first) - 2])} < first and first & {"11.mlp", "12.mlp"}
+    assert "0.attn" in first and first & {"11.mlp", "12.mlp"}
     costs = [world.seconds(run) for run in rungs[0].runs]
     assert costs == sorted(costs, reverse=True), "longest first: workers end together"
 
@@ -101,16 +117,17 @@ def test_it_finds_the_best_looks_at_every_kind_and_confirms_the_leader(share):
     assert share < 0.1 or {run.module for run in scores} == set(MODULES)
     run = leading(scores)[0]
     assert drift_of(run.layer, run.module) <= 0.05
-    confirmed = rungs[-1].runs
-    assert {(r.learning_rate, r.seed) for r in confirmed} == {(0.001, 0), (0.002, 1)}, (
-        "half the rate, and a second seed"
-    )
-    leader = {r.position for r in confirmed}.pop()
+    confirmed = [run for rung in rungs if rung.name == "confirm" for run in rung.runs]
+    names = [rung.name for rung in rungs]
+    assert names == sorted(names, reverse=True) and set(names) <= {"survey", "confirm"}, "it confirms at the end"
+    if share < 0.1:
+        assert len(scores) - len(confirmed) >= 3 > len(confirmed), "few runs are spread before one is confirmed"
+        return
     before = {run: score for run, score in scores.items() if run not in confirmed}
-    assert [r.position for r in confirmed] == [leader] * 2 and leading(before)[0].position == leader
-    assert [rung.name for rung in rungs][-1] == "confirm" and rungs[0].name == "survey"
-    assert share < 0.1 or len(rungs[0].runs) > 2, "workers are not held up by pairs of runs"
-    assert spent(scores) > 0.75 * share * world.grid
+    leader = leading(before)[0].position
+    asked = {(run.learning_rate, run.seed) for run in confirmed if run.position == leader}
+    assert {(0.001, 0), (0.002, 1)} <= asked, "half the rate, and a second seed"
+    assert spent(scores) > 0.7 * share * world.grid
 
 
 def test_costs_that_were_underrated_are_noticed_in_time():
@@ -234,7 +251,6 @@ def test_a_search_waits_for_the_rung_and_goes_on_from_what_is_known():
         found.learn("x", TrialResult(config, "done"))
         started += 1
     assert started == sum(told) - 2 and len(found.scores) == sum(told) - 1
-    assert set(found.rungs[0].runs) <= set(found.scores), "the lost run comes again in a later rung"
     lost = found.rungs[0].runs[1]
     again = search({run: score for run, score in found.scores.items() if run != lost})
     missing = again.propose("x")

@@ -1,0 +1,153 @@
+"""What the runs so far let one expect of every position, measured or not.
+
+Legend: C candidates, S draws.
+
+Each metric is a Gaussian process (Rasmussen and Williams, 2006, chapter 2) over relative depth and kind of module; for log
+drift the probe's log disturbance is one more input. Where the probe orders the positions of a model well, a few runs show
+it and the others follow; where it does not, they follow their neighbours. The scales say how far positions of a model lie
+apart; they are wide, and nothing is fitted to a model. A position that was measured is what was measured.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.stats.pick import Evidence, judge
+
+DRAWS = 256
+REACH = 0.25
+"""Relative depth over which positions resemble each other."""
+ALONE = 0.3
+"""What is a position's own, as a share of what changes with depth."""
+CAPABILITY_ERROR = 0.02
+"""Half the interval of a change of capability that was not measured."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Standard deviations of a metric over the positions of a model, by where they come from."""
+
+    centre: float
+    common: float
+    """Of all positions together."""
+    depth: float
+    module: float
+    noise: float
+    """Of one run."""
+    probe: float = 0.0
+    """Of one standard deviation of the probe's log disturbance."""
+
+
+SCALES = {
+    "drift_kl": Scale(math.log(0.08), 2.0, 0.6, 0.5, 0.25, probe=1.0),  # of its logarithm
+    "generalization": Scale(0.4, 0.5, 0.15, 0.12, 0.05),
+    "reliability": Scale(1.0, 0.05, 0.06, 0.05, 0.02),
+    "capability_change": Scale(0.0, 0.02, 0.02, 0.01, 0.008),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A candidate as the belief sees it."""
+
+    depth: float
+    """Relative: 0 for the first layer, 1 for the last."""
+    module: str
+    disturbance: float
+    cost: float
+    """In seconds."""
+    measured: dict[str, float] | None = None
+    """The metrics of `SCALES`; NaN where a run has none, all NaN where it cannot be picked. None: not run yet."""
+
+
+@dataclass(frozen=True)
+class Chances:
+    """Shares of the draws, (C,)."""
+
+    pick: np.ndarray
+    """In which the rule picks the place."""
+    front: np.ndarray
+    """In which no other place both drifts less and gives more right answers to rephrased prompts."""
+
+
+def chances(places: Sequence[Place], n_edits: int = 100, seed: int = 0) -> Chances:
+    """What each place may turn out to be, by draws of what all of them may measure."""
+    rng = np.random.default_rng(seed)
+    drawn = {metric: _draws(metric, places, rng) for metric in SCALES}
+    drift, generalization, reliability, change = drawn.values()
+    cost, size = np.array([place.cost for place in places]), len(places)
+    barred = np.array([_barred(place) for place in places])
+    reliability = np.where(barred, -1.0, reliability)
+    pick, front = np.zeros(size), np.zeros(size)
+    for draw in range(DRAWS):
+        evidence = Evidence(
+            reliability[draw],
+            generalization[draw],
+            change[draw],
+            change[draw] + CAPABILITY_ERROR,
+            drift[draw],
+            cost,
+            edits=np.full(size, float(n_edits)),
+            right=np.empty((size, 0)),
+            counts=np.empty(0),
+        )
+        pick[judge(evidence).order[0]] += 1
+        right = np.nan_to_num(generalization[draw]) * reliability[draw]
+        order = np.lexsort((right, np.nan_to_num(drift[draw], nan=math.inf)))
+        best = np.maximum.accumulate(np.concatenate([[-1.0], right[order][:-1]]))
+        front[order] += right[order] > best
+    return Chances(pick / DRAWS, np.where(barred, 0.0, front / DRAWS))
+
+
+def _barred(place: Place) -> bool:
+    return place.measured is not None and math.isnan(place.measured["reliability"])
+
+
+def _draws(metric: str, places: Sequence[Place], rng: np.random.Generator) -> np.ndarray:
+    """(S, C): what the places may measure. NaN everywhere for a metric that the runs so far do not have."""
+    scale, log = SCALES[metric], metric == "drift_kl"
+    values = np.array([place.measured[metric] if place.measured else math.nan for place in places])
+    known = np.flatnonzero(np.isfinite(values))
+    if not len(known) and any(place.measured and not _barred(place) for place in places):
+        return np.full((DRAWS, len(places)), math.nan)
+    seen = np.log(np.maximum(values, 1e-6)) if log else values
+    covariance = _covariance(scale, places)
+    gain = np.linalg.solve(
+        covariance[np.ix_(known, known)] + scale.noise**2 * np.eye(len(known)), covariance[known]
+    )  # (known, C)
+    mean = scale.centre + (seen[known] - scale.centre) @ gain
+    spread, directions = np.linalg.eigh(covariance - covariance[:, known] @ gain)
+    root = directions * np.sqrt(spread.clip(min=0))
+    drawn = mean + rng.standard_normal((DRAWS, len(places))) @ root.T
+    drawn[:, known] = seen[known]
+    if log:
+        return np.exp(drawn)
+    return drawn if metric == "capability_change" else drawn.clip(0, 1)
+
+
+def _covariance(scale: Scale, places: Sequence[Place]) -> np.ndarray:
+    """(C, C), before anything is measured."""
+    depth = np.array([place.depth for place in places])
+    module = np.array([place.module for place in places])
+    same = (module[:, None] == module[None]).astype(float)
+    near = np.exp(-0.5 * ((depth[:, None] - depth[None]) / REACH) ** 2)
+    disturbance = _standardised([place.disturbance for place in places])
+    return (
+        scale.common**2
+        + scale.probe**2 * np.outer(disturbance, disturbance)
+        + scale.depth**2 * near * (1 + same) / 2
+        + scale.module**2 * same
+        + (ALONE * scale.depth) ** 2 * np.eye(len(places))
+    )
+
+
+def _standardised(disturbances: Sequence[float]) -> np.ndarray:
+    """Logarithms with mean 0 and standard deviation 1. A position that cannot learn is taken for the worst."""
+    given = np.array(disturbances)
+    usable = np.isfinite(given) & (given > 0)
+    if not usable.any():
+        return np.zeros(len(given))
+    logs = np.log(np.where(usable, given, given[usable].max()))
+    return (logs - logs.mean()) / max(float(logs.std()), 1e-9)
