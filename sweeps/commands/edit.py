@@ -1,4 +1,4 @@
-"""The commands about one model: positions, edit, apply, evaluate, bench. Registered in `sweeps.commands.cli`.
+"""The commands about one model: positions, edit, apply, bench. Registered in `sweeps.commands.cli`.
 
 Commands import what they run: `locft --help` would otherwise load torch and MLflow.
 """
@@ -17,8 +17,6 @@ from sweeps.commands.console import new_folder, notice, print_json, print_table,
 from sweeps.commands.edit_source import Batch, ContinueOptions, SourceOptions
 from sweeps.commands.options import (
     DELTA_HELP,
-    EditsOptions,
-    FormatsOption,
     JsonOption,
     LoadOptions,
     ModelArgument,
@@ -27,7 +25,7 @@ from sweeps.commands.options import (
     UriOption,
 )
 from sweeps.commands.summaries import print_metrics, print_remedies
-from sweeps.commands.workbench import asked_formats, workbench
+from sweeps.commands.workbench import workbench
 from sweeps.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
@@ -227,30 +225,6 @@ def apply(
     if as_json:
         return print_json({"model": model, "position": change.position, **asdict(merged)})
     say(f"{model} edited at {change.position}: {folder}")
-
-
-def evaluate(
-    model: ModelArgument,
-    edits: EditsOptions,
-    load: LoadOptions,
-    ask_formats: FormatsOption = None,
-    delta: Annotated[str | None, typer.Option(help=f"{DELTA_HELP} Default: the model as it is.")] = None,
-    tracking_uri: UriOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure MODEL, or MODEL with a delta, on edits and capability probes."""
-    from sweeps.study.schema import Capability
-    from sweeps.tracking.registry import load_delta
-
-    change = load_delta(delta, tracking_uri) if delta else None
-    base = change.base_fingerprint if change else None
-    formats = asked_formats(ask_formats)
-    bench = workbench(model, load, edits.named().load(), Capability(), formats, fingerprint=base)
-    metrics = bench.measure(change).metrics if change else bench.baseline.metrics
-    if as_json:
-        where = change.position if change else None
-        return print_json({"model": model, "position": where, "metrics": metrics, "unedited": bench.baseline.metrics})
-    print_metrics(metrics, bench.baseline.metrics)
 
 
 def bench(context: typer.Context) -> None:

@@ -141,19 +141,6 @@ def optional_edits(source: str | None, limit: int | None, field_map: Sequence[st
     return None
 
 
-@dataclass(frozen=True)
-class EditsOptions:
-    """Which edits a command is about."""
-
-    edits: EditsOption
-    limit: LimitOption = None
-    field_map: MapOption = None
-
-    def named(self) -> "Edits":
-        """Raises InputError for an empty source or a wrong map."""
-        return edits_of(self.edits, self.limit, self.field_map)
-
-
 DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", **ONE_EDIT}
 """Of options of `locft edit`, where its defaults (`TrainingSettings`) are not those of the axes."""
 

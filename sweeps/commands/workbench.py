@@ -3,15 +3,21 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.stats.wording import plural
+from analysis.stats.wording import plural, seconds
 from locft.errors import InputError
 from sweeps.commands.console import notice
 from sweeps.commands.options import FORMATS, LoadOptions
 
 if TYPE_CHECKING:
+    from locft.data.edit_request import EditRequest
     from locft.data.requests import EditSet
+    from locft.data.suites import Suite
+    from locft.model.models import LoadedModel
     from locft.workbench import Workbench
     from sweeps.study.schema import Capability
+
+CHARACTERS = 4
+"""Of a token, usually."""
 
 
 def workbench(
@@ -46,8 +52,36 @@ def workbench(
     for sentence in no_chat(model, ["--ask-formats"] if CHAT in ask_formats and CHAT not in formats else []):
         notice(sentence)
     items = f" and {sum(len(task.items) for task in suite.tasks):,} capability items" if suite else ""
-    notice(f"measuring {model} as it is: {plural(len(requests.requests), 'edit')} in {', '.join(formats)}{items}")
+    notice(
+        f"measuring {model} as it is: {plural(len(requests.requests), 'edit')} in {', '.join(formats)}{items}"
+        f"{_time(loaded, requests.requests, len(formats), suite)}"
+    )
     return Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
+
+
+def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int, suite: "Suite | None") -> str:
+    """How long it will take, as the end of a sentence; nothing where no rate is known, which is on GPUs."""
+    import torch
+
+    from locft.measure.generation import NEW_TOKENS
+    from locft.model.precision import training_precision
+    from sweeps.study.estimate import reading_seconds
+
+    if loaded.model.device.type != "cpu":
+        return ""
+    asked = [(text, formats) for one in requests for text in (one.prompt, *one.rephrases)]
+    asked += [(text.prompt, formats) for one in requests for text in one.portability]
+    asked += [(text.prompt, 1) for one in requests for text in one.locality]
+    choices = (
+        item.context + choice
+        for task in (suite.tasks if suite else ())
+        for item in task.items
+        for choice in item.choices
+    )
+    tokens = sum((len(text) // CHARACTERS + NEW_TOKENS) * times for text, times in asked)
+    tokens += sum(map(len, choices)) // CHARACTERS
+    found = reading_seconds(tokens, loaded.model.num_parameters(), training_precision("cpu"), torch.get_num_threads())
+    return f", in about {seconds(1 + found)} on a quiet machine"
 
 
 def asked_formats(given: str | None) -> tuple[str, ...]:

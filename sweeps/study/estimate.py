@@ -268,8 +268,13 @@ def rough_costs(facts: StudyFacts, cpus: int = 2) -> Costs:
         edit=Pass(slow * 9e-12 * tokens * _SUPERVISED_SHARE * head, slow * 9e-12 * tokens * layer),
         evaluation=Pass(slow * 10e-12 * (asked * _SUPERVISED_SHARE * head + generating), slow * 10e-12 * asked * layer),
         capability=Pass(slow * 15e-12 * read * _SUPERVISED_SHARE * head, slow * 7e-12 * read * layer),
-        unedited=slow * 15e-12 * (asked + read) * facts.parameters,
+        unedited=reading_seconds(asked + read, facts.parameters, facts.precision, cpus),
     )
+
+
+def reading_seconds(tokens: int, parameters: int, precision: str, cpus: int) -> float:
+    """Rough time in which a whole model reads so many tokens, at the same rates."""
+    return (1.0 if precision == "bfloat16" else 2.0) / cpus * 15e-12 * tokens * parameters
 
 
 def costs_from_trials(earlier: Sequence[TrialResult], prepared: PreparedStudy) -> Costs | None:

@@ -333,17 +333,20 @@ def test_edit_evaluate_apply(edited, locft, tiny_folder, tmp_path):
     outcomes = (tmp_path / "delta/outcomes.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["kind"] for line in outcomes} == {"reliability", "generalization", "locality"}
 
-    again = locft(
-        "evaluate", tiny_folder, "--edits", "atlas", "--limit", 4, "--delta", "delta", "--threads", 1, "--json"
-    ).json
-    assert same(again["metrics"]) == same(told["metrics"]) and again["unedited"] == told["unedited"]
+    few = ("--edits", "atlas", "--limit", 4, "--threads", 1, "--json")
+    again = locft("evaluate", tiny_folder, *few, "--capability", "probes", "--delta", "delta")
+    assert same(again.json["metrics"]) == same(told["metrics"]) and again.json["unedited"] == told["unedited"]
+    assert re.search(r"as it is: 4 edits in raw, qa, unseen and 20 capability items, in about 1 s", again.err), (
+        again.err
+    )
+    assert "measuring the edited model, in at most about" in again.err
 
     applied = locft("apply", "delta", "--model", tiny_folder, "--out", "merged", "--json").json
     assert {key: applied[key] for key in ("model", "position", "folder", "dtype", "left_out")} == {
         "model": str(tiny_folder), "position": "1.mlp", "folder": "merged", "dtype": "float32", "left_out": [],
     }  # fmt: skip
     assert applied["kept"] == pytest.approx(1) and len(applied["tensors"]) == 3
-    merged = locft("evaluate", "merged", "--edits", "atlas", "--limit", 4, "--threads", 1, "--json").json
+    merged = locft("evaluate", "merged", *few, "--capability", "probes").json
     for name, value in merged["metrics"].items():
         assert value == pytest.approx(told["metrics"][name], rel=1e-6), name
     assert merged["position"] is None
@@ -359,7 +362,24 @@ def test_edit_and_evaluate_in_words(locft, tmp_path, tiny_folder, few_probes):
     said = locft("edit", tiny_folder, *few, "--position", "0.attn", "--out", tmp_path / "e")
     assert said.code == 0 and "3 edits at 0.attn" in said.out and "reliability" in said.out
     said = locft("evaluate", tiny_folder, *few)
-    assert said.code == 0 and "capability" in said.out
+    assert said.code == 0 and "reliability" in said.out
+    assert not any(name in said.out + said.err for name in ("capability", "perplexity")), "nobody asked for it"
+
+
+def test_evaluate_measures_the_capability_that_is_asked_for(locft, tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    items = [{"context": "One and one is", "choices": [" two", " six"], "answer": 0}] * 3
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, items)))
+    few = ("evaluate", tiny_folder, "--edits", "atlas", "--limit", 2, "--threads", 1, "--json")
+    said = locft(*few, "--capability", "sums.jsonl")
+    assert said.code == 0 and {"capability.sums", "perplexity"} <= said.json["metrics"].keys(), said.err
+    for wrong, told in (
+        (["sums.jsonl", "sums.jsonl"], "expected every name once"),
+        (["probe"], "probe"),
+        (["missing.jsonl"], "missing.jsonl: no such file"),
+    ):
+        said = locft(*few, *(word for one in wrong for word in ("--capability", one)))
+        assert said.code == 2 and told in said.err and said.out == "", said.err
 
 
 def test_an_edit_is_trained_and_asked_in_formats(locft, tmp_path, tiny_folder, chat_folder, few_probes):
