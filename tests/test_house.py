@@ -101,7 +101,8 @@ INSTALLED_AS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
 
 def test_declared_dependencies_are_the_imported_ones():
     with (ROOT / "pyproject.toml").open("rb") as file:
-        declared = tomllib.load(file)["project"]["dependencies"]
+        project = tomllib.load(file)["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["harness"]]
     declared = {re.match(r"[\w-]+", line)[0].lower() for line in declared}
     modules = {name.partition(".")[0] for file in FILES for _, name in imports(file)}
     foreign = modules - set(sys.stdlib_module_names) - {*HOUSE, "tests"}

@@ -48,6 +48,8 @@ class OpenAnswer:
     """Maximum number of tokens."""
     expected: str | None = None
     """If given, generation may stop once the answer can no longer equal this."""
+    until: tuple[str, ...] | None = None
+    """If given, the answer ends before the first of these, and not with its line or sentence."""
 
 
 def greedy_answers(loaded: LoadedModel, prompts: Sequence[str]) -> list[ModelAnswer]:
@@ -97,6 +99,8 @@ class GreedyDecoder:
     def text(self, answer: OpenAnswer) -> str:
         """The answer, with "…" if it was left unfinished."""
         said = self._said(answer)
+        if answer.until is not None:
+            return said[: min((said.index(stop) for stop in answer.until if stop in said), default=None)]
         if not self._has_ended(answer):
             return said + "…"
         line = said.split("\n")[0]
@@ -113,12 +117,15 @@ class GreedyDecoder:
         if answer.token_ids[-1] in self.ends or len(answer.token_ids) >= answer.limit:
             return True
         said = self._said(answer)
+        if answer.until is not None:
+            return any(stop in said for stop in answer.until)
         return "\n" in said or len(sentence_ends(said)) - may_go_on(said) > answer.full_stops
 
     def _said(self, answer: OpenAnswer) -> str:
         """The text so far, without the stopping token, even where the tokenizer does not know it as special."""
         ids = answer.token_ids[:-1] if answer.token_ids[-1] in self.ends else answer.token_ids
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).lstrip()
+        said = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return said if answer.until is not None else said.lstrip()
 
     def _batches(self, answers: Sequence[OpenAnswer], rest: Sequence[int]) -> list[list[int]]:
         """Indices of answers of about one length, of exactly one for models with a recurrent state."""

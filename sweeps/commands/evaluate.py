@@ -3,18 +3,19 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.stats.wording import seconds
+from analysis.stats.wording import number, seconds
 from locft.errors import InputError
-from sweeps.commands.console import notice, print_json
+from sweeps.commands.console import notice, print_json, print_table
 from sweeps.commands.options import (
     DELTA_HELP,
-    EditsOption,
+    EDITS,
+    EDITS_HELP,
     FormatsOption,
     JsonOption,
     LimitOption,
@@ -22,12 +23,15 @@ from sweeps.commands.options import (
     MapOption,
     ModelArgument,
     UriOption,
-    edits_of,
+    optional_edits,
 )
 from sweeps.commands.summaries import print_metrics
 from sweeps.commands.workbench import asked_formats, workbench
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from locft.harness import TaskScore
     from sweeps.study.schema import Capability, Edits
 
 PROBES = "probes"
@@ -37,7 +41,7 @@ PROBES = "probes"
 class Measured:
     """What is measured: the edits, and what else is asked for."""
 
-    edits: EditsOption
+    edits: Annotated[str | None, typer.Option(help=EDITS_HELP)] = None
     limit: LimitOption = None
     field_map: MapOption = None
     ask_formats: FormatsOption = None
@@ -50,9 +54,45 @@ class Measured:
         ),
     ] = None
 
-    def named(self) -> "Edits":
-        """Raises InputError for an empty source or a wrong map."""
-        return edits_of(self.edits, self.limit, self.field_map)
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Also tasks of lm-evaluation-harness, separated by commas, such as arc_easy,gsm8k; paper: the five of the paper. "
+            "Needs the extra harness.",
+        ),
+    ] = None
+    lm_eval_limit: Annotated[
+        int | None,
+        typer.Option("--lm-eval-limit", min=1, metavar="N", help="Use the first N items of each of these tasks."),
+    ] = None
+    lm_eval_path: Annotated[
+        Path | None,
+        typer.Option("--lm-eval-path", metavar="FOLDER", help="More task files of lm-evaluation-harness (YAML)."),
+    ] = None
+
+    def named(self) -> "Edits | None":
+        """The edits, if any. Raises InputError with every option that lacks another."""
+        problems = []
+        if self.edits is None and self.capability:
+            problems.append("--capability: it is measured beside edits; give --edits, too")
+        if self.edits is None and self.ask_formats:
+            problems.append("--ask-formats: it says how --edits are asked; give --edits, too")
+        for name, value in (("--lm-eval-limit", self.lm_eval_limit), ("--lm-eval-path", self.lm_eval_path)):
+            if value is not None and not self.tasks:
+                problems.append(f"{name}: it is about the tasks of --lm-eval; give --lm-eval, too")
+        if self.lm_eval is not None and not self.tasks:
+            problems.append("--lm-eval: got nothing, expected names of tasks, separated by commas")
+        if self.edits is None and self.lm_eval is None:
+            problems.append(f"nothing to measure: expected --edits ({EDITS}), --lm-eval TASKS, or both")
+        if problems:
+            raise InputError(problems)
+        return optional_edits(self.edits, self.limit, self.field_map)
+
+    @property
+    def tasks(self) -> list[str]:
+        return [name.strip() for name in (self.lm_eval or "").split(",") if name.strip()]
 
 
 def evaluate(
@@ -63,22 +103,67 @@ def evaluate(
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure MODEL, or MODEL with a delta, on edits and, with --capability, on what else it can do."""
+    """Measure MODEL, or MODEL with a delta, on edits and whatever else is asked for, and on nothing more."""
     from sweeps.tracking.registry import load_delta
 
     formats, capability = asked_formats(measured.ask_formats), capability_of(measured.capability or ())
-    edits = measured.named().load()
+    named, harness = measured.named(), _harness() if measured.tasks else None
+    edits = named.load() if named else None
     change = load_delta(delta, tracking_uri) if delta else None
-    began = time.monotonic()
-    bench = workbench(model, load, edits, capability, formats, fingerprint=change.base_fingerprint if change else None)
-    metrics = bench.baseline.metrics
-    if change:
-        notice(f"measuring the edited model, in at most about {seconds(time.monotonic() - began)}")
-        metrics = bench.measure(change).metrics
+    tasks = harness.load_tasks(measured.tasks, measured.lm_eval_path) if harness else {}
+    found: dict[str, Any] = {"model": model, "position": change.position if change else None}
+    loaded = None
+    if edits:
+        began = time.monotonic()
+        bench = workbench(
+            model, load, edits, capability, formats, fingerprint=change.base_fingerprint if change else None
+        )
+        loaded, metrics = bench.loaded, bench.baseline.metrics
+        if change:
+            notice(f"measuring the edited model, in at most about {seconds(time.monotonic() - began)}")
+            metrics = bench.measure(change).metrics
+        found |= {"metrics": metrics, "unedited": bench.baseline.metrics}
+        if not as_json:
+            print_metrics(metrics, bench.baseline.metrics)
+    if harness:
+        loaded = loaded or load.load(model)
+        if change:
+            change.require_base(model, loaded.fingerprint)
+        notice(
+            f"measuring {model}{' and its edit' if change else ''} on {', '.join(measured.tasks)} of lm-evaluation-harness"
+        )
+        scores = harness.measure_tasks(loaded, change, tasks, measured.lm_eval_limit, notice)
+        found["lm_eval"] = [asdict(score) for score in scores]
+        if not as_json:
+            _print_scores(scores)
     if as_json:
-        where = change.position if change else None
-        return print_json({"model": model, "position": where, "metrics": metrics, "unedited": bench.baseline.metrics})
-    print_metrics(metrics, bench.baseline.metrics)
+        print_json(found)
+
+
+def _harness() -> "ModuleType":
+    """Raises InputError where lm-evaluation-harness is not installed."""
+    try:
+        from locft import harness
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--lm-eval: lm-evaluation-harness is not installed here ({error}); "
+            "`pip install 'locft-sweeps[harness]'` brings it"
+        ) from None
+    return harness
+
+
+def _print_scores(scores: "Sequence[TaskScore]") -> None:
+    """On the scale of the harness: shares are not percentages, and BLEU is 0 to 100."""
+    rows = []
+    for one in scores:
+        edited, change = "", ""
+        if one.change:
+            edited, change = (
+                number(one.edited),
+                f"{one.change.mean:+.3g} [{one.change.low:+.3g}, {one.change.high:+.3g}]",
+            )
+        rows.append([one.task, one.metric, f"{one.items:,}", edited, number(one.unedited), change])
+    print_table(("task", "metric", "items", "edited", "unedited", "change [95% interval]"), rows)
 
 
 def capability_of(items: Sequence[str]) -> "Capability":

@@ -382,6 +382,43 @@ def test_evaluate_measures_the_capability_that_is_asked_for(locft, tmp_path, tin
         assert said.code == 2 and told in said.err and said.out == "", said.err
 
 
+def test_evaluate_says_which_options_go_together(locft, tiny_folder, monkeypatch):
+    import locft as locft_package
+
+    for options, told in (
+        ((), "nothing to measure: expected --edits"),
+        (("--lm-eval", " , "), "--lm-eval: got nothing, expected names of tasks"),
+        (("--capability", "probes", "--limit", 3, "--lm-eval", "x"), "--capability: it is measured beside edits"),
+        (("--edits", "atlas", "--lm-eval-limit", 3), "--lm-eval-limit: it is about the tasks of --lm-eval"),
+    ):
+        said = locft("evaluate", tiny_folder, *options)
+        assert said.code == 2 and told in said.err and said.out == "", said.err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "locft.harness", raising=False)
+    monkeypatch.delattr(locft_package, "harness", raising=False)
+    said = locft("evaluate", tiny_folder, "--lm-eval", "arc_easy")
+    assert said.code == 2 and "pip install 'locft-sweeps[harness]'" in said.err and said.out == "", said.err
+
+
+def test_evaluate_on_tasks_of_the_harness(edited, locft, tiny_folder, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra `harness`)")
+    items = [{"text": f"{one} and {one} is", "right": one % 2} for one in range(8)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "sums.yaml").write_text(
+        f"task: sums\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'items.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_target: right\n"
+        "doc_to_choice: [two, six]\nmetric_list: [{metric: acc}]\n"
+    )
+    tasks = ("--lm-eval", "sums", "--lm-eval-path", tmp_path, "--lm-eval-limit", 6, "--threads", 1)
+    said = locft("evaluate", tiny_folder, "--delta", "delta", *tasks, "--json")
+    assert said.code == 0, said.err
+    (score,) = said.json["lm_eval"]
+    assert (score["task"], score["metric"], score["items"]) == ("sums", "acc", 6) and "metrics" not in said.json
+    assert score["change"]["mean"] == pytest.approx(score["edited"] - score["unedited"])
+    said = locft("evaluate", tiny_folder, "--edits", "atlas", "--limit", 2, *tasks)
+    assert said.code == 0 and "sums" in said.out and "reliability" in said.out, said.err
+
+
 def test_an_edit_is_trained_and_asked_in_formats(locft, tmp_path, tiny_folder, chat_folder, few_probes):
     few = ("--edits", "atlas", "--limit", 3, "--threads", 1)
     quick = (*few, "--position", "1.mlp", "--learning-rate", 0.02, "--epochs", 2, "--json")

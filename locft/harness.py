@@ -1,0 +1,293 @@
+"""Tasks of lm-evaluation-harness on an edited model in memory, item by item beside the unedited one.
+
+The harness builds the requests and scores the answers; the answers are computed here. What is below the edited layer is
+the same for both models, so log-likelihoods of both come from one pass through it (`locft.engine`).
+Needs the extra `harness`: import this module only where it is asked for. Tested against the harness's own model class.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval import evaluate, utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+
+from locft.engine.tail import NoTailView
+from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
+from locft.errors import InputError, did_you_mean, one_line
+from locft.measure.capability import Change, score_rows
+from locft.measure.generation import BATCH, GreedyDecoder, OpenAnswer
+from locft.model.delta import EditDelta, applied
+from locft.model.models import LoadedModel
+from locft.model.positions import TuningPosition
+from locft.train.token_rows import SupervisedLogits, TokenRow, batches
+
+PAPER = {"paper": ("mmlu", "nq_open", "sst2", "wmt16-de-en", "gsm8k")}
+"""The tasks whose mean arXiv 2509.22072 calls capability, under one name."""
+CHUNK_TOKENS = 8192
+"""Tokens whose hidden states at the edited layer are held at once."""
+NEW_TOKENS = 256
+"""Length limit of an answer where the task sets none, as in the harness."""
+RESAMPLES, RESAMPLES_OF_ANY = 2000, 100
+"""Of the items, for metrics that are means of theirs and for others, such as BLEU, which are computed anew each time."""
+SEED = 1234
+"""Of the examples in the prompts; the harness's default."""
+TELL_SECONDS = 20
+
+Scores = tuple[float, bool]
+"""Log-likelihood of a continuation in nats, and whether greedy decoding gives it."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task, of the unedited and of the edited model on the same items."""
+
+    task: str
+    metric: str
+    """With its filter, if the task has several."""
+    items: int
+    unedited: float
+    edited: float | None
+    """None without a delta."""
+    change: Change | None
+
+
+def measure_tasks(
+    loaded: LoadedModel,
+    delta: EditDelta | None,
+    tasks: Mapping[str, Mapping[str, Any]],
+    limit: int | None = None,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> list[TaskScore]:
+    """Every metric of the tasks that `load_tasks` found; of a group or tag over the items of all its tasks.
+
+    limit: the first items of each task. tell: takes sentences about the progress.
+    """
+    every = {own: task for found in tasks.values() for own, task in found.items()}
+    model = PairedModel(loaded, delta, tell)
+    samples = [_samples(model, every, limit)]
+    for sentence in model.notices:
+        tell(sentence)
+    if delta:
+        model.edited = True
+        with applied(loaded, delta):  # for what is generated
+            samples.append(_samples(model, every, limit))
+    return [score for name, found in tasks.items() for score in _scores(name, found, samples)]
+
+
+def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """The tasks under each name: of a task, a group or a tag of the harness, or "paper" for its five.
+
+    folder: with more task files. Raises InputError with every name that is not known, or cannot be loaded or run.
+    """
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected one with task files of lm-evaluation-harness (YAML)")
+    random.seed(0)  # what tasks draw while they are loaded, as the harness's own command has it
+    np.random.seed(SEED)
+    manager, problems = TaskManager(include_path=folder), []
+    wanted = dict.fromkeys(one for name in names for one in PAPER.get(name, (name,)))
+    found: dict[str, dict[str, Any]] = {}
+    for name in wanted:
+        if name not in manager.all_tasks:
+            near = did_you_mean(name, (*PAPER, *manager.all_tasks))
+            problems.append(f"task {name!r}: lm-evaluation-harness has none of this name{near}")
+    for name in wanted if not problems else ():
+        try:
+            found[name] = manager.load([name])["tasks"]
+        except Exception as error:  # of the data set, the network, or the task file's own code
+            problems.append(f"task {name!r}: could not be loaded: {type(error).__name__}: {one_line(error)}")
+            continue
+        for own, task in found[name].items():
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                problems.append(f"task {own!r}: it runs code that the model writes, or needs images; leave it out")
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+    if problems:
+        raise InputError(problems)
+    return found
+
+
+def _samples(model: "PairedModel", tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[dict[str, Any]]]:
+    """What the harness makes of every item of every task, in order."""
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=SEED)
+    found = evaluate(lm=model, task_dict={"tasks": dict(tasks)}, limit=limit, bootstrap_iters=0, log_samples=True)
+    return found["samples"]
+
+
+def _scores(name: str, tasks: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Iterator[TaskScore]:
+    """samples: of the unedited and, if there is one, the edited model."""
+    values: dict[tuple[str, str], list[list[Any]]] = {}
+    combine: dict[tuple[str, str], Callable[[list[Any]], float]] = {}
+    for part, task in tasks.items():
+        for pair in zip(*(one[part] for one in samples), strict=True):
+            if len({(item["doc_id"], item["filter"], item["prompt_hash"]) for item in pair}) > 1:
+                raise RuntimeError(
+                    f"{part}: the harness put other prompts to the edited model than to the unedited one"
+                )
+            for metric in pair[0]["metrics"]:
+                key = metric, pair[0]["filter"]
+                if metric in task.aggregation():
+                    combine.setdefault(key, task.aggregation()[metric])
+                    values.setdefault(key, []).append([item[metric] for item in pair])
+    several = len({kind for _, kind in values}) > 1
+    for (metric, kind), pairs in values.items():
+        mean, columns = combine[metric, kind], [list(column) for column in zip(*pairs, strict=True)]
+        numbers = all(isinstance(value, int | float) for column in columns for value in column)
+        plain = numbers and getattr(mean, "__name__", "") in ("mean", "nanmean")
+        before, after = float(mean(columns[0])), float(mean(columns[1])) if len(columns) > 1 else None
+        change = paired_change(columns[0], columns[1], None if plain else mean) if after is not None else None
+        yield TaskScore(name, f"{metric} ({kind})" if several else metric, len(pairs), before, after, change)
+
+
+def paired_change(
+    before: Sequence[Any], after: Sequence[Any], combine: Callable[[list[Any]], float] | None = None, seed: int = 0
+) -> Change:
+    """After minus before, with the 95% percentile interval of a bootstrap over the items, each drawn with both its values.
+
+    combine: makes one number of the items' values; None is their mean."""
+    generator, size = np.random.default_rng(seed), len(before)
+    if combine is None:
+        differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+        mean = float(differences.mean())
+        drawn = [differences[generator.integers(size, size=size)].mean() for _ in range(RESAMPLES)]
+    else:
+        mean = float(combine(list(after))) - float(combine(list(before)))
+        places = (generator.integers(size, size=size) for _ in range(RESAMPLES_OF_ANY))
+        drawn = [combine([after[at] for at in one]) - combine([before[at] for at in one]) for one in places]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Change(mean, float(low), float(high))
+
+
+@dataclass
+class _Progress:
+    """Says from time to time how far a kind of request is, and how long the rest will probably take."""
+
+    tell: Callable[[str], None]
+    what: str
+    total: int
+    began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+
+    def done(self, count: int) -> None:
+        now = time.monotonic()
+        if count < self.total and now - self.told > TELL_SECONDS:
+            left, self.told = (now - self.began) / count * (self.total - count), now
+            unit = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min" if left < 7200 else f"{left / 3600:.1f} h"
+            self.tell(f"lm-eval: {count:,} of {self.total:,} {self.what}, about {unit} left")
+
+
+class PairedModel(TemplateLM):
+    """A model and an edit of it, as the harness asks them: texts in, scores and texts out."""
+
+    def __init__(self, loaded: LoadedModel, delta: EditDelta | None, tell: Callable[[str], None]):
+        super().__init__()
+        self.loaded, self.delta, self.tell = loaded, delta, tell
+        self.tokenizer = loaded.tokenizer
+        self.edited = False
+        """Whose answers are given. Those of the edited model may be known from the unedited one's turn."""
+        self.notices: dict[str, None] = {}
+        """What of a task is not done as it says, in sentences."""
+        longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(longest or math.inf, self.tokenizer.model_max_length)
+        self._known: dict[TokenRow, tuple[Scores, ...]] = {}
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        start = self.tokenizer.bos_token_id
+        return self.eot_token_id if start is None else start
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        start = self.tokenizer.bos_token
+        if add_special_tokens is None and start and string.startswith(start):
+            add_special_tokens = False
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, verbose=False, **special)
+
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[Scores]:
+        """requests: what the texts were, context tokens, continuation tokens."""
+        rows = [self._row(context, continuation) for _, context, continuation in requests]
+        self._compute([row for row in dict.fromkeys(rows) if row not in self._known])
+        return [self._known[row][self.edited] for row in rows]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        rows: list[list[TokenRow]] = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, int(min(self.max_length, 2**20)), 1)
+            rows.append([self._row(*utils.make_disjoint_window(window)) for window in windows])
+        self._compute([row for row in dict.fromkeys(row for own in rows for row in own) if row not in self._known])
+        return [sum(self._known[row][self.edited][0] for row in own) for own in rows]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedily, by whichever weights the model holds."""
+        open_answers = []
+        for request in requests:
+            context, given = request.args
+            asked = normalize_gen_kwargs(given, NEW_TOKENS)
+            if asked.get("do_sample"):
+                self.notices[
+                    f"{request.task_name}: it draws its answers at random; they are decoded greedily instead"
+                ] = None
+            tokens = int(asked["max_gen_toks"])
+            until = tuple(stop for stop in asked["until"] if stop)
+            ids = self._cut(self.tok_encode(context) or [self.prefix_token_id], tokens)
+            open_answers.append(OpenAnswer(tuple(ids), limit=tokens, until=until))
+        decoder, texts, progress = GreedyDecoder(self.loaded), [], _Progress(self.tell, "answers", len(requests))
+        for at in range(0, len(open_answers), BATCH):
+            texts += [decoder.text(answer) for answer in decoder.complete(open_answers[at : at + BATCH])]
+            progress.done(len(texts))
+        return texts
+
+    def _row(self, context: Sequence[int], continuation: Sequence[int]) -> TokenRow:
+        ids = self._cut((*context, *continuation), 0, keep=len(continuation) + 1)
+        return TokenRow(tuple(ids), len(ids) - len(continuation))
+
+    def _cut(self, ids: Sequence[int], room: int, keep: int = 1) -> Sequence[int]:
+        """Without the beginning that does not fit beside `room` more tokens."""
+        most = max(keep, self.max_length - room)
+        if len(ids) > most:
+            self.notices[
+                f"texts longer than the {self.max_length:,} tokens that the model reads lose their beginning"
+            ] = None
+            return ids[len(ids) - int(most) :]
+        return ids
+
+    def _compute(self, rows: Sequence[TokenRow]) -> None:
+        """Scores by the unedited model and, if there is one, the edited one."""
+        rows = sorted(rows, key=lambda row: (-row.start, row.token_ids[: row.start], row.token_ids))
+        engine, progress, done = self._tail(rows), _Progress(self.tell, "log-likelihoods", len(rows)), 0
+        for part in batches(rows, tokens=CHUNK_TOKENS, supervised=math.inf):
+            chunk, found = rows[part], []
+            for logits in self._models(engine and engine.over(chunk)):
+                log_likelihoods, leads = score_rows(logits, chunk)
+                found.append(zip(log_likelihoods.tolist(), (leads > 0).tolist(), strict=True))
+            self._known |= dict(zip(chunk, zip(*found, strict=True), strict=True))
+            progress.done(done := done + len(chunk))
+
+    def _tail(self, rows: Sequence[TokenRow]) -> TailEngine | None:
+        """An engine of the model, tried on some of the rows; the longest decides how they are packed."""
+        if self.delta is None or not rows:
+            return None
+        try:
+            return TailEngine(self.loaded, [max(rows, key=lambda row: len(row.token_ids)), *rows[:3]], on_disk=False)
+        except NoTailView:
+            return None
+
+    def _models(self, engine: TailEngine | None) -> Iterator[SupervisedLogits]:
+        """The unedited and, if there is one, the edited model."""
+        yield unedited_logits(self.loaded, engine)
+        if self.delta:
+            layer = TuningPosition.parse(self.delta.position).layer
+            yield logits_with(self.loaded, engine, layer, self.delta.weights(self.loaded.model))

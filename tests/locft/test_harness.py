@@ -1,0 +1,170 @@
+"""Tasks of lm-evaluation-harness on an edited model, held to what the harness's own model class makes of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra `harness`)")
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from locft.errors import InputError
+from locft.harness import load_tasks, measure_tasks, paired_change
+from locft.model.delta import EditDelta, applied
+from locft.model.positions import TuningPosition, parameter_names
+from tests.tiny import SENTENCES, tiny_loaded
+
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+fewshot_split: test
+num_fewshot: {shots}
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}\\nAnswer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{right}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+REST = """
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+"""
+SAID = """
+task: said
+output_type: generate_until
+generation_kwargs: {{until: [".", "q"], max_gen_toks: 9}}
+metric_list: [{{metric: bleu}}, {{metric: exact_match}}]
+"""
+ROLLING = """
+task: rolling
+output_type: loglikelihood_rolling
+metric_list: [{{metric: word_perplexity}}]
+"""
+GROUP = """
+group: both
+task: [zero, two]
+aggregate_metric_list: [{{metric: acc, weight_by_size: true}}]
+"""
+LONG = 70
+"""Words of one text: more tokens than the model below is said to read."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Task files and their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    words = [word for sentence in SENTENCES for word in sentence.split()]
+    texts = [" ".join(words[at : at + 6]) for at in range(12)] + [" ".join(words[at % 40] for at in range(LONG))]
+    items = [
+        {"text": text, "choices": [f" {words[at]}", f" {words[at + 9]} is", " yen"][: 2 + at % 2], "right": at % 2}
+        for at, text in enumerate(texts)
+    ]
+    data = folder / "items.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    files = {
+        "zero": CHOICE.format(name="zero", data=data, shots=0),
+        "two": CHOICE.format(name="two", data=data, shots=2),
+        "said": SAID.format() + REST.format(data=data),
+        "rolling": ROLLING.format() + REST.format(data=data),
+        "both": GROUP.format(),
+    }
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "mamba"])
+def loaded(request):
+    """mamba is computed whole where it has no tail, or a row at a time."""
+    found = tiny_loaded(request.param)
+    found.tokenizer.model_max_length = 100
+    return found
+
+
+def delta_of(loaded, size: float = 0.3) -> EditDelta:
+    position = "1.mlp_down" if loaded.model.config.model_type == "llama" else "1.layer"
+    names = parameter_names(loaded.model, TuningPosition.parse(position))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: loaded.model.get_parameter(name).shape for name in names}
+    tensors = {name: size * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return EditDelta(position, loaded.fingerprint, tensors)
+
+
+def by_the_harness(loaded, names: list[str], folder: Path) -> dict:
+    own = HFLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=4, max_length=100, device="cpu", max_batch_size=4)
+    found = lm_eval.simple_evaluate(
+        own, tasks=names, task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0
+    )
+    return {name: {key: value for key, value in found["results"][name].items()} for name in names}
+
+
+def test_both_models_score_as_in_the_harness(loaded, folder):
+    names = ["zero", "two", "said", "rolling"]
+    delta, told = delta_of(loaded), []
+    scores = measure_tasks(loaded, delta, load_tasks(names, folder), tell=told.append)
+    unedited = by_the_harness(loaded, names, folder)
+    with applied(loaded, delta):
+        edited = by_the_harness(loaded, names, folder)
+    assert {(one.task, one.metric) for one in scores} == {
+        ("zero", "acc"), ("zero", "acc_norm"), ("two", "acc"), ("two", "acc_norm"), ("said", "bleu"),
+        ("said", "exact_match"), ("rolling", "word_perplexity"),
+    }  # fmt: skip
+    for one in scores:
+        key = f"{one.metric},none"
+        assert one.unedited == pytest.approx(unedited[one.task][key], rel=1e-4), one
+        assert one.edited == pytest.approx(edited[one.task][key], rel=1e-4), one
+        assert (
+            one.items == 13 and one.change.low <= one.change.mean + 1e-9 and one.change.mean <= one.change.high + 1e-9
+        )
+    assert any(one.change.mean for one in scores), "the edit changes something"
+    assert told == ["texts longer than the 100 tokens that the model reads lose their beginning"]
+
+
+def test_without_a_delta_the_model_alone_is_measured(folder):
+    loaded = tiny_loaded()
+    (one, _) = measure_tasks(loaded, None, load_tasks(["zero"], folder), limit=5)
+    assert (one.items, one.edited, one.change) == (5, None, None)
+    nothing = replace(delta_of(loaded), tensors={n: 0 * t for n, t in delta_of(loaded).tensors.items()})
+    for same in measure_tasks(loaded, nothing, load_tasks(["zero", "said"], folder), limit=5):
+        assert same.unedited == same.edited and (same.change.low, same.change.high) == (0, 0)
+
+
+def test_a_group_pools_the_items_of_its_tasks(folder):
+    loaded = tiny_loaded()
+    delta = delta_of(loaded)
+    group = {one.metric: one for one in measure_tasks(loaded, delta, load_tasks(["both"], folder))}
+    parts = measure_tasks(loaded, delta, load_tasks(["zero", "two"], folder))
+    accuracies = [one.edited for one in parts if one.metric == "acc"]
+    assert group["acc"].items == 26 and group["acc"].edited == pytest.approx(sum(accuracies) / 2)
+
+
+def test_a_task_that_cannot_be_run_is_told(folder, tmp_path):
+    with pytest.raises(InputError) as told:
+        load_tasks(["zerro", "gsm8kk"], folder)
+    assert "'zerro': lm-evaluation-harness has none of this name; did you mean zero?" in told.value.problems[0]
+    assert "did you mean gsm8k?" in told.value.problems[1]
+    (tmp_path / "lost.yaml").write_text(SAID.format().replace("said", "lost") + REST.format(data=tmp_path / "no.jsonl"))
+    with pytest.raises(InputError, match=r"task 'lost': could not be loaded"):
+        load_tasks(["lost"], tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        load_tasks(["zero"], tmp_path / "nowhere")
+
+
+def test_changes_are_paired():
+    """By hand: two of four items lost, none won. Drawn together with its other value, no item can be won."""
+    before, after = [1, 1, 1, 0], [1, 0, 0, 0]
+    change = paired_change(before, after)
+    assert change.mean == -0.5 and change.low == -1 and change.high == 0
+    general = paired_change(before, after, combine=lambda values: float(np.mean(values)))
+    assert general.mean == change.mean and -1 <= general.low < general.high <= 0
