@@ -13,8 +13,9 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from locft.data.answers import ARTICLES, may_go_on, normalise_answer, sentence_ends
+from locft.limits import check_limits
 from locft.model.models import LoadedModel
-from locft.train.encoding import answer_end, encode_prompt
+from locft.train.encoding import answer_end, encode_prompt, encode_question
 from locft.train.formats import CHAT, RAW
 
 NEW_TOKENS = 32
@@ -57,6 +58,18 @@ def greedy_answers(loaded: LoadedModel, prompts: Sequence[str]) -> list[ModelAns
     decoder = GreedyDecoder(loaded)
     answers = decoder.complete([OpenAnswer(encode_prompt(loaded.tokenizer, prompt)) for prompt in prompts])
     return [ModelAnswer(decoder.text(answer), decoder.needed(answer)) for answer in answers]
+
+
+def line_answers(loaded: LoadedModel, prompts: Sequence[str], tokens: int, form: str = RAW) -> list[str]:
+    """What the model says to each prompt, put in a format: greedily, to the end of its line, at most `tokens` tokens.
+
+    Raises InputError for prompts that do not fit into the model.
+    """
+    ids = [encode_question(loaded.tokenizer, prompt, form) for prompt in prompts]
+    check_limits(loaded.model, loaded.tokenizer, loaded.name, [(one, tokens) for one in ids])
+    decoder = GreedyDecoder(loaded)
+    answers = decoder.complete([OpenAnswer(one, full_stops=tokens, limit=tokens) for one in ids])
+    return [decoder.text(answer) for answer in answers]
 
 
 class GreedyDecoder:

@@ -68,15 +68,10 @@ def ask(
 
 def _answers(loaded: "LoadedModel", prompts: list[str], tokens: int) -> Iterator[tuple[str, str, str]]:
     """Prompt, format and answer, for every format that the tokenizer has. Raises InputError for prompts that do not fit."""
-    from locft.limits import check_limits
-    from locft.measure.generation import GreedyDecoder, OpenAnswer
-    from locft.train.encoding import encode_question
+    from locft.measure.generation import line_answers
     from locft.train.formats import CHAT, RAW, available
 
-    asked = [(prompt, form) for prompt in prompts for form in available(loaded.tokenizer, (RAW, CHAT))]
-    ids = [encode_question(loaded.tokenizer, prompt, form) for prompt, form in asked]
-    check_limits(loaded.model, loaded.tokenizer, loaded.name, [(one, tokens) for one in ids])
-    decoder = GreedyDecoder(loaded)
-    answers = decoder.complete([OpenAnswer(one, full_stops=tokens, limit=tokens) for one in ids])
-    for (prompt, form), answer in zip(asked, answers, strict=True):
-        yield prompt, form, decoder.text(answer)
+    forms = available(loaded.tokenizer, (RAW, CHAT))
+    answers = [line_answers(loaded, prompts, tokens, form) for form in forms]
+    for prompt, *of_forms in zip(prompts, *answers, strict=True):
+        yield from ((prompt, form, answer) for form, answer in zip(forms, of_forms, strict=True))

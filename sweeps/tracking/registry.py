@@ -4,10 +4,10 @@ Tracking addresses are resolved ones (`sweeps.tracking.address.resolve_uri`). Th
 store does not take or return something, except where they say otherwise.
 """
 
-import hashlib
 import json
 import re
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ from sweeps.tracking.store import connect, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
     from locft.model.delta import EditDelta
 
 PREFIX = "models:/"
-FOLDER = "edit"
-"""Artifact folder of a run with a folder for each registered edit: a run may be repeated with other settings."""
+LOGGED = "edited-model"
+"""Name and type of the logged models of edits: a run has one for each that is registered, since it may be repeated with
+other settings. MLflow takes a model of a run for its artifacts of the same name, so it is not "edit", as folders were before."""
 ALIAS = "chosen"
 """Of an edit that somebody registered. A study's pick has an alias of its own (`study_alias`)."""
 
@@ -59,12 +61,13 @@ def add_version(
 ) -> str:
     """Adds a version to a registered model, which is created when it is new; returns its address "models:/NAME@ALIAS".
 
-    about, description: of the registered model and of the version. source: the artifacts' address. alias: points to the
+    about, description: of the registered model and of the version. source: the artifacts' address, or that of a logged model. alias: points to the
     new version from now on. Raises what MLflow raises.
     """
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=about)
-    made = client.create_model_version(name, source, run_id, tags=dict(tags), description=description)
+    logged = source.removeprefix(PREFIX) if source.startswith(PREFIX) else None
+    made = client.create_model_version(name, source, run_id, tags=dict(tags), description=description, model_id=logged)
     client.set_registered_model_alias(name, alias, made.version)
     return f"{PREFIX}{name}@{alias}"
 
@@ -94,11 +97,13 @@ def register_edit(
     alias: str = ALIAS,
     edits: str = "",
 ) -> str:
-    """Puts a folder with a delta into a trial's run, as a version of the model's registered edit; returns its address.
+    """Makes a folder with a delta a logged model of a trial's run, and a version of the model's registered edit; returns its
+    address.
 
-    edits: their source, for people.
+    metrics: of the edit. Those that are also the run's are linked to the logged model and to the data set they were measured
+    on. edits: their source, for people.
     """
-    from locft.model.delta import FILE_NAME  # with PyTorch
+    from sweeps.tracking.served_edit import write_description
 
     name = registered_name("edit", model)
     client = connect(tracking_uri).client
@@ -108,11 +113,32 @@ def register_edit(
     tags = {"locft.position": position} | ({"locft.edits": edits} if edits else {})
     tags |= {f"locft.{key}": f"{metrics[key]:.4g}" for key in SHOWN_METRICS if key in metrics}
     description = f"Edited at {position}{f' ({edits})' if edits else ''}.\n\nApply it: {use}\n\n{shown}"
-    digest = hashlib.sha256((folder / FILE_NAME).read_bytes()).hexdigest()[:16]
     with store_errors(f"the registered model {name!r}", InputError):
-        client.log_artifacts(run_id, str(folder), f"{FOLDER}/{digest}")
-        source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}/{digest}"
+        run = client.get_run(run_id)
+        shown = {"position": position, "base": model}
+        logged = client.create_logged_model(run.info.experiment_id, LOGGED, run_id, tags, shown, LOGGED)
+        with tempfile.TemporaryDirectory() as described:
+            write_description(Path(described), model)
+            for place in (str(folder), described):
+                client.log_model_artifacts(logged.model_id, place)
+        client.finalize_logged_model(logged.model_id, "READY")
+        _link_metrics(client, run, logged.model_id, metrics)
+        source = f"{PREFIX}{logged.model_id}"
         return add_version(client, name, about, source, run_id, alias, tags=tags, description=description)
+
+
+def _link_metrics(client: "MlflowClient", run: "Run", model_id: str, metrics: Mapping[str, Any]) -> None:
+    """Says of an edit's logged model what its run measured. The values are the run's own, so nothing of the run changes."""
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, 0)])
+    by_use = {tag.value: one.dataset for one in run.inputs.dataset_inputs for tag in one.tags}
+    now, points = int(time.time() * 1000), []
+    for key, value in metrics.items():
+        data = by_use.get("capability" if key.startswith(("capability", "drift", "perplexity")) else "edits")
+        if run.data.metrics.get(key) == value and data:
+            points.append(Metric(key, value, now, 0, model_id, data.name, data.digest, run.info.run_id))
+    client.log_batch(run.info.run_id, metrics=points)
 
 
 def registered_edit(model: str, alias: str, tracking_uri: str) -> str | None:
@@ -152,6 +178,15 @@ def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
             registered = store.client.get_model_version_by_alias(name, alias)
         else:
             registered = store.client.get_model_version(name, version)
-        artifacts = store.client.get_run(registered.run_id).info.artifact_uri
+        if registered.source.startswith(PREFIX):
+            place = store.client.get_logged_model(registered.source.removeprefix(PREFIX)).artifact_location
+            return Path(_downloaded(store.client.tracking_uri, place, into))
+        artifacts = store.client.get_run(registered.run_id).info.artifact_uri  # as edits were kept before
         place = registered.source.removeprefix(f"{artifacts}/")
         return Path(store.client.download_artifacts(registered.run_id, place, str(into)))
+
+
+def _downloaded(tracking_uri: str, artifacts: str, into: Path) -> str:
+    from mlflow.artifacts import download_artifacts
+
+    return download_artifacts(artifacts, dst_path=str(into), tracking_uri=tracking_uri, registry_uri=tracking_uri)

@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
 
+from locft.errors import InputError
 from locft.model.delta import EditDelta
 from sweeps import sweep as sweep_module
 from sweeps.study.reader import load_study
@@ -14,7 +17,6 @@ from sweeps.study.resolve import prepare
 from sweeps.sweep import run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.registry import (
-    FOLDER,
     add_version,
     fetch_edit,
     register_edit,
@@ -25,6 +27,7 @@ from sweeps.tracking.registry import (
 from sweeps.tracking.study_run import Tracker
 from tests.heard import Heard
 from tests.mlflow_store import STUDY, config, result
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def run(file, *overrides):
@@ -51,6 +54,7 @@ def test_the_pick_is_registered_once_and_can_be_applied(
     assert version.run_id == row["run_id"] and version.tags["locft.position"] == "1.mlp_down"
     assert float(version.tags["locft.reliability"]) == pytest.approx(row["reliability"], abs=1e-3)
     assert f"locft apply {done.registered}" in version.description and "atlas, study my.study" in version.description
+    _is_the_run_s_model(client, version, row)
     applied = locft("apply", done.registered, "--model", tiny_folder, "--out", workplace / "edited", "--json")
     assert applied.code == 0 and applied.json["position"] == "1.mlp_down"
     experiment = client.get_experiment_by_name("my.study").experiment_id
@@ -61,6 +65,50 @@ def test_the_pick_is_registered_once_and_can_be_applied(
     monkeypatch.setattr("sweeps.session.ray_cluster", lambda *_: pytest.fail("there is nothing to run"))
     again = run(file)
     assert again.registered == done.registered and len(client.search_model_versions(f"name = '{name}'")) == 1
+
+
+def _is_the_run_s_model(client, version, row):
+    """The version is a logged model of the trial's run, with the run's metrics, each with its data set."""
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert (logged.source_run_id, logged.status, logged.model_type) == (row["run_id"], "READY", "edited-model")
+    trial = client.get_run(row["run_id"])
+    assert [one.model_id for one in trial.outputs.model_outputs] == [logged.model_id]
+    found = {metric.key: (metric.value, metric.dataset_name) for metric in logged.metrics}
+    assert found["reliability"] == (row["reliability"], "atlas") and found["capability"][0] == row["capability"]
+    assert found["capability"][1] != "atlas" and len(found) > 8
+    assert len(client.get_metric_history(row["run_id"], "epoch_loss")) == 8, "what the run says of itself stays"
+    (ranked,) = client.search_logged_models(
+        [trial.info.experiment_id],
+        "model_type = 'edited-model'",
+        order_by=[{"field_name": "metrics.reliability", "ascending": False, "dataset_name": "atlas"}],
+    )
+    assert ranked.model_id == logged.model_id
+
+
+def test_a_registered_edit_answers_prompts(workplace, study_file, tiny_folder, ray_running, locft):
+    """Loaded by MLflow as it stands: the unedited model and the delta, nothing pickled. What it says is what `ask` says."""
+    import mlflow
+
+    registered = run(study_file(space__layer=[1])).registered
+    prompts = ["The capital of France is", "The official language"]
+    asked = locft("ask", tiny_folder, *prompts, "--delta", registered, "--tokens", 6, "--json").json["answers"]
+    uri = f"sqlite:///{workplace}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    try:
+        model = mlflow.pyfunc.load_model(registered, model_config={"tokens": 6, "device": "cpu"})
+        expected = [one["after"] for one in asked]
+        assert model.predict(prompts) == expected and expected != [one["before"] for one in asked]
+        assert model.predict(pd.DataFrame({"prompt": prompts})) == expected
+        assert model.predict(np.array(prompts)) == expected
+        with pytest.raises(InputError, match="fingerprint"):
+            other = tiny_model(seed=3)
+            other.save_pretrained(workplace / "other")
+            tiny_tokenizer().save_pretrained(workplace / "other")
+            mlflow.pyfunc.load_model(registered, model_config={"model": str(workplace / "other")})
+    finally:
+        mlflow.set_tracking_uri(None)
+    folder = fetch_edit(registered, resolve_uri(None), workplace / "kept")
+    assert {file.suffix for file in folder.iterdir()} <= {".safetensors", ".json", "", ".yaml"}, "nothing is pickled"
 
 
 def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(workplace, study_file, ray_running):
@@ -112,8 +160,8 @@ def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
         delta = EditDelta("1.mlp_down", "f" * 16, {"weight": torch.full((2,), size)})
         return delta.save(workplace / f"{size:g}").parent
 
-    client.log_artifacts(run_id, str(saved(1.0)), FOLDER)
-    source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
+    client.log_artifacts(run_id, str(saved(1.0)), "edit")
+    source = f"{client.get_run(run_id).info.artifact_uri}/edit"
     add_version(client, registered_name("edit", "tiny"), "", source, run_id, "before", tags={}, description="")
     for size, alias in ((2.0, "study"), (3.0, "chosen")):
         register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, resolve_uri(None), alias)
