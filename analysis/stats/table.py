@@ -101,7 +101,16 @@ COLUMNS: dict[str, Column] = {
     "delta_norm": Column(NUMBER, "Frobenius norm of the weight change"),
 }
 """The documented columns, in order. After them come the parts of some: accuracy by task (`capability.TASK`), reliability,
-generalization and portability by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is in no mean."""
+generalization and portability by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is in no mean.
+Where targets are long, `OF_LONG` are there, too."""
+
+OF_LONG = {
+    "reliability_f1": "F1 of the words of answer and target, over the edits with targets of more than 8 words",
+    "reliability_contains": "answers that hold such a target, word for word",
+    "generalization_f1": "the same F1 of rephrased prompts",
+    "generalization_contains": "rephrased prompts whose answers hold the target",
+}
+"""Fractions in [0, 1] that stand beside exact match."""
 
 MAX_PACKED = 5000
 """Characters of a packed `right`."""
@@ -194,6 +203,8 @@ def _with_todays_locality(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _place_of_part(name: str) -> tuple:
     """Sorts parts: by metric, tasks by name, formats in their order."""
+    if name in OF_LONG:
+        return len(_PARTED), list(OF_LONG).index(name)
     metric, _, part = name.partition(".")
     last = part == "unseen" and metric != "capability"
     known = FORMATS.index(part) if part in FORMATS and metric != "capability" else len(FORMATS)
@@ -248,9 +259,9 @@ def task_columns(results: pd.DataFrame) -> tuple[str, ...]:
 
 def is_part(name: str) -> bool:
     """Whether a column is a part of a metric: `capability.TASK`, or `reliability.FORMAT`, `generalization.FORMAT` and
-    `portability.FORMAT`."""
+    `portability.FORMAT`, or one of `OF_LONG`."""
     metric, dot, _ = name.partition(".")
-    return bool(dot) and metric in _PARTED
+    return (bool(dot) and metric in _PARTED) or name in OF_LONG
 
 
 def is_fraction(name: str) -> bool:

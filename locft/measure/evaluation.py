@@ -9,6 +9,7 @@ Legend: K supervised tokens of a batch, V vocabulary.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
@@ -39,6 +40,8 @@ LOCALITY_FIELDS = {
     "locality": "kept", "locality_first": "first_kept", "locality_kl": "kl", "locality_exact": "correct",
 }  # fmt: skip
 """Metrics of locality and the fields of an outcome that they are means of."""
+LONG_WORDS = 8
+"""A target of more words is long: one that is said almost as expected is told by more than exact match."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,21 @@ class EditOutcome:
     first_kept: bool | None = None
     kl: float | None = None
 
+    @property
+    def f1(self) -> float | None:
+        """SQuAD's F1 of the words of answer and target, for long targets; None for others."""
+        if not is_long(self.expected):
+            return None
+        said, wanted = (Counter(normalise_answer(text).split()) for text in (self.got, self.expected))
+        return 2 * (said & wanted).total() / (said.total() + wanted.total())
+
+    @property
+    def contains(self) -> bool | None:
+        """Whether the answer holds the target, word for word; None unless that is long."""
+        if not is_long(self.expected):
+            return None
+        return f" {normalise_answer(self.expected)} " in f" {normalise_answer(self.got)} "
+
 
 @dataclass(frozen=True)
 class ReferenceChange:
@@ -109,6 +127,10 @@ class Following:
     """The most likely token at the place of the next one; None if all are matched."""
     loss: float
     """Mean over the row's supervised tokens, in nats."""
+
+
+def is_long(target: str) -> bool:
+    return len(target.split()) > LONG_WORDS
 
 
 def edit_questions(
@@ -176,7 +198,7 @@ def ask(
 
     One teacher-forced pass over the rows that are not in `followed` tells how far greedy generation follows the
     expected answer. If that is to its end, the stopping token included, the answer is right. Otherwise generation goes
-    on from there, only until the answer is decided: a wrong answer is left unfinished ("Lisb…"). changes: of the
+    on from there, only until the answer is decided: a wrong answer to a short target is left unfinished ("Lisb…"). changes: of the
     questions' references, as far as locality is measured. coarse: as for `follow`. generate_all: generate every answer
     in full instead.
     """
@@ -212,7 +234,8 @@ def edit_metrics(outcomes: Sequence[EditOutcome]) -> dict[str, float]:
 
     An edit with several prompts of a kind counts once, with their mean. `reliability`, `generalization` and `portability`
     (and their teacher-forced twins, `_tf`) are means over the formats without `unseen`; of each format and of `unseen`
-    there is `reliability.FORMAT`. What was not asked, or has no finite value, is absent.
+    there is `reliability.FORMAT`. Of long targets there are `reliability_f1` and `reliability_contains`, and the same of
+    generalization. What was not asked, or has no finite value, is absent.
     """
     values: dict[str, list[tuple[str, float | None]]] = {}
     for outcome in outcomes:
@@ -222,6 +245,8 @@ def edit_metrics(outcomes: Sequence[EditOutcome]) -> dict[str, float]:
             names = {f"{outcome.kind}.{outcome.format}": "correct"}
             if outcome.format != UNSEEN:
                 names |= {outcome.kind: "correct", f"{outcome.kind}_tf": "correct_tf"}
+                if outcome.kind != "portability" and is_long(outcome.expected):
+                    names |= {f"{outcome.kind}_f1": "f1", f"{outcome.kind}_contains": "contains"}
         for name, field in names.items():
             values.setdefault(name, []).append((outcome.edit_id, getattr(outcome, field)))
     means = {name: _mean_over_edits(marks) for name, marks in values.items()}
@@ -316,5 +341,5 @@ def _begun(question: EditQuestion, following: Following | None) -> OpenAnswer:
     shown = row.target_ids[: following.matched]
     if following.instead is not None:
         shown += (following.instead,)
-    only = None if question.also_right else question.expected
+    only = None if question.also_right or is_long(question.expected) else question.expected
     return OpenAnswer(row.token_ids[: row.start], shown, full_stops, limit, only)

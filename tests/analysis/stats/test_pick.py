@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from analysis.stats.pick import DRIFT_MARGIN, RULE, Evidence, judge, ranked, recommend
-from analysis.stats.table import by_setting, pack_right, results_frame
+from analysis.stats.table import OF_LONG, by_setting, is_fraction, pack_right, part_columns, results_frame
 
 INF, NAN = math.inf, math.nan
 
@@ -290,3 +290,12 @@ def test_edits_that_a_bootstrap_drew_twice_count_twice():
     counts = np.ones(100)
     counts[:3], counts[90:93] = 2, 0
     assert judge(replace(given, counts=counts)).reliable.tolist() == [True, False]
+
+
+def test_columns_of_long_targets_are_there_only_where_there_are_some():
+    short = results_frame([row("a", 1)])
+    assert not [name for name in short.columns if name in OF_LONG]
+    long = results_frame([row("a", 1, reliability_f1=0.9, reliability_contains="0.5"), row("b", 1, seed=1)])
+    assert (long["reliability_f1"][0], long["reliability_contains"][0]) == (0.9, 0.5)
+    assert "reliability_f1" in part_columns(long) and is_fraction("reliability_f1")
+    assert by_setting(long)["reliability_f1"][0] == 0.9

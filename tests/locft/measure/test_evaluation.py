@@ -405,6 +405,32 @@ def test_metrics_are_means_over_edits_not_over_prompts():
     }
 
 
+LONG = "It was founded by Ada Lovelace in London in 1843."
+
+
+def test_long_targets_have_f1_and_containment_beside_exact_match():
+    """By hand: articles and marks do not count. 7 of the 9 words of the answer are among the 10 of the target."""
+
+    def outcome(identity, expected, got, form="raw"):
+        return EditOutcome(identity, "reliability", "p", expected, got, got == expected, False, form)
+
+    near, more = "It was founded by Grace Hopper in London in 1943", f"They say: {LONG} And so on"
+    metrics = edit_metrics([outcome("a", LONG, near), outcome("b", "Oslo", "The Oslo"), outcome("c", LONG, more)])
+    expected = {"a": 2 * 7 / (10 + 10), "c": 2 * 10 / (15 + 10)}
+    assert metrics["reliability_f1"] == pytest.approx(sum(expected.values()) / 2)
+    assert metrics["reliability_contains"] == 0.5 and metrics["reliability"] == 0
+    assert not {name for name in edit_metrics([outcome("b", "Oslo", "Rome")]) if "f1" in name or "contains" in name}
+    assert edit_metrics([outcome("a", LONG, LONG), outcome("a", LONG, "", "unseen")])["reliability_f1"] == 1
+
+
+def test_a_wrong_answer_to_a_long_target_is_heard_in_full():
+    loaded = scripted(" It was made by Grace Hopper in London in 1943", EOS)
+    edits = (edit("a", "Q", LONG), edit("b", "Q", "It was founded in 1843"))
+    long, short = ask(loaded, full_forward(loaded.model), edit_questions(loaded.tokenizer, edits, []))
+    assert long.got == "It was made by Grace Hopper in London in 1943" and long.f1 == pytest.approx(2 * 6 / 20)
+    assert short.got.endswith("…") and short.f1 is None
+
+
 def test_the_unseen_wording_has_a_metric_and_does_not_count():
     asked = [("a", "raw", True), ("a", "chat", False), ("a", "unseen", False), ("b", "raw", True), ("b", "chat", True)]
     outcomes = [replace(outcome(edit, "reliability", right, right), format=form) for edit, form, right in asked]
