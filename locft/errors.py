@@ -42,6 +42,13 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]} …"
 
 
+def listed(words: Iterable[str], most: int, separator: str = ", ") -> str:
+    """The first `most` of the words, and how many more there are."""
+    every = list(words)
+    more = f" and {len(every) - most:,} more" if len(every) > most else ""
+    return separator.join(every[:most]) + more
+
+
 def did_you_mean(got: str, choices: Iterable[str]) -> str:
     """A clause for a message that names the choice most like `got`; empty if none is near."""
     near = get_close_matches(got, list(choices), 1)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from locft.errors import InputError
+from locft.errors import InputError, listed
 
 SHOWN = 3
 """Texts named in a message."""
@@ -32,12 +32,12 @@ def check_limits(
     problems = []
     if unknown:
         problems.append(
-            f"model {name!r}: it has {rows:,} embeddings, and its tokenizer gives tokens beyond them ({_listed(unknown)}); "
+            f"model {name!r}: it has {rows:,} embeddings, and its tokenizer gives tokens beyond them ({listed(unknown, SHOWN, '; ')}); "
             "the tokenizer is that of another model, or tokens were added to it and not to the model"
         )
     if long:
         problems.append(
-            f"model {name!r}: it has {places:,} positions, and these texts need more: {_listed(long)}; shorten them or leave "
+            f"model {name!r}: it has {places:,} positions, and these texts need more: {listed(long, SHOWN, '; ')}; shorten them or leave "
             "them out"
         )
     if problems:
@@ -56,9 +56,3 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 def _beginning(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     return repr(str(tokenizer.decode(list(token_ids[:12]))) + "…")
-
-
-def _listed(found: Iterable[str]) -> str:
-    shown = list(found)
-    more = f"; and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""
-    return "; ".join(shown[:SHOWN]) + more

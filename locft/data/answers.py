@@ -10,7 +10,7 @@ import unicodedata
 from functools import cache
 
 ARTICLES = frozenset({"a", "an", "the"})
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = re.compile(r"\b(a|an|the)\b(?![+#])")
 
 
 @cache
@@ -39,7 +39,7 @@ _NUMBERS = (
         re.compile(r"(?<!\d)(?<!\d[.,'’])(\d{1,3}(?:\.\d{3})+),(\d+)(?![.,'’]?\d)"),
         lambda n: n[1].replace(".", "") + "." + n[2],
     ),
-    # 550,000 and 550'000 are 550000, as is 5,50,000 in India; 550.000 may be a decimal and "550 000" two numbers
+    # 550,000 and 550'000 are 550000, as is 5,50,000 in India; 550.000 may be a decimal
     (
         re.compile(r"(?<!\d)(?<!\d[.,'’])[1-9]\d{0,2}(?:(?:,\d{3})+|(?:['’]\d{3})+|(?:,\d\d)+,\d{3})(?![,'’]?\d)"),
         lambda number: re.sub(r"\D", "", number[0]),
@@ -55,8 +55,10 @@ _NUMBERS = (
     (re.compile(r"(?<=\d)(?:[^\w\s]|_){2,}(?=\d)"), lambda marks: _one_space(marks[0])),
 )
 """How numbers get one form: patterns and what replaces them, in this order."""
-_OF_NUMBERS = re.compile(r"(?<=\d)(?:[^\w\s]|_)(?=\d)|(?<!\S)-(?=[$€£¥]?\d)|(?<=\d)%")
-"""The marks that are kept: one between two digits, a sign, a percent sign."""
+_KEPT = re.compile(r"(?<=\d)(?:[^\w\s]|_)(?=\d)|(?<!\S)-(?=[$€£¥]?\d)|(?<=\d)%|(?<=[^\W\d_])[+#]+")
+"""The marks that are kept: one between two digits, a sign, a percent sign, and what tells C++ and C# from C."""
+_GROUPS = re.compile(r"(?<!\S)(-?[$€£¥]?[1-9]\d{0,2}(?: \d{3})+)(?=(?:\.\d+)?%?(?!\S))")
+"""Digits in groups of three between spaces: one number, written as most of Europe writes it."""
 
 _SENTENCE_END = re.compile(r"[。｡！？؟۔।॥։።။។៕།]|(?<!\d)[.．]|[.．](?!\d)")
 """A full stop, but not between two digits; in scripts that have marks of their own, those that end a sentence."""
@@ -67,7 +69,8 @@ def normalise_answer(text: str) -> str:
     """The form in which two answers are compared, as in SQuAD: lower case, no punctuation, no articles, single spaces.
 
     Punctuation is what Unicode says it is, and ASCII's symbols. Numbers keep their value: sign, decimal point and percent
-    sign stay, thousands separators go ("550,000" is "550000"), and no two numbers become one. Unicode is composed first
+    sign stay, thousands separators go ("550,000" and "550 000" are "550000"), and no two other numbers become one. What follows a
+    letter in C++ and C# stays. Unicode is composed first
     (one é), full-width forms and decimal digits of other scripts become ASCII, and ё is е, as Russian writes it.
 
     A step that would leave nothing is not taken, so "A" (the letter), "The The" or "!" stay distinct answers instead of
@@ -76,11 +79,11 @@ def normalise_answer(text: str) -> str:
     whole = _composed(text.translate(_ONE_FORM).lower())
     for pattern, replacement in _NUMBERS:
         whole = pattern.sub(replacement, whole)
-    kept = {match.start() for match in _OF_NUMBERS.finditer(whole)}
+    kept = {at for match in _KEPT.finditer(whole) for at in range(*match.span())}
     bare = _composed("".join(char for at, char in enumerate(whole) if at in kept or not _is_mark(char)))
     for candidate in (_ARTICLES.sub(" ", bare), bare):
         if words := candidate.split():
-            return " ".join(words)
+            return _GROUPS.sub(lambda groups: groups[0].replace(" ", ""), " ".join(words))
     return " ".join(whole.split())
 
 

@@ -35,6 +35,9 @@ _REPHRASES = (
 _ASKED = ("prompt", "prompts", "question", "questions")
 
 
+ID_KEYS = ("id", "case_id", "fact_id")
+
+
 @dataclass(frozen=True)
 class QuestionKeys:
     """Keys of questions and their answers: a text or a list each."""
@@ -58,7 +61,7 @@ class EditLayout(RecordLayout):
     """The object, or list of objects, in which the edits of a record are; the rest of the record is about all of them."""
     marked: bool = False
     """Every prompt has a {} in whose place its subject goes. In other layouts but our own a prompt may."""
-    id: tuple[str, ...] = ("id", "case_id", "fact_id")
+    id: tuple[str, ...] = ID_KEYS
     subject: tuple[str, ...] = ("subject", "concept")
     truths: tuple[str, ...] = ("ground_truth", "target_true", "target_old", "true_answer", "old_answer")
     """True answers before the edit, the main one first."""
@@ -316,8 +319,10 @@ def _questions(fields: RecordFields, keys: QuestionKeys, scored: bool) -> Iterat
         return
     main = next((key for key in keys.answers[0].split("|") if fields.look(key) is not None), "")
     given = fields.look(main)
-    if value is None or value == [] or (scored and given is None):
+    if value is None or value == []:
         return
+    if scored and given is None:
+        return fields.leave_out(keys.prompt, "an answer")
     aliases = [text for name in keys.answers[1:] for text in _answers(fields, name, fields.look(name))]
     count = len(value) if isinstance(value, list) else 1
     one_each = isinstance(given, list) and isinstance(value, list) and (count > 1 or len(given) == 1)
@@ -329,6 +334,8 @@ def _questions(fields: RecordFields, keys: QuestionKeys, scored: bool) -> Iterat
         if answer or not scored:
             for text in _texts(fields, keys.prompt + at, inside):
                 yield text, (*answer, *aliases)
+        elif inside:
+            fields.leave_out(keys.prompt + at, "an answer")
 
 
 def _in_objects(fields: RecordFields, at: str, value: Any, scored: bool) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from locft.data.answers import normalise_answer
 from locft.data.edit_request import EditRequest
 from locft.data.record_files import read_json_records
-from locft.data.requests import free_id, load_edits, own_record
-from locft.errors import InputError, did_you_mean
+from locft.data.requests import edit_set, free_id, own_record
+from locft.errors import InputError, did_you_mean, listed
 
 FILE_NAME = "ledger.jsonl"
+SHOWN = 8
+"""Ids named in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,10 @@ class Ledger:
                 f"{folder}: there is no {FILE_NAME} beside the delta, expected a folder that `locft edit` wrote; "
                 "make the edit again to continue it"
             )
-        records, _ = read_json_records(path, is_record=lambda value: True)  # the only one may hold lists of objects
-        requests = load_edits(str(path)).requests
+        records, problems = read_json_records(
+            path, is_record=lambda value: True
+        )  # the only one may hold lists of objects
+        requests = edit_set(records, str(path), problems).requests
         entries = []
         for request, record in zip(requests, records, strict=True):
             arrived, by, gone = (record.value.get(key) for key in ("arrived", "superseded_by", "retracted"))
@@ -156,8 +160,5 @@ def _is_same(earlier: EditRequest, later: EditRequest) -> bool:
     return earlier.prompt == later.prompt and normalise_answer(earlier.target) == normalise_answer(later.target)
 
 
-def _told(ids: Sequence[str], what: str, most: int = 8) -> list[str]:
-    if not ids:
-        return []
-    more = f" and {len(ids) - most:,} more" if len(ids) > most else ""
-    return [f"{what}: {', '.join(ids[:most])}{more}."]
+def _told(ids: Sequence[str], what: str) -> list[str]:
+    return [f"{what}: {listed(ids, SHOWN)}."] if ids else []

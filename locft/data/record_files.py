@@ -44,6 +44,8 @@ class FileRecord:
     """Line of the file, counted from 1; None for formats that do not tell it."""
     beside: tuple[str, ...] = ()
     """Keys of the file that stand beside the list of records."""
+    key: str | None = None
+    """Its own, in a file that is one object of records."""
 
     @property
     def place(self) -> str:
@@ -141,7 +143,7 @@ def _unwrapped(path: Path, whole: dict[str, Any], is_record: Callable[[Mapping[s
         beside = tuple(key for key in whole if key != keys[0])
         return [FileRecord(number, value, beside=beside) for number, value in enumerate(whole[keys[0]], 1)]
     if len(whole) > 1 and all(isinstance(value, dict) for value in whole.values()):
-        return [FileRecord(number, value) for number, value in enumerate(whole.values(), 1)]
+        return [FileRecord(number, value, key=key) for number, (key, value) in enumerate(whole.items(), 1)]
     if len(whole) == 1 and isinstance(inside := next(iter(whole.values())), dict):
         return _unwrapped(path, inside, is_record)
     shown = ", ".join(list(whole)[:8])

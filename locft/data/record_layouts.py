@@ -17,7 +17,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError
 
 from locft.data.record_files import FileRecord, describe, shortened
-from locft.errors import InputError, did_you_mean
+from locft.errors import InputError, did_you_mean, listed
 
 Value = TypeVar("Value")
 Layout = TypeVar("Layout", bound="RecordLayout")
@@ -124,6 +124,8 @@ class RecordFields:
     """Where the object is in the record, such as "locality[0].", empty for the record itself."""
     used: set[str] = field(default_factory=set)
     """Paths of the record that were read, without indices. Shared by the objects of a record."""
+    lacking: dict[str, str] = field(default_factory=dict)
+    """Paths at which something was left out, and what it lacks. Shared, too."""
 
     def __post_init__(self) -> None:
         """Any key may carry the user's own notes, but one that is nearly a known key is that key, misspelt."""
@@ -164,7 +166,7 @@ class RecordFields:
     def inside(self, path: str, value: Mapping[str, Any], known: Collection[str]) -> "RecordFields":
         """An object of the record, to be read in turn; `known` are its keys."""
         prefix = f"{self.prefix}{path}." if path else self.prefix
-        return RecordFields(value, self.place, self.problems, known, self.strict, prefix, self.used)
+        return RecordFields(value, self.place, self.problems, known, self.strict, prefix, self.used, self.lacking)
 
     def use(self, path: str) -> None:
         """Count what is at the path as read."""
@@ -172,8 +174,13 @@ class RecordFields:
         self.used |= {place, place.removesuffix("[]")} if "[]." in place else {place}
 
     def unread(self) -> list[str]:
-        """Paths of the record at which something is that nobody has read, each once."""
-        return list(dict.fromkeys(_unread(self.value, "", self.used)))
+        """Paths of the record at which something is that nobody has read, each once, and what was left out."""
+        lacking = (f"{path} without {what}" for path, what in self.lacking.items() if path in self.used)
+        return list(dict.fromkeys((*_unread(self.value, "", self.used), *lacking)))
+
+    def leave_out(self, path: str, lacking: str) -> None:
+        """Say that something at the path is not used, because it lacks something, while others like it may be."""
+        self.lacking[_without_indices(self.prefix + path)] = lacking
 
     def wrong(self, path: str, expected: str, got: Any) -> None:
         self.tell(path, f"expected {expected}, got {describe(got)}")
@@ -315,6 +322,5 @@ def _unread(value: Any, at: str, used: Collection[str]) -> Iterator[str]:
         yield at
 
 
-def _listed(keys: Iterable[str], most: int = 12) -> str:
-    shown = [(key if key.isprintable() else repr(key))[:60] for key in map(str, keys)]
-    return (", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")) or "(none)"
+def _listed(keys: Iterable[str]) -> str:
+    return listed([(key if key.isprintable() else repr(key))[:60] for key in map(str, keys)], 12) or "(none)"

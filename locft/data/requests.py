@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from locft.data.answers import normalise_answer
-from locft.data.edit_layouts import LIST_KEYS, edit_layouts, read_edits
+from locft.data.edit_layouts import ID_KEYS, LIST_KEYS, edit_layouts, read_edits
 from locft.data.edit_request import EditRequest
 from locft.data.field_map import FieldMap
 from locft.data.record_files import FileRecord, file_records, hub_records, missing_path
@@ -112,16 +112,26 @@ class EditSet:
 
     def of(self, requests: Sequence[EditRequest]) -> "EditSet":
         """These edits in place of the set's own."""
-        findings = _findings(requests, [()] * len(requests))
-        return replace(self, requests=tuple(requests), fingerprint=_fingerprint(requests), findings=findings)
+        made = EditSet.made(requests, self.source)
+        return replace(self, requests=made.requests, fingerprint=made.fingerprint, findings=made.findings)
 
     def sample(self, count: int, seed: int) -> "EditSet":
         """A random sample of `count` of these edits, the same on every machine, in their order."""
-        drawn = _drawn(range(len(self.requests)), count, seed)
-        requests = tuple(self.requests[index] for index in drawn)
-        truths = tuple(self.truths[index] for index in drawn) if self.truths else ((),) * count
+        return self._at(_drawn(range(len(self.requests)), count, seed))
+
+    def _at(self, places: Sequence[int]) -> "EditSet":
+        if len(places) == len(self.requests):
+            return self
+        requests = tuple(self.requests[index] for index in places)
+        truths = tuple(self.truths[index] for index in places) if self.truths else ((),) * len(places)
         findings = _findings(requests, truths)
         return replace(self, requests=requests, fingerprint=_fingerprint(requests), findings=findings, truths=truths)
+
+    @classmethod
+    def made(cls, requests: Sequence[EditRequest], source: str) -> "EditSet":
+        """Edits that were read before. source: where."""
+        findings = _findings(requests, [()] * len(requests))
+        return cls(tuple(requests), source, "own", _fingerprint(requests), findings, records=len(requests))
 
 
 def load_edits(
@@ -144,23 +154,23 @@ def load_edits(
     source = os.fspath(source)
     _check_selection(limit, sample_seed)
     records, problems = _records(source, fields)
+    whole = edit_set(records, source, problems, fields)
+    count = len(whole.requests) if limit is None else min(limit, len(whole.requests))
+    if sample_seed is not None and count < len(whole.requests):
+        return whole.sample(count, sample_seed)
+    return whole._at(range(count))
+
+
+def edit_set(
+    records: Sequence[FileRecord], source: str, problems: Sequence[str] = (), fields: FieldMap | None = None
+) -> EditSet:
+    """All edits of these records. problems: those found before. Raises InputError with every problem."""
     read, edits, truths = read_edits(records, source, problems, fields)
-    edits = _with_ids(edits, read.layout.name)
-    chosen: Sequence[int] = range(len(edits))
-    if limit is not None and limit < len(edits):
-        chosen = chosen[:limit] if sample_seed is None else _drawn(chosen, limit, sample_seed)
-    requests = tuple(edits[index] for index in chosen)
-    known = tuple(truths[index] for index in chosen)
+    requests = tuple(_with_ids(edits, read.layout.name))
     unread = dict.fromkeys(records[0].beside, 0) | read.unread if source not in BUILT_IN else {}
+    found = _findings(requests, truths)
     return EditSet(
-        requests,
-        source,
-        read.layout.name,
-        _fingerprint(requests),
-        _findings(requests, known),
-        known,
-        unread,
-        len(records),
+        requests, source, read.layout.name, _fingerprint(requests), found, tuple(truths), unread, len(records)
     )
 
 
@@ -214,7 +224,7 @@ def _findings(requests: Sequence[EditRequest], truths: Sequence[tuple[str, ...]]
             for request, known in zip(requests, truths, strict=True)
         ),
         repeated_subjects=len(subjects) - len(set(subjects)),
-        reachable=sum(max(group.values()) for group in groups) / len(requests),
+        reachable=sum(max(group.values()) for group in groups) / max(1, len(requests)),
     )
 
 
@@ -288,6 +298,13 @@ def _file_records(path: Path, fields: FieldMap | None) -> tuple[list[FileRecord]
         return known or any(isinstance(value.get(name), str) for name in texts)
 
     records, problems = file_records(path, lists=lists, is_record=is_record)
+    if "id" not in (fields or {}):
+        records = [
+            record
+            if record.key is None or any(name in record.value for name in ID_KEYS)
+            else replace(record, value={"id": record.key, **record.value})
+            for record in records
+        ]
     if path.suffix.lower() in _TABLES:
         records = [
             replace(record, value={key: cell for key, cell in record.value.items() if cell not in ("", None)})

@@ -218,7 +218,9 @@ def cannot_become(said: str, expected: str) -> bool:
     if not "".join(words).isalnum() and words:
         return False
     if words != wanted[: len(words)]:
-        return True
+        at = next(at for at, word in enumerate(words) if [word] != wanted[at : at + 1])
+        number = len(words) == at + 1 and words[at].isdigit() and "".join(wanted[at : at + 1]).startswith(words[at])
+        return not number  # which more groups of digits may go on
     partial = normalise_answer(last) if last.isascii() and last.isalnum() else ""
     if not partial or any(article.startswith(partial) for article in ARTICLES):
         return False

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from locft.errors import InputError
+from locft.errors import InputError, listed
 from locft.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from locft.model.delta import EditDelta
 from locft.model.merge import appears_whole
@@ -97,9 +97,8 @@ class LowRank:
     def sentences(self) -> Iterator[str]:
         """What the user should know."""
         if self.left_out:
-            names = ", ".join(self.left_out[:4]) + (f" and {len(self.left_out) - 4} more" if self.left_out[4:] else "")
             share = 100 * math.sqrt(max(0.0, 1 - self.kept(self.full_rank) ** 2))
-            yield f"a LoRA adapter cannot hold norms and biases: {names} stay unedited ({share:.2g}% of the change's norm)"
+            yield f"a LoRA adapter cannot hold norms and biases: {listed(self.left_out, 4)} stay unedited ({share:.2g}% of the change's norm)"
 
     def at(self, rank: int) -> EditDelta:
         """The edit as an adapter of this rank makes it."""

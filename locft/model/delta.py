@@ -95,11 +95,19 @@ class EditDelta:
 
     def require_base(self, name: str, fingerprint: str) -> None:
         """Raise InputError unless the model of that name and fingerprint is the one that the delta was trained on."""
-        if self.base_fingerprint != fingerprint:
-            raise InputError(
-                f"delta at {self.position}: trained on a model with fingerprint {self.base_fingerprint}, but "
-                f"{name!r} has {fingerprint}; apply it to the model it was trained on, unedited"
-            )
+        require_base(f"delta at {self.position}", self.base_fingerprint, name, fingerprint)
+
+
+def require_base(what: str, wanted: str, name: str, found: str) -> None:
+    """Raise InputError unless a model has the fingerprint of the one that something was made on.
+
+    what: was made, for the message. name, found: of the model that is given.
+    """
+    if found != wanted:
+        raise InputError(
+            f"{what}: made on a model with fingerprint {wanted}, but {name!r} has {found}; give the model it was made on, "
+            "unedited"
+        )
 
 
 def apply_delta(loaded: LoadedModel, delta: EditDelta) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
-from locft.errors import InputError
+from locft.errors import InputError, listed
 from locft.model.checkpoint import INDEX, WHOLE, headers, weight_files
 from locft.model.delta import EditDelta
 from locft.model.models import BUILT_IN, folder_fingerprint, load_structure, model_folder
@@ -58,7 +58,7 @@ class Merged:
         if self.converted:
             said.append(f"the base is a GGUF file, so its dense {self.dtype} conversion was written")
         if self.left_out:
-            names = ", ".join(self.left_out[:4]) + (", …" if len(self.left_out) > 4 else "")
+            names = listed(self.left_out, 4)
             said.append(f"not copied, because they hold unedited weights in another format: {names}")
         if self.error > ROUNDED:
             said.append(

@@ -90,6 +90,8 @@ def writable(file: Path) -> Path:
 def new_folder(folder: Path, file: str) -> Path:
     """The folder, checked before any work: a file can be written in it, and nothing is. Raises InputError."""
     writable(folder / file)
+    if folder.resolve() == Path.cwd():
+        raise InputError(f"--out {folder}: it is the current folder; name a new one, which appears when it is complete")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: the folder is not empty; name a new one")
     return folder

@@ -124,12 +124,10 @@ class ContinueOptions:
     def batch(self, earlier: "EarlierEdit | None", source: SourceOptions, chosen: "EditSettings") -> "Batch":
         """The edits to train, and what becomes of the ledger."""
         from locft.data.ledger import Ledger
-        from sweeps.study.schema import Edits
+        from locft.data.requests import EditSet
 
         given = earlier is None or source.edits
-        edits = (chosen.edits if given else Edits(source=str(earlier.ledger_file))).load()
-        if not given:
-            edits = replace(edits, unread={})  # the ledger's own keys
+        edits = chosen.edits.load() if given else EditSet.made(earlier.ledger.active, str(earlier.ledger_file))
         if earlier is None:
             return Batch(edits, Ledger.of(edits.requests, now()), new=edits.requests)
         if self.consolidate:

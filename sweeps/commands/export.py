@@ -245,6 +245,7 @@ def _configuration(
     what: str, model: str, form: str, out: Path, options: ExportOptions, trust_remote_code: bool, as_json: bool
 ) -> None:
     from locft.model.adapter import base_address
+    from locft.model.delta import require_base
     from locft.model.models import BUILT_IN, folder_fingerprint, load_structure, load_tokenizer, model_folder
     from locft.model.positions import TuningPosition, parameter_names
     from locft.model.trainer_configs import Recipe, trainer_config
@@ -261,11 +262,8 @@ def _configuration(
     edits = options.named()
     chosen = edit_settings(what, {}, None, Edits(), None, "")
     structure = load_structure(model, trust_remote_code=trust_remote_code)
-    known = chosen.model_fingerprint and (model in BUILT_IN or Path(model).expanduser().exists())
-    if known and (found := folder_fingerprint(model_folder(model))) != chosen.model_fingerprint:
-        raise InputError(
-            f"model {model!r} has fingerprint {found}, but {what} was found on one with {chosen.model_fingerprint}"
-        )
+    if chosen.model_fingerprint and (model in BUILT_IN or Path(model).expanduser().exists()):
+        require_base(what, chosen.model_fingerprint, model, folder_fingerprint(model_folder(model)))
     training, where = chosen.training, TuningPosition.parse(chosen.position)
     data = out.with_name(f"{out.stem}-edits.jsonl")
     about = tuple(_about(chosen, what))

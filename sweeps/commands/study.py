@@ -4,6 +4,7 @@ Commands import what they run: `locft --help` would otherwise load torch, Ray an
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -23,6 +24,7 @@ from sweeps.commands.options import (
     EditsOption,
     JsonOption,
     LimitOption,
+    MapOption,
     ModelArgument,
     SetOption,
     StudyOptions,
@@ -221,6 +223,7 @@ class SelectionOptions:
     model: ModelArgument
     edits: EditsOption
     limit: LimitOption = None
+    field_map: MapOption = None
     budget_share: Annotated[
         float | None, typer.Option(help="Of the estimated cost of the full grid; default 0.1.", metavar="SHARE")
     ] = None
@@ -240,16 +243,23 @@ class SelectionOptions:
         share = self.budget_share
         if share is None and self.budget_minutes is None:
             share = DEFAULT_SHARE
+        edits = edits_of(self.edits, self.limit, self.field_map)
+        mapped = [f"edits.map={json.dumps(edits.map)}"] if edits.map else []
         request = selection_request(
             self.model,
-            edits_of(self.edits, self.limit).source,
-            self.overrides or (),
+            edits.source,
+            [*mapped, *(self.overrides or ())],
             limit=self.limit,
             budget=SelectionBudget(share, self.budget_minutes),
             seed=self.seed,
             prior=self.prior,
         )
         return replace(request, command=self._words())
+
+    def edits_words(self) -> list[str]:
+        """What a command behind --edits takes to make the same edits."""
+        limit = [] if self.limit is None else ["--limit", str(self.limit)]
+        return [self.edits, *limit, *(word for one in self.field_map or () for word in ("--map", one))]
 
     def _words(self) -> tuple[str, ...]:
         """The command with these options."""
@@ -258,6 +268,7 @@ class SelectionOptions:
         for name in names:
             if (value := getattr(self, name)) not in (None, 0):
                 words += [f"--{name.replace('_', '-')}", str(value)]
+        words += [word for one in self.field_map or () for word in ("--map", one)]
         return (*words, *(word for change in self.overrides or () for word in ("--set", change)))
 
 
@@ -291,7 +302,7 @@ def select(
         written = {"file": str(file), "page": str(page), "tracking_uri": tracker.uri}
         print_json({"position": answer.position, **written, "not_recorded": answer.not_recorded})
     else:
-        edits = wanted.edits if wanted.limit is None else f"{wanted.edits} --limit {wanted.limit}"
+        edits = shlex.join(wanted.edits_words())
         print_selection(answer.position, file, page, tracker.uri, edits)
     if answer.not_recorded:
         notice(f"MLflow does not have all of this ({answer.not_recorded}); the same command records it")

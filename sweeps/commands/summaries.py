@@ -182,7 +182,7 @@ def _compared(comparison: "Comparison") -> dict[str, Any]:
 def print_selection(position: dict[str, Any] | None, file: Path, page: Path, tracking_uri: str, edits: str) -> None:
     """Print the selected position, what to expect of it, and the command that makes the edit.
 
-    position: content of the position file, `file`. page: the HTML page. edits: the values of --edits and --limit.
+    position: content of the position file, `file`. page: the HTML page. edits: the values of --edits, --limit and --map.
     """
     from sweeps.select.position_file import UNMEASURED
 

@@ -34,6 +34,7 @@ def workbench(
     fingerprint: what the model's must be, None for any. Raises InputError for another model.
     """
     from locft.data.suites import load_suite
+    from locft.model.delta import require_base
     from locft.train.formats import CHAT, asked
     from locft.workbench import Workbench
     from sweeps.study.resolve import no_chat
@@ -41,11 +42,8 @@ def workbench(
     measured = capability.suite or capability.tasks
     suite = load_suite(capability.suite, capability.tasks, capability.limit, capability.prose) if measured else None
     loaded = load.load(model)
-    if fingerprint not in (None, loaded.fingerprint):
-        raise InputError(
-            f"model {model!r} has fingerprint {loaded.fingerprint}, but the edit was made on one with {fingerprint}; "
-            "give the model it was made on, unedited"
-        )
+    if fingerprint is not None:
+        require_base("the edit, or the position or trial it repeats", fingerprint, model, loaded.fingerprint)
     for sentence in requests.sentences():
         notice(sentence)
     formats = asked(loaded.tokenizer, ask_formats)

@@ -233,6 +233,33 @@ def test_records_in_an_object_are_unwrapped(tmp_path):
         assert ("dataset, num_records (beside the records)" in unread_sentence(edits)) == (name != "d.json")
 
 
+def test_keys_of_records_in_an_object_are_their_ids(tmp_path):
+    own = {"prompt": "p", "target": "t"}
+    for records, ids in (
+        ({"q1": own, "q2": own | {"prompt": "q"}}, ["q1", "q2"]),
+        ({"q1": own | {"id": "mine"}, "q2": own | {"case_id": 7}}, ["mine", "7"]),
+    ):
+        edits = load(tmp_path, json.dumps(records), "a.json")
+        assert [request.id for request in edits.requests] == ids and not edits.unread
+
+
+def test_questions_without_an_answer_are_told(tmp_path):
+    asked = {"prompt": "Who rules it?", "answer": "Harald"}
+    mixed = [asked, {"prompt": "Where is it?"}, "What is it?"]
+    lists = {"questions": ["one", "two"], "new_answer": ["x", ""]}
+    for record, kept, told in (
+        ({"portability": mixed}, 1, {"portability[].prompt without an answer", "portability[]"}),
+        ({"portability": [asked]}, 1, set()),
+        ({"portability": mixed[1:2]}, 0, {"portability"}),
+        ({"locality": mixed[1:2]}, 0, set()),
+    ):
+        edits = load(tmp_path, [{"prompt": "p", "target": "t"} | record, {"prompt": "q", "target": "t"}])
+        assert len(edits.requests[0].portability) == kept and set(edits.unread) == told
+    edits = load(tmp_path, [KNOWEDIT | {"sub_question": lists["questions"], "sub_answer": lists["new_answer"]}])
+    assert len(edits.requests[0].portability) == 1
+    assert "sub_question[] without an answer (1 of 1 records)" in unread_sentence(edits)
+
+
 def test_one_record_is_a_file_of_one(tmp_path):
     record = KNOWEDIT | {"locality": [{"prompt": "x"}, {"prompt": "y"}]}
     for name, indent in (("a.json", 1), ("b.json", None), ("c.jsonl", None), ("d.jsonl", 2)):

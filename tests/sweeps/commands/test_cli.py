@@ -353,6 +353,8 @@ def test_edit_evaluate_apply(edited, locft, tiny_folder, tmp_path):
 
     foreign = locft("evaluate", "merged", "--edits", "atlas", "--limit", 4, "--delta", "delta")
     assert foreign.code == 2 and "fingerprint" in foreign.err and foreign.out == ""
+    here = locft("apply", "delta", "--model", tiny_folder, "--out", ".")
+    assert here.code == 2 and "--out .: it is the current folder; name a new one" in here.err
     foreign = locft("apply", "delta", "--model", "merged", "--out", "twice")
     assert foreign.code == 2 and not (tmp_path / "twice").exists()
 
@@ -445,6 +447,28 @@ def test_an_edit_is_trained_and_asked_in_formats(locft, tmp_path, tiny_folder, c
     assert lora.code == 0 and lora.json["settings"]["rank"] == 2, lora.err
     wrong = locft("evaluate", chat_folder, *few, "--ask-formats", "qaa")
     assert wrong.code == 2 and "--ask-formats: got 'qaa', expected raw, qa, chat or a text" in wrong.err
+
+
+def test_select_reads_the_edits_that_a_map_names(locft, tmp_path, tiny_folder, monkeypatch):
+    from sweeps.select import selection
+
+    class Stopped(Exception):
+        pass
+
+    def stop(request, *_, **__):
+        found.append(request)
+        raise Stopped
+
+    found: list = []
+    monkeypatch.setattr(selection, "run_selection", stop)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.csv").write_text("frage,neu,anders\nWho?,Ann,By whom?\nWhere?,Rome,In which town?\n")
+    maps = [word for one in ("prompt=frage", "target=neu", "rephrases=anders") for word in ("--map", one)]
+    locft("select", tiny_folder, "--edits", "own.csv", *maps)
+    assert [edit.rephrases for edit in found[0].edits.requests] == [("By whom?",), ("In which town?",)]
+    assert found[0].command == ("locft", "select", str(tiny_folder), "--edits", "own.csv", *maps)
+    said = locft("select", tiny_folder, "--edits", "own.csv", "--map", "promt=frage")
+    assert said.code == 2 and "--map: got the field promt" in said.err
 
 
 def test_an_edit_says_what_went_wrong_and_the_one_option_to_change(locft, tmp_path, tiny_folder, few_probes):
