@@ -24,14 +24,16 @@ from locft.cache import content_key, made_once, make_room
 from locft.engine.tail import capture_boundary, head_view, reconfigure, tail_hidden, tail_view
 from locft.errors import InputError
 from locft.model.models import LoadedModel
+from locft.model.positions import n_layers
 from locft.process import describe_machine
 from locft.train.methods.curvature import Curvature
 from locft.train.reference import pad_rows
-from locft.train.token_rows import TokenRow
+from locft.train.token_rows import SUPERVISED_AT_ONCE, TokenRow
 
 BATCH_TOKENS = 1024
-"""Tokens of one pass: the logits of all of them are computed."""
+"""Tokens of one pass."""
 FILE_NAME = "curvature.safetensors"
+GRADIENTS = "gradients"
 LIMIT_BYTES = 8 * 2**30
 """Disk space for all that is kept. The least recently used is removed first."""
 VERSION = 1
@@ -109,16 +111,44 @@ class _Watch(TorchFunctionMode):
         output.register_hook(add)
 
 
+@torch.no_grad()
+def output_gradients(loaded: LoadedModel, windows: Sequence[TokenRow], *, seed: int = 0) -> torch.Tensor:
+    """(K, D) gradients of -log p(label) at the states that the head takes, for the K predicted tokens of all windows.
+
+    Labels are drawn from the model's own predictions. All layers begin with these, and with a large vocabulary they cost
+    more than the layers do.
+    """
+    model, last = loaded.model, n_layers(loaded.model) - 1
+    view, head = tail_view(model, last), head_view(model)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for part in _parts(windows):
+        ids, mask = pad_rows(part, model.device)
+        boundary = capture_boundary(model, last, ids, mask)[last]
+        hidden = tail_hidden(view, boundary, mask, input_ids=ids)
+        for states in _predicting(hidden, mask).split(SUPERVISED_AT_ONCE):
+            with torch.enable_grad():
+                states = states.detach().requires_grad_()
+                logits = head(states)
+                loss = F.cross_entropy(logits, _drawn(logits.detach(), generator), reduction="sum")
+                found += torch.autograd.grad(loss, states)
+    return torch.cat(found)
+
+
 def measure_curvature(
-    loaded: LoadedModel, layer: int, names: Sequence[str], windows: Sequence[TokenRow], *, seed: int = 0
+    loaded: LoadedModel,
+    layer: int,
+    names: Sequence[str],
+    windows: Sequence[TokenRow],
+    gradients: torch.Tensor | None = None,
 ) -> dict[str, Curvature]:
     """Curvature of parameters of one layer, by name, on the CPU.
 
-    windows: of running prose; each token but the first is predicted, with a label drawn from the model's own prediction.
+    windows: of running prose; each token but the first is predicted. gradients: their `output_gradients`.
     """
     model = loaded.model
-    view, head = _plain_view(model, layer), head_view(model)
-    generator = torch.Generator().manual_seed(seed)
+    view = _plain_view(model, layer)
+    given = output_gradients(loaded, windows) if gradients is None else gradients
     watched = {name: model.get_parameter(name).detach().clone() for name in names}
     watch = _Watch({name: value for name, value in watched.items() if value.dim() > 1})
     others: dict[str, torch.Tensor] | None = None
@@ -134,45 +164,62 @@ def measure_curvature(
                 diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
             with watch:
                 hidden = tail_hidden(view, boundary, mask, weights=watched, input_ids=ids)
-            logits = head(hidden[:, :-1][mask[:, 1:].bool()])
-            drawn = _drawn(logits.detach(), generator)
-            loss = F.cross_entropy(logits, drawn, reduction="sum")
-            gradients = torch.autograd.grad(loss, [boundary, *others.values()], allow_unused=True)[1:]
-        for name, gradient in zip(others, gradients, strict=True):
+            states = _predicting(hidden, mask)
+            own = given[tokens : tokens + len(states)].to(states)
+            found = torch.autograd.grad(states, [boundary, *others.values()], own, allow_unused=True)[1:]
+        for name, gradient in zip(others, found, strict=True):
             if gradient is not None:
                 diagonals[name] += gradient.float() ** 2
-        tokens += len(drawn)
-    found = {name: Curvature(diagonal=value.cpu() / tokens) for name, value in diagonals.items()}
+        tokens += len(states)
+    diagonal = {name: Curvature(diagonal=value.cpu() / tokens) for name, value in diagonals.items()}
     factored = {name: sums.curvature(tokens, watched[name].shape) for name, sums in watch.found.items()}
-    return found | {name: one.to(torch.device("cpu")) for name, one in factored.items()}
+    return diagonal | {name: one.to(torch.device("cpu")) for name, one in factored.items()}
 
 
 def measured_once(
     loaded: LoadedModel, layer: int, names: Sequence[str], windows: Sequence[TokenRow]
 ) -> dict[str, Curvature]:
-    """The same, kept in a file for other processes and later calls."""
-    parts = [VERSION, list(names), loaded.fingerprint, [row.token_ids for row in windows]]
-    parts += [str(loaded.model.dtype), str(loaded.model.device), describe_machine()]
-    key = content_key(parts)
+    """The same, kept in a file for other processes and later calls, as are the gradients that all layers begin with."""
 
-    def write(folder: Path) -> None:
-        make_room(folder, sum(factor_bytes(loaded.model.get_parameter(name).shape) for name in names), LIMIT_BYTES)
-        measured = measure_curvature(loaded, layer, names, windows)
-        tensors = {f"{part}/{name}": value for name, one in measured.items() for part, value in one.parts.items()}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / FILE_NAME)
+    def gradients() -> torch.Tensor:
+        size = 4 * sum(len(row.target_ids) for row in windows) * loaded.model.get_input_embeddings().weight.shape[1]
+        return _kept(loaded, windows, [], size, lambda: {GRADIENTS: output_gradients(loaded, windows)})[GRADIENTS]
 
-    try:
-        folder = made_once("curvature", key, write)
-        stored = load_file(folder / FILE_NAME)
-        os.utime(folder)
-    except (InputError, OSError) as error:
-        _log.warning("%s; the curvature of layer %d is not kept", error, layer)
-        return measure_curvature(loaded, layer, names, windows)
+    def measured() -> dict[str, torch.Tensor]:
+        curvature = measure_curvature(loaded, layer, names, windows, gradients())
+        return {f"{part}/{name}": value for name, one in curvature.items() for part, value in one.parts.items()}
+
+    size = sum(factor_bytes(loaded.model.get_parameter(name).shape) for name in names)
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in stored.items():
+    for key, value in _kept(loaded, windows, names, size, measured).items():
         part, _, name = key.partition("/")
         found.setdefault(name, {})[part] = value
     return {name: Curvature(**parts) for name, parts in found.items()}
+
+
+def _kept(
+    loaded: LoadedModel,
+    windows: Sequence[TokenRow],
+    names: Sequence[str],
+    size: int,
+    make: Callable[[], dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """What is made of a model and windows, for some parameters or none: from its file if there is one."""
+    parts = [VERSION, list(names), loaded.fingerprint, [row.token_ids for row in windows]]
+    parts += [str(loaded.model.dtype), str(loaded.model.device), describe_machine()]
+
+    def write(folder: Path) -> None:
+        make_room(folder, size, LIMIT_BYTES)
+        save_file({key: value.contiguous() for key, value in make().items()}, folder / FILE_NAME)
+
+    try:
+        folder = made_once("curvature", content_key(parts), write)
+        stored = load_file(folder / FILE_NAME)
+        os.utime(folder)
+    except (InputError, OSError) as error:
+        _log.warning("%s; curvature is not kept", error)
+        return make()
+    return stored
 
 
 def factor_bytes(shape: torch.Size) -> int:
@@ -198,6 +245,11 @@ def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     cumulated = logits.softmax(-1).cumsum(-1)
     heights = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, heights)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+def _predicting(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(K, D): the states of the tokens that another follows."""
+    return hidden[:, :-1][mask[:, 1:].bool()]
 
 
 def _parts(windows: Sequence[TokenRow]) -> Iterator[Sequence[TokenRow]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import locft.curvature as module
-from locft.curvature import measure_curvature
+from locft.curvature import measure_curvature, measured_once, output_gradients
 from locft.measure.capability import EncodedSuite, measure_drift
 from locft.model.positions import TuningPosition, is_input_first, parameter_names
 from locft.train.methods.curvature import Curvature
@@ -130,6 +130,21 @@ def test_predicted_drift_is_about_the_measured_one():
 def test_the_same_twice_and_another_seed_draws_other_labels():
     loaded = tiny_loaded("llama")
     name = f"model.layers.{LAYER}.mlp.down_proj.weight"
-    one, again, other = (measure_curvature(loaded, LAYER, [name], WINDOWS, seed=seed)[name] for seed in (0, 0, 1))
+    begun = [output_gradients(loaded, WINDOWS, seed=seed) for seed in (0, 0, 1)]
+    one, again, other = (measure_curvature(loaded, LAYER, [name], WINDOWS, given)[name] for given in begun)
     assert torch.equal(one.rows, again.rows) and torch.equal(one.columns, again.columns)
     assert not torch.equal(one.rows, other.rows) and torch.equal(one.columns, other.columns)
+
+
+def test_what_all_layers_begin_with_is_computed_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded, calls = tiny_loaded("llama"), []
+    monkeypatch.setattr(
+        module, "output_gradients", lambda *given, **options: calls.append(1) or output_gradients(*given, **options)
+    )
+    for layer in (0, LAYER):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        (found,) = measured_once(loaded, layer, [name], WINDOWS).values()
+        alone = measure_curvature(loaded, layer, [name], WINDOWS)[name]
+        assert torch.equal(found.rows, alone.rows) and torch.equal(found.columns, alone.columns)
+    assert len(calls) == 3, "once for both layers, and for each alone"
