@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.special import bdtr
 
 from analysis.stats.axes import SETTING
-from analysis.stats.formats import by_format, format_title
+from analysis.stats.formats import by_format, by_format_text
 from analysis.stats.pareto import SAME, comparable
 from analysis.stats.table import METRICS, SPREADS, by_setting, is_part
 from analysis.stats.wording import change_with_interval, number, percent, plural, points
@@ -260,8 +260,7 @@ def _reasons(rows: pd.DataFrame, floor: float | None) -> tuple[str, ...]:
                 + (f", where drift is {drifts[0]} nats against {drifts[1]} here." if len(drifts) == 2 else ".")
             )
     if formats := by_format(pick.to_dict(), "reliability"):
-        shares = ", ".join(f"{percent(share)} {format_title(name)}" for name, share in formats.items())
-        reasons.append(f"Reliability by how the edits are asked: {shares}.")
+        reasons.append(f"Reliability by how the edits are asked: {by_format_text(formats)}.")
     if math.isfinite(pick["capability_change"]):
         low, high = pick["capability_change_low"], pick["capability_change_high"]
         verdict = ""

@@ -1,7 +1,9 @@
 """The answer of a selection: a position file, a report, and what MLflow keeps of it."""
 
 import json
+import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -10,9 +12,11 @@ from typing import Any
 from analysis.page.how_found import HowFound, RungOfRuns, RungRun
 from analysis.page.report import render_report
 from analysis.stats.bootstrap import chances
-from analysis.stats.table import by_setting, expected
+from analysis.stats.formats import by_format
+from analysis.stats.table import by_setting, done, expected
 from analysis.stats.wording import percent, plural, seconds
 from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text, measured
+from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
 from sweeps.select.request import METHOD, Selection
@@ -95,16 +99,28 @@ def _position(selection: Selection) -> dict[str, Any] | None:
     runs = [Run(row["layer"], row["module"], row["learning_rate"], row["seed"]) for row in ranking]
     second = None
     if len(runs) > 1:
-        odds = chance[ranking[1]["trial_id"]]
-        second = {"position": runs[1].position, "learning_rate": runs[1].learning_rate, "chance": odds}
+        second = {
+            "position": runs[1].position,
+            "learning_rate": runs[1].learning_rate,
+            "chance": chance[ranking[1]["trial_id"]],
+            "trades": _differences(*ranking),
+        }
     return _content(selection, runs[0]) | {
         "predicted": {
             name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in expected(ranking[0]).items()
         },
+        "formats": by_format(ranking[0], "reliability"),
         "chance": chance[ranking[0]["trial_id"]],
+        "chance_elsewhere": selection.chance_elsewhere,
         "runner_up": second,
         "run_id": ranking[0]["run_id"],
     }
+
+
+def _differences(pick: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
+    """Metric -> what it would be higher at the other setting, as far as both were measured."""
+    found = {name: other[name] - pick[name] for name in SCALES}
+    return {name: float(difference) for name, difference in found.items() if math.isfinite(difference)}
 
 
 def _content(selection: Selection, run: Run) -> dict[str, Any]:
@@ -121,7 +137,9 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "ask_formats": list(request.study.ask_formats),
         "predicted": {},
+        "formats": {},
         "chance": None,
+        "chance_elsewhere": selection.chance_elsewhere,
         "runner_up": None,
         "measured_on": {
             "edits": facts.n_edits if selection.done else 0,
@@ -156,6 +174,8 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     grid = seconds(selection.grid_seconds / selection.concurrent)
     spent = percent(selection.spent_seconds / selection.grid_seconds)
     cost = f"{plural(selection.done, 'run')} in {seconds(selection.wall_seconds)}, {spent} of the full grid's cost"
+    run = {(row["layer"], row["module"]) for row in done(selection.results).to_dict("records")}
+    not_run, chance = len(selection.candidates) - len(run), percent(selection.chance_elsewhere)
     unmeasured = None
     if content and not content["predicted"]:
         rate = content["settings"]["learning_rate"]
@@ -166,12 +186,13 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
             " how much of the model learning there would disturb, and sets each position's learning rate. Positions resemble"
             " their neighbours in depth and others of their kind, so every run says something of those not run. The next"
             " runs are always those likeliest to be the pick, or on the front, for what they cost. A quarter of the budget"
-            " is kept for half the learning rate and a second seed of the leader."
+            " is kept for a second seed of the leader and another learning rate: half, or twice where it learnt too little."
         ),
         command=f"locft edit {shlex.quote(study.model)} {edits} --position {shlex.quote(position_file)} --out edited",
         facts=(
             ("Budget", budget + ended),
             ("Cost", f"{cost}; the grid of {positions} would take about {grid}"),
+            ("Not run", f"{not_run} positions; the chance that one of them would be the pick is {chance}"),
             ("Method", f"{METHOD}, seed {request.seed}"),
         ),
         probe=tuple((c.layer, c.module, c.disturbance) for c in selection.candidates),

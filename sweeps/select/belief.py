@@ -43,8 +43,8 @@ class Scale:
 SCALES = {
     "drift_kl": Scale(math.log(0.08), 2.0, 0.6, 0.5, 0.25, probe=1.0),  # of its logarithm
     "generalization": Scale(0.4, 0.5, 0.15, 0.12, 0.05),
-    "reliability": Scale(1.0, 0.05, 0.06, 0.05, 0.02),
-    "capability_change": Scale(0.0, 0.02, 0.02, 0.01, 0.008),
+    "reliability": Scale(1.0, 0.5, 0.06, 0.05, 0.02),
+    "capability_change": Scale(0.0, 0.05, 0.02, 0.01, 0.008),
 }
 
 

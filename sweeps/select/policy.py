@@ -36,6 +36,8 @@ RUNGS = 4
 """A rung spends at most this part of what is left."""
 CONFIRMED = 0.25
 """Share of the budget that is kept to confirm the leader."""
+LEARNT = 0.95
+"""Reliability of a run whose rate could have been lower; below it the rate was rather too low."""
 FEW = 5
 """With fewer runs than these there is nothing to learn from: the first go to the probe's best, apart in depth."""
 SETTLED = 8
@@ -105,8 +107,8 @@ class SelectionTask:
     """Seconds of one worker that all runs together may cost."""
     concurrent: int = 1
     """Runs at a time."""
-    gentler: bool = True
-    """Whether half the starting rate may be tried as well."""
+    other_rate: bool = True
+    """Whether the leader may be tried at another than its starting rate as well."""
     priors: tuple[tuple[float, str], ...] = ()
     """Relative depth and module of positions that served in other models; they are tried early."""
 
@@ -136,7 +138,7 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
     served = [nearest(task, depth, module) for depth, module in task.priors]
     while left := [candidate for candidate in task.candidates if first_run(task, candidate) not in scores]:
         expected = expectations(task, scores)
-        if scores and sum(expected.pick[task.candidates.index(candidate)] for candidate in left) < UNLIKELY:
+        if scores and _elsewhere(task, scores, expected) < UNLIKELY:
             break
         kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
         rest = task.budget - spent(scores)
@@ -168,6 +170,16 @@ def expectations(task: SelectionTask, scores: Scores) -> Chances:
         depth = candidate.layer / max(1, task.layers - 1)
         places.append(Place(depth, candidate.module, candidate.disturbance, task.seconds(run), metrics))
     return chances(places)
+
+
+def chance_elsewhere(task: SelectionTask, scores: Scores) -> float:
+    """That the rule would pick a position which was not run at its starting rate."""
+    return _elsewhere(task, scores, expectations(task, scores))
+
+
+def _elsewhere(task: SelectionTask, scores: Scores, expected: Chances) -> float:
+    left = [first_run(task, candidate) not in scores for candidate in task.candidates]
+    return float(expected.pick[left].sum())
 
 
 def _apart(task: SelectionTask) -> list[Candidate]:
@@ -202,17 +214,19 @@ def confirm(task: SelectionTask, scores: Scores) -> Generator[Rung, Scores, None
 
 
 def confirmations(task: SelectionTask, scores: Scores) -> list[Run]:
-    """The runs not made yet of: half the leader's rate, its second seed, further seeds of the two leaders."""
+    """The runs not made yet of: the leader at another rate, its second seed, further seeds of the two leaders."""
     leaders = leading(scores)[:2]
-    halved = [gentler(run) for run in leaders[:1] if task.gentler]
+    moved = [another_rate(run, scores) for run in leaders[:1] if task.other_rate]
     seeds = [replace(run, seed=seed) for seed in (1, 2) for run in leaders]
-    return [run for run in dict.fromkeys([*halved, *seeds]) if run not in scores]
+    return [run for run in dict.fromkeys([*moved, *seeds]) if run not in scores]
 
 
 def intent(run: Run, scores: Scores) -> str:
     """What a confirming run adds to what is known of its position, in words."""
     rates = {known.learning_rate for known in scores if known.position == run.position}
-    return f"{run.position} with seed {run.seed}" if run.learning_rate in rates else f"{run.position} at half the rate"
+    if run.learning_rate in rates:
+        return f"{run.position} with seed {run.seed}"
+    return f"{run.position} at {'twice' if run.learning_rate > max(rates) else 'half'} the rate"
 
 
 def leading(scores: Scores) -> list[Run]:
@@ -257,9 +271,11 @@ def first_run(task: SelectionTask, candidate: Candidate) -> Run:
     return Run(candidate.layer, candidate.module, task.rate(candidate))
 
 
-def gentler(run: Run) -> Run:
-    """The same at half the learning rate."""
-    return replace(run, learning_rate=float(f"{run.learning_rate / 2:.2g}"))
+def another_rate(run: Run, scores: Scores) -> Run:
+    """The same at half the learning rate, which disturbs less, or where it learnt too little, at twice the rate."""
+    known = [score.row for seed, score in scores.items() if replace(seed, seed=run.seed) == run and score.comparable]
+    factor = 2.0 if _mean(known, "reliability") < LEARNT else 0.5
+    return replace(run, learning_rate=float(f"{factor * run.learning_rate:.2g}"))
 
 
 def spent(scores: Scores) -> float:

@@ -92,6 +92,8 @@ class Selection:
     rungs: tuple[Rung, ...]
     """Of this call, in order."""
     ending: Ending
+    chance_elsewhere: float
+    """That the rule would pick a position which was not run, by what the runs let one expect of it."""
     grid_seconds: float
     """What the full grid would take one worker: the estimate, corrected by what the trials took."""
     wall_seconds: float

@@ -28,7 +28,17 @@ from locft.workbench import Baseline
 from sweeps.run.cluster import on_workers
 from sweeps.run.dispatch import Reporter
 from sweeps.run.trial import measure_baseline
-from sweeps.select.policy import Candidate, Run, Rung, Score, Scores, SelectionTask, start_rate, survey
+from sweeps.select.policy import (
+    Candidate,
+    Run,
+    Rung,
+    Score,
+    Scores,
+    SelectionTask,
+    chance_elsewhere,
+    start_rate,
+    survey,
+)
 from sweeps.select.request import Selection, SelectionRequest
 from sweeps.session import StudySession, study_session
 from sweeps.study.estimate import trial_seconds
@@ -100,9 +110,8 @@ def _survey(request: SelectionRequest, session: StudySession, reporter: Selectio
     results = tracker.load_results()
     own = np.array([request.run(config_of_row(row)) is not None for row in results.to_dict("records")], dtype=bool)
     results = results[own].reset_index(drop=True)
-    predicted, took = 0.0, 0.0
-    for run, row in _finished(request, results):
-        predicted, took = predicted + task.seconds(run), took + row["seconds"]
+    finished = {run: score(run, row) for run, row in _finished(request, results)}
+    predicted, took = sum(map(task.seconds, finished)), sum(found.row["seconds"] for found in finished.values())
     return Selection(
         request,
         results,
@@ -110,6 +119,7 @@ def _survey(request: SelectionRequest, session: StudySession, reporter: Selectio
         candidates,
         tuple(search.rungs),
         ending,
+        chance_elsewhere(task, finished),
         grid * (took / predicted if predicted else 1.0),
         time.monotonic() - began,
         concurrent,

@@ -116,7 +116,7 @@ def _most_telling(task: SelectionTask, scores: Scores, queue: Sequence[Run]) -> 
     """What confirms the answer, with the next in line after what is most telling as long as few were run in full."""
     wanted = confirmations(task, scores)
     fresh = [run for run in queue if run not in scores][: 1 if len({run.position for run in scores}) < LINE else 0]
-    first = 2 if task.gentler else 1
+    first = 2 if task.other_rate else 1
     return [*wanted[:first], *fresh, *wanted[first:]]
 
 

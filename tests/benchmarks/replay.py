@@ -4,7 +4,7 @@
 
 One replay takes the scores of one draw of edits at each lower level, one seed of the policy and one share of the cost;
 full runs are the rows of the table. Costs are those of the table, smoothed over depth, so that a busy minute does not
-decide. The learning rates are the table's (one a module, tuned), for all policies alike; a gentler rate is not tried.
+decide. The learning rates are the table's (one a module, tuned), for all policies alike; another rate is not tried.
 """
 
 import argparse
@@ -126,7 +126,7 @@ class Table:
             lambda candidate: self.rates[candidate.module],
             share * self.grid,
             concurrent=2,
-            gentler=False,
+            other_rate=False,
             seed=seed,
             levels=tuple(LEVELS.values())[:-1],
         )

@@ -74,7 +74,7 @@ def test_the_race_confirms_and_ends_by_itself():
     assert best.learning_rate == 0.002, "the gentler one learns too little here"
     assert {0, 1, 2} <= {run.seed for run in in_full(scores) if run.position == best.position}
     assert spent(scores) < 0.9 * world.grid, "it does not use up what it cannot learn from"
-    _fixed, known = replayed(race, world.task(1.0, gentler=False), world.score)
+    _fixed, known = replayed(race, world.task(1.0, other_rate=False), world.score)
     assert {run.learning_rate for run in known} == {0.002}
 
 

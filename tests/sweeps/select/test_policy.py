@@ -14,8 +14,10 @@ from sweeps.select.policy import (
     Score,
     SelectionTask,
     affordable,
+    confirmations,
     expectations,
     first_run,
+    intent,
     leading,
     spent,
     start_rate,
@@ -177,6 +179,20 @@ def test_the_starting_rate_goes_with_the_inverse_of_the_gain_and_grows_where_ste
     assert (few, usual) == (0.004, 0.002)
     assert start_rate(Candidate(0, "mlp", 1.0, 50.0), 250) == 0.02
     assert start_rate(Candidate(0, "mlp", 1.0, 0.0), 100) > 0
+
+
+def test_a_leader_that_learnt_too_little_is_tried_at_twice_the_rate():
+    """By the mean over its seeds, of which the first failed."""
+
+    def asked(*reliabilities):
+        rows = [{"status": "done", "reliability": share, "drift_kl": 0.1, "n_edits": 40} for share in reliabilities]
+        scores = {Run(3, "mlp", 0.002, seed): Score(row, 1.0) for seed, row in enumerate(rows, 1)}
+        scores[Run(3, "mlp", 0.002, 0)] = Score({"status": "failed"}, 1.0)
+        first = confirmations(World().task(1.0), scores)[0]
+        return first, intent(first, scores)
+
+    assert asked(0.9, 0.99) == (Run(3, "mlp", 0.004), "3.mlp at twice the rate")
+    assert asked(0.96, 0.99) == (Run(3, "mlp", 0.001), "3.mlp at half the rate")
 
 
 def test_seeds_of_a_setting_are_one_setting():
