@@ -1,6 +1,7 @@
 """Selection policies replayed against the exhaustive table: what each finds at a share of the grid's cost, and how far off.
 
     python tests/benchmarks/replay.py [--seeds 24] [--figure replay.html]
+    python tests/benchmarks/replay.py --every 2 --modules mlp_down,mlp,attn --equal-costs     a small grid, no cheap positions
 
 One replay takes the scores of one draw of edits at each lower level, one seed of the policy and one share of the cost;
 full runs are the rows of the table. Costs are those of the table, smoothed over depth, so that a busy minute does not
@@ -32,6 +33,7 @@ from sweeps.select.policy import Candidate, Run, Score, leading
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file does not find its neighbours by itself
 
+from tests.benchmarks.exhaustive_table import LAYERS, MODULES  # noqa: E402
 from tests.benchmarks.policies import POLICIES, replayed  # noqa: E402
 from tests.benchmarks.race import ReplayTask, Scout, in_full, race  # noqa: E402
 
@@ -53,7 +55,7 @@ class Table:
     def __init__(self, table: pd.DataFrame, probe: pd.DataFrame):
         full = table[table.part == "full"]
         self.rates = full.groupby("module").learning_rate.first().to_dict()
-        self.layers = int(full.layer.max()) + 1
+        self.layers = LAYERS
         twice = [min(2 * self.rates.get(module, 0.0), table.learning_rate.max()) for module in table.module]
         wanted = np.where(table.part == "level0", twice, [self.rates.get(module, 0.0) for module in table.module])
         rows = table[table.learning_rate == wanted]
@@ -239,12 +241,24 @@ def figure(found: pd.DataFrame) -> go.Figure:
     return drawn
 
 
+def _chosen(rows: pd.DataFrame, options: argparse.Namespace) -> pd.DataFrame:
+    """The rows of the small grid that the options name."""
+    modules = options.modules.split(",") if options.modules else MODULES
+    return rows[(rows.layer % options.every == 0) & rows.module.isin(modules)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--figure", type=Path, help="HTML file of the comparison's figure")
+    parser.add_argument("--every", type=int, default=1, help="take every nth layer only")
+    parser.add_argument("--modules", help="take these only, separated by commas")
+    parser.add_argument("--equal-costs", action="store_true", help="as if a run cost the same at every position")
     options = parser.parse_args()
-    table = Table(pd.read_csv(HERE / "table.csv"), pd.read_csv(HERE / "probe.csv"))
+    table = Table(*(_chosen(pd.read_csv(HERE / name), options) for name in ("table.csv", "probe.csv")))
+    if options.equal_costs:
+        table.costs = {part: dict.fromkeys(lines, np.array([0.0, 60.0])) for part, lines in table.costs.items()}
+        table.grid = sum(table.seconds(Run(c.layer, c.module, 0.0)) for c in table.probes[0])
     best = table.best()
     said = ", ".join(
         f"{name} {best[name]:.3f}" for name in ("reliability", "generalization", "capability_change", "drift_kl")
