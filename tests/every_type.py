@@ -1,15 +1,17 @@
 """Every decoder-only type of the installed transformers, with a configuration small enough to compute in milliseconds.
 
 The default configuration of a type is shrunk by the names of its settings; a few types need a word more. What is known
-of types that lack something stands here, the tests hold it to be true, and `python -m tests.every_type` prints it as the
-section of docs/architectures.md.
+of types that lack something stands here, the tests hold it to be true, and `python -m tests.every_type` prints it for
+docs/architectures.md.
 """
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,7 +27,7 @@ VOCABULARY = 400
 LAYERS = 4
 HIDDEN = 32
 
-_NUMBERS: tuple[tuple[str, int], ...] = (
+SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*", VOCABULARY),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|.*_positions|context_length|model_max_length", 256),
     (r"moe_intermediate_size|expert_ffn_hidden_size|.*shared.*intermediate_size", 24),
@@ -56,6 +58,8 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _QSA = dict(
     pad_token_id=0,
+    eos_token_id=1,
+    ple_layer_ids=[1, 3],
     indexer_n_heads=2,
     indexer_kv_heads=1,
     indexer_head_dim=8,
@@ -78,6 +82,7 @@ _MORE: Mapping[str, dict[str, Any]] = {
     "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8, layer_types=["linear_attention", "full_attention"] * 2),
     "hunyuan_v1_dense": _HEAD_DIM,
     "hunyuan_v1_moe": _HEAD_DIM | dict(num_experts=4, moe_topk=2),
+    "inkling2_text": dict(n_layers_per_attn_res_block=2),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "longcat_flash": _HEAD_DIM | dict(qk_head_dim=16),
@@ -108,15 +113,16 @@ NO_BLOCKS: Mapping[str, str] = {
     "xlm": "attention and MLP in lists of their own",
 }
 NO_ENGINE: Mapping[str, str] = {
-    "cpmant": "hidden states of shape",
-    "gemma3n_text": "num_kv_shared_layers",
-    "glm_moe_dsa": "more than hidden states",
-    "hy_v4": "more than hidden states",
-    "mllama": "skips its layers",
-    "xlnet": "hidden states of shape",
-    "zaya": "more than hidden states",
+    "cpmant": "its blocks do not take a state per token",
+    "gemma3n_text": "its upper layers attend to keys and values of lower layers",
+    "glm_moe_dsa": "its layers take more than hidden states from the layers below them",
+    "hy_v4": "its layers take more than hidden states from the layers below them",
+    "inkling2_text": "the views of this inkling2_text model do not compute what it computes as a whole",
+    "mllama": "a forward pass over text skips its layers",
+    "xlnet": "its blocks do not take a state per token",
+    "zaya": "its layers take more than hidden states from the layers below them",
 }
-"""Types that are computed whole in every step -> part of the reason that is given."""
+"""Types that are computed whole in every step -> how the reason that is given begins."""
 
 
 def decoder_only_types() -> tuple[str, ...]:
@@ -174,7 +180,7 @@ def _small(name: str, value: Any) -> Any:
         return value
     if name.endswith(("token_id", "token_index")):
         return VOCABULARY - 1
-    return next((min(value, most) for pattern, most in _NUMBERS if re.fullmatch(pattern, name)), value)
+    return next((min(value, most) for pattern, most in SIZES if re.fullmatch(pattern, name)), value)
 
 
 def _of_each_kind(kinds: Sequence[str]) -> list[int]:
@@ -193,8 +199,23 @@ def _merged(settings: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 
 def section() -> str:
-    """What works with which type, as the docs say it."""
-    types = [name for name in decoder_only_types() if name not in NO_TINY_MODEL]
-    whole = {**NO_BLOCKS, **{name: f"{reason} ..." for name, reason in NO_ENGINE.items()}}
-    lines = [f"{len(types)}"]
-    return "\n".join(lines)
+    """What works with which type, as docs/architectures.md says it."""
+    types = decoder_only_types()
+    fast = [name for name in types if name not in {**NO_TINY_MODEL, **NO_BLOCKS, **NO_ENGINE}]
+    lines = [
+        f"Of the {len(types)} decoder-only types of transformers {transformers.__version__}, as `python -m tests.every_type` lists them:",
+        "",
+        f"- **Positions and engine** ({len(fast)}): {', '.join(fast)}.",
+        f"- **Positions; each step computes the whole model** ({len(NO_ENGINE)}): {_with_reasons(NO_ENGINE)}.",
+        f"- **Nothing, since the list of blocks is not plain to see** ({len(NO_BLOCKS)}): {_with_reasons(NO_BLOCKS)}.",
+        f"- **Not tested** ({len(NO_TINY_MODEL)}): {_with_reasons(NO_TINY_MODEL)}.",
+    ]
+    return "\n".join(line for text in lines for line in textwrap.wrap(text, 130, subsequent_indent="  ") or [""])
+
+
+def _with_reasons(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} ({reason})" for name, reason in sorted(reasons.items()))
+
+
+if __name__ == "__main__":
+    print(section())

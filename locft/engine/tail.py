@@ -170,9 +170,7 @@ def capture_boundary(
         def keep(_module: nn.Module, args: tuple, kwargs: dict, layer: int = layer) -> None:
             states = _entering(args, kwargs)
             if states.shape[:2] != input_ids.shape or states.dim() < 3:
-                raise NoTailView(
-                    f"between its blocks {tuple(input_ids.shape)} tokens have hidden states of shape {tuple(states.shape)}"
-                )
+                raise NoTailView(f"its blocks do not take a state per token, but a tensor of {tuple(states.shape)}")
             captured[layer] = states.detach().flatten(2)
             if layer == max(wanted):
                 raise _Done

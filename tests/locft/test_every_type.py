@@ -6,9 +6,11 @@ up projection and not in its gate.
 """
 
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from locft.engine.tail import NoTailView
@@ -26,12 +28,15 @@ from locft.model.positions import (
 )
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
+from tests import every_type
 from tests.every_type import (
+    HIDDEN,
     NO_BLOCKS,
     NO_ENGINE,
     NO_TINY_MODEL,
     VOCABULARY,
     decoder_only_types,
+    section,
     tiny_config,
     tiny_model_of,
 )
@@ -168,6 +173,27 @@ def output_of(model, name: str, part, size: float, *, entering: bool = False) ->
 def tokens_of(output: torch.Tensor) -> int:
     """The dimension of the tokens: some modules take them in one batch."""
     return output.shape.index(len(token_rows()[0].token_ids))
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in {*NO_BLOCKS, "ctrl"}])
+def test_sizes_do_not_matter(model_type, monkeypatch):
+    """Where an MLP is no wider than the hidden size its matrices are square, and names tell what shapes do not. (Those of
+    ctrl's are numbers.)"""
+    models = []
+    for inner in (48, HIDDEN):
+        numbers = tuple((pattern, inner if most in (24, 48) else most) for pattern, most in every_type.SIZES)
+        monkeypatch.setattr(every_type, "SIZES", numbers)
+        config = tiny_config(model_type)
+        with torch.device("meta"):
+            models.append(model_class(config).from_config(config))
+    one, other = ([(info.position, info.names) for info in list_positions(model)] for model in models)
+    assert one == other
+
+
+def test_the_docs_say_it():
+    text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    if f"transformers {transformers.__version__}," in text:
+        assert section() in text
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_BLOCKS])

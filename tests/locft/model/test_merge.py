@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlavaConfig,
@@ -24,6 +25,7 @@ from locft.model.delta import EditDelta
 from locft.model.merge import merge
 from locft.model.models import folder_fingerprint, load_model, load_structure
 from locft.model.positions import TuningPosition, list_positions, parameter_names
+from tests.every_type import tiny_config
 from tests.tiny import ARCHITECTURES, RELATED, chat_tokenizer, tiny_model, tiny_tokenizer
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
@@ -251,3 +253,17 @@ def test_what_does_not_fit_is_refused(tmp_path):
     half = saved(tmp_path / "half", tiny_model().to(torch.float16))
     assert "overflow" in refused(str(half), delta_at(half, "1.mlp_down", 1e6), tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "llama4"])
+def test_a_vision_language_model_whose_text_half_is_loaded_alone_is_saved_whole(model_type, tmp_path):
+    config = tiny_config(model_type)
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]._from_config(config)
+    base = saved(tmp_path / "base", whole)
+    delta = delta_at(base, "1.attn_o")
+    merged = merge(str(base), delta, tmp_path / "merged")
+    assert described(tmp_path / "merged") == described(base) and any(
+        "vision" in key or "visual" in key for key in stored(base)
+    )
+    assert len(merged.tensors) == 1 and "language_model" in merged.tensors[0]
+    assert_loads_edited(base, delta, tmp_path / "merged")
