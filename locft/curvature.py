@@ -17,11 +17,22 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from locft.cache import content_key, made_once, make_room
-from locft.engine.tail import capture_boundary, head_view, reconfigure, tail_hidden, tail_view
+from locft.engine.tail import (
+    NoTailView,
+    capture_boundary,
+    head_view,
+    reconfigure,
+    require_only_states,
+    supports_tail,
+    tail_hidden,
+    tail_view,
+)
 from locft.errors import InputError
 from locft.model.models import LoadedModel
 from locft.model.positions import n_layers
@@ -34,10 +45,16 @@ BATCH_TOKENS = 1024
 """Tokens of one pass."""
 FILE_NAME = "curvature.safetensors"
 GRADIENTS = "gradients"
+SEED = 0
+"""Of the labels."""
 LIMIT_BYTES = 8 * 2**30
 """Disk space for all that is kept. The least recently used is removed first."""
 VERSION = 1
 """Of the files. Raise it when the same key would hold other numbers."""
+
+_Run = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From token ids and mask (B, T) to what predicts the tokens, states for the head (K, D) or, of a whole model, logits (K, V),
+and a tensor below to which gradients flow."""
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +129,7 @@ class _Watch(TorchFunctionMode):
 
 
 @torch.no_grad()
-def output_gradients(loaded: LoadedModel, windows: Sequence[TokenRow], *, seed: int = 0) -> torch.Tensor:
+def output_gradients(loaded: LoadedModel, windows: Sequence[TokenRow], *, seed: int = SEED) -> torch.Tensor:
     """(K, D) gradients of -log p(label) at the states that the head takes, for the K predicted tokens of all windows.
 
     Labels are drawn from the model's own predictions. All layers begin with these, and with a large vocabulary they cost
@@ -130,8 +147,7 @@ def output_gradients(loaded: LoadedModel, windows: Sequence[TokenRow], *, seed: 
             with torch.enable_grad():
                 states = states.detach().requires_grad_()
                 logits = head(states)
-                loss = F.cross_entropy(logits, _drawn(logits.detach(), generator), reduction="sum")
-                found += torch.autograd.grad(loss, states)
+                found += torch.autograd.grad(logits, states, _label_gradient(logits, generator))
     return torch.cat(found)
 
 
@@ -140,37 +156,38 @@ def measure_curvature(
     layer: int,
     names: Sequence[str],
     windows: Sequence[TokenRow],
-    gradients: torch.Tensor | None = None,
+    gradients: Callable[[], torch.Tensor] | None = None,
 ) -> dict[str, Curvature]:
     """Curvature of parameters of one layer, by name, on the CPU.
 
-    windows: of running prose; each token but the first is predicted. gradients: their `output_gradients`.
+    windows: of running prose; each token but the first is predicted. gradients: gives their `output_gradients`, which are
+    needed unless the model has to be computed whole.
     """
-    model = loaded.model
-    view = _plain_view(model, layer)
-    given = output_gradients(loaded, windows) if gradients is None else gradients
+    model, generator = loaded.model, torch.Generator().manual_seed(SEED)
     watched = {name: model.get_parameter(name).detach().clone() for name in names}
     watch = _Watch({name: value for name, value in watched.items() if value.dim() > 1})
-    others: dict[str, torch.Tensor] | None = None
+    others: dict[str, torch.Tensor] = {}
     diagonals: dict[str, torch.Tensor] = {}
+    given: torch.Tensor | None = None
     tokens = 0
     for part in _parts(windows):
         ids, mask = pad_rows(part, model.device)
-        boundary = capture_boundary(model, layer, ids, mask)[layer].requires_grad_()
+        if not tokens:
+            run, from_layer = _run_of(model, layer, watched, ids, mask)
+            if from_layer:
+                given = gradients() if gradients else output_gradients(loaded, windows)
+            with torch.enable_grad():
+                others = _in_no_product(watch, watched, partial(run, ids, mask))
+            diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
         with torch.enable_grad():
-            if others is None:
-                run = partial(tail_hidden, view, boundary, mask, weights=watched, input_ids=ids)
-                others = _in_no_product(watch, watched, run)
-                diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
             with watch:
-                hidden = tail_hidden(view, boundary, mask, weights=watched, input_ids=ids)
-            states = _predicting(hidden, mask)
-            own = given[tokens : tokens + len(states)].to(states)
-            found = torch.autograd.grad(states, [boundary, *others.values()], own, allow_unused=True)[1:]
+                outputs, root = run(ids, mask)
+            own = _label_gradient(outputs, generator) if given is None else given[tokens : tokens + len(outputs)]
+            found = torch.autograd.grad(outputs, [root, *others.values()], own.to(outputs), allow_unused=True)[1:]
         for name, gradient in zip(others, found, strict=True):
             if gradient is not None:
                 diagonals[name] += gradient.float() ** 2
-        tokens += len(states)
+        tokens += len(outputs)
     diagonal = {name: Curvature(diagonal=value.cpu() / tokens) for name, value in diagonals.items()}
     factored = {name: sums.curvature(tokens, watched[name].shape) for name, sums in watch.found.items()}
     return diagonal | {name: one.to(torch.device("cpu")) for name, one in factored.items()}
@@ -186,7 +203,7 @@ def measured_once(
         return _kept(loaded, windows, [], size, lambda: {GRADIENTS: output_gradients(loaded, windows)})[GRADIENTS]
 
     def measured() -> dict[str, torch.Tensor]:
-        curvature = measure_curvature(loaded, layer, names, windows, gradients())
+        curvature = measure_curvature(loaded, layer, names, windows, gradients)
         return {f"{part}/{name}": value for name, one in curvature.items() for part, value in one.parts.items()}
 
     size = sum(factor_bytes(loaded.model.get_parameter(name).shape) for name in names)
@@ -230,7 +247,7 @@ def factor_bytes(shape: torch.Size) -> int:
 
 
 def _in_no_product(
-    watch: _Watch, watched: Mapping[str, torch.Tensor], run: Callable[[], torch.Tensor]
+    watch: _Watch, watched: Mapping[str, torch.Tensor], run: Callable[[], object]
 ) -> dict[str, torch.Tensor]:
     """The watched tensors that a run uses in no product; from now on gradients flow to them."""
     with watch:
@@ -238,6 +255,65 @@ def _in_no_product(
     others = {name: value.requires_grad_() for name, value in watched.items() if name not in watch.found}
     watch.found.clear()
     return others
+
+
+def _run_of(
+    model: PreTrainedModel, layer: int, watched: Mapping[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[_Run, bool]:
+    """The run from the layer upwards, and True; that of the whole model where that, tried on these tokens, gives something
+    else."""
+    whole = _whole(model, watched)
+    try:
+        if supports_tail(model) is not None:
+            return whole, False
+        require_only_states(model, ids, mask)
+        run, head = _from_layer(model, layer, watched), head_view(model)
+        with torch.no_grad():
+            found, expected = head(run(ids, mask)[0]), whole(ids, mask)[0]
+    except (NoTailView, TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError):
+        return whole, False
+    tolerance = 1e-3 if model.dtype == torch.float32 else 1e-1
+    agree = bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1))
+    return (run, True) if agree else (whole, False)
+
+
+def _from_layer(model: PreTrainedModel, layer: int, watched: Mapping[str, torch.Tensor]) -> _Run:
+    view = _plain_view(model, layer)
+
+    def run(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        boundary = capture_boundary(model, layer, ids, mask)[layer].requires_grad_()
+        return _predicting(tail_hidden(view, boundary, mask, weights=watched, input_ids=ids), mask), boundary
+
+    return run
+
+
+def _whole(model: PreTrainedModel, watched: Mapping[str, torch.Tensor]) -> _Run:
+    view = model if supports_tail(model) is not None else _plain_view(model, 0)
+
+    def run(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        roots: list[torch.Tensor] = []
+
+        def keep(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+            roots.append(output.detach().requires_grad_())
+            return roots[-1].clone()
+
+        handle = view.get_input_embeddings().register_forward_hook(keep)
+        try:
+            inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            logits = functional_call(view, dict(watched), kwargs=inputs).logits
+        finally:
+            handle.remove()
+        return _predicting(logits, mask).float(), roots[0]
+
+    return run
+
+
+def _label_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(K, V): of -log p(label) with labels drawn from the logits (K, V), at the logits."""
+    gradient = logits.detach().softmax(-1)
+    labels = _drawn(logits.detach(), generator)
+    gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return gradient
 
 
 def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -248,7 +324,7 @@ def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _predicting(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(K, D): the states of the tokens that another follows."""
+    """(K, ...): of (B, T, ...) what belongs to tokens that another follows."""
     return hidden[:, :-1][mask[:, 1:].bool()]
 
 

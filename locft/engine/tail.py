@@ -72,7 +72,6 @@ def tail_view(model: PreTrainedModel, layer: int) -> PreTrainedModel:
         layer_prefix(model, layer)
     view = _copied(model, {})
     same_blocks(view, model)
-    view.base_path = _base_path(model)
     layers, forms = decoder_layers(view), dict[type, int]()
     for index in range(layer):
         layers[index] = _Unchanged(decoder_layers(model)[index], forms)
@@ -94,7 +93,7 @@ def tail_hidden(
     weights: parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients flow to them.
     input_ids: (B, T), for models whose layers see more of the tokens than the boundary holds.
     """
-    path = cast(str, tail.base_path)
+    path = _base_path(tail)
     base = tail.get_submodule(path)
     substitutes = {name.removeprefix(f"{path}."): value for name, value in (weights or {}).items()}
     if input_ids is None:
@@ -105,7 +104,7 @@ def tail_hidden(
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         states = boundary.reshape(_entering(args, kwargs).shape)  # some models have several states per token
-        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {_name_of_states(kwargs): states})
 
     entrance = first.register_forward_pre_hook(enter, with_kwargs=True)
     try:
@@ -176,7 +175,7 @@ def capture_boundary(
                 raise _Done
 
         decoder_layers(view)[layer].register_forward_pre_hook(keep, with_kwargs=True)  # the view's: the model has none
-    base = view.get_submodule(cast(str, view.base_path))
+    base = view.get_submodule(_base_path(view))
     with suppress(_Done):
         base(input_ids=input_ids, **_inputs(base, attention_mask, position_ids))
     if skipped := sorted(wanted - set(captured)):
@@ -186,7 +185,10 @@ def capture_boundary(
 
 @torch.no_grad()
 def require_only_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
 ) -> None:
     """Raise NoTailView if a layer takes more from those below it than hidden states: a tail would not have it.
 
@@ -198,7 +200,7 @@ def require_only_states(
     sizes: dict[int, int] = {}
 
     def entering(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        others = [*args[1:], *(value for name, value in kwargs.items() if name != "hidden_states")]
+        others = [*args[1:], *(value for name, value in kwargs.items() if args or name != _name_of_states(kwargs))]
         taken = [value for value in others if any(value is output for output in outputs)]
         grown = [
             value
@@ -215,7 +217,7 @@ def require_only_states(
     for layer in decoder_layers(view):
         layer.register_forward_pre_hook(entering, with_kwargs=True)
         layer.register_forward_hook(leaving)
-    base = view.get_submodule(cast(str, view.base_path))
+    base = view.get_submodule(_base_path(view))
     base(input_ids=input_ids, **_inputs(base, attention_mask, position_ids))
 
 
@@ -243,7 +245,12 @@ class _Done(Exception):
 
 def _entering(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The hidden states among a block's arguments."""
-    return args[0] if args else kwargs["hidden_states"]
+    return args[0] if args else kwargs[_name_of_states(kwargs)]
+
+
+def _name_of_states(kwargs: Mapping[str, Any]) -> str:
+    named = (name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+    return "hidden_states" if "hidden_states" in kwargs else next(named, "hidden_states")
 
 
 def _base_path(model: PreTrainedModel) -> str:

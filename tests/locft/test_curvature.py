@@ -6,11 +6,13 @@ import torch
 import locft.curvature as module
 from locft.curvature import measure_curvature, measured_once, output_gradients
 from locft.measure.capability import EncodedSuite, measure_drift
+from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, is_input_first, parameter_names
 from locft.train.methods.curvature import Curvature
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
-from tests.tiny import tiny_loaded
+from tests.every_type import tiny_model_of
+from tests.tiny import tiny_loaded, tiny_tokenizer
 
 LAYER = 1
 WINDOWS = [TokenRow(tuple(range(3 + start, 15 + start)), 1) for start in range(0, 60, 5)]
@@ -131,7 +133,9 @@ def test_the_same_twice_and_another_seed_draws_other_labels():
     loaded = tiny_loaded("llama")
     name = f"model.layers.{LAYER}.mlp.down_proj.weight"
     begun = [output_gradients(loaded, WINDOWS, seed=seed) for seed in (0, 0, 1)]
-    one, again, other = (measure_curvature(loaded, LAYER, [name], WINDOWS, given)[name] for given in begun)
+    one, again, other = (
+        measure_curvature(loaded, LAYER, [name], WINDOWS, lambda given=given: given)[name] for given in begun
+    )
     assert torch.equal(one.rows, again.rows) and torch.equal(one.columns, again.columns)
     assert not torch.equal(one.rows, other.rows) and torch.equal(one.columns, other.columns)
 
@@ -148,3 +152,24 @@ def test_what_all_layers_begin_with_is_computed_once_and_kept(tmp_path, monkeypa
         alone = measure_curvature(loaded, layer, [name], WINDOWS)[name]
         assert torch.equal(found.rows, alone.rows) and torch.equal(found.columns, alone.columns)
     assert len(calls) == 3, "once for both layers, and for each alone"
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_model_without_a_tail_is_measured_whole(layer, likeliest, monkeypatch):
+    loaded = tiny_loaded("llama")
+    names = parameter_names(loaded.model, TuningPosition(layer, "layer"))
+    expected = measure_curvature(loaded, layer, names, WINDOWS)
+    monkeypatch.setattr(module, "supports_tail", lambda model: "a reason")
+    found = measure_curvature(loaded, layer, names, WINDOWS)
+    for name in names:
+        assert found[name].parts.keys() == expected[name].parts.keys()
+        for part, value in expected[name].parts.items():
+            torch.testing.assert_close(found[name].parts[part], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", ["zaya", "xlnet", "inkling2_text", "hy_v4"])
+def test_architectures_without_a_tail_have_a_curvature(model_type):
+    loaded = LoadedModel(model_type, tiny_model_of(model_type), tiny_tokenizer(), model_type)
+    found = measure_curvature(loaded, 1, parameter_names(loaded.model, TuningPosition(1, "layer")), WINDOWS)
+    assert any(one.diagonal is None for one in found.values())
+    assert all(value.isfinite().all() for one in found.values() for value in one.parts.values())
