@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 # fmt: off
 MODULES: tuple[str, ...] = (
-    "mlp_down", "mlp_up", "mlp_gate", "mlp_gate_up", "mlp", "shared_down", "shared_up", "shared_gate",
-    "shared_gate_up", "experts_down", "experts_gate_up", "router", "attn_q", "attn_k", "attn_v", "attn_kv", "attn_qkv", "attn_o", "attn",
-    "mixer_in", "mixer_out", "mixer", "layer",
+    "mlp_down", "mlp_up", "mlp_gate", "mlp_gate_up", "mlp",
+    "shared_down", "shared_up", "shared_gate", "shared_gate_up", "experts_down", "experts_gate_up", "router",
+    "attn_q", "attn_k", "attn_v", "attn_kv", "attn_qkv", "attn_o", "attn", "mixer_in", "mixer_out", "mixer", "layer",
 )
 # fmt: on
 """Every module name in canonical order.
