@@ -5,6 +5,7 @@ the same for both models, so log-likelihoods of both come from one pass through 
 Needs the extra `harness`: import this module only where it is asked for. Tested against the harness's own model class.
 """
 
+import logging
 import math
 import random
 import time
@@ -89,6 +90,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, di
     """
     if folder is not None and not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected one with task files of lm-evaluation-harness (YAML)")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     random.seed(0)  # what tasks draw while they are loaded, as the harness's own command has it
     np.random.seed(SEED)
     manager, problems = TaskManager(include_path=folder), []
@@ -214,6 +216,9 @@ class PairedModel(TemplateLM):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, verbose=False, **special)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Scores]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # without a bar between our lines
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[Scores]:
         """requests: what the texts were, context tokens, continuation tokens."""
