@@ -246,6 +246,9 @@ class PairedModel(TemplateLM):
                     f"{request.task_name}: it draws its answers at random; they are decoded greedily instead"
                 ] = None
             tokens = int(asked["max_gen_toks"])
+            if tokens > self.max_length // 2:
+                tokens = int(self.max_length // 2)
+                self.notices[f"answers end after {tokens:,} tokens, half of what the model reads"] = None
             until = tuple(stop for stop in asked["until"] if stop)
             ids = self._cut(self.tok_encode(context) or [self.prefix_token_id], tokens)
             open_answers.append(OpenAnswer(tuple(ids), limit=tokens, until=until))

@@ -146,8 +146,8 @@ def _harness() -> "ModuleType":
         from locft import harness
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--lm-eval: lm-evaluation-harness is not installed here ({error}); "
-            "`pip install 'locft-sweeps[harness]'` brings it"
+            f"--lm-eval: lm-evaluation-harness is not installed here ({error}); `pip install lm-eval` brings it, as does the "
+            "extra `harness` of locft-sweeps"
         ) from None
     return harness
 

@@ -131,6 +131,13 @@ def test_both_models_score_as_in_the_harness(loaded, folder):
     assert told == ["texts longer than the 100 tokens that the model reads lose their beginning"]
 
 
+def test_answers_leave_room_for_their_prompts(folder):
+    loaded, told = tiny_loaded(), []
+    loaded.tokenizer.model_max_length = 12
+    measure_tasks(loaded, None, load_tasks(["said"], folder), 2, told.append)
+    assert "answers end after 6 tokens, half of what the model reads" in told
+
+
 def test_without_a_delta_the_model_alone_is_measured(folder):
     loaded = tiny_loaded()
     (one, _) = measure_tasks(loaded, None, load_tasks(["zero"], folder), limit=5)
