@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from locft.data import record_files
 from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.data.ledger import FILE_NAME, Ledger
 from locft.data.requests import load_edits
@@ -86,6 +87,13 @@ def test_a_single_edit_with_locality_prompts_is_not_taken_for_a_wrapper_of_them(
     one = Ledger.of([replace(FIRST[0], locality=(LocalityPrompt("The capital of Spain is", "Madrid"),))], MONDAY)
     (tmp_path / FILE_NAME).write_text(one.text(), encoding="utf-8")
     assert Ledger.load(tmp_path) == one
+
+
+def test_the_file_is_read_once(ledger, tmp_path, monkeypatch):
+    (tmp_path / FILE_NAME).write_text(ledger.text(), encoding="utf-8")
+    whole, times = record_files.read_text, []
+    monkeypatch.setattr(record_files, "read_text", lambda path: times.append(path) or whole(path))
+    assert Ledger.load(tmp_path) == ledger and times == [tmp_path / FILE_NAME]
 
 
 def test_a_folder_without_one_is_told(tmp_path):
