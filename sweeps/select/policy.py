@@ -224,7 +224,7 @@ def confirmations(task: SelectionTask, scores: Scores) -> list[Run]:
 def intent(run: Run, scores: Scores) -> str:
     """What a confirming run adds to what is known of its position, in words."""
     rates = {known.learning_rate for known in scores if known.position == run.position}
-    if run.learning_rate in rates:
+    if not rates or run.learning_rate in rates:
         return f"{run.position} with seed {run.seed}"
     return f"{run.position} at {'twice' if run.learning_rate > max(rates) else 'half'} the rate"
 
