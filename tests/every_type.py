@@ -115,7 +115,6 @@ NO_BLOCKS: Mapping[str, str] = {
 NO_ENGINE: Mapping[str, str] = {
     "cpmant": "its blocks do not take a state per token",
     "gemma3n_text": "its upper layers attend to keys and values of lower layers",
-    "glm_moe_dsa": "its layers take more than hidden states from the layers below them",
     "hy_v4": "its layers take more than hidden states from the layers below them",
     "inkling2_text": "the views of this inkling2_text model do not compute what it computes as a whole",
     "mllama": "a forward pass over text skips its layers",

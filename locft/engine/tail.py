@@ -20,7 +20,7 @@ first block; only the hidden states that enter the block are exchanged for the b
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
@@ -192,22 +192,22 @@ def require_only_states(
 ) -> None:
     """Raise NoTailView if a layer takes more from those below it than hidden states: a tail would not have it.
 
-    That is a further output of theirs among its arguments, or a container in which they leave something. Arguments as
-    for `capture_boundary`.
+    That is a further output of theirs among its arguments, unless it computes the same with any other or without it, or a
+    container in which they leave something. Arguments as for `capture_boundary`.
     """
     view = tail_view(model, 0)
     outputs: list[torch.Tensor] = []  # kept, so that no other tensor takes their identity
     sizes: dict[int, int] = {}
 
-    def entering(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def entering(module: nn.Module, args: tuple, kwargs: dict) -> None:
         others = [*args[1:], *(value for name, value in kwargs.items() if args or name != _name_of_states(kwargs))]
-        taken = [value for value in others if any(value is output for output in outputs)]
+        taken = {id(value) for value in others if any(value is output for output in outputs)}
         grown = [
             value
             for value in others
             if isinstance(value, dict | list) and sizes.setdefault(id(value), len(value)) != len(value)
         ]
-        if taken or grown:
+        if grown or (taken and not _ignores(module, args, kwargs, taken)):
             raise NoTailView("its layers take more than hidden states from the layers below them")
 
     def leaving(_module: nn.Module, _args: tuple, output: Any) -> None:
@@ -219,6 +219,23 @@ def require_only_states(
         layer.register_forward_hook(leaving)
     base = view.get_submodule(_base_path(view))
     base(input_ids=input_ids, **_inputs(base, attention_mask, position_ids))
+
+
+def _ignores(module: nn.Module, args: tuple, kwargs: dict, taken: Collection[int]) -> bool:
+    """Whether a layer computes the same when these of its arguments (by identity) are others, or absent."""
+
+    def states(other: Callable[[torch.Tensor], torch.Tensor | None]) -> torch.Tensor:
+        swapped = [other(value) if id(value) in taken else value for value in args]
+        output = module.forward(*swapped, **{n: other(v) if id(v) in taken else v for n, v in kwargs.items()})
+        return output[0] if isinstance(output, tuple | list) else output
+
+    try:
+        expected = states(lambda value: value)
+        return all(
+            torch.equal(states(other), expected) for other in (torch.zeros_like, torch.ones_like, lambda _: None)
+        )
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False
 
 
 @torch.no_grad()
