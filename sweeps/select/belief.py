@@ -16,11 +16,13 @@ import numpy as np
 
 from analysis.stats.pick import Evidence, judge
 
-DRAWS = 256
+DRAWS = 512
 REACH = 0.25
 """Relative depth over which positions resemble each other."""
 ALONE = 0.3
 """What is a position's own, as a share of what changes with depth."""
+LEAST_RELIABILITY = 0.5
+"""A run that learnt less tells others no more than one that learnt this."""
 CAPABILITY_ERROR = 0.02
 """Half the interval of a change of capability that was not measured."""
 
@@ -43,7 +45,7 @@ class Scale:
 SCALES = {
     "drift_kl": Scale(math.log(0.08), 2.0, 0.6, 0.5, 0.25, probe=1.0),  # of its logarithm
     "generalization": Scale(0.4, 0.5, 0.15, 0.12, 0.05),
-    "reliability": Scale(1.0, 0.5, 0.06, 0.05, 0.02),
+    "reliability": Scale(1.1, 0.15, 0.1, 0.1, 0.03),  # most positions learn all, so what is above 1 counts as 1
     "capability_change": Scale(0.0, 0.05, 0.02, 0.01, 0.008),
 }
 
@@ -113,11 +115,12 @@ def _draws(metric: str, places: Sequence[Place], rng: np.random.Generator) -> np
     if not len(known) and any(place.measured and not _barred(place) for place in places):
         return np.full((DRAWS, len(places)), math.nan)
     seen = np.log(np.maximum(values, 1e-6)) if log else values
+    telling = np.maximum(seen, LEAST_RELIABILITY) if metric == "reliability" else seen
     covariance = _covariance(scale, places)
     gain = np.linalg.solve(
         covariance[np.ix_(known, known)] + scale.noise**2 * np.eye(len(known)), covariance[known]
     )  # (known, C)
-    mean = scale.centre + (seen[known] - scale.centre) @ gain
+    mean = scale.centre + (telling[known] - scale.centre) @ gain
     spread, directions = np.linalg.eigh(covariance - covariance[:, known] @ gain)
     root = directions * np.sqrt(spread.clip(min=0))
     drawn = mean + rng.standard_normal((DRAWS, len(places))) @ root.T
