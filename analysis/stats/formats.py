@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from analysis.stats.wording import percent
-
 FORMATS = ("raw", "qa", "chat")
 """The usual ones in their order; wordings of the user's follow, and `unseen` is the last."""
 ONE_EDIT = {"method": "low_curvature", "train_formats": ",".join(FORMATS), "epochs": 50}
@@ -25,8 +23,3 @@ def by_format(row: Mapping[str, Any], metric: str) -> dict[str, float]:
 def format_title(name: str) -> str:
     """A format in words."""
     return TITLES.get(name, name)
-
-
-def by_format_text(shares: Mapping[str, float]) -> str:
-    """The shares of `by_format` in words: "98.0% raw, 95.0% Q/A"."""
-    return ", ".join(f"{percent(share)} {format_title(name)}" for name, share in shares.items())

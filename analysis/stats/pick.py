@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.special import bdtr
 
 from analysis.stats.axes import SETTING
-from analysis.stats.formats import by_format, by_format_text
+from analysis.stats.formats import by_format, format_title
 from analysis.stats.pareto import SAME, comparable
 from analysis.stats.table import METRICS, SPREADS, by_setting, is_part
 from analysis.stats.wording import change_with_interval, number, percent, plural, points
@@ -182,6 +182,11 @@ def recommend(results: pd.DataFrame, floor: float | None = None) -> Recommendati
         reasons=_reasons(rows, floor),
         trial_ids=pick["trial_ids"],
     )
+
+
+def by_format_text(shares: Mapping[str, float]) -> str:
+    """The shares of `by_format` in words: "98.0% raw, 95.0% Q/A"."""
+    return ", ".join(f"{percent(share)} {format_title(name)}" for name, share in shares.items())
 
 
 def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:

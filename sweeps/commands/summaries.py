@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.stats.axes import SWEPT
-from analysis.stats.formats import by_format_text
 from analysis.stats.wording import MINUS, change_with_interval, number, percent, plural, points, seconds, share_interval
 from sweeps.commands.console import notice, print_json, print_table, say, setting_text
 from sweeps.tracking.address import resolve_uri
@@ -185,6 +184,7 @@ def print_selection(position: dict[str, Any] | None, file: Path, page: Path, tra
 
     position: content of the position file, `file`. page: the HTML page. edits: the values of --edits, --limit and --map.
     """
+    from analysis.stats.pick import by_format_text
     from sweeps.select.position_file import UNMEASURED
 
     if position is None:
