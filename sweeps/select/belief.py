@@ -136,7 +136,7 @@ def _covariance(scale: Scale, places: Sequence[Place]) -> np.ndarray:
     module = np.array([place.module for place in places])
     same = (module[:, None] == module[None]).astype(float)
     near = np.exp(-0.5 * ((depth[:, None] - depth[None]) / REACH) ** 2)
-    disturbance = _standardised([place.disturbance for place in places])
+    disturbance = standardised([place.disturbance for place in places])
     return (
         scale.common**2
         + scale.probe**2 * np.outer(disturbance, disturbance)
@@ -146,7 +146,7 @@ def _covariance(scale: Scale, places: Sequence[Place]) -> np.ndarray:
     )
 
 
-def _standardised(disturbances: Sequence[float]) -> np.ndarray:
+def standardised(disturbances: Sequence[float]) -> np.ndarray:
     """Logarithms with mean 0 and standard deviation 1. A position that cannot learn is taken for the worst."""
     given = np.array(disturbances)
     usable = np.isfinite(given) & (given > 0)

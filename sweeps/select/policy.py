@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis.stats.pick import evidence_of, judge
 from analysis.stats.table import mean_right
-from sweeps.select.belief import REACH, SCALES, Chances, Place, chances
+from sweeps.select.belief import REACH, SCALES, Chances, Place, chances, standardised
 
 STEP_GAIN = 1.0
 """Nats by which the first sign step should lower the mean loss: the starting rate is this over the position's gain.
@@ -34,12 +34,12 @@ JUDGED = (
 """The metrics that the rule of the pick looks at."""
 RUNGS = 4
 """A rung spends at most this part of what is left."""
-CONFIRMED = 0.25
+CONFIRMED = 0.15
 """Share of the budget that is kept to confirm the leader."""
 LEARNT = 0.95
 """Reliability of a run whose rate could have been lower; below it the rate was rather too low."""
-FEW = 5
-"""With fewer runs than these there is nothing to learn from: the first go to the probe's best, apart in depth."""
+FIRST = 4
+"""Runs at depths apart, with which a survey begins: fewer have little to teach."""
 SETTLED = 8
 """After this many runs the chance to be on the front counts half as much as the chance to be the pick."""
 UNLIKELY = 0.05
@@ -131,8 +131,9 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
     """Spends each second where it is most likely to matter: at positions that may be the pick or on the front, by what the
     runs so far let one expect (`sweeps.select.belief`).
 
-    Rungs are small, since each corrects what is expected and what runs cost. A quarter of the budget is kept to confirm
-    the leader, if that pays for a run at all. The survey ends early when nothing left is likely to be the pick.
+    It begins with the probe's best at depths apart. Rungs are small, since each corrects what is expected and what runs
+    cost. Of the budget a little is kept to confirm the leader, if that pays for a run at all. The survey ends early when
+    nothing left is likely to be the pick.
     """
     scores: Scores = {}
     served = [nearest(task, depth, module) for depth, module in task.priors]
@@ -142,11 +143,15 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
             break
         kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
         rest = task.budget - spent(scores)
-        telling, why = _most_telling(task, left, expected, len(scores)), "the likeliest to matter for what they cost"
-        if not scores and len(affordable(task, {}, [first_run(task, c) for c in telling], task.budget)) < FEW:
-            telling, why = _apart(task), "the probe's best, apart in depth"
-        order = [*(c for c in dict.fromkeys(served) if c in left), *telling]
-        asked = list(dict.fromkeys(first_run(task, candidate) for candidate in order))
+        if len(scores) < FIRST:
+            telling, why = _apart(task), "the probe's best for what they cost, apart in depth"
+        else:
+            telling, why = (
+                _most_telling(task, left, expected, len(scores)),
+                "the likeliest to matter for what they cost",
+            )
+        order = [*served, *telling]
+        asked = [run for run in dict.fromkeys(first_run(task, candidate) for candidate in order) if run not in scores]
         payable = [run for run in asked if affordable(task, scores, [*kept, run], rest)[len(kept) :]]
         fit = affordable(task, scores, [*kept, *payable], rest)[len(kept) :]
         runs = fit[: max(task.concurrent, len(fit) // RUNGS)] or ([] if scores else asked[:1])
@@ -183,12 +188,16 @@ def _elsewhere(task: SelectionTask, scores: Scores, expected: Chances) -> float:
 
 
 def _apart(task: SelectionTask) -> list[Candidate]:
-    """The probe's order, but what lies near a better position comes behind all that does not."""
+    """Those with the least disturbance for their cost, but what lies near a better one comes behind all that does not."""
+    disturbance = standardised([candidate.disturbance for candidate in task.candidates])
+    cost = np.log([task.seconds(first_run(task, candidate)) for candidate in task.candidates])
+    worth = dict(zip(task.candidates, disturbance + cost, strict=True))
+    order = sorted(task.candidates, key=lambda c: (worth[c], c.layer, c.module))
     far: list[Candidate] = []
-    for candidate in probe_order(task):
+    for candidate in order:
         if all(abs(candidate.layer - other.layer) >= REACH * task.layers for other in far):
             far.append(candidate)
-    return list(dict.fromkeys([*far, *probe_order(task)]))
+    return list(dict.fromkeys([*far, *order]))
 
 
 def _most_telling(task: SelectionTask, left: Sequence[Candidate], expected: Chances, runs: int) -> list[Candidate]:

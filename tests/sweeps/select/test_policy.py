@@ -1,4 +1,4 @@
-"""The survey: the probe's best, some of each kind of module, and enough left to confirm; against tables of known scores."""
+"""The survey: runs apart in depth, then what is likeliest to matter, then the leader again; against tables of known scores."""
 
 import math
 import random
@@ -113,10 +113,9 @@ def test_what_served_elsewhere_is_in_the_first_rung():
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
-def test_it_finds_the_best_looks_at_every_kind_and_confirms_the_leader(share):
+def test_it_finds_the_best_and_confirms_the_leader(share):
     world = World()
     rungs, scores = replayed(survey, world.task(share), world.score)
-    assert share < 0.1 or {run.module for run in scores} == set(MODULES)
     run = leading(scores)[0]
     assert drift_of(run.layer, run.module) <= 0.05
     confirmed = [run for rung in rungs if rung.name == "confirm" for run in rung.runs]
@@ -128,7 +127,8 @@ def test_it_finds_the_best_looks_at_every_kind_and_confirms_the_leader(share):
     before = {run: score for run, score in scores.items() if run not in confirmed}
     leader = leading(before)[0].position
     asked = {(run.learning_rate, run.seed) for run in confirmed if run.position == leader}
-    assert {(0.001, 0), (0.002, 1)} <= asked, "half the rate, and a second seed"
+    wanted = [(0.001, 0), (0.002, 1)]
+    assert set(wanted[: 1 if share < 0.2 else 2]) <= asked, "half the rate, and with a larger budget a second seed"
     assert spent(scores) > 0.7 * share * world.grid
 
 
