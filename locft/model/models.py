@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -251,14 +253,29 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     """Write the GGUF model into `folder` as dense float32 safetensors, with its tokenizer."""
     place = {"gguf_file": gguf.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
+        with _parsed_once():
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
     except (*LOAD_ERRORS, IndexError, AssertionError) as error:  # the reader meets arbitrary bytes
         raise InputError(f"model file {gguf}: not readable as GGUF: {one_line(error)}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """In here a GGUF file is parsed once. transformers parses it for the configuration, the weights and the tokenizer, and
+    each time a large vocabulary takes longer than the weights."""
+    import gguf  # here, because few models are such files
+
+    reader = gguf.GGUFReader
+    setattr(gguf, "GGUFReader", cache(reader))  # noqa: B010  (a class, which may not be assigned to)
+    try:
+        yield
+    finally:
+        setattr(gguf, "GGUFReader", reader)  # noqa: B010
 
 
 def _hub_config(name: str, trust_remote_code: bool) -> Path:

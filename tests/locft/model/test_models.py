@@ -246,6 +246,15 @@ def test_a_gguf_file_becomes_the_dense_model_it_was_made_from(gguf_file, gguf_mo
     assert load_model(str(folder), device="cpu").fingerprint == loaded.fingerprint
 
 
+def test_a_gguf_file_is_parsed_once(gguf_file, cache, monkeypatch):
+    parsed = []
+    reader = gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *given: parsed.append(given) or reader(*given))
+    before = gguf.GGUFReader
+    load_model(str(gguf_file), device="cpu")
+    assert len(parsed) == 1 and gguf.GGUFReader is before
+
+
 def test_a_gguf_file_is_converted_once_wherever_it_lies(gguf_file, tmp_path, monkeypatch):
     first = model_folder(str(gguf_file))
     copy = tmp_path / "elsewhere.gguf"
