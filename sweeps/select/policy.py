@@ -154,7 +154,8 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
         asked = [run for run in dict.fromkeys(first_run(task, candidate) for candidate in order) if run not in scores]
         payable = [run for run in asked if affordable(task, scores, [*kept, run], rest)[len(kept) :]]
         fit = affordable(task, scores, [*kept, *payable], rest)[len(kept) :]
-        runs = fit[: max(task.concurrent, len(fit) // RUNGS)] or ([] if scores else asked[:1])
+        most = len(fit) // RUNGS if len(scores) >= FIRST else FIRST - len(scores)
+        runs = fit[: max(task.concurrent, min(most, len(fit) // RUNGS))] or ([] if scores else asked[:1])
         if not runs:
             break
         scores = yield _rung(task, runs, why)
