@@ -137,25 +137,23 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
     """
     scores: Scores = {}
     served = [nearest(task, depth, module) for depth, module in task.priors]
-    while left := [candidate for candidate in task.candidates if first_run(task, candidate) not in scores]:
-        expected = expectations(task, scores)
-        if scores and _elsewhere(task, scores, expected) < UNLIKELY:
+    while any(first_run(task, candidate) not in scores for candidate in task.candidates):
+        expected = expectations(task, scores) if scores else None
+        if expected and _elsewhere(task, scores, expected) < UNLIKELY:
             break
-        kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
-        rest = task.budget - spent(scores)
-        if len(scores) < FIRST:
+        if expected is None or len(scores) < FIRST:
             telling, why = _apart(task), "the probe's best for what they cost, apart in depth"
         else:
-            telling, why = (
-                _most_telling(task, left, expected, len(scores)),
-                "the likeliest to matter for what they cost",
-            )
-        order = [*served, *telling]
-        asked = [run for run in dict.fromkeys(first_run(task, candidate) for candidate in order) if run not in scores]
+            telling, why = _most_telling(task, expected, len(scores)), "the likeliest to matter for what they cost"
+        asked = [run for run in dict.fromkeys(first_run(task, c) for c in (*served, *telling)) if run not in scores]
+        kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
+        rest = task.budget - spent(scores)
         payable = [run for run in asked if affordable(task, scores, [*kept, run], rest)[len(kept) :]]
         fit = affordable(task, scores, [*kept, *payable], rest)[len(kept) :]
-        most = len(fit) // RUNGS if len(scores) >= FIRST else FIRST - len(scores)
-        runs = fit[: max(task.concurrent, min(most, len(fit) // RUNGS))] or ([] if scores else asked[:1])
+        most = len(fit) // RUNGS
+        if len(scores) < FIRST:
+            most = min(most, FIRST - len(scores))
+        runs = fit[: max(task.concurrent, most)] or ([] if scores else asked[:1])
         if not runs:
             break
         scores = yield _rung(task, runs, why)
@@ -201,16 +199,13 @@ def _apart(task: SelectionTask) -> list[Candidate]:
     return list(dict.fromkeys([*far, *order]))
 
 
-def _most_telling(task: SelectionTask, left: Sequence[Candidate], expected: Chances, runs: int) -> list[Candidate]:
-    """Those left, by the chance per second of their run to be the pick, and the more was run already, to be on the front."""
-    place = {candidate: index for index, candidate in enumerate(task.candidates)}
-    weight = runs / (runs + SETTLED)
-
-    def worth(candidate: Candidate) -> float:
-        index = place[candidate]
-        return (expected.pick[index] + weight * expected.front[index]) / task.seconds(first_run(task, candidate))
-
-    return sorted(left, key=lambda c: (-worth(c), c.disturbance, c.layer, c.module))
+def _most_telling(task: SelectionTask, expected: Chances, runs: int) -> list[Candidate]:
+    """The candidates by the chance, per second of their run, to be the pick, and the more was run already, to be on the
+    front."""
+    chance = expected.pick + runs / (runs + SETTLED) * expected.front
+    seconds = [task.seconds(first_run(task, candidate)) for candidate in task.candidates]
+    worth = dict(zip(task.candidates, chance / np.array(seconds), strict=True))
+    return sorted(task.candidates, key=lambda c: (-worth[c], c.disturbance, c.layer, c.module))
 
 
 def confirm(task: SelectionTask, scores: Scores) -> Generator[Rung, Scores, None]:

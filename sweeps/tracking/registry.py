@@ -115,8 +115,8 @@ def register_edit(
     description = f"Edited at {position}{f' ({edits})' if edits else ''}.\n\nApply it: {use}\n\n{shown}"
     with store_errors(f"the registered model {name!r}", InputError):
         run = client.get_run(run_id)
-        shown = {"position": position, "base": model}
-        logged = client.create_logged_model(run.info.experiment_id, LOGGED, run_id, tags, shown, LOGGED)
+        parameters = {"position": position, "base": model}
+        logged = client.create_logged_model(run.info.experiment_id, LOGGED, run_id, tags, parameters, LOGGED)
         with tempfile.TemporaryDirectory() as described:
             write_description(Path(described), model)
             for place in (str(folder), described):
