@@ -30,6 +30,7 @@ from sweeps.run.dispatch import Reporter
 from sweeps.run.trial import measure_baseline
 from sweeps.select.policy import (
     Candidate,
+    Policy,
     Run,
     Rung,
     Score,
@@ -67,8 +68,9 @@ def run_selection(
     *,
     address: str | None = None,
     progress: AbstractContextManager[SelectionReporter],
+    policy: Policy = survey,
 ) -> Iterator[tuple[Selection, Tracker]]:
-    """Probe and survey; every trial goes to MLflow. The same call again resumes.
+    """Probe the positions and run those that the policy asks for; every trial goes to MLflow. The same call again resumes.
 
     The study's run stays open while the `with` block runs, so that `sweeps.select.answer.conclude` can write the answer
     into it. Raises InputError before anything is written when the store or the cluster cannot be used.
@@ -79,11 +81,13 @@ def run_selection(
         session.start_ray()
         with progress as reporter:
             tracker = session.open_run()
-            found = _survey(request, session, reporter, began)
+            found = _select(request, session, reporter, policy, began)
         yield found, tracker
 
 
-def _survey(request: SelectionRequest, session: StudySession, reporter: SelectionReporter, began: float) -> Selection:
+def _select(
+    request: SelectionRequest, session: StudySession, reporter: SelectionReporter, policy: Policy, began: float
+) -> Selection:
     tracker, concurrent = session.open_run(), session.room.trials()
     candidates, baseline = _prepared(request, tracker, reporter.note)
     minutes = request.budget.minutes
@@ -105,7 +109,7 @@ def _survey(request: SelectionRequest, session: StudySession, reporter: Selectio
         return Score(row, row.get("seconds", 0.0) if share is None else task.seconds(run))
 
     known = {run: score(run, row) for run, row in _finished(request, tracker.load_results(curves=False))}
-    search = PolicySearch(survey(task), request.config, score, known, reporter.rung)
+    search = PolicySearch(policy(task), request.config, score, known, reporter.rung)
     ending = session.run_trials(search, baseline, reporter, deadline)
     results = tracker.load_results()
     own = np.array([request.run(config_of_row(row)) is not None for row in results.to_dict("records")], dtype=bool)
