@@ -27,7 +27,7 @@ from locft.train.examples import TrainingExamples
 from locft.train.formats import available, parse_formats
 from locft.train.guards import Guards
 from locft.train.methods.curvature import Curvature
-from locft.train.pipelines import Earlier, Training, TrainingSettings, finetune
+from locft.train.pipelines import Earlier, Training, TrainingSettings, Watch, finetune
 from locft.train.token_rows import TokenRow
 
 PREFIXES = 5
@@ -56,8 +56,17 @@ class EditTrainer:
     """The fast forward; None if everything is computed with the full model."""
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
-    def train(self, position: TuningPosition, settings: TrainingSettings, earlier: Earlier | None = None) -> Training:
-        """earlier: what a stream goes on with. Raises InputError for settings that this model or these edits cannot serve."""
+    def train(
+        self,
+        position: TuningPosition,
+        settings: TrainingSettings,
+        earlier: Earlier | None = None,
+        watch: Watch | None = None,
+    ) -> Training:
+        """Train the edits at a position. earlier: what a stream goes on with. watch: called on the way through a stream.
+
+        Raises InputError for settings that this model or these edits cannot serve.
+        """
         examples = self.examples(settings)
         rows = examples.rows
         curvature = self.curvature(position) if settings.method == "low_curvature" else {}
@@ -70,7 +79,7 @@ class EditTrainer:
         if engine:
             noise = _gaussian(settings.noise, settings.seed) if settings.noise else None
             forward = engine.training_forward(position, rows, DTYPES[settings.precision], noise)
-        training = finetune(self.loaded, examples, position, settings, forward, curvature, earlier)
+        training = finetune(self.loaded, examples, position, settings, forward, curvature, earlier, watch)
         if settings.shrink == "yes" and not training.diverged:
             training = self._shrunk(training, position)
         return training

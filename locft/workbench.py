@@ -50,7 +50,7 @@ from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition
 from locft.train.encoding import encode_edits, encode_prompt
 from locft.train.formats import CHAT, RAW, asked, parse_formats
-from locft.train.pipelines import Training, TrainingSettings
+from locft.train.pipelines import Training, TrainingSettings, Watch
 from locft.train.token_rows import SupervisedLogits, TokenRow
 
 _log = logging.getLogger(__name__)
@@ -151,32 +151,35 @@ class Workbench:
         """What trains these edits, with all that it keeps from one training to the next."""
         return EditTrainer(self.loaded, self.requests, self.rows, self.engine)
 
-    def train(self, position: TuningPosition, settings: TrainingSettings) -> Training:
-        """Train the edits at a position. The model stays as it is."""
-        return self.trainer.train(position, settings)
+    def train(self, position: TuningPosition, settings: TrainingSettings, watch: Watch | None = None) -> Training:
+        """Train the edits at a position. The model stays as it is. watch: called on the way through a stream."""
+        return self.trainer.train(position, settings, watch=watch)
 
-    def measure(self, delta: EditDelta, *, whole_answers: bool = False) -> Measurement:
+    def measure(self, delta: EditDelta, *, first: int | None = None, whole_answers: bool = False) -> Measurement:
         """All metrics of the edited model, computed in the model's own dtype, by their names in the results table.
 
-        whole_answers: also generate wrong answers in full, for people to read. It changes no metric.
+        first: ask about this many edits only, the first ones. whole_answers: also generate wrong answers in full, for
+        people to read; it changes no metric.
         """
         delta.require_base(self.loaded.name, self.loaded.fingerprint)
         started = time.perf_counter()
         edited, coarse = self.edited(delta)
-        followed = follow(edited, self.rows)
-        known = dict(zip(self.rows, followed, strict=True))
-        changes = reference_changes(edited, self.unedited(delta), self.questions)
+        rows, about = self.rows[:first], {request.id for request in self.requests[:first]}
+        questions = [question for question in self.questions if question.edit_id in about]
+        followed = follow(edited, rows)
+        known = dict(zip(rows, followed, strict=True))
+        changes = reference_changes(edited, self.unedited(delta), questions)
         with applied(self.loaded, delta):
             outcomes = ask(
                 self.loaded,
                 edited,
-                self.questions,
+                questions,
                 followed=known,
                 changes=changes,
                 coarse=coarse,
                 generate_all=whole_answers,
             )
-        metrics = {**edit_metrics(outcomes), "n_edits": float(len(self.rows)), "delta_norm": delta.norm}
+        metrics = {**edit_metrics(outcomes), "n_edits": float(len(rows)), "delta_norm": delta.norm}
         metrics["merged_loss"] = sum(row.loss for row in followed) / len(followed)
         metrics["evaluate_seconds"] = time.perf_counter() - started
         if self.suite and self.baseline.scores:

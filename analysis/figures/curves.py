@@ -5,6 +5,7 @@ In two steps like all figures: `*_info` from the results table, `*_figure` from 
 id as `customdata`, by which the page filters them.
 """
 
+import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import qualitative
 
 from analysis.figures.style import ACCENT, BLUE, INK, styled_figure, thinned
-from analysis.stats.axes import AXIS, SWEPT
+from analysis.stats.axes import AXIS, STAGES, SWEPT
 from analysis.stats.importance import WhatMatters
 from analysis.stats.pareto import comparable
 from analysis.stats.table import (
@@ -31,8 +33,7 @@ from analysis.stats.wording import escaped
 
 MAX_CURVES = 150
 """Loss curves drawn at most; the info says how many were left out."""
-AGES = 10
-"""Parts of a stream by age."""
+PALETTE = qualitative.Safe
 MAX_PAIRS = 200
 """Pairs of pipelines drawn at most; the mean difference is that of all."""
 MAX_LINES = 1000
@@ -116,6 +117,12 @@ class RetentionCurve:
     label: str
     retained: tuple[float, ...]
     """Reliability of each part of the edits, those that arrived first ahead; mean over seeds and formats."""
+    first: tuple[tuple[float, float], ...] = ()
+    """Share of the edits that had arrived, and reliability of the first tenth then, of the lowest seed. Empty where the
+    stream was measured at its end alone."""
+    seconds: float = math.nan
+    """From the arrival of edits to the end of their training, median."""
+    seconds_p95: float = math.nan
 
 
 def retention_info(results: pd.DataFrame) -> tuple[RetentionCurve, ...]:
@@ -127,26 +134,53 @@ def retention_info(results: pd.DataFrame) -> tuple[RetentionCurve, ...]:
     if "stream" not in set(rows.get("pipeline", ())):
         return ()
     curves, names = [], setting_names(rows)
-    for trial, right in rows[["trial_id", "right_by_edit"]][:MAX_CURVES].itertuples(index=False):
-        if isinstance(right, np.ndarray) and len(right) >= AGES:
-            parts = tuple(float(part.mean()) for part in np.array_split(right, AGES))
-            curves.append(RetentionCurve(trial, escaped(names[trial]), parts))
+    for row in rows[:MAX_CURVES].itertuples(index=False):
+        right, trial = row.right_by_edit, row.trial_id
+        if isinstance(right, np.ndarray) and len(right) >= STAGES:
+            parts = tuple(float(part.mean()) for part in np.array_split(right, STAGES))
+            stages = json.loads(row.stages or "[]")
+            first = tuple((stage["arrived"] / len(right), stage["first_tenth"]) for stage in stages)
+            took = row.arrival_seconds, row.arrival_seconds_p95
+            curves.append(RetentionCurve(trial, escaped(names[trial]), parts, first, *took))
     return tuple(curves)
 
 
 def retention_figure(curves: Sequence[RetentionCurve]) -> go.Figure:
-    """Reliability against the time of arrival, a line per setting."""
+    """A line per setting and what was measured: reliability at the end against the time of arrival; where stages were
+    measured, dotted, that of the first tenth while more arrived."""
     figure = styled_figure(
         height=400,
         xaxis={"title": {"text": "share of the edits that had arrived"}, "tickformat": ".0%", "range": [0, 1.03]},
-        yaxis={"title": {"text": "reliability at the end"}, "tickformat": ".0%", "range": [0, 1.03]},
+        yaxis={"title": {"text": "reliability"}, "tickformat": ".0%", "range": [0, 1.03]},
         hovermode="closest",
     )
-    for curve in curves:
-        figure.add_scatter(
-            x=[(part + 1) / AGES for part in range(AGES)], y=curve.retained, mode="lines+markers", name=curve.label,
-            customdata=[curve.trial_id] * AGES, hovertemplate=f"{curve.label}<br>%{{x:.0%}}: %{{y:.0%}}<extra></extra>",
-        )  # fmt: skip
+    for index, curve in enumerate(curves):
+        at_end = [((part + 1) / STAGES, kept) for part, kept in enumerate(curve.retained)]
+        for points, dash, what in ((at_end, "solid", "at the end"), (curve.first, "dot", "of the first tenth")):
+            if points:
+                xs, ys = zip(*points, strict=True)
+                figure.add_scatter(
+                    x=xs, y=ys, mode="lines+markers", name=curve.label, legendgroup=curve.label, showlegend=dash == "solid",
+                    line={"color": PALETTE[index % len(PALETTE)], "dash": dash}, customdata=[curve.trial_id] * len(xs),
+                    hovertemplate=f"{curve.label}<br>{what}, %{{x:.0%}}: %{{y:.0%}}<extra></extra>",
+                )  # fmt: skip
+    return figure
+
+
+def latency_figure(curves: Sequence[RetentionCurve]) -> go.Figure:
+    """Seconds from arrival to live of each setting that has them: the median, and a bar to the 95th percentile."""
+    timed = [curve for curve in curves if math.isfinite(curve.seconds)]
+    figure = styled_figure(
+        height=90 + 26 * len(timed),
+        xaxis={"title": {"text": "seconds from arrival to live"}, "type": "log"},
+        yaxis={"autorange": "reversed", "showgrid": False},
+    )
+    figure.add_scatter(
+        x=[curve.seconds for curve in timed], y=[curve.label for curve in timed], mode="markers", showlegend=False,
+        error_x={"array": [curve.seconds_p95 - curve.seconds for curve in timed], "arrayminus": [0.0] * len(timed)},
+        marker={"color": BLUE, "size": 9}, customdata=[curve.trial_id for curve in timed],
+        hovertemplate="%{y}: %{x:.3g} s<extra></extra>",
+    )  # fmt: skip
     return figure
 
 

@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from analysis.figures.curves import (
     importance_figure,
+    latency_figure,
     loss_figure,
     loss_info,
     parallel_figure,
@@ -124,14 +125,24 @@ def _retention_plots(results: pd.DataFrame) -> list[Plot]:
     retained = retention_info(results)
     if not retained:
         return []
-    return [
+    plots = [
         page_plot(
             "retention", "What a stream retains", retention_figure(retained),
             "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
-            " right forgets; a level one does not.",
+            " right forgets; a level one does not. Dotted: the first tenth, measured again as more arrived.",
             "Reliability by time of arrival, a line per setting.",
         )
     ]  # fmt: skip
+    if any(math.isfinite(curve.seconds) for curve in retained):
+        plots.append(
+            page_plot(
+                "latency", "From arrival to live", latency_figure(retained),
+                "How long the training of what arrived together takes: the median of all arrivals, and a bar to the 95th"
+                " percentile. Replaying earlier edits takes time and keeps them.",
+                "Seconds from arrival to live, a row per setting.",
+            )
+        )  # fmt: skip
+    return plots
 
 
 def _front_plot(info: FrontInfo) -> Plot:

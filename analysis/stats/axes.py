@@ -207,6 +207,8 @@ AXIS = {axis.name: axis for axis in AXES}
 SWEPT = tuple(axis for axis in AXES if axis.swept)
 SETTING = tuple(axis.name for axis in AXES if axis.name != "seed")
 """What tells settings apart: every axis but the seed."""
+STAGES = 10
+"""Equal parts of a stream, after each of which it is measured."""
 
 
 def named_axes(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:

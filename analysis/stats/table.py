@@ -87,6 +87,7 @@ COLUMNS: dict[str, Column] = {
     "epoch_losses": Column(
         LIST, "mean loss of each epoch (breadth-first), or the last of each batch (depth-first) or arrival"
     ),
+    "stages": Column(TEXT, "of a stream, metrics when each tenth of the edits had `arrived`, as JSON; None for others"),
     "epochs_run": Column(NUMBER, "passes made"),
     "steps": Column(NUMBER, "optimiser steps taken"),
     "batch_pieces": Column(NUMBER, "in which a batch was computed: 1 unless memory did not suffice"),
@@ -305,7 +306,7 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
 
     - a metric is the mean over the seeds that have it (the ends of an interval too, which errs on the wide side: the
       seeds share their items); an infinite value counts as absent;
-    - `trial_id`, `run_id`, `seed` and `epoch_losses` are those of the lowest seed, which stands for the group;
+    - `trial_id`, `run_id`, `seed`, `epoch_losses` and `stages` are those of the lowest seed, which stands for the group;
     - `diverged` is 1 when any seed diverged;
     - new columns: `trial_ids` and `seeds` (tuples, by seed), `n_seeds`, `n_failed` (seeds of it that failed),
       `right_by_edit` ((E,) array, the share of seeds and formats that got each edit right; None where not known),

@@ -7,7 +7,7 @@ engine).
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import MappingProxyType
@@ -34,6 +34,8 @@ from locft.train.reference import full_forward
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
+Watch = Callable[[int, Callable[[], EditDelta]], None]
+"""Called after each arrival of a stream: how many edits have arrived, and what makes the delta of them."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +121,33 @@ def finetune(
     forward: Forward | None = None,
     curvature: Mapping[str, Curvature] = MappingProxyType({}),
     earlier: Earlier | None = None,
+    watch: Watch | None = None,
 ) -> Training:
     """Train the position's parameters on the edits. The model itself is only read.
 
     forward: how logits are computed, by default the full forward. curvature: by parameter name, for the methods that need
-    it. earlier: what a stream goes on with. The trained copies are float32, whatever the model's dtype. On a CPU the result
-    is bitwise a function of the arguments, unless a time limit ends it.
+    it. earlier: what a stream goes on with. watch: of a stream; its time is not counted. The trained copies are float32,
+    whatever the model's dtype. On a CPU the result is bitwise a function of the arguments, unless a time limit ends it.
     """
-    started = time.perf_counter()
+    started, watched = time.perf_counter(), 0.0
     trainer = PositionTrainer(loaded, examples, position, settings, forward, curvature, earlier)
-    losses = _PIPELINES[settings.pipeline](trainer, settings)
-    delta = EditDelta(str(position), loaded.fingerprint, trainer.method.change(), asdict(settings))
-    seconds = time.perf_counter() - started
+
+    def change() -> EditDelta:
+        return EditDelta(str(position), loaded.fingerprint, trainer.method.change(), asdict(settings))
+
+    def arrived(edits: int) -> None:
+        nonlocal watched
+        if watch:
+            began = time.perf_counter()
+            watch(edits, change)
+            watched += time.perf_counter() - began
+
+    if settings.pipeline == "stream":
+        losses = _stream(trainer, settings, arrived)
+    else:
+        losses = _PIPELINES[settings.pipeline](trainer, settings)
+    delta = change()
+    seconds = time.perf_counter() - started - watched
     trained_loss = None
     if not trainer.diverged:
         at_once = LOSS_ROWS if trainer.pieces == 1 else max(1, settings.batch_size // trainer.pieces)
@@ -269,8 +286,11 @@ def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list
     return trainer.learn(range(len(trainer.examples)), order)
 
 
-def _stream(trainer: PositionTrainer, settings: TrainingSettings) -> list[float]:
-    """Last mean loss of each arrival. A training that ends early ends with the last whole arrival."""
+def _stream(trainer: PositionTrainer, settings: TrainingSettings, after: Callable[[int], None]) -> list[float]:
+    """Last mean loss of each arrival. A training that ends early ends with the last whole arrival.
+
+    after: called after each arrival with the number of edits that have arrived.
+    """
     losses: list[float] = []
     order = torch.Generator().manual_seed(settings.seed)
     for first in range(trainer.first_new, len(trainer.examples), settings.arrival):
@@ -283,6 +303,7 @@ def _stream(trainer: PositionTrainer, settings: TrainingSettings) -> list[float]
         losses += found[-1:]
         if trainer.ended:
             break
+        after(arrived.stop)
     return losses
 
 
@@ -302,7 +323,7 @@ def _depth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[f
     return losses
 
 
-_PIPELINES = {"breadth_first": _breadth_first, "depth_first": _depth_first, "stream": _stream}
+_PIPELINES = {"breadth_first": _breadth_first, "depth_first": _depth_first}
 
 
 def _shuffled_batches(edits: int, size: int, order: torch.Generator) -> list[list[int]]:

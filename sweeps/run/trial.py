@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.stats.axes import STAGES
 from locft.errors import InputError
 from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from locft.model.delta import EditDelta
     from locft.model.models import LoadedModel
-    from locft.train.pipelines import Training
-    from locft.workbench import Baseline, Workbench
+    from locft.train.pipelines import Training, Watch
+    from locft.workbench import Baseline, Measurement, Workbench
 
-
+STAGE_METRICS = ("reliability", "generalization", "locality", "drift_kl", "capability_change")
+"""Measured on the way through a stream, as at its end."""
 _resident: dict[tuple, "Workbench"] = {}
 """The workbench of this process by the key of its inputs; one at most."""
 
@@ -73,15 +77,15 @@ def measure_baseline(inputs: TrialInputs) -> "Baseline":
     return baseline
 
 
-def train(bench: "Workbench", config: TrialConfig) -> "Training":
-    """The training of a trial; on a CPU bitwise the same whenever it is run."""
+def train(bench: "Workbench", config: TrialConfig, watch: "Watch | None" = None) -> "Training":
+    """The training of a trial; on a CPU bitwise the same whenever it is run. watch: called on the way through a stream."""
     import torch
 
     from locft.model.positions import TuningPosition
     from locft.train.pipelines import TrainingSettings
 
     torch.manual_seed(config.seed)  # nothing here draws from it; a model's own code might
-    return bench.train(TuningPosition(config.layer, config.module), TrainingSettings(**config.training))
+    return bench.train(TuningPosition(config.layer, config.module), TrainingSettings(**config.training), watch)
 
 
 def trained_delta(inputs: TrialInputs, baseline: "Baseline", config: TrialConfig) -> "EditDelta":
@@ -99,15 +103,40 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
     from locft.workbench import diverged_metrics
 
     started = time.perf_counter()
-    training = train(bench, config)
+    stages: list[dict[str, float]] = []
+
+    def watch(arrived: int, change: "Callable[[], EditDelta]") -> None:
+        """Measures when another tenth has arrived; what all have left is measured at the end in any case."""
+        seen = stages[-1]["arrived"] if stages else 0
+        if STAGES * seen // len(bench.rows) < STAGES * arrived // len(bench.rows) < STAGES:
+            stages.append(stage_metrics(bench, arrived, bench.measure(change(), first=arrived)))
+
+    training = train(bench, config, watch)
     if training.diverged:
         metrics, outcomes = diverged_metrics(bench.questions, bench.baseline), ()
     else:
         measured = bench.measure(training.delta)
         metrics, outcomes = measured.metrics, tuple(asdict(outcome) for outcome in measured.outcomes)
+        if config.pipeline == "stream":
+            stages.append(stage_metrics(bench, len(bench.rows), measured))
     metrics |= training_metrics(training, config.pipeline, len(bench.rows))
     metrics["seconds"] = time.perf_counter() - started
-    return TrialResult(config, "done", None, metrics, training.losses, outcomes)
+    return TrialResult(config, "done", None, metrics, training.losses, outcomes, tuple(stages))
+
+
+def stage_metrics(bench: "Workbench", arrived: int, measured: "Measurement") -> dict[str, float]:
+    """What is left of the edits of a stream when this many have arrived: reliability of all, of the first tenth of the
+    whole stream and of what arrived in the last, and what the edits cost so far."""
+    from locft.measure.evaluation import edit_metrics
+
+    ids, tenth = [request.id for request in bench.requests], max(1, len(bench.requests) // STAGES)
+    parts = {"first_tenth": set(ids[:tenth]), "last_tenth": set(ids[max(0, arrived - tenth) : arrived])}
+    reliability = {
+        name: edit_metrics([outcome for outcome in measured.outcomes if outcome.edit_id in part])["reliability"]
+        for name, part in parts.items()
+    }
+    kept = {name: measured.metrics[name] for name in STAGE_METRICS if name in measured.metrics}
+    return {"arrived": float(arrived), **kept, **reliability}
 
 
 def training_metrics(training: "Training", pipeline: str, edits: int) -> dict[str, float]:

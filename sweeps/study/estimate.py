@@ -21,6 +21,7 @@ from typing import Literal
 
 import psutil
 
+from analysis.stats.axes import STAGES
 from locft.errors import InputError
 from locft.machine import usable_cores
 from sweeps.study.footprint import BYTES, disk_range, memory_range, places
@@ -401,10 +402,12 @@ def trial_seconds(
     costs = costs or rough_costs(facts)
     layers = layers_passed(trial, facts)
     taken = costs.shares[trial.pipeline] if share is None else share
+    measured = 1 if trial.pipeline != "stream" else max(1, min(STAGES, math.ceil(facts.n_edits / trial.arrival)))
+    asked = (measured + 1) / 2  # times that all edits are asked: at each stage those that have arrived
     return (
         taken * trial.epochs * costs.epoch(trial, facts)
-        + costs.evaluation.seconds(layers)
-        + costs.capability.seconds(layers)
+        + asked * costs.evaluation.seconds(layers)
+        + measured * costs.capability.seconds(layers)
     )
 
 

@@ -155,6 +155,8 @@ class TrialResult:
     """Mean training loss of each epoch (breadth-first) or of each batch's last step (depth-first)."""
     outcomes: tuple[dict[str, Any], ...] = ()
     """Per question: the fields of `locft.measure.evaluation.EditOutcome`."""
+    stages: tuple[dict[str, float], ...] = ()
+    """Metrics on the way through a stream and at its end (`sweeps.run.trial.stage_metrics`)."""
     retried: tuple[str, ...] = ()
     """Why earlier attempts at it were lost, each in one line."""
     packed_right: str | None = None
@@ -180,6 +182,7 @@ class TrialResult:
             **self.config.to_dict(),
             **self.metrics,
             "epoch_losses": list(self.epoch_losses),
+            "stages": json.dumps(self.stages) if self.stages else None,
             "retried": "\n".join(self.retried) or None,
             "right": self.right,
         }
@@ -199,6 +202,7 @@ def pack_result(result: TrialResult) -> str:
         "metrics": result.metrics,
         "epoch_losses": result.epoch_losses,
         "outcomes": result.outcomes,
+        "stages": result.stages,
         "retried": result.retried,
     }
     return base64.b85encode(zlib.compress(json.dumps(parts).encode())).decode()
@@ -214,5 +218,5 @@ def unpack_result(packed: str) -> TrialResult:
         parts["metrics"],
         tuple(parts["epoch_losses"]),
         tuple(parts["outcomes"]),
-        tuple(parts.get("retried", ())),  # one that an earlier version kept has none
+        *(tuple(parts.get(name, ())) for name in ("stages", "retried")),  # one that an earlier version kept has none
     )

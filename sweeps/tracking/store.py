@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -223,21 +224,23 @@ class Store:
         run_id: str,
         *,
         metrics: Mapping[str, float] | None = None,
-        losses: Sequence[float] = (),
+        curves: Mapping[str, Sequence[tuple[int, float]]] = MappingProxyType({}),
         when: int = 0,
         parameters: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Logs everything about a run in one request; a loss curve of more than 900 points takes several.
+        """Logs everything about a run in one request; curves of more than 900 points take several.
 
-        when: milliseconds since 1970. A point that is sent again with the same time, step and value is kept once.
+        curves: steps and values by name. when: milliseconds since 1970. A point that is sent again with the same time, step and value is kept once.
         """
         from mlflow.entities import Metric, Param, RunTag
 
         finite = {key: float(value) for key, value in (metrics or {}).items() if math.isfinite(value)}
         # Names of tasks come from the user: replace what MLflow does not accept.
         points = [Metric(re.sub(r"[^\w.\-:/ ]", "_", key), value, when, 0) for key, value in finite.items()]
-        points += [Metric("epoch_loss", float(loss), when + step, step) for step, loss in enumerate(losses)]
+        points += [
+            Metric(name, float(value), when + step, step) for name, curve in curves.items() for step, value in curve
+        ]
         self.client.log_batch(
             run_id,
             points[:_MAX_BATCH],

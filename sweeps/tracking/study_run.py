@@ -116,7 +116,7 @@ class Tracker:
                 self._store.log(
                     run_id,
                     metrics=result.metrics,
-                    losses=result.epoch_losses,
+                    curves=trial_run.curves_of(result),
                     # Going on where a delivery broke off repeats the same points; another attempt adds new ones.
                     when=now() if before == "failed" else run.info.start_time,
                     parameters=trial_run.trial_parameters(config),
@@ -257,7 +257,7 @@ class Tracker:
                 if known and (known["status"] == "done" or status == "failed"):  # the order of `best_first`
                     continue
                 losses: Sequence[float] = ()
-                if curves and "epoch_loss" in run.data.metrics:
+                if curves and trial_run.EPOCH_LOSS in run.data.metrics:
                     losses = stored.get(run_id) or self._store.loss_curve(run_id)
                 rows[config.id] = {**trial_run.result_of(run, config, status, losses).to_row(), "run_id": run_id}
         return results_frame(list(rows.values()))

@@ -18,6 +18,8 @@ OUTCOMES = [
     "edit_id", "kind", "format", "prompt", "expected", "got", "correct", "correct_tf", "kept", "first_kept", "kl",
 ]  # fmt: skip
 """Columns of the table of outcomes."""
+EPOCH_LOSS, STAGE = "epoch_loss", "stage."
+"""Metrics with more than one step: the losses by epoch, and what begins so, by the edits of a stream that had arrived."""
 PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", "numpy", "pandas")
 """Packages whose versions are kept with a study."""
 _TYPES: dict[str, Callable[[str], Any]] = {field.name: field.type for field in fields(TrialConfig)}
@@ -87,6 +89,8 @@ def trial_tags(study_id: str, result: TrialResult, inputs: StudyInputs | None) -
         tags["locft.retried"] = "\n".join(result.retried)
     if result.right:
         tags["locft.right"] = result.right
+    if result.stages:
+        tags["locft.stages"] = json.dumps(result.stages)
     if result.outcomes:  # tells MLflow's pages that the file is a table
         tags["mlflow.loggedArtifacts"] = json.dumps([{"path": "outcomes.json", "type": "table"}])
     return tags | (inputs.tags if inputs else {})
@@ -111,11 +115,25 @@ def result_of(
         config,
         status,
         tags.get("locft.error"),
-        {key: value for key, value in run.data.metrics.items() if key != "epoch_loss"},  # its last point
+        {key: value for key, value in run.data.metrics.items() if not is_curve(key)},  # of a curve, its last point
         tuple(losses),
+        stages=tuple(json.loads(tags.get("locft.stages", "[]"))),
         retried=tuple(tags.get("locft.retried", "").splitlines()),
         packed_right=tags.get("locft.right"),
     )
+
+
+def curves_of(result: TrialResult) -> dict[str, list[tuple[int, float]]]:
+    """The curves of a trial for MLflow's pages, by name: steps and values. Losses by epoch; a stream's stages by edits."""
+    curves = {EPOCH_LOSS: list(enumerate(result.epoch_losses))}
+    for stage in result.stages:
+        for name in stage.keys() - {"arrived"}:
+            curves.setdefault(f"{STAGE}{name}", []).append((int(stage["arrived"]), stage[name]))
+    return curves
+
+
+def is_curve(metric: str) -> bool:
+    return metric == EPOCH_LOSS or metric.startswith(STAGE)
 
 
 def outcomes_table(outcomes: Sequence[Mapping[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from analysis.figures.curves import (
+    latency_figure,
     loss_figure,
     loss_info,
     parallel_figure,
@@ -294,9 +295,19 @@ def test_names_are_escaped_in_every_figure():
 def test_retention_is_reliability_by_time_of_arrival():
     forgets = pack_right([place >= 10 for place in range(20)])
     keeps = pack_right([True] * 20)
+    stages = json.dumps([{"arrived": 10.0, "first_tenth": 0.5}, {"arrived": 20.0, "first_tenth": 0.25}])
     streams = [
         row("a", pipeline="stream", replay=0, right=forgets, n_edits=20),
-        row("b", pipeline="stream", replay=8, right=keeps, n_edits=20),
+        row(
+            "b",
+            pipeline="stream",
+            replay=8,
+            right=keeps,
+            n_edits=20,
+            stages=stages,
+            arrival_seconds=2.0,
+            arrival_seconds_p95=3.0,
+        ),
         row("c", pipeline="stream", replay=32, right=None, n_edits=20),
     ]
     curves = retention_info(results_frame(streams))
@@ -306,6 +317,11 @@ def test_retention_is_reliability_by_time_of_arrival():
     }
     figure = retention_figure(curves)
     assert list(figure.data[0].x) == pytest.approx([part / 10 for part in range(1, 11)])
+    (dotted,) = (line for line in figure.data if line.line.dash == "dot")
+    assert dotted.legendgroup == "0.mlp_down at replay 8"
+    assert list(zip(dotted.x, dotted.y, strict=True)) == [(0.5, 0.5), (1.0, 0.25)]
+    (timed,) = latency_figure(curves).data
+    assert (list(timed.x), list(timed.error_x.array)) == ([2.0], [1.0])
     assert retention_info(results_frame([row("a", right=keeps, n_edits=20)])) == (), (
         "age means nothing without a stream"
     )

@@ -69,6 +69,19 @@ def test_replay_keeps_what_came_first(loaded, rows):
     assert not same(alone, replayed)
 
 
+def test_watching_a_stream_sees_each_arrival_and_changes_nothing(loaded, rows):
+    seen = []
+    watched = finetune(
+        loaded, TrainingExamples.of_rows(rows), POSITION, replace(SETTINGS, arrival=2, epochs=2),
+        watch=lambda arrived, change: seen.append((arrived, change())),
+    )  # fmt: skip
+    assert [arrived for arrived, _ in seen] == [2, 4, 6]
+    assert same(trained(loaded, rows, arrival=2, epochs=2), watched)
+    name = next(iter(watched.delta.tensors))
+    assert torch.equal(seen[-1][1].tensors[name], watched.delta.tensors[name])
+    assert not torch.equal(seen[0][1].tensors[name], seen[1][1].tensors[name])
+
+
 def test_momentum_that_is_kept_changes_the_steps(loaded, rows):
     assert not same(trained(loaded, rows), trained(loaded, rows, momentum="kept"))
 

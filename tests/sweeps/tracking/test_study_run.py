@@ -309,6 +309,17 @@ def test_loss_curves_of_a_finished_study_are_read_from_its_table(tracker, monkey
     pd.testing.assert_frame_equal(again.iloc[:3], table)
 
 
+def test_stages_of_a_stream_are_curves_of_the_run_and_come_back(tracker):
+    open_study(tracker)
+    stages = tuple({"arrived": float(edits), "reliability": 1 / edits, "first_tenth": 0.5} for edits in (2, 5, 9))
+    stream = dataclasses.replace(result(config(pipeline="stream")), stages=stages)
+    run_id = tracker.log_trial(stream)
+    history = tracker.client.get_metric_history(run_id, "stage.reliability")
+    assert [(point.step, point.value) for point in history] == [(2, 0.5), (5, 0.2), (9, pytest.approx(1 / 9))]
+    row = tracker.load_results().iloc[0]
+    assert tuple(json.loads(row["stages"])) == stages and not any(name.startswith("stage.") for name in row.index)
+
+
 def test_a_broken_table_artifact_is_not_needed(tracker):
     run_id, _ = open_study(tracker)
     tracker.log_trial(result())
