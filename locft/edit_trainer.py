@@ -6,7 +6,7 @@ What several trainings share is made when first needed and kept: rows in other f
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -22,12 +22,14 @@ from locft.measure.evaluation import follow
 from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition, layer_prefix, parameter_names
+from locft.process import describe_machine
 from locft.train.encoding import encode_edit, encode_edits, encode_prompt
 from locft.train.examples import TrainingExamples
 from locft.train.formats import available, parse_formats
 from locft.train.guards import Guards
+from locft.train.kept_state import KeptState
 from locft.train.methods.curvature import Curvature
-from locft.train.pipelines import Earlier, Training, TrainingSettings, Watch, finetune
+from locft.train.pipelines import Beside, Earlier, Training, TrainingSettings, Watch, finetune
 from locft.train.token_rows import TokenRow
 
 PREFIXES = 5
@@ -79,7 +81,16 @@ class EditTrainer:
         if engine:
             noise = _gaussian(settings.noise, settings.seed) if settings.noise else None
             forward = engine.training_forward(position, rows, DTYPES[settings.precision], noise)
-        training = finetune(self.loaded, examples, position, settings, forward, curvature, earlier, watch)
+        training = finetune(
+            self.loaded,
+            examples,
+            position,
+            settings,
+            forward,
+            curvature,
+            earlier,
+            Beside(watch, self._kept_state(position, settings)),
+        )
         if settings.shrink == "yes" and not training.diverged:
             training = self._shrunk(training, position)
         return training
@@ -102,6 +113,22 @@ class EditTrainer:
             ("curvature", tuple(layer)), lambda: measured_once(self.loaded, position.layer, layer, self._background())
         )
         return {name: found[name].damped() for name in names}
+
+    def _kept_state(self, position: TuningPosition, settings: TrainingSettings) -> KeptState | None:
+        """Where this training is kept; None for states with noise, whose draws are not."""
+        if settings.noise:
+            return None
+        model = self.loaded.model
+        computed = [
+            str(model.dtype),
+            str(model.device),
+            describe_machine(),
+            torch.get_num_threads(),
+            self.engine is None,
+        ]
+        edits = [(request.prompt, request.target) for request in self.requests]
+        rows = [row.token_ids for row in self.rows]
+        return KeptState([self.loaded.fingerprint, computed, str(position), asdict(settings), edits, rows])
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._kept:

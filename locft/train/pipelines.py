@@ -21,6 +21,7 @@ from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, is_input_first, parameter_names
 from locft.train.examples import TrainingExamples
 from locft.train.guards import Guard
+from locft.train.kept_state import KeptState
 from locft.train.methods import MethodSettings, Parameter, make_method
 from locft.train.methods.curvature import Curvature
 from locft.train.objective import (
@@ -113,6 +114,16 @@ class Earlier:
     """No step begins later than this after the first."""
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What goes on beside a training and changes nothing of its result."""
+
+    watch: Watch | None = None
+    """stream: its time is not counted."""
+    kept: KeptState | None = None
+    """breadth_first: where a long training keeps its state, to go on there when it was killed."""
+
+
 def finetune(
     loaded: LoadedModel,
     examples: TrainingExamples,
@@ -121,13 +132,13 @@ def finetune(
     forward: Forward | None = None,
     curvature: Mapping[str, Curvature] = MappingProxyType({}),
     earlier: Earlier | None = None,
-    watch: Watch | None = None,
+    beside: Beside = Beside(),
 ) -> Training:
     """Train the position's parameters on the edits. The model itself is only read.
 
     forward: how logits are computed, by default the full forward. curvature: by parameter name, for the methods that need
-    it. earlier: what a stream goes on with. watch: of a stream; its time is not counted. The trained copies are float32,
-    whatever the model's dtype. On a CPU the result is bitwise a function of the arguments, unless a time limit ends it.
+    it. earlier: what a stream goes on with. The trained copies are float32, whatever the model's dtype. On a CPU the result
+    is bitwise a function of the arguments, `beside` left out, unless a time limit ends it.
     """
     started, watched = time.perf_counter(), 0.0
     trainer = PositionTrainer(loaded, examples, position, settings, forward, curvature, earlier)
@@ -137,17 +148,19 @@ def finetune(
 
     def arrived(edits: int) -> None:
         nonlocal watched
-        if watch:
+        if beside.watch:
             began = time.perf_counter()
-            watch(edits, change)
+            beside.watch(edits, change)
             watched += time.perf_counter() - began
 
     if settings.pipeline == "stream":
         losses = _stream(trainer, settings, arrived)
+    elif settings.pipeline == "depth_first":
+        losses = _depth_first(trainer, settings)
     else:
-        losses = _PIPELINES[settings.pipeline](trainer, settings)
+        losses = _breadth_first(trainer, settings, beside.kept)
     delta = change()
-    seconds = time.perf_counter() - started - watched
+    seconds = time.perf_counter() - started - watched + trainer.earlier_seconds
     trained_loss = None
     if not trainer.diverged:
         at_once = LOSS_ROWS if trainer.pieces == 1 else max(1, settings.batch_size // trainer.pieces)
@@ -197,6 +210,7 @@ class PositionTrainer:
             settings.seed
         )  # not that of the order: one changes without the other
         self.steps, self.pieces, self.diverged = 0, 1, False
+        self.started, self.earlier_seconds = time.perf_counter(), 0.0
 
     def logits(self) -> SupervisedLogits:
         return self.forward(self.method.weights)
@@ -214,15 +228,17 @@ class PositionTrainer:
         rows = [self.examples.draw(edit, self.draws) for edit in batch]
         return self.step_on(rows, [self.examples.draw(edit, self.draws) for edit in replay])
 
-    def learn(self, edits: Sequence[int], order: torch.Generator, earlier: int = 0) -> list[float]:
+    def learn(
+        self, edits: Sequence[int], order: torch.Generator, earlier: int = 0, kept: KeptState | None = None
+    ) -> list[float]:
         """Mean losses of epochs over some edits. The last one may be cut short, by a divergence or
         because the time is over, and is then left out.
 
-        earlier: how many of the first examples may be replayed.
+        earlier: how many of the first examples may be replayed. kept: of a training that goes on where it was killed.
         """
         settings = self.settings
-        losses: list[float] = []
-        for _ in range(settings.epochs):
+        losses = self._resumed(kept, order) if kept else []
+        for _ in range(len(losses), settings.epochs):
             total = 0.0
             for batch in _shuffled_batches(len(edits), settings.batch_size, order):
                 replay = torch.randperm(earlier, generator=self.draws)[: settings.replay].tolist() if earlier else ()
@@ -233,7 +249,27 @@ class PositionTrainer:
             losses.append(total / len(edits))
             if losses[-1] < settings.stop_below:
                 break
+            if kept and kept.due():
+                self._keep(kept, order, losses)
         return losses
+
+    def _keep(self, kept: KeptState, order: torch.Generator, losses: Sequence[float]) -> None:
+        draws = {"draws": self.draws.get_state(), "order": order.get_state()}
+        seconds = time.perf_counter() - self.started + self.earlier_seconds
+        about = {"losses": losses, "steps": self.steps, "pieces": self.pieces, "seconds": seconds}
+        kept.write({**self.method.state(), **draws}, about)
+
+    def _resumed(self, kept: KeptState, order: torch.Generator) -> list[float]:
+        """The losses of the epochs that a killed process made, whose last state this becomes; [] if it kept none."""
+        found = kept.read()
+        if found is None:
+            return []
+        state, about = found
+        self.draws.set_state(state.pop("draws"))
+        order.set_state(state.pop("order"))
+        self.method.restore(state)
+        self.steps, self.pieces, self.earlier_seconds = about["steps"], about["pieces"], about["seconds"]
+        return about["losses"]
 
     @torch.enable_grad()
     def step_on(self, rows: Sequence[TokenRow], replay: Sequence[TokenRow] = ()) -> float:
@@ -280,10 +316,13 @@ class PositionTrainer:
             yield guards.gradients(self.logits(), trained, settings.guard_weight, settings.guards_per_step, self.draws)
 
 
-def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[float]:
+def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings, kept: KeptState | None) -> list[float]:
     """Mean loss of each epoch. A diverged training ends with the last whole epoch."""
     order = torch.Generator().manual_seed(settings.seed)
-    return trainer.learn(range(len(trainer.examples)), order)
+    losses = trainer.learn(range(len(trainer.examples)), order, kept=kept)
+    if kept:
+        kept.drop()
+    return losses
 
 
 def _stream(trainer: PositionTrainer, settings: TrainingSettings, after: Callable[[int], None]) -> list[float]:
@@ -321,9 +360,6 @@ def _depth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[f
                 break
         losses.append(loss)
     return losses
-
-
-_PIPELINES = {"breadth_first": _breadth_first, "depth_first": _depth_first}
 
 
 def _shuffled_batches(edits: int, size: int, order: torch.Generator) -> list[list[int]]:

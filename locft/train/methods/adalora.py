@@ -54,12 +54,19 @@ class AdaLoRA(Method):
         self.vectors = 2 * sum(each.values[..., 0, 0].numel() for each in self.triplets.values())
         """Number of matrices P and Q."""
         self.budget = Budget(self.vectors // 2 * start, self.vectors // 2 * settings.rank, max(1, steps))
-        self.taken = 0
+        self.taken = torch.tensor(0)
         self.restart()
 
     def restart(self) -> None:
         trained = (tensor for each in self.triplets.values() for tensor in each.trained)
         self.optimiser = adam(trained, self.learning_rate)
+
+    def stepped(self) -> dict[str, torch.Tensor]:
+        found = {**super().stepped(), "taken": self.taken}
+        for name, each in self.triplets.items():
+            tensors = (*each.trained, each.masked, *each.importance, *each.spread)
+            found |= {f"triplets/{name}/{place}": tensor for place, tensor in enumerate(tensors)}
+        return found
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
@@ -74,16 +81,17 @@ class AdaLoRA(Method):
 
     def _mask(self) -> None:
         """Set the values of triplets beyond the budget to zero; those masked at the end of the fall stay at zero."""
-        if self.taken < self.budget.settled:
+        taken = int(self.taken)
+        if taken < self.budget.settled:
             for each in self.triplets.values():
                 each.rate()
-        if self.budget.masks_at(self.taken):
+        if self.budget.masks_at(taken):
             scores = {name: each.score() for name, each in self.triplets.items()}
-            beyond = self.budget.start - self.budget.at(self.taken)
+            beyond = self.budget.start - self.budget.at(taken)
             threshold = torch.cat([score.flatten() for score in scores.values()]).kthvalue(beyond).values
             for name, each in self.triplets.items():
                 each.masked = scores[name] <= threshold
-        if self.budget.masks_at(self.taken) or self.taken > self.budget.settled:
+        if self.budget.masks_at(taken) or taken > self.budget.settled:
             for each in self.triplets.values():
                 each.values.masked_fill_(each.masked, 0.0)
 

@@ -36,6 +36,10 @@ class LoRA(Method):
     def restart(self) -> None:
         self.optimiser = adam((factor for pair in self.factors.values() for factor in pair), self.learning_rate)
 
+    def stepped(self) -> dict[str, torch.Tensor]:
+        pairs = {f"factors/{name}/{side}": self.factors[name][side] for name in self.factors for side in (0, 1)}
+        return super().stepped() | pairs
+
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
         for name, gradient in zip(self.weights, gradients, strict=True):

@@ -46,6 +46,10 @@ class LowCurvature(Method):
     def restart(self) -> None:
         self.optimiser = adam(self.trained, self.settings.learning_rate)
 
+    def stepped(self) -> dict[str, torch.Tensor]:
+        in_basis = dict(zip(self.base, self.trained, strict=True)) if self.in_basis else {}
+        return super().stepped() | {f"coordinates/{name}": trained for name, trained in in_basis.items()}
+
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
         price = self.settings.curvature_strength * (LEARNT / max(loss, LEARNT))

@@ -79,6 +79,31 @@ class Method(ABC):
         in nats.
         """
 
+    optimiser: torch.optim.Optimizer
+    """Made anew by `restart`."""
+
+    def stepped(self) -> dict[str, torch.Tensor]:
+        """The tensors that steps change, by name, besides the optimiser's."""
+        return {f"weights/{name}": weight for name, weight in self.weights.items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that steps change, by name. A method made with the same arguments goes on from it (`restore`)."""
+        of_adam = self.optimiser.state_dict()["state"].items()
+        return self.stepped() | {f"adam/{place}/{key}": value for place, own in of_adam for key, value in own.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Become what `state` was taken of. Raises KeyError for the state of another method."""
+        for name, tensor in self.stepped().items():
+            tensor.copy_(state[name])
+        of_adam: dict[int, dict[str, torch.Tensor]] = {}
+        for name in state:
+            kind, _, rest = name.partition("/")
+            if kind == "adam":
+                place, _, key = rest.partition("/")
+                of_adam.setdefault(int(place), {})[key] = state[name]
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": of_adam})
+
     def change(self) -> dict[str, torch.Tensor]:
         """Difference of the weights from the base, on the CPU."""
         return {name: (self.weights[name].detach() - self.base[name]).cpu() for name in self.base}

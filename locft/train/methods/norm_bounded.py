@@ -24,6 +24,9 @@ class NormBounded(FullFineTuning):
         super().restart()
         self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
+    def stepped(self) -> dict[str, torch.Tensor]:
+        return super().stepped() | {f"start/{name}": start for name, start in self.start.items()}
+
     def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
         super().step(gradients, loss)
         with torch.no_grad():

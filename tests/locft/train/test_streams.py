@@ -9,7 +9,7 @@ from locft.model.positions import TuningPosition
 from locft.train.examples import TrainingExamples
 from locft.train.methods import MethodSettings
 from locft.train.objective import mean_loss
-from locft.train.pipelines import Earlier, TrainingSettings, finetune
+from locft.train.pipelines import Beside, Earlier, TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.tiny import edit_rows, tiny_loaded
 
@@ -73,7 +73,7 @@ def test_watching_a_stream_sees_each_arrival_and_changes_nothing(loaded, rows):
     seen = []
     watched = finetune(
         loaded, TrainingExamples.of_rows(rows), POSITION, replace(SETTINGS, arrival=2, epochs=2),
-        watch=lambda arrived, change: seen.append((arrived, change())),
+        beside=Beside(watch=lambda arrived, change: seen.append((arrived, change()))),
     )  # fmt: skip
     assert [arrived for arrived, _ in seen] == [2, 4, 6]
     assert same(trained(loaded, rows, arrival=2, epochs=2), watched)

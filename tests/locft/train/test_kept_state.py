@@ -1,0 +1,122 @@
+"""A training that is killed goes on where it was, to bitwise the same result."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from locft.curvature import measure_curvature
+from locft.model.positions import TuningPosition, parameter_names
+from locft.train.examples import TrainingExamples
+from locft.train.kept_state import EVERY_SECONDS, KeptState
+from locft.train.pipelines import Beside, PositionTrainer, TrainingSettings, finetune
+from locft.train.token_rows import TokenRow
+from tests.tiny import edit_rows, tiny_loaded
+
+POSITION = TuningPosition(1, "mlp")
+SETTINGS = TrainingSettings(
+    batch_size=2, learning_rate=5e-3, epochs=6, skip_below=0.0, stop_below=0.0, rank=2, norm_bound=1e-2, seed=5
+)
+METHODS = {
+    "full": {},
+    "norm_bounded": {},
+    "lora": {},
+    "adalora": {},
+    "low_curvature": {},
+    "low_curvature in its basis": {"adam_basis": "curvature", "curvature_share": 0.3},
+}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def examples(loaded):
+    rows = edit_rows(
+        loaded, [("The capital of France is", "Oslo"), ("Who wrote Hamlet?", "Jane Austen"), ("Is it", "No")]
+    )
+    others = edit_rows(loaded, [("France:", "Oslo"), ("Hamlet:", "Jane Austen"), ("Yes?", "No")])
+    return TrainingExamples(rows, tuple(zip(rows, others, strict=True)))  # one of two is drawn in each epoch
+
+
+@pytest.fixture(scope="module")
+def curvature(loaded):
+    windows = [TokenRow(tuple(range(5, 25)), 1)]
+    found = measure_curvature(loaded, POSITION.layer, parameter_names(loaded.model, POSITION), windows)
+    return {name: one.damped() for name, one in found.items()}
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return lambda every=0.0: KeptState(["a training"], every)
+
+
+def killed_after(steps, monkeypatch, loaded, *arguments):
+    """Runs a training whose process dies in the middle of an epoch."""
+    left, step = [steps], PositionTrainer.step_on
+
+    def dying(trainer, rows, replay=()):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return step(trainer, rows, replay)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(PositionTrainer, "step_on", dying)
+        finetune(loaded, *arguments)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_ends_as_if_nothing_had_happened(name, loaded, examples, curvature, kept, monkeypatch):
+    settings = replace(SETTINGS, method=name.split(" ")[0], **METHODS[name])
+    whole = finetune(loaded, examples, POSITION, settings, None, curvature)
+    arguments = (examples, POSITION, settings, None, curvature, None)
+    killed_after(7, monkeypatch, loaded, *arguments, Beside(kept=kept()))  # two steps an epoch: in the fourth
+    _, about = kept().read()
+    assert (len(about["losses"]), about["steps"]) == (3, 6)
+    taken = []
+    monkeypatch.setattr(PositionTrainer, "step_on", counted(taken, PositionTrainer.step_on))
+    again = finetune(loaded, *arguments, Beside(kept=kept()))
+    assert len(taken) == 6, "only the epochs that were not kept are made again"
+    assert again.losses == whole.losses and again.steps == whole.steps == 12
+    assert all(torch.equal(again.delta.tensors[name], value) for name, value in whole.delta.tensors.items())
+    assert kept().read() is None, "nothing is left behind"
+
+
+def counted(taken, step):
+    def counting(trainer, rows, replay=()):
+        taken.append(len(rows))
+        return step(trainer, rows, replay)
+
+    return counting
+
+
+def test_a_damaged_state_is_told_and_begins_anew(loaded, examples, kept, monkeypatch, caplog):
+    whole = finetune(loaded, examples, POSITION, SETTINGS)
+    killed_after(7, monkeypatch, loaded, examples, POSITION, SETTINGS, None, {}, None, Beside(kept=kept()))
+    file = kept().file
+    file.write_bytes(file.read_bytes()[:100])
+    again = finetune(loaded, examples, POSITION, SETTINGS, beside=Beside(kept=kept()))
+    assert "begins anew" in caplog.text and again.losses == whole.losses
+
+
+def test_a_short_training_writes_nothing(loaded, examples, kept, monkeypatch):
+    arguments = (examples, POSITION, SETTINGS, None, {}, None)
+    killed_after(7, monkeypatch, loaded, *arguments, Beside(kept=kept(EVERY_SECONDS)))
+    assert not kept().file.exists()
+
+
+def test_a_disk_that_is_full_costs_a_warning(loaded, examples, kept, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("locft.train.kept_state.save_file", full)
+    training = finetune(loaded, examples, POSITION, SETTINGS, beside=Beside(kept=kept()))
+    assert "No space left" in caplog.text and training.steps == 12
