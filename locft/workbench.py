@@ -10,7 +10,7 @@ The unedited model is measured once, before anything is edited, and the result c
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -52,6 +52,9 @@ from locft.train.encoding import encode_edits, encode_prompt
 from locft.train.formats import CHAT, RAW, asked, parse_formats
 from locft.train.pipelines import Training, TrainingSettings, Watch
 from locft.train.token_rows import SupervisedLogits, TokenRow
+
+in_memory = partial(TailEngine, on_disk=False)
+"""An engine that keeps the hidden states of any layer in this process, for this process alone."""
 
 _log = logging.getLogger(__name__)
 
@@ -110,18 +113,15 @@ class Workbench:
         prose_tokens: int = PROSE_TOKENS,
         baseline: Baseline | None = None,
         *,
-        layers: Iterable[int] = (),
-        on_disk: bool = False,
-        full_model: bool = False,
+        engine: Callable[[LoadedModel, Sequence[TokenRow]], TailEngine] | None = in_memory,
         ask_formats: Sequence[str] = (RAW,),
     ) -> "Workbench":
         """Tokenize everything, and measure the unedited model unless its `baseline` is given.
 
         ask_formats: those that edits and rephrases are measured in (`locft.train.formats`); `chat` is left out, with a
-        notice, where the tokenizer has no template, and `unseen` joins any other than raw. layers: where trials will
-        train; others are added when needed. on_disk: keep the hidden states that trials begin with in files, for other
-        processes and later calls. full_model: compute everything with the full model instead of the tail engine. This
-        also happens, with a warning, if the model has no tail view.
+        notice, if the tokenizer has no template, and `unseen` joins any other than raw. engine: makes the fast forward
+        over all rows; None computes everything with the full model, which also happens, with a warning, if the model
+        has no tail view.
         """
         formats = asked(loaded.tokenizer, parse_formats(ask_formats))
         if CHAT in ask_formats and CHAT not in formats:
@@ -137,14 +137,14 @@ class Workbench:
         asked_rows = question_rows(questions)
         check((row.token_ids[: row.start], max(NEW_TOKENS, len(row.target_ids))) for row in asked_rows)
         every = [*rows, *asked_rows, *(suite_rows(encoded) if encoded else ())]
-        engine = None
         try:
-            engine = None if full_model else TailEngine(loaded, every, layers, on_disk=on_disk)
+            fast = engine(loaded, every) if engine else None
         except NoTailView as reason:
             _log.warning("%s: the whole model is computed in every step: %s", loaded.name, reason)
+            fast = None
         if baseline is None:
-            baseline = measure_unedited(loaded, unedited_logits(loaded, engine), answers, questions, encoded)
-        return cls(loaded, edits.requests, rows, questions, encoded, baseline, engine)
+            baseline = measure_unedited(loaded, unedited_logits(loaded, fast), answers, questions, encoded)
+        return cls(loaded, edits.requests, rows, questions, encoded, baseline, fast)
 
     @cached_property
     def trainer(self) -> EditTrainer:

@@ -10,6 +10,7 @@ import math
 import socket
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +40,7 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
     """
     import torch
 
+    from locft.engine.tail_engine import TailEngine
     from locft.workbench import Workbench
 
     torch.set_num_threads(inputs.threads)
@@ -50,8 +52,7 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
             inputs.suite,
             inputs.prose_tokens,
             baseline,
-            layers=inputs.layers,
-            on_disk=True,
+            engine=partial(TailEngine, layers=inputs.layers),
             ask_formats=inputs.ask_formats,
         )
     return _resident[inputs.key]

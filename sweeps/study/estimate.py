@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import psutil
@@ -324,7 +324,7 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
     from locft.model.models import load_model
     from locft.model.positions import TuningPosition
     from locft.train.pipelines import TrainingSettings
-    from locft.workbench import Baseline, Workbench
+    from locft.workbench import Baseline, Workbench, in_memory
 
     study, facts, sample = prepared.study, prepared.facts, prepared.plan.sample
     size = min(statistics.median_low(trial.batch_size for trial in sample), TIMED_EDITS, facts.n_edits)
@@ -334,7 +334,9 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
     layers = sorted({0, facts.n_layers // 2, facts.n_layers - 1})
     loaded = load_model(study.model, dtype=study.dtype, device="cpu")
     edits = replace(prepared.edits, requests=requests)
-    bench = Workbench.prepare(loaded, edits, None, baseline=Baseline((), None), layers=layers)
+    bench = Workbench.prepare(
+        loaded, edits, None, baseline=Baseline((), None), engine=partial(in_memory, layers=layers)
+    )
     trials, clock, processor = [], 0.0, 0.0
     for layer in layers:
         there = facts.modules_by_layer[layer]

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from locft.cache import cache_folder
 from locft.data.requests import load_edits
 from locft.data.suites import load_suite
 from locft.engine import model_views, tail_engine
+from locft.engine.tail_engine import TailEngine
 from locft.model.models import load_model, model_folder
 from locft.model.positions import TuningPosition
 from locft.model.precision import training_precision
@@ -63,7 +65,7 @@ def run_study(options: argparse.Namespace, parts: set[str]) -> dict:
     edits = load_edits(options.edits, limit=options.limit)
     suite, loaded = load_suite("probes", limit=options.items), load_model(MODEL, device="cpu")
     started = time.perf_counter()
-    bench = Workbench.prepare(loaded, edits, suite, options.prose, layers=options.layers, on_disk=True)
+    bench = Workbench.prepare(loaded, edits, suite, options.prose, engine=partial(TailEngine, layers=options.layers))
     seconds = {"prepare": time.perf_counter() - started, "train": 0.0, "edit": 0.0, "capability": 0.0}
     found = []
     for layer in options.layers:

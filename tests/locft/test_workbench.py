@@ -21,7 +21,7 @@ from locft.train.encoding import encode_edit
 from locft.train.examples import TrainingExamples
 from locft.train.formats import label
 from locft.train.pipelines import TrainingSettings, finetune
-from locft.workbench import Baseline, Workbench, diverged_metrics
+from locft.workbench import Baseline, Workbench, diverged_metrics, in_memory
 from tests.tiny import chat_loaded, tiny_loaded
 
 POSITION = TuningPosition(1, "mlp_down")
@@ -379,7 +379,7 @@ def test_a_model_divided_among_devices_trains_and_measures_the_same(position):
     settings = TrainingSettings(learning_rate=0.02, batch_size=2, epochs=4)
     found = []
     for loaded, full in ((whole, True), (divided, False)):
-        bench = Workbench.prepare(loaded, edits, suite, 64, full_model=full)
+        bench = Workbench.prepare(loaded, edits, suite, 64, engine=None if full else in_memory)
         assert bench.engine is None, "hooks and tail views do not go together"
         training = bench.train(TuningPosition.parse(position), settings)
         metrics = bench.measure(training.delta).metrics

@@ -199,7 +199,7 @@ def test_the_trained_delta_is_the_references_after_several_steps(architecture, p
 def test_a_whole_trial_has_the_references_metrics():
     loaded, edits, suite = tiny_loaded("llama"), load_edits("atlas", limit=4), load_suite("probes", limit=4)
     fast = Workbench.prepare(loaded, edits, suite, 256)
-    plain = Workbench.prepare(loaded, edits, suite, 256, full_model=True)
+    plain = Workbench.prepare(loaded, edits, suite, 256, engine=None)
     assert fast.baseline.scores == plain.baseline.scores
     assert fast.baseline.metrics == pytest.approx(plain.baseline.metrics)
     delta = plain.train(TuningPosition(1, "mlp"), TrainingSettings(learning_rate=1e-2, epochs=8)).delta
