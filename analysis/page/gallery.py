@@ -10,26 +10,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from analysis.figures.curves import (
-    importance_figure,
-    latency_figure,
-    loss_figure,
-    loss_info,
-    parallel_figure,
-    parallel_info,
-    pipeline_figure,
-    pipeline_info,
-    retention_figure,
-    retention_info,
-)
+from analysis.figures import curves, maps
 from analysis.figures.front import FrontInfo, front_figure, front_info
-from analysis.figures.maps import HEATMAP_CAPTION, heatmap_figure, heatmap_info, probe_figure, probe_info
 from analysis.page.how_found import HowFound
 from analysis.stats.comparison import Comparison
 from analysis.stats.importance import WhatMatters
@@ -72,33 +59,35 @@ def gallery(
     settings to draw where there are too many to draw all, beside front and pick."""
     shown = front_info(results, objectives=front.objectives, baseline=baseline, pick=pick, chances=chances, keep=keep)
     plots = [_front_plot(shown)] if shown.points else []
-    maps = [name for name in ("reliability", "generalization", "capability_change") if has_values(results, name)]
-    for metric in maps if results[["layer", "module"]].drop_duplicates().shape[0] > 1 else ():
+    shown_maps = [name for name in ("reliability", "generalization", "capability_change") if has_values(results, name)]
+    for metric in shown_maps if results[["layer", "module"]].drop_duplicates().shape[0] > 1 else ():
         title = TITLES[metric].capitalize()
-        caption = HEATMAP_CAPTION if metric == maps[0] else ""
+        caption = maps.HEATMAP_CAPTION if metric == shown_maps[0] else ""
         caption = "In percentage points: blue is a gain, orange a loss." if metric == "capability_change" else caption
         plots.append(
             page_plot(
                 f"map-{metric.replace('_', '-')}", f"{title} by layer and module",
-                heatmap_figure(heatmap_info(results, metric, pick=pick)), caption,
+                maps.heatmap_figure(maps.heatmap_info(results, metric, pick=pick)), caption,
                 f"Heat map of {TITLES[metric]} over layers and modules; the table of all trials holds the values.",
             )
         )  # fmt: skip
-    losses = loss_info(results, front=front.trial_ids, pick=pick)
+    losses = curves.loss_info(results, front=front.trial_ids, pick=pick)
     if losses.curves:
         pipeline = f" ({losses.pipeline.replace('_', '-')} trials)" if losses.pipeline else ""
         more = f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
         caption = f"Mean loss over the edits{pipeline}{more}"
-        plots.append(page_plot("losses", "Training loss", loss_figure(losses), caption, "Training loss by epoch."))
+        plots.append(
+            page_plot("losses", "Training loss", curves.loss_figure(losses), caption, "Training loss by epoch.")
+        )
     plots += _retention_plots(results)
     for metric in ("reliability", "capability"):
-        pairs = pipeline_info(results, metric) if has_values(results, metric) else None
+        pairs = curves.pipeline_info(results, metric) if has_values(results, metric) else None
         if pairs is None or not pairs.pairs:
             continue
         means = "; ".join(f"batch {size}: {points(gap)} points" for size, gap, _ in pairs.mean_difference)
         plots.append(
             page_plot(
-                f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", pipeline_figure(pairs),
+                f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", curves.pipeline_figure(pairs),
                 f"Pairs that agree in everything else. Mean advantage of breadth-first: {means}."
                 + _left_out(pairs.left_out, "pairs", "the means are of all"),
                 f"{metric.capitalize()} of {plural(len(pairs.pairs), 'pair')} of settings. Mean advantage of"
@@ -106,11 +95,11 @@ def gallery(
                 wide=False,
             )
         )  # fmt: skip
-    parallel = parallel_info(results, keep={*front.trial_ids, *((pick,) if pick else ()), *keep})
+    parallel = curves.parallel_info(results, keep={*front.trial_ids, *((pick,) if pick else ()), *keep})
     if len(parallel.trial_ids) > 1:
         plots.append(
             page_plot(
-                "parallel", "Everything at once", parallel_figure(parallel),
+                "parallel", "Everything at once", curves.parallel_figure(parallel),
                 "A line is a setting, coloured by reliability. Drag along an axis to keep the lines that cross there, here"
                 f" and in all figures; click the axis to let go.{_left_out(parallel.left_out, 'settings', DRAWN)}",
                 "Parallel coordinates of settings and metrics; the table of all trials holds the values.",
@@ -122,12 +111,12 @@ def gallery(
 
 def _retention_plots(results: pd.DataFrame) -> list[Plot]:
     """For a study with streams."""
-    retained = retention_info(results)
+    retained = curves.retention_info(results)
     if not retained:
         return []
     plots = [
         page_plot(
-            "retention", "What a stream retains", retention_figure(retained),
+            "retention", "What a stream retains", curves.retention_figure(retained),
             "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
             " right forgets; a level one does not. Dotted: the first tenth, measured again as more arrived.",
             "Reliability by time of arrival, a line per setting.",
@@ -136,7 +125,7 @@ def _retention_plots(results: pd.DataFrame) -> list[Plot]:
     if any(math.isfinite(curve.seconds) for curve in retained):
         plots.append(
             page_plot(
-                "latency", "From arrival to live", latency_figure(retained),
+                "latency", "From arrival to live", curves.latency_figure(retained),
                 "How long the training of what arrived together takes: the median of all arrivals, and a bar to the 95th"
                 " percentile. Replaying earlier edits takes time and keeps them.",
                 "Seconds from arrival to live, a row per setting.",
@@ -160,7 +149,7 @@ def _front_plot(info: FrontInfo) -> Plot:
 
 def importance_plot(weighed: WhatMatters) -> Plot:
     return page_plot(
-        "importance", "Importance of the axes", importance_figure(weighed),
+        "importance", "Importance of the axes", curves.importance_figure(weighed),
         "How much an axis decides whether a trial is among the best quarter (PED-ANOVA), as a share of all axes. A bar that"
         " does not reach beyond its tick is grey: shuffled results give as much. Each axis is weighed by itself, so axes"
         " that were varied together share what they explain.",
@@ -187,12 +176,12 @@ def comparison_plot(found: Comparison) -> Plot | None:
 
 def probe_plot(results: pd.DataFrame, found: HowFound, pick: str | None) -> Plot | None:
     """What the probe expected against what was measured; None where fewer than two positions were run."""
-    info = probe_info(results, found.probe, pick=pick)
+    info = maps.probe_info(results, found.probe, pick=pick)
     if len(info.points) < 2:
         return None
     rank = f" Spearman's correlation is {info.rank:.2f}." if math.isfinite(info.rank) else ""
     return page_plot(
-        "probe", "The probe's order against the drift measured", probe_figure(info),
+        "probe", "The probe's order against the drift measured", maps.probe_figure(info),
         f"Each mark is a position that was run, {len(info.points)} of {info.positions:,} that were probed. The further left,"
         f" the less the probe expects learning to disturb there; the lower, the less it did. The ring is the pick.{rank}",
         f"Scatter of disturbance and drift of {plural(len(info.points), 'position')}; the tables below hold the runs.",
@@ -202,20 +191,6 @@ def probe_plot(results: pd.DataFrame, found: HowFound, pick: str | None) -> Plot
 def _left_out(count: int, what: str, but: str) -> str:
     """What a caption says of marks that are not drawn."""
     return f" {count:,} more {what} are not drawn, picked at random; {but}." if count else ""
-
-
-def page_template(name: str) -> jinja2.Template:
-    """A page of this package by its file's name; autoescape is on."""
-    return _PAGES.get_template(name)
-
-
-_PAGES = jinja2.Environment(
-    loader=jinja2.PackageLoader("analysis.page", "."),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
 
 
 def page_plot(id: str, title: str, figure: go.Figure, caption: str, description: str, **shape: bool) -> Plot:

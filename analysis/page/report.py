@@ -11,22 +11,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import jinja2
 import pandas as pd
 
+from analysis.page import gallery, sentences, tables
 from analysis.page.explorer import explorer
-from analysis.page.gallery import (
-    comparison_plot,
-    gallery,
-    importance_plot,
-    packed_plotly,
-    page_template,
-    probe_plot,
-    script_json,
-)
 from analysis.page.how_found import HowFound, rung_rows
-from analysis.page.sentences import bend_of, certainty, cost, differing, facts, headline, near_the_front
-from analysis.page.tables import agreement_rows, format_rows, front_row, shared_rows, trial_table, varied_axes
-from analysis.page.wrong_answers import wrong_answers
+from analysis.page.wrong_answers import WrongAnswers, wrong_answers
 from analysis.stats.bootstrap import MeasuredAgain, measured_again
 from analysis.stats.comparison import Comparison, Measured, cautions, compare, moved
 from analysis.stats.importance import importance_sentences, what_matters
@@ -70,58 +61,116 @@ def render_report(
     """
     if found:  # the grid was never to be run in full
         study = {**study, "trials_planned": None}
+    about = Measured(study, results, baseline)
     settings, pick = by_setting(results), recommend(results)
     pick_id = pick.trial_id if pick else None
     front = pareto_front(settings, _objectives(settings))
     again = measured_again(settings, front)
     order = list(ranked(settings)["trial_id"])
-    plots = gallery(results, front, baseline, pick_id, again.chances, order[:KEPT])
-    compared = compare(Measured(study, results, baseline), other) if other else None
-    wrong = wrong_answers(outcomes, settings, [*([pick_id] if pick_id else []), *front.trial_ids, *order], MAX_MISSES)
-    lists = {item.trial_id: (place, item) for place, item in enumerate(wrong, 1)}
+    listed = [*([pick_id] if pick_id else []), *front.trial_ids, *order]
+    wrong = {
+        item.trial_id: (place, item)
+        for place, item in enumerate(wrong_answers(outcomes, settings, listed, MAX_MISSES), 1)
+    }
+    plots = gallery.gallery(results, front, baseline, pick_id, again.chances, order[:KEPT])
+    compared = compare(about, other) if other else None
     everything = results.assign(on_front=results["trial_id"].map(_by_trial(settings, again.chances)))
     if compared:
-        frames = (everything, compared.studies[1].results)
-        named = [frame.assign(study=name) for frame, name in zip(frames, compared.names, strict=True)]
-        everything = pd.concat(named, ignore_index=True)
-    table = trial_table(everything, pick.trial_ids if pick else ())
-    both = _compared(compared) if compared else None
-    drawn = [*plots, *([both["plot"]] if both and both["plot"] else [])]
-    shown = table.trials.union(*(plot.trials for plot in drawn))
-    controls = explorer(everything, settings, {trial: place for trial, (place, _) in lists.items()}, shown)
-    weighed, varied = what_matters(results), varied_axes(results)
-    by_id = settings.set_index("trial_id", drop=False)
-    return page_template("report.html").render(
-        name=str(study["name"]),
-        model=str(study["model"]),
-        settings_yaml=study.get("settings_yaml"),
-        facts=[*facts(Measured(study, results, baseline)), *(found.facts if found else ())],
-        findings=list(study.get("findings") or ()),
-        headline=headline(pick, baseline) if pick else None,
-        pick=pick,
-        formats=format_rows(pick) if pick else [],
-        remedies=remedies(Measured(study, results, baseline), pick),
-        command=_command(study, pick, by_id, found) if pick else None,
-        cost=cost(pick, baseline) if pick else [],
-        certainty=certainty(study.get("n_items"), settings, pick, front, again) if pick else [],
-        front=[front_row(by_id.loc[id], varied, again.chances[id], lists.get(id)) for id in front.trial_ids],
-        **_front(settings, front, again, pick),
+        frames = zip((everything, compared.studies[1].results), compared.names, strict=True)
+        everything = pd.concat([frame.assign(study=name) for frame, name in frames], ignore_index=True)
+    weighed = what_matters(results)
+    shown = {
+        "found": _found(found, results, pick) if found else None,
+        "compared": _compared(compared) if compared else None,
+        "weighed": gallery.importance_plot(weighed) if weighed.found else None,
+        "plots": plots,
+    }
+    return _PAGES.get_template("report.html").render(
+        **_asked(about, found),
+        **_answer(about, pick, settings, again, found),
+        **_front(settings, front, again, wrong),
+        **_explored(everything, settings, shown, wrong, pick),
+        **_failures(results),
+        **shown,
         matters=importance_sentences(weighed),
         not_weighed=weighed.not_shown,
-        weighed=importance_plot(weighed) if weighed.found else None,
-        found=_found(found, results, pick) if found else None,
-        compared=both,
-        plots=plots,
-        explorer=controls,
-        explore_data=script_json(controls),
-        table=table,
-        n_trials=len(everything),
-        misses=wrong,
-        n_asked=sum(item.trial_id == pick_id or item.trial_id in front.trial_ids for item in wrong),
-        environment={str(k): _readable(v) for k, v in (study.get("environment") or {}).items()},
-        plotly_js=packed_plotly() if plotly_js and drawn else None,
-        **_failures(results),
+        misses=[item for _, item in wrong.values()],
+        n_asked=sum(trial == pick_id or trial in front.trial_ids for trial in wrong),
+        plotly_js=gallery.packed_plotly() if plotly_js and (plots or (shown["compared"] or {}).get("plot")) else None,
     )
+
+
+_PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("analysis.page", "."),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+"""The page's files: the template, and the script and styles that it takes in."""
+
+
+def _asked(about: Measured, found: HowFound | None) -> dict[str, Any]:
+    """What the page says of the study itself."""
+    study = about.study
+    return {
+        "name": str(study["name"]),
+        "model": str(study["model"]),
+        "settings_yaml": study.get("settings_yaml"),
+        "facts": [*sentences.facts(about), *(found.facts if found else ())],
+        "findings": list(study.get("findings") or ()),
+        "environment": {str(k): _readable(v) for k, v in (study.get("environment") or {}).items()},
+    }
+
+
+def _answer(
+    about: Measured, pick: Recommendation | None, settings: pd.DataFrame, again: MeasuredAgain, found: HowFound | None
+) -> dict[str, Any]:
+    """What the page says of the pick."""
+    if pick is None:
+        absent = {"headline": None, "formats": [], "command": None, "cost": [], "certainty": []}
+        return {"pick": None, "remedies": remedies(about, None), **absent}
+    return {
+        "pick": pick,
+        "remedies": remedies(about, pick),
+        "headline": sentences.headline(pick),
+        "formats": tables.format_rows(pick),
+        "command": found.command if found else _command(about.study, pick, settings),
+        "cost": sentences.cost(pick, about),
+        "certainty": sentences.certainty(settings, pick, again),
+    }
+
+
+def _front(
+    settings: pd.DataFrame, front: ParetoFront, again: MeasuredAgain, wrong: Mapping[str, tuple[int, WrongAnswers]]
+) -> dict[str, Any]:
+    """The table of the front, and what stands above it. wrong: by trial_id the number of a list of wrong answers, and the
+    list."""
+    by_id, varied = settings.set_index("trial_id", drop=False), tables.varied_axes(settings)
+    return {
+        "front": [tables.front_row(by_id.loc[id], varied, again.chances[id], wrong.get(id)) for id in front.trial_ids],
+        "frontier": front,
+        "front_names": [TITLES.get(name, name) for name in front.objectives],
+        "knee": knee(front) if len(set(front.points)) > 1 else None,
+        "again": again,
+        "reference": ", ".join(number(x) for x in front.reference),
+    }
+
+
+def _explored(
+    everything: pd.DataFrame,
+    settings: pd.DataFrame,
+    shown: Mapping[str, Any],
+    wrong: Mapping[str, tuple[int, WrongAnswers]],
+    pick: Recommendation | None,
+) -> dict[str, Any]:
+    """The table of all trials, and what the controls above the figures need."""
+    trials = tables.trial_table(everything, pick.trial_ids if pick else ())
+    drawn = [*shown["plots"], *filter(None, [(shown["compared"] or {}).get("plot")])]
+    visible = trials.trials.union(*(plot.trials for plot in drawn))
+    controls = explorer(everything, settings, {trial: place for trial, (place, _) in wrong.items()}, visible)
+    data = gallery.script_json(controls)
+    return {"trials": trials, "n_trials": len(everything), "explorer": controls, "explore_data": data}
 
 
 def _by_trial(settings: pd.DataFrame, chances: Mapping[str, float]) -> dict[str, float]:
@@ -130,34 +179,16 @@ def _by_trial(settings: pd.DataFrame, chances: Mapping[str, float]) -> dict[str,
     return {trial: chances.get(setting, math.nan) for setting, trials in seeds for trial in trials}
 
 
-def _front(
-    settings: pd.DataFrame, front: ParetoFront, again: MeasuredAgain, pick: Recommendation | None
-) -> dict[str, Any]:
-    """What the page says of the front above its table."""
-    return {
-        "front_names": [TITLES.get(name, name) for name in front.objectives],
-        "knee": knee(front) if len(set(front.points)) > 1 else None,
-        "near": near_the_front(settings, front, again),
-        "bend": bend_of(settings.set_index("trial_id"), front, pick),
-        "again": again,
-        "hypervolume": f"{front.hypervolume:.3f}",
-        "hypervolume_interval": "{:.3f}, {:.3f}".format(*again.hypervolume),
-        "reference": ", ".join(number(x) for x in front.reference),
-    }
-
-
 def _objectives(settings: pd.DataFrame) -> tuple[str, str]:
     measured = all(has_values(settings, name) for name in DEFAULT_OBJECTIVES)
     return DEFAULT_OBJECTIVES if measured else ("reliability", "generalization")
 
 
-def _command(study: Mapping[str, Any], pick: Recommendation, by_id: pd.DataFrame, found: HowFound | None) -> str:
+def _command(study: Mapping[str, Any], pick: Recommendation, settings: pd.DataFrame) -> str:
     """What to type to repeat the pick, quoted for a shell. The run knows its edits, with limit and sample."""
-    if found:
-        return found.command
-    model, run = str(study["model"]), by_id.loc[pick.trial_id, "run_id"] or pick.trial_id
+    model, (run,) = str(study["model"]), settings.loc[settings["trial_id"] == pick.trial_id, "run_id"]
     out = f"{model.rstrip('/').split('/')[-1]}-{pick.position}"
-    return f"locft edit {shlex.quote(model)} --from-run {run} --out {shlex.quote(out)}"
+    return f"locft edit {shlex.quote(model)} --from-run {run or pick.trial_id} --out {shlex.quote(out)}"
 
 
 def _failures(results: pd.DataFrame) -> dict[str, Any]:
@@ -177,7 +208,7 @@ def _found(found: HowFound, results: pd.DataFrame, pick: Recommendation | None) 
         "how": found.how,
         "unmeasured": found.unmeasured,
         "command": found.command,
-        "plot": probe_plot(results, found, pick.trial_id if pick else None),
+        "plot": gallery.probe_plot(results, found, pick.trial_id if pick else None),
         "rungs": [
             {"name": rung.name, "why": rung.why, "runs": rung_rows(rung, results, picked)} for rung in found.rungs
         ],
@@ -188,14 +219,17 @@ def _compared(found: Comparison) -> dict[str, Any]:
     """What the page says of two studies."""
     return {
         "names": found.names,
-        "differing": differing(found),
+        "differing": sentences.differing(found),
         "cautions": cautions(found),
         "moved": moved(found),
-        "agreements": agreement_rows(found),
-        "metrics": [TITLES[item.metric] for item in found.agreements],
-        "shared": shared_rows(found),
+        "agreements": tables.agreement_rows(found),
+        "heads": [
+            "position",
+            *(head for item in found.agreements for head in ((TITLES[item.metric], ""), ("there", ""))),
+        ],
+        "shared": tables.shared_rows(found),
         "n_shared": len(found.shared),
-        "plot": comparison_plot(found),
+        "plot": gallery.comparison_plot(found),
     }
 
 

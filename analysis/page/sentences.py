@@ -8,11 +8,10 @@ import pandas as pd
 
 from analysis.stats.bootstrap import MeasuredAgain
 from analysis.stats.comparison import Comparison, Measured, place_of
-from analysis.stats.pareto import ParetoFront, comparable, knee
+from analysis.stats.pareto import comparable
 from analysis.stats.pick import Recommendation
 from analysis.stats.table import (
     FRACTIONS,
-    TITLES,
     done,
     drift_text,
     failed,
@@ -69,7 +68,7 @@ def differing(found: Comparison) -> list[tuple[str, str, str]]:
     return [*rows, ("Pick", a, b)]
 
 
-def headline(pick: Recommendation, baseline: Mapping[str, float]) -> dict[str, Any]:
+def headline(pick: Recommendation) -> dict[str, Any]:
     """The answer: `position`, `settings` in words, and `figures`, a list of (name, value, note) to read next to it."""
     metrics = pick.metrics
     figures = [
@@ -80,22 +79,16 @@ def headline(pick: Recommendation, baseline: Mapping[str, float]) -> dict[str, A
     if "capability_change" in metrics:
         change, note = metrics["capability_change"], points_interval(*interval(metrics, "capability_change"))
         figures.append(("capability change", f"{points(change)} points", note))
-    elif "capability" in metrics:
-        before = f"against {percent(baseline['capability'])} unedited" if "capability" in baseline else ""
-        figures.append(("capability", percent(metrics["capability"]), before))
     epochs = f"at most {plural(pick.settings['epochs'], 'epoch')}" if "epochs" in pick.settings else ""
     settings = ", ".join(filter(None, (setting_text(pick.settings), epochs)))
     return {"position": pick.position, "figures": figures, "settings": settings}
 
 
-def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str, str]]:
+def cost(pick: Recommendation, about: Measured) -> list[tuple[str, str]]:
     """(name, sentence) pairs of what the edit at the pick costs the model, and the machine."""
-    metrics, said = pick.metrics, []
-    before = f" The unedited model scores {percent(baseline['capability'])}." if "capability" in baseline else ""
+    metrics, baseline, said = pick.metrics, about.baseline, []
     if "capability_change" in metrics:
-        said.append(("Capability", f"{_change(metrics)} (95% interval).{before}"))
-    elif "capability" in metrics:
-        said.append(("Capability", f"{percent(metrics['capability'])} after the edit.{before}"))
+        said.append(("Capability", _capability(metrics, baseline, about.study.get("n_items"))))
     tasks = [name for name in metrics if name.startswith("capability.") and name in baseline]
     if len(tasks) > 1:
         by_task = ((name.removeprefix("capability."), baseline[name], metrics[name]) for name in tasks)
@@ -122,6 +115,21 @@ def cost(pick: Recommendation, baseline: Mapping[str, float]) -> list[tuple[str,
     return said
 
 
+def _capability(metrics: Mapping[str, float], baseline: Mapping[str, float], n_items: int | None) -> str:
+    """The change of capability, and whether chance explains it."""
+    change, low, high = (metrics.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
+    text = change_with_interval(change, low, high)
+    if math.isfinite(low) and math.isfinite(high):
+        items = f", {plural(int(n_items), 'item')}" if n_items else ""
+        verdict = "zero is outside"
+        if low <= 0 <= high:
+            verdict = "zero is inside, so no change is shown, and none within it is ruled out"
+        text += f" (95% interval, same items before and after{items}): {verdict}"
+    return f"{text}." + (
+        f" The unedited model scores {percent(baseline['capability'])}." if "capability" in baseline else ""
+    )
+
+
 def _more_of_locality(metrics: Mapping[str, float]) -> str:
     """Its other measures, behind a semicolon."""
     parts = []
@@ -134,9 +142,7 @@ def _more_of_locality(metrics: Mapping[str, float]) -> str:
     return "".join(f"; {part}" for part in parts)
 
 
-def certainty(
-    n_items: int | None, settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, again: MeasuredAgain
-) -> list[tuple[str, str]]:
+def certainty(settings: pd.DataFrame, pick: Recommendation, again: MeasuredAgain) -> list[tuple[str, str]]:
     """(name, sentence) pairs on how far the pick can be trusted. settings: `by_setting(results)`."""
     metrics, n_settings = pick.metrics, len(comparable(settings, ("reliability",)))
     said = []
@@ -149,14 +155,6 @@ def certainty(
                 f" expect between {percent(low)} and {percent(high)} (95% interval).",
             )
         )
-    if "capability_change_low" in metrics and "capability_change_high" in metrics:
-        inside = metrics["capability_change_low"] <= 0 <= metrics["capability_change_high"]
-        verdict = (
-            "zero is inside, so no change is shown, and none within it is ruled out" if inside else "zero is outside"
-        )
-        items = f", {plural(int(n_items), 'item')}" if n_items else ""
-        text = f"{_change(metrics)} (95% interval, same items before and after{items}): {verdict}."
-        said.append(("Capability", text))
     said.append(("Choice", " ".join(pick.reasons[: 1 if n_settings == 1 else 2])))
     if pick.runner_up is not None:
         other = settings[settings["trial_id"] == pick.runner_up].iloc[0]
@@ -168,17 +166,15 @@ def certainty(
         said.append(("Runner-up", text + "."))
     said.append(("Seeds", next(reason for reason in pick.reasons if "seed" in reason)))
     if n_settings > 1:
-        said += _measured_again(settings, pick, front, again)
+        said.append(("Measured again", _measured_again(settings, pick, again)))
     if n_settings >= 10:
         text = f"The best of {plural(n_settings, 'setting')} owes some of its lead to chance: expect a little less on new edits."
         said.append(("Selection", text))
     return said
 
 
-def _measured_again(
-    settings: pd.DataFrame, pick: Recommendation, front: ParetoFront, again: MeasuredAgain
-) -> list[tuple[str, str]]:
-    """What the bootstrap says about pick and front."""
+def _measured_again(settings: pd.DataFrame, pick: Recommendation, again: MeasuredAgain) -> str:
+    """How often the rule picks this setting when everything is measured again."""
     names = setting_names(settings)
     others = sorted((item for item in again.picks.items() if item[0] != pick.trial_id), key=lambda item: -item[1])
     rest = [f"{names[trial]} in {whole_percent(chance)}" for trial, chance in others[:2] if chance >= 0.05]
@@ -186,44 +182,4 @@ def _measured_again(
     text = (
         f"With {what} drawn again, the rule picks this setting in {whole_percent(again.picks[pick.trial_id])} of cases"
     )
-    said = [("Measured again", text + (f", {' and '.join(rest)}" if rest else "") + ".")]
-    if again.chances:
-        low, high = again.hypervolume
-        text = f"Hypervolume {front.hypervolume:.3f}, 95% interval [{low:.3f}, {high:.3f}]."
-        if pick.trial_id in again.chances:
-            text = f"The pick is on the front with a chance of {whole_percent(again.chances[pick.trial_id])}. {text}"
-        said.append(("Front", text))
-    return said
-
-
-def bend_of(found: pd.DataFrame, front: ParetoFront, pick: Recommendation | None) -> str | None:
-    """What the knee of the front offers against the pick, in one sentence; None when it is the pick. found: the settings
-    by trial_id."""
-    bend = knee(front)
-    if bend is None or pick is None or bend == pick.trial_id:
-        return None
-    row, chosen = found.loc[bend], found.loc[pick.trial_id]
-    gains = [
-        f"{points(row[name] - chosen[name])} points of {TITLES.get(name, name)}"
-        for name in front.objectives
-        if math.isfinite(chosen[name])
-    ]
-    return f"It bends most at {place_of(row)}: {' and '.join(gains)} against the pick."
-
-
-def near_the_front(settings: pd.DataFrame, front: ParetoFront, again: MeasuredAgain) -> str | None:
-    """The settings that are not on the front as measured but may well be, in one sentence."""
-    near = sorted(
-        ((chance, trial) for trial, chance in again.chances.items() if chance >= 0.2 and trial not in front.trial_ids),
-        reverse=True,
-    )
-    if not near:
-        return None
-    names = setting_names(settings)
-    named = [f"{names[trial]} ({whole_percent(chance)})" for chance, trial in near[:4]]
-    more = f" and {len(near) - 4} more" if len(near) > 4 else ""
-    return f"Not on it as measured, but on it with a chance of at least a fifth: {', '.join(named)}{more}."
-
-
-def _change(metrics: Mapping[str, float]) -> str:
-    return change_with_interval(*(metrics.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high")))
+    return text + (f", {' and '.join(rest)}" if rest else "") + "."

@@ -88,6 +88,12 @@ class TrialTable:
     """trial_id, status, pick, cells: (key, text, interval) per column."""
 
     @property
+    def heads(self) -> list[str | tuple[str, str]]:
+        """Title of each column, with its unit where it holds numbers."""
+        heads = (column.title if column.words else (column.title, column.unit) for column in self.columns)
+        return [*heads, "status", "trial"]
+
+    @property
     def trials(self) -> frozenset[str]:
         return frozenset(row["trial_id"] for row in self.rows)
 

@@ -183,12 +183,13 @@ def test_the_command_is_safe_to_paste_and_works_without_a_tracked_run():
 def test_how_sure_says_intervals_choice_runner_up_and_seeds():
     sure = page()["How sure"]
     for part in (
-        "a fraction of 100 edits", "95% interval", "640 items", "zero is inside",
+        "a fraction of 100 edits", "95% interval",
         "Of 3 settings, 2 are about as reliable as the best; 1 of them shows no loss of capability",
         "23.mlp (breadth-first, batch 32, rate 0.004, loss by edit): reliability 97.0%",
         "One seed only",
     ):  # fmt: skip
         assert part in sure, part
+    assert "640 items): zero is inside, so no change is shown" in page()["At what cost"]
 
 
 def test_several_seeds_are_one_setting_on_front_and_in_the_pick():
@@ -268,7 +269,8 @@ def test_what_it_costs_by_task_and_on_plain_text():
     baseline = BASELINE | {"capability.world": 0.6, "capability.grammar": 0.65, "perplexity": 30.0}
     cost = page(results, baseline=baseline)["At what cost"]
     for part in (
-        "−1.0 points [−1.8, −0.3]",
+        "−1.0 points [−1.8, −0.3] (95% interval, same items before and after, 640 items): zero is outside.",
+        "The unedited model scores 62.0%.",
         "grammar 65.0% → 70.0%",
         "world 60.0% → 50.0%",
         "perplexity 30 → 33",
