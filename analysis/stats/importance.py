@@ -8,7 +8,7 @@ chance; so the same is computed with the results shuffled among the trials, and 
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,14 +63,15 @@ def what_matters(results: pd.DataFrame, *, seed: int = 0) -> WhatMatters:
     """
     rows = done(results)
     axes = [axis.name for axis in AXES if rows[axis.name].notna().all() and rows[axis.name].nunique() > 1]
+    why_not = None
     if not axes:
-        return WhatMatters((), ("No axis was varied.",))
-    if len(axes) == 1:
-        return WhatMatters(
-            (), (f"Only the {AXIS[axes[0]].title} was varied, so there is nothing to weigh it against.",)
-        )
-    if len(rows) < FEWEST:
-        return WhatMatters((), (f"{plural(len(rows), 'finished trial')} are too few; it takes {FEWEST}.",))
+        why_not = "No axis was varied."
+    elif len(axes) == 1:
+        why_not = f"Only the {AXIS[axes[0]].title} was varied, so there is nothing to weigh it against."
+    elif len(rows) < FEWEST:
+        why_not = f"{plural(len(rows), 'finished trial')} are too few; it takes {FEWEST}."
+    if why_not:
+        return WhatMatters((), (why_not,))
     change = "capability_change" if np.isfinite(rows["capability_change"]).any() else "capability"
     study = _study(rows, axes)
     quantile = max(BEST, 5 / len(rows))
@@ -124,16 +125,15 @@ def _importance(
 def _study(rows: pd.DataFrame, axes: Sequence[str]) -> optuna.Study:
     """The trials as Optuna knows them; their values are looked up by number."""
     space: dict[str, BaseDistribution] = {}
-    plain: dict[str, Callable] = {}
-    for name in axes:
-        values, axis = rows[name], AXIS[name]
-        if name == "layer" or (axis.type in (int, float) and values.nunique() > DECISIVE):
-            distribution = IntDistribution if axis.type is int else FloatDistribution
-            low, high = axis.type(values.min()), axis.type(values.max())
-            space[name], plain[name] = distribution(low, high, log=axis.log and low > 0), axis.type
+    plain = {name: AXIS[name].type for name in axes}
+    for name, kind in plain.items():
+        values = rows[name]
+        if name == "layer" or (kind is not str and values.nunique() > DECISIVE):
+            distribution = IntDistribution if kind is int else FloatDistribution
+            low, high = kind(values.min()), kind(values.max())
+            space[name] = distribution(low, high, log=AXIS[name].log and low > 0)
         else:
-            choices = [value.item() if hasattr(value, "item") else value for value in values.unique()]
-            space[name], plain[name] = CategoricalDistribution(choices), type(choices[0])
+            space[name] = CategoricalDistribution([kind(value) for value in values.unique()])
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
@@ -151,8 +151,8 @@ def importance_sentences(weighed: WhatMatters) -> list[tuple[str, str]]:
     """(metric, what decides it) in words."""
     said = []
     for item in weighed.found:
-        matters = [(AXIS[axis].title, share) for axis, share, chance in item.shares if share > chance]
-        rest = [AXIS[axis].title for axis, share, chance in item.shares if share <= chance]
+        matters = [(AXIS[axis].title, share) for axis, share, _ in item.shares if axis in item.matters]
+        rest = [AXIS[axis].title for axis, *_ in item.shares if axis not in item.matters]
         text = "No axis stands out from chance"
         if matters:
             text = f"Mostly the {matters[0][0]} ({100 * matters[0][1]:.0f}%)"

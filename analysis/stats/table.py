@@ -44,19 +44,7 @@ class Column:
 
 _KINDS = {int: INTEGER, float: NUMBER, str: TEXT}
 
-COLUMNS: dict[str, Column] = {
-    "trial_id": Column(TEXT, "content id of the trial"),
-    "status": Column(TEXT, "done or failed"),
-    "error": Column(TEXT, "cause of a failure in one line, None for a trial that is done"),
-    "retried": Column(TEXT, "why attempts at it were lost before this one, a cause a line; None where none was"),
-    # what was tried
-    "layers": Column(INTEGER, "layers of the model"),
-    "depth": Column(NUMBER, "relative depth of the trained layer, 0 for the first and 1 for the last"),
-    **{axis.name: Column(_KINDS[axis.type], axis.doc) for axis in AXES},
-    "model_fingerprint": Column(TEXT, "hash of the unedited weights"),
-    "data_fingerprint": Column(TEXT, "hash of edits and capability items"),
-    "method_version": Column(INTEGER, "version of the method"),
-    "run_id": Column(TEXT, "MLflow run of the trial, None when it was not tracked"),
+_MEASURED = {
     # how well the edits took: fractions in [0, 1] of prompts, means over the formats that they were asked in
     "reliability": Column(NUMBER, "edit prompts answered with the target, by generation (also reliability.FORMAT)"),
     "generalization": Column(NUMBER, "the same of rephrased prompts (also generalization.FORMAT)"),
@@ -101,6 +89,22 @@ COLUMNS: dict[str, Column] = {
     "diverged": Column(NUMBER, "1 when the loss stopped being finite, else 0"),
     "delta_norm": Column(NUMBER, "Frobenius norm of the weight change"),
 }
+
+COLUMNS: dict[str, Column] = {
+    "trial_id": Column(TEXT, "content id of the trial"),
+    "status": Column(TEXT, "done or failed"),
+    "error": Column(TEXT, "cause of a failure in one line, None for a trial that is done"),
+    "retried": Column(TEXT, "why attempts at it were lost before this one, a cause a line; None where none was"),
+    # what was tried
+    "layers": Column(INTEGER, "layers of the model"),
+    "depth": Column(NUMBER, "relative depth of the trained layer, 0 for the first and 1 for the last"),
+    **{axis.name: Column(_KINDS[axis.type], axis.doc) for axis in AXES},
+    "model_fingerprint": Column(TEXT, "hash of the unedited weights"),
+    "data_fingerprint": Column(TEXT, "hash of edits and capability items"),
+    "method_version": Column(INTEGER, "version of the method"),
+    "run_id": Column(TEXT, "MLflow run of the trial, None when it was not tracked"),
+    **_MEASURED,
+}
 """The documented columns, in order. After them come the parts of some: accuracy by task (`capability.TASK`), reliability,
 generalization and portability by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is in no mean.
 Where targets are long, `OF_LONG` are there, too."""
@@ -116,20 +120,13 @@ OF_LONG = {
 MAX_PACKED = 5000
 """Characters of a packed `right`."""
 
-REQUIRED = ("trial_id", "status", "layer", "module")
-
 SETTING_AXES = ("layers", "depth", *SETTING, "model_fingerprint", "data_fingerprint", "method_version")
 """What makes a setting: every axis but the seed."""
 
-METRICS = (
-    "reliability", "generalization", "reliability_tf", "generalization_tf", "portability", "portability_tf", "n_edits",
-    "locality", "locality_first", "locality_kl", "locality_exact",
-    "capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl", "perplexity",
-    "train_loss", "trained_loss", "merged_loss", "epochs_run", "steps", "train_seconds", "evaluate_seconds", "capability_seconds", "seconds",
-    "seconds_per_edit", "arrival_seconds", "arrival_seconds_p95", "delta_norm",
-)  # fmt: skip
-"""The metric columns that are averaged over seeds (besides the `part_columns`)."""
-
+METRICS = tuple(
+    name for name, column in _MEASURED.items() if column.kind == NUMBER and name not in ("batch_pieces", "diverged")
+)
+"""The columns that are averaged over seeds (besides the `part_columns`)."""
 
 FRACTIONS = ("reliability", "generalization", "locality")
 """The metrics that say how an edit did: means over edits, in [0, 1]."""
@@ -165,19 +162,7 @@ def results_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The results table of these rows (`TrialResult.to_row()`, or what a tracking server kept of it: numbers may come
     as text). Every documented column is there with its dtype, also for no rows at all; the parts of some follow
     (`is_part`); anything else is kept at the end as it came.
-
-    Raises:
-        ValueError: a row lacks one of `REQUIRED`, or has another status than done and failed, or an id comes twice.
     """
-    for index, row in enumerate(rows):
-        if missing := [name for name in REQUIRED if _absent(row.get(name))]:
-            raise ValueError(f"row {index} of the results lacks {', '.join(missing)}")
-        if row["status"] not in ("done", "failed"):
-            raise ValueError(f"row {index} of the results has status {row['status']!r}, expected done or failed")
-    counts = Counter(str(row["trial_id"]) for row in rows)
-    if twice := sorted(trial for trial, count in counts.items() if count > 1):
-        raise ValueError(f"{len(twice)} trial ids come more than once in the results, the first is {twice[0]}")
-
     rows = [_with_todays_locality(row) for row in rows]
     seen = list(dict.fromkeys(name for row in rows for name in row))
     parts = sorted(filter(is_part, seen), key=_place_of_part)
@@ -321,35 +306,29 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     finished[names] = finished[names].where(np.isfinite(finished[names].astype("float64")))
     keys = list(SETTING_AXES)
     groups = finished.groupby(keys, dropna=False, sort=False)
-    first = finished.loc[~finished.duplicated(keys)].reset_index(drop=True)  # in the order of the groups
-    table = first.copy()
+    table = finished.loc[~finished.duplicated(keys)].reset_index(drop=True)  # in the order of the groups
     if table.empty:
         absent = dict.fromkeys((*SPREADS, "reliability_se"), 0.0)
         return table.assign(trial_ids=[], seeds=[], right_by_edit=[], n_seeds=0, n_failed=0, **absent)
-    means = groups[names].mean().reset_index(drop=True)
-    table[names] = means
+    table[names] = groups[names].mean().reset_index(drop=True)
     table["diverged"] = groups["diverged"].max().fillna(0.0).to_numpy()
-    ids: list[list[str]] = [[] for _ in range(len(table))]
-    seeds: list[list[int]] = [[] for _ in range(len(table))]
-    right: list[list[str | None]] = [[] for _ in range(len(table))]
-    columns = (finished[name] for name in ("trial_id", "seed", "right"))
-    for group, trial, seed, packed in zip(groups.ngroup(), *columns, strict=True):
-        ids[group].append(trial)
-        right[group].append(packed)
-        if not _absent(seed):
-            seeds[group].append(int(seed))
-    table["trial_ids"] = pd.Series([tuple(group) for group in ids], dtype=object)
-    table["seeds"] = pd.Series([tuple(group) for group in seeds], dtype=object)
-    table["right_by_edit"] = pd.Series([mean_right(group) for group in right], dtype=object)
+    trials: list[list[tuple]] = [[] for _ in range(len(table))]
+    for group, *trial in zip(groups.ngroup(), *(finished[name] for name in ("trial_id", "seed", "right")), strict=True):
+        trials[group].append(tuple(trial))
+    of_group = {
+        "trial_ids": [tuple(trial for trial, _, _ in group) for group in trials],
+        "seeds": [tuple(int(seed) for _, seed, _ in group if not _absent(seed)) for group in trials],
+        "right_by_edit": [mean_right([right for _, _, right in group]) for group in trials],
+    }
+    for name, values in of_group.items():
+        table[name] = pd.Series(values, dtype=object)
     table["n_seeds"] = groups.size().to_numpy()
     for name in FRACTIONS:
         table[f"{name}_sd"] = groups[name].std(ddof=1).to_numpy()
     several = (groups["drift_kl"].count() > 1).to_numpy()
     table["drift_kl_low"] = np.where(several, groups["drift_kl"].min(), np.nan)
     table["drift_kl_high"] = np.where(several, groups["drift_kl"].max(), np.nan)
-    items = np.array([proportion_se(p, n) for p, n in zip(table["reliability"], table["n_edits"], strict=True)])
-    between = (table["reliability_sd"].fillna(0.0) ** 2 / table["n_seeds"]).to_numpy()
-    table["reliability_se"] = np.sqrt(items**2 + between)
+    table["reliability_se"] = [standard_error(row, "reliability") for row in table.to_dict("records")]
     lost = Counter(_settings_of(failed(results)))
     table["n_failed"] = [lost[setting] for setting in _settings_of(table)]
     return table

@@ -130,19 +130,6 @@ def test_the_table_survives_being_read_back():
     pd.testing.assert_frame_equal(results_frame(frame.to_dict("records")), frame)
 
 
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        ([{"status": "done", "layer": 1, "module": "mlp"}], "row 0 of the results lacks trial_id"),
-        ([row("a", status="running")], "'running', expected done or failed"),
-        ([row("a"), row("a")], "1 trial ids come more than once in the results, the first is a"),
-    ],
-)
-def test_rows_that_are_no_results_are_refused(rows, said):
-    with pytest.raises(ValueError, match=said):
-        results_frame(rows)
-
-
 def test_done_and_failed_part_the_table():
     frame = results_frame([row("a"), row("b", status="failed"), row("c", diverged=1)])
     assert list(done(frame)["trial_id"]) == ["a", "c"]
@@ -304,17 +291,6 @@ def test_other_objectives_and_their_references():
     change = pareto_front(frame, ("reliability", "capability_change"))
     assert change.reference == (0.0, -1.0)
     assert change.trial_ids == ("a",) and change.hypervolume == pytest.approx(0.5 * 0.9)
-
-
-@pytest.mark.parametrize("objectives", [("reliability",), ("reliability", "reliability"), ("reliability", "drift_kl")])
-def test_objectives_that_cannot_be_maximised_together_are_refused(objectives):
-    with pytest.raises(ValueError, match="expected two or more different ones of reliability"):
-        pareto_front(table((0.1, 0.1)), objectives)
-
-
-def test_an_absent_task_is_refused():
-    with pytest.raises(ValueError, match=r"no column 'capability\.world'"):
-        pareto_front(table((0.1, 0.1)), ("reliability", "capability.world"))
 
 
 def test_the_knee_is_where_the_front_bends():
