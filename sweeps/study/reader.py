@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ValidationError
 
-from locft.errors import InputError
+from locft.errors import InputError, did_you_mean
 from sweeps.study.schema import EveryLayer, LogUniform, Section, Study, nearest, wrong_value
 
 Place = tuple[str | int, ...]
@@ -379,5 +379,4 @@ def _exists(path: Path) -> bool:
 def _nearest_file(path: Path) -> str:
     if not _exists(path.parent):
         return f"; the folder {path.parent} does not exist either"
-    near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return did_you_mean(path.name, _names(path.parent))

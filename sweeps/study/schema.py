@@ -7,7 +7,6 @@ contradictions; what depends on the model is checked by `sweeps.study.plan.check
 value of an axis is. The other fields are checked by the same rules, so there is one wording for every wrong value.
 """
 
-import difflib
 import json
 import math
 import re
@@ -28,9 +27,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from analysis.stats.axes import AXES, AXIS, Axis
+from analysis.stats.axes import AXES, AXIS, SWEPT, Axis
 from locft.data.field_map import read_field_map
-from locft.errors import InputError
+from locft.errors import InputError, did_you_mean
 from locft.train.formats import EXPECTED as FORMATS_EXPECTED
 from locft.train.formats import NAMES as FORMATS
 from locft.train.formats import RAW, parse_formats
@@ -40,10 +39,6 @@ if TYPE_CHECKING:
 
 MAX_TRIALS = 100_000
 """A study with more trials than this is taken for a mistake: the driver keeps all of them in memory."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-"""Safe as the name of an MLflow experiment, a metric and a file."""
-_DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)\Z")
 
 
 def read_value(name: str, value: Any) -> Any:
@@ -86,7 +81,8 @@ def wrong_value(got: Any, expected: str, choices: Iterable[str] = ()) -> str:
     """The message about a wrong value, with the nearest of the choices if one is near."""
     if isinstance(got, float) and not math.isfinite(got):
         expected = expected.replace("a number", "a finite number", 1)
-    return f"got {show(got)}, expected {expected}{did_you_mean(got, choices) if isinstance(got, str) else ''}"
+    near = did_you_mean(got.lower(), choices) if isinstance(got, str) else ""
+    return f"got {show(got)}, expected {expected}{near}"
 
 
 def show(value: Any) -> str:
@@ -95,16 +91,10 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def did_you_mean(got: str, valid: Iterable[str]) -> str:
-    """The end of a message about a wrong word: the nearest valid one; empty if none is near."""
-    close = difflib.get_close_matches(got.lower(), list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def nearest(got: str, valid: Iterable[str]) -> str:
     """The end of a message about a wrong word: the nearest valid one, if any is near, and all of them."""
     words = list(valid)
-    return f"{did_you_mean(got, words)} (valid: {', '.join(words)})"
+    return f"{did_you_mean(got.lower(), words)} (valid: {', '.join(words)})"
 
 
 def _problem(text: str, item: int | None = None) -> PydanticCustomError:
@@ -120,20 +110,6 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _checked(
-    accepts: Callable[[Any], bool], expected: str, *, number: bool = False, choices: Sequence[str] = ()
-) -> Any:
-    """The type of a field that takes what a function accepts. number: read as float first."""
-
-    def check(value: Any) -> Any:
-        read = _number(value) if number else value
-        if not accepts(read):
-            raise _problem(wrong_value(value, expected, choices))
-        return read
-
-    return Annotated[Any, PlainValidator(check)]
-
-
 def _read_by(read: Callable[[Any], Any]) -> Any:
     """The type of a field that a function reads, which raises InputError."""
 
@@ -144,6 +120,25 @@ def _read_by(read: Callable[[Any], Any]) -> Any:
             raise _problem(str(error)) from None
 
     return Annotated[Any, PlainValidator(check)]
+
+
+def _checked(
+    accepts: Callable[[Any], bool], expected: str, *, number: bool = False, choices: Sequence[str] = ()
+) -> Any:
+    """The type of a field that takes what a function accepts. number: read as float first."""
+
+    def read(value: Any) -> Any:
+        found = _number(value) if number else value
+        if not accepts(found):
+            raise InputError(wrong_value(value, expected, choices))
+        return found
+
+    return _read_by(read)
+
+
+def _matching(pattern: str, expected: str) -> Any:
+    """The type of a field that takes text of this form."""
+    return _checked(lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None, expected)
 
 
 def _type_of(axis: Axis) -> Any:
@@ -180,13 +175,11 @@ _COUNT, _POSITIVE = _rule(int, at_least=1), _rule(float, above=0)
 Text, Count, Positive = _type_of(_rule(str)), _type_of(_COUNT), _type_of(_POSITIVE)
 Index, Seed = (_type_of(_rule(int, at_least=0)), _type_of(_rule(int, at_least=0, below=2**32)))
 Trials = _type_of(_rule(int, at_least=1, below=MAX_TRIALS + 1))
-Name = _checked(
-    lambda value: isinstance(value, str) and _NAME.match(value) is not None,
-    "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit",
+Name = _matching(
+    "[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 )
-Device = _checked(
-    lambda value: isinstance(value, str) and _DEVICE.match(value) is not None, "auto, cpu, cuda, cuda:N or mps"
-)
+"""Safe as the name of an MLflow experiment, a metric and a file."""
+Device = _matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, cuda, cuda:N or mps")
 Gpus = _checked(
     lambda value: value == 0.0 or (_POSITIVE.accepts(value) and (value <= 1 or value == int(value))),
     "a fraction of one GPU or a whole number of GPUs",
@@ -247,7 +240,7 @@ class EveryLayer(Section):
     """Distance between two layers."""
 
 
-def _bounds(value: Any) -> Any:
+def _two(value: Any) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise _problem(wrong_value(value, "two numbers, [low, high]"))
     return value
@@ -262,7 +255,7 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
 class LogUniform(Section):
     """Any value between two bounds, uniform in its logarithm. For search random and optuna."""
 
-    log_uniform: Annotated[tuple[Positive, Positive], BeforeValidator(_bounds), AfterValidator(_ordered)]
+    log_uniform: Annotated[tuple[Positive, Positive], BeforeValidator(_two), AfterValidator(_ordered)]
     """Lowest and highest value."""
 
 
@@ -296,17 +289,13 @@ _FORMS: dict[str, tuple[Any, Any]] = {
 where the device multiplies it natively."""
 
 
-def _fields(*, swept: bool) -> dict[str, tuple[Any, Any]]:
-    """pydantic fields of the axes: lists in `space`, single values in the study itself."""
-    found = {}
-    for axis in AXES:
-        if axis.swept == swept:
-            plain = (_list_of(_type_of(axis)), (axis.default,)) if swept else (_type_of(axis), axis.default)
-            found[axis.name] = _FORMS.get(axis.name, plain)
-    return found
+def _field(axis: Axis) -> tuple[Any, Any]:
+    """Type and default of an axis: a list in `space`, a single value in the study itself."""
+    plain = (_list_of(_type_of(axis)), (axis.default,)) if axis.swept else (_type_of(axis), axis.default)
+    return _FORMS.get(axis.name, plain)
 
 
-Space: Any = create_model("Space", __base__=Section, __module__=__name__, **_fields(swept=True))
+Space: Any = create_model("Space", __base__=Section, __module__=__name__, **{axis.name: _field(axis) for axis in SWEPT})
 Space.__doc__ = """The swept axes (`analysis.stats.axes.SWEPT`). Each is a list of values, or one value."""
 
 
@@ -383,7 +372,9 @@ class _Subject(Section):
     """A built-in name, a hub id, a local folder, or a GGUF file."""
 
 
-_Settings: Any = create_model("_Settings", __base__=_Subject, __module__=__name__, **_fields(swept=False))
+_Settings: Any = create_model(
+    "_Settings", __base__=_Subject, __module__=__name__, **{axis.name: _field(axis) for axis in AXES if not axis.swept}
+)
 
 
 class Study(_Settings):
@@ -418,28 +409,27 @@ class Study(_Settings):
 
 def _contradictions(study: Study) -> Iterable[tuple[tuple[str, ...], str]]:
     """For each: the (dotted) fields that contradict each other, the one to point at first, and what is wrong."""
-    search, gpus, device, rate = (study.search, study.resources.gpus, study.device, study.space.learning_rate)
+    search, gpus, device = study.search, study.resources.gpus, study.device
     if search.method == "grid" and search.trials is not None:
-        yield ("search.trials", "search.method"), (
+        yield (
+            ("search.trials", "search.method"),
             f"got {search.trials} with search.method grid, whose number of trials follows from its axes; "
-            "leave trials out (null), or take random or optuna"
-        )  # fmt: skip
+            "leave trials out (null), or take random or optuna",
+        )
     if search.method != "grid" and search.trials is None:
-        fields = ("search.method", "search.trials")
-        yield (fields, f"{search.method} needs search.trials, the number of trials; expected e.g. trials: 30")
-    if search.method == "grid" and isinstance(rate, LogUniform):
-        fields = ("space.learning_rate", "search.method")
-        yield (fields, "log_uniform has no grid; expected a list of values, or search.method random or optuna")
+        need = f"{search.method} needs search.trials, the number of trials; expected e.g. trials: 30"
+        yield ("search.method", "search.trials"), need
+    if search.method == "grid" and isinstance(study.space.learning_rate, LogUniform):
+        no_grid = "log_uniform has no grid; expected a list of values, or search.method random or optuna"
+        yield ("space.learning_rate", "search.method"), no_grid
     if gpus > 0 and device in ("cpu", "mps"):
-        fields = ("resources.gpus", "device")
-        yield (fields, f"got {gpus:g} with device {device}; expected 0, or device cuda or auto")
+        idle = f"got {gpus:g} with device {device}; expected 0, or device cuda or auto"
+        yield ("resources.gpus", "device"), idle
     if gpus == 0 and device.startswith("cuda"):
-        fields = ("device", "resources.gpus")
-        yield (fields, f"{device} needs resources.gpus above 0: a trial without sees no GPU")
+        blind = f"{device} needs resources.gpus above 0: a trial without sees no GPU"
+        yield ("device", "resources.gpus"), blind
     own, index = max(1, math.ceil(gpus)), int(device.partition(":")[2] or 0)
     if gpus > 0 and index >= own:
         seen = "its GPU as cuda:0" if own == 1 else f"its {own} GPUs as cuda:0 to cuda:{own - 1}"
-        yield (
-            ("device", "resources.gpus"),
-            f"got {device}, but a trial sees {seen}, whichever of the machine; expected cuda",
-        )
+        text = f"got {device}, but a trial sees {seen}, whichever of the machine; expected cuda"
+        yield ("device", "resources.gpus"), text
