@@ -1,9 +1,8 @@
 """What is left of a study and what it will take: time, memory and disk, each with a range, until its budget ends it.
 
-A trial's work has a part for every layer that it goes through, from the trained one upwards, and a fixed one (the
-output projection, the optimiser, generation). `rough_costs` has both as rates of one machine. They are scaled by what
-earlier trials of the model took on this machine, or else by some timed optimiser steps of the real model at its first,
-middle and last layer. Imports inside functions keep PyTorch out of the start of commands.
+The work of a trial is a fixed part (output projection, optimiser, generation) and a part for each layer from the trained one
+upwards. `rough_costs` has both as rates of one machine; earlier trials of the model on this machine, or else a few timed steps
+at its first, middle and last layer, scale them. Imports inside functions keep PyTorch out of the start of commands.
 """
 
 import gc
@@ -14,6 +13,7 @@ import platform
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -38,22 +38,22 @@ TIMED_EDITS, TIMED_STEPS = 16, 3
 ROUGH = "rough rates, nothing measured here"
 
 _PREFIX_TOKENS = 10
-"""Before a prompt that stands behind prose."""
+"""Tokens of the prose in front of a prompt."""
 _SUPERVISED_SHARE = 0.3
-"""Of the tokens read, those whose logits are computed."""
+"""Share of the tokens read whose logits are computed."""
 _GENERATED_SHARE = 0.3
-"""Of the tokens of edit evaluation, those read again, through all layers, to generate undecided answers."""
+"""Share of the evaluation's tokens that are read again, through all layers, to generate undecided answers."""
 _START_SECONDS = 40.0
-"""Once a study: Ray and its workers, the model and the tracking store; at the end the report and the pick once more."""
+"""Once per study: Ray and its workers, the model, the tracking store, the report, and the pick once more."""
 _MEASURING = 1.7
 """If only steps were timed: what measuring takes relative to its rough rate, with steps at theirs. Edit metrics and
 capability took 0.9 and 1.3 on one machine with bfloat16 instructions, 2.1 and 2.2 on another."""
 _SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8, "stream": 0.3}
-"""Of the steps that `epochs` allows, those usually taken before `stop_below` ends the training."""
+"""Share of the steps allowed by `epochs` that is usually taken before `stop_below` ends the training."""
 _LEAST_STEPS = 0.3
 """The same if everything is learnt early."""
 _HANGS, _PATIENCE_SECONDS = 30.0, 1800.0
-"""A trial hangs if it takes this many times its estimate, and at least this long, for its worker may load a model."""
+"""A trial hangs if it takes this many times its estimate, and at least this long, since its worker may load a model."""
 
 _log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class Forecast:
     concurrent: int = 1
     """Trials at a time."""
     made: float = field(default_factory=time.monotonic)
-    """On the `time.monotonic()` clock; the minutes of the budget count from then."""
+    """On the `time.monotonic()` clock; the budget's minutes count from then."""
 
     def seconds(self, trial: TrialConfig) -> float:
         return trial_seconds(trial, self.prepared.facts, self.costs, None)
@@ -189,7 +189,7 @@ class Forecast:
         def each(share: float | None) -> list[float]:
             """Seconds of every trial; a trial that a search will choose takes the mean of the sample."""
             seconds = [trial_seconds(trial, facts, costs, share) for trial in sample]
-            return seconds if plan.trials or not seconds else [sum(seconds) / len(seconds)] * affordable
+            return seconds if plan.trials or not seconds else [statistics.fmean(seconds)] * affordable
 
         def ends(share: float | None) -> list[float]:
             return [_START_SECONDS + costs.unedited + end for end in _ends(each(share), self.concurrent)]
@@ -197,8 +197,8 @@ class Forecast:
         def total(share: float | None) -> float:
             return max(ends(share), default=0.0)
 
-        usual, limit, per_trial = ends(None), 60 * minutes if minutes else math.inf, each(None)
-        trials = sum(end <= limit for end in usual)
+        limit, per_trial = 60 * minutes if minutes else math.inf, each(None)
+        trials = sum(end <= limit for end in ends(None))
         memory, disk = memory_range(sample, facts, self.concurrent), disk_range(sample, trials, facts)
         return Estimate(
             trials=trials,
@@ -208,7 +208,7 @@ class Forecast:
             seconds_low=min(limit, total(_LEAST_STEPS) / costs.spread / costs.busy),
             seconds=min(limit, total(None)),
             seconds_high=min(limit, total(1.0) * costs.spread),
-            seconds_per_trial=sum(per_trial) / len(per_trial) if per_trial else 0.0,
+            seconds_per_trial=statistics.fmean(per_trial) if per_trial else 0.0,
             memory_bytes_low=memory[0],
             memory_bytes_high=memory[1],
             disk_bytes_low=disk[0],
@@ -236,9 +236,8 @@ def make_forecast(
 ) -> Forecast:
     """What is left of a study on this machine.
 
-    finished: ids of finished trials of the study as it is planned now. earlier: finished trials of this model on this machine
-    (`machine`), in any study. timed: time some steps of the real model if there are not enough earlier trials; otherwise the
-    rates are rough then.
+    finished: ids of the study's finished trials. earlier: finished trials of this model on this machine (`machine`), in any
+    study. timed: time some steps of the real model if there are too few earlier trials, instead of taking rough rates.
     """
     done, facts, resources = frozenset(finished), prepared.facts, prepared.study.resources
     costs = rough_costs(facts, resources.cpus)
@@ -274,15 +273,15 @@ def rough_costs(facts: StudyFacts, cpus: int = 2) -> Costs:
 
 
 def reading_seconds(tokens: int, parameters: int, precision: str, cpus: int) -> float:
-    """Rough time in which a whole model reads so many tokens, at the same rates."""
+    """Rough time in which a whole model reads these tokens, at the same rates."""
     return (1.0 if precision == "bfloat16" else 2.0) / cpus * 15e-12 * tokens * parameters
 
 
 def costs_from_trials(earlier: Sequence[TrialResult], prepared: PreparedStudy) -> Costs | None:
     """The rough costs scaled by what trials of this model took, whatever they trained and were measured on; None for
     fewer than `ENOUGH`."""
-    known = [trial for trial in earlier if {"n_edits", "train_seconds"} <= trial.metrics.keys()]
-    known = [trial for trial in known if not trial.metrics.get("diverged")]
+    measured = (trial for trial in earlier if {"n_edits", "train_seconds"} <= trial.metrics.keys())
+    known = [trial for trial in measured if not trial.metrics.get("diverged")]
     if len(known) < ENOUGH:
         return None
     shares = dict(_SHARE_OF_STEPS)
@@ -345,12 +344,11 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
         module = sorted(sizes)[len(sizes) // 2][1]
         config = replace(sample[0], layer=layer, module=module, batch_size=size, epochs=TIMED_STEPS)
         settings = TrainingSettings(**config.training | {"skip_below": 0.0, "stop_below": 0.0})
-        for timed in (False, True):  # what is done once a process or a layer shall not count
-            began = time.perf_counter(), time.process_time()
-            training = bench.train(TuningPosition(layer, module), settings)
-            if timed:
-                clock += time.perf_counter() - began[0]
-                processor += time.process_time() - began[1]
+        bench.train(TuningPosition(layer, module), settings)  # what is done once per process or layer shall not count
+        began = time.perf_counter(), time.process_time()
+        training = bench.train(TuningPosition(layer, module), settings)
+        clock += time.perf_counter() - began[0]
+        processor += time.process_time() - began[1]
         found = {"n_edits": float(size), "steps": float(training.steps), "train_seconds": training.seconds}
         trials.append(TrialResult(config, "done", metrics=found))
     return trials, max(1.0, clock * study.resources.cpus / processor) if processor else 1.0
@@ -359,25 +357,28 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
 def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
     """The rough costs, each scaled by the ratio of what these trials took to what it says that they take."""
     facts, cpus = prepared.facts, prepared.study.resources.cpus
-    measured, expected = ({"train": 0.0, "evaluate": 0.0, "capability": 0.0} for _ in range(2))
+    measured, expected = Counter[str](), Counter[str]()
     for trial in trials:
-        found = trial.metrics
-        share = found["n_edits"] / max(1, facts.n_edits)
-        costs, layers = rough_costs(_with_edits(facts, share), cpus), layers_passed(trial.config, facts)
+        found, layers = trial.metrics, layers_passed(trial.config, facts)
+        share = found["n_edits"] / max(1, facts.n_edits)  # of the study's edits, as if they were of the same kind
+        sizes = ("n_edits", "edit_tokens", "evaluation_tokens")
+        costs = rough_costs(replace(facts, **{name: round(share * getattr(facts, name)) for name in sizes}), cpus)
         parts = {
             "train": costs.training(trial.config, facts, found["steps"]),
             "evaluate": costs.evaluation.seconds(layers),
         }
         if trial.config.data_fingerprint == facts.data_fingerprint:  # the same items
             parts["capability"] = costs.capability.seconds(layers)
-        for part, seconds in parts.items():
-            if f"{part}_seconds" in found:
-                measured[part] += found[f"{part}_seconds"]
-                expected[part] += seconds
-    train = measured["train"] / expected["train"] if expected["train"] else 1.0
-    evaluate = measured["evaluate"] / expected["evaluate"] if expected["evaluate"] else _MEASURING * train
-    capability = measured["capability"] / expected["capability"] if expected["capability"] else evaluate
-    rough = rough_costs(facts, cpus)
+        known = [part for part in parts if f"{part}_seconds" in found]
+        measured.update({part: found[f"{part}_seconds"] for part in known})
+        expected.update({part: parts[part] for part in known})
+
+    def ratio(part: str, otherwise: float) -> float:
+        return measured[part] / expected[part] if expected[part] else otherwise
+
+    train = ratio("train", 1.0)
+    evaluate = ratio("evaluate", _MEASURING * train)
+    capability, rough = ratio("capability", evaluate), rough_costs(facts, cpus)
     return replace(
         rough,
         step=rough.step.scaled(train),
@@ -388,21 +389,11 @@ def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
     )
 
 
-def _with_edits(facts: StudyFacts, share: float) -> StudyFacts:
-    """The same study on a share of as many edits of the same kind."""
-    names = ("n_edits", "edit_tokens", "evaluation_tokens")
-    return replace(facts, **{name: round(share * getattr(facts, name)) for name in names})
-
-
 def trial_seconds(
     trial: TrialConfig, facts: StudyFacts, costs: Costs | None = None, share: float | None = 1.0
 ) -> float:
-    """Seconds of one trial, measurements included. share: of the steps allowed; None: what its pipeline usually takes.
-
-    Both pipelines take the same number of steps if nothing stops them.
-    """
-    costs = costs or rough_costs(facts)
-    layers = layers_passed(trial, facts)
+    """Seconds of one trial, measurements included. share: of the steps allowed; None: what its pipeline usually takes."""
+    costs, layers = costs or rough_costs(facts), layers_passed(trial, facts)
     taken = costs.shares[trial.pipeline] if share is None else share
     measured = 1 if trial.pipeline != "stream" else max(1, min(STAGES, math.ceil(facts.n_edits / trial.arrival)))
     asked = (measured + 1) / 2  # times that all edits are asked: at each stage those that have arrived
@@ -414,7 +405,7 @@ def trial_seconds(
 
 
 def patience_seconds(trial: TrialConfig, facts: StudyFacts, resources: Resources) -> float:
-    """How long a trial may take before it is cancelled: `resources.minutes`, or so long that it must be hanging."""
+    """How long a trial may take before it is cancelled: `resources.minutes`, or until it must be hanging."""
     if resources.minutes == "auto":
         return max(_PATIENCE_SECONDS, _HANGS * trial_seconds(trial, facts, rough_costs(facts, resources.cpus)))
     return math.inf if resources.minutes is None else 60 * resources.minutes

@@ -46,12 +46,12 @@ def places(
 
 
 def most_memory_bytes(trials: Sequence[TrialConfig], facts: StudyFacts) -> int:
-    """Peak memory of the worker that takes the most."""
+    """Peak memory of the worker that takes the most, in bytes."""
     return max((memory_bytes(trial, facts) for trial in trials), default=0)
 
 
 def memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Peak memory of one worker."""
+    """Peak memory of one worker, in bytes."""
     return _shared_bytes(trial, facts) + _kept_bytes(trial, facts) + _added_bytes(trial, facts)
 
 

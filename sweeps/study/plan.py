@@ -1,7 +1,4 @@
-"""From a study to its trials: which configurations, and in which order.
-
-Nothing here runs or writes anything. What depends on the model and the data comes in as `StudyFacts`.
-"""
+"""From a study to its trials: which configurations, and in which order. Nothing here runs or writes anything."""
 
 import hashlib
 import itertools
@@ -13,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from analysis.stats.axes import AXES, AXIS, SWEPT, Axis
+from analysis.stats.axes import AXES, AXIS, SWEPT
 from locft.errors import InputError
 from sweeps.study.schema import MAX_TRIALS, EveryLayer, LogUniform, Study, nearest
 from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, TrialInputs
@@ -44,7 +41,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PreparedStudy:
-    """A study with what it names resolved (`sweeps.study.resolve.prepare`): it can be planned, run and reported."""
+    """A study whose model, edits and items were found (`sweeps.study.resolve.prepare`): it can be run and reported."""
 
     study: Study
     facts: StudyFacts
@@ -52,11 +49,11 @@ class PreparedStudy:
     edits: "EditSet"
     suite: "Suite | None"
     notices: tuple[str, ...] = ()
-    """What of the study file has no effect here, a sentence each."""
+    """What in the study file has no effect here, a sentence each."""
     command: tuple[str, ...] = ()
-    """The words that run it, such as locft sweep quickstart; empty where it was made otherwise."""
+    """The words that run it, such as locft sweep quickstart; empty if no command line did."""
     chosen_axes: ClassVar[tuple[str, ...]] = ()
-    """Axes that its command chooses the values of, and the user does not."""
+    """Axes whose values the command chooses, not the user."""
 
     @property
     def id(self) -> str:
@@ -127,22 +124,14 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 def idle_axes(study: Study) -> tuple[str, ...]:
-    """Of every axis of the space that is given and changes nothing in any trial: which it is, and when it would."""
+    """A sentence for each axis of the space that is given and changes nothing in any trial."""
     said = []
     for axis in SWEPT:
-        given = getattr(study.space, axis.name)
-        if axis.only and given != (axis.default,) and not any(map(axis.counts, _parents(study, axis))):
-            said.append(f"space.{axis.name} changes nothing: it takes space.{axis.only[0]} {' or '.join(axis.only[1])}")
+        if axis.only and getattr(study.space, axis.name) != (axis.default,):
+            other, values = axis.only
+            if not any(axis.counts({other: value}) for value in getattr(study.space, other)):
+                said.append(f"space.{axis.name} changes nothing: it takes space.{other} {' or '.join(values)}")
     return tuple(said)
-
-
-def _parents(study: Study, axis: Axis) -> Iterator[dict[str, Any]]:
-    """Every combination of the axes that decide whether this one changes anything."""
-    names = []
-    while axis.only:
-        axis = AXIS[axis.only[0]]
-        names.insert(0, axis.name)
-    return _settings(study, names, {})
 
 
 def study_id(study: Study, facts: StudyFacts) -> str:
