@@ -91,47 +91,29 @@ def running(
 
 def _free_port(named: int | None) -> int:
     """The port that the user named; without one PORT, or any free one."""
-    if named is not None:
-        if not 1 <= named <= 65535:
-            raise InputError(f"port {named} is not between 1 and 65535")
-        if not _is_free(named):
-            raise InputError(f"port {named} of {HOST} is taken; name another one, or none to take a free one")
-        return named
-    if _is_free(PORT):
-        return PORT
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended leaves it waiting
-        try:
+    if named is not None and not 1 <= named <= 65535:
+        raise InputError(f"port {named} is not between 1 and 65535")
+    for port in (PORT, 0) if named is None else (named,):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended leaves it waiting
             probe.bind((HOST, port))
-        except OSError:
-            return False
-        return True
+            return probe.getsockname()[1]
+    raise InputError(f"port {named} of {HOST} is taken; name another one, or none to take a free one")
 
 
 def _wait_until_healthy(address: str, process: subprocess.Popen, stopped: threading.Event, log: BinaryIO) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach this machine
     until = time.monotonic() + START_SECONDS
-    while not stopped.is_set():
-        if process.poll() is not None:
-            raise InputError(f"the MLflow server did not start (exit code {process.returncode}):\n{_last_lines(log)}")
-        try:
+    while not stopped.wait(0.2):
+        with suppress(OSError):  # not yet
             return opener.open(f"{address}/health", timeout=5).close()
-        except OSError:  # not yet
-            pass
+        why = f"did not start (exit code {process.returncode})" if process.poll() is not None else None
         if time.monotonic() > until:
-            raise InputError(f"the MLflow server did not answer within {START_SECONDS} s:\n{_last_lines(log)}")
-        stopped.wait(0.2)
-
-
-def _last_lines(log: BinaryIO, lines: int = 15) -> str:
-    log.seek(0)
-    return redact("\n".join(log.read().decode(errors="replace").splitlines()[-lines:]))
+            why = f"did not answer within {START_SECONDS} s"
+        if why:
+            log.seek(0)
+            last_lines = "\n".join(log.read().decode(errors="replace").splitlines()[-15:])
+            raise InputError(f"the MLflow server {why}:\n{redact(last_lines)}")
 
 
 def _end(process: subprocess.Popen) -> None:

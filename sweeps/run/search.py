@@ -14,40 +14,6 @@ SAME_AGAIN = 200
 """Proposals in a row that may be known trials before the space counts as used up."""
 
 
-class PointSampler:
-    """Optuna's ask and tell over points (axis -> value) of a space."""
-
-    def __init__(self, space: Mapping[str, Any], directions: Sequence[str], sampler: "optuna.samplers.BaseSampler"):
-        """space: axis -> list of values, ("log_uniform", low, high), or a distribution of Optuna. directions: "maximize" or
-        "minimize" for each value."""
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space = {axis: _distribution(values) for axis, values in space.items()}
-        self._study = optuna.create_study(directions=list(directions), sampler=sampler)
-
-    def add(self, point: Mapping[str, Any], values: Sequence[float]) -> None:
-        """Tell of a point that was measured before."""
-        import optuna
-
-        self._study.add_trial(
-            optuna.trial.create_trial(params=dict(point), distributions=self._space, values=list(values))
-        )
-
-    def ask(self) -> "optuna.trial.Trial":
-        """A proposal; its `params` are the point."""
-        return self._study.ask(self._space)
-
-    def tell(self, proposal: "optuna.trial.Trial", values: Sequence[float] | None) -> None:
-        """The values of a proposal; None when there are none."""
-        import optuna
-
-        if values is None:
-            self._study.tell(proposal, state=optuna.trial.TrialState.FAIL)
-        else:
-            self._study.tell(proposal, list(values))
-
-
 class OptunaSearch:
     """Proposes configurations by Optuna's multi-objective TPE, learns from results, repeats none (`sweeps.run.dispatch.Search`).
 
@@ -62,11 +28,14 @@ class OptunaSearch:
         seed: int,
         earlier: Mapping[str, tuple[Mapping[str, Any], tuple[float, ...] | None]],
     ):
-        """space: see `PointSampler`. trials: to propose at most. earlier: trial id -> point and objectives (None: it failed)."""
+        """space: axis -> list of values, or ("log_uniform", low, high). trials: to propose at most. earlier: trial id -> point
+        and objectives (None: it failed)."""
         import optuna
 
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.TPESampler(seed=seed + len(earlier), multivariate=True)
-        self._points = PointSampler(space, ["maximize"] * len(OBJECTIVES), sampler)
+        self._study = optuna.create_study(directions=["maximize"] * len(OBJECTIVES), sampler=sampler)
+        self._space = {axis: _distribution(values) for axis, values in space.items()}
         self._left = trials
         self._to_config = to_config
         self._known = {trial_id: values for trial_id, (_, values) in earlier.items()}
@@ -74,27 +43,35 @@ class OptunaSearch:
         """By the key of the proposal: it, and the id of its trial."""
         for point, values in earlier.values():
             if values is not None:
-                self._points.add(point, values)
+                told = {"params": dict(point), "distributions": self._space, "values": list(values)}
+                self._study.add_trial(optuna.trial.create_trial(**told))
 
     def propose(self, key: str) -> TrialConfig | None:
         """A configuration that was neither run nor proposed before; None when the space seems used up, or trials are."""
         for _ in range(SAME_AGAIN if self._left > 0 else 0):
-            proposal = self._points.ask()
+            proposal = self._study.ask(self._space)
             config = self._to_config(proposal.params)
             if config.id not in self._known:
                 self._left -= 1
                 self._known[config.id] = None
                 self._proposed[key] = (proposal, config.id)
                 return config
-            self._points.tell(proposal, self._known[config.id])
+            self._tell(proposal, self._known[config.id])
         return None
 
     def learn(self, key: str, result: TrialResult | None) -> None:
         """Tell the sampler what came of a proposal; None when nothing did."""
         proposal, trial_id = self._proposed.pop(key)
-        values = objectives(result) if result else None
-        self._known[trial_id] = values
-        self._points.tell(proposal, values)
+        self._known[trial_id] = objectives(result) if result else None
+        self._tell(proposal, self._known[trial_id])
+
+    def _tell(self, proposal: "optuna.trial.Trial", values: Sequence[float] | None) -> None:
+        import optuna
+
+        if values is None:
+            self._study.tell(proposal, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(proposal, list(values))
 
 
 def objectives(result: TrialResult) -> tuple[float, ...] | None:
@@ -107,8 +84,6 @@ def objectives(result: TrialResult) -> tuple[float, ...] | None:
 def _distribution(values: Any) -> "optuna.distributions.BaseDistribution":
     import optuna
 
-    if isinstance(values, optuna.distributions.BaseDistribution):
-        return values
-    if isinstance(values, tuple) and values[0] == "log_uniform":
+    if isinstance(values, tuple):
         return optuna.distributions.FloatDistribution(values[1], values[2], log=True)
     return optuna.distributions.CategoricalDistribution(list(values))

@@ -7,6 +7,7 @@ contradictions; what depends on the model is checked by `sweeps.study.plan.check
 value of an axis is. The other fields are checked by the same rules, so there is one wording for every wrong value.
 """
 
+import difflib
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from pydantic_core import PydanticCustomError
 
 from analysis.stats.axes import AXES, AXIS, SWEPT, Axis
 from locft.data.field_map import read_field_map
-from locft.errors import InputError, did_you_mean
+from locft.errors import InputError
 from locft.train.formats import EXPECTED as FORMATS_EXPECTED
 from locft.train.formats import NAMES as FORMATS
 from locft.train.formats import RAW, parse_formats
@@ -81,7 +82,7 @@ def wrong_value(got: Any, expected: str, choices: Iterable[str] = ()) -> str:
     """The message about a wrong value, with the nearest of the choices if one is near."""
     if isinstance(got, float) and not math.isfinite(got):
         expected = expected.replace("a number", "a finite number", 1)
-    near = did_you_mean(got.lower(), choices) if isinstance(got, str) else ""
+    near = _did_you_mean(got, choices) if isinstance(got, str) else ""
     return f"got {show(got)}, expected {expected}{near}"
 
 
@@ -94,7 +95,13 @@ def show(value: Any) -> str:
 def nearest(got: str, valid: Iterable[str]) -> str:
     """The end of a message about a wrong word: the nearest valid one, if any is near, and all of them."""
     words = list(valid)
-    return f"{did_you_mean(got.lower(), words)} (valid: {', '.join(words)})"
+    return f"{_did_you_mean(got, words)} (valid: {', '.join(words)})"
+
+
+def _did_you_mean(got: str, valid: Iterable[str]) -> str:
+    """As `locft.errors.did_you_mean`, but fp32 is near enough to float32."""
+    close = difflib.get_close_matches(got.lower(), list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _problem(text: str, item: int | None = None) -> PydanticCustomError:

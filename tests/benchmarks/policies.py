@@ -6,7 +6,6 @@ Each starts at the survey's learning rate, which is more than they have elsewher
 import random
 from collections.abc import Callable, Generator
 
-from sweeps.run.search import PointSampler
 from sweeps.select.policy import (
     Policy,
     Run,
@@ -95,20 +94,21 @@ def _optuna(task: SelectionTask, sampler, name: str) -> Generator[Rung, Scores, 
 
     by_position = {candidate.position: candidate for candidate in task.candidates}
     layers, modules = ({getattr(c, axis) for c in task.candidates} for axis in ("layer", "module"))
-    space = {"position": list(by_position)}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space = {"position": optuna.distributions.CategoricalDistribution(list(by_position))}
     if len(by_position) == len(layers) * len(modules) and layers == set(range(min(layers), max(layers) + 1)):
         space = {
             "layer": optuna.distributions.IntDistribution(min(layers), max(layers)),
-            "module": sorted(modules),
+            "module": optuna.distributions.CategoricalDistribution(sorted(modules)),
         }
-    points = PointSampler(space, ["maximize", "maximize", "minimize"], sampler)
+    study = optuna.create_study(directions=["maximize", "maximize", "minimize"], sampler=sampler)
     scores: Scores = {}
     for _ in range(10 * len(by_position)):
-        asked = points.ask()
+        asked = study.ask(space)
         position = asked.params.get("position") or f"{asked.params['layer']}.{asked.params['module']}"
         run = first_run(task, by_position[position])
         if run not in scores:
             if scores and not affordable(task, scores, [run], task.budget - spent(scores)):
                 return
             scores = yield Rung(name, (run,), f"proposed by Optuna's {type(sampler).__name__}")
-        points.tell(asked, objectives(scores[run]))
+        study.tell(asked, list(objectives(scores[run])))
