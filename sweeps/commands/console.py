@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis.stats.axes import AXIS, named_axes
-from analysis.stats.wording import number
 from locft.errors import InputError
 from sweeps.tracking.address import check_writable
 
@@ -51,13 +49,6 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], ti
         _out.print(table)
     else:
         Console(width=Console(width=10_000).measure(table).maximum).print(table)
-
-
-def setting_text(values: Mapping[str, Any]) -> str:
-    """A trial's setting apart from its position (`named_axes`): "breadth_first batch 10 rate 0.004 loss by edit seed 0"."""
-    shown = [AXIS[name] for name in named_axes([values])]
-    labels = [axis.short or ("" if axis.type is str else f"{axis.title} ") for axis in shown]
-    return " ".join(label + number(values[axis.name]) for label, axis in zip(labels, shown, strict=True))
 
 
 def print_json(value: Any) -> None:

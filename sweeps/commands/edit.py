@@ -23,6 +23,7 @@ from sweeps.commands.options import (
     RemoteCodeOption,
     TrainingOptions,
     UriOption,
+    typed,
 )
 from sweeps.commands.summaries import print_metrics, print_remedies
 from sweeps.commands.workbench import workbench
@@ -46,15 +47,11 @@ def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_co
     if not has_parts(structure):
         notice(f"whole layers only: {no_row(structure)}")
     if as_json:
-        rows = [
-            {
-                "position": str(info.position),
-                "parameters": dict(zip(info.names, info.shapes, strict=True)),
-                "size": info.size,
-            }
-            for info in found
-        ]
-        return print_json({"model": model, "positions": rows})
+        listed = []
+        for info in found:
+            parameters = dict(zip(info.names, info.shapes, strict=True))
+            listed.append({"position": str(info.position), "parameters": parameters, "size": info.size})
+        return print_json({"model": model, "positions": listed})
     rows = []
     for info in found:
         shapes = "\n".join(" x ".join(map(str, shape)) for shape in info.shapes)
@@ -106,7 +103,9 @@ def edit(
     measured = bench.measure(trained.delta, whole_answers=True)
     summary = _summary(model, folder, bench, chosen, trained, measured, batch)
     if register:
-        summary["registered"] = _registered(folder, chosen, summary, uri)
+        from sweeps.tracking.registry import register_edit
+
+        summary["registered"] = register_edit(folder, chosen.run_id, model, chosen.position, measured.metrics, uri)
     remedies = _remedies(bench, chosen, trained, measured.metrics, findings)
     if as_json:
         signatures = [signature.to_dict(command) for signature, command in remedies]
@@ -155,12 +154,6 @@ def _summary(
     return summary
 
 
-def _registered(folder: Path, chosen: "EditSettings", summary: Mapping[str, Any], uri: str) -> str:
-    from sweeps.tracking.registry import register_edit
-
-    return register_edit(folder, chosen.run_id, summary["model"], chosen.position, summary["metrics"], uri)
-
-
 def _available(model: str, bench: "Workbench", training: "TrainingSettings") -> "TrainingSettings":
     """The settings without the formats that the model's tokenizer lacks, which a notice names."""
     from locft.train.formats import CHAT, available, parse_formats
@@ -201,8 +194,7 @@ def _remedies(
         findings=asdict(findings),
         fixed=("layer", "module"),
     )
-    words = [word for word in sys.argv[1:] if word != "--json"]
-    return [(signature, signature.edit_command(["locft", *words])) for signature in found]
+    return [(signature, signature.edit_command(typed())) for signature in found]
 
 
 def apply(

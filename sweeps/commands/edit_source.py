@@ -89,26 +89,19 @@ class ContinueOptions:
     def earlier(self, folder: Path, source: SourceOptions, training: Any) -> "EarlierEdit | None":
         """What is gone on with; None for an edit of its own. Raises InputError with every option that does not fit."""
         named = self.onto or self.consolidate
-        problems = []
-        if self.onto and self.consolidate:
-            problems.append("--consolidate: it trains all edits anew, so nothing goes --onto it; give one of them")
-        for name, value in (("--without", self.without), ("--within", self.within)):
-            if value is not None and not self.onto:
-                problems.append(f"{name}: it goes with --onto FOLDER, the edit to go on with")
-        if self.without is not None and not _names(self.without):
-            problems.append(f"--without: got {self.without!r}, expected ids of edits, separated by commas")
-        if self.within is not None and not self.within > 0:
-            problems.append(f"--within: got {self.within:g}, expected a number of seconds above 0")
+        problems = list(self._unfit())
         if named:
-            for name, value in (("--position", source.position), ("--from-run", source.from_run)):
-                if value is not None:
-                    problems.append(f"{name}: an edit that goes on with another stays at its position")
-            for name in ("pipeline", "arrival"):
-                if getattr(training, name) is not None:
-                    problems.append(
-                        f"--{name}: new edits are one arrival onto the earlier ones, and --consolidate trains breadth_first; "
-                        "leave it out"
-                    )
+            given = {"--position": source.position, "--from-run": source.from_run}
+            problems += [
+                f"{name}: an edit that goes on with another stays at its position"
+                for name, value in given.items()
+                if value is not None
+            ]
+            problems += [
+                f"--{name}: new edits are one arrival onto the earlier ones, and --consolidate trains breadth_first; leave it out"
+                for name in ("pipeline", "arrival")
+                if getattr(training, name) is not None
+            ]
             if folder.resolve() == named.resolve():
                 problems.append(
                     f"--out {folder}: it is the edit to go on with, which stays as it is; name another folder"
@@ -121,13 +114,25 @@ class ContinueOptions:
             raise InputError(problems)
         return EarlierEdit.load(named) if named else None
 
+    def _unfit(self) -> Iterator[str]:
+        """What does not go together among these options."""
+        if self.onto and self.consolidate:
+            yield "--consolidate: it trains all edits anew, so nothing goes --onto it; give one of them"
+        for name, value in (("--without", self.without), ("--within", self.within)):
+            if value is not None and not self.onto:
+                yield f"{name}: it goes with --onto FOLDER, the edit to go on with"
+        if self.without is not None and not _names(self.without):
+            yield f"--without: got {self.without!r}, expected ids of edits, separated by commas"
+        if self.within is not None and not self.within > 0:
+            yield f"--within: got {self.within:g}, expected a number of seconds above 0"
+
     def batch(self, earlier: "EarlierEdit | None", source: SourceOptions, chosen: "EditSettings") -> "Batch":
         """The edits to train, and what becomes of the ledger."""
-        from locft.data.ledger import Ledger
+        from locft.data.ledger import FILE_NAME, Ledger
         from locft.data.requests import EditSet
 
         given = earlier is None or source.edits
-        edits = chosen.edits.load() if given else EditSet.made(earlier.ledger.active, str(earlier.ledger_file))
+        edits = chosen.edits.load() if given else EditSet.made(earlier.ledger.active, str(earlier.folder / FILE_NAME))
         if earlier is None:
             return Batch(edits, Ledger.of(edits.requests, now()), new=edits.requests)
         if self.consolidate:
@@ -160,19 +165,11 @@ class EarlierEdit:
         about = folder / "edit.json"
         try:
             described = json.loads(about.read_text(encoding="utf-8"))
+            if not isinstance(described, dict):
+                raise ValueError("got no JSON object")
         except (OSError, ValueError) as error:
             raise InputError(f"{about}: expected the description of an edit that `locft edit` wrote: {error}") from None
-        if not isinstance(described, dict):
-            raise InputError(
-                f"{about}: expected the description of an edit that `locft edit` wrote, got no JSON object"
-            )
         return cls(folder, EditDelta.load(folder), Ledger.load(folder), described)
-
-    @property
-    def ledger_file(self) -> Path:
-        from locft.data.ledger import FILE_NAME
-
-        return self.folder / FILE_NAME
 
     def settings(self, training: Any, dtype: str | None, source: SourceOptions) -> "EditSettings":
         """Those of the earlier edit, but for the options that are given."""

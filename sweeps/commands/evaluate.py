@@ -156,12 +156,8 @@ def _print_scores(scores: "Sequence[TaskScore]") -> None:
     """On the scale of the harness: shares are not percentages, and BLEU is 0 to 100."""
     rows = []
     for one in scores:
-        edited, change = "", ""
-        if one.change:
-            edited, change = (
-                number(one.edited),
-                f"{one.change.mean:+.3g} [{one.change.low:+.3g}, {one.change.high:+.3g}]",
-            )
+        edited = number(one.edited) if one.change else ""
+        change = f"{one.change.mean:+.3g} [{one.change.low:+.3g}, {one.change.high:+.3g}]" if one.change else ""
         rows.append([one.task, one.metric, f"{one.items:,}", edited, number(one.unedited), change])
     print_table(("task", "metric", "items", "edited", "unedited", "change [95% interval]"), rows)
 

@@ -135,10 +135,8 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
             f"rank {most}: the change has rank {low_rank.full_rank} at most, so {low_rank.full_rank} is used and is exact"
         )
         ranks = sorted({min(rank, low_rank.full_rank) for rank in ranks})
-    rows = list(
-        _rows(low_rank, ranks, _on_edits(model, change, edits, formats, load) if edits else _on_prose(model, load))
-    )
-    own, adapters = rows[0], rows[1:]
+    measure = _on_edits(model, change, edits, formats, load) if edits else _on_prose(model, load)
+    own, *adapters = rows = list(_rows(low_rank, ranks, measure))
     chosen = adapters[0] if len(adapters) == 1 else next((row for row in adapters if row.holds(own)), None)
     base = base_address(model)
     if chosen:
@@ -150,8 +148,7 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
     else:
         _print_rows(rows)
         if chosen:
-            reason = _reason(chosen, own, len(adapters))
-            say(f"\nRank {chosen.rank} {reason}: {out}", "bold")
+            say(f"\nRank {chosen.rank} {_reason(chosen, own, len(adapters))}: {out}", "bold")
             say(f"Base: {base}")
     if not chosen:
         notice(f"no rank up to {max(ranks)} keeps what the edit does; nothing was written. Try a larger rank, or give a "
@@ -191,8 +188,11 @@ def _on_edits(
 
     def measure(delta: "EditDelta") -> tuple[dict[str, float], set[tuple[str, str]]]:
         measured = bench.measure(delta)
+        formats = sorted(name for name in measured.metrics if name.startswith("reliability."))
+        names = ("reliability", *formats, "generalization", "locality", "drift_kl")
         asked = [one for one in measured.outcomes if one.kind == "reliability" and one.format != UNSEEN]
-        return _shown(measured.metrics), {(one.edit_id, one.format) for one in asked if one.correct}
+        shown = {name: measured.metrics[name] for name in names if name in measured.metrics}
+        return shown, {(one.edit_id, one.format) for one in asked if one.correct}
 
     return measure
 
@@ -213,13 +213,6 @@ def _on_prose(model: str, load: LoadOptions) -> "Measure":
         return {"drift_kl": measure_drift(edited, unedited_logits(loaded, None), suite).kl}, set()
 
     return measure
-
-
-def _shown(metrics: dict[str, float]) -> dict[str, float]:
-    """Reliability, also of each format, generalization, locality and drift."""
-    formats = sorted(name for name in metrics if name.startswith("reliability."))
-    names = ("reliability", *formats, "generalization", "locality", "drift_kl")
-    return {name: metrics[name] for name in names if name in metrics}
 
 
 def _print_rows(rows: list[Row]) -> None:
@@ -293,12 +286,8 @@ def _about(chosen: "EditSettings", what: str) -> Iterator[str]:
     source = f"those of {what}" if chosen.model_fingerprint else "the defaults of `locft edit`"
     yield f"Learning rate {values['learning_rate']:g}, batch size {values['batch_size']}, epochs {values['epochs']}: {source}."
     yield "Prompts are put as they are (raw), the loss is the mean over the tokens of a batch, and training ends with the last epoch."
-    others = [axis for axis in AXES if axis.trained and axis.name not in TOLD]
-    missing = [
-        f"{axis.name} {values[axis.name]}"
-        for axis in others
-        if values[axis.name] != axis.default and axis.counts(values)
-    ]
+    others = (axis for axis in AXES if axis.trained and axis.name not in TOLD and values[axis.name] != axis.default)
+    missing = [f"{axis.name} {values[axis.name]}" for axis in others if axis.counts(values)]
     if missing:
         yield f"Left out, because this trainer has no equivalent: {'; '.join(missing)}. Results will differ from `locft edit`'s."
 

@@ -1,6 +1,7 @@
 """Arguments and options that several commands of `locft` share, and options grouped into one value."""
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, make_dataclass, replace
 from functools import wraps
@@ -94,6 +95,11 @@ class StudyOptions:
     def prepared(self) -> "PreparedStudy":
         """The study, checked and resolved. Raises InputError with everything that is wrong with it."""
         return prepared_study(self.study, self.overrides)
+
+
+def typed() -> tuple[str, ...]:
+    """The command as it was typed, without --json."""
+    return ("locft", *(word for word in sys.argv[1:] if word != "--json"))
 
 
 def prepared_study(study: str, overrides: list[str] | None) -> "PreparedStudy":

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
@@ -13,9 +13,9 @@ from rich.text import Text
 
 from analysis.stats.formats import by_format
 from analysis.stats.pareto import pareto_front
-from analysis.stats.table import FRACTIONS, results_frame
+from analysis.stats.table import FRACTIONS, results_frame, setting_text
 from analysis.stats.wording import number, percent, seconds
-from sweeps.commands.console import setting_text, table_of
+from sweeps.commands.console import table_of
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 if TYPE_CHECKING:
@@ -123,14 +123,10 @@ class Progress:
 
     def _table(self) -> Table:
         state = f"{self.done} done, {self.running} running, {self.failed} failed of {self.planned}"
-        rows = [
-            [
-                f"{row['layer']}.{row['module']}",
-                setting_text(row),
-                *(percent(row.get(m, math.nan)) for m in SHOWN_METRICS),
-            ]
-            for row in self._front[:SHOWN]
-        ]
+        rows = []
+        for row in self._front[:SHOWN]:
+            shares = (percent(row.get(metric, math.nan)) for metric in SHOWN_METRICS)
+            rows.append([f"{row['layer']}.{row['module']}", _setting(row), *shares])
         for cause, count in Counter(self.failures.values()).most_common(3):
             rows.append([Text(f"{count} failed", style="red"), cause[:80]])
         return table_of(("front so far", "setting", *SHOWN_METRICS), rows, f"{self.name}: {state}{self._left(', ')}")
@@ -174,8 +170,12 @@ def _front(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     return tuple(by_id[first[point]] for point in dict.fromkeys(front.points))
 
 
+def _setting(values: Mapping[str, Any]) -> str:
+    return f"{setting_text(values)}, seed {values['seed']}"
+
+
 def _trial(config: TrialConfig) -> str:
-    return f"{config.position} {setting_text(config.to_dict())}"
+    return f"{config.position}, {_setting(config.to_dict())}"
 
 
 def _outcome(result: TrialResult) -> str:

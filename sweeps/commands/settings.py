@@ -1,7 +1,7 @@
 """The settings of one edit: options over those of a position file or of the trial to repeat, over the defaults."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ class EditSettings:
     dtype: str
     edits: Edits
     ask_formats: tuple[str, ...]
-    capability: Capability
-    device: str
-    threads: int | None
-    """CPU threads; None takes all cores. Another number can change the last digits of a result."""
     model_fingerprint: str | None
-    """Of the model that the trial or the position file is about; None when there is neither."""
+    """Of the model that the trial or the position file is about; None if there is neither."""
     run_id: str | None
-    """MLflow run of the trial or of the position file; None when there is neither."""
+    """MLflow run of the trial or of the position file; None if there is neither."""
+    capability: Capability = field(default_factory=Capability)
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads; None takes all cores. Another number can change the last digits of a result."""
 
 
 def edit_settings(
@@ -83,9 +83,6 @@ def edit_settings(
         dtype or (found.dtype if found else "float32"),
         edits,
         asked or read_formats(found.ask_formats if found else ONE_EDIT["train_formats"]),
-        Capability(),
-        "auto",
-        None,
         found and found.model_fingerprint,
         found and found.run_id,
     )
@@ -100,7 +97,7 @@ def continued_settings(
     if problems:
         raise InputError(problems)
     asked = options.pop("ask_formats", None) or tuple(about.get("ask_formats") or (RAW,))
-    known = {field.name for field in fields(TrainingSettings)}
+    known = {one.name for one in fields(TrainingSettings)}
     own = {name: value for name, value in delta.settings.items() if name in known}
     return EditSettings(
         delta.position,
@@ -108,11 +105,9 @@ def continued_settings(
         dtype or about.get("dtype", "float32"),
         Edits(source=str(about.get("edits", {}).get("source", ""))),
         asked,
-        Capability(suite=None),
-        "auto",
-        None,
         delta.base_fingerprint,
         about.get("run_id"),
+        Capability(suite=None),
     )
 
 
@@ -140,20 +135,27 @@ def _repeated(
 ) -> EditSettings:
     """The settings of a trial, but for the options that are given."""
     config, study_yaml = find_trial(run_id, uri)
-    study = None if study_yaml is None else study_from_yaml(study_yaml)
-    if study is None and edits is None:
+    if study_yaml is None and edits is None:
         raise InputError(f"run {run_id!r}: its study is gone, and with it the name of the edits; add --edits")
-    return EditSettings(
+    chosen = EditSettings(
         position or config.position,
         TrainingSettings(**{**config.training, **options}),
         dtype or config.dtype,
-        edits or study.edits,
-        asked or (study.ask_formats if study else (RAW,)),
-        study.capability if study else Capability(),
-        study.device if study else "auto",
-        study.resources.cpus if study else None,
+        edits or Edits(),
+        asked or (RAW,),
         config.model_fingerprint,
         run_id,
+    )
+    if study_yaml is None:
+        return chosen
+    study = study_from_yaml(study_yaml)
+    return replace(
+        chosen,
+        edits=edits or study.edits,
+        ask_formats=asked or study.ask_formats,
+        capability=study.capability,
+        device=study.device,
+        threads=study.resources.cpus,
     )
 
 

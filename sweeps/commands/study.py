@@ -31,6 +31,7 @@ from sweeps.commands.options import (
     UriOption,
     edits_of,
     prepared_study,
+    typed,
 )
 from sweeps.commands.summaries import (
     about,
@@ -254,22 +255,12 @@ class SelectionOptions:
             seed=self.seed,
             prior=self.prior,
         )
-        return replace(request, command=self._words())
+        return replace(request, command=typed())
 
     def edits_words(self) -> list[str]:
         """What a command behind --edits takes to make the same edits."""
         limit = [] if self.limit is None else ["--limit", str(self.limit)]
         return [self.edits, *limit, *(word for one in self.field_map or () for word in ("--map", one))]
-
-    def _words(self) -> tuple[str, ...]:
-        """The command with these options."""
-        words = ["locft", "select", self.model]
-        names = ("edits", "limit", "budget_share", "budget_minutes", "seed", "prior")
-        for name in names:
-            if (value := getattr(self, name)) not in (None, 0):
-                words += [f"--{name.replace('_', '-')}", str(value)]
-        words += [word for one in self.field_map or () for word in ("--map", one)]
-        return (*words, *(word for change in self.overrides or () for word in ("--set", change)))
 
 
 def select(
@@ -326,7 +317,7 @@ def _warn(forecast: "Forecast") -> None:
 
 
 def _seconds_left(prepared: "PreparedStudy", tracking_uri: str) -> float | None:
-    """Time left of a study that is running, from its trials in the store: timing steps would slow it down."""
+    """Time left of a study that is running, from its trials in the store, since timing steps would slow it down."""
     from sweeps.answer import foresee
     from sweeps.commands.progress import Pace
 

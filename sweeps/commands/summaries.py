@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.stats.axes import SWEPT
 from analysis.stats.wording import MINUS, change_with_interval, number, percent, plural, points, seconds, share_interval
-from sweeps.commands.console import notice, print_json, print_table, say, setting_text
+from sweeps.commands.console import notice, print_json, print_table, say
 from sweeps.tracking.address import resolve_uri
+from sweeps.tracking.pages import SHOWN_METRICS
 
 if TYPE_CHECKING:
     from analysis.stats.comparison import Comparison
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from sweeps.run.dispatch import Ending
     from sweeps.study.estimate import Forecast
     from sweeps.study.plan import PreparedStudy
-
-SHOWN_METRICS = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
 
 
 def about(prepared: "PreparedStudy") -> dict[str, Any]:
@@ -141,12 +140,15 @@ def _store_option(tracking_uri: str | None) -> str:
 
 
 def _print_front(front: list[dict[str, Any]], pick: "Recommendation | None") -> None:
+    from analysis.stats.table import setting_text
+
     picked = (pick.trial_id, *pick.trial_ids) if pick else ()
     rows = []
     for row in front:
         position = f"{row['layer']}.{row['module']}" + ("*" if row["trial_id"] in picked else "")
         *fractions, drift = (row[name] for name in SHOWN_METRICS)
-        rows.append([position, setting_text(row), *map(percent, fractions), number(drift)])
+        setting = f"{setting_text(row)}, seed {row['seed']}"
+        rows.append([position, setting, *map(percent, fractions), number(drift)])
     print_table(("position", "setting", *SHOWN_METRICS), rows, "Pareto front of reliability against capability")
 
 

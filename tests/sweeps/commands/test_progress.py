@@ -15,7 +15,7 @@ from sweeps.study.plan import PreparedStudy, make_plan
 from tests.mlflow_store import config, failure, result
 from tests.sweeps.study.test_plan import FACTS, make_study
 
-SETTING = "breadth_first batch 10 rate 0.004 loss by edit seed 0"
+SETTING = "breadth-first, batch 10, rate 0.004, loss by edit, seed 0"
 
 
 def progress(planned=4, earlier=(), terminal=False, **budget):
@@ -35,7 +35,7 @@ def test_a_line_for_every_trial():
         shown.finished(result(config(3)), 1)
         shown.finished(failure(config(4), "OutOfMemoryError: 3 GiB [wanted]"), 0)
     first, second = screen.getvalue().splitlines()
-    assert first.startswith(f"[1/4] 3.mlp_down {SETTING}: reliability ")
+    assert first.startswith(f"[1/4] 3.mlp_down, {SETTING}: reliability ")
     assert "capability" in first and "left" in first
     assert second.startswith("[2/4] 4.mlp_down") and "failed: OutOfMemoryError: 3 GiB [wanted]" in second
     assert (shown.done, shown.failed) == (1, 1)
@@ -113,7 +113,9 @@ def test_a_worker_that_died_is_told():
     shown, screen = progress()
     with shown:
         shown.retried(config(3), "out of memory")
-    assert screen.getvalue().strip() == (f"3.mlp_down {SETTING}: its worker died and it is tried again (out of memory)")
+    assert screen.getvalue().strip() == (
+        f"3.mlp_down, {SETTING}: its worker died and it is tried again (out of memory)"
+    )
 
 
 def test_the_table_on_a_terminal():
@@ -173,7 +175,7 @@ def test_a_selection_is_told_rung_by_rung():
         shown.finished(result(config(6)), 0)
     lines = screen.getvalue().splitlines()
     assert lines[:2] == ["measuring the unedited model", "rung 1: the probe's best (1 known already)"]
-    assert lines[2].startswith(f"[1/2] 3.mlp_down {SETTING}: reliability ") and "drift 0.0" in lines[2]
+    assert lines[2].startswith(f"[1/2] 3.mlp_down, {SETTING}: reliability ") and "drift 0.0" in lines[2]
     assert lines[3].endswith("failed: OutOfMemoryError") and lines[4] == "rung 2: further kinds"
     assert lines[5].startswith("[3/3] 6.mlp_down") and "left" not in screen.getvalue()
 
