@@ -1,8 +1,7 @@
 """A study while this process runs it: the lock, what an earlier driver could not deliver, Ray, and the study's run in MLflow.
 
-A driver is the process that runs a study. The lock refuses a second one on this machine. On another machine a second driver
-would cost duplicate work and nothing else, since a trial is known by its content; `locft status` tells who runs a study
-from a tag of its run.
+A driver is the process that runs a study. The lock refuses a second one on this machine. A second driver on another machine
+would only repeat work, since a trial is known by its content. `locft status` reads the driver from a tag of the study's run.
 """
 
 import json
@@ -65,32 +64,29 @@ class Driver:
 def driver_of(tracker: Tracker | None) -> Driver | None:
     """Who runs a study, as its run says; None when nobody does. tracker: None when nothing of the study is recorded yet.
 
-    A driver of this machine whose process is gone counts as none. One of another machine that was killed keeps its tag
-    until the next driver ends.
+    A driver of this machine whose process is gone counts as none. A killed driver of another machine keeps its tag until the
+    next driver ends.
     """
     text = tracker.tag(DRIVER_TAG) if tracker else None
-    try:
-        driver = Driver(**json.loads(text or "{}"))
-    except (ValueError, TypeError):  # no tag, or that of an earlier version
+    if not text:
         return None
-    return None if driver.host == socket.gethostname() and _is_gone(driver) else driver
-
-
-def _is_gone(driver: Driver) -> bool:
-    """True if no process of this machine has the driver's number, or a later one has it."""
-    try:
-        created = psutil.Process(driver.process).create_time()
-    except psutil.NoSuchProcess:
-        return True
-    return created > datetime.fromisoformat(driver.began).timestamp() + 2  # both are known to about a second
+    driver = Driver(**json.loads(text))
+    if driver.host == socket.gethostname():
+        try:
+            created = psutil.Process(driver.process).create_time()
+        except psutil.NoSuchProcess:
+            return None
+        if created > datetime.fromisoformat(driver.began).timestamp() + 2:  # a later process has the number
+            return None
+    return driver
 
 
 @contextmanager
 def study_lock(folder: Path, name: str) -> Iterator[None]:
-    """Hold the study against other drivers on this machine; the hold of a killed process ends with it.
+    """Hold the study against other drivers on this machine; the lock of a killed process ends with it.
 
-    folder: `sweeps.tracking.outbox.study_folder`. name: the study's, for the message. Raises InputError when another process
-    holds it, or when the folder cannot be written.
+    folder: `sweeps.tracking.outbox.study_folder`. name: of the study. Raises InputError when another process holds the lock,
+    or when the folder cannot be written.
     """
     owner = folder / "driver.txt"
     try:
@@ -124,45 +120,38 @@ def study_session(
     """
     with ExitStack() as stack:
         stack.enter_context(study_lock(study_folder(prepared.id, store), prepared.study.name))
-        tracker = find_tracker(store, prepared.study.name, prepared.id)
-        session = StudySession(prepared, store, description, address, stack, tracker)
+        session = StudySession(prepared, store, description, address, stack)
         if len(session.outbox):
             session.open_run()
             session.deliver_kept()
         yield session
 
 
-@dataclass
 class StudySession:
     """What a study needs while it runs. Call `start_ray` before `open_run`: what cannot run writes nothing."""
 
-    prepared: PreparedStudy
-    store: str
-    description: str
-    address: str | None
-    stack: ExitStack
-    """What has to be undone at the end of the session."""
-    tracker: Tracker | None
-    """None until the study's experiment exists (`open_run` creates it)."""
-    room: Room | None = None
-    """How many trials run at a time; None before `start_ray`."""
-
-    def __post_init__(self) -> None:
-        self.outbox = open_outbox(self.prepared.id, self.store)
-        self.runs_here = self.address is None and not self.prepared.study.resources.gpus
+    def __init__(self, prepared: PreparedStudy, store: str, description: str, address: str | None, stack: ExitStack):
+        """As for `study_session`. stack: what has to be undone at the end."""
+        self.prepared, self.store = prepared, store
+        self.tracker = find_tracker(store, prepared.study.name, prepared.id)
+        """None until the study's experiment exists (`open_run` creates it)."""
+        self.room: Room | None = None
+        """How many trials run at a time; None before `start_ray`."""
+        self.outbox = open_outbox(prepared.id, store)
+        self.runs_here = address is None and not prepared.study.resources.gpus
         """Trials run on this machine's CPUs alone: this process can then do what a worker could, and sooner."""
+        self._description, self._address, self._stack = description, address, stack
         self._run_is_open = False
 
     def start_ray(self) -> Room:
         """Connect to the cluster, or start Ray on this machine, until the session ends. Raises InputError."""
-        study, facts = self.prepared.study, self.prepared.facts
-        trial_bytes = most_memory_bytes(self.prepared.plan.sample, facts)
-        self.room = self.stack.enter_context(ray_cluster(self.address, study.resources, trial_bytes, study.model))
+        study, trial_bytes = self.prepared.study, most_memory_bytes(self.prepared.plan.sample, self.prepared.facts)
+        self.room = self._stack.enter_context(ray_cluster(self._address, study.resources, trial_bytes, study.model))
         return self.room
 
     def run_alone(self, work: Callable[[], T]) -> T:
-        """Run a function while no trial runs: in this process when trials run on its CPUs, since a worker would first have to be
-        started, else on a worker."""
+        """Run a function while no trial runs: in this process if trials run on its CPUs, which saves starting a worker, else on a
+        worker."""
         return work() if self.runs_here else on_workers([work], self.prepared.study.resources)[0]
 
     def open_run(self) -> Tracker:
@@ -174,11 +163,11 @@ class StudySession:
         self.tracker = tracker = self.tracker or Tracker.open(self.store, study.name, self.prepared.id)
         if not self._run_is_open:
             self._run_is_open = True
-            self.stack.callback(self._close_run)
+            self._stack.callback(self._close_run)
             tracker.open_run(
                 study.name,
                 study_yaml=study_to_yaml(study),
-                description=self.description,
+                description=self._description,
                 environment=environment(),
                 tags={DRIVER_TAG: json.dumps(asdict(Driver.this_process()))},
             )
@@ -234,14 +223,12 @@ class StudySession:
 
     def _inputs(self) -> StudyInputs:
         """The data sets and the unedited model, for the runs of the trials."""
-        prepared, study, facts = self.prepared, self.prepared.study, self.prepared.facts
-        found = {"edits": len(prepared.edits.requests), **asdict(prepared.edits.findings)}
-        data = [DatasetRecord(study.edits.source, prepared.edits.fingerprint, study.edits.source, "edits", found)]
-        if prepared.suite:
-            items = {task.name: len(task.items) for task in prepared.suite.tasks}
-            name = study.capability.suite or "capability"
-            data.append(
-                DatasetRecord(name, prepared.suite.fingerprint, prepared.capability_source, "capability", items)
-            )
+        study, facts, edits, suite = self.prepared.study, self.prepared.facts, self.prepared.edits, self.prepared.suite
+        source, found = study.edits.source, {"edits": len(edits.requests), **asdict(edits.findings)}
+        data = [DatasetRecord(source, edits.fingerprint, source, "edits", found)]
+        if suite:
+            name, tasks = study.capability.suite or "capability", self.prepared.capability_source
+            items = {task.name: len(task.items) for task in suite.tasks}
+            data.append(DatasetRecord(name, suite.fingerprint, tasks, "capability", items))
         about_model = {"layers": facts.n_layers, "dtype": study.dtype}
         return StudyInputs(study.model, facts.model_fingerprint, about_model, tuple(data), machine(study.resources))

@@ -14,7 +14,6 @@ from analysis.stats.axes import SWEPT
 from analysis.stats.wording import MINUS, change_with_interval, number, percent, plural, points, seconds, share_interval
 from sweeps.commands.console import notice, print_json, print_table, say
 from sweeps.tracking.address import resolve_uri
-from sweeps.tracking.pages import SHOWN_METRICS
 
 if TYPE_CHECKING:
     from analysis.stats.comparison import Comparison
@@ -89,6 +88,8 @@ def print_answer(
     ending: how the sweep ended that led here. registered: address of the pick's edit in the model registry. comparison:
     with another study.
     """
+    from sweeps.tracking.pages import SHOWN_METRICS
+
     pick = answer.recommendation
     counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
     by_id = {row["trial_id"]: row for row in state.results.to_dict("records")}
@@ -141,6 +142,7 @@ def _store_option(tracking_uri: str | None) -> str:
 
 def _print_front(front: list[dict[str, Any]], pick: "Recommendation | None") -> None:
     from analysis.stats.table import setting_text
+    from sweeps.tracking.pages import SHOWN_METRICS
 
     picked = (pick.trial_id, *pick.trial_ids) if pick else ()
     rows = []

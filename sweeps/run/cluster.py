@@ -25,7 +25,7 @@ CONNECT_SECONDS = 5
 NODE_SECONDS = 120
 """How long a node may take to start a process and look for the model."""
 _SOCKET_BYTES = 103
-"""What the path of a socket may have on every system."""
+"""Length that the path of a socket may have on every system."""
 _SOCKET = "/ray/session_2026-11-28_12-00-00_123456_1234567/sockets/plasma_store.1"
 """The longest of Ray's paths below the temporary folder."""
 _SHORT = "/tmp"
@@ -75,7 +75,9 @@ def ray_cluster(
 def _start(address: str | None) -> None:
     import ray
 
-    own = {} if address is not None else {"include_dashboard": False, **_own_cores(), **_short_folder()}
+    own = {} if address is not None else {"include_dashboard": False, **_short_folder()}
+    if address is None and usable_cores() < (os.cpu_count() or 1):
+        own["num_cpus"] = usable_cores()  # Ray would count them all
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except ray.exceptions.AuthenticationError as error:
@@ -85,12 +87,6 @@ def _start(address: str | None) -> None:
         if address is not None and isinstance(error, ConnectionError):  # something listens, but does not let us in
             cause += f", though something listens there: is it Ray, of this version? If so, {TOKEN_HINT}"
         raise InputError(_no_cluster(address, cause)) from error
-
-
-def _own_cores() -> dict[str, int]:
-    """The cores that Ray may use, where they are fewer than it would count."""
-    cores = usable_cores()
-    return {"num_cpus": cores} if cores < (os.cpu_count() or 1) else {}
 
 
 def _short_folder() -> dict[str, str]:
@@ -143,13 +139,11 @@ def check_nodes(model: str | None) -> None:
     path = path.absolute() if path is not None and path.exists() else None
     expected, problems = _file_sizes(path), []
     look = ray.remote(num_cpus=0, max_retries=0)(_file_sizes)
-    answers = {
-        node["NodeManagerAddress"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(path)
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("CPU", 0)
-    }
+    answers = {}
+    for node in ray.nodes():
+        if node["Alive"] and node["Resources"].get("CPU", 0):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            answers[node["NodeManagerAddress"]] = look.options(scheduling_strategy=there).remote(path)
     for place, answer in answers.items():
         try:
             found = ray.get(answer, timeout=NODE_SECONDS)
@@ -171,9 +165,7 @@ def check_nodes(model: str | None) -> None:
 
 def _file_sizes(path: Path | None) -> dict[str, int]:
     """File name -> bytes, of a file or of the files of a folder; empty when there is none."""
-    if path is None:
-        return {}
-    files = [path] if path.is_file() else sorted(path.glob("*"))
+    files = [] if path is None else [path] if path.is_file() else sorted(path.glob("*"))
     return {file.name: file.stat().st_size for file in files if file.is_file()}
 
 
@@ -184,10 +176,8 @@ def on_workers(works: Sequence[Callable[[], T]], resources: "Resources") -> list
     """
     import ray
 
-    def call(work: Callable[[], T]) -> T:
-        return work()
-
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=WORKER_RESTARTS)(call)
+    options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": WORKER_RESTARTS}
+    task = ray.remote(**options)(lambda work: work())
     try:
         return ray.get([task.remote(work) for work in works])
     except ray.exceptions.RayTaskError as error:  # its own text is the worker's whole traceback

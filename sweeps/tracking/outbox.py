@@ -1,7 +1,7 @@
 """Finished trials on their way to the tracking store: on disk first, and there until the store has them.
 
-A store may be away for minutes, a disk may be full, a driver may be killed between a trial and its record: the study goes on,
-and what was not delivered is delivered by the next run of the same command. A result that the store refuses holds up no other.
+The study goes on while a store is away or a disk is full, and the next run of the same command delivers what is missing. A
+result that the store refuses holds up no other.
 """
 
 import hashlib
@@ -72,10 +72,9 @@ def with_retries(call: Callable[[], T]) -> T:
     until = time.monotonic() + PATIENCE_SECONDS
 
     def give_up(pause: float) -> bool:
-        if time.monotonic() + pause > until:
-            return True
-        time.sleep(pause)
-        return False
+        over = time.monotonic() + pause > until
+        time.sleep(0 if over else pause)
+        return over
 
     return _retry(call, _log.warning, give_up)
 
@@ -108,7 +107,10 @@ class Outbox:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, self._file(result))
-            _sync_folder(self.folder)
+            if os.name == "posix":  # the file's name has to reach the disk, too
+                names = os.open(self.folder, os.O_RDONLY)
+                os.fsync(names)
+                os.close(names)
         except BaseException:
             Path(unfinished).unlink(missing_ok=True)
             raise
@@ -118,17 +120,18 @@ class Outbox:
         self._file(result).unlink(missing_ok=True)
 
     def set_aside(self, result: TrialResult) -> Path:
-        """Count a result that the store refuses for good no more; it stays in the file that is returned."""
-        return _renamed(self._file(result), ".refused")
+        """Leave out a result that the store refuses for good; it stays in the file that is returned."""
+        return self._file(result).replace(self._file(result).with_suffix(".refused"))
 
     def kept(self) -> list[TrialResult]:
-        """All results, the oldest first. A file that cannot be read (a disk that failed) is logged and counts no more."""
+        """All results, the oldest first. A file that cannot be read (a disk that failed) is logged and left out."""
         found = []
         for file in sorted(self.folder.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):
             try:
                 found.append(unpack_result(file.read_text(encoding="ascii")))
             except Exception as error:  # zlib, base85, JSON and missing keys raise six kinds
-                _log.warning("%s is no readable result: %s", _renamed(file, ".unreadable"), error)
+                aside = file.replace(file.with_suffix(".unreadable"))
+                _log.warning("%s is no readable result: %s", aside, error)
         return found
 
     def __len__(self) -> int:
@@ -136,20 +139,6 @@ class Outbox:
 
     def _file(self, result: TrialResult) -> Path:
         return self.folder / f"{result.config.id}.result"
-
-
-def _renamed(file: Path, ending: str) -> Path:
-    return file.replace(file.with_suffix(ending))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make sure that the names in a folder are on the disk, too."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class Recorder:
