@@ -161,12 +161,8 @@ def front_figure(info: FrontInfo, other: FrontInfo | None = None, names: Sequenc
             annotation_position="bottom left" if any(b > info.unedited for _, b in info.step) else "top left",
         )  # fmt: skip
     for place, one in enumerate(studies):
-        _ring(
-            figure,
-            one,
-            "pick" if place == 0 else f"pick of {escaped(names[1])}",
-            STUDY_COLOURS[place] if other else ACCENT,
-        )
+        name = "pick" if place == 0 else f"pick of {escaped(names[1])}"
+        _ring(figure, one, name, STUDY_COLOURS[place] if other else ACCENT)
     marks = [mark for one in studies for mark in one.points]
     xs, ys = ([end for mark in marks for end in (mark.values[axis], *_ends(mark, axis))] for axis in (0, 1))
     ys += [info.unedited] if info.unedited is not None else []

@@ -6,7 +6,6 @@ Both show each position at the setting that the rule would use first there.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -48,17 +47,14 @@ HEATMAP_CAPTION = (
 def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: str | None = None) -> HeatmapInfo:
     """A metric over layer and module. Each cell shows the setting that the rule would use first there (seeds averaged), the
     same one whatever the metric, so that maps of several metrics can be read together."""
-    settings = by_setting(results)
-    tried = results[["layer", "module"]].drop_duplicates()
-    layers = tuple(sorted({int(layer) for layer in tried["layer"]}))
-    modules = tuple(dict.fromkeys(tried["module"]))
-    best = best_by_position(settings)
-    found = [[best.get((layer, module)) for layer in layers] for module in modules]
-
-    def value(row: dict[str, Any] | None) -> float | None:
-        return float(row[metric]) if row is not None and math.isfinite(row[metric]) else None
-
-    values = tuple(tuple(value(row) for row in line) for line in found)
+    layers = tuple(sorted({int(layer) for layer in results["layer"]}))
+    modules = tuple(dict.fromkeys(results["module"]))
+    best = best_by_position(by_setting(results))
+    found = [[best.get((layer, module), {}) for layer in layers] for module in modules]
+    values = tuple(
+        tuple(float(row[metric]) if math.isfinite(row.get(metric, math.nan)) else None for row in line)
+        for line in found
+    )
     flat = [x for line in values for x in line if x is not None]
     if metric == "capability_change":
         edge = max((abs(x) for x in flat), default=0.0) or 0.01
@@ -67,8 +63,8 @@ def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: st
         limits = (0.0, 1.0)
     else:
         limits = (min(flat, default=0.0), max(flat, default=1.0))
-    trial_ids = tuple(tuple(None if row is None else row["trial_id"] for row in line) for line in found)
-    cells = [(i, j) for i, line in enumerate(trial_ids) for j, trial in enumerate(line) if trial is not None]
+    trial_ids = tuple(tuple(row.get("trial_id") for row in line) for line in found)
+    cells = ((i, j) for i, line in enumerate(trial_ids) for j, trial in enumerate(line) if trial and trial == pick)
     return HeatmapInfo(
         metric=metric,
         layers=layers,
@@ -76,14 +72,14 @@ def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: st
         values=values,
         hover=tuple(
             tuple(
-                hover_text(row) if row is not None else f"<b>{layer}.{escaped(module)}</b><br>no result"
+                hover_text(row) if row else f"<b>{layer}.{escaped(module)}</b><br>no result"
                 for layer, row in zip(layers, line, strict=True)
             )
             for module, line in zip(modules, found, strict=True)
         ),
         trial_ids=trial_ids,
         limits=limits,
-        pick=next(((i, j) for i, j in cells if trial_ids[i][j] == pick), None),
+        pick=next(cells, None),
     )
 
 

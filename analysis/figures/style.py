@@ -42,13 +42,14 @@ def hover_text(row: Mapping[str, Any], chance: float | None = None) -> str:
 def styled_figure(height: int, **layout) -> go.Figure:
     """An empty figure in the project's look. Sizes are for the report's column; the width follows the page."""
     figure = go.Figure()
+    font = {"family": FONT, "size": 13, "color": INK}
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "ticks": "", "automargin": True}
     layout["xaxis"] = axis | layout.get("xaxis", {})
     layout["yaxis"] = axis | layout.get("yaxis", {})
     figure.update_layout(
         template="none",
         height=height,
-        font={"family": FONT, "size": 13, "color": INK},
+        font=font,
         paper_bgcolor="white",
         plot_bgcolor="white",
         margin=layout.pop("margin", {"l": 10, "r": 10, "t": 34, "b": 44}),
@@ -60,12 +61,7 @@ def styled_figure(height: int, **layout) -> go.Figure:
             "yanchor": "bottom",
             "itemsizing": "constant",
         },
-        hoverlabel={
-            "bgcolor": "white",
-            "bordercolor": MUTED,
-            "font": {"family": FONT, "size": 13, "color": INK},
-            "align": "left",
-        },
+        hoverlabel={"bgcolor": "white", "bordercolor": MUTED, "font": font, "align": "left"},
         **layout,
     )
     return figure

@@ -1,8 +1,5 @@
-"""Failure signatures: what goes wrong at the pick of a study, why in its own numbers, and the one setting to change.
-
-A signature is seen in the numbers alone; its cause is the likeliest one that they allow. What to change follows a fixed
-order: first what is not in use yet (another pipeline, method, format), then more of what is.
-"""
+"""Failure signatures: what goes wrong at the pick of a study, the likeliest cause by its own numbers, and the one setting to
+change: first one that is not in use yet (another pipeline, method, format), then more of what is."""
 
 import itertools
 import json
@@ -26,10 +23,10 @@ from analysis.stats.table import by_setting, done, value_text
 from analysis.stats.wording import number, percent, plural
 
 CAPABILITY_FALL = 0.10
-"""Of the unedited model's capability."""
+"""As a share of the unedited model's capability."""
 RELIABLE = 0.80
 GENERAL = 0.5
-"""Of reliability."""
+"""As a share of reliability."""
 FORMAT_GAP = 0.20
 LOCAL = 0.5
 LEARNT = 0.1
@@ -187,14 +184,13 @@ def _diverged(results: pd.DataFrame, fixed: Collection[str]) -> Iterator[Signatu
     lost = rows[rows["diverged"] == 1]
     if lost.empty:
         return
-    kept, least = rows[rows["diverged"] != 1], float(lost["learning_rate"].min())
+    least = float(lost["learning_rate"].min())
     seen = f"{len(lost)} of {plural(len(rows), 'finished trial')} diverged: the loss stopped being finite."
-    gentle = float(kept["learning_rate"].max())
+    gentle = float(rows["learning_rate"][rows["diverged"] != 1].max())
+    setting, value = "learning_rate", _digits(least / 4)
+    cause = f"The learning rate is too high for some positions, from {number(least)} on."
     if gentle < least:
-        rate, cause = gentle, f"All of them had a learning rate of at least {number(least)}, the others less."
-    else:
-        rate, cause = _digits(least / 4), f"The learning rate is too high for some positions, from {number(least)} on."
-    setting, value = "learning_rate", rate
+        value, cause = gentle, f"All of them had a learning rate of at least {number(least)}, the others less."
     if "learning_rate" in fixed:  # a selection takes it from the probe
         size = int(lost["batch_size"].max())
         setting, value = "batch_size", 2 * size
@@ -207,10 +203,8 @@ def _capability(case: _Case) -> Iterator[Signature]:
     before = case.baseline.get("capability", case.metric("capability") - change)
     if not change < -CAPABILITY_FALL * before:
         return
-    seen = (
-        f"Capability fell from {percent(before)} to {percent(before + change)}, by {percent(-change / before)} of it."
-    )
-    yield Signature("capability fell", seen, *_held_back(case))
+    fell = f"from {percent(before)} to {percent(before + change)}, by {percent(-change / before)} of it"
+    yield Signature("capability fell", f"Capability fell {fell}.", *_held_back(case))
 
 
 def _locality(case: _Case) -> Iterator[Signature]:
@@ -261,47 +255,35 @@ def _not_learnt(case: _Case) -> tuple[str, str, Any]:
         fell = f"from {number(losses[3 * len(losses) // 4 - 1])} to {number(losses[-1])} in the last quarter"
         return f"The loss was still falling when the {epochs} epochs ended ({fell}).", "epochs", 2 * epochs
     at = f"the loss ends at {number(trained)}"
-    if case.value("method") == "low_curvature" and case.value("curvature_strength") > 0:
-        strength = case.value("curvature_strength")
-        return (
-            f"The penalty of strength {number(strength)} holds the edits back: {at}.",
-            "curvature_strength",
-            _digits(strength / 3),
-        )
-    if case.value("method") == "norm_bounded":
-        bound = case.value("norm_bound")
-        return (
-            f"The bound of {number(bound)} on each weight leaves too little room: {at}.",
-            "norm_bound",
-            _digits(10 * bound),
-        )
-    if case.value("method") in ("lora", "adalora"):
-        rank = case.value("rank")
-        return f"A change of rank {rank} is too small: {at}.", "rank", 4 * rank
-    rate = case.value("learning_rate")
+    if held := _HELD_BACK.get(case.value("method")):
+        axis, factor, cause = held
+        if value := case.value(axis):
+            more = factor * value if isinstance(value, int) else _digits(factor * value)
+            return f"{cause.format(number(value))}: {at}.", axis, more
+    rate, cause, factor = case.value("learning_rate"), f"The steps are too short: {at}.", 2.0
     if len(losses) >= 2 and losses[-1] > 1.5 * min(losses):
-        change = (
-            f"The loss went up again, from {number(min(losses))}: the steps are too long.",
-            "learning_rate",
-            _digits(rate / 2),
-        )
-    else:
-        change = (f"The steps are too short: {at}.", "learning_rate", _digits(2 * rate))
+        cause, factor = f"The loss went up again, from {number(min(losses))}: the steps are too long.", 0.5
+    change = (cause, "learning_rate", _digits(factor * rate))
     return case.first(change, (f"The edits are not learnt: {at}.", "epochs", 2 * epochs))
 
 
+_HELD_BACK: dict[str, tuple[str, Any, str]] = {
+    "low_curvature": ("curvature_strength", 1 / 3, "The penalty of strength {} holds the edits back"),
+    "norm_bounded": ("norm_bound", 10, "The bound of {} on each weight leaves too little room"),
+    "lora": ("rank", 4, "A change of rank {} is too small"),
+    "adalora": ("rank", 4, "A change of rank {} is too small"),
+}
+"""What keeps a method from learning: the axis, the factor that loosens it, and the cause."""
+
+
 def _one_format(case: _Case) -> Iterator[Signature]:
-    if lost := _lost_format(case):
-        best = max(case.formats, key=case.formats.__getitem__)
-        seen = f"Reliability is {percent(case.formats[lost])} in {format_title(lost)}, and {percent(case.formats[best])} in {format_title(best)}."
-        yield Signature("one format lost", seen, *_format_change(case, lost))
-
-
-def _lost_format(case: _Case) -> str | None:
-    """The format that is answered worst, where it is far below the best."""
     formats = case.formats
-    worst = min(formats, key=formats.__getitem__, default=None)
-    return worst if worst and formats[worst] < max(formats.values()) - FORMAT_GAP else None
+    if not formats:
+        return
+    worst, best = (end(formats, key=formats.__getitem__) for end in (min, max))
+    if formats[worst] < formats[best] - FORMAT_GAP:
+        shares = (f"{percent(formats[form])} in {format_title(form)}" for form in (worst, best))
+        yield Signature("one format lost", f"Reliability is {', and '.join(shares)}.", *_format_change(case, worst))
 
 
 def _format_change(case: _Case, lost: str) -> tuple[str, str, Any]:
@@ -331,13 +313,8 @@ def _generalization(case: _Case) -> Iterator[Signature]:
     tried, layers = case.results["layer"].nunique(), int(case.row["layers"])
     if tried < layers:
         changes.append((f"Only {tried} of {layers} layers were tried, and positions differ in it.", "layer", "all"))
-    changes.append(
-        (
-            f"A step sees {plural(size, 'edit')}: more of them leave less room to learn each by heart.",
-            "batch_size",
-            2 * size,
-        )
-    )
+    cause = f"A step sees {plural(size, 'edit')}: more of them leave less room to learn each by heart."
+    changes.append((cause, "batch_size", 2 * size))
     yield Signature("low generalization", seen, *case.first(*changes))
 
 
