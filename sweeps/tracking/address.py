@@ -1,7 +1,7 @@
 """The address of the tracking store: resolve it, check within seconds that the store answers, never show its password.
 
 MLflow itself retries an unreachable store for minutes and then fails with a traceback; a study that cannot be recorded
-should not start. Commands and notebook functions resolve the address once; everything below them takes it resolved.
+should not start. Commands and notebook functions resolve the address; everything below them takes it resolved.
 """
 
 # SQLAlchemy and MLflow are imported where they are used: most commands start without them.
@@ -53,13 +53,10 @@ def resolve_uri(uri: str | None) -> str:
             path = path.partition("?")[0]
         if not path or path == ":memory:":
             raise InputError(f"tracking address {given!r} names no file; expected for example {DEFAULT_URI}")
-        resolved = f"sqlite:///{Path(path).expanduser().absolute()}"
-        for place in (
-            Path.cwd(),
-            Path(path).expanduser().absolute().parent,
-        ):  # of commands, and of the server of `locft ui`
-            mlflow_address(resolved, place)
-        return resolved
+        file = Path(path).expanduser().absolute()
+        for place in (Path.cwd(), file.parent):  # where commands run, and the server of `locft ui`
+            mlflow_address(f"sqlite:///{file}", place)
+        return f"sqlite:///{file}"
     if scheme in DATABASES:
         return given
     if scheme == "databricks":
@@ -144,7 +141,7 @@ def check_reachable(uri: str) -> None:
         _check_sqlite(path)
     elif uri.startswith("http"):
         _check_server(uri)
-    elif _scheme(uri) in DATABASES:
+    else:
         _check_database(uri)
 
 

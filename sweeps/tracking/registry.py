@@ -7,7 +7,6 @@ store does not take or return something, except where they say otherwise.
 import json
 import re
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from analysis.stats.wording import number
 from locft.errors import InputError
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.pages import SHOWN_METRICS
-from sweeps.tracking.store import connect, store_errors
+from sweeps.tracking.store import connect, now, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -133,11 +132,11 @@ def _link_metrics(client: "MlflowClient", run: "Run", model_id: str, metrics: Ma
 
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, 0)])
     by_use = {tag.value: one.dataset for one in run.inputs.dataset_inputs for tag in one.tags}
-    now, points = int(time.time() * 1000), []
+    points = []
     for key, value in metrics.items():
         data = by_use.get("capability" if key.startswith(("capability", "drift", "perplexity")) else "edits")
         if run.data.metrics.get(key) == value and data:
-            points.append(Metric(key, value, now, 0, model_id, data.name, data.digest, run.info.run_id))
+            points.append(Metric(key, value, now(), 0, model_id, data.name, data.digest, run.info.run_id))
     client.log_batch(run.info.run_id, metrics=points)
 
 
@@ -179,14 +178,14 @@ def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
         else:
             registered = store.client.get_model_version(name, version)
         if registered.source.startswith(PREFIX):
-            place = store.client.get_logged_model(registered.source.removeprefix(PREFIX)).artifact_location
-            return Path(_downloaded(store.client.tracking_uri, place, into))
+            from mlflow.artifacts import download_artifacts
+
+            place, uri = (
+                store.client.get_logged_model(registered.source.removeprefix(PREFIX)),
+                store.client.tracking_uri,
+            )
+            found = download_artifacts(place.artifact_location, dst_path=str(into), tracking_uri=uri, registry_uri=uri)
+            return Path(found)
         artifacts = store.client.get_run(registered.run_id).info.artifact_uri  # as edits were kept before
         place = registered.source.removeprefix(f"{artifacts}/")
         return Path(store.client.download_artifacts(registered.run_id, place, str(into)))
-
-
-def _downloaded(tracking_uri: str, artifacts: str, into: Path) -> str:
-    from mlflow.artifacts import download_artifacts
-
-    return download_artifacts(artifacts, dst_path=str(into), tracking_uri=tracking_uri, registry_uri=tracking_uri)

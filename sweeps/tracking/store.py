@@ -180,20 +180,21 @@ class Store:
         experiment: id; None searches the whole store. tags: key (under `locft.`) -> value. status: MLflow's, such as
         FINISHED. Raises ValueError for a tag value that a search cannot contain.
         """
-        conditions = [f"tags.`locft.{key}` = '{_searchable(value)}'" for key, value in tags.items()]
+        for value in tags.values():  # a search filter has no way to escape a quote
+            if not re.fullmatch(r"[\w.\- ]{1,250}", value):
+                raise ValueError(f"id {value!r} has characters other than letters, digits, blanks, '_', '.' and '-'")
+        conditions = [f"tags.`locft.{key}` = '{value}'" for key, value in tags.items()]
         conditions += [f"attributes.status = '{status}'"] if status else []
         experiments = [experiment]
         if experiment is None:
             experiments = [found.experiment_id for found in self.client.search_experiments(max_results=_PAGE)]
-        runs: list[Run] = []
-        token = None
+        runs, token = [], None
         while True:
             size = _PAGE if limit is None else min(_PAGE, limit - len(runs))
             page = self.client.search_runs(
                 experiments, " and ".join(conditions), max_results=size, order_by=[order], page_token=token
             )
-            runs += page
-            token = page.token
+            runs, token = [*runs, *page], page.token
             if not token or len(runs) == limit:
                 return runs
 
@@ -276,9 +277,8 @@ def outcome_of(run: "Run") -> Literal["done", "failed"] | None:
 
 
 def best_first(runs: Sequence["Run"]) -> list["Run"]:
-    """Runs of one study or of one trial (several after a lost answer, or of two drivers): done, failed, incomplete."""
-    rank = {"done": 0, "failed": 1, None: 2}
-    return sorted(runs, key=lambda run: rank[outcome_of(run)])
+    """Runs of one study or trial (several after a lost answer, or from two drivers): done, failed, incomplete."""
+    return sorted(runs, key=lambda run: ("done", "failed", None).index(outcome_of(run)))
 
 
 def user() -> str:
@@ -292,13 +292,6 @@ def user() -> str:
 def now() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
-
-
-def _searchable(value: str) -> str:
-    # A search filter has no way to escape a quote.
-    if not re.fullmatch(r"[\w.\- ]{1,250}", value):
-        raise ValueError(f"id {value!r} has characters other than letters, digits, blanks, '_', '.' and '-'")
-    return value
 
 
 def _clipped(tags: Mapping[str, str]) -> dict[str, str]:

@@ -1,10 +1,7 @@
 """The record of a study in MLflow: one run for the study, one flat run for each trial.
 
-A run is found by its tags, never by what this process remembers. So a result may be delivered again (after a retry, a
-restart, an answer that was lost) and there is still one run of the trial. A trial counts as finished only when its run
-is closed: a run whose logging broke off is completed by the next delivery.
-
-`store` makes the requests, `trial_run` says how a trial is written, `pages` what people see.
+Runs are found by their tags, so a result that is delivered again (after a retry, a restart, a lost answer) still has one run. A
+trial counts as finished only when its run is closed; the next delivery completes a run whose logging broke off.
 """
 
 # pandas and MLflow take seconds to import; commands that never reach the store start without them.
@@ -129,7 +126,11 @@ class Tracker:
                 if inputs:
                     self._link_inputs(run_id, inputs)
             except BaseException:
-                self._close_incomplete(run_id)
+                with (
+                    contextlib.suppress(TrackingError),
+                    store_errors(f"run {run_id}"),
+                ):  # else the next delivery closes it
+                    self._store.close_run(run_id, "FAILED", "incomplete")
                 raise
             self.client.set_terminated(run_id, "FINISHED" if result.status == "done" else "FAILED")
         return run_id
@@ -146,11 +147,9 @@ class Tracker:
     ) -> None:
         """Puts the results table, the dashboard and the answer into the study's run, and closes it.
 
-        recommendation: stored whole. Its `trial_ids` and `position`, where present, become tags, and the runs of
-            those trials are the ones tagged `locft.pick`.
-        answer: markdown, the description of the run from now on; without it that of `open_run` stays.
-
-        Of a trial with several runs (an answer that was lost, two drivers) the best is kept.
+        recommendation: stored whole; its `trial_ids` and `position`, if present, become tags, and the runs of those trials are
+        the ones tagged `locft.pick`. answer: the run's new description, in markdown; without it that of `open_run` stays. If a
+        trial has several runs (a lost answer, two drivers), the best is kept.
         """
         state = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status]
         picked = list(recommendation.get("trial_ids", ()))
@@ -165,8 +164,8 @@ class Tracker:
             recommended = json.dumps(recommendation, indent=2, default=str)
             Path(folder, "recommendation.json").write_text(recommended, encoding="utf-8")
             self.client.log_artifacts(run_id, folder)
-            position = recommendation.get("position", "")
-            tags = {"locft.pick.trial_ids": ", ".join(picked), "locft.pick.position": position}
+            tags = {"locft.pick.trial_ids": ", ".join(picked)}
+            tags["locft.pick.position"] = recommendation.get("position", "")
             if answer:
                 tags["mlflow.note.content"] = pages.study_note(answer, self.experiment_id, run_id)
             self._store.log(run_id, metrics=summary_metrics, when=now(), tags=tags)
@@ -230,14 +229,13 @@ class Tracker:
         with store_errors("the times of the study"):
             run = self._run()
         times = (run.info.start_time, run.info.end_time) if run else (None, None)
-        began, ended = (datetime.fromtimestamp(ms / 1000, UTC) if ms else None for ms in times)
-        return began, ended
+        return tuple(datetime.fromtimestamp(ms / 1000, UTC) if ms else None for ms in times)
 
     def load_results(self, *, curves: bool = True) -> "pd.DataFrame":
-        """The results table (columns: `analysis.stats.table`) and `run_id`: a row for each trial, oldest first.
+        """The results table (columns: `analysis.stats.table`), a row for each finished or failed trial, oldest first.
 
-        Failed trials are included, incomplete ones are not. The loss curves of a finished study come from its table
-        artifact: reading each from its run takes milliseconds. curves: without, they stay empty.
+        curves: whether to read the loss curves; those of a finished study come from its table artifact, since reading each
+        from its run takes milliseconds.
         """
         from analysis.stats.table import results_frame
 
@@ -301,14 +299,6 @@ class Tracker:
         datasets = [data.to_mlflow() for data in inputs.datasets]
         self.client.log_inputs(run_id, datasets, [LoggedModelInput(self._model_id)])
 
-    def _close_incomplete(self, run_id: str) -> None:
-        """Closes a run whose logging broke off, without hiding the reason by a second error."""
-        try:
-            with store_errors(f"run {run_id}"):
-                self._store.close_run(run_id, "FAILED", "incomplete")
-        except TrackingError as error:
-            _log.warning("%s; the run stays open until its next delivery", error)
-
     def _stored_curves(self) -> dict[str, list[float]]:
         """Run id -> losses per epoch, from the table artifact of the study; {} when there is none yet."""
         import pandas as pd
@@ -320,8 +310,9 @@ class Tracker:
         try:
             table = pd.read_parquet(io.BytesIO(stored))
             done = table[table["status"] == "done"]
-            pairs = zip(done["run_id"], done["epoch_losses"], strict=True)
-            return {run_id: [float(loss) for loss in curve] for run_id, curve in pairs}
+            return {
+                run: list(map(float, curve)) for run, curve in zip(done["run_id"], done["epoch_losses"], strict=True)
+            }
         except (OSError, KeyError, ValueError, TypeError) as error:  # broken off while written; or without run_id
             _log.warning("the stored results table is not readable (%s); reading the runs instead", error)
             return {}
@@ -348,8 +339,7 @@ def find_trial(run_id: str, uri: str) -> tuple[TrialConfig, str | None]:
     store = connect(uri)
     with store_errors(f"run {run_id!r} in {store.uri}", InputError):
         run = store.client.get_run(run_id)
-    kind = run.data.tags.get("locft.kind")
-    if kind != "trial":
+    if (kind := run.data.tags.get("locft.kind")) != "trial":
         what = "the run of a whole study" if kind == "study" else "not a run of locft"
         raise InputError(f"run {run_id!r} is {what}; expected the run of a trial (its tag locft.kind is trial)")
     try:
