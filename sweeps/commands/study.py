@@ -6,7 +6,6 @@ Commands import what they run: `locft --help` would otherwise load torch, Ray an
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,10 +46,10 @@ from sweeps.tracking.address import redact, resolve_uri
 if TYPE_CHECKING:
     from sweeps.answer import StudyState
     from sweeps.commands.progress import Progress
+    from sweeps.run.dispatch import Ending
     from sweeps.select.request import SelectionRequest
     from sweeps.study.estimate import Forecast
     from sweeps.study.plan import PreparedStudy
-    from sweeps.study.trial_types import TrialConfig
     from sweeps.tracking.study_run import Tracker
 
 
@@ -66,8 +65,11 @@ def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOptio
         return print_json({"study": about(prepared), "trials": trials, **expected})
     introduce(prepared)
     if prepared.plan.trials:
-        axes = named_axes(map(vars, prepared.plan.trials))
-        rows = [[trial.id, trial.position, *_cells(trial, axes)] for trial in prepared.plan.trials]
+        axes, rows = named_axes(map(vars, prepared.plan.trials)), []
+        for trial in prepared.plan.trials:
+            values = trial.to_dict()
+            cells = (number(values[name]) if AXIS[name].counts(values) else ABSENT for name in axes)
+            rows.append([trial.id, trial.position, *cells])
         print_table(("id", "position", *(AXIS[name].title for name in axes)), rows)
     else:
         say(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
@@ -110,21 +112,16 @@ def sweep(
 
     with redirect_stdout(sys.stderr):  # Ray prints on standard output
         done = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
+    state, ending = done.state, done.ending
     write(report_file, done.answer.report_html)
-    print_answer(
-        done.state, done.answer, report_file, done.tracking_uri, as_json, ending=done.ending, registered=done.registered
-    )
+    told = {"ending": ending, "registered": done.registered}
+    print_answer(state, done.answer, report_file, done.tracking_uri, as_json, **told)
     if done.not_registered:
         notice(f"the pick's edit is not in the model registry: {done.not_registered}")
-    if done.ending == "same_failure":
-        notice("stopped: the first trials all failed for the same reason, so the others would as well")
-    if done.ending == "out_of_time" or (done.ending == "complete" and done.state.left > done.state.failed):
-        left = f"the budget ended the study with {done.state.left} trials left"
+    if ending == "out_of_time" or (ending == "complete" and state.left > state.failed):
+        left = f"the budget ended the study with {state.left} trials left"
         notice(f"{left}; the same command with a larger budget continues it")
-    if done.ending == "interrupted":
-        raise typer.Exit(INTERRUPTED)
-    if done.state.done == 0:
-        raise typer.Exit(1)
+    _end(ending, "trials", failed=state.done == 0)
 
 
 def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOption = False) -> None:
@@ -145,22 +142,11 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
     left = _seconds_left(prepared, uri) if driver else None
     found = remedies_so_far(state, tracker)
     if as_json:
-        return print_json(
-            {
-                "study": about(prepared),
-                "planned": prepared.plan.count,
-                "done": state.done,
-                "failed": state.failed,
-                "left": state.left,
-                "diverged": diverged,
-                "driver": driver and asdict(driver),
-                "seconds_left": left,
-                "undelivered": undelivered,
-                "causes": causes,
-                "retried": dict(state.retried),
-                "signatures": [signature.to_dict(command) for signature, command in found],
-            }
-        )
+        counts = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
+        counts |= {"diverged": diverged, "undelivered": undelivered, "causes": causes, "retried": dict(state.retried)}
+        signatures = [signature.to_dict(command) for signature, command in found]
+        by = {"driver": driver and asdict(driver), "seconds_left": left}
+        return print_json({"study": about(prepared), **counts, **by, "signatures": signatures})
     done = f"{state.done} of {prepared.plan.count} done" + (f" ({diverged} diverged)" if diverged else "")
     say(f"{prepared.study.name}: {done}, {state.failed} failed, {state.left} left")
     if driver:
@@ -297,18 +283,17 @@ def select(
         print_selection(answer.position, file, page, tracker.uri, edits)
     if answer.not_recorded:
         notice(f"MLflow does not have all of this ({answer.not_recorded}); the same command records it")
-    if found.ending == "same_failure":
-        notice("stopped: the first runs all failed for the same reason, so the others would as well")
-    if found.ending == "interrupted":
+    _end(found.ending, "runs", failed=answer.position is None)
+
+
+def _end(ending: "Ending", what: str, *, failed: bool) -> None:
+    """Say why no further trial ran, and end the command with its exit code."""
+    if ending == "same_failure":
+        notice(f"stopped: the first {what} all failed for the same reason, so the others would as well")
+    if ending == "interrupted":
         raise typer.Exit(INTERRUPTED)
-    if answer.position is None:
+    if failed:
         raise typer.Exit(1)
-
-
-def _cells(trial: "TrialConfig", axes: Sequence[str]) -> list[str]:
-    """The trial's value on each axis; a dash where it changes nothing."""
-    values = trial.to_dict()
-    return [number(values[name]) if AXIS[name].counts(values) else ABSENT for name in axes]
 
 
 def _warn(forecast: "Forecast") -> None:

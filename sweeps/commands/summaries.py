@@ -52,11 +52,11 @@ def expectation(forecast: "Forecast", where: str = "on this machine") -> str:
     """The trials that are left of a study, and the time, memory and disk space they will take."""
     expected, budget, planned = forecast.estimate, forecast.prepared.study.budget, forecast.prepared.plan.count
     trials = plural(expected.trials, "trial")
-    if expected.ended_by == "trials":
-        trials += f" of {planned:,} planned (the budget ends the study after {budget.trials:,})"
-    if expected.ended_by == "minutes":
+    if expected.ended_by:
+        by_trials = expected.ended_by == "trials"
+        end = f"{budget.trials:,}" if by_trials else seconds(60 * budget.minutes)
         trials = (
-            f"about {trials} of {planned:,} planned (the budget ends the study after {seconds(60 * budget.minutes)})"
+            f"{'' if by_trials else 'about '}{trials} of {planned:,} planned (the budget ends the study after {end})"
         )
     if done := planned - expected.left:
         trials += f" and {done:,} done"
@@ -98,25 +98,24 @@ def print_answer(
         shown = ("trial_id", *(axis.name for axis in SWEPT), *SHOWN_METRICS)
         return print_json(
             {
-                "study": about(state.prepared),
-                "trials": counts,
-                "causes": failure_causes(state),
-                "ending": ending,
-                "front": [{key: row[key] for key in shown} for row in front],
-                "hypervolume": answer.front.hypervolume,
+                "study": about(state.prepared), "trials": counts, "causes": failure_causes(state), "ending": ending,
+                "front": [{key: row[key] for key in shown} for row in front], "hypervolume": answer.front.hypervolume,
                 "pick": asdict(pick) if pick else None,
                 "signatures": [signature.to_dict(command) for signature, command in answer.remedies],
-                "unedited": state.baseline,
-                "report": str(report_file),
-                "registered": registered,
-                "comparison": comparison and _compared(comparison),
-                "tracking_uri": tracking_uri,
+                "unedited": state.baseline, "report": str(report_file), "registered": registered,
+                "comparison": comparison and _compared(comparison), "tracking_uri": tracking_uri,
             }
-        )
+        )  # fmt: skip
     if front:
         _print_front(front, pick)
     if pick:
-        _print_pick(pick, by_id[pick.trial_id].get("run_id"), state.prepared.study.model, tracking_uri, registered)
+        model, store = state.prepared.study.model, _store_option(tracking_uri)
+        say(f"\nEdit at {pick.position}. {pick.rule}", "bold")
+        for reason in pick.reasons:
+            say(f"  {reason}")
+        say(f"Repeat it: locft edit {model} --from-run {by_id[pick.trial_id]['run_id']}{store} --out edited")
+        if registered:
+            say(f"Apply it: locft apply {registered} --model {model}{store} --out edited-model")
     print_remedies(answer.remedies, tracking_uri)
     if comparison:
         from analysis.stats.comparison import cautions, moved
@@ -152,16 +151,6 @@ def _print_front(front: list[dict[str, Any]], pick: "Recommendation | None") -> 
         setting = f"{setting_text(row)}, seed {row['seed']}"
         rows.append([position, setting, *map(percent, fractions), number(drift)])
     print_table(("position", "setting", *SHOWN_METRICS), rows, "Pareto front of reliability against capability")
-
-
-def _print_pick(pick: "Recommendation", run: str, model: str, tracking_uri: str, registered: str | None) -> None:
-    say(f"\nEdit at {pick.position}. {pick.rule}", "bold")
-    for reason in pick.reasons:
-        say(f"  {reason}")
-    store = _store_option(tracking_uri)
-    say(f"Repeat it: locft edit {model} --from-run {run}{store} --out edited")
-    if registered:
-        say(f"Apply it: locft apply {registered} --model {model}{store} --out edited-model")
 
 
 def _compared(comparison: "Comparison") -> dict[str, Any]:
