@@ -1,7 +1,5 @@
 """The command `locft ask`: what a model says to a prompt, before and after an edit. Registered in `sweeps.commands.cli`."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,17 +10,6 @@ from sweeps.commands.options import DELTA_HELP, JsonOption, LoadOptions, ModelAr
 
 if TYPE_CHECKING:
     from locft.model.models import LoadedModel
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt in a format, and the answers to it."""
-
-    prompt: str
-    format: str
-    before: str
-    after: str | None
-    """None without a delta."""
 
 
 def ask(
@@ -47,31 +34,33 @@ def ask(
     loaded = load.load(model)
     if change:
         change.require_base(model, loaded.fingerprint)
-    before, after = list(_answers(loaded, prompts, tokens)), None
+    answers = _answers(loaded, prompts, tokens, "before")
     if change:
         with applied(loaded, change):
-            after = list(_answers(loaded, prompts, tokens))
-    found = [
-        Asked(prompt, form, answer, after[place][2] if after else None)
-        for place, (prompt, form, answer) in enumerate(before)
-    ]
+            after = _answers(loaded, prompts, tokens, "after")
+        answers = [{**one, **other} for one, other in zip(answers, after, strict=True)]
     if as_json:
         position = change.position if change else None
-        return print_json({"model": model, "position": position, "answers": [asdict(asked) for asked in found]})
-    for place, asked in enumerate(found):
-        if place == 0 or found[place - 1].prompt != asked.prompt:
-            say(("\n" if place else "") + asked.prompt, "bold")
-        for label, answer in (("before", asked.before), ("after", asked.after)):
-            if answer is not None:
-                say("  ".join(["", f"{asked.format:<4}", *([f"{label:<6}"] if change else []), answer]))
+        return print_json(
+            {"model": model, "position": position, "answers": [{"after": None, **one} for one in answers]}
+        )
+    for place, one in enumerate(answers):
+        if place == 0 or answers[place - 1]["prompt"] != one["prompt"]:
+            say(("\n" if place else "") + one["prompt"], "bold")
+        for label in ("before", "after") if change else ("before",):
+            say("  ".join(["", f"{one['format']:<4}", *([f"{label:<6}"] if change else []), one[label]]))
 
 
-def _answers(loaded: "LoadedModel", prompts: list[str], tokens: int) -> Iterator[tuple[str, str, str]]:
-    """Prompt, format and answer, for every format that the tokenizer has. Raises InputError for prompts that do not fit."""
+def _answers(loaded: "LoadedModel", prompts: list[str], tokens: int, label: str) -> list[dict[str, str]]:
+    """prompt, format and answer (under `label`), for every format of the tokenizer. Raises InputError for prompts that do not
+    fit."""
     from locft.measure.generation import line_answers
     from locft.train.formats import CHAT, RAW, available
 
     forms = available(loaded.tokenizer, (RAW, CHAT))
-    answers = [line_answers(loaded, prompts, tokens, form) for form in forms]
-    for prompt, *of_forms in zip(prompts, *answers, strict=True):
-        yield from ((prompt, form, answer) for form, answer in zip(forms, of_forms, strict=True))
+    by_form = [line_answers(loaded, prompts, tokens, form) for form in forms]
+    return [
+        {"prompt": prompt, "format": form, label: answer}
+        for prompt, *answers in zip(prompts, *by_form, strict=True)
+        for form, answer in zip(forms, answers, strict=True)
+    ]

@@ -26,7 +26,7 @@ from sweeps.commands.options import (
     typed,
 )
 from sweeps.commands.summaries import print_metrics, print_remedies
-from sweeps.commands.workbench import workbench
+from sweeps.commands.workbench import note_left_out, workbench
 from sweeps.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
@@ -156,13 +156,10 @@ def _summary(
 
 def _available(model: str, bench: "Workbench", training: "TrainingSettings") -> "TrainingSettings":
     """The settings without the formats that the model's tokenizer lacks, which a notice names."""
-    from locft.train.formats import CHAT, available, parse_formats
-    from sweeps.study.resolve import no_chat
+    from locft.train.formats import available, parse_formats
 
-    formats = parse_formats(training.train_formats)
-    found = available(bench.loaded.tokenizer, formats)
-    for sentence in no_chat(model, ["--train-formats"] if CHAT in formats and CHAT not in found else []):
-        notice(sentence)
+    found = available(bench.loaded.tokenizer, parse_formats(training.train_formats))
+    note_left_out("--train-formats", model, parse_formats(training.train_formats), found)
     return replace(training, train_formats=",".join(found))
 
 
@@ -186,14 +183,8 @@ def _remedies(
         "module": where.module, **asdict(chosen.training), "dtype": chosen.dtype, "epoch_losses": trained.losses,
         **training_metrics(trained, chosen.training.pipeline, len(bench.rows)), **measured,
     }  # fmt: skip
-    results = results_frame([row])
-    found = signatures(
-        results,
-        recommend(results),
-        baseline=bench.baseline.metrics,
-        findings=asdict(findings),
-        fixed=("layer", "module"),
-    )
+    results, known = results_frame([row]), {"baseline": bench.baseline.metrics, "findings": asdict(findings)}
+    found = signatures(results, recommend(results), **known, fixed=("layer", "module"))
     return [(signature, signature.edit_command(typed())) for signature in found]
 
 

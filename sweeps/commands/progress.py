@@ -46,9 +46,7 @@ class Progress:
         self.console = console or Console(stderr=True)
         self.running = 0
         self.failures: dict[str, str] = {}
-        self.finished_ids = {
-            row["trial_id"] for row in earlier
-        }  # a set: a trial whose worker died may be reported twice
+        self.finished_ids = {row["trial_id"] for row in earlier}  # a trial whose worker died may be reported twice
         self.resumed = self.planned = len(self.finished_ids)
         self.pace, self._deadline = None, math.inf
         if forecast is not None:
@@ -112,9 +110,7 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """At the pace of this run's trials, and no longer than the budget allows; None after the last trial."""
-        if self.pace is None:
-            return None
-        left = self.pace.seconds_left(self.planned - self.done - self.failed, self.running)
+        left = self.pace and self.pace.seconds_left(self.planned - self.done - self.failed, self.running)
         return left and min(left, max(0.0, self._deadline - time.monotonic()))
 
     def _left(self, separator: str) -> str:

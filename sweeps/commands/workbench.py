@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sweeps.study.schema import Capability
 
 CHARACTERS = 4
-"""Of a token, usually."""
+"""Usual length of a token."""
 
 
 def workbench(
@@ -35,9 +35,8 @@ def workbench(
     """
     from locft.data.suites import load_suite
     from locft.model.delta import require_base
-    from locft.train.formats import CHAT, asked
+    from locft.train.formats import asked
     from locft.workbench import Workbench
-    from sweeps.study.resolve import no_chat
 
     measured = capability.suite or capability.tasks
     suite = load_suite(capability.suite, capability.tasks, capability.limit, capability.prose) if measured else None
@@ -47,14 +46,22 @@ def workbench(
     for sentence in requests.sentences():
         notice(sentence)
     formats = asked(loaded.tokenizer, ask_formats)
-    for sentence in no_chat(model, ["--ask-formats"] if CHAT in ask_formats and CHAT not in formats else []):
-        notice(sentence)
+    note_left_out("--ask-formats", model, ask_formats, formats)
     items = f" and {sum(len(task.items) for task in suite.tasks):,} capability items" if suite else ""
     notice(
         f"measuring {model} as it is: {plural(len(requests.requests), 'edit')} in {', '.join(formats)}{items}"
         f"{_time(loaded, requests.requests, len(formats), suite)}"
     )
     return Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
+
+
+def note_left_out(option: str, model: str, given: Sequence[str], found: Sequence[str]) -> None:
+    """Say that a format of an option is left out, if it is."""
+    from locft.train.formats import CHAT
+    from sweeps.study.resolve import no_chat
+
+    for sentence in no_chat(model, [option] if CHAT in given and CHAT not in found else []):
+        notice(sentence)
 
 
 def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int, suite: "Suite | None") -> str:
@@ -70,14 +77,9 @@ def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int
     asked = [(text, formats) for one in requests for text in (one.prompt, *one.rephrases)]
     asked += [(text.prompt, formats) for one in requests for text in one.portability]
     asked += [(text.prompt, 1) for one in requests for text in one.locality]
-    choices = (
-        item.context + choice
-        for task in (suite.tasks if suite else ())
-        for item in task.items
-        for choice in item.choices
-    )
+    items = [item for task in (suite.tasks if suite else ()) for item in task.items]
     tokens = sum((len(text) // CHARACTERS + NEW_TOKENS) * times for text, times in asked)
-    tokens += sum(map(len, choices)) // CHARACTERS
+    tokens += sum(len(item.context + choice) for item in items for choice in item.choices) // CHARACTERS
     found = reading_seconds(tokens, loaded.model.num_parameters(), training_precision("cpu"), torch.get_num_threads())
     return f", in about {seconds(1 + found)} on a quiet machine"
 
