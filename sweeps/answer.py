@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 BASELINE_FILE = "baseline.json"
 """File of the study's run: measurements of the unedited model."""
 MOST_READ = 60
-"""Up to this many trials the answers of all are read, for the report's lists of wrong answers; of more, those of the pick
-and of what the report lists of the front."""
+"""The answers of all trials are read, for the report's lists of wrong answers, if there are no more than this; otherwise those
+of the pick and of the front as the report lists it."""
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,8 @@ class WrongOfKind:
     """The prompts of one kind that a setting does not answer as expected."""
 
     kind: str
-    prompts: str
-    """Which prompts these are."""
-    right_text: str
-    """What all of them do when none is wrong."""
-    wrong_text: str
-    """What the wrong ones do."""
+    words: tuple[str, str, str]
+    """From `KINDS`."""
     wrong: int
     """With at least one of the seeds."""
     total: int
@@ -47,7 +43,7 @@ class WrongOfKind:
     """Those that the most seeds get wrong first, at most `TOP_WRONG`; of unrelated prompts those that changed in substance."""
 
 
-_KINDS = {
+KINDS = {
     "reliability": ("edit prompts", "get the new answer", "do not get the new answer"),
     "generalization": ("rephrased prompts", "get the new answer", "do not get the new answer"),
     "portability": (
@@ -62,7 +58,8 @@ _KINDS = {
         "are not answered word for word as before (answers that changed in substance come first)",
     ),
 }
-"""Of edit prompts and rephrases, those in the format `unseen` are a kind of their own."""
+"""Which prompts these are, what all of them do when none is wrong, and what the wrong ones do. Edit prompts and rephrases in
+the format `unseen` are a kind of their own."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def wrong_answers(
     found = []
     for place, trial in enumerate(dict.fromkeys(trial_ids)):
         row = places.loc[trial]
-        known = [(one, seed) for one, seed in zip(row["trial_ids"], _seeds(row), strict=True) if one in by_trial]
+        known = [pair for pair in zip(row["trial_ids"], _seeds(row), strict=True) if pair[0] in by_trial]
         if not known:
             continue
         answers = pd.concat([by_trial[one] for one, _ in known], ignore_index=True)
@@ -114,7 +111,7 @@ def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:
     rows = _told_apart(rows)
     prompt = ["edit_id", "prompt", "format", "nth"]
     found = []
-    for kind, (prompts, right, wrong_ones) in _KINDS.items():
+    for kind, words in KINDS.items():
         of_kind = rows[rows["kind"] == kind]
         if of_kind.empty:
             continue
@@ -135,12 +132,12 @@ def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:
             for part in (groups.get_group(key) for key in first.index[:most])
         )
         total = len(of_kind[prompt].drop_duplicates())
-        found.append(WrongOfKind(kind, prompts, right, wrong_ones, len(first), total, shown))
+        found.append(WrongOfKind(kind, words, len(first), total, shown))
     return tuple(found)
 
 
 def _told_apart(rows: pd.DataFrame) -> pd.DataFrame:
-    """Outcomes with their kind as in `_KINDS`; with `format` and `kept`, which earlier versions did not record; and with
+    """Outcomes with their kind as in `KINDS`; with `format` and `kept`, which earlier versions did not record; and with
     `nth`, the place among equal prompts: with edit, text and format it tells which prompt it is in another seed."""
     absent = pd.Series(index=rows.index, dtype=object)
     form = rows.get("format", absent).fillna("raw").astype(str)

@@ -1,8 +1,8 @@
 """Two studies in one report: whether the pick moved, how alike they rank the positions they share, what does not compare.
 
-A position stands for the setting tried there that the rule would use first (`analysis.stats.pick.best_by_position`).
-Studies of models with the same number of layers share a position by layer and module; otherwise by module and nearest
-relative depth, each the other's nearest. Differences are there minus here.
+Each position is compared at the setting that the rule would use first there (`analysis.stats.pick.best_by_position`). Models
+with the same number of layers share positions by layer and module, others by module and relative depth, each the other's
+nearest. Differences are there minus here.
 """
 
 import math
@@ -62,11 +62,8 @@ class Comparison:
 def compare(here: Measured, there: Measured) -> Comparison:
     """Never fails for studies with nothing in common: what does not compare is empty, and `cautions` says why."""
     names = _names(here.study, there.study)
-    # two runs of the same study have the same trial ids
-    there = replace(
-        there, results=there.results.assign(trial_id=[f"{names[1]}: {id}" for id in there.results["trial_id"]])
-    )
-    studies = (here, there)
+    ids = [f"{names[1]}: {trial}" for trial in there.results["trial_id"]]  # two runs of a study have the same ones
+    studies = (here, replace(there, results=there.results.assign(trial_id=ids)))
     best = [best_by_position(by_setting(study.results)) for study in studies]
     layers = [study.results["layers"].max() for study in studies]
     by_depth = bool(layers[0] != layers[1])

@@ -1,8 +1,8 @@
 """The records that flow through a study: what is known of model and data, what a trial is, and what came of it.
 
-A trial's identity is its content: `TrialConfig.id` hashes everything that can change the result (the trained position,
-the settings, the fingerprints of model and data, the version of the method) and nothing else. So a finished trial is
-recognised wherever it is met again, and the same command resumes a study.
+A trial is identified by its content: `TrialConfig.id` hashes everything that can change the result (position, settings, the
+fingerprints of model and data, the version of the method) and nothing else. So finished trials are recognised, and the same
+command resumes a study.
 """
 
 import base64
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from locft.data.suites import Suite
 
 METHOD_VERSION = 1
-"""Raised whenever the same configuration would give another result: old results are then not taken for new ones."""
+"""Raised whenever the same configuration would give another result, so that old results are not taken for new ones."""
 
 
 class _TrialConfigMethods:
@@ -78,7 +78,7 @@ and data, the number of layers, a value for each of `analysis.stats.axes.AXES`, 
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """What a plan has to know about the model and the data. Sizes are numbers of parameters and of tokens."""
+    """What a plan has to know about the model and the data. Sizes are numbers of parameters and tokens."""
 
     model_fingerprint: str
     data_fingerprint: str
@@ -107,7 +107,7 @@ class StudyFacts:
     """By trained format: tokens of the edit rows in it, relative to `edit_tokens`; an absent one counts as 1."""
 
     def row_size(self, train_formats: str) -> float:
-        """The same of a trial's formats, which training draws from evenly."""
+        """The same for a trial's formats, which training draws evenly."""
         sizes = [self.row_sizes.get(form, 1.0) for form in parse_formats(train_formats)]
         return sum(sizes) / len(sizes)
 
@@ -144,7 +144,7 @@ class TrialInputs:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What came of a trial. `metrics` holds finite numbers only; what could not be measured is absent."""
+    """The outcome of a trial. `metrics` holds finite numbers only; what could not be measured is absent."""
 
     config: TrialConfig
     status: Literal["done", "failed"]
@@ -195,28 +195,12 @@ def config_of_row(row: Mapping[str, Any]) -> TrialConfig:
 
 def pack_result(result: TrialResult) -> str:
     """A result as one short string: Ray keeps every reported value in the driver's memory and snapshots."""
-    parts = {
-        "config": result.config.to_dict(),
-        "status": result.status,
-        "error": result.error,
-        "metrics": result.metrics,
-        "epoch_losses": result.epoch_losses,
-        "outcomes": result.outcomes,
-        "stages": result.stages,
-        "retried": result.retried,
-    }
+    parts = {**vars(result), "config": result.config.to_dict()}
     return base64.b85encode(zlib.compress(json.dumps(parts).encode())).decode()
 
 
 def unpack_result(packed: str) -> TrialResult:
     """The inverse of `pack_result`."""
     parts = json.loads(zlib.decompress(base64.b85decode(packed)))
-    return TrialResult(
-        TrialConfig(**parts["config"]),
-        parts["status"],
-        parts["error"],
-        parts["metrics"],
-        tuple(parts["epoch_losses"]),
-        tuple(parts["outcomes"]),
-        *(tuple(parts.get(name, ())) for name in ("stages", "retried")),  # one that an earlier version kept has none
-    )
+    parts |= {name: tuple(value) for name, value in parts.items() if isinstance(value, list)}
+    return TrialResult(**{**parts, "config": TrialConfig(**parts["config"])})
