@@ -59,7 +59,7 @@ class StudyState:
 
     @property
     def affordable(self) -> int:
-        """Of the trials that are left, as many as the study's budget of trials allows."""
+        """The number of open trials that the study's budget of trials still allows."""
         limit = self.prepared.study.budget.trials
         return self.left if limit is None else max(0, min(self.left, limit - self.done))
 
@@ -105,7 +105,7 @@ class StudyAnswer:
 def answer_of(
     state: StudyState, tracker: Tracker, other: "Measured | None" = None, found: "HowFound | None" = None
 ) -> StudyAnswer:
-    """Front, pick and report of what is finished so far. other: a study to compare with in the report. found: how a
+    """Front, pick and report of the trials finished so far. other: a study to compare with in the report. found: how a
     selection found its answer."""
     from analysis.page.report import MAX_MISSES, render_report
     from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
@@ -126,7 +126,7 @@ def answer_of(
 
 
 def remedies_so_far(state: StudyState, tracker: Tracker | None) -> "tuple[Remedy, ...]":
-    """What goes wrong in what is finished so far, with the commands. Of a state without loss curves the pick's is read."""
+    """What goes wrong in the trials finished so far, with the commands. Reads the pick's loss curve if the state has none."""
     from analysis.stats.pick import recommend
     from analysis.stats.signatures import remedies
 
@@ -146,7 +146,7 @@ def _outcomes(results: "pd.DataFrame", trials: list[str], tracker: Tracker) -> "
 
 
 def measured(state: StudyState, tracker: Tracker | None) -> "Measured":
-    """A study and its results as the report takes them. Without a tracker nothing is said of when it ran."""
+    """A study and its results as the report takes them. Without a tracker, when it ran is left out."""
     from analysis.stats.comparison import Measured
 
     prepared, study = state.prepared, state.prepared.study

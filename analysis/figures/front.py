@@ -21,7 +21,7 @@ SYMBOLS = (
     "circle", "square", "diamond", "triangle-up", "pentagon", "cross", "x", "hexagon", "triangle-down", "hourglass",
 )  # fmt: skip
 STUDY_COLOURS = (BLUE, "#009e73")
-"""Of two studies in one figure; neither is that of the pick."""
+"""Colours of two studies in one figure, both different from the pick's."""
 MAX_MARKS = 1000
 """Settings in the figure of the front at most; the info says how many were left out."""
 MAX_BARS = 24
@@ -35,7 +35,7 @@ class FrontPoint:
     module: str
     depth: float
     values: tuple[float, float]
-    """Of the two objectives, x and y."""
+    """Values of the two objectives, x and y."""
     on_front: bool
     hover: str
     intervals: tuple[tuple[float, float], tuple[float, float]] | None
@@ -210,7 +210,7 @@ def _ring(figure: go.Figure, info: FrontInfo, name: str, colour: str) -> None:
 
 
 def _ends(mark: FrontPoint, axis: int) -> tuple[float, ...]:
-    """Of the bar along an axis; none where the interval is not known."""
+    """Ends of the error bar along an axis; none if the interval is not known."""
     return tuple(end for end in mark.intervals[axis] if math.isfinite(end)) if mark.intervals else ()
 
 

@@ -33,7 +33,7 @@ class HeatmapInfo:
     hover: tuple[tuple[str, ...], ...]
     trial_ids: tuple[tuple[str | None, ...], ...]
     limits: tuple[float, float]
-    """Of the colours. Symmetric about 0 for a change."""
+    """Limits of the colour scale. Symmetric about 0 for a change."""
     pick: tuple[int, int] | None
     """(row, column) of the cell that shows the picked trial; None when no cell does."""
 

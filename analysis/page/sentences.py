@@ -37,7 +37,7 @@ from analysis.stats.wording import (
 
 
 def facts(about: Measured) -> list[tuple[str, str]]:
-    """(name, value) of what was asked."""
+    """(name, value) pairs of what the study is about."""
     study, results, baseline = about.study, about.results, about.baseline
     n_edits, n_items, planned = (study.get(name) for name in ("n_edits", "n_items", "trials_planned"))
     edits = " from ".join(filter(None, (plural(int(n_edits), "edit") if n_edits else "", study.get("edits_source"))))

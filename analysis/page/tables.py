@@ -47,7 +47,7 @@ MAX_SHARED = 300
 @dataclass(frozen=True)
 class TableColumn:
     name: str
-    """Of the results table."""
+    """Column of the results table."""
     title: str
     unit: str
     write: Callable[[Any], str]

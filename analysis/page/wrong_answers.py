@@ -24,7 +24,7 @@ class WrongAnswer:
     got: str
     """What the model says instead; where the seeds say different things, each of them."""
     seeds: int
-    """Of those known, how many get it wrong."""
+    """Number of known seeds that get it wrong."""
     format: str
     """How the prompt was put."""
 
@@ -147,7 +147,7 @@ def _told_apart(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _one_holds_the_other(one: Any, other: Any) -> bool:
-    """Whether the words of one answer stand in the other: "Leonardo" and "Leonardo da Vinci"."""
+    """True if one answer contains the words of the other: "Leonardo" and "Leonardo da Vinci"."""
     short, long = sorted((re.findall(r"\w+", _text(text).casefold()) for text in (one, other)), key=len)
     return bool(short) and f" {' '.join(short)} " in f" {' '.join(long)} "
 

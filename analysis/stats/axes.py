@@ -46,7 +46,7 @@ class Axis:
     it does not make old results foreign."""
 
     def counts(self, values: Mapping[str, Any]) -> bool:
-        """Whether this axis changes anything beside these values of the others; an absent one is at its default."""
+        """True if this axis changes anything beside these values of the others; an absent one is at its default."""
         if self.only is None:
             return True
         other, where = AXIS[self.only[0]], self.only[1]
@@ -63,7 +63,7 @@ class Axis:
         return f"{kind} {said}".rstrip()
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value of the right type is valid."""
+        """True if the value is valid."""
         if self.choices:
             return value in self.choices
         if self.type is str:

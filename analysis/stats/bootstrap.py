@@ -37,7 +37,7 @@ class MeasuredAgain:
     """95% interval. The best of many noisy settings reads high, so the draws lie above the measured hypervolume by about
     as much as that lies above the truth; the interval is mirrored to take this off (the basic bootstrap)."""
     by_edit: bool
-    """Whether the edits were drawn again for all settings."""
+    """True if the edits were drawn again for all settings."""
     draws: int = 0
 
 

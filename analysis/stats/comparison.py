@@ -25,7 +25,7 @@ Position = tuple[int, str]
 
 @dataclass(frozen=True)
 class Measured:
-    """A study and what came of it, as `analysis.page.report.render_report` takes them."""
+    """A study and its results, as `analysis.page.report.render_report` takes them."""
 
     study: Mapping[str, Any]
     results: pd.DataFrame
@@ -153,7 +153,7 @@ def cautions(found: Comparison) -> list[str]:
 
 
 def moved(found: Comparison) -> list[str]:
-    """Whether the pick moved, and what the other's pick would cost: sentences."""
+    """Sentences on whether the pick moved, and what the other study's pick would cost."""
     picks = [pick for pick in found.picks if pick is not None]
     if len(picks) < 2:
         return ["One of the two has no pick."]

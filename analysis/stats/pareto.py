@@ -25,7 +25,7 @@ class ParetoFront:
     points: tuple[tuple[float, ...], ...]
     """One value per objective, for each trial."""
     hypervolume: float
-    """Of the region between the front and `reference`; 0.0 for an empty front."""
+    """Volume between the front and `reference`; 0.0 for an empty front."""
     reference: tuple[float, ...]
     """The worst values possible (0, or -1 for capability_change), so that hypervolumes of several studies compare."""
 

@@ -106,7 +106,7 @@ class _Case:
     settings: pd.DataFrame
     pick: Recommendation
     row: Mapping[str, Any]
-    """Of the pick in `settings`."""
+    """The pick's row of `settings`."""
     baseline: Mapping[str, float]
     findings: Mapping[str, float]
     fixed: Collection[str]
@@ -130,7 +130,7 @@ class _Case:
 
     @property
     def losses(self) -> list[float]:
-        """Of the pick's lowest seed."""
+        """Finite losses of the pick's lowest seed."""
         return [loss for loss in self.row["epoch_losses"] if math.isfinite(loss)]
 
     def first(self, *changes: tuple[str, str, Any]) -> tuple[str, str, Any]:
@@ -338,7 +338,7 @@ def _fights(case: _Case) -> Iterator[Signature]:
 
 
 def _overwritten(case: _Case) -> bool:
-    """Whether edits that were learnt one batch after the other are lost in the end."""
+    """True if edits that were learnt one batch after the other are lost in the end."""
     trained, losses = case.metric("trained_loss"), case.losses
     learnt = bool(losses) and float(np.mean(losses)) < LEARNT
     return case.value("pipeline") == "depth_first" and learnt and trained > LEARNT and len(losses) > 1

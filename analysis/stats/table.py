@@ -47,7 +47,7 @@ _KINDS = {int: INTEGER, float: NUMBER, str: TEXT}
 _MEASURED = {
     # how well the edits took: fractions in [0, 1] of prompts, means over the formats that they were asked in
     "reliability": Column(NUMBER, "edit prompts answered with the target, by generation (also reliability.FORMAT)"),
-    "generalization": Column(NUMBER, "the same of rephrased prompts (also generalization.FORMAT)"),
+    "generalization": Column(NUMBER, "the same for rephrased prompts (also generalization.FORMAT)"),
     "reliability_tf": Column(NUMBER, "reliability by teacher forcing, which reads higher"),
     "generalization_tf": Column(NUMBER, "generalization by teacher forcing"),
     "portability": Column(NUMBER, "questions that follow from the edits answered right (also portability.FORMAT)"),
@@ -220,7 +220,7 @@ def pack_right(right: Sequence[bool] | Sequence[Sequence[bool]]) -> str | None:
 
 
 def unpack_right(text: str) -> np.ndarray:
-    """(E,) float64: the share of the formats in which each edit was answered right, of what `pack_right` packed."""
+    """(E,) float64: the share of formats in which each edit was answered right. The inverse of `pack_right`, but for the formats."""
     shape, _, packed = text.partition(":")
     edits, _, formats = shape.partition("x")
     bits = np.frombuffer(zlib.decompress(base64.b85decode(packed)), dtype=np.uint8)
@@ -251,7 +251,7 @@ def is_part(name: str) -> bool:
 
 
 def is_fraction(name: str) -> bool:
-    """Whether a metric is a mean over edits, in [0, 1]."""
+    """True if a metric is a mean over edits, in [0, 1]."""
     return name in (*FRACTIONS, *MORE_FRACTIONS) or (is_part(name) and not name.startswith("capability."))
 
 
@@ -261,7 +261,7 @@ def part_columns(results: pd.DataFrame) -> tuple[str, ...]:
 
 
 def has_values(results: pd.DataFrame, column: str) -> bool:
-    """Whether any trial has a finite value of this metric."""
+    """True if any trial has a finite value of this metric."""
     return column in results.columns and bool(np.isfinite(results[column].astype("float64")).any())
 
 
@@ -387,7 +387,7 @@ def seed_error(row: Mapping[str, Any], name: str) -> float:
 
 
 def standard_error(row: Mapping[str, Any], name: str) -> float:
-    """Of a metric; NaN where it is not known."""
+    """Standard error of a metric; NaN if it is not known."""
     if is_fraction(name):
         return math.hypot(proportion_se(row.get(name, math.nan), row.get("n_edits", math.nan)), seed_error(row, name))
     if name in ("capability", "capability_change"):

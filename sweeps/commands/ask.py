@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def ask(
     model: ModelArgument,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to go on with, or questions.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue, or questions.")],
     load: LoadOptions,
     delta: Annotated[str | None, typer.Option(help=f"{DELTA_HELP} Its answers stand beside the model's own.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 64,

@@ -128,7 +128,7 @@ def _summary(
     measured: "Measurement",
     batch: "Batch",
 ) -> dict[str, Any]:
-    """What was edited and what came of it, written into the folder with the delta, its ledger and the answers."""
+    """Write the delta, its ledger, the answers and edit.json into the folder; returns the content of edit.json."""
     from locft.data.ledger import FILE_NAME
     from locft.train.formats import asked
 

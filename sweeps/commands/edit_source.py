@@ -67,11 +67,11 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class ContinueOptions:
-    """What the edit goes on with."""
+    """An earlier edit to continue."""
 
     onto: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Go on with the edit in this folder: one delta of all edits so far."),
+        typer.Option(metavar="FOLDER", help="Continue the edit in this folder: one delta of all edits so far."),
     ] = None
     without: Annotated[
         str | None, typer.Option(metavar="IDS", help="With --onto: take these edits back, separated by commas.")
@@ -87,7 +87,7 @@ class ContinueOptions:
     ] = None
 
     def earlier(self, folder: Path, source: SourceOptions, training: Any) -> "EarlierEdit | None":
-        """What is gone on with; None for an edit of its own. Raises InputError with every option that does not fit."""
+        """The edit to continue; None for a new one. Raises InputError with every option that does not fit."""
         named = self.onto or self.consolidate
         problems = list(self._unfit())
         if named:
@@ -193,7 +193,7 @@ class Batch:
     """The earlier edits that still hold."""
     retracted: tuple["EditRequest", ...] = ()
     delta: "EditDelta | None" = None
-    """Of the earlier edits; None where training starts at the base."""
+    """The earlier edits' delta; None if training starts at the base."""
     seconds: float = math.inf
     """At most, for training."""
 
@@ -244,8 +244,8 @@ class Batch:
             yield f"Not yet right in every format: {', '.join(missing)}"
 
     def came_of_it(self, measured: "Measurement") -> dict[str, Any]:
-        """Of an edit that goes on with another: reliability of new and of earlier edits (of the sample), and the ids of new
-        ones that are not right in every asked format."""
+        """For an edit that goes on with another: reliability of new and of sampled earlier edits, and the ids of new ones that
+        are not right in every asked format."""
         if self.delta is None:
             return {}
         fresh = {request.id for request in self.new}

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sweeps.commands.settings import EditSettings
 
     Measure = Callable[[EditDelta], tuple[dict[str, float], set[tuple[str, str]]]]
-    """Of a delta: metrics, and which edits are right in which format."""
+    """Takes a delta; returns its metrics, and which edits are right in which format."""
 
 PEFT, FORMATS = "peft", ("peft", "axolotl", "trl", "llamafactory")
 DRIFT = 1.1
@@ -43,7 +43,7 @@ DRIFT = 1.1
 KEPT = 0.99
 """Share of the change's norm that an adapter has to keep where no edits are asked."""
 TOLD = ("learning_rate", "batch_size", "epochs", "seed", "precision")
-"""Of the settings of an edit, those that every trainer has."""
+"""The settings of an edit that every trainer has."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,12 @@ class ExportOptions:
 
     rank: Annotated[
         str | None,
-        typer.Option("--rank", help="Of the adapter; of several, such as 16,64,256, the smallest that holds."),
+        typer.Option(
+            "--rank", help="Rank of the adapter; of several, such as 16,64,256, the smallest that keeps the edit."
+        ),
     ] = None
     edits: Annotated[
-        str | None, typer.Option(help=f"To ask at every rank, or to write beside the configuration. {EDITS_HELP}")
+        str | None, typer.Option(help=f"Edits to ask at every rank, or to write beside the configuration. {EDITS_HELP}")
     ] = None
     limit: LimitOption = None
     field_map: MapOption = None
@@ -83,7 +85,7 @@ class Row:
     """Edits that are no longer right in an asked format in which they were; None where none are asked, or none were right."""
 
     def holds(self, own: "Row") -> bool:
-        """Whether this is as good as the edit itself."""
+        """True if this is as good as the edit itself."""
         held = self.kept >= KEPT if self.lost is None else self.lost == 0
         return held and self.metrics.get("drift_kl", math.inf) <= DRIFT * own.metrics.get("drift_kl", math.inf)
 

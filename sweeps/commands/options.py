@@ -42,7 +42,7 @@ MapOption = Annotated[
     typer.Option(
         "--map",
         metavar="FIELD=KEY",
-        help="Where the edit file has what no layout knows: prompt=question, rephrases=q1,q2, locality.prompt=near. Repeatable.",
+        help="Keys of an edit file in no known layout: prompt=question, rephrases=q1,q2, locality.prompt=near. Repeatable.",
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
@@ -67,7 +67,7 @@ class LoadOptions:
     """How the model is loaded and where it computes; None where an option is not given."""
 
     dtype: Annotated[
-        str | None, typer.Option(help="Of the frozen weights: float32 (default), bfloat16 or float16.")
+        str | None, typer.Option(help="Data type of the frozen weights: float32 (default), bfloat16 or float16.")
     ] = None
     device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda or cuda:N.")] = None
     threads: ThreadsOption = None
@@ -148,7 +148,7 @@ def optional_edits(source: str | None, limit: int | None, field_map: Sequence[st
 
 
 DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", **ONE_EDIT}
-"""Of options of `locft edit`, where its defaults (`TrainingSettings`) are not those of the axes."""
+"""Defaults of `locft edit`'s options that differ from those of the axes."""
 
 
 def _training_option(axis: Axis) -> tuple[str, Any, None]:

@@ -29,7 +29,7 @@ class EditSettings:
     edits: Edits
     ask_formats: tuple[str, ...]
     model_fingerprint: str | None
-    """Of the model that the trial or the position file is about; None if there is neither."""
+    """Fingerprint of the trial's or the position file's model; None if there is neither."""
     run_id: str | None
     """MLflow run of the trial or of the position file; None if there is neither."""
     capability: Capability = field(default_factory=Capability)

@@ -212,10 +212,10 @@ class SelectionOptions:
     limit: LimitOption = None
     field_map: MapOption = None
     budget_share: Annotated[
-        float | None, typer.Option(help="Of the estimated cost of the full grid; default 0.1.", metavar="SHARE")
+        float | None, typer.Option(help="Share of the full grid's estimated cost; default 0.1.", metavar="SHARE")
     ] = None
-    budget_minutes: Annotated[float | None, typer.Option(help="By the clock, everything included.")] = None
-    seed: Annotated[int, typer.Option(min=0, help="Of samples and draws.")] = 0
+    budget_minutes: Annotated[float | None, typer.Option(help="Wall-clock minutes, everything included.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of samples and draws.")] = 0
     prior: Annotated[
         Path | None, typer.Option(help="Position file of another model, whose relative depth is tried early.")
     ] = None
@@ -244,7 +244,7 @@ class SelectionOptions:
         return replace(request, command=typed())
 
     def edits_words(self) -> list[str]:
-        """What a command behind --edits takes to make the same edits."""
+        """The values of --edits, --limit and --map that name the same edits in another command."""
         limit = [] if self.limit is None else ["--limit", str(self.limit)]
         return [self.edits, *limit, *(word for one in self.field_map or () for word in ("--map", one))]
 

@@ -28,7 +28,7 @@ class Reporter(Protocol):
     """Hears what happens to trials; called in the driver, one call at a time (`note` also from another thread)."""
 
     def note(self, text: str) -> None:
-        """Something that whoever waits should know."""
+        """Something that a waiting user should know."""
 
     def started(self, running: int) -> None: ...
 
@@ -44,7 +44,7 @@ class Search(Protocol):
         """The next trial; "wait" when that depends on running ones; None when there is no further one."""
 
     def learn(self, key: str, result: TrialResult | None) -> None:
-        """Hear what came of the trial proposed under this key; None when nothing did."""
+        """Take the result of the trial proposed under this key; None if it brought none."""
 
 
 class ListedTrials:
@@ -57,7 +57,7 @@ class ListedTrials:
         return self._left.popleft() if self._left else None
 
     def learn(self, key: str, result: TrialResult | None) -> None:
-        """Nothing depends on what came of a trial."""
+        """Nothing depends on results."""
 
 
 class Room:
@@ -99,7 +99,7 @@ class _Attempt:
 
 
 class Dispatch:
-    """Hands out trials under the keys of whoever runs them, and hears what came of each."""
+    """Hands out trials under the keys of their workers, and takes in how each ended."""
 
     def __init__(self, search: Search, room: Room):
         self._search, self._room = search, room
@@ -135,7 +135,7 @@ class Dispatch:
         self._search.learn(self._running.pop(key).proposal, result)
 
     def given_up(self, key: str) -> None:
-        """Nothing will come of the trial, and its place is free."""
+        """The trial will bring no result, and its place is free."""
         self._search.learn(self._running.pop(key).proposal, None)
 
     def died(self, key: str, *, began: bool = True, out_of_memory: bool = False, with_its_node: bool = False) -> bool:

@@ -199,7 +199,7 @@ class TrialListener(tune.Callback):
         self._running: dict[str, tuple[TrialConfig, Any, float]] = {}
         """By Ray's id of the trial: what it is, its worker, and when it began."""
         self._first_errors: list[str | None] = []
-        """Of the first `SAME_FAILURES` results; None for one that is done."""
+        """Errors of the first `SAME_FAILURES` results; None for a trial that is done."""
         self._given_up: Ending | None = None
         self._told_empty = False
 

@@ -60,7 +60,7 @@ class OptunaSearch:
         return None
 
     def learn(self, key: str, result: TrialResult | None) -> None:
-        """Tell the sampler what came of a proposal; None when nothing did."""
+        """Tell the sampler the result of a proposal; None if it brought none."""
         proposal, trial_id = self._proposed.pop(key)
         self._known[trial_id] = objectives(result) if result else None
         self._tell(proposal, self._known[trial_id])

@@ -355,7 +355,7 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
 
 
 def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
-    """The rough costs, each scaled by the ratio of what these trials took to what it says that they take."""
+    """The rough costs, each scaled by the ratio of these trials' measured to their expected seconds."""
     facts, cpus = prepared.facts, prepared.study.resources.cpus
     measured, expected = Counter[str](), Counter[str]()
     for trial in trials:

@@ -135,7 +135,7 @@ def idle_axes(study: Study) -> tuple[str, ...]:
 
 
 def study_id(study: Study, facts: StudyFacts) -> str:
-    """12 hexadecimal digits of what makes results comparable: name, model, data, dtype and method.
+    """12 hexadecimal digits that hash what makes results comparable: name, model, data, dtype and method.
 
     Space, search, resources and thresholds are left out, so that a study can be widened and stays the same study.
     """

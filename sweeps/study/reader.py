@@ -24,7 +24,7 @@ Place = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 """A larger file is no study: most likely data or weights were given in its place."""
 OVERRIDES = 10**9
-"""As line number: sorts overrides after every line of the file."""
+"""A line number that sorts overrides after every line of the file."""
 
 _BUILT_IN = ("atlas", "smollm2-135m")
 """Names that are never taken for a path."""
@@ -99,7 +99,7 @@ class _Draft:
     def read(self, text: str, label: str, *, override: bool = False) -> Any:
         """The YAML document as plain data; None, with a problem noted, if it cannot be read.
 
-        label: what the user is told as the place of its values, followed by the line for a file.
+        label: names the source in messages; a file's line follows it.
         """
 
         def origin(mark: Any) -> tuple[int, str]:
@@ -157,7 +157,7 @@ def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
     overrides: "space.layer=[3, 7]": a dotted field, and a value in YAML. A later one wins. Relative paths in a file
     are relative to its folder, those in an override to the working directory; in the result they are absolute.
 
-    Raises `InputError` with every problem: of the file, of the overrides, and of what they make together.
+    Raises `InputError` with every problem of the file, of the overrides, and of their combination.
     """
     text, label, folder = _read(str(name_or_path))
     draft = _Draft()
@@ -299,7 +299,7 @@ def _lay_over(draft: _Draft, override: str) -> None:
 
 
 def _read(name_or_path: str) -> tuple[str, str, Path]:
-    """The text, the file as the user is told, and the folder that relative paths start from."""
+    """The text, the file's name for messages, and the folder that relative paths start from."""
     if name_or_path in ready_studies():
         text = resources.files("sweeps.studies").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
         return text, f"ready study {name_or_path}", Path.cwd()
@@ -325,7 +325,7 @@ def _read(name_or_path: str) -> tuple[str, str, Path]:
 
 
 def _no_such_study(name: str, path: Path) -> str:
-    """A file with nearly that name is suggested first: whoever writes a path means a file."""
+    """Suggests a file with nearly that name first, then a ready study."""
     files = [file for file in _names(path.parent) if file.endswith((".yaml", ".yml"))]
     near = [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     near += difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.4)

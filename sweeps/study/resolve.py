@@ -96,13 +96,13 @@ def _with_formats_of(study: Study, tokenizer: "PreTrainedTokenizerBase") -> tupl
 
 
 def no_chat(model: str, fields: Sequence[str]) -> tuple[str, ...]:
-    """The notice that a format is left out. fields: those, or the options, that name it; none where none does."""
+    """The notice that a format is left out. fields: the fields or options that name it; if none does, there is no notice."""
     named = " and ".join(fields)
     return (f"{named}: the tokenizer of {model} has no chat template, so {CHAT} is left out",) if fields else ()
 
 
 def _data_fingerprint(edits: str, suite: "Suite | None", prose_tokens: int, ask_formats: Sequence[str]) -> str:
-    """Formats count only where they are not the plain one: so the first ids stay."""
+    """Formats count only if they are not the plain one, so that the first ids stay."""
     parts: list[Any] = [edits, suite.fingerprint if suite else None, prose_tokens if suite else None]
     parts += [] if tuple(ask_formats) == (RAW,) else [list(ask_formats)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -115,8 +115,8 @@ def _token_counts(
     study: Study,
     check: Callable[[list[tuple[list[int], int]]], None],
 ) -> dict[str, Any]:
-    """Tokens that training and measuring read, for the estimate. check: takes the tokens of texts that the model reads, and
-    how many it may add to each."""
+    """Tokens that training and measuring read, for the estimate. check: takes pairs of a text's tokens and the number of tokens
+    that may be generated behind it."""
     from locft.measure.generation import NEW_TOKENS
 
     def count(texts: list[str], new_tokens: int = 0) -> int:

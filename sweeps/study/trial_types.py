@@ -1,4 +1,4 @@
-"""The records that flow through a study: what is known of model and data, what a trial is, and what came of it.
+"""The records that flow through a study: what is known of model and data, a trial's configuration, and its result.
 
 A trial is identified by its content: `TrialConfig.id` hashes everything that can change the result (position, settings, the
 fingerprints of model and data, the version of the method) and nothing else. So finished trials are recognised, and the same
@@ -89,20 +89,20 @@ class StudyFacts:
     precision: str
     """In which training computes: float32 or bfloat16."""
     parameters: int
-    """Of the whole model; tied weights once."""
+    """Of the whole model; tied weights count once."""
     layer_parameters: int
-    """Of one layer (mean)."""
+    """Mean over the layers."""
     head_parameters: int
     """Of the output projection: vocabulary x hidden, tied or not."""
     vocabulary: int
     trained_parameters: Mapping[str, int] = field(default_factory=dict)
     """By position ("22.mlp_down"); an absent one counts as a whole layer."""
     edit_tokens: int = 0
-    """Of all edit rows together: one epoch."""
+    """Tokens of one epoch over all edits."""
     evaluation_tokens: int = 0
-    """Read and generated to evaluate all edits once."""
+    """Tokens read and generated to evaluate all edits once."""
     capability_tokens: int = 0
-    """Read to measure capability once, prose included."""
+    """Tokens read to measure capability once, prose included."""
     row_sizes: Mapping[str, float] = field(default_factory=dict)
     """By trained format: tokens of the edit rows in it, relative to `edit_tokens`; an absent one counts as 1."""
 
@@ -118,13 +118,13 @@ class TrialInputs:
 
     model: str
     model_fingerprint: str
-    """Of the weights that the study is planned on."""
+    """Hash of the weights that the study is planned on."""
     dtype: str
     device: str
     edits: "EditSet"
     suite: "Suite | None"
     prose_tokens: int
-    """Of prose for drift and perplexity."""
+    """Tokens of prose for drift and perplexity."""
     threads: int
     """CPU threads of torch in the worker."""
     layers: tuple[int, ...] = ()
@@ -132,11 +132,11 @@ class TrialInputs:
     spread: bool = False
     """The model's layers are divided among the GPUs of a trial."""
     ask_formats: tuple[str, ...] = (RAW,)
-    """The forms in which questions about the edits are put."""
+    """The formats in which questions about the edits are asked."""
 
     @property
     def key(self) -> tuple:
-        """Equal for inputs that the same workbench can serve: first the model's part, then that of the data."""
+        """Equal for inputs that the same workbench can serve."""
         suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
         model = (self.model, self.model_fingerprint, self.dtype, self.device, self.threads, self.spread)
         return (model, self.edits.fingerprint, suite, self.ask_formats)

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 def _retry(call: Callable[[], T], say: Callable[[str], None], give_up: Callable[[float], bool]) -> T:
     """Call a function that needs the store until the store answers; returns what the function does.
 
-    say: is told when the store goes away and when it is back. give_up: waits that many seconds; True ends the attempts. Raises
+    say: called when the store goes away and when it is back. give_up: waits the given seconds; True ends the attempts. Raises
     TrackingError then, and Refused at once.
     """
     away_since = None
@@ -174,7 +174,7 @@ class Recorder:
         self._reporter.retried(config, cause)
 
     def finished(self, result: TrialResult, running: int) -> None:
-        """Returns at once. A result that the disk does not take is in memory only, and the reporter is told."""
+        """Returns at once. A result that cannot be written to disk stays in memory, and the reporter is told."""
         result = replace(result, retried=self._lost.pop(result.config.id, ()))
         try:
             self._outbox.keep(result)

@@ -28,7 +28,7 @@ LOGGED = "edited-model"
 """Name and type of the logged models of edits: a run has one for each that is registered, since it may be repeated with
 other settings. MLflow takes a model of a run for its artifacts of the same name, so it is not "edit", as folders were before."""
 ALIAS = "chosen"
-"""Of an edit that somebody registered. A study's pick has an alias of its own (`study_alias`)."""
+"""The alias of an edit that a user registered. A study's pick has its own (`study_alias`)."""
 
 
 def registered_name(kind: str, model: str) -> str:
@@ -60,8 +60,8 @@ def add_version(
 ) -> str:
     """Adds a version to a registered model, which is created when it is new; returns its address "models:/NAME@ALIAS".
 
-    about, description: of the registered model and of the version. source: the artifacts' address, or that of a logged model. alias: points to the
-    new version from now on. Raises what MLflow raises.
+    about, description: of the registered model and the version. source: address of the artifacts, or of a logged model. alias:
+    will point to the new version. Raises what MLflow raises.
     """
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=about)

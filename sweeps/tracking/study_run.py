@@ -42,7 +42,7 @@ class Tracker:
         self.experiment_id = experiment_id
         self.study_id = study_id
         self._model_id = ""
-        """Of the unedited model in the experiment; empty until it is linked to a run."""
+        """Id of the experiment's unedited model; empty until it is linked to a run."""
 
     @classmethod
     def open(cls, uri: str, name: str, study_id: str) -> "Tracker":
