@@ -68,9 +68,10 @@ def driver_of(tracker: Tracker | None) -> Driver | None:
     next driver ends.
     """
     text = tracker.tag(DRIVER_TAG) if tracker else None
-    if not text:
+    try:
+        driver = Driver(**json.loads(text or "{}"))
+    except (ValueError, TypeError):  # no tag, or that of an earlier version
         return None
-    driver = Driver(**json.loads(text))
     if driver.host == socket.gethostname():
         try:
             created = psutil.Process(driver.process).create_time()

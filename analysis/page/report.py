@@ -15,7 +15,6 @@ import jinja2
 import pandas as pd
 
 from analysis.page import gallery, sentences, tables
-from analysis.page.explorer import explorer
 from analysis.page.how_found import HowFound, rung_rows
 from analysis.page.wrong_answers import WrongAnswers, wrong_answers
 from analysis.stats.bootstrap import MeasuredAgain, measured_again
@@ -168,7 +167,7 @@ def _explored(
     trials = tables.trial_table(everything, pick.trial_ids if pick else ())
     drawn = [*shown["plots"], *filter(None, [(shown["compared"] or {}).get("plot")])]
     visible = trials.trials.union(*(plot.trials for plot in drawn))
-    controls = explorer(everything, settings, {trial: place for trial, (place, _) in wrong.items()}, visible)
+    controls = tables.explorer(everything, settings, {trial: place for trial, (place, _) in wrong.items()}, visible)
     data = gallery.script_json(controls)
     return {"trials": trials, "n_trials": len(everything), "explorer": controls, "explore_data": data}
 

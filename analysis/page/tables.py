@@ -1,4 +1,4 @@
-"""The tables of the report: which rows and columns, and how each cell reads."""
+"""The tables of the report: which rows and columns, and how each cell reads; and the settings that its controls choose from."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +12,8 @@ from analysis.page.wrong_answers import WrongAnswers
 from analysis.stats.axes import AXIS, SWEPT, named_axes
 from analysis.stats.comparison import Comparison, place_of
 from analysis.stats.formats import by_format, format_title
-from analysis.stats.pick import Recommendation
+from analysis.stats.pareto import SAME
+from analysis.stats.pick import DRIFT_MARGIN, Recommendation, evidence_of, preference, ranked
 from analysis.stats.table import (
     FRACTIONS,
     TITLES,
@@ -236,3 +237,61 @@ def _both(metric: str, pair: Sequence[Mapping[str, Any]]) -> list[str]:
 def _signed(value: float, digits: int = 2) -> str:
     text = f"{abs(value):.{digits}f}"
     return (MINUS if value < 0 and float(text) else "") + text
+
+
+FIELDS = (
+    "ids", "layer", "module", "run", "misses", "reliable", "reliability", "generalization", "change", "high", "drift",
+)  # fmt: skip
+"""Of a setting in `explorer`."""
+
+
+def explorer(
+    results: pd.DataFrame, settings: pd.DataFrame, misses: Mapping[str, int], shown: Collection[str]
+) -> dict[str, Any] | None:
+    """What the controls above the figures need; None if fewer than two settings can be picked.
+
+    The script (`explore.js`) applies the last steps of the rule to the settings that the controls leave: enough reliability, no
+    loss of capability, drift within the margin, then the first in the order of generalization. With a floor of reliability that
+    gives `analysis.stats.pick.recommend` of these settings; without one, reliable is what is so in the whole study.
+
+    misses: trial_id -> number of the list of its wrong answers. shown: the trials that figures and tables show.
+
+    Returns modules and layers; floor (the least reliability among the reliable settings), best (reliability), margin (of
+    drift) and same (what counts as a tie); fields, and settings with a list of these each: the trial ids, the module by
+    its index, the number of the list of its wrong answers or None, in the order of the rule's last step; others: what else
+    is shown (failed and diverged trials, those of another study), each as id, layer and index of the module.
+    """
+    rows = ranked(settings)
+    if len(rows) < 2:
+        return None
+    modules = tuple(dict.fromkeys(map(str, results["module"])))
+    layers = tuple(sorted({int(layer) for layer in results["layer"]}))
+    index = {name: place for place, name in enumerate(modules)}
+    evidence = evidence_of(rows)
+    measured = (evidence.reliability, evidence.generalization, evidence.change, evidence.change_high, evidence.drift)
+    columns = (rows[name] for name in ("trial_ids", "layer", "module", "run_id", "reliable"))
+    listed = list(zip(*columns, *measured, strict=True))
+    ordered = [listed[place] for place in preference(evidence)]
+    others = set(shown).difference(*rows["trial_ids"])
+    return {
+        "modules": modules,
+        "layers": layers,
+        "floor": float(rows.loc[rows["reliable"], "reliability"].min()),
+        "best": float(evidence.reliability.max()),
+        "margin": DRIFT_MARGIN,
+        "same": SAME,
+        "fields": FIELDS,
+        "settings": [
+            [ids, int(layer), index[str(module)], run, misses.get(ids[0]), int(reliable), *map(_rounded, numbers)]
+            for ids, layer, module, run, reliable, *numbers in ordered
+        ],
+        "others": [
+            [trial, int(layer), index[str(module)]]
+            for trial, layer, module in zip(results["trial_id"], results["layer"], results["module"], strict=True)
+            if trial in others
+        ],
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return round(float(value), 9) if math.isfinite(value) else None

@@ -15,11 +15,9 @@ from typing import Annotated, Literal
 import typer
 
 from locft.errors import InputError
-from sweeps.commands.ask import ask
 from sweeps.commands.console import complain, notice, print_json, say
-from sweeps.commands.edit import apply, bench, edit, positions
-from sweeps.commands.edits import edits
-from sweeps.commands.evaluate import evaluate
+from sweeps.commands.edit import apply, bench, edit, edits, positions
+from sweeps.commands.evaluate import ask, evaluate
 from sweeps.commands.export import export
 from sweeps.commands.options import INTERRUPTED, JsonOption, UriOption, grouped
 from sweeps.commands.study import plan, report, select, status, sweep
