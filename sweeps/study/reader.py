@@ -160,25 +160,22 @@ def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
     Raises `InputError` with every problem of the file, of the overrides, and of their combination.
     """
     text, label, folder = _read(str(name_or_path))
-    draft = _Draft()
+    draft, study = _Draft(), None
     tree = draft.read(text, label)
-    readable = isinstance(tree, dict)
-    if readable:
+    if isinstance(tree, dict):
         draft.tree = _with_paths(tree, folder)
     elif not draft.problems:
         expected = "a mapping with keys such as name, model, edits and space"
         draft.problems.append((1, f"{label}:1: {wrong_value(tree, expected)}"))
     for override in overrides:
         _lay_over(draft, override)
-    study = None
-    if readable:
+    if isinstance(tree, dict):
         for place, holder in _named_files(draft.tree):
             if _is_path(holder[place[-1]]) and not _exists(path := Path(holder[place[-1]])):
                 draft.add(place, f"no such file: {path}{_nearest_file(path)}")
         study = _validated(draft)
     if draft.problems or study is None:
-        in_order = sorted(draft.problems, key=lambda problem: problem[0])
-        raise InputError([message for _, message in in_order])
+        raise InputError([message for _, message in sorted(draft.problems, key=lambda problem: problem[0])])
     return study
 
 
@@ -196,8 +193,8 @@ def study_from_yaml(text: str) -> Study:
 def _validated(draft: _Draft) -> Study | None:
     """The study; None, with problems noted, if it is not valid.
 
-    Contradictions show only once every field is valid, so the rest is checked again without the fields at fault. A
-    contradiction that involves one of those is not told: it may go away with the correction.
+    Contradictions show only once every field is valid, so the rest is checked again without the fields at fault. Contradictions
+    with one of those are left out, since they may go away with the correction.
     """
     try:
         return Study.model_validate(draft.tree)
@@ -279,14 +276,13 @@ def _lay_over(draft: _Draft, override: str) -> None:
     if not equals or not all(keys):
         draft.problems.append((OVERRIDES, f"--set {override}: expected field=value, such as space.layer=[3,7]"))
         return
-    told = len(draft.problems)
-    value = draft.read(text, label, override=True)
-    if value is None and len(draft.problems) > told:
+    known = len(draft.problems)
+    new: Any = draft.read(text, label, override=True)
+    if len(draft.problems) > known:
         return
-    nested: Any = value
     for part in reversed(keys):
-        nested = {part: nested}
-    new, at = _with_paths(nested, Path.cwd()), draft.tree
+        new = {part: new}
+    new, at = _with_paths(new, Path.cwd()), draft.tree
     for depth, part in enumerate(keys[:-1], start=1):
         if not isinstance(at.get(part), dict):  # such as layer: all, when space.layer.every is set
             at[part] = {}
