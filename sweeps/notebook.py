@@ -17,7 +17,7 @@ from analysis.figures.curves import loss_figure, loss_info
 from analysis.figures.front import front_figure, front_info
 from analysis.figures.maps import heatmap_figure, heatmap_info
 from analysis.stats.pick import recommend
-from analysis.stats.table import TITLES, has_values
+from analysis.stats.table import TITLES, done, has_values
 from sweeps.answer import foresee, read_state
 from sweeps.commands.options import prepared_study
 from sweeps.commands.progress import Progress
@@ -55,8 +55,7 @@ def run_study(
     def show(state):
         if reporter is not None:
             return nullcontext(reporter)
-        done = state.results[state.results["status"] == "done"]
-        return Progress(prepared.study.name, foresee(prepared, store), done.to_dict("records"))
+        return Progress(prepared.study.name, foresee(prepared, store), done(state.results).to_dict("records"))
 
     return run_sweep(prepared, store, address=address, show=show, register=register)
 

@@ -203,9 +203,8 @@ def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
         text = change_with_interval(*item.difference)
         if item.metric == "drift_kl":
             gap, low, high = item.difference
-            text = f"{_signed(gap, 3)} nats" + (
-                f" [{_signed(low, 3)}, {_signed(high, 3)}]" if math.isfinite(low) else ""
-            )
+            text = f"{_signed(gap, 3)} nats"
+            text += f" [{_signed(low, 3)}, {_signed(high, 3)}]" if math.isfinite(low) else ""
         rows.append((TITLES[item.metric], rank, text))
     return rows
 
@@ -216,14 +215,13 @@ def shared_rows(found: Comparison) -> list[dict[str, Any]]:
     rows = []
     for pair in found.shared:
         places = [place_of(row) for row in pair]
+        picks = [pick is not None and pick.position == at for pick, at in zip(found.picks, places, strict=True)]
         rows.append(
             {
                 "position": places[0] + (f" / {places[1]}" if found.by_depth else ""),
                 "trial_id": pair[0]["trial_id"],
                 "cells": [_both(item.metric, pair) for item in found.agreements],
-                "picks": [
-                    pick is not None and pick.position == at for pick, at in zip(found.picks, places, strict=True)
-                ],
+                "picks": picks,
             }
         )
     return sorted(rows, key=lambda row: -sum(row["picks"]))[:MAX_SHARED]

@@ -103,11 +103,11 @@ def evidence_of(settings: pd.DataFrame) -> Evidence:
     """From rows of `by_setting(results)`."""
 
     def column(name: str) -> np.ndarray:
-        found = settings[name].to_numpy("float64") if name in settings else np.full(len(settings), math.nan)
+        found = settings[name].to_numpy("float64")
         return np.where(np.isfinite(found), found, math.nan)
 
     change, high = column("capability_change"), column("capability_change_high")
-    right = _aligned(settings["right_by_edit"] if "right_by_edit" in settings else [None] * len(settings))
+    right = _aligned(settings["right_by_edit"])
     return Evidence(
         reliability=column("reliability"),
         generalization=column("generalization"),
@@ -171,12 +171,14 @@ def recommend(results: pd.DataFrame, floor: float | None = None) -> Recommendati
     rows = ranked(by_setting(results), floor)
     if rows.empty or not rows["reliable"].any():
         return None
-    pick = rows.iloc[0].to_dict()
+    pick = rows.to_dict("records")[0]
+    settings = {name: pick[name] for name in SETTING if not pd.isna(pick[name])}
+    measured = [*METRICS, *filter(is_part, pick), "reliability_se", *SPREADS, "n_seeds"]
     return Recommendation(
         trial_id=pick["trial_id"],
         position=f"{pick['layer']}.{pick['module']}",
-        settings={name: _plain(pick[name]) for name in SETTING if not pd.isna(pick[name])} | {"seeds": pick["seeds"]},
-        metrics=_metrics_of(pick),
+        settings=settings | {"seeds": pick["seeds"]},
+        metrics={name: float(pick[name]) for name in measured if math.isfinite(pick[name])},
         rule=RULE if floor is None else _RULE.format(f"at least {percent(floor)} reliable"),
         runner_up=None if len(rows) < 2 else rows["trial_id"][1],
         reasons=_reasons(rows, floor),
@@ -208,9 +210,8 @@ def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:
         worse[paired] = ((difference < -SAME) @ evidence.counts)[paired]
         better[paired] = ((difference > SAME) @ evidence.counts)[paired]
     reliable = np.zeros(len(gap), dtype=bool)
-    reliable[near] = (
-        bdtr(better, worse + better, 0.5) >= LEVEL
-    )  # the chance of so few better ones among those that differ
+    # the chance of so few better ones among those that differ
+    reliable[near] = bdtr(better, worse + better, 0.5) >= LEVEL
     return reliable
 
 
@@ -227,34 +228,21 @@ def _aligned(right: Iterable[np.ndarray | None]) -> np.ndarray:
     """(S, E) of the answers by edit; NaN for settings without answers, or with answers to fewer edits than others."""
     known = [row if isinstance(row, np.ndarray) else np.empty(0) for row in right]
     edits = max((len(row) for row in known), default=0)
-    return np.array([row if len(row) == edits else np.full(edits, math.nan) for row in known]).reshape(
-        len(known), edits
-    )
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
-    names = [*METRICS, *filter(is_part, row), "reliability_se", *SPREADS, "n_seeds"]
-    return {name: float(row[name]) for name in names if math.isfinite(row[name])}
+    rows = [row if len(row) == edits else np.full(edits, math.nan) for row in known]
+    return np.array(rows).reshape(len(rows), edits)
 
 
 def _reasons(rows: pd.DataFrame, floor: float | None) -> tuple[str, ...]:
     """rows: as `ranked` gives them, the pick first."""
-    pick, n = rows.iloc[0], len(rows)
-    reasons = []
-    if n == 1:
-        reasons.append("It is the only setting with a result.")
-    else:
+    pick, reasons = rows.iloc[0], ["It is the only setting with a result."]
+    if len(rows) > 1:
         reliable, able, gentle = (int(rows[name].sum()) for name in ("reliable", "able", "gentle"))
         asked = "about as reliable as the best" if floor is None else "as reliable as that"
-        reasons.append(
-            f"Of {n} settings, {reliable} {'is' if reliable == 1 else 'are'} {asked}; {able} of them"
+        reasons = [
+            f"Of {len(rows)} settings, {reliable} {'is' if reliable == 1 else 'are'} {asked}; {able} of them"
             f" {'shows' if able == 1 else 'show'} no loss of capability, and {gentle} of those"
             f" {'is' if gentle == 1 else 'are'} within the margin of drift."
-        )
+        ]
         best = rows.loc[rows["reliability"].idxmax()]
         if pick["reliability"] >= best["reliability"] - SAME:
             reasons.append("The pick has the best reliability as well.")

@@ -88,6 +88,7 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Run STUDY. The same command again runs only what is not done yet."""
+    from analysis.stats.table import done
     from sweeps.answer import foresee
     from sweeps.commands.progress import Progress
     from sweeps.sweep import run_sweep
@@ -107,17 +108,16 @@ def sweep(
 
             expected = forecast.on(nodes_there())
             notice(f"to run: {expectation(expected, 'on the cluster')}")
-        done = state.results[state.results["status"] == "done"]
-        return Progress(prepared.study.name, expected, done.to_dict("records"))
+        return Progress(prepared.study.name, expected, done(state.results).to_dict("records"))
 
     with redirect_stdout(sys.stderr):  # Ray prints on standard output
-        done = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
-    state, ending = done.state, done.ending
-    write(report_file, done.answer.report_html)
-    told = {"ending": ending, "registered": done.registered}
-    print_answer(state, done.answer, report_file, done.tracking_uri, as_json, **told)
-    if done.not_registered:
-        notice(f"the pick's edit is not in the model registry: {done.not_registered}")
+        ran = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
+    state, ending = ran.state, ran.ending
+    write(report_file, ran.answer.report_html)
+    told = {"ending": ending, "registered": ran.registered}
+    print_answer(state, ran.answer, report_file, ran.tracking_uri, as_json, **told)
+    if ran.not_registered:
+        notice(f"the pick's edit is not in the model registry: {ran.not_registered}")
     if ending == "out_of_time" or (ending == "complete" and state.left > state.failed):
         left = f"the budget ended the study with {state.left} trials left"
         notice(f"{left}; the same command with a larger budget continues it")
