@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,84 +54,66 @@ def gallery(
     pick: str | None,
     chances: Mapping[str, float],
     keep: Collection[str] = (),
-) -> list[Plot]:
+) -> Iterator[Plot]:
     """The figures that these results can fill, in reading order. chances: of being on the front, by trial_id. keep:
-    settings to draw where there are too many to draw all, beside front and pick."""
+    settings to draw if there are too many to draw all, beside front and pick."""
     shown = front_info(results, objectives=front.objectives, baseline=baseline, pick=pick, chances=chances, keep=keep)
-    plots = [_front_plot(shown)] if shown.points else []
-    shown_maps = [name for name in ("reliability", "generalization", "capability_change") if has_values(results, name)]
-    for metric in shown_maps if results[["layer", "module"]].drop_duplicates().shape[0] > 1 else ():
-        title = TITLES[metric].capitalize()
-        caption = maps.HEATMAP_CAPTION if metric == shown_maps[0] else ""
+    if shown.points:
+        yield _front_plot(shown)
+    mapped = [name for name in ("reliability", "generalization", "capability_change") if has_values(results, name)]
+    for metric in mapped if results[["layer", "module"]].drop_duplicates().shape[0] > 1 else ():
+        caption = maps.HEATMAP_CAPTION if metric == mapped[0] else ""
         caption = "In percentage points: blue is a gain, orange a loss." if metric == "capability_change" else caption
-        plots.append(
-            page_plot(
-                f"map-{metric.replace('_', '-')}", f"{title} by layer and module",
-                maps.heatmap_figure(maps.heatmap_info(results, metric, pick=pick)), caption,
-                f"Heat map of {TITLES[metric]} over layers and modules; the table of all trials holds the values.",
-            )
+        yield page_plot(
+            f"map-{metric.replace('_', '-')}", f"{TITLES[metric].capitalize()} by layer and module",
+            maps.heatmap_figure(maps.heatmap_info(results, metric, pick=pick)), caption,
+            f"Heat map of {TITLES[metric]} over layers and modules; the table of all trials holds the values.",
         )  # fmt: skip
     losses = curves.loss_info(results, front=front.trial_ids, pick=pick)
     if losses.curves:
         pipeline = f" ({losses.pipeline.replace('_', '-')} trials)" if losses.pipeline else ""
         more = f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
         caption = f"Mean loss over the edits{pipeline}{more}"
-        plots.append(
-            page_plot("losses", "Training loss", curves.loss_figure(losses), caption, "Training loss by epoch.")
-        )
-    plots += _retention_plots(results)
+        yield page_plot("losses", "Training loss", curves.loss_figure(losses), caption, "Training loss by epoch.")
+    if retained := curves.retention_info(results):
+        yield from _stream_plots(retained)
     for metric in ("reliability", "capability"):
         pairs = curves.pipeline_info(results, metric) if has_values(results, metric) else None
-        if pairs is None or not pairs.pairs:
-            continue
-        means = "; ".join(f"batch {size}: {points(gap)} points" for size, gap, _ in pairs.mean_difference)
-        plots.append(
-            page_plot(
+        if pairs and pairs.pairs:
+            means = "; ".join(f"batch {size}: {points(gap)} points" for size, gap, _ in pairs.mean_difference)
+            yield page_plot(
                 f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", curves.pipeline_figure(pairs),
                 f"Pairs that agree in everything else. Mean advantage of breadth-first: {means}."
                 + _left_out(pairs.left_out, "pairs", "the means are of all"),
                 f"{metric.capitalize()} of {plural(len(pairs.pairs), 'pair')} of settings. Mean advantage of"
                 f" breadth-first: {means}.",
                 wide=False,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
     parallel = curves.parallel_info(results, keep={*front.trial_ids, *((pick,) if pick else ()), *keep})
     if len(parallel.trial_ids) > 1:
-        plots.append(
-            page_plot(
-                "parallel", "Everything at once", curves.parallel_figure(parallel),
-                "A line is a setting, coloured by reliability. Drag along an axis to keep the lines that cross there, here"
-                f" and in all figures; click the axis to let go.{_left_out(parallel.left_out, 'settings', DRAWN)}",
-                "Parallel coordinates of settings and metrics; the table of all trials holds the values.",
-                scrolls=True,
-            )
+        yield page_plot(
+            "parallel", "Everything at once", curves.parallel_figure(parallel),
+            "A line is a setting, coloured by reliability. Drag along an axis to keep the lines that cross there, here"
+            f" and in all figures; click the axis to let go.{_left_out(parallel.left_out, 'settings', DRAWN)}",
+            "Parallel coordinates of settings and metrics; the table of all trials holds the values.",
+            scrolls=True,
         )  # fmt: skip
-    return plots
 
 
-def _retention_plots(results: pd.DataFrame) -> list[Plot]:
-    """For a study with streams."""
-    retained = curves.retention_info(results)
-    if not retained:
-        return []
-    plots = [
-        page_plot(
-            "retention", "What a stream retains", curves.retention_figure(retained),
-            "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
-            " right forgets; a level one does not. Dotted: the first tenth, measured again as more arrived.",
-            "Reliability by time of arrival, a line per setting.",
-        )
-    ]  # fmt: skip
+def _stream_plots(retained: Sequence[curves.RetentionCurve]) -> Iterator[Plot]:
+    yield page_plot(
+        "retention", "What a stream retains", curves.retention_figure(retained),
+        "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
+        " right forgets; a level one does not. Dotted: the first tenth, measured again as more arrived.",
+        "Reliability by time of arrival, a line per setting.",
+    )  # fmt: skip
     if any(math.isfinite(curve.seconds) for curve in retained):
-        plots.append(
-            page_plot(
-                "latency", "From arrival to live", curves.latency_figure(retained),
-                "How long the training of what arrived together takes: the median of all arrivals, and a bar to the 95th"
-                " percentile. Replaying earlier edits takes time and keeps them.",
-                "Seconds from arrival to live, a row per setting.",
-            )
+        yield page_plot(
+            "latency", "From arrival to live", curves.latency_figure(retained),
+            "How long the training of what arrived together takes: the median of all arrivals, and a bar to the 95th"
+            " percentile. Replaying earlier edits takes time and keeps them.",
+            "Seconds from arrival to live, a row per setting.",
         )  # fmt: skip
-    return plots
 
 
 def _front_plot(info: FrontInfo) -> Plot:

@@ -44,19 +44,12 @@ def render_report(
 ) -> str:
     """The report as HTML.
 
-    Args:
-        study: name, model, edits_source, n_edits, findings (sentences), capability_source, n_items, trials_planned,
-            trials_done, trials_failed, started, finished (datetime or text), environment (dict), settings_yaml (text),
-            and for the commands that change a setting: command (words), edit_counts, chosen_axes
-            (`analysis.stats.signatures`). All but name and model may be absent.
-        results: the results table (`analysis.stats.table.results_frame`).
-        baseline: metrics of the unedited model (capability, capability.TASK, perplexity, reliability, generalization).
-        outcomes: per prompt: trial_id, edit_id, kind, prompt, expected, got, correct. Of the trials whose wrong answers
-            are to be listed: the pick, the front, and whatever else may be chosen on the page.
-        other: a study to compare this one with.
-        found: how a selection found its answer.
-        plotly_js: put plotly.js in, packed (1.9 MB). Without it the file is small, and figures are drawn only where the
-            page is put into one that has `Plotly`.
+    study: name and model; if known also edits_source, n_edits, findings (sentences), capability_source, n_items, trials_planned,
+    trials_done, trials_failed, started, finished (datetime or text), environment, settings_yaml, and for commands that change a
+    setting command (words), edit_counts, chosen_axes (`analysis.stats.signatures`). baseline: metrics of the unedited model.
+    outcomes: per prompt trial_id, edit_id, kind, prompt, expected, got, correct, of the trials whose wrong answers are to be
+    listed. other: a study to compare with. found: how a selection found its answer. plotly_js: put plotly.js in, packed (1.9
+    MB); without it figures are drawn only if the page is put into one that has `Plotly`.
     """
     if found:  # the grid was never to be run in full
         study = {**study, "trials_planned": None}
@@ -71,31 +64,34 @@ def render_report(
         item.trial_id: (place, item)
         for place, item in enumerate(wrong_answers(outcomes, settings, listed, MAX_MISSES), 1)
     }
-    plots = gallery.gallery(results, front, baseline, pick_id, again.chances, order[:KEPT])
     compared = compare(about, other) if other else None
-    everything = results.assign(on_front=results["trial_id"].map(_by_trial(settings, again.chances)))
-    if compared:
-        frames = zip((everything, compared.studies[1].results), compared.names, strict=True)
-        everything = pd.concat([frame.assign(study=name) for frame, name in frames], ignore_index=True)
+    everything = _everything(results, settings, again.chances, compared)
     weighed = what_matters(results)
     shown = {
         "found": _found(found, results, pick) if found else None,
         "compared": _compared(compared) if compared else None,
         "weighed": gallery.importance_plot(weighed) if weighed.found else None,
-        "plots": plots,
+        "plots": list(gallery.gallery(results, front, baseline, pick_id, again.chances, order[:KEPT])),
     }
+    trials = tables.trial_table(everything, pick.trial_ids if pick else ())
+    drawn = [*shown["plots"], *([shown["compared"]["plot"]] if compared and shown["compared"]["plot"] else [])]
+    visible = trials.trials.union(*(plot.trials for plot in drawn))
+    controls = tables.explorer(everything, settings, {trial: place for trial, (place, _) in wrong.items()}, visible)
     return _PAGES.get_template("report.html").render(
         **_asked(about, found),
         **_answer(about, pick, settings, again, found),
         **_front(settings, front, again, wrong),
-        **_explored(everything, settings, shown, wrong, pick),
         **_failures(results),
         **shown,
         matters=importance_sentences(weighed),
         not_weighed=weighed.not_shown,
         misses=[item for _, item in wrong.values()],
         n_asked=sum(trial == pick_id or trial in front.trial_ids for trial in wrong),
-        plotly_js=gallery.packed_plotly() if plotly_js and (plots or (shown["compared"] or {}).get("plot")) else None,
+        trials=trials,
+        n_trials=len(everything),
+        explorer=controls,
+        explore_data=gallery.script_json(controls),
+        plotly_js=gallery.packed_plotly() if plotly_js and drawn else None,
     )
 
 
@@ -156,26 +152,17 @@ def _front(
     }
 
 
-def _explored(
-    everything: pd.DataFrame,
-    settings: pd.DataFrame,
-    shown: Mapping[str, Any],
-    wrong: Mapping[str, tuple[int, WrongAnswers]],
-    pick: Recommendation | None,
-) -> dict[str, Any]:
-    """The table of all trials, and what the controls above the figures need."""
-    trials = tables.trial_table(everything, pick.trial_ids if pick else ())
-    drawn = [*shown["plots"], *filter(None, [(shown["compared"] or {}).get("plot")])]
-    visible = trials.trials.union(*(plot.trials for plot in drawn))
-    controls = tables.explorer(everything, settings, {trial: place for trial, (place, _) in wrong.items()}, visible)
-    data = gallery.script_json(controls)
-    return {"trials": trials, "n_trials": len(everything), "explorer": controls, "explore_data": data}
-
-
-def _by_trial(settings: pd.DataFrame, chances: Mapping[str, float]) -> dict[str, float]:
-    """trial_id of each seed -> the chance of its setting."""
+def _everything(
+    results: pd.DataFrame, settings: pd.DataFrame, chances: Mapping[str, float], compared: Comparison | None
+) -> pd.DataFrame:
+    """All trials, with the chance of their setting to be on the front; those of another study below, with `study`."""
     seeds = zip(settings["trial_id"], settings["trial_ids"], strict=True)
-    return {trial: chances.get(setting, math.nan) for setting, trials in seeds for trial in trials}
+    of_trial = {trial: chances.get(setting, math.nan) for setting, trials in seeds for trial in trials}
+    own = results.assign(on_front=results["trial_id"].map(of_trial))
+    if compared is None:
+        return own
+    frames = zip((own, compared.studies[1].results), compared.names, strict=True)
+    return pd.concat([frame.assign(study=name) for frame, name in frames], ignore_index=True)
 
 
 def _objectives(settings: pd.DataFrame) -> tuple[str, str]:
