@@ -55,26 +55,23 @@ def render_report(
         study = {**study, "trials_planned": None}
     about = Measured(study, results, baseline)
     settings, pick = by_setting(results), recommend(results)
-    pick_id = pick.trial_id if pick else None
-    front = pareto_front(settings, _objectives(settings))
+    pick_id, front = pick.trial_id if pick else None, pareto_front(settings, _objectives(settings))
     again = measured_again(settings, front)
     order = list(ranked(settings)["trial_id"])
     listed = [*([pick_id] if pick_id else []), *front.trial_ids, *order]
-    wrong = {
-        item.trial_id: (place, item)
-        for place, item in enumerate(wrong_answers(outcomes, settings, listed, MAX_MISSES), 1)
-    }
+    misses = wrong_answers(outcomes, settings, listed, MAX_MISSES)
+    wrong = {item.trial_id: (place, item) for place, item in enumerate(misses, 1)}
     compared = compare(about, other) if other else None
     everything = _everything(results, settings, again.chances, compared)
     weighed = what_matters(results)
-    shown = {
+    extra: dict[str, Any] = {
         "found": _found(found, results, pick) if found else None,
-        "compared": _compared(compared) if compared else None,
         "weighed": gallery.importance_plot(weighed) if weighed.found else None,
-        "plots": list(gallery.gallery(results, front, baseline, pick_id, again.chances, order[:KEPT])),
+        "compared": _compared(compared) if compared else None,
     }
+    plots = list(gallery.gallery(results, front, baseline, pick_id, again.chances, order[:KEPT]))
     trials = tables.trial_table(everything, pick.trial_ids if pick else ())
-    drawn = [*shown["plots"], *([shown["compared"]["plot"]] if compared and shown["compared"]["plot"] else [])]
+    drawn = [*plots, *filter(None, [extra["compared"] and extra["compared"]["plot"]])]
     visible = trials.trials.union(*(plot.trials for plot in drawn))
     controls = tables.explorer(everything, settings, {trial: place for trial, (place, _) in wrong.items()}, visible)
     return _PAGES.get_template("report.html").render(
@@ -82,10 +79,11 @@ def render_report(
         **_answer(about, pick, settings, again, found),
         **_front(settings, front, again, wrong),
         **_failures(results),
-        **shown,
+        **extra,
+        plots=plots,
         matters=importance_sentences(weighed),
         not_weighed=weighed.not_shown,
-        misses=[item for _, item in wrong.values()],
+        misses=misses,
         n_asked=sum(trial == pick_id or trial in front.trial_ids for trial in wrong),
         trials=trials,
         n_trials=len(everything),
@@ -123,7 +121,7 @@ def _answer(
 ) -> dict[str, Any]:
     """What the page says of the pick."""
     if pick is None:
-        absent = {"headline": None, "formats": [], "command": None, "cost": [], "certainty": []}
+        absent: dict[str, Any] = {"headline": None, "formats": [], "command": None, "cost": [], "certainty": []}
         return {"pick": None, "remedies": remedies(about, None), **absent}
     return {
         "pick": pick,
