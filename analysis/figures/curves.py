@@ -7,6 +7,7 @@ id as `customdata`, by which the page filters them.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -220,15 +221,12 @@ def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> Pipelin
         if {"breadth_first", "depth_first"} <= side.keys():
             wide, deep = side["breadth_first"], side["depth_first"]
             label = escaped(f"{wide['layer']}.{wide['module']}, {setting_text(wide | {'pipeline': None})}")
-            pairs.append(
-                PipelinePair(
-                    int(wide["batch_size"]), label, float(wide[metric]), float(deep[metric]),
-                    (wide["trial_id"], deep["trial_id"]),
-                )
-            )  # fmt: skip
+            values, ids = (float(wide[metric]), float(deep[metric])), (wide["trial_id"], deep["trial_id"])
+            pairs.append(PipelinePair(int(wide["batch_size"]), label, *values, ids))
     pairs.sort(key=lambda pair: pair.batch_size)
-    sizes = dict.fromkeys(pair.batch_size for pair in pairs)
-    gaps = {size: [p.breadth_first - p.depth_first for p in pairs if p.batch_size == size] for size in sizes}
+    gaps: dict[int, list[float]] = {}
+    for pair in pairs:
+        gaps.setdefault(pair.batch_size, []).append(pair.breadth_first - pair.depth_first)
     drawn = thinned([pair.trial_ids[0] for pair in pairs], (), MAX_PAIRS)
     return PipelineInfo(
         metric=metric,
@@ -240,40 +238,33 @@ def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> Pipelin
 
 def pipeline_figure(info: PipelineInfo) -> go.Figure:
     """A line per pair from depth-first to breadth-first, grouped by batch size."""
-    sizes = list(dict.fromkeys(pair.batch_size for pair in info.pairs))
-    spread: dict[int, list[int]] = {
-        size: [i for i, p in enumerate(info.pairs) if p.batch_size == size] for size in sizes
-    }
-    where = {
-        i: column + (0 if len(members) == 1 else 0.6 * (rank / (len(members) - 1) - 0.5))
-        for column, members in enumerate(spread.values())
-        for rank, i in enumerate(members)
-    }
+    counts, where = Counter(pair.batch_size for pair in info.pairs), []  # pairs come by batch size
+    for column, count in enumerate(counts.values()):
+        where += [column + (0.6 * (rank / (count - 1) - 0.5) if count > 1 else 0) for rank in range(count)]
     title = TITLES.get(info.metric, info.metric)
     figure = styled_figure(
         height=380,
         xaxis={
-            "title": {"text": "batch size"}, "tickvals": list(range(len(sizes))), "ticktext": [str(s) for s in sizes],
-            "range": [-0.6, len(sizes) - 0.4], "showgrid": False,
+            "title": {"text": "batch size"}, "tickvals": list(range(len(counts))), "ticktext": [*map(str, counts)],
+            "range": [-0.6, len(counts) - 0.4], "showgrid": False,
         },
         yaxis={"title": {"text": title}, "tickformat": ".1%" if info.metric.startswith("capability") else ".0%"},
     )  # fmt: skip
     lines_x, lines_y, trials = [], [], []
-    for i, pair in enumerate(info.pairs):
-        lines_x += [where[i], where[i], None]
+    for place, pair in zip(where, info.pairs, strict=True):
+        lines_x += [place, place, None]
         lines_y += [pair.depth_first, pair.breadth_first, None]
         trials += [pair.trial_ids[1], pair.trial_ids[0], None]
     figure.add_scatter(
         x=lines_x, y=lines_y, mode="lines", line={"color": "#c3c9d2", "width": 1.5}, hoverinfo="skip", showlegend=False,
         customdata=trials,
     )  # fmt: skip
-    for index, (side, colour, symbol) in enumerate(
-        (("breadth_first", BLUE, "circle"), ("depth_first", ACCENT, "diamond"))
-    ):
+    looks = (("breadth_first", BLUE, "circle"), ("depth_first", ACCENT, "diamond"))
+    for index, (side, colour, symbol) in enumerate(looks):
         name = side.replace("_", "-")
         trials = [pair.trial_ids[index] for pair in info.pairs]
         figure.add_scatter(
-            x=[where[i] for i in range(len(info.pairs))],
+            x=where,
             y=[getattr(pair, side) for pair in info.pairs],
             mode="markers", name=name, marker={"color": colour, "symbol": symbol, "size": 10},
             customdata=trials,
@@ -347,12 +338,10 @@ def parallel_figure(info: ParallelInfo) -> go.Figure:
     """Lines over parallel axes, coloured by reliability. Dragging along an axis keeps the lines that cross there."""
     dimensions = []
     for axis in info.axes:
-        dimension: dict = {"label": axis.label, "values": list(axis.values)}
+        shape: dict = {"range": [0, 1], "tickformat": ".0%"} if axis.name in FRACTIONS else {}
         if axis.ticks:
-            dimension |= {"tickvals": [at for at, _ in axis.ticks], "ticktext": [text for _, text in axis.ticks]}
-        if axis.name in FRACTIONS:
-            dimension |= {"range": [0, 1], "tickformat": ".0%"}
-        dimensions.append(dimension)
+            shape |= {"tickvals": [at for at, _ in axis.ticks], "ticktext": [text for _, text in axis.ticks]}
+        dimensions.append({"label": axis.label, "values": list(axis.values), **shape})
     figure = styled_figure(height=430, margin={"l": 60, "r": 50, "t": 48, "b": 20})
     figure.add_parcoords(
         line={"color": list(info.colour), "colorscale": "Cividis", "cmin": 0, "cmax": 1},
