@@ -1,16 +1,14 @@
 """The results table: one row a trial, its documented columns, how settings are named, and how far a number can be trusted.
 
-Everything in `analysis` is a pure function of this table. `results_frame` makes it from the rows of finished and failed
-trials; `by_setting` averages the seeds of a setting into one row, of which fronts and picks are made.
+Everything in `analysis` is a pure function of this table. `results_frame` makes it; `by_setting` averages the seeds of a
+setting into one row, of which fronts and picks are made. Errors and 95% intervals of such a row:
 
-Errors and 95% intervals of such a row come from its items and its seeds:
-
-- reliability, generalization and locality are means over edits: Wilson's interval with an edit as one item, since the
-  prompts of an edit, in all formats, stand and fall together. With several seeds the error of their mean is added to each side, in
+- reliability, generalization and locality are means over edits: Wilson's interval with an edit as one item, since the prompts
+  of an edit, in all formats, stand and fall together. With several seeds the error of their mean is added to each side, in
   quadrature.
 - capability and its change: the bootstrap interval of the change, paired by item.
-- drift: its spread over the text is not recorded, so `interval` has none; of several seeds the lowest and highest are
-  known. Where a guess beats silence, the standard error of a single seed is taken to be `DRIFT_ERROR` of the drift.
+- drift: its spread over the text is not recorded, so `interval` has none; of several seeds the lowest and highest are known. If
+  a guess beats silence, the standard error of a single seed is taken to be `DRIFT_ERROR` of the drift.
 """
 
 import base64
@@ -276,13 +274,13 @@ def proportion_se(fraction: float, n: float) -> float:
     return math.sqrt(shrunk * (1 - shrunk) / (n + 3))
 
 
-def wilson_interval(fraction: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a fraction of `n` items, 95% by default. (NaN, NaN) when n is absent."""
+def wilson_interval(fraction: float, n: float) -> tuple[float, float]:
+    """Wilson's 95% score interval of a fraction of `n` items. (NaN, NaN) when n is absent."""
     if not (math.isfinite(fraction) and math.isfinite(n) and n > 0):
         return math.nan, math.nan
-    centre = fraction + z * z / (2 * n)
-    half = z * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
+    centre = fraction + Z95**2 / (2 * n)
+    half = Z95 * math.sqrt(fraction * (1 - fraction) / n + Z95**2 / (4 * n * n))
+    scale = 1 + Z95**2 / n
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 

@@ -53,18 +53,18 @@ def seed_span(low: float, high: float) -> str:
     return f"{number(low)} to {number(high)}" if math.isfinite(low) and math.isfinite(high) else ""
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(value: Any) -> str:
     """A setting or a measurement with few digits: 0.004, 1e-05, 12.3, 1,200; text as it is; a dash when absent."""
     if value is None or isinstance(value, str):
         return ABSENT if value is None else value
     if isinstance(value, tuple | list):
-        return ", ".join(number(item, digits) for item in value) or ABSENT
+        return ", ".join(map(number, value)) or ABSENT
     value = float(value)
     if not math.isfinite(value):
         return ABSENT
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def seconds(value: float) -> str:

@@ -1,8 +1,8 @@
 """Which trial is started next: one that lost its worker, else the search's next one, while there is room.
 
-Ray Tune would start a lost trial again at once, beside the same company. Here what killed it decides: what ran out of
-memory waits until fewer trials run, and a trial that ran out of memory alone is not tried again. A trial that keeps losing
-its worker without a known cause has its last try alone: the kernel, too, kills what takes too much memory, and says nothing.
+Ray Tune would start a lost trial again at once, beside the same neighbours. Here the cause decides: a trial that ran out of
+memory waits until fewer run, and one that ran out of memory alone is not tried again. A trial that keeps losing its worker for
+no known cause has its last try alone, since the kernel kills what takes too much memory without a word.
 """
 
 import math

@@ -1,8 +1,7 @@
 """Run a study's open trials with Ray Tune.
 
-Ray Tune decides when and where a trial runs. Which trials are open is decided by what the tracking store holds, never by
-Ray's own snapshots, which lag behind after a killed driver; so the same command resumes a study. Ray takes seconds to import:
-callers import this module when there is something to run.
+Ray Tune decides when and where a trial runs. The tracking store says which trials are open, not Ray's snapshots, which lag
+behind after a killed driver. Ray takes seconds to import: callers import this module when there is something to run.
 """
 
 import logging
@@ -24,9 +23,7 @@ from sweeps.study.trial_types import TrialConfig, TrialResult, pack_result, unpa
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-os.environ.setdefault(
-    "TUNE_GLOBAL_CHECKPOINT_S", "1000000"
-)  # Ray's snapshots grow with every trial; nothing reads them
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000")  # snapshots grow with every trial, and nothing reads them
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end the run without telling us
 os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # each would be a long traceback; we say it in one line
 os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "64")  # workers that are started side by side
@@ -57,13 +54,13 @@ def run_trials(
 ) -> Ending:
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
-    source: the open trials, or a search that proposes them. work: runs a trial, on a worker. resources: what each gets. room:
+    source: the open trials, or a search that proposes them. work: runs a trial, on a worker. resources: of each trial. room:
     how many run at a time. deadline: on the `time.monotonic()` clock; trials still running then are cancelled. patience: seconds
-    after which a trial is killed, a failure then.
+    after which a trial is killed, which makes it a failure.
 
-    A trial that raises is a failed result, and the others go on; one whose worker dies is tried again (`sweeps.run.dispatch`).
-    When the first `SAME_FAILURES` results are failures with the same error, the rest is not started. The first Ctrl-C or SIGTERM
-    cancels the running trials; a second one raises KeyboardInterrupt at once.
+    A trial that raises is a failed result; one whose worker dies is tried again (`sweeps.run.dispatch`). When the first
+    `SAME_FAILURES` results are failures with the same error, the rest is not started. The first Ctrl-C or SIGTERM cancels the
+    running trials; a second one raises KeyboardInterrupt at once.
     """
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # what did not complete, the reporter has heard
     dispatch = Dispatch(ListedTrials(source) if isinstance(source, Sequence) else source, room)

@@ -30,7 +30,6 @@ POSITION = "position"
 class Plan:
     """The trials of a study."""
 
-    study_id: str
     trials: tuple[TrialConfig, ...]
     """In the order they are started. Empty for optuna, which chooses while running."""
     count: int
@@ -162,8 +161,8 @@ def make_plan(study: Study, facts: StudyFacts) -> Plan:
         points = random_points(study, facts)
     trials = tuple(trial_config(study, facts, point) for point in points)
     if study.search.method == "optuna":
-        return Plan(study_id(study, facts), (), study.search.trials or 0, trials)
-    return Plan(study_id(study, facts), trials, len(trials), trials)
+        return Plan((), study.search.trials or 0, trials)
+    return Plan(trials, len(trials), trials)
 
 
 def trial_config(study: Study, facts: StudyFacts, point: Mapping[str, Any]) -> TrialConfig:

@@ -82,10 +82,8 @@ def without_credentials(uri: str) -> str:
 
 
 def take_credentials(uri: str) -> str:
-    """Moves `user:password@` of an http address to MLflow's environment variables; returns the address without it.
-
-    MLflow reads the variables for every request, and an address without a password can be printed.
-    """
+    """Moves `user:password@` of an http address to MLflow's environment variables, which it reads for every request; returns the
+    address without it, which can be printed."""
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or not parts.username:
         return uri
@@ -122,8 +120,8 @@ def mlflow_address(uri: str, folder: Path) -> str:
 def check_writable(folder: Path, what: str) -> None:
     """Checks that files can be written in `folder`, or that it can be created. Leaves nothing behind.
 
-    Only writing tells whether writing works: an unnamed file is written in the folder, or in its nearest ancestor that
-    exists. Raises InputError with the system's reason.
+    Only writing shows that it works, so an unnamed file is written in the folder or its nearest existing ancestor. Raises
+    InputError with the system's reason.
     """
     existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
@@ -169,9 +167,8 @@ def _check_schema(path: Path) -> None:
     except sqlite3.Error as error:
         raise InputError(f"tracking store {path} cannot be read: {error}; give another --tracking-uri") from None
     if tables & {"alembic_version", "experiments"}:  # else it is empty so far, and MLflow makes its tables
-        _require_schema(
-            f"tracking store {path}", found, f"copy the file, then run `mlflow db upgrade 'sqlite:///{path}'`"
-        )
+        upgrade = f"copy the file, then run `mlflow db upgrade 'sqlite:///{path}'`"
+        _require_schema(f"tracking store {path}", found, upgrade)
 
 
 def _require_schema(store: str, found: Sequence[str], upgrade: str) -> None:
@@ -250,9 +247,8 @@ def _check_database(uri: str) -> None:
     except Exception as error:
         raise InputError(f"tracking database {redact(uri)} cannot be reached: {_cause(error)}") from None
     if found is not None:
-        _require_schema(
-            f"tracking database {redact(uri)}", found, "make a copy of it, then run `mlflow db upgrade` on it"
-        )
+        upgrade = "make a copy of it, then run `mlflow db upgrade` on it"
+        _require_schema(f"tracking database {redact(uri)}", found, upgrade)
 
 
 def _cause(error: BaseException) -> str:
