@@ -1,5 +1,5 @@
-"""Plots of how settings came to their results: loss curves, what a stream retains, breadth-first against depth-first,
-parallel coordinates, and what matters.
+"""Plots of how settings came to their results: loss curves, what a stream retains, breadth-first against depth-first, and
+parallel coordinates.
 
 In two steps like all figures: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's
 id as `customdata`, by which the page filters them.
@@ -16,9 +16,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from analysis.figures.style import ACCENT, BLUE, INK, styled_figure, thinned
+from analysis.figures.style import ACCENT, BLUE, styled_figure, thinned
 from analysis.stats.axes import AXIS, STAGES, SWEPT
-from analysis.stats.importance import WhatMatters
 from analysis.stats.pareto import comparable
 from analysis.stats.table import (
     FRACTIONS,
@@ -348,28 +347,5 @@ def parallel_figure(info: ParallelInfo) -> go.Figure:
         dimensions=dimensions, unselected={"line": {"opacity": 0.08}}, labelfont={"size": 12}, tickfont={"size": 11},
         customdata=list(info.trial_ids),
         rangefont={"color": "rgba(0,0,0,0)"},  # the ends of the ranges overlap the ticks
-    )  # fmt: skip
-    return figure
-
-
-def importance_figure(weighed: WhatMatters) -> go.Figure:
-    """A row of bars per metric and axis, a tick where chance ends."""
-    bars = [(TITLES[item.metric], *share) for item in weighed.found for share in item.shares]
-    figure = styled_figure(
-        height=70 + 26 * len(bars) + 14 * len(weighed.found),
-        xaxis={"title": {"text": "share of importance"}, "tickformat": ".0%", "rangemode": "tozero"},
-        yaxis={"autorange": "reversed", "showgrid": False, "type": "multicategory", "dividercolor": "#dfe3e9"},
-        bargap=0.3,
-    )
-    rows = [[escaped(title) for title, *_ in bars], [AXIS[axis].title for _, axis, _, _ in bars]]
-    figure.add_bar(
-        y=rows, x=[round(share, 4) for *_, share, _ in bars], orientation="h", name="importance",
-        marker={"color": [BLUE if share > chance else "#b9c2cd" for *_, share, chance in bars]},
-        hovertemplate="%{y}: %{x:.0%}<extra></extra>", showlegend=False,
-    )  # fmt: skip
-    figure.add_scatter(
-        y=rows, x=[round(chance, 4) for *_, chance in bars], mode="markers", name="95% of shuffled studies stay below",
-        marker={"symbol": "line-ns-open", "size": 16, "color": INK, "line": {"width": 2}},
-        hovertemplate="chance reaches %{x:.0%}<extra></extra>",
     )  # fmt: skip
     return figure

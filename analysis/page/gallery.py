@@ -19,7 +19,6 @@ from analysis.figures import curves, maps
 from analysis.figures.front import FrontInfo, front_figure, front_info
 from analysis.page.how_found import HowFound
 from analysis.stats.comparison import Comparison
-from analysis.stats.importance import WhatMatters
 from analysis.stats.pareto import ParetoFront, comparable
 from analysis.stats.table import TITLES, has_values
 from analysis.stats.wording import plural, points
@@ -126,16 +125,6 @@ def _front_plot(info: FrontInfo) -> Plot:
         f"{barred if info.n_barred else ''}.{_left_out(info.left_out, 'settings', DRAWN)}",
         f"Scatter of {x} and {y} of {plural(len(info.points), 'setting')}; the table of the front above holds its best"
         " ones.",
-    )  # fmt: skip
-
-
-def importance_plot(weighed: WhatMatters) -> Plot:
-    return page_plot(
-        "importance", "Importance of the axes", curves.importance_figure(weighed),
-        "How much an axis decides whether a trial is among the best quarter (PED-ANOVA), as a share of all axes. A bar that"
-        " does not reach beyond its tick is grey: shuffled results give as much. Each axis is weighed by itself, so axes"
-        " that were varied together share what they explain.",
-        "Bars of the importance of each axis; the sentences above hold the values.",
     )  # fmt: skip
 
 

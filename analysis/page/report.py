@@ -66,7 +66,6 @@ def render_report(
     weighed = what_matters(results)
     extra: dict[str, Any] = {
         "found": _found(found, results, pick) if found else None,
-        "weighed": gallery.importance_plot(weighed) if weighed.found else None,
         "compared": _compared(compared) if compared else None,
     }
     plots = list(gallery.gallery(results, front, baseline, pick_id, again.chances, order[:KEPT]))

@@ -4,12 +4,11 @@ Nothing here makes a request.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
 from analysis.stats.axes import AXIS, named_axes
-from analysis.stats.formats import by_format, format_title
 from analysis.stats.wording import number
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
@@ -33,47 +32,18 @@ _COLUMNS = [
 
 def run_name(config: TrialConfig) -> str:
     """The name of a trial's run, such as "22.mlp_down bf b10 lr0.004 s0 low_curvature"."""
-    pipeline, newer = _PIPELINES.get(config.pipeline, config.pipeline), _newer_text(config, " ")
-    return f"{config.position} {pipeline} b{config.batch_size} lr{config.learning_rate:g} s{config.seed}{newer}"
-
-
-def _newer_text(config: TrialConfig, before: str) -> str:
-    """The newer axes that are not at their default. before: put before each."""
-    values = config.to_dict()
+    values, pipeline = config.to_dict(), _PIPELINES.get(config.pipeline, config.pipeline)
     newer = (AXIS[name] for name in named_axes([values]) if not AXIS[name].in_first_ids)
-    return "".join(f"{before}{axis.short}{number(values[axis.name])}" for axis in newer)
+    away = "".join(f" {axis.short}{number(values[axis.name])}" for axis in newer)
+    return f"{config.position} {pipeline} b{config.batch_size} lr{config.learning_rate:g} s{config.seed}{away}"
 
 
 def trial_note(result: TrialResult, run_id: str) -> str:
-    """The description on a trial's page, in markdown."""
-    config, metrics = result.config, result.metrics
-    setting = (
-        f"**{config.position}** (layer {config.layer} of {config.layers}), {config.pipeline.replace('_', '-')}, "
-        f"{config.batch_size} edits per step, learning rate {config.learning_rate:g}, seed {config.seed}"
-        + _newer_text(config, ", ")
-    )
-    if result.retried:
-        setting += f". Tried again after: {'; '.join(result.retried)}"
+    """The description on a trial's page, in markdown: what its parameters and metrics do not say."""
+    again = f"Tried again after: {'; '.join(result.retried)}.\n\n" if result.retried else ""
     if result.status == "failed":
-        return f"{setting}.\n\nFailed: {result.error}"
-    measured = [
-        f"{key} {metrics[key]:.3f}{_formats_text(metrics, key)}"
-        for key in ("reliability", "generalization", "portability", "locality")
-        if key in metrics
-    ]
-    if "capability" in metrics:
-        change = f" ({metrics['capability_change']:+.3f})" if "capability_change" in metrics else ""
-        measured.append(f"capability {metrics['capability']:.3f}{change}")
-    if "drift_kl" in metrics:
-        measured.append(f"drift {metrics['drift_kl']:.3f} nats per token")
-    results = ", ".join(measured) or "no metrics"
-    return f"{setting}.\n\nMeasured: {results}.\n\nRepeat it: `locft edit MODEL --from-run {run_id} --out edited`"
-
-
-def _formats_text(metrics: Mapping[str, float], name: str) -> str:
-    """A metric in each of several formats: " (raw 0.98, chat 0.95)"."""
-    formats = ", ".join(f"{format_title(key)} {value:.3f}" for key, value in by_format(metrics, name).items())
-    return f" ({formats})" if formats else ""
+        return f"{again}Failed: {result.error}"
+    return f"{again}Repeat it: `locft edit MODEL --from-run {run_id} --out edited`"
 
 
 def experiment_note(name: str, experiment_id: str, study_run: str) -> str:

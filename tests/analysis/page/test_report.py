@@ -584,7 +584,7 @@ def opened(tabs, tmp_path):  # noqa: F811
 def test_it_draws_every_figure_offline_and_does_not_scroll_sideways(opened, width):
     tab = opened(width)
     assert_it_fits(tab, width)
-    assert tab.locator("figure").count() == 9
+    assert tab.locator("figure").count() == 8
     assert tab.locator("#plot-front .scatterlayer .point").count() >= 60
     assert tab.locator("#plot-map-reliability .hm image").count() == 1
     assert tab.locator("#plot-losses .scatterlayer path.js-line").count() >= 2
