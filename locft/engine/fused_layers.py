@@ -3,34 +3,25 @@
 A layer is recognised by its parts and by its numbers, not by a name. One that is not recognised, or that is being
 trained, computes as it always does.
 
-Legend: G sequences, N tokens of each, D width, Q tokens of each sequence that are computed.
+Legend: G sequences, N tokens of each, D width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from locft.engine.llama_kernel import (
-    ATTENTION,
-    FrozenRMSNorm,
-    FusedLayerFunction,
-    LayerParts,
-    MaskAndRotary,
-)
+from locft.engine.llama_kernel import FrozenRMSNorm, FusedLayerFunction, LayerParts, MaskAndRotary
 from locft.model.positions import decoder_layers
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
     """Give the recognised layers of a module tree their fused forward. Parameters stay shared and keep their names.
 
-    The tree must be the caller's own (a view, with configurations of its own), on a CPU, and compute attention eagerly
-    with masks of shape (G, 1, N, N). If any layer is recognised, the norms and the attention that are computed outside
-    of the fused operation (in a layer that is being trained, and behind the last layer) get hand-written gradients,
-    too.
+    The tree must be the caller's own (a view), on a CPU, and compute attention eagerly with masks of shape
+    (G, 1, N, N). If any layer is recognised, the norms outside of the fused operation (in a layer that is being trained,
+    and behind the last layer) get a hand-written gradient, too.
     """
     norms = set()
     layer: Any
@@ -46,27 +37,9 @@ def fuse_layers(model: PreTrainedModel) -> None:
             del layer.fused_parts
             layer.__class__ = kind
     for parent in list(model.modules()) if norms else ():
-        if (config := getattr(parent, "config", None)) is not None:
-            config._attn_implementation = ATTENTION
         for name, child in parent.named_children():
             if type(child) in norms:
                 setattr(parent, name, FrozenRMSNorm(child))
-
-
-@contextmanager
-def only_at(layer: nn.Module, places: torch.Tensor) -> Iterator[None]:
-    """While the block runs, a fused layer returns (G, Q, D): the states at these places (G, Q) of the sequences only.
-
-    A layer that is not fused, or that is being trained, returns those of all tokens. Gradients flow back to all tokens.
-    """
-    if not isinstance(layer, FusedLayer):
-        yield
-        return
-    layer.fused_parts.places = places
-    try:
-        yield
-    finally:
-        layer.fused_parts.places = None
 
 
 class FusedLayer(nn.Module):
@@ -86,7 +59,7 @@ class FusedLayer(nn.Module):
         ours = not (wider and torch.is_grad_enabled()) and parts.unchanged(self)
         if attention_mask is not None and attention_mask.ndim == 4 and position_embeddings is not None and ours:
             rotary = MaskAndRotary.of(attention_mask, *position_embeddings, parts.dtype)
-            return FusedLayerFunction.apply(hidden_states, rotary, parts, parts.places)
+            return FusedLayerFunction.apply(hidden_states, rotary, parts)
         return super().forward(
             hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
         )

@@ -8,14 +8,10 @@ Face's eager code, rounding included. `locft.engine.fused_layers` says which lay
 Without a gradient, a layer in bfloat16 also takes hidden states in float32 and adds to them in float32: rounding the
 sum of all layers again and again is most of what bfloat16 loses.
 
-In the last layer only the tokens that predict something matter. There (`LayerParts.places`) keys and values are
-computed for all tokens, everything else for those alone.
-
 Legend: G sequences, N tokens of each, D width, H heads, K of them with keys of their own, W width of a head, F inner
-width, Q tokens of each sequence that are computed, usually all N.
+width.
 """
 
-import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 
 class LayerParts:
@@ -33,8 +27,6 @@ class LayerParts:
     def __init__(self, layer: Any):  # its parts are those of a Llama layer
         attention, mlp = layer.self_attn, layer.mlp
         self.first, self.second = FrozenNorm(layer.input_layernorm), FrozenNorm(layer.post_attention_layernorm)
-        self.query = JoinedLinears([attention.q_proj])
-        self.key_value = JoinedLinears([attention.k_proj, attention.v_proj])
         self.qkv = JoinedLinears([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = JoinedLinears([attention.o_proj])
         self.gate_up = JoinedLinears([mlp.gate_proj, mlp.up_proj])
@@ -45,7 +37,6 @@ class LayerParts:
         self.scale: float = attention.scaling
         self.dtype: torch.dtype = attention.q_proj.weight.dtype
         self.parameters = tuple(layer.parameters())
-        self.places: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layer: Any) -> "LayerParts | None":
@@ -145,86 +136,55 @@ class MaskAndRotary:
             last = cls._last = cls(given, dtype)
         return last
 
-    def at(self, places: torch.Tensor) -> "MaskAndRotary":
-        """Those of the tokens at the places (G, Q); their mask is (G, 1, 1, Q, N)."""
-        chosen, group = copy.copy(self), torch.arange(len(places), device=places.device)[:, None]
-        chosen.mask = self.mask[group, 0, 0, places][:, None, None]
-        chosen.cos, chosen.sin, chosen.back = (angles[group, places] for angles in (self.cos, self.sin, self.back))
-        return chosen
-
 
 class FusedLayerFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, rotary: MaskAndRotary, parts: LayerParts, places: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx, hidden: torch.Tensor, rotary: MaskAndRotary, parts: LayerParts) -> torch.Tensor:
         groups, tokens, _ = hidden.shape
         heads, shared, width = parts.heads, parts.shared, parts.width
         stream = hidden.reshape(groups * tokens, -1)
         first, entering = parts.first.forward(stream)
-        asked = None
-        if places is None:
-            asking, qkv = rotary, parts.qkv.forward(entering).view(groups, tokens, -1, width)
-            _rotate(qkv[:, :, : heads + shared], rotary.cos, rotary.sin)
-            query, key_value = qkv[:, :, :heads], qkv[:, :, heads:]
-        else:
-            asked = (torch.arange(groups, device=places.device)[:, None] * tokens + places).flatten()
-            asking, stream = rotary.at(places), stream[asked]
-            query = parts.query.forward(entering[asked]).view(groups, -1, heads, width)
-            key_value = parts.key_value.forward(entering).view(groups, tokens, -1, width)
-            _rotate(query, asking.cos, asking.sin)
-            _rotate(key_value[:, :, :shared], rotary.cos, rotary.sin)
-        count = query.shape[1]
-        query = _by_head(query, shared)  # (G * K, H/K * Q, W)
-        key = _by_head(key_value[:, :, :shared], shared)  # (G * K, N, W)
-        value = _by_head(key_value[:, :, shared:], shared)
-        scores = torch.bmm(query, key.transpose(1, 2)).view(groups, shared, -1, count, tokens)
-        wide = torch.add(asking.mask, scores, alpha=parts.scale)
+        qkv = parts.qkv.forward(entering).view(groups, tokens, -1, width)
+        _rotate(qkv[:, :, : heads + shared], rotary.cos, rotary.sin)
+        query = _by_head(qkv[:, :, :heads], shared)  # (G * K, H/K * N, W)
+        key = _by_head(qkv[:, :, heads : heads + shared], shared)  # (G * K, N, W)
+        value = _by_head(qkv[:, :, heads + shared :], shared)
+        scores = torch.bmm(query, key.transpose(1, 2)).view(groups, shared, -1, tokens, tokens)
+        wide = torch.add(rotary.mask, scores, alpha=parts.scale)
         weights = wide.softmax(-1).to(parts.dtype).view(query.shape[0], -1, tokens)
-        mixed = _by_token(torch.bmm(weights, value), groups, count)
-        middle = _plus(parts.out.forward(mixed.view(groups * count, -1)), stream)
+        mixed = _by_token(torch.bmm(weights, value), groups, tokens)
+        middle = _plus(parts.out.forward(mixed.view(groups * tokens, -1)), stream)
         second, entering = parts.second.forward(middle)
         gate_up = parts.gate_up.forward(entering)
         gate, up = gate_up.chunk(2, dim=-1)
         active = F.silu(gate)
-        ctx.parts, ctx.rotary, ctx.asking, ctx.asked, ctx.shape = parts, rotary, asking, asked, hidden.shape
+        ctx.parts, ctx.rotary, ctx.shape = parts, rotary, hidden.shape
         ctx.kept = first, query, key, value, weights, second, gate_up, active
-        return _plus(parts.down.forward(active * up), middle).view(groups, count, -1)
+        return _plus(parts.down.forward(active * up), middle).view(groups, tokens, -1)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         first, query, key, value, weights, second, gate_up, active = ctx.kept
-        parts, (groups, tokens, _), count = ctx.parts, ctx.shape, gradient.shape[1]
+        parts, (groups, tokens, _) = ctx.parts, ctx.shape
         heads, shared, width = parts.heads, parts.shared, parts.width
-        above = gradient.reshape(groups * count, -1)
+        above = gradient.reshape(groups * tokens, -1)
         gate, up = gate_up.chunk(2, dim=-1)
         inner, by_gate_up = parts.down.backward(above), torch.empty_like(gate_up)
         by_gate, by_up = by_gate_up.chunk(2, dim=-1)
         torch.mul(inner, active, out=by_up)
         torch.ops.aten.silu_backward.grad_input(inner.mul_(up), gate, grad_input=by_gate)
         middle = parts.second.backward(parts.gate_up.backward(by_gate_up), second).add_(above)
-        back = _by_head(parts.out.backward(middle).view(groups, count, heads, width), shared)
+        back = _by_head(parts.out.backward(middle).view(groups, tokens, heads, width), shared)
         by_scores = torch._softmax_backward_data(
             torch.bmm(back, value.transpose(1, 2)), weights, -1, weights.dtype
         ).mul_(parts.scale)
-        if ctx.asked is None:
-            qkv = back.new_empty(groups, tokens, heads + 2 * shared, width)
-            by_query, by_key_value = qkv[:, :, :heads], qkv[:, :, heads:]
-        else:
-            by_query = back.new_empty(groups, count, heads, width)
-            by_key_value = back.new_empty(groups, tokens, 2 * shared, width)
-        _put(by_query, torch.bmm(by_scores, key))
-        _put(by_key_value[:, :, :shared], torch.bmm(by_scores.transpose(1, 2), query))
-        _put(by_key_value[:, :, shared:], torch.bmm(weights.transpose(1, 2), back))
-        if ctx.asked is None:
-            _rotate(qkv[:, :, : heads + shared], ctx.rotary.cos, ctx.rotary.back)
-            entering = parts.qkv.backward(qkv.view(groups * tokens, -1))
-            below = parts.first.backward(entering, first).add_(middle)
-        else:
-            _rotate(by_query, ctx.asking.cos, ctx.asking.back)
-            _rotate(by_key_value[:, :, :shared], ctx.rotary.cos, ctx.rotary.back)
-            entering = parts.key_value.backward(by_key_value.view(groups * tokens, -1))
-            entering.index_add_(0, ctx.asked, parts.query.backward(by_query.view(groups * count, -1)))
-            below = parts.first.backward(entering, first).index_add_(0, ctx.asked, middle)
-        return below.view(ctx.shape), None, None, None
+        qkv = back.new_empty(groups, tokens, heads + 2 * shared, width)
+        _put(qkv[:, :, :heads], torch.bmm(by_scores, key))
+        _put(qkv[:, :, heads : heads + shared], torch.bmm(by_scores.transpose(1, 2), query))
+        _put(qkv[:, :, heads + shared :], torch.bmm(weights.transpose(1, 2), back))
+        _rotate(qkv[:, :, : heads + shared], ctx.rotary.cos, ctx.rotary.back)
+        entering = parts.qkv.backward(qkv.view(groups * tokens, -1))
+        return parts.first.backward(entering, first).add_(middle).view(ctx.shape), None, None
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -242,53 +202,6 @@ class _RMSNormFunction(torch.autograd.Function):
         wide = (gradient * weight).float()
         along = (wide * normal).mean(-1, keepdim=True)
         return torch.addcmul(wide, normal, along, value=-1).mul_(inverse).to(gradient.dtype), None, None
-
-
-class _AttentionFunction(torch.autograd.Function):
-    """Heads that share a key are computed as one longer query, so that no key is repeated."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, mask, scale: float) -> torch.Tensor:
-        groups, _, tokens, width = query.shape
-        shared = key.shape[1]
-        long = query.reshape(groups, shared, -1, width)  # (G, K, H/K * N, W)
-        scores = torch.matmul(long, key.transpose(2, 3)).mul_(scale)
-        scores.view(groups, shared, -1, tokens, scores.shape[-1]).add_(mask[:, :, None])
-        weights = scores.float().softmax(-1).to(query.dtype)  # the softmax of bfloat16 numbers is several times slower
-        ctx.kept, ctx.scale, ctx.shape = (long, key, value, weights), scale, query.shape
-        return torch.matmul(weights, value).view(query.shape).transpose(1, 2).contiguous()
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        long, key, value, weights = ctx.kept
-        back = gradient.transpose(1, 2).reshape(long.shape)
-        scores = torch._softmax_backward_data(torch.matmul(back, value.transpose(2, 3)), weights, -1, weights.dtype)
-        scores = scores.mul_(ctx.scale)
-        by_query = torch.matmul(scores, key).view(ctx.shape)
-        by_key = torch.matmul(scores.transpose(2, 3), long)
-        return by_query, by_key, torch.matmul(weights.transpose(2, 3), back), None, None
-
-
-ATTENTION = "locft_fused"
-"""Name of the attention below among those of transformers."""
-
-
-def attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it: query (G, H, N, W), key and value (G, K, N, W), mask (G, 1, N, N), added to
-    the scores. Returns (G, N, H, W)."""
-    return _AttentionFunction.apply(query, key, value, attention_mask, scaling), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 def _epsilon(norm: Any) -> float:

@@ -11,14 +11,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from locft.engine.fused_layers import FusedLayer, fuse_layers, only_at
+from locft.engine.fused_layers import FusedLayer, fuse_layers
 from locft.engine.packing import Pack
 from locft.engine.tail import head_view, reconfigure, run_until, tail_hidden, tail_view
 from locft.model.positions import decoder_layers, n_layers
-
-_FEW = 1.3
-"""If a pack has this many times fewer supervised tokens than tokens, the last layer computes only the supervised
-ones."""
 
 
 class ModelViews:
@@ -62,14 +58,8 @@ class ModelViews:
     ) -> torch.Tensor:
         """(K, V) from the hidden states (G, N, D) entering a tail. weights: as from `tail_weights`."""
         mask, position_ids, token_ids = self._inputs(pack)
-        run = partial(tail_hidden, tail, boundary, mask, position_ids, weights, token_ids)
-        places, own = pack.asked()
-        if _FEW * places.shape[1] >= pack.nodes.shape[1]:
-            return self.head(run()[pack.sequence, pack.place])
-        with only_at(decoder_layers(tail)[-1], places):
-            hidden = run()
-        narrow = hidden.shape[1] == places.shape[1]
-        return self.head(hidden[pack.sequence, own if narrow else pack.place])
+        hidden = tail_hidden(tail, boundary, mask, position_ids, weights, token_ids)
+        return self.head(hidden[pack.sequence, pack.place])
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """(K, D) behind the last layer -> (K, D) as the head takes them."""

@@ -78,17 +78,6 @@ class Pack:
             return (self.nodes >= 0).long()
         return torch.zeros(self.visible.shape, dtype=dtype).masked_fill_(~self.visible, torch.finfo(dtype).min)
 
-    def asked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distinct places in each sequence that predict a token (G, Q), ends filled with 0, and for each supervised
-        token the index of its own among them (K,)."""
-        width = self.nodes.shape[1]
-        distinct, own = np.unique((self.sequence * width + self.place).numpy(), return_inverse=True)
-        sequence = distinct // width
-        rank = np.arange(len(distinct)) - np.searchsorted(sequence, sequence)
-        places = np.zeros((len(self.nodes), _rounded(rank.max() + 1)), dtype=np.int64)
-        places[sequence, rank] = distinct % width
-        return torch.from_numpy(places), torch.from_numpy(rank[own])
-
 
 def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
     """Lay rows into sequences of about `limit` tokens, evenly filled.

@@ -72,12 +72,6 @@ def test_every_token_of_a_pack_sees_exactly_its_own_row_so_far(rows, limit):
             assert tuple(tree.token_ids[np.sort(seen.numpy())]) == row.token_ids[:position]
             assert pack.position_ids[number, place] == position - 1
     assert next(supervised, None) is None
-    if len(pack.place):
-        places, own = pack.asked()
-        assert torch.equal(places[pack.sequence, own], pack.place)
-        assert all(len({*line}) >= places.shape[1] - line.count(0) for line in places.tolist()), (
-            "no place twice but the first"
-        )
 
 
 def test_shared_beginnings_are_computed_once():
@@ -85,15 +79,6 @@ def test_shared_beginnings_are_computed_once():
     rows = [TokenRow((*question, choice, 40), 10) for choice in (20, 21, 22, 23)]
     pack = pack_rows(PrefixTree(rows), rows, 256)
     assert int((pack.nodes >= 0).sum()) == 10 + 4 * 2
-
-
-def test_places_are_asked_once_however_many_rows_ask():
-    question = tuple(range(10))
-    rows = [TokenRow((*question, choice), 10) for choice in (20, 21)] + [TokenRow((*question, 22, 30, 31), 11)]
-    pack = pack_rows(PrefixTree(rows), rows, 256)
-    places, own = pack.asked()
-    assert places[0].tolist()[3:] == [0] * (places.shape[1] - 3)
-    assert own.tolist() == [0, 0, 1, 2]  # behind the question, 22 and 30
 
 
 def test_batches_of_similar_length_have_the_same_shape():
