@@ -8,19 +8,17 @@ layout, and in whichever form: one text or a list, pairs of keys, lists of objec
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
-
-from pydantic import AfterValidator, BeforeValidator, TypeAdapter
+from typing import Any
 
 from locft.data.edit_request import EditRequest, LocalityPrompt, PortabilityPrompt
 from locft.data.field_map import FieldMap
 from locft.data.record_files import FileRecord
 from locft.data.record_layouts import (
+    TEXT,
     FieldType,
     ReadRecords,
     RecordFields,
     RecordLayout,
-    Text,
     read_with_layout,
     value_at,
 )
@@ -154,19 +152,19 @@ LIST_KEYS = frozenset({
 """Keys that may hold lists, which a table writes into one cell."""
 
 
-def _one_line(text: str) -> str:
+def _stripped(value: Any) -> str | None:
+    text = TEXT.read(value)
+    return text and text.strip()
+
+
+def _one_line(value: Any) -> str | None:
     """Generation stops at a newline, so no answer of several lines could be produced."""
-    return " ".join(part.strip() for part in text.splitlines() if part.strip())
+    text = TEXT.read(value)
+    return text and " ".join(part.strip() for part in text.splitlines() if part.strip())
 
 
-_Stripped = Annotated[Text, AfterValidator(str.strip)]
-_STRIPPED = FieldType("text", TypeAdapter(_Stripped), "")
-_LINE = FieldType("text", TypeAdapter(Annotated[Text, AfterValidator(_one_line)]), "")
-_IDENTITY = FieldType(
-    "text or a whole number",
-    TypeAdapter(Annotated[_Stripped, BeforeValidator(lambda value: str(value) if type(value) is int else value)]),
-    "",
-)
+_STRIPPED, _LINE = FieldType(_stripped), FieldType(_one_line)
+_IDENTITY = FieldType(lambda value: _stripped(str(value) if type(value) is int else value), "text or a whole number")
 
 
 def read_edits(
@@ -280,16 +278,16 @@ def _read_edit(
     return edit, truths
 
 
-def _first(paths: Sequence[str], fields: RecordFields, kind: FieldType[str]) -> str:
+def _first(paths: Sequence[str], fields: RecordFields, kind: FieldType) -> str:
     return next((text for path in paths if (text := fields.optional(path, kind)) is not None), "")
 
 
 def _prompt(layout: EditLayout, fields: RecordFields, subject: str) -> str:
-    prompt = fields.get(layout.prompt, _STRIPPED)
+    prompt = fields.text(layout.prompt, _STRIPPED)
     if more := fields.optional(layout.more_prompt, _STRIPPED):
         return f"{prompt}\n{more}"
     if layout.marked and prompt:
-        fields.get(layout.subject[0], _STRIPPED)
+        fields.text(layout.subject[0], _STRIPPED)
         if _MARK not in prompt:
             expected = f"{_MARK} where the subject goes (this prompt is filled in already, as in a file of results)"
             fields.wrong(layout.prompt, expected, prompt)
@@ -301,8 +299,8 @@ def _target(path: str, fields: RecordFields) -> str:
     """A text, an object with the text as "str", or in the layouts of others a list of one."""
     value = fields.look(path)
     if isinstance(value, list) and len(value) == 1 and not fields.strict:
-        return fields.checked(f"{path}[0]", _LINE, value[0])
-    return fields.get(f"{path}.str" if isinstance(value, Mapping) else path, _LINE)
+        return fields.checked(f"{path}[0]", value[0], _LINE)
+    return fields.text(f"{path}.str" if isinstance(value, Mapping) else path, _LINE)
 
 
 def _rephrases(layout: EditLayout, fields: RecordFields) -> Iterator[str]:
@@ -352,7 +350,7 @@ def _in_objects(fields: RecordFields, at: str, value: Any, scored: bool) -> Iter
             for group, item in value.items():
                 yield from _in_objects(fields, f"{at}.{group}", item, scored)
         elif value and fields.strict:
-            inside.get(_PROMPT_KEYS[0], _STRIPPED)
+            inside.text(_PROMPT_KEYS[0], _STRIPPED)
     elif isinstance(value, str) and scored:
         return
     elif value is not None:
@@ -360,25 +358,21 @@ def _in_objects(fields: RecordFields, at: str, value: Any, scored: bool) -> Iter
             yield text, ()
 
 
-def _texts(fields: RecordFields, path: str, value: Any) -> list[str]:
-    """A text, or those of a list. In the layouts of others, blank ones are absent."""
-    if value is None or (not fields.strict and isinstance(value, str) and not value.strip()):
-        return []
+def _texts(fields: RecordFields, path: str, value: Any, kind: FieldType = _STRIPPED) -> list[str]:
+    """The texts in a value: a text, an object with the text as "str", or lists of these. In the layouts of others blank
+    texts are absent, and an answer may be a whole number (of a table's column)."""
     if isinstance(value, list):
-        return [text for index, item in enumerate(value) for text in _texts(fields, f"{path}[{index}]", item)]
-    text = fields.checked(path, _STRIPPED, value)
+        return [text for index, item in enumerate(value) for text in _texts(fields, f"{path}[{index}]", item, kind)]
+    if isinstance(value, Mapping) and "str" in value:
+        return _texts(fields, f"{path}.str", value["str"], kind)
+    if fields.is_absent(value):
+        return []
+    if kind is _LINE and type(value) in (int, float) and not fields.strict and value == value // 1:
+        value = str(int(value))
+    text = fields.checked(path, value, kind)
     return [text] if text else []
 
 
 def _answers(fields: RecordFields, path: str, value: Any) -> list[str]:
-    """An answer and its other names: a text, an object with the text as "str", or lists of these."""
-    if isinstance(value, list):
-        return [text for index, item in enumerate(value) for text in _answers(fields, f"{path}[{index}]", item)]
-    if isinstance(value, Mapping) and "str" in value:
-        return _answers(fields, f"{path}.str", value["str"])
-    if value is None or (not fields.strict and isinstance(value, str) and not value.strip()):
-        return []
-    if type(value) in (int, float) and not fields.strict and value == value // 1:
-        value = str(int(value))  # a table's column of numbers
-    text = fields.checked(path, _LINE, value)
-    return [text] if text else []
+    """An answer and its other names."""
+    return _texts(fields, path, value, _LINE)

@@ -12,9 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Generic, TypeVar
-
-from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from locft.data.record_files import FileRecord, describe, shortened
 from locft.errors import InputError, did_you_mean, listed
@@ -23,25 +21,20 @@ Value = TypeVar("Value")
 Layout = TypeVar("Layout", bound="RecordLayout")
 
 
-@dataclass(frozen=True)
-class FieldType(Generic[Value]):
-    """What a field holds."""
+class FieldType(NamedTuple):
+    """What a text field holds."""
 
-    expected: str
-    """For messages, such as "a list of texts"."""
-    adapter: TypeAdapter[Any]
-    stand_in: Value
-    """Takes the place of a wrong value, so that reading goes on and tells the record's other problems."""
+    read: Callable[[Any], str | None]
+    """The text of a value; None where the value is wrong."""
+    expected: str = "text"
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("blank")
-    return text
+def _filled(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None
 
 
-Text = Annotated[str, Strict(), AfterValidator(_not_blank)]
-TEXT = FieldType("text", TypeAdapter(Text), "")
+TEXT = FieldType(_filled)
+VERBATIM = FieldType(lambda value: value if isinstance(value, str) else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +81,13 @@ def top_level(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.split(".")[0].removesuffix("[]") for path in paths))
 
 
-@dataclass(frozen=True)
-class FieldProblem:
+class FieldProblem(NamedTuple):
     """What is wrong with a field of a record."""
 
     place: str
     """Of the record, for messages."""
     path: str
     text: str
-
-    @property
-    def kind(self) -> tuple[str, str]:
-        """Alike for the same mistake in other records."""
-        return _without_indices(self.path), self.text.partition(", got ")[0]
-
-    def __str__(self) -> str:
-        return f"{self.place}, field {self.path}: {self.text}"
-
-
-Problems = list[str | FieldProblem]
 
 
 @dataclass
@@ -116,7 +97,7 @@ class RecordFields:
     value: Mapping[str, Any]
     place: str
     """Of the record, for messages."""
-    problems: Problems
+    problems: dict[FieldProblem, None]
     known: Collection[str]
     """Keys that the layout knows, or patterns of them ("para_question*")."""
     strict: bool
@@ -135,29 +116,50 @@ class RecordFields:
             if not known and near and near[0] not in self.value:
                 self.tell(_listed([key]), f"unknown key, did you mean {near[0]!r}?")
 
-    def get(self, path: str, kind: FieldType[Value]) -> Value:
-        """The value of a field that must be there."""
+    def find(self, path: str, expected: str) -> Any:
+        """What is in a field that must be there; ... where it is absent, which is told."""
         holder: Any = self.value
         at = ""
         for part in path.split("."):
             if not isinstance(holder, Mapping):
                 self.wrong(at, "an object", holder)
-                return kind.stand_in
+                return ...
             at = f"{at}.{part}" if at else part
             if part not in holder:
-                expected = kind.expected if at == path else "an object"
                 near = did_you_mean(part, [key for key in map(str, holder) if key not in self.known])
-                self.tell(at, f"expected {expected}, got no such field (the keys are {_listed(holder)}{near})")
-                return kind.stand_in
+                wanted = expected if at == path else "an object"
+                self.tell(at, f"expected {wanted}, got no such field (the keys are {_listed(holder)}{near})")
+                return ...
             holder = holder[part]
-        return self.checked(path, kind, holder)
+        self.use(path)
+        return holder
 
-    def optional(self, path: str, kind: FieldType[Value]) -> Value | None:
-        """The value of a field that may be absent; None too if the layout has no such field (path "")."""
+    def text(self, path: str, kind: FieldType = TEXT) -> str:
+        """The text of a field that must be there; "" where it is absent or wrong, which is told."""
+        value = self.find(path, kind.expected)
+        return "" if value is ... else self.checked(path, value, kind)
+
+    def texts(self, path: str, fewest: int) -> tuple[str, ...]:
+        """The texts of a list that must be there; () where it is absent or wrong, which is told."""
+        value = self.find(path, expected := f"a list of {fewest} or more texts")
+        wrong = [index for index, one in enumerate(value) if _filled(one) is None] if isinstance(value, list) else []
+        for index in wrong:
+            self.wrong(f"{path}[{index}]", TEXT.expected, value[index])
+        if value is ... or wrong:
+            return ()
+        if not isinstance(value, list) or len(value) < fewest:
+            self.wrong(path, expected, value)
+            return ()
+        return tuple(value)
+
+    def optional(self, path: str, kind: FieldType = TEXT) -> str | None:
+        """The text of a field that may be absent; None too if the layout has no such field (path "")."""
         value = self.look(path)
-        if value is None or (not self.strict and isinstance(value, str) and not value.strip()):
-            return None
-        return self.checked(path, kind, value)
+        return None if self.is_absent(value) else self.checked(path, value, kind)
+
+    def is_absent(self, value: Any) -> bool:
+        """True of null, and in the layouts of others of a blank text."""
+        return value is None or (not self.strict and isinstance(value, str) and not value.strip())
 
     def look(self, path: str) -> Any:
         """What is at the path, None if nothing is; a list if the path goes through one. It still counts as unread."""
@@ -165,7 +167,7 @@ class RecordFields:
 
     def inside(self, path: str, value: Mapping[str, Any], known: Collection[str]) -> "RecordFields":
         """An object of the record, to be read in turn; `known` are its keys."""
-        prefix = f"{self.prefix}{path}." if path else self.prefix
+        prefix = f"{self.prefix}{path}."
         return RecordFields(value, self.place, self.problems, known, self.strict, prefix, self.used, self.lacking)
 
     def use(self, path: str) -> None:
@@ -186,21 +188,14 @@ class RecordFields:
         self.tell(path, f"expected {expected}, got {describe(got)}")
 
     def tell(self, path: str, problem: str) -> None:
-        told = FieldProblem(self.place, self.prefix + path, problem)
-        if told not in self.problems:
-            self.problems.append(told)
+        self.problems[FieldProblem(self.place, self.prefix + path, problem)] = None
 
-    def checked(self, path: str, kind: FieldType[Value], value: Any) -> Value:
-        """The value as the field's type has it; where it is wrong, that is told and a stand-in returned."""
+    def checked(self, path: str, value: Any, kind: FieldType = TEXT) -> str:
+        """The value as text; "" where it is wrong, which is told."""
         self.use(path)
-        try:
-            return kind.adapter.validate_python(value)
-        except ValidationError as error:
-            problems = error.errors(include_url=False)
-            for problem in [one for one in problems if one["loc"]] or problems:  # a list's elements before its length
-                inside = "".join(f"[{index}]" for index in problem["loc"])
-                self.wrong(path + inside, TEXT.expected if inside else kind.expected, problem["input"])
-            return kind.stand_in
+        if (text := kind.read(value)) is None:
+            self.wrong(path, kind.expected, value)
+        return text or ""
 
 
 @dataclass(frozen=True)
@@ -229,7 +224,7 @@ def read_with_layout(
     problem: those found earlier, and each wrong field with its place, what was expected and what was got; a problem that
     all records share is one.
     """
-    problems: Problems = list(earlier_problems)
+    problems = list(earlier_problems)
     recognised = [next((one for one in layouts if one.recognises(record.value)), None) for record in records]
     votes = Counter(one for one in recognised if one is not None)
     if records and not votes:  # one message for all records: they are of a kind
@@ -238,9 +233,10 @@ def read_with_layout(
         told = f"{source}, {where}: unknown layout, got the keys {got}; expected one of: {known}"
         problems.append(told + advice(records[0]))
     if not votes:
-        raise InputError(shortened([str(problem) for problem in problems]))
+        raise InputError(shortened(problems))
     layout = votes.most_common(1)[0][0]  # of equally frequent ones, the first in the file
     known_keys = top_level((*layout.required, *layout.optional))
+    found: dict[FieldProblem, None] = {}
     values, places, unread = [], dict[str, str](), Counter[str]()
     for record, own_layout in zip(records, recognised, strict=True):
         place = f"{source}, {record.place}"
@@ -248,33 +244,36 @@ def read_with_layout(
         if variant is not own_layout and (stranger := _stranger(record.value, own_layout, layout)):
             problems.append(f"{place}: {stranger}")
             continue
-        fields = RecordFields(record.value, place, problems, known_keys, layout.strict)
+        fields = RecordFields(record.value, place, found, known_keys, layout.strict)
         values.append(read(variant, fields))
         unread.update(fields.unread())
         identity = record.value.get("id") if layout.strict else None
         if identity is not None and (other := places.setdefault(str(identity), place)) is not place:
             fields.tell("id", f"expected an id of its own, got {describe(identity)}, the id of {other}")
+    problems += _told(found, records, source, advice)
     if problems:
-        raise InputError(shortened(_in_common(problems, records, source, advice)))
+        raise InputError(shortened(problems))
     return ReadRecords(layout, values, dict(unread))
 
 
-def _in_common(
-    problems: Problems, records: Sequence[FileRecord], source: str, advice: Callable[[FileRecord], str]
-) -> list[str]:
+def _told(
+    problems: Iterable[FieldProblem],
+    records: Sequence[FileRecord],
+    source: str,
+    advice: Callable[[FileRecord], str],
+) -> Iterator[str]:
     """The problems as they are told: what is wrong in the same way in every one of several records is one."""
-    of_fields = [problem for problem in problems if isinstance(problem, FieldProblem)]
-    counts = Counter(kind for kind, _ in {(problem.kind, problem.place) for problem in of_fields})
-    shared = {kind for kind, count in counts.items() if count == len(records) > 1}
-    told: dict[Any, str] = {}
+    alike: dict[tuple[str, str], list[FieldProblem]] = {}
     for problem in problems:
-        if isinstance(problem, str) or problem.kind not in shared:
-            told.setdefault(problem, str(problem))
-        elif problem.kind not in told:
-            hint = advice(records[0]) if "no such field" in problem.text else ""
-            path = _without_indices(problem.path)
-            told[problem.kind] = f"{source}, all {len(records):,} records, field {path}: {problem.text}{hint}"
-    return list(told.values())
+        kind = _without_indices(problem.path), problem.text.partition(", got ")[0]
+        alike.setdefault(kind, []).append(problem)
+    for (path, _), group in alike.items():
+        text = group[0].text
+        if len({problem.place for problem in group}) == len(records) > 1:
+            hint = advice(records[0]) if "no such field" in text else ""
+            yield f"{source}, all {len(records):,} records, field {path}: {text}{hint}"
+        else:
+            yield from (f"{problem.place}, field {problem.path}: {problem.text}" for problem in group)
 
 
 def _stranger(record: Mapping[str, Any], own: RecordLayout | None, layout: RecordLayout) -> str | None:

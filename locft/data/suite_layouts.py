@@ -9,26 +9,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, Strict, TypeAdapter
+from typing import Literal
 
 from locft.data.record_files import FileRecord
-from locft.data.record_layouts import TEXT, FieldType, RecordFields, RecordLayout, Text, read_with_layout
+from locft.data.record_layouts import TEXT, VERBATIM, RecordFields, RecordLayout, read_with_layout
 
 Rule = Literal["sum", "mean", "exact"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NO_ANSWERS = (-1, "-1", "", None)
 """What stands for the right choice in splits that are published without answers."""
-
-_VERBATIM = FieldType("text", TypeAdapter(Annotated[str, Strict()]), "")
-_ONE_OR_MORE: FieldType[tuple[str, ...]] = FieldType(
-    "a list of 1 or more texts", TypeAdapter(Annotated[tuple[Text, ...], Field(min_length=1)]), ()
-)
-_TWO_OR_MORE: FieldType[tuple[str, ...]] = FieldType(
-    "a list of 2 or more texts", TypeAdapter(Annotated[tuple[Text, ...], Field(min_length=2)]), ()
-)
-_ANSWER: FieldType[Any] = FieldType("the number of the right choice", TypeAdapter(Any), ...)
 
 
 @dataclass(frozen=True)
@@ -193,37 +182,37 @@ def columns_without_header(row: Sequence[str]) -> tuple[str, ...] | None:
 
 def _read_item(layout: BenchmarkLayout, fields: RecordFields) -> CapabilityItem:
     """The item without its task, and without an id if the record has none."""
-    texts = {key: fields.get(key, _VERBATIM if layout.strict else TEXT) for key in layout.texts}
-    texts |= {key: fields.optional(key, TEXT) or "" for key in layout.optional_texts}
+    texts = {key: fields.text(key, VERBATIM if layout.strict else TEXT) for key in layout.texts}
+    texts |= {key: fields.optional(key) or "" for key in layout.optional_texts}
     context = layout.context.format(**texts) if isinstance(layout.context, str) else layout.context(texts)
     choices: tuple[str, ...]
     if not layout.choices:
         context, last_word = _split_last_word(layout.texts[0], context, fields)
         choices = (last_word,)
     elif isinstance(layout.choices, str):
-        choices = fields.get(layout.choices, _ONE_OR_MORE if layout.strict else _TWO_OR_MORE)
+        choices = fields.texts(layout.choices, 1 if layout.strict else 2)
     else:
         more = LETTERS[len(layout.choices) :] if layout.more_choices else ""
-        further = itertools.takewhile(lambda text: text is not None, (fields.optional(key, TEXT) for key in more))
-        choices = (*(fields.get(key, TEXT) for key in layout.choices), *map(str, further))
+        further = itertools.takewhile(lambda text: text is not None, map(fields.optional, more))
+        choices = (*map(fields.text, layout.choices), *map(str, further))
     answer = layout.answer if isinstance(layout.answer, int) else _answer(layout, layout.answer, choices, fields)
     if layout.lettered:
         if len(choices) > len(LETTERS):
             fields.wrong(str(layout.choices), f"at most {len(LETTERS)} texts, each gets a letter", list(choices))
         options = "".join(f"\n{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False))
         context, choices = f"{context.strip()}{options}\nAnswer:", tuple(LETTERS[: len(choices)])
-    identity = (fields.optional("id", TEXT) if layout.strict else None) or ""
+    identity = (fields.optional("id") if layout.strict else None) or ""
     rule: Rule = "exact" if len(choices) == 1 else layout.rule
     return CapabilityItem("", identity, context, tuple(map(layout.shown, choices)), answer, rule)
 
 
 def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: RecordFields) -> int:
     """Index of the right choice, given as a label, a number, its digits (as in tables of the hub) or a letter."""
-    value = fields.get(path, _ANSWER)
+    value = fields.find(path, "the number of the right choice")
     if value is ...:
         return 0
     if layout.labels:
-        labels = fields.get(layout.labels, _TWO_OR_MORE)
+        labels = fields.texts(layout.labels, 2)
         if choices and labels and len(labels) != len(choices):
             fields.wrong(layout.labels, f"{len(choices)} labels, one a choice", labels)
         elif labels and value not in labels:
