@@ -102,7 +102,7 @@ class TailEngine:
         return above or self.forward(position.layer, dtype)
 
     def coarse_forward(self, layer: int) -> Forward | None:
-        """The same with bfloat16 products, for decisions that are not close (`locft.measure.two_stage_scoring`).
+        """The same with bfloat16 products, for decisions that are not close (`locft.measure.token_scores.retake`).
 
         Fused layers above `layer` (`locft.engine.fused_layers`) are computed in bfloat16 and added up in float32. None
         if the hardware would not be faster.

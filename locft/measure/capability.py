@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from locft.data.suite_layouts import CapabilityItem
 from locft.data.suites import Suite
 from locft.errors import InputError
-from locft.measure.token_scores import divergence, scores_by_row, slices, targets
-from locft.measure.two_stage_scoring import retake
+from locft.measure.token_scores import divergence, retake, scores_by_row, slices, targets
 from locft.train.encoding import encode_continuation
 from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
@@ -107,16 +106,11 @@ def encode_suite(
     Prose of more than `prose_tokens` tokens gives `prose_tokens // prose_window` whole windows, evenly spaced over it.
     Rows longer than the tokenizer says its model can read lose tokens at their beginning.
     """
-    tasks = {
-        task.name: tuple(
-            EncodedItem(
-                item,
-                tuple(_row(tokenizer, item.context, choice) for choice in item.choices),
-            )
-            for item in task.items
-        )
-        for task in suite.tasks
-    }
+
+    def encoded(item: CapabilityItem) -> EncodedItem:
+        return EncodedItem(item, tuple(_row(tokenizer, item.context, choice) for choice in item.choices))
+
+    tasks = {task.name: tuple(map(encoded, task.items)) for task in suite.tasks}
     return EncodedSuite(suite.fingerprint, tasks, _prose_rows(tokenizer, suite.prose, prose_tokens, prose_window))
 
 
@@ -135,7 +129,7 @@ def score_suite(
 
     An item is right if the right choice scores above every other one. A tie is wrong, wherever the right choice stands,
     and so is a score that is not a number. coarse: the same model computed coarsely, which decides the items that are
-    not close (`locft.measure.two_stage_scoring`).
+    not close (`retake`).
     """
     items = [encoded for task in suite.tasks.values() for encoded in task]
     margins = item_margins(coarse or logits, items, batch_tokens)
@@ -149,9 +143,8 @@ def score_suite(
 
         retake(np.abs(np.nan_to_num(margins, nan=0.0)), exactly)
     right = iter((margins > 0).tolist())
-    return SuiteScores(
-        suite.fingerprint, {name: tuple(next(right) for _ in task) for name, task in suite.tasks.items()}
-    )
+    correct = {name: tuple(next(right) for _ in task) for name, task in suite.tasks.items()}
+    return SuiteScores(suite.fingerprint, correct)
 
 
 def item_margins(
@@ -182,6 +175,7 @@ def measure_perplexity(logits: SupervisedLogits, suite: EncodedSuite, batch_toke
     return _perplexity(log_likelihoods.sum(), suite.prose)
 
 
+@torch.no_grad()
 def measure_drift(
     edited: SupervisedLogits, unedited: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS
 ) -> Drift:
@@ -190,7 +184,7 @@ def measure_drift(
     prose = sorted(suite.prose, key=_longest_context_first)
     for part in batches(prose, padded_tokens=batch_tokens):
         chosen = prose[part]
-        for before, after, wanted in slices(_call(unedited, chosen), _call(edited, chosen), targets(chosen)):
+        for before, after, wanted in slices(unedited(chosen), edited(chosen), targets(chosen)):
             kl += float(divergence(before, after).sum())
             own = after.gather(-1, wanted[:, None])[:, 0]
             log_likelihood += float((own.double() - after.logsumexp(-1).double()).sum())
@@ -264,11 +258,6 @@ def _longest_context_first(row: TokenRow) -> tuple:
     """Sorts rows so that those of a batch have about one length, memory runs out at once if ever, and the choices of
     one question, which can share its states, stay together."""
     return -row.start, row.token_ids[: row.start], -len(row.token_ids), row.token_ids
-
-
-def _call(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> torch.Tensor:
-    with torch.no_grad():
-        return logits(rows)
 
 
 def _perplexity(log_likelihood: float, rows: Sequence[TokenRow]) -> float:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,15 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from locft.data.answers import normalise_answer, sentence_ends
 from locft.data.edit_request import EditRequest
-from locft.measure.generation import (
-    BATCH,
-    NEW_TOKENS,
-    GreedyDecoder,
-    ModelAnswer,
-    OpenAnswer,
-)
-from locft.measure.token_scores import divergence, scores_by_row, slices
-from locft.measure.two_stage_scoring import retake
+from locft.measure.generation import BATCH, NEW_TOKENS, GreedyDecoder, ModelAnswer, OpenAnswer
+from locft.measure.token_scores import divergence, retake, scores_by_row, slices
 from locft.model.models import LoadedModel
 from locft.train.encoding import encode_answer, encode_edit, encode_question
 from locft.train.formats import RAW, UNSEEN, label
@@ -69,6 +62,11 @@ class EditQuestion:
     def full_stops(self, name: str) -> int:
         """Ends of sentences that belong to an answer of this name."""
         return 0 if self.kind == "locality" else len(sentence_ends(name))
+
+    def outcome(self, got: str, correct: bool, correct_tf: bool, **change: Any) -> "EditOutcome":
+        """What an answer makes of the question. change: fields of `ReferenceChange`, for locality."""
+        asked = self.edit_id, self.kind, self.prompt, self.expected
+        return EditOutcome(*asked, got, correct, correct_tf, self.format, **change)
 
 
 @dataclass(frozen=True)
@@ -151,26 +149,20 @@ def edit_questions(
     questions = []
     answers = iter(unedited)
     for request in requests:
+        asked: list[tuple[EditMetric, str, tuple[str, ...]]] = [("reliability", request.prompt, (request.target,))]
+        asked += [("generalization", prompt, (request.target,)) for prompt in request.rephrases]
+        asked += [("portability", one.prompt, one.answers) for one in request.portability]
         for form in formats:
-            row = encode_edit(tokenizer, request.prompt, request.target, form)
-            questions.append(EditQuestion(request.id, "reliability", request.prompt, request.target, row, label(form)))
-            for prompt in request.rephrases:
-                row = encode_edit(tokenizer, prompt, request.target, form)
-                questions.append(EditQuestion(request.id, "generalization", prompt, request.target, row, label(form)))
-            for asked in request.portability:
-                answer, *others = asked.answers
-                row = encode_edit(tokenizer, asked.prompt, answer, form)
-                questions.append(
-                    EditQuestion(request.id, "portability", asked.prompt, answer, row, label(form), tuple(others))
-                )
+            for kind, prompt, (answer, *others) in asked:
+                row = encode_edit(tokenizer, prompt, answer, form)
+                questions.append(EditQuestion(request.id, kind, prompt, answer, row, label(form), tuple(others)))
         for unrelated in request.locality:
             kept, prompt_ids = next(answers), encode_question(tokenizer, unrelated.prompt)
             row = reference = TokenRow(prompt_ids + kept.token_ids, len(prompt_ids))
             if unrelated.answer:
                 reference = encode_answer(tokenizer, unrelated.prompt, unrelated.answer)
-            questions.append(
-                EditQuestion(request.id, "locality", unrelated.prompt, kept.text, row, reference=reference)
-            )
+            question = EditQuestion(request.id, "locality", unrelated.prompt, kept.text, row, reference=reference)
+            questions.append(question)
     return tuple(questions)
 
 
@@ -214,18 +206,10 @@ def ask(
     outcomes = []
     for index, question in enumerate(questions):
         got = _said(decoder, answers[index], question) if index in answers else question.expected
-        outcome = EditOutcome(
-            question.edit_id,
-            question.kind,
-            question.prompt,
-            question.expected,
-            got,
-            correct=normalise_answer(got) in map(normalise_answer, question.names),
-            correct_tf=known[question.row].instead is None,
-            format=question.format,
-        )
+        right = normalise_answer(got) in map(normalise_answer, question.names)
+        exact = known[question.row].instead is None
         change = changes.get(question.reference) if question.reference else None
-        outcomes.append(replace(outcome, **asdict(change)) if change else outcome)
+        outcomes.append(question.outcome(got, right, exact, **(asdict(change) if change else {})))
     return tuple(outcomes)
 
 
@@ -279,9 +263,8 @@ def reference_changes(
         pairs = slices(before[firsts], after[firsts])
         divergences = torch.cat([divergence(*pair).cpu() for pair in pairs]).clamp(min=0).tolist()
         for row, kept, kl in zip(rows[part], same.split(lengths), divergences, strict=True):
-            changes[row] = ReferenceChange(
-                float(kept.double().mean()), bool(kept[0]), kl if math.isfinite(kl) else None
-            )
+            finite = kl if math.isfinite(kl) else None
+            changes[row] = ReferenceChange(float(kept.double().mean()), bool(kept[0]), finite)
     return changes
 
 
@@ -290,8 +273,8 @@ def follow(
 ) -> list[Following]:
     """How far greedy generation would follow each row's supervised tokens.
 
-    coarse: the same model computed coarsely, which decides the rows that are not close
-    (`locft.measure.two_stage_scoring`); their losses are coarse, too.
+    coarse: the same model computed coarsely, which decides the rows that are not close (`retake`); their losses are
+    coarse, too.
     """
     found, margins = _followings(coarse or logits, rows)
     if coarse:
@@ -325,10 +308,9 @@ def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[lis
 
 def _said(decoder: GreedyDecoder, answer: OpenAnswer, question: EditQuestion) -> str:
     """The text of an answer, ended as the name that it equals ends; as the expected answer does if it equals none."""
-    texts = [decoder.text(replace(answer, full_stops=question.full_stops(name))) for name in question.names]
-    equal = (text for text, name in zip(texts, question.names, strict=True)
-             if normalise_answer(text) == normalise_answer(name))  # fmt: skip
-    return next(equal, texts[0])
+    texts = {name: decoder.text(replace(answer, full_stops=question.full_stops(name))) for name in question.names}
+    equal = (text for name, text in texts.items() if normalise_answer(text) == normalise_answer(name))
+    return next(equal, texts[question.expected])
 
 
 def _begun(question: EditQuestion, following: Following | None) -> OpenAnswer:

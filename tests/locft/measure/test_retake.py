@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from locft.data.suites import load_suite
 from locft.measure.capability import encode_suite, item_margins, score_suite
-from locft.measure.two_stage_scoring import FEWEST, SAFETY, retake
+from locft.measure.token_scores import FEWEST, SAFETY, retake
 from locft.train.reference import full_forward
 from tests.tiny import tiny_loaded
 
