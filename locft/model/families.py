@@ -7,7 +7,6 @@ module that this layer does not have.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 # fmt: off
 MODULES: tuple[str, ...] = (
@@ -55,33 +54,21 @@ STANDS_IN: Mapping[str, tuple[str, ...]] = {
 """What to offer to somebody who asks for a module that an architecture does not have, nearest first."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """One row: model types whose parts structure and names do not tell, or tell wrongly."""
-
-    model_types: tuple[str, ...]
-    """`config.model_type` of each, of its text half where it has one."""
-    modules: Mapping[str, tuple[str, ...]]
-    """Module name -> paths inside a block whose parameters it consists of. "layer" is always there and not listed."""
-
-
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        ("rwkv",),
-        # Time mixing stands for attention: receptance asks as a query does. Channel mixing stands for the MLP:
-        # receptance gates its output, key leads to the inner size and value back.
-        {
-            "mlp": ("feed_forward",),
-            "mlp_down": ("feed_forward.value",),
-            "mlp_up": ("feed_forward.key",),
-            "mlp_gate": ("feed_forward.receptance",),
-            "attn": ("attention",),
-            "attn_q": ("attention.receptance",),
-            "attn_k": ("attention.key",),
-            "attn_v": ("attention.value",),
-            "attn_o": ("attention.output",),
-        },
-    ),
-)
-
-BY_MODEL_TYPE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.model_types}
+FAMILIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    # Time mixing stands for attention: receptance asks as a query does. Channel mixing stands for the MLP: receptance
+    # gates its output, key leads to the inner size and value back.
+    "rwkv": {
+        "mlp": ("feed_forward",),
+        "mlp_down": ("feed_forward.value",),
+        "mlp_up": ("feed_forward.key",),
+        "mlp_gate": ("feed_forward.receptance",),
+        "attn": ("attention",),
+        "attn_q": ("attention.receptance",),
+        "attn_k": ("attention.key",),
+        "attn_v": ("attention.value",),
+        "attn_o": ("attention.output",),
+    },
+}
+"""`config.model_type` (of the text half, where there is one) -> module -> paths inside a block whose parameters it
+consists of, for the models whose parts structure and names do not tell, or tell wrongly. "layer" is always there and not
+listed."""

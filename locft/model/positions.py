@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from locft.errors import InputError
-from locft.model.families import BY_MODEL_TYPE, MODULES, STANDS_IN
+from locft.model.families import FAMILIES, MODULES, STANDS_IN
 from locft.model.structure import parts_of
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")
@@ -170,7 +170,7 @@ def no_row(model: PreTrainedModel) -> str:
         lines += [f"  {name} {tuple(parameter.shape)}" for name, parameter in block.named_parameters()]
     lines += [
         "add a row to FAMILIES in locft/model/families.py, with paths inside the block, for example:",
-        f'  Family(("{model_type}",), {{"mlp_down": ("mlp.down_proj",), "mlp": ("mlp",)}})',
+        f'  "{model_type}": {{"mlp_down": ("mlp.down_proj",), "mlp": ("mlp",)}},',
     ]
     return "\n".join(lines)
 
@@ -203,8 +203,8 @@ def _belongs(name: str, part: str) -> bool:
 def _parts(model: PreTrainedModel, layer: int, block: nn.Module) -> Mapping[str, tuple[str, ...]]:
     config = model.config.get_text_config()
     for model_type in (model.config.model_type, config.model_type):
-        if model_type in BY_MODEL_TYPE:
-            return BY_MODEL_TYPE[model_type].modules
+        if model_type in FAMILIES:
+            return FAMILIES[model_type]
     types = getattr(config, "layer_types", None) or ()
     hidden = getattr(config, "hidden_size", None)
     if not isinstance(hidden, int):

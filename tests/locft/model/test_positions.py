@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from locft.errors import InputError
-from locft.model.families import BY_MODEL_TYPE, MODULES, STANDS_IN
+from locft.model.families import FAMILIES, MODULES, STANDS_IN
 from locft.model.positions import (
     TuningPosition,
     decoder_layers,
@@ -120,7 +120,7 @@ EXPECTED = {name: paths for types, paths in LISTED.items() for name in types.spl
 
 
 def test_every_type_is_listed():
-    assert set(EVERY) == set(EXPECTED) >= set(BY_MODEL_TYPE)
+    assert set(EVERY) == set(EXPECTED) >= set(FAMILIES)
     assert all(set(paths) <= set(MODULES) for paths in EXPECTED.values())
     assert set(STANDS_IN) | {near for nears in STANDS_IN.values() for near in nears} <= set(MODULES)
 
@@ -275,7 +275,7 @@ def test_unknown_parts_leave_whole_layers_and_show_how_to_list_them():
         parameter_names(model, TuningPosition(1, "mlp_down"))
     text = str(error.value)
     assert "'llama'" in text and "model.layers (3 of them)" in text and "0.weight (48, 32)" in text
-    assert "locft/model/families.py" in text and 'Family(("llama",), ' in text
+    assert "locft/model/families.py" in text and '"llama": {"mlp_down"' in text
 
 
 def test_blocks_that_are_not_plain_to_see():
