@@ -48,6 +48,33 @@ def trainer_config(trainer: str, recipe: Recipe, model: PreTrainedModel) -> str:
     return {"axolotl": _axolotl, "trl": _trl, "llamafactory": _llamafactory}[trainer](recipe, model, names)
 
 
+def _arguments(recipe: Recipe) -> dict[str, Any]:
+    """The settings that all trainers share, by their names in transformers' `TrainingArguments`."""
+    return {
+        "learning_rate": recipe.learning_rate,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": recipe.epochs,
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "bf16": recipe.bfloat16,
+        "seed": recipe.seed,
+        "output_dir": "./edited-model",
+    }
+
+
+_IN_AXOLOTL = {
+    "per_device_train_batch_size": "micro_batch_size",
+    "num_train_epochs": "num_epochs",
+    "optim": "optimizer",
+    "lr_scheduler_type": "lr_scheduler",
+}
+"""Axolotl's names where they are others."""
+
+
 def _axolotl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> str:
     """Source: `freeze_layers_except` and `LayerNamePattern` in axolotl's src/axolotl/utils/freeze.py: a parameter trains if
     `re.match` finds a pattern at the beginning of its name. Axolotl escapes the dots of a pattern itself: an escaped one
@@ -55,6 +82,7 @@ def _axolotl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> 
 
     A model that axolotl computes in bfloat16 it also loads in bfloat16, where small steps are lost; hence float32.
     """
+    shared = {_IN_AXOLOTL.get(name, name): value for name, value in _arguments(recipe).items()}
     config = {
         "base_model": recipe.base,
         "unfrozen_parameters": [f"^{'.'.join(map(re.escape, name.split('.')))}$" for name in names],
@@ -64,20 +92,10 @@ def _axolotl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> 
         "sequence_len": 512,
         "sample_packing": False,
         "gradient_checkpointing": False,
-        "learning_rate": recipe.learning_rate,
-        "micro_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": 1,
-        "num_epochs": recipe.epochs,
-        "optimizer": "adamw_torch",
-        "weight_decay": 0.0,
-        "max_grad_norm": 0.0,
-        "lr_scheduler": "constant",
-        "warmup_steps": 0,
+        **shared,
         "bf16": False,
         "fp16": False,
         "tf32": False,
-        "seed": recipe.seed,
-        "output_dir": "./edited-model",
     }
     data = 'Each line of the data: {"segments": [{"label": false, "text": prompt}, {"label": true, "text": answer with EOS}]}'
     return _yaml(recipe, names, data, config)
@@ -89,7 +107,7 @@ def _llamafactory(recipe: Recipe, model: PreTrainedModel, names: Collection[str]
     follows a layer's number, or ".LAYER." for `all`. So most positions cannot be named; those that can are found by trying.
     """
     layer, count = recipe.position.layer, _layer_count(model)
-    parts = _parts(names, layer)
+    parts = tuple(dict.fromkeys(name.split(f".{layer}.", 1)[1].split(".")[0] for name in names))  # mlp, self_attn, ...
     tried = [(n, modules) for modules in (parts, ("all",)) for n in ((-(layer + 1), count - layer) if count else ())]
     trained = {(n, modules): _freeze_trains(model, count, n, modules) for n, modules in tried}
     exact = next((choice for choice, found in trained.items() if set(found) == set(names)), None)
@@ -112,18 +130,7 @@ def _llamafactory(recipe: Recipe, model: PreTrainedModel, names: Collection[str]
         "template": "empty",
         "cutoff_len": 512,
         "disable_gradient_checkpointing": True,
-        "learning_rate": recipe.learning_rate,
-        "per_device_train_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": 1,
-        "num_train_epochs": recipe.epochs,
-        "optim": "adamw_torch",
-        "weight_decay": 0.0,
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "bf16": recipe.bfloat16,
-        "seed": recipe.seed,
-        "output_dir": "./edited-model",
+        **_arguments(recipe),
     }
     entry = {"edits": {"file_name": recipe.data, "columns": {"prompt": "prompt", "response": "completion"}}}
     data = f"dataset_info.json beside this file has to hold {json.dumps(entry)}"
@@ -152,11 +159,6 @@ def _freeze_trains(model: PreTrainedModel, count: int, layers: int, modules: Col
     return tuple(name for name in names if any(part in name for part in parts))
 
 
-def _parts(names: Collection[str], layer: int) -> tuple[str, ...]:
-    """What follows the layer's number in these names: mlp, self_attn, ..."""
-    return tuple(dict.fromkeys(name.split(f".{layer}.", 1)[1].split(".")[0] for name in names))
-
-
 _SCRIPT = """\
 from datasets import load_dataset
 from transformers import AutoTokenizer, {loader}
@@ -180,20 +182,9 @@ trainer = SFTTrainer(
     processing_class=AutoTokenizer.from_pretrained(MODEL),
     train_dataset=load_dataset("json", data_files=DATA, split="train"),
     args=SFTConfig(
-        output_dir="edited-model",
-        learning_rate={learning_rate!r},
-        per_device_train_batch_size={batch_size},
-        gradient_accumulation_steps=1,
-        num_train_epochs={epochs},
-        optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
+{arguments}
         completion_only_loss=True,
         gradient_checkpointing=False,
-        bf16={bfloat16},
-        seed={seed},
         save_strategy="no",
     ),
 )
@@ -211,11 +202,7 @@ def _trl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> str:
         data=json.dumps(recipe.data, ensure_ascii=False),
         names="\n".join(f"    {json.dumps(name)}," for name in names),
         loader=loader if hasattr(transformers, loader) else "AutoModelForCausalLM",
-        learning_rate=recipe.learning_rate,
-        batch_size=recipe.batch_size,
-        epochs=recipe.epochs,
-        bfloat16=recipe.bfloat16,
-        seed=recipe.seed,
+        arguments="\n".join(f"        {name}={value!r}," for name, value in _arguments(recipe).items()),
     )
     return _comments(recipe, names) + script
 
