@@ -22,10 +22,9 @@ from locft.engine.boundary_states import TOKENS_AT_ONCE, boundary_states
 from locft.engine.model_views import ModelViews, linear_change
 from locft.engine.packing import Pack, PrefixTree, pack_rows
 from locft.engine.tail import NoTailView, capture_boundary, require_only_states, supports_tail
-from locft.model.dtype_copy import cast_model
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, n_layers, parameter_names
-from locft.model.precision import training_precision
+from locft.model.precision import cast_model, training_precision
 from locft.train.reference import full_forward
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow, batches
 

@@ -1,5 +1,10 @@
-"""The precision in which training computes if nobody chooses one."""
+"""The precision in which training computes: what is faster here, and a copy of the frozen model in it.
 
+Training in bfloat16 reads a bfloat16 copy of a float32 model. The copy lies in a file that every worker of a machine
+maps into memory: it is there once however many workers train, and the operating system drops and rereads its pages.
+"""
+
+import copy
 import hashlib
 import json
 import math
@@ -8,9 +13,16 @@ from contextlib import suppress
 from functools import cache
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
 
-from locft.cache import cache_folder, write_atomically
+from locft.cache import cache_folder, made_once, write_atomically
 from locft.process import describe_machine, torch_device
+
+_WEIGHTS = "weights.safetensors"
+_ROTARY_ANGLES = "inv_freq"
+"""Last part of the names of the buffers of rotary embeddings."""
 
 
 def training_precision(device: str) -> str:
@@ -54,3 +66,37 @@ def _multiplies_bfloat16_faster() -> bool:
             factor @ factor.T
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
     return seconds[torch.bfloat16] < seconds[torch.float32] / 1.2
+
+
+def cast_model(model: PreTrainedModel, dtype: torch.dtype, fingerprint: str, *, on_disk: bool) -> PreTrainedModel:
+    """The model with its floating-point weights and buffers in `dtype`; the model itself if it has that dtype already.
+
+    fingerprint: of the model's weights. on_disk: keep the copy in a file for other processes and later calls (on a CPU;
+    elsewhere the copy is in memory). The module tree is copied too, so that nothing done to the copy reaches the model.
+    """
+    if dtype == model.dtype:
+        return model
+    if on_disk and model.device.type == "cpu":
+        key = f"{fingerprint}-{model.dtype}-{dtype}".replace("torch.", "")
+        folder = made_once("weights", key, lambda folder: save_file(_cast_weights(model, dtype), folder / _WEIGHTS))
+        weights = load_file(folder / _WEIGHTS)
+    else:
+        weights = _cast_weights(model, dtype)
+    memo = {
+        id(parameter): nn.Parameter(weights[name], requires_grad=False) for name, parameter in model.named_parameters()
+    }
+    twin = copy.deepcopy(model, memo)
+    nn.Module.to(twin, dtype)
+    for name, value in model.named_buffers():
+        if name.endswith(_ROTARY_ANGLES):  # rounding would turn distant tokens elsewhere; they are computed in float32
+            owner, _, last = name.rpartition(".")
+            setattr(twin.get_submodule(owner), last, value)
+    return twin
+
+
+def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Parameter name -> value, contiguous; floating-point ones in `dtype`."""
+    return {
+        name: (parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()).contiguous()
+        for name, parameter in model.named_parameters()
+    }
