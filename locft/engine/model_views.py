@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from locft.engine.fused_layers import FusedLayer, fuse_layers
+from locft.engine.llama_kernel import FusedLayer, fuse_layers
 from locft.engine.packing import Pack
 from locft.engine.tail import head_view, reconfigure, run_until, tail_hidden, tail_view
 from locft.model.positions import decoder_layers, n_layers

@@ -103,7 +103,7 @@ class TailEngine:
     def coarse_forward(self, layer: int) -> Forward | None:
         """The same with bfloat16 products, for decisions that are not close (`locft.measure.token_scores.retake`).
 
-        Fused layers above `layer` (`locft.engine.fused_layers`) are computed in bfloat16 and added up in float32. None
+        Fused layers above `layer` (`locft.engine.llama_kernel`) are computed in bfloat16 and added up in float32. None
         if the hardware would not be faster.
         """
         if not coarse_pays(self.model):

@@ -6,8 +6,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from locft.engine import model_views
-from locft.engine.fused_layers import fuse_layers
-from locft.engine.llama_kernel import FrozenRMSNorm
+from locft.engine.llama_kernel import FrozenRMSNorm, fuse_layers
 from locft.engine.tail import tail_view
 from locft.engine.tail_engine import TailEngine
 from locft.model.positions import decoder_layers
