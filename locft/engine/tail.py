@@ -2,9 +2,7 @@
 
 Legend: B rows, T tokens, D hidden, K supervised tokens, V vocabulary.
 
-Only one position is trained, so all layers below it give the same hidden states in every step of every trial. A trial
-then needs three things. Each runs the model's own Hugging Face code and needs no knowledge of attention, experts or
-state spaces:
+Each part runs the model's own Hugging Face code and knows nothing of attention, experts or state spaces:
 
     boundary = capture_boundary(model, layer, input_ids, attention_mask)[layer]     once
     hidden = tail_hidden(tail_view(model, layer), boundary, attention_mask, weights={...}, input_ids=input_ids)
@@ -13,13 +11,14 @@ state spaces:
 A view is a copy of the module tree but not of the weights: every module object is new, every parameter and buffer is
 the model's own. So nothing done to a view (substituted weights, hooks, fewer layers) reaches the model.
 
-Side by side with the hidden states, some models hand their layers more that they make of the tokens (an embedding per
-layer, the first hidden states). So a tail is given the tokens, too, and computes all that the model computes before its
-first block; only the hidden states that enter the block are exchanged for the boundary.
+Beside the hidden states, some models give their layers other things made of the tokens (an embedding per layer, the
+first hidden states). So a tail is given the tokens too and computes all that comes before the first block; only the
+hidden states that enter the block are replaced by the boundary.
 """
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar, cast
@@ -40,10 +39,7 @@ class NoTailView(ValueError):
 
 
 def supports_tail(model: PreTrainedModel) -> str | None:
-    """None if the views of this model are sound, otherwise the reason why not, in words for the user.
-
-    A cheap look at architecture and state. The tests check that the views of every architecture equal its full forward.
-    """
+    """None if the views of this model may be sound, otherwise the reason why not, for the user. Computes nothing."""
     try:
         n_layers(model)
     except InputError as error:
@@ -240,7 +236,7 @@ def _ignores(module: nn.Module, args: tuple, kwargs: dict, taken: Collection[int
 
 @torch.no_grad()
 def run_until(layer: nn.Module, run: Callable[[], object]) -> torch.Tensor:
-    """What leaves a layer of a view in a run that ends there."""
+    """The hidden states that leave a layer of a view, in a run that ends there."""
     found: list[torch.Tensor] = []
 
     def keep(_module: nn.Module, _args: tuple, output: Any) -> None:
@@ -272,16 +268,11 @@ def _name_of_states(kwargs: Mapping[str, Any]) -> str:
 
 def _base_path(model: PreTrainedModel) -> str:
     """Path of all but the head: the outermost module around the blocks that is no causal LM itself."""
-    names = blocks_path(model).split(".")[:-1]
-    paths = [".".join(names[: depth + 1]) for depth in range(len(names))]
-    for path in paths:
-        if not _has_head(model.get_submodule(path)):
+    for path in itertools.accumulate(blocks_path(model).split(".")[:-1], "{}.{}".format):
+        module = model.get_submodule(path)
+        if not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
             return path
     raise NoTailView("no module of it holds the blocks without the head")
-
-
-def _has_head(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
 
 
 def _inputs(base: nn.Module, attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any]:

@@ -32,16 +32,12 @@ SEQUENCE_TOKENS = 96
 """Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products
 take all sequences of a pack together."""
 _WINDOWS = (
-    "sliding_window",
-    "window_size",
-    "sliding_window_size",
-    "attention_chunk_size",
-    "index_topk",
-    "indexer_budget",
-)
+    "sliding_window", "window_size", "sliding_window_size", "attention_chunk_size", "index_topk", "indexer_budget",
+)  # fmt: skip
 """What configurations call the number of earlier tokens that a token attends to."""
 _SAMPLE = 4
 """Rows on which an engine is tried before it is used."""
+Noise = Callable[[torch.Tensor], torch.Tensor]
 
 
 class TailEngine:
@@ -68,10 +64,11 @@ class TailEngine:
         self.states = self._compute(layers={*layers, n_layers(loaded.model) - 1})
         self._cast = partial(cast_model, loaded.model, fingerprint=loaded.fingerprint, on_disk=on_disk)
 
-    def forward(self, layer: int, dtype: torch.dtype | None = None) -> Forward:
-        """A forward whose weights may differ from the model's in `layer` and above. dtype: the model's by default."""
+    def forward(self, layer: int, dtype: torch.dtype | None = None, noise: Noise | None = None) -> Forward:
+        """A forward whose weights may differ from the model's in `layer` and above. dtype: the model's by default. noise:
+        as for `training_forward`."""
         start, views = self._start(layer), self.views(dtype or self.model.dtype)
-        return self._forward(start, views, views.tail(start))
+        return self._forward(start, views, views.tail(start), noise)
 
     def over(self, rows: Sequence[TokenRow]) -> "TailEngine":
         """An engine of the same model over other rows."""
@@ -86,19 +83,16 @@ class TailEngine:
         position: TuningPosition,
         rows: Sequence[TokenRow],
         dtype: torch.dtype,
-        noise: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        noise: Noise | None = None,
     ) -> Forward:
-        """The same for training one position on these rows. noise: what becomes of the states that each step begins with.
+        """The same for training one position on these rows. noise: changes the states that each step begins with.
 
         A matrix whose product is simply added to the layer's output (`mlp_down` without a norm behind it) needs nothing
         of its layer but its own inputs, which are as constant as the states below. Steps then begin above the layer.
         """
-        if noise is not None:
-            start, views = self._start(position.layer), self.views(dtype)
-            return self._forward(start, views, views.tail(start), noise)
         names = parameter_names(self.model, position)
-        above = self._forward_above(position.layer, names, rows, self.views(dtype))
-        return above or self.forward(position.layer, dtype)
+        above = self._forward_above(position.layer, names, rows, self.views(dtype)) if noise is None else None
+        return above or self.forward(position.layer, dtype, noise)
 
     def coarse_forward(self, layer: int) -> Forward | None:
         """The same with bfloat16 products, for decisions that are not close (`locft.measure.token_scores.retake`).
@@ -139,7 +133,7 @@ class TailEngine:
         start: int,
         views: ModelViews,
         tail: PreTrainedModel,
-        noise: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        noise: Noise | None = None,
     ) -> Forward:
         def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
             own = views.tail_weights(weights)
@@ -156,7 +150,7 @@ class TailEngine:
     def _forward_above(
         self, layer: int, names: Sequence[str], rows: Sequence[TokenRow], views: ModelViews
     ) -> Forward | None:
-        """The forward that begins behind a matrix; None unless the layer's output is linear in it."""
+        """The forward that begins after a matrix; None unless the layer's output is linear in it."""
         path = names[0].rpartition(".")[0]
         owner = self.model.get_submodule(path)
         if type(owner) is not nn.Linear or set(names) != {f"{path}.{name}" for name, _ in owner.named_parameters()}:
