@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,22 @@ def write_atomically(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as partial:
         partial.write(text)
     os.replace(partial.name, path)
+
+
+def remembered(kind: str, key: str, find: Callable[[], str]) -> str:
+    """A word that takes time to find, kept in the cache for other processes; without a cache each finds it anew."""
+    note = cache_folder() / kind / f"{digest(key)}.txt"
+    with suppress(OSError, ValueError):
+        return note.read_text(encoding="utf-8")
+    found = find()
+    with suppress(OSError):
+        write_atomically(note, found)
+    return found
+
+
+def digest(text: str) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def content_key(parts: Any) -> str:

@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from locft.errors import InputError, listed
-from locft.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from locft.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_tensors
 from locft.model.delta import EditDelta
 from locft.model.merge import appears_whole
 from locft.model.models import BUILT_IN, model_folder
@@ -129,8 +128,8 @@ class LowRank:
         tensors = {}
         for matrix in self.matrices:
             up, down = matrix.at(rank)
-            tensors[f"base_model.model.{matrix.path}.lora_A.weight"] = down.contiguous()
-            tensors[f"base_model.model.{matrix.path}.lora_B.weight"] = up.contiguous()
+            tensors[f"base_model.model.{matrix.path}.lora_A.weight"] = down
+            tensors[f"base_model.model.{matrix.path}.lora_B.weight"] = up
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -146,10 +145,8 @@ class LowRank:
             "inference_mode": True,
         }
         with appears_whole(folder.absolute()) as partial:
-            save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            write_tensors(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
             (partial / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            # safetensors lets nobody else read its file, such as the user that a server runs as
-            (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
         return folder
 
 

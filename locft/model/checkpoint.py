@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from locft.errors import InputError, one_line
 
@@ -56,13 +59,28 @@ def require_dense_weights(name: str, files: tuple[Path, ...]) -> None:
 
 def headers(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype (as safetensors calls it) and shape of every tensor of a file; reads no values. Raises InputError."""
+    with opened(file) as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            about = tensors.get_slice(key)
+            yield key, about.get_dtype(), tuple(about.get_shape())
+
+
+@contextmanager
+def opened(file: Path, what: str = "model file") -> Iterator[Any]:
+    """A safetensors file to read from. Raises InputError if it cannot be read."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                about = tensors.get_slice(key)
-                yield key, about.get_dtype(), tuple(about.get_shape())
+            yield tensors
     except (SafetensorError, OSError) as error:
-        raise InputError(f"model file {file}: not readable as safetensors: {one_line(error)}") from error
+        raise InputError(f"{what} {file}: not readable as safetensors: {one_line(error)}") from error
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, about: dict[str, str]) -> None:
+    """Write a safetensors file that whoever may read other new files may read: the library lets its owner alone."""
+    file.touch()
+    readable = file.stat().st_mode
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata=about)
+    file.chmod(readable)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

@@ -13,12 +13,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from locft.errors import InputError
-from locft.model.checkpoint import DELTA, FORMAT, no_delta
+from locft.model.checkpoint import DELTA, FORMAT, no_delta, opened, write_tensors
 from locft.model.models import LoadedModel
 
 FILE_NAME = DELTA
@@ -69,10 +67,7 @@ class EditDelta:
             "settings": json.dumps(dict(self.settings), sort_keys=True),
         }
         partial = path.with_name(f".{path.name}.partial")
-        partial.touch()
-        readable = partial.stat().st_mode  # as other new files: safetensors lets its owner alone read
-        save_file({name: change.contiguous() for name, change in self.tensors.items()}, partial, metadata=about)
-        partial.chmod(readable)
+        write_tensors(self.tensors, partial, about)
         return partial.replace(path)
 
     @classmethod
@@ -82,12 +77,9 @@ class EditDelta:
         if not file.is_file():
             missing = f"delta {path}: no such file, expected a {FILE_NAME} or a folder that holds one"
             raise InputError(no_delta(path) or missing)
-        try:
-            with safe_open(file, framework="pt") as stored:
-                about = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"delta {file}: not a safetensors file: {error}") from error
+        with opened(file, "delta") as stored:
+            about = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         if about.get("format") != FORMAT:
             other = f"delta {file}: its format is {about.get('format')!r}, expected {FORMAT!r}"
             raise InputError(no_delta(file, tensors) or other)

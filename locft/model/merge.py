@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
 from locft.errors import InputError, listed
-from locft.model.checkpoint import INDEX, WHOLE, headers, weight_files
+from locft.model.checkpoint import INDEX, WHOLE, headers, opened, weight_files
 from locft.model.delta import EditDelta
 from locft.model.models import BUILT_IN, folder_fingerprint, load_structure, model_folder
 
@@ -91,7 +90,8 @@ def merge(name: str, delta: EditDelta, folder: Path, *, trust_remote_code: bool 
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / file, partial / file)
         for key, change in changes.items():
-            stored = _read(places[key], key)
+            with opened(places[key]) as tensors:
+                stored = tensors.get_tensor(key)
             value = _edited(key, stored, change)
             _overwrite(partial / places[key].relative_to(base), key, value)
             real = value.double() - stored.double()
@@ -158,11 +158,6 @@ def _edited(key: str, stored: torch.Tensor, change: torch.Tensor) -> torch.Tenso
     if not value.isfinite().all() and stored.isfinite().all():
         raise InputError(f"{key} is stored as {stored.dtype}, which cannot hold the edited values: they overflow")
     return value
-
-
-def _read(file: Path, key: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(key)
 
 
 def _overwrite(file: Path, key: str, value: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -34,13 +34,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from locft.cache import cache_folder, made_once, write_atomically
+from locft.cache import digest, made_once, remembered
 from locft.errors import InputError, did_you_mean, one_line
 from locft.model.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
     DELTA,
+    opened,
     require_dense_weights,
     require_model,
     weight_files,
@@ -204,25 +205,20 @@ def folder_fingerprint(folder: Path) -> str:
     files = weight_files(folder)
     require_dense_weights(str(folder), files)
     stats = [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f in files for s in [f.stat()]]
-    note = cache_folder() / "fingerprints" / f"{_digest(json.dumps(stats))}.txt"
-    if note.is_file():
-        return note.read_text()
-    digests: dict[str, str] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
+
+    def computed() -> str:
+        digests: dict[str, str] = {}
+        for file in files:
+            with opened(file) as tensors:
                 digests |= {key: tensor_digest(tensors.get_tensor(key)) for key in tensors.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"model file {file}: not readable as safetensors: {one_line(error)}") from error
-    fingerprint = _digest(json.dumps(digests, sort_keys=True))
-    with suppress(OSError):  # without a cache, the next process computes it again
-        write_atomically(note, fingerprint)
-    return fingerprint
+        return digest(json.dumps(digests, sort_keys=True))
+
+    return remembered("fingerprints", json.dumps(stats), computed)
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
     """16 hexadecimal digits over the weights of a model in memory (for models that come from no folder)."""
-    return _digest(json.dumps({key: tensor_digest(value) for key, value in sorted(model.state_dict().items())}))
+    return digest(json.dumps({key: tensor_digest(value) for key, value in sorted(model.state_dict().items())}))
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -313,7 +309,3 @@ def _not_on_hub(name: str, error: Exception) -> str:
 def _file_sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

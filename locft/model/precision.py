@@ -5,11 +5,9 @@ maps into memory: it is there once however many workers train, and the operating
 """
 
 import copy
-import hashlib
 import json
 import math
 import time
-from contextlib import suppress
 from functools import cache
 
 import torch
@@ -17,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from locft.cache import cache_folder, made_once, write_atomically
+from locft.cache import made_once, remembered
 from locft.process import describe_machine, torch_device
 
 _WEIGHTS = "weights.safetensors"
@@ -44,18 +42,10 @@ def _faster_in_bfloat16() -> bool:
     identity: a measurement with another outcome would make a study start anew."""
     machine = describe_machine()
     kind = [machine["cpu"], machine["instructions"], machine["versions"]["torch"]]
-    note = cache_folder() / "precision" / f"{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:16]}.txt"
-    with suppress(OSError, ValueError):
-        kept = note.read_text(encoding="utf-8").strip()
-        if kept in ("float32", "bfloat16"):
-            return kept == "bfloat16"
-    faster = _multiplies_bfloat16_faster()
-    with suppress(OSError):  # without a cache, the next process measures again
-        write_atomically(note, "bfloat16" if faster else "float32")
-    return faster
+    return remembered("precision", json.dumps(kind), _faster_precision) == "bfloat16"
 
 
-def _multiplies_bfloat16_faster() -> bool:
+def _faster_precision() -> str:
     """Takes some hundredths of a second. The two precisions take turns, so that other work on the machine slows both;
     the ratios that hardware has (a half, or two and more) are far from the bound of 1.2."""
     factors = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -65,7 +55,7 @@ def _multiplies_bfloat16_faster() -> bool:
             began = time.perf_counter()
             factor @ factor.T
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
-    return seconds[torch.bfloat16] < seconds[torch.float32] / 1.2
+    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] / 1.2 else "float32"
 
 
 def cast_model(model: PreTrainedModel, dtype: torch.dtype, fingerprint: str, *, on_disk: bool) -> PreTrainedModel:

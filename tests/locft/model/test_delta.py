@@ -77,7 +77,7 @@ def test_files_that_are_no_delta_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         EditDelta.load(tmp_path / "absent.safetensors")
     (tmp_path / "text.safetensors").write_text("not tensors")
-    with pytest.raises(InputError, match="not a safetensors file"):
+    with pytest.raises(InputError, match="not readable as safetensors"):
         EditDelta.load(tmp_path / "text.safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(InputError, match="expected 'locft-delta-1'"):

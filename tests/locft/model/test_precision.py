@@ -15,10 +15,12 @@ def measured(tmp_path, monkeypatch):
 
     def start(faster):
         precision._faster_in_bfloat16.cache_clear()
-        monkeypatch.setattr(precision, "_multiplies_bfloat16_faster", lambda: made.append(faster) or faster)
+        monkeypatch.setattr(
+            precision, "_faster_precision", lambda: made.append(faster) or ("bfloat16" if faster else "float32")
+        )
         return made
 
-    monkeypatch.setattr(precision, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("locft.cache.cache_folder", lambda: tmp_path)
     yield start
     precision._faster_in_bfloat16.cache_clear()
 
