@@ -4,9 +4,11 @@ Each starts at the survey's learning rate, which is more than they have elsewher
 """
 
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 
 from sweeps.select.policy import (
+    Candidate,
     Policy,
     Run,
     Rung,
@@ -16,13 +18,29 @@ from sweeps.select.policy import (
     affordable,
     first_run,
     nearest,
+    probe_order,
     spent,
     survey,
 )
-from tests.benchmarks.race import PAPER, ReplayTask, full_runs, objectives, race
 
 LATE = 0.9
 """Relative depth of a late layer."""
+PAPER = ((22 / 31, "mlp_down"), (23 / 31, "layer"), (6 / 27, "mlp_down"))
+"""Relative depth and module that arXiv 2509.22072 uses for LLaMA-3-8B, Mistral-7B and Qwen2.5-7B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayTask(SelectionTask):
+    """What the compared policies are given besides."""
+
+    seed: int = 0
+
+
+def unprobed(task: ReplayTask) -> Generator[Rung, Scores, None]:
+    """The survey, told a random order in the place of the probe's."""
+    order = random.Random(task.seed).sample(range(len(task.candidates)), len(task.candidates))
+    shuffled = (replace(c, disturbance=float(place)) for c, place in zip(task.candidates, order, strict=True))
+    return survey(replace(task, candidates=tuple(shuffled)))
 
 
 def proportional(task: SelectionTask) -> Generator[Rung, Scores, None]:
@@ -37,13 +55,12 @@ def late(task: SelectionTask) -> Generator[Rung, Scores, None]:
 
 
 def probe_alone(task: SelectionTask) -> Generator[Rung, Scores, None]:
-    """The probe's best positions, run in full across all kinds of modules."""
-    order = sorted(task.candidates, key=lambda c: (c.disturbance, c.position))
-    return full_runs(task, order, "probe", "in the probe's order")
+    """The probe's best positions, across all kinds of modules."""
+    return full_runs(task, probe_order(task), "probe", "in the probe's order")
 
 
 def random_search(task: ReplayTask) -> Generator[Rung, Scores, None]:
-    """Positions drawn at random, run in full."""
+    """Positions drawn at random."""
     order = random.Random(task.seed).sample(task.candidates, len(task.candidates))
     return full_runs(task, order, "random", "drawn at random")
 
@@ -64,7 +81,7 @@ def nsga2(task: ReplayTask) -> Generator[Rung, Scores, None]:
 
 POLICIES: dict[str, Policy] = {
     "survey": survey,
-    "race": race,
+    "survey without the probe": unprobed,
     "probe": probe_alone,
     "proportional": proportional,
     "late": late,
@@ -86,6 +103,26 @@ def replayed(
             rungs.append(generator.send(dict(scores)))
     except StopIteration:
         return rungs, scores
+
+
+def full_runs(task: SelectionTask, order: Sequence[Candidate], name: str, why: str) -> Generator[Rung, Scores, None]:
+    """Positions in this order while the budget lasts, at least one."""
+    scores: Scores = {}
+    left = [first_run(task, candidate) for candidate in order]
+    while left:
+        runs = affordable(task, scores, left[: task.concurrent], task.budget - spent(scores))
+        runs = runs or ([] if scores else left[:1])
+        if not runs:
+            return
+        scores = yield Rung(name, tuple(runs), why)
+        left = left[len(runs) :]
+
+
+def objectives(score: Score | None) -> tuple[float, float, float]:
+    """Reliability, generalization and drift of a run; of one that failed or diverged the worst there is."""
+    if score is None or not score.comparable:
+        return 0.0, 0.0, 1e3
+    return score.row["reliability"], score.row["generalization"], min(score.row["drift_kl"], 1e3)
 
 
 def _optuna(task: SelectionTask, sampler, name: str) -> Generator[Rung, Scores, None]:

@@ -1,19 +1,20 @@
-"""Selection policies replayed against the exhaustive table: what each finds at a share of the grid's cost, and how far off.
+"""Selection policies replayed against tables of full runs: what each finds at a share of the grid's cost, and how far off.
 
-    python tests/benchmarks/replay.py [--seeds 24] [--figure replay.html]
-    python tests/benchmarks/replay.py --every 2 --modules mlp_down,mlp,attn --equal-costs     a small grid, no cheap positions
+    python tests/benchmarks/replay.py [TABLE ...] [--seeds 24] [--figure replay.html] [--every 2] [--modules mlp_down,mlp]
 
-One replay takes the scores of one draw of edits at each lower level, one seed of the policy and one share of the cost;
-full runs are the rows of the table. Costs are those of the table, smoothed over depth, so that a busy minute does not
-decide. The learning rates are the table's (one a module, tuned), for all policies alike; another rate is not tried.
+A table is a model on a data set (`tables/NAME.csv`, and `NAME.probe.csv` with one or several draws of edits for the probe;
+`full_table.py` makes both); without names, all there are. One replay takes a draw of the probe, and if there is only one, four
+in five of the positions, drawn anew; one seed of the policy; one share of the cost. The learning rates are the table's for all
+policies alike; another rate is not tried. Costs are those of the table, smoothed over depth, so that a busy minute does not
+decide.
 """
 
 import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,142 +29,102 @@ from analysis.figures.front import SYMBOLS
 from analysis.figures.style import ACCENT, styled_figure
 from analysis.stats.pick import ranked
 from analysis.stats.table import by_setting, results_frame
-from sweeps.select.policy import Candidate, Run, Score, leading
+from sweeps.select.policy import Candidate, Run, Score, chance_elsewhere, leading
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file does not find its neighbours by itself
 
-from tests.benchmarks.exhaustive_table import LAYERS, MODULES  # noqa: E402
-from tests.benchmarks.policies import POLICIES, replayed  # noqa: E402
-from tests.benchmarks.race import ReplayTask, Scout, in_full, race  # noqa: E402
+from tests.benchmarks.policies import POLICIES, ReplayTask, replayed  # noqa: E402
 
-LEVELS = {"level0": 10, "level1": 30, "full": 100}
-"""Part of the table -> number of edits; the race's scouts run on the parts before `full`."""
+TABLES = HERE / "tables"
 SHARES = (0.05, 0.1, 0.2)
 REGRETS = ("drift", "capability", "capability lost", "drift against the rule's", "generalization against the rule's")
 OURS = "survey"
-UNPROBED = "survey without the probe"
 COLOURS = qualitative.Safe
 """Of the other policies, by their place."""
 SEEDS = 24
-"""Of each policy; each has a draw of the edits that the probe looked at. A race also has every pair of draws of scouts."""
+"""Replays of each policy."""
+KEPT = 0.8
+"""Share of the positions in a replay, where the probe has one draw only."""
+BINS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)
+"""Edges of stated chances in the table of how often they came true."""
 
 
-class Table:
-    """The exhaustive table as a world in which policies run."""
+class World:
+    """Some positions of a table, in which policies run."""
 
-    def __init__(self, table: pd.DataFrame, probe: pd.DataFrame):
-        full = table[table.part == "full"]
-        self.rates = full.groupby("module").learning_rate.first().to_dict()
-        self.layers = LAYERS
-        twice = [min(2 * self.rates.get(module, 0.0), table.learning_rate.max()) for module in table.module]
-        wanted = np.where(table.part == "level0", twice, [self.rates.get(module, 0.0) for module in table.module])
-        rows = table[table.learning_rate == wanted]
-        rows = pd.concat([rows[rows.part != "seeds"], rows[rows.part == "seeds"].assign(part="full")])
-        rows = rows.assign(status="done", layers=self.layers, n_edits=rows.part.map(LEVELS).fillna(40))
-        rows["seconds_per_edit"] = rows.train_seconds / rows.n_edits
-        rows["trial_id"] = [f"{r.part} {r.sample} {r.layer}.{r.module} seed {r.seed}" for r in rows.itertuples()]
-        self.rows = {
-            (row["part"], row["sample"], row["layer"], row["module"], row["seed"]): row
-            for row in rows.to_dict("records")
-        }
-        self.costs = {part: self._costs(rows[rows.part == part]) for part in LEVELS}
-        if not self.costs["level1"]:  # not run yet: by the share of the edits
-            share = LEVELS["level1"] / LEVELS["full"]
-            self.costs["level1"] = {module: share * line for module, line in self.costs["full"].items()}
-        known = {(layer, module) for part, _, layer, module, _ in self.rows if part == "full"}
-        self.probes = [
-            tuple(
-                Candidate(r.layer, r.module, r.disturbance, r.gain)
-                for r in rows.itertuples()
-                if (r.layer, r.module) in known
-            )
-            for _, rows in probe.groupby("sample")
-        ]
-        """Candidates by the draw of edits that the probe looked at."""
-        full_rows = [row for (part, *_), row in self.rows.items() if part == "full"]
-        self.truth = {
-            (row["layer"], row["module"]): row
-            for row in ranked(by_setting(results_frame(full_rows))).to_dict("records")
-        }
+    def __init__(self, rows: pd.DataFrame, probe: pd.DataFrame, equal_costs: bool = False):
+        """rows: of full runs. probe: one draw. Only positions of both are there."""
+        rows = rows.merge(probe[["layer", "module", "disturbance", "gain"]], on=["layer", "module"])
+        rows = rows.assign(status="done")
+        rows["trial_id"] = [f"{r.layer}.{r.module} rate {r.learning_rate:g} seed {r.seed}" for r in rows.itertuples()]
+        self.layers = int(rows.layers.iloc[0])
+        self.rows = {(r["layer"], r["module"], r["seed"]): r for r in rows.to_dict("records")}
+        first = rows[rows.seed == 0]
+        self.rates = {(r.layer, r.module): float(r.learning_rate) for r in first.itertuples()}
+        self.candidates = tuple(Candidate(r.layer, r.module, r.disturbance, r.gain) for r in first.itertuples())
+        self._lines = {} if equal_costs else self._costs(first)
+        self.grid = sum(self.seconds(Run(c.layer, c.module, 0.0)) for c in self.candidates)
+
+    @cached_property
+    def truth(self) -> dict[tuple[int, str], dict[str, Any]]:
         """By layer and module the means over the seeds, the setting to use first in the first place."""
-        self.grid = sum(self.seconds(Run(c.layer, c.module, 0.0)) for c in self.probes[0])
+        settings = ranked(by_setting(results_frame(list(self.rows.values()))))
+        return {(row["layer"], row["module"]): row for row in settings.to_dict("records")}
 
     def _costs(self, rows: pd.DataFrame) -> dict[str, np.ndarray]:
         """Module -> coefficients of a line over the layers above; robust against minutes in which the machine was busy."""
         seconds = rows.train_seconds + rows.evaluate_seconds + rows.capability_seconds
-        fits = {}
+        lines = {}
         for module, mine in rows.groupby("module"):
             above, cost = self.layers - mine.layer, seconds[mine.index]
             keep = np.ones(len(mine), dtype=bool)
             for _ in range(5):
-                line = np.polyfit(above[keep], cost[keep], 1)
+                line = np.polyfit(above[keep], cost[keep], 1 if keep.sum() > 2 else 0)
                 off = cost - np.polyval(line, above)
                 keep = (off.abs() <= 2.5 * off[keep].abs().median() + 1e-9).to_numpy()
-            fits[module] = line
-        return fits
+            lines[str(module)] = line
+        return lines
 
     def seconds(self, run: Run) -> float:
-        fits = self.costs[part_of(run)]
-        line = fits.get(run.module, next(iter(fits.values())))
-        return float(max(0.5, np.polyval(line, self.layers - run.layer)))
+        if not self._lines:
+            return 60.0
+        return float(max(0.5, np.polyval(self._lines[run.module], self.layers - run.layer)))
 
-    def score(self, run: Run, samples: tuple[int, int]) -> Score:
-        part = part_of(run)
-        sample = samples[run.level] if isinstance(run, Scout) else 0
-        found = self.rows.get((part, sample, run.layer, run.module, run.seed))
-        if found is None:  # a seed that the table lacks: the first one again
-            found = self.rows[part, sample, run.layer, run.module, 0]
-        return Score(found, self.seconds(run))
+    def score(self, run: Run) -> Score:
+        """A seed that the table lacks is the first one again."""
+        place = (run.layer, run.module)
+        return Score(self.rows.get((*place, run.seed)) or self.rows[*place, 0], self.seconds(run))
 
-    def task(self, share: float, seed: int, probe: bool = True) -> ReplayTask:
-        candidates = self.probes[seed % len(self.probes)]
-        if not probe:
-            order = np.random.default_rng(seed).permutation(len(candidates))
-            candidates = tuple(replace(c, disturbance=float(place)) for c, place in zip(candidates, order, strict=True))
+    def task(self, share: float, seed: int) -> ReplayTask:
         return ReplayTask(
-            candidates,
+            self.candidates,
             self.layers,
             self.seconds,
-            lambda candidate: self.rates[candidate.module],
+            lambda candidate: self.rates[candidate.layer, candidate.module],
             share * self.grid,
             concurrent=2,
             other_rate=False,
             seed=seed,
-            levels=tuple(LEVELS.values())[:-1],
         )
 
-    def draws(self, seeds: int) -> list[tuple[int, int]]:
-        """The pairs of draws at the lower levels that every race with these seeds can be replayed on."""
-        first = [
-            sample for sample in (1, 2, 3) if all(("level0", sample, *place, 0) in self.rows for place in self.truth)
-        ]
-        asked = {sample: semifinalists(self, sample, seeds) for sample in first}
-        return [
-            (sample, second)
-            for sample, second in itertools.product(first, (1, 2))
-            if all(("level1", second, *place, 0) in self.rows for place in asked[sample])
-        ]
-
     def best(self) -> dict[str, Any]:
-        """What the rule picks of the whole table, as a row of `by_setting`."""
+        """What the rule picks of everything, as a row of `by_setting`."""
         return next(iter(self.truth.values()))
 
 
-def part_of(run: Run) -> str:
-    """The part of the table that has the run."""
-    return list(LEVELS)[run.level] if isinstance(run, Scout) else "full"
-
-
-def semifinalists(table: Table, sample: int, seeds: int = SEEDS) -> set[tuple[int, str]]:
-    """Layer and module of all positions that a race on this draw of scouts can ask for at the middle level."""
-    found = set()
-    for share, seed in itertools.product(SHARES, range(seeds)):
-        policy = race(table.task(share, seed))
-        scouts = next(policy)
-        following = policy.send({run: table.score(run, (sample, 1)) for run in scouts.runs})
-        found |= {(run.layer, run.module) for run in following.runs if part_of(run) == "level1"}
-    return found
+def worlds(name: str, options: argparse.Namespace) -> list[World]:
+    """One for each replay of a table."""
+    rows, probe = (pd.read_csv(TABLES / f"{name}{end}.csv") for end in ("", ".probe"))
+    modules = options.modules.split(",") if options.modules else list(rows.module.unique())
+    rows = rows[(rows.layer % options.every == 0) & rows.module.isin(modules)]
+    draws = [draw for _, draw in probe.groupby("sample")]
+    if len(draws) > 1:
+        made = [World(rows, draw, options.equal_costs) for draw in draws]
+        return [made[seed % len(made)] for seed in range(options.seeds)]
+    places = draws[0].merge(rows[["layer", "module"]].drop_duplicates())
+    drawn = (places.sample(frac=KEPT, random_state=seed) for seed in range(options.seeds))
+    return [World(rows, some, options.equal_costs) for some in drawn]
 
 
 def volume(rows: Iterable[Mapping[str, Any]]) -> float:
@@ -172,11 +133,11 @@ def volume(rows: Iterable[Mapping[str, Any]]) -> float:
     return float(moocore.hypervolume(points, ref=(0, 0, 0), maximise=True))
 
 
-def regrets(table: Table, pick: Mapping[str, Any]) -> dict[str, float]:
-    """Against the best of the table at the pick's reliability or more, up to a standard error."""
+def regrets(world: World, pick: Mapping[str, Any]) -> dict[str, float]:
+    """Against the best of the world at the pick's reliability or more, up to a standard error."""
     least = pick["reliability"] - pick["reliability_se"]
-    equal = [row for row in table.truth.values() if row["reliability"] >= least]
-    ruled, change = table.best(), pick["capability_change"]
+    equal = [row for row in world.truth.values() if row["reliability"] >= least]
+    ruled, change = world.best(), pick["capability_change"]
     return {
         "drift": pick["drift_kl"] - min(row["drift_kl"] for row in equal),
         "capability": max(row["capability_change"] for row in equal) - change,
@@ -186,31 +147,42 @@ def regrets(table: Table, pick: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def replays(table: Table, seeds: int) -> pd.DataFrame:
-    everything = volume(table.truth.values())
+def replays(name: str, replayed_in: Sequence[World]) -> pd.DataFrame:
     rows = []
-    draws = table.draws(seeds)
-    for name, share, seed, samples in itertools.product([*POLICIES, UNPROBED], SHARES, range(seeds), draws):
-        policy = POLICIES[OURS if name == UNPROBED else name]
-        if name != "race" and samples != draws[0]:
-            continue  # they run nothing at the lower levels
-        _rungs, scores = replayed(
-            policy, table.task(share, seed, name != UNPROBED), lambda run, samples=samples: table.score(run, samples)
-        )
-        full = in_full(scores)
-        run = leading(full)[0]
-        pick = table.truth[run.layer, run.module]
-        cost = sum(score.seconds for score in scores.values()) / table.grid
+    for policy, share, (seed, world) in itertools.product(POLICIES, SHARES, enumerate(replayed_in)):
+        task = world.task(share, seed)
+        _rungs, scores = replayed(POLICIES[policy], task, world.score)
+        place = leading(scores)[0]
+        pick = world.truth[place.layer, place.module]
+        found = {
+            "cost": sum(score.seconds for score in scores.values()) / world.grid,
+            "volume": volume(world.truth[r.layer, r.module] for r in scores) / volume(world.truth.values()),
+            **regrets(world, pick),
+        }
+        if policy == OURS:
+            best = world.best()
+            run = {(r.layer, r.module) for r in scores}
+            found |= {"stated": chance_elsewhere(task, scores), "elsewhere": (best["layer"], best["module"]) not in run}
         rows.append(
-            {"policy": name, "share": share, "seed": seed, "draw": str(samples), "position": run.position, "cost": cost,
-             "volume": volume(table.truth[r.layer, r.module] for r in full) / everything, **regrets(table, pick)}
-        )  # fmt: skip
+            {"table": name, "policy": policy, "share": share, "seed": seed, "position": place.position, **found}
+        )
     return pd.DataFrame(rows)
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
     groups = found.groupby(["share", "policy"], sort=False)
     return groups[["cost", *REGRETS, "volume"]].mean().assign(replays=groups.size(), worst_drift=groups["drift"].max())
+
+
+def calibration(found: pd.DataFrame) -> tuple[pd.DataFrame, float, float]:
+    """How often the rule's pick of everything was elsewhere, by the chance that the survey stated; the Brier score of the
+    stated chances, and that of the base rate, the mean over all."""
+    ours = found[found.policy == OURS]
+    stated, came = ours.stated.astype(float), ours.elsewhere.astype(float)
+    bins = pd.cut(stated, BINS, include_lowest=True)
+    table = pd.DataFrame({"stated": stated, "came true": came}).groupby(bins, observed=True).mean()
+    table["replays"] = bins.value_counts()
+    return table, float(((stated - came) ** 2).mean()), float(((came.mean() - came) ** 2).mean())
 
 
 def figure(found: pd.DataFrame) -> go.Figure:
@@ -241,33 +213,34 @@ def figure(found: pd.DataFrame) -> go.Figure:
     return drawn
 
 
-def _chosen(rows: pd.DataFrame, options: argparse.Namespace) -> pd.DataFrame:
-    """The rows of the small grid that the options name."""
-    modules = options.modules.split(",") if options.modules else MODULES
-    return rows[(rows.layer % options.every == 0) & rows.module.isin(modules)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tables", nargs="*", help="names of tables; all without")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--figure", type=Path, help="HTML file of the comparison's figure")
+    parser.add_argument("--figure", type=Path, help="HTML file of the comparison's figure, over all tables")
     parser.add_argument("--every", type=int, default=1, help="take every nth layer only")
     parser.add_argument("--modules", help="take these only, separated by commas")
     parser.add_argument("--equal-costs", action="store_true", help="as if a run cost the same at every position")
     options = parser.parse_args()
-    table = Table(*(_chosen(pd.read_csv(HERE / name), options) for name in ("table.csv", "probe.csv")))
-    if options.equal_costs:
-        table.costs = {part: dict.fromkeys(lines, np.array([0.0, 60.0])) for part, lines in table.costs.items()}
-        table.grid = sum(table.seconds(Run(c.layer, c.module, 0.0)) for c in table.probes[0])
-    best = table.best()
-    said = ", ".join(
-        f"{name} {best[name]:.3f}" for name in ("reliability", "generalization", "capability_change", "drift_kl")
-    )
-    print(f"{len(table.truth)} positions, grid {table.grid / 3600:.1f} worker hours")
-    print(f"the rule picks {best['layer']}.{best['module']}: {said}")
+    everything = []
     with pd.option_context("display.width", 250, "display.max_columns", 20, "display.float_format", "{:.3f}".format):
-        found = replays(table, options.seeds)
-        print(summary(found))
+        for name in options.tables or sorted(file.stem for file in TABLES.glob("*.csv") if file.suffixes == [".csv"]):
+            made = worlds(name, options)
+            best = made[0].best()
+            said = ", ".join(
+                f"{key} {best[key]:.3f}" for key in ("reliability", "generalization", "capability_change", "drift_kl")
+            )
+            print(f"\n{name}: {len(made[0].candidates)} positions, grid {made[0].grid / 3600:.1f} worker hours")
+            print(f"the rule picks {best['layer']}.{best['module']}: {said}")
+            everything.append(replays(name, made))
+            print(summary(everything[-1]))
+        found = pd.concat(everything)
+        if len(everything) > 1:
+            print("\nmean over the tables")
+            print(summary(found))
+        table, brier, base = calibration(found)
+        print(f"\nstated chance that the pick is elsewhere: Brier score {brier:.3f}, of the base rate {base:.3f}")
+        print(table)
     if options.figure:
         figure(found).write_html(options.figure, include_plotlyjs=True)
 
