@@ -274,21 +274,15 @@ def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
     positions, space, wanted = set(_positions(study, facts)), study.space, study.search.trials or 0
     values = {axis: getattr(space, axis) for axis in POINT} | {"layer": selected_layers(study, facts.n_layers)}
     streams = [_spread(values[axis], random.Random(f"{study.search.seed} {axis}")) for axis in POINT]
+    draws = itertools.islice(zip(*streams, strict=False), 20 * wanted + 1000)
+    points = (_effective(dict(zip(POINT, draw, strict=True))) for draw in draws if draw[:2] in positions)
+    if not isinstance(space.learning_rate, LogUniform):  # once nearly used up: what is left, in order
+        points = itertools.chain(points, grid_points(study, facts))
     seen: set[tuple] = set()
-    for draw in itertools.islice(zip(*streams, strict=False), 20 * wanted + 1000):
-        if len(seen) == wanted:
-            return
-        point = _effective(dict(zip(POINT, draw, strict=True)))
-        if draw[:2] in positions and tuple(point.values()) not in seen:
+    while len(seen) < wanted and (point := next(points, None)):
+        if tuple(point.values()) not in seen:
             seen.add(tuple(point.values()))
             yield point
-    if not isinstance(space.learning_rate, LogUniform):  # nearly used up: take what is left in order
-        for point in grid_points(study, facts):
-            if len(seen) == wanted:
-                return
-            if tuple(point.values()) not in seen:
-                seen.add(tuple(point.values()))
-                yield point
 
 
 def van_der_corput_order(n: int) -> list[int]:
