@@ -1,7 +1,6 @@
 """What the tracking store holds of a study, and what that says: front, pick, and the report of everything finished so far."""
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -52,10 +51,11 @@ class StudyState:
         return max(0, self.prepared.plan.count - self.done)
 
     @property
-    def retried(self) -> Counter[str]:
+    def retried(self) -> dict[str, int]:
         """Why attempts at trials were lost (they were tried again), with how often each happened."""
-        causes = self.results.get("retried", ())
-        return Counter(cause for lines in causes if lines for cause in lines.splitlines())
+        from analysis.stats.table import causes
+
+        return causes(self.results, "retried")
 
     @property
     def affordable(self) -> int:

@@ -7,7 +7,6 @@ report compares two studies and tells how a selection found its position: each a
 
 import math
 import shlex
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from analysis.stats.importance import importance_sentences, what_matters
 from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, knee, pareto_front
 from analysis.stats.pick import Recommendation, ranked, recommend
 from analysis.stats.signatures import remedies
-from analysis.stats.table import TITLES, by_setting, done, failed, has_values
+from analysis.stats.table import TITLES, by_setting, causes, done, failed, has_values
 from analysis.stats.wording import number
 
 MAX_MISSES = 40
@@ -175,11 +174,10 @@ def _command(study: Mapping[str, Any], pick: Recommendation, settings: pd.DataFr
 
 
 def _failures(results: pd.DataFrame) -> dict[str, Any]:
-    broken, retried = failed(results), results["retried"].dropna()
     return {
-        "causes": Counter(broken["error"].fillna("no cause recorded").replace("", "no cause recorded")).most_common(),
-        "retried": Counter(cause for causes in retried for cause in causes.splitlines()).most_common(),
-        "n_failed": len(broken),
+        "causes": causes(results, "error").items(),
+        "retried": causes(results, "retried").items(),
+        "n_failed": len(failed(results)),
         "n_diverged": int((done(results)["diverged"] == 1).sum()),
     }
 

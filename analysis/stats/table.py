@@ -236,6 +236,12 @@ def failed(results: pd.DataFrame) -> pd.DataFrame:
     return results[results["status"] == "failed"].reset_index(drop=True)
 
 
+def causes(results: pd.DataFrame, column: str) -> dict[str, int]:
+    """Each cause in `error` or `retried` and how often it occurred, the most frequent first."""
+    texts = results[column].dropna()
+    return dict(Counter(cause for text in texts for cause in text.splitlines()).most_common())
+
+
 def task_columns(results: pd.DataFrame) -> tuple[str, ...]:
     """The `capability.TASK` columns."""
     return tuple(name for name in results.columns if name.startswith("capability."))

@@ -35,7 +35,6 @@ from sweeps.commands.options import (
 from sweeps.commands.summaries import (
     about,
     expectation,
-    failure_causes,
     introduce,
     print_answer,
     print_remedies,
@@ -126,6 +125,7 @@ def sweep(
 
 def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOption = False) -> None:
     """Show how far STUDY is: done, diverged, failed (with causes) and left, who runs it and the time left."""
+    from analysis.stats.table import causes
     from sweeps.answer import read_state, remedies_so_far
     from sweeps.session import driver_of
     from sweeps.tracking.outbox import open_outbox
@@ -138,12 +138,12 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
     tracker = find_tracker(uri, prepared.study.name, prepared.id)
     state, driver = read_state(prepared, tracker, curves=False), driver_of(tracker)
     undelivered = len(open_outbox(prepared.id, uri))
-    causes, diverged = failure_causes(state), int((state.results["diverged"] == 1).sum())
+    failed, diverged = causes(state.results, "error"), int((state.results["diverged"] == 1).sum())
     left = _seconds_left(prepared, uri) if driver else None
     found = remedies_so_far(state, tracker)
     if as_json:
         counts = {"planned": prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
-        counts |= {"diverged": diverged, "undelivered": undelivered, "causes": causes, "retried": dict(state.retried)}
+        counts |= {"diverged": diverged, "undelivered": undelivered, "causes": failed, "retried": state.retried}
         signatures = [signature.to_dict(command) for signature, command in found]
         by = {"driver": driver and asdict(driver), "seconds_left": left}
         return print_json({"study": about(prepared), **counts, **by, "signatures": signatures})
@@ -154,9 +154,9 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
         say(by + (f", about {seconds(left)} left" if left else ""))
     elif state.left:
         say("  not being run; `locft sweep` continues it")
-    for cause, count in causes.items():
+    for cause, count in failed.items():
         say(f"  {count} failed: {cause}")
-    for cause, count in state.retried.most_common():
+    for cause, count in state.retried.items():
         say(f"  {count} retried: {cause}")
     print_remedies(found, redact(uri))
     if undelivered:

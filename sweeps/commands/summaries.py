@@ -4,7 +4,6 @@ Functions import what they need: pandas and the like would delay `locft --help`.
 """
 
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -66,12 +65,6 @@ def expectation(forecast: "Forecast", where: str = "on this machine") -> str:
     return f"{trials}, {where} {expected.concurrent} at a time: about {time}, {memory}, {disk} (from {expected.source})"
 
 
-def failure_causes(state: "StudyState") -> dict[str, int]:
-    """How many trials failed for each cause, the most frequent first."""
-    failed = state.results.loc[state.results["status"] == "failed", "error"]
-    return dict(Counter(failed).most_common())
-
-
 def print_answer(
     state: "StudyState",
     answer: "StudyAnswer",
@@ -88,6 +81,7 @@ def print_answer(
     ending: how the sweep ended that led here. registered: address of the pick's edit in the model registry. comparison:
     with another study.
     """
+    from analysis.stats.table import causes
     from sweeps.tracking.pages import SHOWN_METRICS
 
     pick = answer.recommendation
@@ -98,7 +92,7 @@ def print_answer(
         shown = ("trial_id", *(axis.name for axis in SWEPT), *SHOWN_METRICS)
         return print_json(
             {
-                "study": about(state.prepared), "trials": counts, "causes": failure_causes(state), "ending": ending,
+                "study": about(state.prepared), "trials": counts, "causes": causes(state.results, "error"), "ending": ending,
                 "front": [{key: row[key] for key in shown} for row in front], "hypervolume": answer.front.hypervolume,
                 "pick": asdict(pick) if pick else None,
                 "signatures": [signature.to_dict(command) for signature, command in answer.remedies],
