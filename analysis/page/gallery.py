@@ -1,4 +1,4 @@
-"""The figures of the report with their titles and captions, and the frame that the page is drawn in."""
+"""The figures of the report with their titles and captions."""
 
 import base64
 import functools
