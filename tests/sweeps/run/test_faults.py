@@ -38,7 +38,7 @@ FAULTS = ("worker", *DEATHS, "server", "second driver", "node")
 COUNT = max(2, int(os.environ.get("LOCFT_FAULTS", "2")))
 """So many kinds; 7 and more mean all. These take minutes: each driver and node is started again."""
 EVERYTHING = COUNT >= 7
-FINISHED = re.compile(r"^\[\d+/\d+\] (\d+\.\w+ .* seed \d+): reliability", re.MULTILINE)
+FINISHED = re.compile(r"^\[\d+/\d+\] (\d+\.\w+, .* seed \d+): reliability", re.MULTILINE)
 TIMEOUT = 420
 
 
