@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness on an edited model in memory, item by item beside the unedited one.
+"""Tasks of lm-evaluation-harness on an edited model in memory, paired item by item with the unedited one.
 
-The harness builds the requests and scores the answers; the answers are computed here. What is below the edited layer is
-the same for both models, so log-likelihoods of both come from one pass through it (`locft.engine`).
-Needs the extra `harness`: import this module only where it is asked for. Tested against the harness's own model class.
+The harness builds the requests and scores the answers; the answers are computed here. Both models share the layers below
+the edited one, so the log-likelihoods of both come from one pass through them (`locft.engine`).
+Needs the extra `harness`: import this module only where it is used.
 """
 
 import logging
@@ -37,9 +37,9 @@ CHUNK_TOKENS = 8192
 NEW_TOKENS = 256
 """Length limit of an answer where the task sets none, as in the harness."""
 RESAMPLES, RESAMPLES_OF_ANY = 2000, 100
-"""Of the items, for metrics that are means of theirs and for others, such as BLEU, which are computed anew each time."""
+"""Bootstrap resamples for metrics that are means over the items, and for others, such as BLEU, which take longer."""
 SEED = 1234
-"""Of the examples in the prompts; the harness's default."""
+"""For the choice of few-shot examples; the harness's default."""
 TELL_SECONDS = 20
 
 Scores = tuple[float, bool]
@@ -67,9 +67,9 @@ def measure_tasks(
     limit: int | None = None,
     tell: Callable[[str], None] = lambda sentence: None,
 ) -> list[TaskScore]:
-    """Every metric of the tasks that `load_tasks` found; of a group or tag over the items of all its tasks.
+    """Every metric of the tasks that `load_tasks` found; a group or tag is scored over the items of all its tasks.
 
-    limit: the first items of each task. tell: takes sentences about the progress.
+    limit: measure only this many items of each task, the first ones. tell: receives sentences about the progress.
     """
     every = {own: task for found in tasks.values() for own, task in found.items()}
     model = PairedModel(loaded, delta, tell)
@@ -78,20 +78,20 @@ def measure_tasks(
         tell(sentence)
     if delta:
         model.edited = True
-        with applied(loaded, delta):  # for what is generated
+        with applied(loaded, delta):  # for generation
             samples.append(_samples(model, every, limit))
     return [score for name, found in tasks.items() for score in _scores(name, found, samples)]
 
 
 def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The tasks under each name: of a task, a group or a tag of the harness, or "paper" for its five.
+    """The tasks under each name: a task, a group or a tag of the harness, or "paper" for the paper's five.
 
-    folder: with more task files. Raises InputError with every name that is not known, or cannot be loaded or run.
+    folder: more task files. Raises InputError with every name that is unknown or cannot be loaded or run.
     """
     if folder is not None and not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected one with task files of lm-evaluation-harness (YAML)")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    random.seed(0)  # what tasks draw while they are loaded, as the harness's own command has it
+    random.seed(0)  # for tasks that draw while they are loaded, as in the harness's own command
     np.random.seed(SEED)
     manager, problems = TaskManager(include_path=folder), []
     wanted = dict.fromkeys(one for name in names for one in PAPER.get(name, (name,)))
@@ -117,7 +117,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, di
 
 
 def _samples(model: "PairedModel", tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[dict[str, Any]]]:
-    """What the harness makes of every item of every task, in order."""
+    """The harness's log of every item of every task, in order."""
     for task in tasks.values():
         task.set_fewshot_seed(seed=SEED)
     found = evaluate(lm=model, task_dict={"tasks": dict(tasks)}, limit=limit, bootstrap_iters=0, log_samples=True)
@@ -125,15 +125,13 @@ def _samples(model: "PairedModel", tasks: Mapping[str, Any], limit: int | None) 
 
 
 def _scores(name: str, tasks: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Iterator[TaskScore]:
-    """samples: of the unedited and, if there is one, the edited model."""
+    """samples: those of the unedited model and, if there is one, of the edited model."""
     values: dict[tuple[str, str], list[list[Any]]] = {}
     combine: dict[tuple[str, str], Callable[[list[Any]], float]] = {}
     for part, task in tasks.items():
         for pair in zip(*(one[part] for one in samples), strict=True):
             if len({(item["doc_id"], item["filter"], item["prompt_hash"]) for item in pair}) > 1:
-                raise RuntimeError(
-                    f"{part}: the harness put other prompts to the edited model than to the unedited one"
-                )
+                raise RuntimeError(f"{part}: the harness gave the edited model other prompts than the unedited one")
             for metric in pair[0]["metrics"]:
                 key = metric, pair[0]["filter"]
                 if metric in task.aggregation():
@@ -152,9 +150,9 @@ def _scores(name: str, tasks: Mapping[str, Any], samples: Sequence[Mapping[str, 
 def paired_change(
     before: Sequence[Any], after: Sequence[Any], combine: Callable[[list[Any]], float] | None = None, seed: int = 0
 ) -> Change:
-    """After minus before, with the 95% percentile interval of a bootstrap over the items, each drawn with both its values.
+    """After minus before, with the 95% percentile interval of a paired bootstrap over the items.
 
-    combine: makes one number of the items' values; None is their mean."""
+    combine: turns the items' values into one number; None is their mean."""
     generator, size = np.random.default_rng(seed), len(before)
     if combine is None:
         differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
@@ -170,7 +168,7 @@ def paired_change(
 
 @dataclass
 class _Progress:
-    """Says from time to time how far a kind of request is, and how long the rest will probably take."""
+    """Reports from time to time how many requests of a kind are done, and how long the rest will probably take."""
 
     tell: Callable[[str], None]
     what: str
@@ -194,9 +192,9 @@ class PairedModel(TemplateLM):
         self.loaded, self.delta, self.tell = loaded, delta, tell
         self.tokenizer = loaded.tokenizer
         self.edited = False
-        """Whose answers are given. Those of the edited model may be known from the unedited one's turn."""
+        """Whether to answer as the edited model. Its scores may be known already from the unedited model's turn."""
         self.notices: dict[str, None] = {}
-        """What of a task is not done as it says, in sentences."""
+        """Sentences that say where a task is not run as it is written."""
         longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(longest or math.inf, self.tokenizer.model_max_length)
         self._known: dict[TokenRow, tuple[Scores, ...]] = {}
@@ -236,19 +234,17 @@ class PairedModel(TemplateLM):
         return [sum(self._known[row][self.edited][0] for row in own) for own in rows]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedily, by whichever weights the model holds."""
+        """Greedy answers with the weights that the model has now."""
         open_answers = []
         for request in requests:
             context, given = request.args
             asked = normalize_gen_kwargs(given, NEW_TOKENS)
             if asked.get("do_sample"):
-                self.notices[
-                    f"{request.task_name}: it draws its answers at random; they are decoded greedily instead"
-                ] = None
+                self._note(f"{request.task_name}: asks for sampled answers; they are decoded greedily instead")
             tokens = int(asked["max_gen_toks"])
             if tokens > self.max_length // 2:
                 tokens = int(self.max_length // 2)
-                self.notices[f"answers end after {tokens:,} tokens, half of what the model reads"] = None
+                self._note(f"answers end after {tokens:,} tokens, half of the model's context")
             until = tuple(stop for stop in asked["until"] if stop)
             ids = self._cut(self.tok_encode(context) or [self.prefix_token_id], tokens)
             open_answers.append(OpenAnswer(tuple(ids), limit=tokens, until=until))
@@ -258,22 +254,23 @@ class PairedModel(TemplateLM):
             progress.done(len(texts))
         return texts
 
+    def _note(self, sentence: str) -> None:
+        self.notices[sentence] = None
+
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> TokenRow:
         ids = self._cut((*context, *continuation), 0, keep=len(continuation) + 1)
         return TokenRow(tuple(ids), len(ids) - len(continuation))
 
     def _cut(self, ids: Sequence[int], room: int, keep: int = 1) -> Sequence[int]:
-        """Without the beginning that does not fit beside `room` more tokens."""
+        """The end of a text that leaves `room` for more tokens in the model's context."""
         most = max(keep, self.max_length - room)
         if len(ids) > most:
-            self.notices[
-                f"texts longer than the {self.max_length:,} tokens that the model reads lose their beginning"
-            ] = None
+            self._note(f"texts longer than the model's context of {self.max_length:,} tokens lose their beginning")
             return ids[len(ids) - int(most) :]
         return ids
 
     def _compute(self, rows: Sequence[TokenRow]) -> None:
-        """Scores by the unedited model and, if there is one, the edited one."""
+        """Score rows with the unedited model and, if there is one, the edited one."""
         rows = sorted(rows, key=lambda row: (-row.start, row.token_ids[: row.start], row.token_ids))
         engine, progress, done = self._tail(rows), _Progress(self.tell, "log-likelihoods", len(rows)), 0
         for part in batches(rows, tokens=CHUNK_TOKENS, supervised=math.inf):
@@ -285,7 +282,7 @@ class PairedModel(TemplateLM):
             progress.done(done := done + len(chunk))
 
     def _tail(self, rows: Sequence[TokenRow]) -> TailEngine | None:
-        """An engine of the model, tried on some of the rows; the longest decides how they are packed."""
+        """An engine, tried on some of the rows; the longest row decides how they are packed."""
         if self.delta is None or not rows:
             return None
         try:

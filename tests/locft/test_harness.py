@@ -128,14 +128,14 @@ def test_both_models_score_as_in_the_harness(loaded, folder):
             one.items == 13 and one.change.low <= one.change.mean + 1e-9 and one.change.mean <= one.change.high + 1e-9
         )
     assert any(one.change.mean for one in scores), "the edit changes something"
-    assert told == ["texts longer than the 100 tokens that the model reads lose their beginning"]
+    assert told == ["texts longer than the model's context of 100 tokens lose their beginning"]
 
 
 def test_answers_leave_room_for_their_prompts(folder):
     loaded, told = tiny_loaded(), []
     loaded.tokenizer.model_max_length = 12
     measure_tasks(loaded, None, load_tasks(["said"], folder), 2, told.append)
-    assert "answers end after 6 tokens, half of what the model reads" in told
+    assert "answers end after 6 tokens, half of the model's context" in told
 
 
 def test_without_a_delta_the_model_alone_is_measured(folder):
