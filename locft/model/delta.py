@@ -5,6 +5,7 @@ this difference to the base, so a delta read back from a file gives the same met
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ class EditDelta:
     @property
     def norm(self) -> float:
         """Euclidean norm over all parameters."""
-        return float(sum(t.double().square().sum() for t in self.tensors.values()) ** 0.5)
+        return math.sqrt(math.fsum(float(t.double().square().sum()) for t in self.tensors.values()))  # in any order
 
     def weights(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The edited parameters by name, in the model's own dtype and on its device."""

@@ -5,7 +5,7 @@
 
 Everything is as `locft select` would do it (recipe, probe, rate of every position), but for the budget. One seed everywhere,
 a second one for what the first left on the front. Runs are kept in MLflow, so the same command goes on where it stopped;
-when it ends, and at every start, what is done goes to tables/NAME.csv, the probe's scores of each position beside it.
+when it ends, or is interrupted, what is done goes to tables/NAME.csv, the probe's scores to tables/NAME.probe.csv.
 """
 
 import argparse
@@ -54,13 +54,13 @@ def scattered(layer: int) -> float:
 
 
 def write(name: str, found: Selection) -> None:
-    rows = done(found.results)
-    probe = pd.DataFrame([asdict(candidate) for candidate in found.candidates])
-    table = rows[[column for column in COLUMNS if column in rows]].merge(probe, on=["layer", "module"])
+    rows = done(found.results).sort_values(["layer", "module", "seed"])
+    probe = pd.DataFrame([{"sample": 0, **asdict(candidate)} for candidate in found.candidates])
     TABLES.mkdir(exist_ok=True)
-    partial = TABLES / f"{name}.partial"
-    table.sort_values(["layer", "module", "seed"]).to_csv(partial, index=False, float_format="%.5g")
-    partial.replace(TABLES / f"{name}.csv")
+    for table, end in ((rows[[column for column in COLUMNS if column in rows]], ""), (probe, ".probe")):
+        partial = TABLES / f"{name}.partial"
+        table.to_csv(partial, index=False, float_format="%.5g")
+        partial.replace(TABLES / f"{name}{end}.csv")
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ class World:
 
     def __init__(self, rows: pd.DataFrame, probe: pd.DataFrame, equal_costs: bool = False):
         """rows: of full runs. probe: one draw. Only positions of both are there."""
-        rows = rows.merge(probe[["layer", "module", "disturbance", "gain"]], on=["layer", "module"])
+        rows = probe[["layer", "module", "disturbance", "gain"]].merge(rows, on=["layer", "module"])
         rows = rows.assign(status="done")
         rows["trial_id"] = [f"{r.layer}.{r.module} rate {r.learning_rate:g} seed {r.seed}" for r in rows.itertuples()]
         self.layers = int(rows.layers.iloc[0])
@@ -63,7 +63,7 @@ class World:
         first = rows[rows.seed == 0]
         self.rates = {(r.layer, r.module): float(r.learning_rate) for r in first.itertuples()}
         self.candidates = tuple(Candidate(r.layer, r.module, r.disturbance, r.gain) for r in first.itertuples())
-        self._lines = {} if equal_costs else self._costs(first)
+        self._lines = {} if equal_costs else self._costs(rows)
         self.grid = sum(self.seconds(Run(c.layer, c.module, 0.0)) for c in self.candidates)
 
     @cached_property
@@ -113,18 +113,19 @@ class World:
         return next(iter(self.truth.values()))
 
 
-def worlds(name: str, options: argparse.Namespace) -> list[World]:
-    """One for each replay of a table."""
+def worlds(
+    name: str, seeds: int = SEEDS, every: int = 1, modules: Sequence[str] = (), equal_costs: bool = False
+) -> list[World]:
+    """One for each replay of a table. every, modules: take every nth layer only, and these modules; all without."""
     rows, probe = (pd.read_csv(TABLES / f"{name}{end}.csv") for end in ("", ".probe"))
-    modules = options.modules.split(",") if options.modules else list(rows.module.unique())
-    rows = rows[(rows.layer % options.every == 0) & rows.module.isin(modules)]
+    rows = rows[(rows.layer % every == 0) & rows.module.isin(modules or rows.module.unique())]
     draws = [draw for _, draw in probe.groupby("sample")]
     if len(draws) > 1:
-        made = [World(rows, draw, options.equal_costs) for draw in draws]
-        return [made[seed % len(made)] for seed in range(options.seeds)]
+        made = [World(rows, draw, equal_costs) for draw in draws[:seeds]]
+        return [made[seed % len(made)] for seed in range(seeds)]
     places = draws[0].merge(rows[["layer", "module"]].drop_duplicates())
-    drawn = (places.sample(frac=KEPT, random_state=seed) for seed in range(options.seeds))
-    return [World(rows, some, options.equal_costs) for some in drawn]
+    drawn = (places.sample(frac=KEPT, random_state=seed) for seed in range(seeds))
+    return [World(rows, some, equal_costs) for some in drawn]
 
 
 def volume(rows: Iterable[Mapping[str, Any]]) -> float:
@@ -219,13 +220,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--figure", type=Path, help="HTML file of the comparison's figure, over all tables")
     parser.add_argument("--every", type=int, default=1, help="take every nth layer only")
-    parser.add_argument("--modules", help="take these only, separated by commas")
+    parser.add_argument(
+        "--modules", type=lambda text: text.split(","), default=(), help="take these only, separated by commas"
+    )
     parser.add_argument("--equal-costs", action="store_true", help="as if a run cost the same at every position")
     options = parser.parse_args()
     everything = []
     with pd.option_context("display.width", 250, "display.max_columns", 20, "display.float_format", "{:.3f}".format):
         for name in options.tables or sorted(file.stem for file in TABLES.glob("*.csv") if file.suffixes == [".csv"]):
-            made = worlds(name, options)
+            made = worlds(name, options.seeds, options.every, options.modules, options.equal_costs)
             best = made[0].best()
             said = ", ".join(
                 f"{key} {best[key]:.3f}" for key in ("reliability", "generalization", "capability_change", "drift_kl")

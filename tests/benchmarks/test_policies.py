@@ -1,7 +1,5 @@
 """The policies that the survey is compared with, against tables of known scores."""
 
-import argparse
-
 import pandas as pd
 import pytest
 
@@ -36,8 +34,7 @@ def test_a_policy_is_a_function_of_its_task(name):
 
 def test_a_replay_knows_what_it_missed():
     """On the published table, small enough to be quick: no regret is negative, and what is run is paid for."""
-    options = argparse.Namespace(seeds=2, every=5, modules="mlp_down,attn", equal_costs=True)
-    found = replays("t", worlds("smollm2-zsre-plain", options))
+    found = replays("t", worlds("smollm2-zsre-plain", 2, 5, ("mlp_down", "attn"), equal_costs=True))
     assert (found[["drift", "capability", "capability lost"]] >= -1e-12).all(axis=None)
     assert found.volume.between(0, 1 + 1e-9).all()
     assert set(summary(found).index.get_level_values("policy")) == set(POLICIES)

@@ -45,7 +45,7 @@ from sweeps.sweep import run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.store import user
 from tests.benchmarks.policies import replayed
-from tests.benchmarks.replay import HERE, SHARES, Table
+from tests.benchmarks.replay import HERE, SHARES, World, worlds
 from tests.conftest import write_study
 from tests.heard import Heard
 from tests.tiny import WEIGHT_STD, tiny_model, tiny_tokenizer
@@ -134,10 +134,10 @@ def capability_layouts() -> dict[str, Any]:
 
 def survey_rungs() -> dict[str, Any]:
     """What the survey runs on the exhaustive table, by share of the grid's cost and seed; `layer.module rate seed`."""
-    table, found = _exhaustive(), {}
+    drawn, found = _exhaustive(), {}
     for share in SHARES:
-        for seed in range(3):
-            rungs, _ = replayed(survey, table.task(share, seed), lambda run: table.score(run, (1, 1)))
+        for seed, world in enumerate(drawn):
+            rungs, _ = replayed(survey, world.task(share, seed), world.score)
             found[f"share {share}, seed {seed}"] = [
                 {
                     "name": rung.name,
@@ -149,8 +149,9 @@ def survey_rungs() -> dict[str, Any]:
     return found
 
 
-def _exhaustive() -> Table:
-    return Table(pd.read_csv(HERE / "table.csv"), pd.read_csv(HERE / "probe.csv"))
+def _exhaustive() -> list[World]:
+    """The first three draws of the probe."""
+    return worlds("smollm2-zsre-plain", seeds=3)
 
 
 def small_results() -> pd.DataFrame:
@@ -225,7 +226,7 @@ def pick() -> dict[str, Any]:
         for name, frame in frames.items()
         for floor in (None, 0.5, 0.8)
     }
-    best = _exhaustive().best()
+    best = _exhaustive()[0].best()
     shown = {name: best[name] for name in ("reliability", "generalization", "capability_change", "drift_kl")}
     return found | {"exhaustive table": {"position": f"{best['layer']}.{best['module']}", **shown}}
 
