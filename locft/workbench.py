@@ -10,10 +10,12 @@ The unedited model is measured once, before anything is edited, and the result c
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
+
+import numpy as np
 
 from locft.data.edit_request import EditRequest
 from locft.data.requests import EditSet
@@ -44,7 +46,8 @@ from locft.measure.evaluation import (
     question_rows,
     reference_changes,
 )
-from locft.measure.generation import NEW_TOKENS, ModelAnswer, greedy_answers
+from locft.measure.generation import BATCH, NEW_TOKENS, ModelAnswer, greedy_answers
+from locft.measure.token_scores import scores_by_row
 from locft.model.delta import EditDelta, applied
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition
@@ -99,10 +102,13 @@ class Workbench:
     rows: tuple[TokenRow, ...]
     """Of the edits as raw prompts, one each."""
     questions: tuple[EditQuestion, ...]
+    """About the edits, or a sample of them."""
     suite: EncodedSuite | None
     baseline: Baseline
     engine: TailEngine | None
     """The fast forward; None if everything is computed with the full model."""
+    whole: "Workbench | None" = None
+    """The workbench of more edits whose first ones these are (`first`)."""
 
     @classmethod
     def prepare(
@@ -115,25 +121,28 @@ class Workbench:
         *,
         engine: Callable[[LoadedModel, Sequence[TokenRow]], TailEngine] | None = in_memory,
         ask_formats: Sequence[str] = (RAW,),
+        asked_places: Collection[int] | None = None,
     ) -> "Workbench":
         """Tokenize everything, and measure the unedited model unless its `baseline` is given.
 
         ask_formats: those that edits and rephrases are measured in (`locft.train.formats`); `chat` is left out, with a
         notice, if the tokenizer has no template, and `unseen` joins any other than raw. engine: makes the fast forward
         over all rows; None computes everything with the full model, which also happens, with a warning, if the model
-        has no tail view.
+        has no tail view. asked_places: of the edits that questions are put about, None for all; a baseline is that of the
+        same ones.
         """
         formats = asked(loaded.tokenizer, parse_formats(ask_formats))
         if CHAT in ask_formats and CHAT not in formats:
             _log.warning("%s: its tokenizer has no chat template, so edits are not asked through one", loaded.name)
         encoded = encode_suite(loaded.tokenizer, suite, prose_tokens) if suite else None
         rows = encode_edits(loaded.tokenizer, edits.requests)
-        unrelated = locality_prompts(edits.requests)
+        requests = edits.requests if asked_places is None else [edits.requests[at] for at in sorted(asked_places)]
+        unrelated = locality_prompts(requests)
         check = partial(check_limits, loaded.model, loaded.tokenizer, loaded.name)
         check((row.token_ids, 0) for row in [*rows, *(suite_rows(encoded) if encoded else ())])
         check((encode_prompt(loaded.tokenizer, prompt), NEW_TOKENS) for prompt in unrelated)
         answers = baseline.locality_answers if baseline else greedy_answers(loaded, unrelated)
-        questions = edit_questions(loaded.tokenizer, edits.requests, answers, formats)
+        questions = edit_questions(loaded.tokenizer, requests, answers, formats)
         asked_rows = question_rows(questions)
         check((row.token_ids[: row.start], max(NEW_TOKENS, len(row.target_ids))) for row in asked_rows)
         every = [*rows, *asked_rows, *(suite_rows(encoded) if encoded else ())]
@@ -155,31 +164,47 @@ class Workbench:
         """Train the edits at a position. The model stays as it is. watch: called on the way through a stream."""
         return self.trainer.train(position, settings, watch=watch)
 
-    def measure(self, delta: EditDelta, *, first: int | None = None, whole_answers: bool = False) -> Measurement:
+    def first(self, count: int, asked_places: Collection[int] | None = None) -> "Workbench":
+        """The workbench of the first `count` edits, 0 for all, which shares everything else. asked_places: of the edits that
+        questions are put about, None for all that this one asks about. The baseline stays that of all."""
+        if asked_places is None and count in (0, len(self.requests)):
+            return self
+        requests = self.requests[: count or len(self.requests)]
+        asked = {one.id for one in (requests if asked_places is None else [requests[at] for at in asked_places])}
+        questions = tuple(question for question in self.questions if question.edit_id in asked)
+        rows = self.rows[: len(requests)]
+        return replace(self, requests=requests, rows=rows, questions=questions, whole=self.whole or self)
+
+    @cached_property
+    def bits(self) -> np.ndarray:
+        """(E,) what each edit holds: -log2 of the probability that the unedited model gives to the target after the raw
+        prompt, its end left out, which is the same in every edit."""
+        if self.whole:
+            return self.whole.bits[: len(self.rows)]
+        return row_bits(unedited_logits(self.loaded, self.engine), self.rows)
+
+    def measure(self, delta: EditDelta, *, whole_answers: bool = False) -> Measurement:
         """All metrics of the edited model, computed in the model's own dtype, by their names in the results table.
 
-        first: ask about this many edits only, the first ones. whole_answers: also generate wrong answers in full, for
-        people to read; it changes no metric.
+        whole_answers: also generate wrong answers in full, for people to read. It changes no metric.
         """
         delta.require_base(self.loaded.name, self.loaded.fingerprint)
         started = time.perf_counter()
         edited, coarse = self.edited(delta)
-        rows, about = self.rows[:first], {request.id for request in self.requests[:first]}
-        questions = [question for question in self.questions if question.edit_id in about]
-        followed = follow(edited, rows)
-        known = dict(zip(rows, followed, strict=True))
-        changes = reference_changes(edited, self.unedited(delta), questions)
+        followed = follow(edited, self.rows)
+        known = dict(zip(self.rows, followed, strict=True))
+        changes = reference_changes(edited, self.unedited(delta), self.questions)
         with applied(self.loaded, delta):
             outcomes = ask(
                 self.loaded,
                 edited,
-                questions,
+                self.questions,
                 followed=known,
                 changes=changes,
                 coarse=coarse,
                 generate_all=whole_answers,
             )
-        metrics = {**edit_metrics(outcomes), "n_edits": float(len(rows)), "delta_norm": delta.norm}
+        metrics = {**edit_metrics(outcomes), "n_edits": float(n_asked(self.questions)), "delta_norm": delta.norm}
         metrics["merged_loss"] = sum(row.loss for row in followed) / len(followed)
         metrics["evaluate_seconds"] = time.perf_counter() - started
         if self.suite and self.baseline.scores:
@@ -208,6 +233,17 @@ class Workbench:
         """The unedited model, computed as the edited one is (stand-in weights of its own included), rounding and all."""
         weights = {name: self.loaded.model.get_parameter(name).detach() for name in delta.tensors}
         return logits_with(self.loaded, self.engine, TuningPosition.parse(delta.position).layer, weights)
+
+
+def row_bits(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> np.ndarray:
+    """(E,) -log2 of the probability of each row's supervised tokens but the last, its end."""
+    scores = scores_by_row(logits, rows, lambda row: len(row.token_ids), most=BATCH)
+    return np.array([-float(one.log_likelihood[:-1].sum()) / math.log(2) for one in scores])
+
+
+def n_asked(questions: Sequence[EditQuestion]) -> int:
+    """Number of edits that the questions are about."""
+    return len({question.edit_id for question in questions})
 
 
 def measure_unedited(

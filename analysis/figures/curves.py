@@ -319,15 +319,16 @@ _METRICS = {name: (name, 1) for name in FRACTIONS} | {
 
 
 def _axis(name: str, values: pd.Series) -> ParallelAxis:
-    """Numbers at their place, on a logarithmic scale at that of their logarithm; words in their order."""
+    """Numbers at their place, on a logarithmic scale without a zero at that of their logarithm; words in their order."""
     axis = AXIS[name]
     label = axis.short.strip() or axis.title
-    if axis.type is not str and not axis.log:
+    log = axis.log and values.min() > 0
+    if axis.type is not str and not log:
         return ParallelAxis(name, label, tuple(float(x) for x in values), ())
     given = list(dict.fromkeys(values))
     if axis.type is not str or axis.choices:
         given.sort(key=[*axis.choices, *given].index if axis.choices else None)
-    place = {value: math.log10(value) if axis.log else float(i) for i, value in enumerate(given)}
+    place = {value: math.log10(value) if log else float(i) for i, value in enumerate(given)}
     shown = given if len(given) <= 8 else [given[0], given[-1]]
     texts = tuple((place[value], escaped(value_text(name, value))) for value in shown)
     return ParallelAxis(name, label, tuple(place[value] for value in values), texts)

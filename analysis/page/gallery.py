@@ -16,8 +16,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from analysis.figures import curves, maps
+from analysis.figures.capacity import capacity_figure
 from analysis.figures.front import FrontInfo, front_figure, front_info
 from analysis.page.how_found import HowFound
+from analysis.stats.capacity import Filling, fillings, law_of
 from analysis.stats.comparison import Comparison
 from analysis.stats.pareto import ParetoFront, comparable
 from analysis.stats.table import TITLES, has_values
@@ -76,6 +78,8 @@ def gallery(
         yield page_plot("losses", "Training loss", curves.loss_figure(losses), caption, "Training loss by epoch.")
     if retained := curves.retention_info(results):
         yield from _stream_plots(retained)
+    if filled := fillings(results):
+        yield _capacity_plot(filled)
     for metric in ("reliability", "capability"):
         pairs = curves.pipeline_info(results, metric) if has_values(results, metric) else None
         if pairs and pairs.pairs:
@@ -113,6 +117,18 @@ def _stream_plots(retained: Sequence[curves.RetentionCurve]) -> Iterator[Plot]:
             " percentile. Replaying earlier edits takes time and keeps them.",
             "Seconds from arrival to live, a row per setting.",
         )  # fmt: skip
+
+
+def _capacity_plot(filled: Sequence[Filling]) -> Plot:
+    """For a study with several numbers of edits."""
+    law = law_of(filled)
+    said = [*(one.sentence() for one in filled), *([f"{law.sentence()}: the band"] if law else [])]
+    return page_plot(
+        "capacity", "How many edits fit", capacity_figure(filled),
+        "Bits are what the edits' targets tell the unedited model. A cross marks where reliability falls under 95%. "
+        + ". ".join(said) + ".",
+        "Reliability by bits per trained parameter, a line per position and setting.",
+    )  # fmt: skip
 
 
 def _front_plot(info: FrontInfo) -> Plot:

@@ -91,6 +91,10 @@ AXES: tuple[Axis, ...] = (
         choices=("breadth_first", "depth_first", "stream"), in_first_ids=True,
     ),
     Axis(
+        "edit_count", int, 0, "edits", "the first so many of the study's edits are trained and asked; 0 takes all",
+        at_least=0, log=True, trained=False,
+    ),
+    Axis(
         "batch_size", int, 32, "batch size", "edits per optimiser step",
         at_least=1, log=True, short="batch ", in_first_ids=True,
     ),

@@ -50,9 +50,12 @@ _MEASURED = {
     "generalization_tf": Column(NUMBER, "generalization by teacher forcing"),
     "portability": Column(NUMBER, "questions that follow from the edits answered right (also portability.FORMAT)"),
     "portability_tf": Column(NUMBER, "portability by teacher forcing, on the main answer"),
-    "n_edits": Column(NUMBER, "edits that reliability is a fraction of"),
+    "n_edits": Column(NUMBER, "edits that reliability is a fraction of: those trained, or a sample of them"),
     "right": Column(
         TEXT, "which edits were answered right, in which formats, packed (`unpack_right`); None if unknown"
+    ),
+    "bits_per_parameter": Column(
+        NUMBER, "what the edits hold for the unedited model, -log2 p(target | prompt), by the trained parameters"
     ),
     # what they changed beside that: unrelated prompts, asked raw, against the unedited model
     "locality": Column(NUMBER, "tokens of a reference answer whose most likely token is unchanged, fraction in [0, 1]"),
@@ -81,7 +84,7 @@ _MEASURED = {
     "evaluate_seconds": Column(NUMBER, "edit metrics"),
     "capability_seconds": Column(NUMBER, "capability suite and drift"),
     "seconds": Column(NUMBER, "the whole trial"),
-    "seconds_per_edit": Column(NUMBER, "train_seconds / n_edits"),
+    "seconds_per_edit": Column(NUMBER, "train_seconds by the number of edits trained"),
     "arrival_seconds": Column(NUMBER, "median over the arrivals of a stream, from arrival to the end of its training"),
     "arrival_seconds_p95": Column(NUMBER, "their 95th percentile"),
     "diverged": Column(NUMBER, "1 when the loss stopped being finite, else 0"),

@@ -7,6 +7,7 @@ right in form can still be impossible (two give one prompt different targets) or
 
 import hashlib
 import importlib.resources
+import itertools
 import json
 import os
 import random
@@ -20,11 +21,13 @@ from typing import Any
 from locft.data.answers import normalise_answer
 from locft.data.edit_layouts import ID_KEYS, LIST_KEYS, edit_layouts, read_edits
 from locft.data.edit_request import EditRequest
+from locft.data.fictitious import NAME as FICTITIOUS
+from locft.data.fictitious import SUBJECTS, fictitious_facts
 from locft.data.field_map import FieldMap
 from locft.data.record_files import FileRecord, file_records, hub_records, missing_path
 from locft.errors import InputError
 
-BUILT_IN = ("atlas",)
+BUILT_IN = ("atlas", FICTITIOUS)
 """Names of the edit sets that come with the project. A file of such a name is reached as ./atlas."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
@@ -117,7 +120,11 @@ class EditSet:
 
     def sample(self, count: int, seed: int) -> "EditSet":
         """A random sample of `count` of these edits, the same on every machine, in their order."""
-        return self._at(_drawn(range(len(self.requests)), count, seed))
+        return self._at(drawn_places(len(self.requests), count, seed))
+
+    def first(self, count: int) -> "EditSet":
+        """The first `count` of these edits; 0 takes all."""
+        return self._at(range(count or len(self.requests)))
 
     def _at(self, places: Sequence[int]) -> "EditSet":
         if len(places) == len(self.requests):
@@ -130,8 +137,9 @@ class EditSet:
     @classmethod
     def made(cls, requests: Sequence[EditRequest], source: str) -> "EditSet":
         """Edits that were read before. source: where."""
-        findings = _findings(requests, [()] * len(requests))
-        return cls(tuple(requests), source, "own", _fingerprint(requests), findings, records=len(requests))
+        truths = ((),) * len(requests)
+        findings = _findings(requests, truths)
+        return cls(tuple(requests), source, "own", _fingerprint(requests), findings, truths, records=len(requests))
 
 
 def load_edits(
@@ -143,7 +151,8 @@ def load_edits(
 ) -> EditSet:
     """Read and check a whole source, then select.
 
-    `source` is a built-in name ("atlas"), a file (JSON, JSON Lines, CSV or parquet), or a hub id ("owner/name" or
+    `source` is a built-in name ("atlas", or "fictitious": the first `limit` facts that are made with the seed
+    `sample_seed`, 0 by default; `locft.data.fictitious`), a file (JSON, JSON Lines, CSV or parquet), or a hub id ("owner/name" or
     "owner/name:split"). `fields` says under which keys its records have what no layout knows
     (`locft.data.field_map`). `limit` None takes all edits, as does a limit above their number;
     otherwise it takes the first ones, or with `sample_seed` a random sample, the same on every machine and in the order of
@@ -153,12 +162,14 @@ def load_edits(
     """
     source = os.fspath(source)
     _check_selection(limit, sample_seed)
+    if source == FICTITIOUS:
+        return _fictitious(limit, sample_seed or 0, fields)
     records, problems = _records(source, fields)
     whole = edit_set(records, source, problems, fields)
     count = len(whole.requests) if limit is None else min(limit, len(whole.requests))
     if sample_seed is not None and count < len(whole.requests):
         return whole.sample(count, sample_seed)
-    return whole._at(range(count))
+    return whole.first(count)
 
 
 def edit_set(
@@ -172,6 +183,19 @@ def edit_set(
     return EditSet(
         requests, source, read.layout.name, _fingerprint(requests), found, tuple(truths), unread, len(records)
     )
+
+
+def _fictitious(count: int | None, seed: int, fields: FieldMap | None) -> EditSet:
+    problems = [f"{FICTITIOUS}: these edits are made, not read, so there is nothing to map"] if fields else []
+    if count is None or count > SUBJECTS:
+        got = "no limit" if count is None else f"{count:,}"
+        problems.append(
+            f"{FICTITIOUS}: any number of these edits can be made, so it takes one: got {got}, expected edits.limit "
+            f"(or --limit) from 1 to {SUBJECTS:,}"
+        )
+    if problems:
+        raise InputError(problems)
+    return EditSet.made([fact.request for fact in itertools.islice(fictitious_facts(seed), count)], FICTITIOUS)
 
 
 def own_record(request: EditRequest, truths: Sequence[str] = ()) -> dict[str, Any]:
@@ -195,9 +219,9 @@ def own_record(request: EditRequest, truths: Sequence[str] = ()) -> dict[str, An
     return {key: value for key, value in record.items() if value}
 
 
-def _drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:
-    """A random sample, the same on every machine, ascending."""
-    return sorted(random.Random(seed).sample(indices, count))
+def drawn_places(total: int, count: int, seed: int = 0) -> list[int]:
+    """A random sample of 0 to total - 1, the same on every machine, ascending."""
+    return sorted(random.Random(seed).sample(range(total), count))
 
 
 def _check_selection(limit: int | None, sample_seed: int | None) -> None:

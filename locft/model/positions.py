@@ -130,6 +130,11 @@ def parameter_names(model: PreTrainedModel, position: TuningPosition) -> tuple[s
     return tuple(f"{prefix}.{name}" for name in modules[position.module])
 
 
+def position_size(model: PreTrainedModel, position: TuningPosition) -> int:
+    """Number of values that a position trains. Raises InputError as `parameter_names`."""
+    return sum(model.get_parameter(name).numel() for name in parameter_names(model, position))
+
+
 def is_input_first(model: PreTrainedModel, name: str) -> bool:
     """Whether a matrix is stored (in, out) and its product is `input @ matrix`, as in GPT-2 and the experts of gpt-oss."""
     owner = model.get_submodule(name.rpartition(".")[0])

@@ -132,7 +132,11 @@ class ContinueOptions:
         from locft.data.requests import EditSet
 
         given = earlier is None or source.edits
-        edits = chosen.edits.load() if given else EditSet.made(earlier.ledger.active, str(earlier.folder / FILE_NAME))
+        edits = (
+            chosen.edits.load().first(chosen.edit_count)
+            if given
+            else EditSet.made(earlier.ledger.active, str(earlier.folder / FILE_NAME))
+        )
         if earlier is None:
             return Batch(edits, Ledger.of(edits.requests, now()), new=edits.requests)
         if self.consolidate:

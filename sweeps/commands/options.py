@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
-EDITS = "atlas, an edit file, or the hub id of a data set"
+EDITS = "atlas, fictitious (with --limit), an edit file, or the hub id of a data set"
 EDITS_HELP = f"{EDITS[0].upper()}{EDITS[1:]}."
 FORMATS = ONE_EDIT["train_formats"]
 """What a single edit is asked in unless told otherwise: what it is trained in."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from locft.model.delta import EditDelta
     from locft.model.models import LoadedModel
+    from locft.model.positions import TuningPosition
     from locft.train.pipelines import Training, Watch
     from locft.workbench import Baseline, Measurement, Workbench
 
@@ -54,6 +55,7 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
             baseline,
             engine=partial(TailEngine, layers=inputs.layers),
             ask_formats=inputs.ask_formats,
+            asked_places=inputs.every_asked_place,
         )
     return _resident[inputs.key]
 
@@ -82,26 +84,38 @@ def train(bench: "Workbench", config: TrialConfig, watch: "Watch | None" = None)
     """The training of a trial; on a CPU bitwise the same whenever it is run. watch: called on the way through a stream."""
     import torch
 
-    from locft.model.positions import TuningPosition
     from locft.train.pipelines import TrainingSettings
 
     torch.manual_seed(config.seed)  # nothing here draws from it; a model's own code might
-    return bench.train(TuningPosition(config.layer, config.module), TrainingSettings(**config.training), watch)
+    return bench.train(where(config), TrainingSettings(**config.training), watch)
+
+
+def where(config: TrialConfig) -> "TuningPosition":
+    """What a trial trains."""
+    from locft.model.positions import TuningPosition
+
+    return TuningPosition(config.layer, config.module)
 
 
 def trained_delta(inputs: TrialInputs, baseline: "Baseline", config: TrialConfig) -> "EditDelta":
     """The delta of a trial, trained once more; on a CPU bitwise the one that was measured."""
-    return train(resident_workbench(inputs, baseline), config).delta
+    return train(_trial_workbench(inputs, baseline, config), config).delta
 
 
 def train_and_measure(config: TrialConfig, inputs: TrialInputs, baseline: "Baseline") -> TrialResult:
     """The work of a trial."""
-    return run_trial(resident_workbench(inputs, baseline), config)
+    return run_trial(_trial_workbench(inputs, baseline, config), config)
+
+
+def _trial_workbench(inputs: TrialInputs, baseline: "Baseline", config: TrialConfig) -> "Workbench":
+    """The process's workbench, as far as a trial takes its edits and asks about them."""
+    return resident_workbench(inputs, baseline).first(config.edit_count, inputs.asked_places(config.edit_count))
 
 
 def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
     """Train and measure one configuration. A divergence is a result, with finite worst values and `diverged` = 1."""
-    from locft.workbench import diverged_metrics
+    from locft.model.positions import position_size
+    from locft.workbench import diverged_metrics, n_asked
 
     started = time.perf_counter()
     stages: list[dict[str, float]] = []
@@ -110,17 +124,19 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
         """Measures when another tenth has arrived; what all have left is measured at the end in any case."""
         seen = stages[-1]["arrived"] if stages else 0
         if STAGES * seen // len(bench.rows) < STAGES * arrived // len(bench.rows) < STAGES:
-            stages.append(stage_metrics(bench, arrived, bench.measure(change(), first=arrived)))
+            stages.append(stage_metrics(bench, arrived, bench.first(arrived).measure(change())))
 
     training = train(bench, config, watch)
     if training.diverged:
         metrics, outcomes = diverged_metrics(bench.questions, bench.baseline), ()
+        metrics["n_edits"] = float(n_asked(bench.questions))
     else:
         measured = bench.measure(training.delta)
         metrics, outcomes = measured.metrics, tuple(asdict(outcome) for outcome in measured.outcomes)
         if config.pipeline == "stream":
             stages.append(stage_metrics(bench, len(bench.rows), measured))
-    metrics |= training_metrics(training, config.pipeline, len(bench.rows))
+    metrics = training_metrics(training, config.pipeline, len(bench.rows)) | metrics
+    metrics["bits_per_parameter"] = float(bench.bits.sum()) / position_size(bench.loaded.model, where(config))
     metrics["seconds"] = time.perf_counter() - started
     return TrialResult(config, "done", None, metrics, training.losses, outcomes, tuple(stages))
 
@@ -132,12 +148,12 @@ def stage_metrics(bench: "Workbench", arrived: int, measured: "Measurement") -> 
 
     ids, tenth = [request.id for request in bench.requests], max(1, len(bench.requests) // STAGES)
     parts = {"first_tenth": set(ids[:tenth]), "last_tenth": set(ids[max(0, arrived - tenth) : arrived])}
-    reliability = {
-        name: edit_metrics([outcome for outcome in measured.outcomes if outcome.edit_id in part])["reliability"]
-        for name, part in parts.items()
-    }
-    kept = {name: measured.metrics[name] for name in STAGE_METRICS if name in measured.metrics}
-    return {"arrived": float(arrived), **kept, **reliability}
+    stage = {name: measured.metrics[name] for name in STAGE_METRICS if name in measured.metrics}
+    for name, part in parts.items():
+        found = edit_metrics([outcome for outcome in measured.outcomes if outcome.edit_id in part])
+        if "reliability" in found:  # of a sample of many edits, none may be among these
+            stage[name] = found["reliability"]
+    return {"arrived": float(arrived), **stage}
 
 
 def training_metrics(training: "Training", pipeline: str, edits: int) -> dict[str, float]:

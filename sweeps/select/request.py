@@ -66,7 +66,8 @@ class SelectionRequest(PreparedStudy):
     @property
     def steps(self) -> int:
         """Optimiser steps of a trial that takes all its epochs."""
-        return self.study.epochs * math.ceil(self.facts.n_edits / self.study.space.batch_size[0])
+        edits = self.study.space.edit_count[0] or self.facts.n_edits
+        return self.study.epochs * math.ceil(edits / self.study.space.batch_size[0])
 
     def config(self, run: Run) -> TrialConfig:
         """The trial of a run."""

@@ -81,7 +81,7 @@ class Costs:
     edit: Pass
     """Each edit in a step."""
     evaluation: Pass
-    """Asking the questions of all edits once."""
+    """Asking all questions that any trial asks once."""
     capability: Pass
     """All capability items and the prose."""
     unedited: float
@@ -106,7 +106,8 @@ class Costs:
 
     def epoch(self, trial: TrialConfig, facts: StudyFacts) -> float:
         """Seconds of the steps over all edits once."""
-        return self._steps(trial, facts, math.ceil(facts.n_edits / _batch(trial)), facts.n_edits)
+        edits = facts.trained(trial)
+        return self._steps(trial, facts, math.ceil(edits / _batch(trial)), edits)
 
     def _steps(self, trial: TrialConfig, facts: StudyFacts, steps: float, edits: float) -> float:
         """In units of edits as raw prompts, which guards are like."""
@@ -288,7 +289,7 @@ def costs_from_trials(earlier: Sequence[TrialResult], prepared: PreparedStudy) -
     for pipeline in shares:
         those = [trial for trial in known if trial.config.pipeline == pipeline]
         if len(those) >= ENOUGH:
-            allowed = sum(t.config.epochs * math.ceil(t.metrics["n_edits"] / _batch(t.config)) for t in those)
+            allowed = sum(t.config.epochs * math.ceil(_trained(t) / _batch(t.config)) for t in those)
             shares[pipeline] = sum(trial.metrics["steps"] for trial in those) / allowed
     source = f"{len(known)} earlier trials of this model"
     return replace(_scaled(known, prepared), source=source, spread=1.4, shares=shares)
@@ -359,10 +360,10 @@ def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
     facts, cpus = prepared.facts, prepared.study.resources.cpus
     measured, expected = Counter[str](), Counter[str]()
     for trial in trials:
-        found, layers = trial.metrics, layers_passed(trial.config, facts)
-        share = found["n_edits"] / max(1, facts.n_edits)  # of the study's edits, as if they were of the same kind
-        sizes = ("n_edits", "edit_tokens", "evaluation_tokens")
-        costs = rough_costs(replace(facts, **{name: round(share * getattr(facts, name)) for name in sizes}), cpus)
+        found = trial.metrics
+        trained = _trained(trial) / max(1, facts.n_edits)
+        asked = found["n_edits"] / max(1, facts.n_asked or facts.n_edits)
+        costs, layers = rough_costs(_with_edits(facts, trained, asked), cpus), layers_passed(trial.config, facts)
         parts = {
             "train": costs.training(trial.config, facts, found["steps"]),
             "evaluate": costs.evaluation.seconds(layers),
@@ -389,17 +390,29 @@ def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
     )
 
 
+def _trained(trial: TrialResult) -> float:
+    """Edits that a finished trial trained; those it asked about where it does not say."""
+    seconds = trial.metrics.get("seconds_per_edit")
+    return round(trial.metrics["train_seconds"] / seconds) if seconds else trial.metrics["n_edits"]
+
+
+def _with_edits(facts: StudyFacts, trained: float, asked: float) -> StudyFacts:
+    """The same study with these shares of as many edits of the same kind."""
+    shares = {"n_edits": trained, "edit_tokens": trained, "evaluation_tokens": asked}
+    return replace(facts, **{name: round(share * getattr(facts, name)) for name, share in shares.items()})
+
+
 def trial_seconds(
     trial: TrialConfig, facts: StudyFacts, costs: Costs | None = None, share: float | None = 1.0
 ) -> float:
     """Seconds of one trial, measurements included. share: of the steps allowed; None: what its pipeline usually takes."""
     costs, layers = costs or rough_costs(facts), layers_passed(trial, facts)
     taken = costs.shares[trial.pipeline] if share is None else share
-    measured = 1 if trial.pipeline != "stream" else max(1, min(STAGES, math.ceil(facts.n_edits / trial.arrival)))
+    measured = 1 if trial.pipeline != "stream" else max(1, min(STAGES, math.ceil(facts.trained(trial) / trial.arrival)))
     asked = (measured + 1) / 2  # times that all edits are asked: at each stage those that have arrived
     return (
         taken * trial.epochs * costs.epoch(trial, facts)
-        + asked * costs.evaluation.seconds(layers)
+        + asked * facts.asked_share(trial) * costs.evaluation.seconds(layers)
         + measured * costs.capability.seconds(layers)
     )
 

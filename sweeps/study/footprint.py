@@ -77,7 +77,7 @@ def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 
 def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     """What a worker may add to that: the largest logits."""
-    rows = min(trial.batch_size, facts.n_edits)
+    rows = min(trial.batch_size, facts.trained(trial))
     batch_tokens = int(rows * facts.edit_tokens * facts.row_size(trial.train_formats)) // max(1, facts.n_edits)
     reading = min(_READ_AT_ONCE, facts.edit_tokens + facts.evaluation_tokens + facts.capability_tokens)
     return 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
@@ -92,5 +92,5 @@ def disk_range(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> 
     layers = {trial.layer for trial in trials} | {facts.n_layers - 1}
     states = dtype * hidden * (facts.evaluation_tokens + facts.capability_tokens) * len(layers)
     cast = 0 if trials[0].precision == trials[0].dtype else BYTES[trials[0].precision] * facts.parameters
-    records = _STUDY_BYTES + count * (_RUN_BYTES + 4 * facts.n_edits * _OUTCOME_BYTES)
+    records = _STUDY_BYTES + count * (_RUN_BYTES + 4 * (facts.n_asked or facts.n_edits) * _OUTCOME_BYTES)
     return cast + records, states + cast + records

@@ -74,6 +74,8 @@ class PreparedStudy:
             selected_layers(study, self.facts.n_layers),
             spread=study.resources.gpus > 1,
             ask_formats=study.ask_formats,
+            edit_counts=study.space.edit_count,
+            most_asked=study.edits.asked,
         )
 
     @property

@@ -13,11 +13,12 @@ from locft.errors import InputError
 from locft.train.formats import CHAT, RAW, asked, available, parse_formats, put
 from sweeps.study.plan import PreparedStudy, check_against_model, idle_axes, make_plan
 from sweeps.study.schema import Study
-from sweeps.study.trial_types import StudyFacts
+from sweeps.study.trial_types import StudyFacts, every_asked_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from locft.data.edit_request import EditRequest
     from locft.data.requests import EditSet
     from locft.data.suites import Suite
 
@@ -53,6 +54,8 @@ def prepare(study: Study) -> PreparedStudy:
         attempt(lambda: check_against_model(study, n_layers(structure), modules))
     named, wanted = study.edits, study.capability
     edits = attempt(named.load)
+    if edits:
+        attempt(lambda: _check_counts(study, len(edits.requests)))
     suite = None
     if wanted.suite or wanted.tasks:
         suite = attempt(lambda: load_suite(wanted.suite, wanted.tasks, wanted.limit, wanted.prose))
@@ -65,10 +68,11 @@ def prepare(study: Study) -> PreparedStudy:
     head = structure.get_output_embeddings()
     facts = StudyFacts(
         model_fingerprint=folder_fingerprint(model_folder(study.model)),
-        data_fingerprint=_data_fingerprint(edits.fingerprint, suite, wanted.prose_tokens, study.ask_formats),
+        data_fingerprint=_data_fingerprint(edits, suite, study),
         n_layers=n_layers(structure),
         modules_by_layer=modules,
         n_edits=len(edits.requests),
+        most_asked=named.asked,
         precision=training_precision(study.trial_device) if study.precision == "auto" else study.precision,
         parameters=sum(parameter.numel() for parameter in structure.parameters()),
         layer_parameters=sum(layer_sizes) // len(layer_sizes),
@@ -101,10 +105,20 @@ def no_chat(model: str, fields: Sequence[str]) -> tuple[str, ...]:
     return (f"{named}: the tokenizer of {model} has no chat template, so {CHAT} is left out",) if fields else ()
 
 
-def _data_fingerprint(edits: str, suite: "Suite | None", prose_tokens: int, ask_formats: Sequence[str]) -> str:
-    """Formats count only if they are not the plain one, so that the first ids stay."""
-    parts: list[Any] = [edits, suite.fingerprint if suite else None, prose_tokens if suite else None]
-    parts += [] if tuple(ask_formats) == (RAW,) else [list(ask_formats)]
+def _check_counts(study: Study, edits: int) -> None:
+    """Raises InputError where a trial would take more edits than there are."""
+    if beyond := [count for count in study.space.edit_count if count > edits]:
+        raise InputError(
+            f"space.edit_count: got {max(beyond):,}, but {study.edits.source} has {edits:,} edits here; expected at most as many"
+        )
+
+
+def _data_fingerprint(edits: "EditSet", suite: "Suite | None", study: Study) -> str:
+    """Formats count only where they are not the plain one, and a sample only where it is one: so the first ids stay."""
+    tokens = study.capability.prose_tokens
+    parts: list[Any] = [edits.fingerprint, suite.fingerprint if suite else None, tokens if suite else None]
+    parts += [] if tuple(study.ask_formats) == (RAW,) else [list(study.ask_formats)]
+    parts += [{"asked": study.edits.asked}] if study.edits.asked and study.edits.asked < len(edits.requests) else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -124,24 +138,27 @@ def _token_counts(
         check([(one, new_tokens) for one in ids])
         return sum(map(len, ids))
 
-    def rows(form: str) -> list[str]:
-        return [f"{put(tokenizer, request.prompt, form)[0]} {request.target}." for request in requests]
+    def rows(form: str, edits: "Sequence[EditRequest]") -> list[str]:
+        return [f"{put(tokenizer, request.prompt, form)[0]} {request.target}." for request in edits]
 
     def answered(form: str) -> list[str]:
-        return rows(form) + [put(tokenizer, prompt, form)[0] for prompt in rephrased]
+        return rows(form, asked) + [put(tokenizer, prompt, form)[0] for prompt in rephrased]
 
     requests = edits.requests
-    rephrased = [prompt for request in requests for prompt in request.rephrases]
-    rephrased += [asked.prompt for request in requests for asked in request.portability]
-    questions = [unrelated.prompt for request in requests for unrelated in request.locality]
+    places = every_asked_place(study.space.edit_count, len(requests), study.edits.asked)
+    asked = requests if places is None else [requests[at] for at in places]
+    rephrased = [prompt for request in asked for prompt in request.rephrases]
+    rephrased += [follows.prompt for request in asked for follows in request.portability]
+    questions = [unrelated.prompt for request in asked for unrelated in request.locality]
     questions += [question for form in study.ask_formats for question in answered(form)]
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
     choices = [item.context + choice for item in items for choice in item.choices]
     trained = {form for text in study.space.train_formats for form in parse_formats(text)}
-    raw = count(rows(RAW))
+    raw = count(rows(RAW, requests))
     return {
         "edit_tokens": raw,
         "evaluation_tokens": count(questions, NEW_TOKENS) + SENTENCE_TOKENS * len(questions),
         "capability_tokens": count(choices) + (2 * study.capability.prose_tokens if suite else 0),
-        "row_sizes": {form: count(rows(form)) / raw for form in sorted(trained - {RAW})},
+        "n_asked": len(asked),
+        "row_sizes": {form: count(rows(form, requests)) / raw for form in sorted(trained - {RAW})},
     }

@@ -210,11 +210,13 @@ class Edits(Section):
     """The edits that every trial makes."""
 
     source: Text = "atlas"
-    """`atlas` (built in), an edit file, or the id of a data set on the hub."""
+    """`atlas` or `fictitious` (built in), an edit file, or the id of a data set on the hub."""
     limit: Count | None = None
     """Use at most this many edits; null uses all."""
     sample_seed: Seed | None = None
-    """Seed of the sample of `limit` edits; null takes the first ones."""
+    """Seed of the sample of `limit` edits, or of fictitious ones; null takes the first ones, or seed 0."""
+    asked: Count | None = 1000
+    """Of more edits than this, the metrics are those of a random sample of so many; null asks all."""
     map: _read_by(read_field_map) = {}
     """Keys of the file that no layout knows: such as {prompt: question, target: answer, rephrases: [q1, q2]}."""
 

@@ -86,6 +86,7 @@ class StudyFacts:
     modules_by_layer: Mapping[int, Sequence[str]]
     """For each layer the modules that can be trained in it."""
     n_edits: int
+    """Of the study; a trial may take the first of them (`trained`)."""
     precision: str
     """In which training computes: float32 or bfloat16."""
     parameters: int
@@ -100,11 +101,23 @@ class StudyFacts:
     edit_tokens: int = 0
     """Tokens of one epoch over all edits."""
     evaluation_tokens: int = 0
-    """Tokens read and generated to evaluate all edits once."""
+    """Tokens read and generated to evaluate once all edits that any trial asks about."""
     capability_tokens: int = 0
     """Tokens read to measure capability once, prose included."""
+    most_asked: int | None = None
+    """Edits that a trial's metrics are measured on at most; None for all."""
+    n_asked: int = 0
+    """Edits that `evaluation_tokens` are of; 0 for all."""
     row_sizes: Mapping[str, float] = field(default_factory=dict)
     """By trained format: tokens of the edit rows in it, relative to `edit_tokens`; an absent one counts as 1."""
+
+    def trained(self, trial: "TrialConfig") -> int:
+        """Edits that a trial trains."""
+        return trial.edit_count or self.n_edits
+
+    def asked_share(self, trial: "TrialConfig") -> float:
+        """Of the edits that `evaluation_tokens` are of, those that a trial asks."""
+        return min(self.trained(trial), self.most_asked or self.n_edits) / max(1, self.n_asked or self.n_edits)
 
     def row_size(self, train_formats: str) -> float:
         """The same for a trial's formats, which training draws evenly."""
@@ -133,13 +146,40 @@ class TrialInputs:
     """The model's layers are divided among the GPUs of a trial."""
     ask_formats: tuple[str, ...] = (RAW,)
     """The formats in which questions about the edits are asked."""
+    edit_counts: tuple[int, ...] = (0,)
+    """How many of the edits trials train, 0 for all."""
+    most_asked: int | None = None
+    """As in `StudyFacts`."""
+
+    def asked_places(self, count: int) -> tuple[int, ...] | None:
+        """Of the edits that questions are put about where the first `count` are trained; None for all of them."""
+        return asked_places(count or len(self.edits.requests), self.most_asked)
+
+    @property
+    def every_asked_place(self) -> tuple[int, ...] | None:
+        """Of the edits that any trial asks about; None for all."""
+        return every_asked_place(self.edit_counts, len(self.edits.requests), self.most_asked)
 
     @property
     def key(self) -> tuple:
         """Equal for inputs that the same workbench can serve."""
         suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
         model = (self.model, self.model_fingerprint, self.dtype, self.device, self.threads, self.spread)
-        return (model, self.edits.fingerprint, suite, self.ask_formats)
+        return (model, self.edits.fingerprint, suite, self.ask_formats, self.edit_counts, self.most_asked)
+
+
+def asked_places(count: int, most: int | None) -> tuple[int, ...] | None:
+    """A random sample of the first `count` edits where they are more than `most`, None otherwise."""
+    from locft.data.requests import drawn_places
+
+    return None if most is None or count <= most else tuple(drawn_places(count, most))
+
+
+def every_asked_place(counts: Sequence[int], total: int, most: int | None) -> tuple[int, ...] | None:
+    """Of the edits that are asked about where the first so many of `total` are trained, 0 for all; None for all."""
+    samples = [asked_places(count or total, most) or range(count or total) for count in counts]
+    every = sorted({place for sample in samples for place in sample})
+    return None if len(every) == total else tuple(every)
 
 
 @dataclass(frozen=True)

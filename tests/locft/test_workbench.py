@@ -105,13 +105,6 @@ def test_there_is_an_outcome_for_every_question(bench, edits, measured):
     assert asked == expected
 
 
-def test_the_first_edits_are_measured_as_they_are_among_all(bench, delta, measured):
-    part = bench.measure(delta, first=2)
-    ids = {request.id for request in bench.requests[:2]}
-    assert part.outcomes == tuple(outcome for outcome in measured.outcomes if outcome.edit_id in ids)
-    assert part.metrics["n_edits"] == 2 and part.metrics["drift_kl"] == measured.metrics["drift_kl"]
-
-
 def test_the_outcomes_are_those_of_the_edited_model(bench, delta, measured):
     """Asked by hand: the edited weights in another copy of the model, and its greedy answers."""
     edited = tiny_loaded("llama")

@@ -254,6 +254,8 @@ def test_parallel_axes_are_those_that_vary_and_metrics_that_all_have():
     rate = info.axes[2]
     assert rate.values == pytest.approx((math.log10(0.004), math.log10(0.004), -3.0, math.log10(0.004)))
     assert [text for _, text in rate.ticks] == ["0.001", "0.004"]
+    counts = parallel_info(results_frame([row("a", edit_count=0), row("b", edit_count=100)])).axes[0]
+    assert counts.name == "edit_count" and counts.values == (0, 100), "a zero has no logarithm"
     trace = drawn(parallel_figure(info))["data"][0]
     assert len(trace["dimensions"]) == 6 and trace["line"]["color"] == [0.9, 1.0, 1.0, 0.2]
 

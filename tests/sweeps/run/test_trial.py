@@ -43,7 +43,7 @@ def test_the_last_stage_is_the_result(result):
 def test_a_stage_is_what_the_edits_so_far_would_measure(bench, result):
     deltas: list[EditDelta] = []
     train(bench, STREAM, lambda arrived, change: deltas.append(change()))
-    measured = bench.measure(deltas[3], first=4)
+    measured = bench.first(4).measure(deltas[3])
     (stage,) = (stage for stage in result.stages if stage["arrived"] == 4)
     assert {name: stage[name] for name in STAGE_METRICS} == {name: measured.metrics[name] for name in STAGE_METRICS}
     first = bench.requests[0].id

@@ -1,0 +1,136 @@
+"""How many edits a position holds: reliability by bits per trained parameter, where it breaks, and the law of these points.
+
+The bits of an edit are what its target tells the unedited model, -log2 p(target | prompt) (`bits_per_parameter` of the
+results table). A position breaks where reliability falls under 95% as edits are added, all else equal.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.stats.pareto import comparable
+from analysis.stats.table import SETTING_AXES, by_setting, interval, setting_names
+from analysis.stats.wording import number, percent, plural
+
+LEVEL = 0.95
+"""Reliability under which a position counts as overfull."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """One position and setting with more and more edits; seeds are averaged. Tuples by number of edits, ascending."""
+
+    position: str
+    """Such as "22.mlp_down"."""
+    label: str
+    """With what tells its setting from others of the position."""
+    trial_ids: tuple[str, ...]
+    edits: tuple[int, ...]
+    bits: tuple[float, ...]
+    """Per trained parameter."""
+    reliability: tuple[float, ...]
+    low: tuple[float, ...]
+    """Lower end of the 95% interval of reliability."""
+    high: tuple[float, ...]
+
+    @property
+    def breaks_at(self) -> float:
+        """Bits per parameter at which reliability falls under the level; NaN where it is under it from the start, or
+        never falls."""
+        found = _crossing(self.bits, self.reliability)
+        return found if 0 < found < math.inf else math.nan
+
+    @property
+    def breaks_between(self) -> tuple[float, float]:
+        """The same of both ends of the interval: 0 where the lower end is under the level from the start, infinite where
+        the upper end never falls."""
+        return _crossing(self.bits, self.low), _crossing(self.bits, self.high)
+
+    def sentence(self) -> str:
+        """Where it breaks, in words."""
+        if math.isnan(self.breaks_at):
+            whole = self.reliability[0] >= LEVEL
+            end = "holds the most edits tried" if whole else "is overfull with the fewest edits tried"
+            bits = self.bits[-1] if whole else self.bits[0]
+            edits = self.edits[-1] if whole else self.edits[0]
+            return f"{self.label} {end} ({edits:,}, {number(bits)} bits per parameter)"
+        at = math.exp(np.interp(math.log(self.breaks_at), np.log(self.bits), np.log(self.edits)))
+        low, high = self.breaks_between
+        above = f"to {number(high)}" if math.isfinite(high) else "and more"
+        return f"{self.label} breaks at {number(self.breaks_at)} bits per parameter ({number(low)} {above}), about {at:,.0f} edits"
+
+
+@dataclass(frozen=True)
+class Law:
+    """Bits per parameter at which positions break: the geometric mean, and by what factor a position differs from it."""
+
+    bits: float
+    spread: float
+    """exp of the standard deviation of the logarithms; NaN for a single position."""
+    positions: int
+
+    def sentence(self) -> str:
+        factor = f", within a factor of {number(self.spread)} either way" if math.isfinite(self.spread) else ""
+        return (
+            f"A position holds about {number(self.bits)} bits per trained parameter at {percent(LEVEL)} reliability{factor} "
+            f"({plural(self.positions, 'position')})"
+        )
+
+
+def fillings(results: pd.DataFrame) -> tuple[Filling, ...]:
+    """Every position and setting that was tried with several numbers of edits."""
+    rows = comparable(by_setting(results), ("reliability", "bits_per_parameter"))
+    rows = rows[rows["bits_per_parameter"] > 0]
+    if rows.empty:
+        return ()
+    names, found = setting_names(rows.assign(edit_count=0)), []
+    keys = [axis for axis in SETTING_AXES if axis != "edit_count"]
+    rows = rows.sort_values(["layer", "module"], kind="stable")
+    for _, group in rows.groupby(keys, dropna=False, sort=False):
+        if group["edit_count"].nunique() < 2:
+            continue
+        group = group.sort_values("bits_per_parameter", kind="stable")
+        ends = [interval(row, "reliability") for row in group.to_dict("records")]
+        count = group["edit_count"].where(group["edit_count"] > 0, group["n_edits"])
+        found.append(
+            Filling(
+                f"{group['layer'].iloc[0]}.{group['module'].iloc[0]}",
+                names[group["trial_id"].iloc[0]],
+                tuple(group["trial_id"]),
+                tuple(map(int, count)),
+                tuple(map(float, group["bits_per_parameter"])),
+                tuple(map(float, group["reliability"])),
+                tuple(low for low, _ in ends),
+                tuple(high for _, high in ends),
+            )
+        )
+    return tuple(found)
+
+
+def law_of(found: Iterable[Filling]) -> Law | None:
+    """Of the best setting of each position. Positions that hold all edits tried, or not even the fewest, do not count; None
+    where no others are left."""
+    best: dict[str, float] = {}
+    for one in found:
+        best[one.position] = max(best.get(one.position, 0.0), _crossing(one.bits, one.reliability))
+    logs = [math.log(bits) for bits in best.values() if 0 < bits < math.inf]
+    if not logs:
+        return None
+    spread = math.exp(np.std(logs, ddof=1)) if len(logs) > 1 else math.nan
+    return Law(math.exp(np.mean(logs)), spread, len(logs))
+
+
+def _crossing(bits: Sequence[float], values: Sequence[float]) -> float:
+    """Where the values first fall under the level, linear in the logarithm of bits; 0 where they begin under it, infinite
+    where they never fall under it."""
+    below = [value < LEVEL for value in values]
+    if below[0]:
+        return 0.0
+    if not any(below):
+        return math.inf
+    after = below.index(True)
+    share = (values[after - 1] - LEVEL) / (values[after - 1] - values[after])
+    return math.exp((1 - share) * math.log(bits[after - 1]) + share * math.log(bits[after]))
