@@ -32,12 +32,12 @@ class EditSettings:
     """Fingerprint of the trial's or the position file's model; None if there is neither."""
     run_id: str | None
     """MLflow run of the trial or of the position file; None if there is neither."""
-    edit_count: int = 0
-    """The first so many of the edits are made; 0 for all."""
     capability: Capability = field(default_factory=Capability)
     device: str = "auto"
     threads: int | None = None
     """CPU threads; None takes all cores. Another number can change the last digits of a result."""
+    edit_count: int = 0
+    """The first so many of the edits are made; 0 for all."""
 
 
 def edit_settings(
@@ -147,7 +147,7 @@ def _repeated(
         asked or (RAW,),
         config.model_fingerprint,
         run_id,
-        0 if edits else config.edit_count,
+        edit_count=0 if edits else config.edit_count,
     )
     if study_yaml is None:
         return chosen
