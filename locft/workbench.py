@@ -109,6 +109,7 @@ class Workbench:
     """The fast forward; None if everything is computed with the full model."""
     whole: "Workbench | None" = None
     """The workbench of more edits whose first ones these are (`first`)."""
+    _firsts: dict[Any, "Workbench"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def prepare(
@@ -166,9 +167,16 @@ class Workbench:
 
     def first(self, count: int, asked_places: Collection[int] | None = None) -> "Workbench":
         """The workbench of the first `count` edits, 0 for all, which shares everything else. asked_places: of the edits that
-        questions are put about, None for all that this one asks about. The baseline stays that of all."""
+        questions are put about, None for all that this one asks about. The baseline stays that of all. The same call gives
+        the same one, with all that its trainer keeps."""
         if asked_places is None and count in (0, len(self.requests)):
             return self
+        key = count, None if asked_places is None else tuple(asked_places)
+        if key not in self._firsts:
+            self._firsts[key] = self._first(count, asked_places)
+        return self._firsts[key]
+
+    def _first(self, count: int, asked_places: Collection[int] | None) -> "Workbench":
         requests = self.requests[: count or len(self.requests)]
         asked = {one.id for one in (requests if asked_places is None else [requests[at] for at in asked_places])}
         questions = tuple(question for question in self.questions if question.edit_id in asked)

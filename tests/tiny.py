@@ -231,3 +231,20 @@ def edit_rows(loaded, edits):
 
     requests = [EditRequest(str(i), "", prompt, target, None, (), ()) for i, (prompt, target) in enumerate(edits)]
     return encode_edits(loaded.tokenizer, requests)
+
+
+def watched_and_coarse(exact, noise: float):
+    """Of logits as a function of rows: the same with a list of the rows that it was asked for, and a coarse version, off by
+    this share of the logits' spread."""
+    asked = []
+
+    def watched(rows):
+        asked.extend(rows)
+        return exact(rows)
+
+    def coarse(rows):
+        logits = exact(rows)
+        draws = torch.Generator().manual_seed(len(rows))
+        return logits + noise * logits.std() * torch.randn(logits.shape, generator=draws)
+
+    return watched, asked, coarse

@@ -91,7 +91,7 @@ AXES: tuple[Axis, ...] = (
         choices=("breadth_first", "depth_first", "stream"), in_first_ids=True,
     ),
     Axis(
-        "edit_count", int, 0, "edits", "the first so many of the study's edits are trained and asked; 0 takes all",
+        "edit_count", int, 0, "edits", "how many of the study's edits are trained and asked, the first ones; 0 takes all",
         at_least=0, log=True, trained=False,
     ),
     Axis(

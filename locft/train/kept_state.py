@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from locft.cache import cache_folder, content_key, make_room
+from locft.errors import InputError
+from locft.model.checkpoint import opened, write_tensors
 
 VERSION = 1
 """Of the files. Raise it when the same training would take other steps, or keep other things."""
@@ -38,13 +39,13 @@ class KeptState:
 
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The tensors and numbers of the last writing; None if there is none that can be read."""
+        if not self.file.is_file():
+            return None
         try:
-            with safe_open(self.file, "pt") as stored:
+            with opened(self.file, "state of a training") as stored:
                 names, about = stored.keys(), json.loads(stored.metadata()["about"])
                 return {name: stored.get_tensor(name) for name in names}, about
-        except FileNotFoundError:
-            return None
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (InputError, KeyError, TypeError, ValueError) as error:
             _log.warning("%s: %s; the training begins anew", self.file, error)
             return None
 
@@ -54,12 +55,12 @@ class KeptState:
     def write(self, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
         """about: JSON-able. A process that is killed here leaves the last writing as it was."""
         self._last = time.monotonic()
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         partial = self.file.with_suffix(f".partial-{os.getpid()}")
         try:
             make_room(self.file.parent, sum(tensor.nbytes for tensor in held.values()), LIMIT_BYTES)
             self.file.parent.mkdir(exist_ok=True)
-            save_file(held, partial, {"about": json.dumps(about)})
+            write_tensors(held, partial, {"about": json.dumps(about)})
             os.replace(partial, self.file)
         except (OSError, SafetensorError) as error:
             _log.warning("%s: %s; the training goes on, but would begin anew if it were killed", self.file, error)

@@ -37,7 +37,7 @@ class EditSettings:
     threads: int | None = None
     """CPU threads; None takes all cores. Another number can change the last digits of a result."""
     edit_count: int = 0
-    """The first so many of the edits are made; 0 for all."""
+    """Number of edits to make, the first ones; 0 for all."""
 
 
 def edit_settings(

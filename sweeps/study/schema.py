@@ -216,7 +216,7 @@ class Edits(Section):
     sample_seed: Seed | None = None
     """Seed of the sample of `limit` edits, or of fictitious ones; null takes the first ones, or seed 0."""
     asked: Count | None = 1000
-    """Of more edits than this, the metrics are those of a random sample of so many; null asks all."""
+    """Measure at most this many edits, a random sample of them; null measures all."""
     map: _read_by(read_field_map) = {}
     """Keys of the file that no layout knows: such as {prompt: question, target: answer, rephrases: [q1, q2]}."""
 

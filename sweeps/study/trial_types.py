@@ -176,7 +176,7 @@ def asked_places(count: int, most: int | None) -> tuple[int, ...] | None:
 
 
 def every_asked_place(counts: Sequence[int], total: int, most: int | None) -> tuple[int, ...] | None:
-    """Of the edits that are asked about where the first so many of `total` are trained, 0 for all; None for all."""
+    """Places of the edits that any trial asks about; None for all of them. counts: edits that trials train, 0 for `total`."""
     samples = [asked_places(count or total, most) or range(count or total) for count in counts]
     every = sorted({place for sample in samples for place in sample})
     return None if len(every) == total else tuple(every)

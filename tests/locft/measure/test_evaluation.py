@@ -32,7 +32,7 @@ from locft.train.pipelines import TrainingSettings, finetune
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
 from tests.locft.measure.decoding import EOS, PROMPTS, exact_model, scripted
-from tests.tiny import chat_loaded, chat_tokenizer, tiny_loaded
+from tests.tiny import chat_loaded, chat_tokenizer, tiny_loaded, watched_and_coarse
 
 
 def edit(identity: str, prompt: str, target: str, rephrases=(), locality=()) -> EditRequest:
@@ -252,20 +252,12 @@ def test_followings_are_those_of_single_rows():
 
 def test_ways_found_coarsely_first_are_the_exact_ones():
     loaded = exact_model("llama")
-    exact, asked = full_forward(loaded.model), []
+    exact = full_forward(loaded.model)
+    watched, asked, coarse = watched_and_coarse(exact, 0.05)
     rows = list(dict.fromkeys(rows_to_follow(loaded)))
     rows += [
         replace(row, token_ids=(*row.token_ids[: row.start], *ids)) for row in rows for ids in ((7, 8), (9,), (4, 5, 6))
     ]
-
-    def watched(batch):
-        asked.extend(batch)
-        return exact(batch)
-
-    def coarse(batch):
-        logits = exact(batch)
-        noise = torch.Generator().manual_seed(len(batch))
-        return logits + 0.05 * logits.std() * torch.randn(logits.shape, generator=noise)
 
     expected = [(f.matched, f.instead) for f in follow(exact, rows)]
     assert [(f.matched, f.instead) for f in follow(coarse, rows)] != expected, "the noise decides nothing"

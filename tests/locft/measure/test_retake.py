@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +9,7 @@ from locft.data.suites import load_suite
 from locft.measure.capability import encode_suite, item_margins, score_suite
 from locft.measure.token_scores import FEWEST, SAFETY, retake
 from locft.train.reference import full_forward
-from tests.tiny import tiny_loaded
+from tests.tiny import tiny_loaded, watched_and_coarse
 
 
 @given(
@@ -49,17 +48,7 @@ def test_margins_that_are_no_numbers_have_everything_taken_again():
 def tiny():
     loaded = tiny_loaded("llama")
     exact = full_forward(loaded.model)
-    asked = []
-
-    def watched(rows):
-        asked.extend(rows)
-        return exact(rows)
-
-    def coarse(rows):
-        logits = exact(rows)
-        noise = torch.Generator().manual_seed(len(rows))
-        return logits + 0.04 * logits.std() * torch.randn(logits.shape, generator=noise)
-
+    watched, asked, coarse = watched_and_coarse(exact, 0.04)
     return loaded, exact, watched, coarse, asked
 
 

@@ -117,6 +117,6 @@ def test_a_disk_that_is_full_costs_a_warning(loaded, examples, kept, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("locft.train.kept_state.save_file", full)
+    monkeypatch.setattr("locft.train.kept_state.write_tensors", full)
     training = finetune(loaded, examples, POSITION, SETTINGS, beside=Beside(kept=kept()))
     assert "No space left" in caplog.text and training.steps == 12
