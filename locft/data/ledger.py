@@ -13,12 +13,10 @@ from pathlib import Path
 from locft.data.answers import normalise_answer
 from locft.data.edit_request import EditRequest
 from locft.data.record_files import read_json_records
-from locft.data.requests import edit_set, free_id, own_record
+from locft.data.requests import SHOWN, edit_set, free_id, own_record
 from locft.errors import InputError, did_you_mean, listed
 
 FILE_NAME = "ledger.jsonl"
-SHOWN = 8
-"""Ids named in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +68,21 @@ class Ledger:
         """Edits that came all at once, as they are: what contradicts itself is found by `EditFindings`."""
         return cls(tuple(LedgerEntry(request, when) for request in requests))
 
-    def add(self, requests: Sequence[EditRequest], when: str, without: Sequence[str] = ()) -> Arrival:
+    def add(
+        self, requests: Sequence[EditRequest], when: str, without: Sequence[str] = (), marked: Sequence[str] = ()
+    ) -> Arrival:
         """The ledger after an arrival.
 
         A new edit supersedes an active one that asks the same: the same prompt, or one of its rephrases. One that is active
         already is left out. An id that is taken gets "#2", "#3". without: ids of active edits to take back; they go before the
-        new ones come. Raises InputError with every id that is not there.
+        new ones come. marked: ids or prompts of edits that a file marks as taken back; of these, what is not active is told.
+        Raises InputError with every id of `without` that is not there.
         """
         entries = list(self.entries)
         gone = self._retracted(without)
+        active = {name: one.id for one in reversed(self.active) for name in (one.prompt, one.id)}
+        gone |= {active[name] for name in marked if name in active}
+        stale = [name for name in marked if name not in active]
         entries = [replace(entry, retracted=when) if entry.request.id in gone else entry for entry in entries]
         taken = {entry.request.id for entry in entries}
         asking: defaultdict[str, list[int]] = defaultdict(list)  # prompt or rephrase -> places of the edits it asks
@@ -109,6 +113,7 @@ class Ledger:
                 *_told(superseded, "Superseded by a later edit of the same prompt"),
                 *_told(known, "Already learnt, not trained again"),
                 *_told(sorted(gone), "Taken back"),
+                *_told(stale, "Marked as taken back, but no active edits of the ledger"),
             ),
         )
 

@@ -25,10 +25,16 @@ from locft.data.fictitious import NAME as FICTITIOUS
 from locft.data.fictitious import SUBJECTS, fictitious_facts
 from locft.data.field_map import FieldMap
 from locft.data.record_files import FileRecord, file_records, hub_records, missing_path
-from locft.errors import InputError
+from locft.data.record_layouts import value_at
+from locft.errors import InputError, listed
 
 BUILT_IN = ("atlas", FICTITIOUS)
 """Names of the edit sets that come with the project. A file of such a name is reached as ./atlas."""
+
+SHOWN = 8
+"""Ids named in a sentence."""
+FATES = ("retracted", "superseded_by")
+"""Keys that mark a record of a ledger as an edit that holds no more."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
 _TABLES = (".csv", ".tsv", ".parquet")
@@ -94,6 +100,10 @@ class EditSet:
     beside the list of records."""
     records: int = 0
     """Of the whole source."""
+    retracted: tuple[str, ...] = ()
+    """Ids, or prompts where there are none, of records that the source marks as taken back. They are no requests."""
+    superseded: tuple[str, ...] = ()
+    """The same of those whose `superseded_by` names a later edit."""
 
     def sentences(self) -> tuple[str, ...]:
         """The findings and what was not read, in one sentence each; none if there is nothing to say."""
@@ -104,7 +114,12 @@ class EditSet:
             f"{', '.join(paths)} ({f'{count:,} of {self.records:,} records' if count else 'beside the records'})"
             for count, paths in sorted(by_count.items(), reverse=True)
         ]
-        return (*self.findings.sentences(), *([f"Not read: {'; '.join(parts)}."] if parts else ()))
+        marked = {"taken back": self.retracted, "superseded by a later edit": self.superseded}
+        return (
+            *self.findings.sentences(),
+            *(f"Left out, marked as {fate}: {listed(names, SHOWN)}." for fate, names in marked.items() if names),
+            *([f"Not read: {'; '.join(parts)}."] if parts else ()),
+        )
 
     def contradictions(self) -> dict[str, tuple[str, ...]]:
         """Prompts that get more than one target, and these."""
@@ -148,6 +163,7 @@ def load_edits(
     limit: int | None = None,
     sample_seed: int | None = None,
     fields: FieldMap | None = None,
+    only_marked: bool = False,
 ) -> EditSet:
     """Read and check a whole source, then select.
 
@@ -156,7 +172,8 @@ def load_edits(
     "owner/name:split"). `fields` says under which keys its records have what no layout knows
     (`locft.data.field_map`). `limit` None takes all edits, as does a limit above their number;
     otherwise it takes the first ones, or with `sample_seed` a random sample, the same on every machine and in the order of
-    the file.
+    the file. Records that are marked as `retracted`, or `superseded_by` another, as in a ledger, are no edits. only_marked: the
+    source may hold nothing but these.
 
     Raises `InputError` with every problem of the source (at most 20 are spelled out).
     """
@@ -165,7 +182,15 @@ def load_edits(
     if source == FICTITIOUS:
         return _fictitious(limit, sample_seed or 0, fields)
     records, problems = _records(source, fields)
-    whole = edit_set(records, source, problems, fields)
+    active, *gone = _by_fate(records)
+    if records and not active and not problems:
+        if not only_marked:
+            raise InputError(f"{source}: every record is marked as taken back or superseded; expected an edit to make")
+        whole = EditSet.made((), source)
+    else:
+        whole = edit_set(active, source, problems, fields)
+    retracted, superseded = (tuple(_name(record, fields) for record in group) for group in gone)
+    whole = replace(whole, records=len(records), retracted=retracted, superseded=superseded)
     count = len(whole.requests) if limit is None else min(limit, len(whole.requests))
     if sample_seed is not None and count < len(whole.requests):
         return whole.sample(count, sample_seed)
@@ -183,6 +208,24 @@ def edit_set(
     return EditSet(
         requests, source, read.layout.name, _fingerprint(requests), found, tuple(truths), unread, len(records)
     )
+
+
+def _by_fate(records: Sequence[FileRecord]) -> tuple[list[FileRecord], list[FileRecord], list[FileRecord]]:
+    """Records as a ledger marks them: active ones, without empty marks, those that were taken back, those superseded."""
+    groups: tuple[list[FileRecord], ...] = ([], [], [])
+    for record in records:
+        marks = [str(record.value.get(name) or "").strip().lower() not in ("", "false", "no", "0") for name in FATES]
+        if not any(marks):
+            record = replace(record, value={key: value for key, value in record.value.items() if key not in FATES})
+        groups[marks.index(True) + 1 if any(marks) else 0].append(record)
+    return groups
+
+
+def _name(record: FileRecord, fields: FieldMap | None) -> str:
+    """Of an edit that is not read: its id, its prompt, or where it stands."""
+    paths = [*((fields or {}).get("id") or ID_KEYS), *((fields or {}).get("prompt") or ("prompt",))]
+    found = (value_at(record.value, path) for path in paths)
+    return next((str(name) for name in found if name is not None), record.place)
 
 
 def _fictitious(count: int | None, seed: int, fields: FieldMap | None) -> EditSet:

@@ -133,7 +133,7 @@ class ContinueOptions:
 
         given = earlier is None or source.edits
         edits = (
-            chosen.edits.load().first(chosen.edit_count)
+            chosen.edits.load(only_marked=self.onto is not None).first(chosen.edit_count)
             if given
             else EditSet.made(earlier.ledger.active, str(earlier.folder / FILE_NAME))
         )
@@ -141,7 +141,8 @@ class ContinueOptions:
             return Batch(edits, Ledger.of(edits.requests, now()), new=edits.requests)
         if self.consolidate:
             return Batch(edits.of(earlier.ledger.active), earlier.ledger, new=earlier.ledger.active)
-        arrival = earlier.ledger.add(edits.requests if given else (), now(), _names(self.without))
+        new = edits.requests if given else ()
+        arrival = earlier.ledger.add(new, now(), _names(self.without), edits.retracted)
         if not arrival.new and not arrival.retracted:
             raise InputError([*arrival.sentences, "--edits: there is nothing new in them"])
         if not arrival.ledger.active:
@@ -206,7 +207,7 @@ class Batch:
         fresh = {request.id for request in arrival.new}
         kept = tuple(request for request in arrival.ledger.active if request.id not in fresh)
         sample = random.Random(0).sample(kept, min(EARLIER_MEASURED, len(kept)))
-        measured = edits.of((*arrival.new, *sample))
+        measured = replace(edits.of((*arrival.new, *sample)), retracted=())  # of these the arrival tells what came
         return cls(measured, arrival.ledger, arrival.new, kept, arrival.retracted, earlier.delta, seconds)
 
     def train(self, bench: "Workbench", position: "TuningPosition", settings: "TrainingSettings") -> "Training":

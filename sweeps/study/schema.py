@@ -220,11 +220,14 @@ class Edits(Section):
     map: _read_by(read_field_map) = {}
     """Keys of the file that no layout knows: such as {prompt: question, target: answer, rephrases: [q1, q2]}."""
 
-    def load(self) -> "EditSet":
-        """Raises InputError with every problem of the source."""
+    def load(self, *, only_marked: bool = False) -> "EditSet":
+        """only_marked: the source may hold nothing but edits that are taken back. Raises InputError with every problem of
+        the source."""
         from locft.data.requests import load_edits
 
-        return load_edits(self.source, limit=self.limit, sample_seed=self.sample_seed, fields=self.map)
+        return load_edits(
+            self.source, limit=self.limit, sample_seed=self.sample_seed, fields=self.map, only_marked=only_marked
+        )
 
 
 class Capability(Section):

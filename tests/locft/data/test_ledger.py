@@ -1,5 +1,6 @@
 """The ledger of an edit: what arrives, what it supersedes, what is taken back, and its file."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -80,7 +81,39 @@ def test_the_file_is_an_edit_file(ledger, tmp_path):
     changed = ledger.add([edit("c", "Water boils at", "70")], TUESDAY, without=["a"]).ledger
     (tmp_path / FILE_NAME).write_text(changed.text(), encoding="utf-8")
     assert Ledger.load(tmp_path) == changed
-    assert [request.id for request in load_edits(str(tmp_path / FILE_NAME)).requests] == ["a", "b", "c"]
+    edits = load_edits(str(tmp_path / FILE_NAME))
+    assert [request.id for request in edits.requests] == ["c"]  # what holds no more is not made again
+    assert edits.fingerprint == load_edits_of(tmp_path, edit("c", "Water boils at", "70")).fingerprint
+    told = " ".join(edits.sentences())
+    assert "Left out, marked as taken back: a." in told and "Left out, marked as superseded by a later edit: b." in told
+
+
+def load_edits_of(folder, *requests):
+    file = folder / "alone.jsonl"
+    file.write_text(Ledger.of(requests, MONDAY).text(), encoding="utf-8")
+    return load_edits(str(file))
+
+
+@pytest.mark.parametrize("value", [True, "2026-01-06", "yes", 1])
+def test_an_edit_is_marked_as_taken_back_in_a_file(ledger, tmp_path, value):
+    file = tmp_path / "marked.jsonl"
+    records = [{"id": "b", "retracted": value}, {"prompt": "France's capital:", "target": "Oslo", "retracted": value}]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with pytest.raises(InputError, match="every record is marked as taken back"):
+        load_edits(str(file))
+    marked = load_edits(str(file), only_marked=True)
+    assert marked.requests == () and marked.retracted == ("b", "France's capital:")
+    arrival = ledger.add(marked.requests, TUESDAY, marked=marked.retracted)
+    assert [request.id for request in arrival.retracted] == ["b"]  # of "a" this is a rephrase, which asks the same
+    assert "no active edits of the ledger: France's capital:" in " ".join(arrival.sentences)
+
+
+@pytest.mark.parametrize("value", [False, None, "", "no", "false", 0])
+def test_an_empty_mark_is_none(tmp_path, value):
+    file = tmp_path / "unmarked.jsonl"
+    file.write_text(json.dumps({"prompt": "p", "target": "t", "retracted": value}) + "\n", encoding="utf-8")
+    edits = load_edits(str(file))
+    assert len(edits.requests) == 1 and edits.sentences() == ()
 
 
 def test_a_single_edit_with_locality_prompts_is_not_taken_for_a_wrapper_of_them(tmp_path):

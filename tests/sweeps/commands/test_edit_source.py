@@ -52,13 +52,25 @@ def test_a_story_of_an_edit(locft, first, new, tmp_path, tiny_folder):
     assert "Taken back: bees" in said.err and "Not read" not in said.err
     assert "bees" not in [request.id for request in Ledger.load(tmp_path / "third").active]
 
+    back = tmp_path / "back.jsonl"
+    back.write_text('{"id": "bees", "retracted": true}\n', encoding="utf-8")
+    said = locft(
+        "edit", tiny_folder, "--onto", "second", "--edits", back, "--json", "--threads", 1, "--out", "by-file"
+    )
+    assert said.code == 0, said.err
+    assert said.err.count("aken back: bees") == 1
+    assert [one.active for one in Ledger.load(tmp_path / "by-file").entries] == [
+        one.active for one in Ledger.load(tmp_path / "third").entries
+    ]
+
     said = locft("edit", tiny_folder, "--consolidate", "third", "--json", "--threads", 1, "--out", "fourth")
     assert said.code == 0, said.err
     assert "Not read" not in said.err
     assert said.json["settings"]["pipeline"] == "breadth_first" and said.json["edits"]["count"] == 3
     assert Ledger.load(tmp_path / "fourth") == Ledger.load(tmp_path / "third")
     anew = locft("edit", tiny_folder, "--edits", "third/ledger.jsonl", *QUICK, *RAW, "--out", "other")
-    assert anew.json["edits"]["count"] == 5  # the ledger is an edit file like any other, all of it
+    assert anew.json["edits"]["count"] == 3  # the ledger is an edit file like any other, of what still holds
+    assert "superseded by a later edit: atlas-0001" in anew.err and "taken back: bees" in anew.err
     assert EditDelta.load(tmp_path / "fourth").position == "1.mlp_down"
 
 
