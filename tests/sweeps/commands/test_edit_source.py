@@ -54,9 +54,7 @@ def test_a_story_of_an_edit(locft, first, new, tmp_path, tiny_folder):
 
     back = tmp_path / "back.jsonl"
     back.write_text('{"id": "bees", "retracted": true}\n', encoding="utf-8")
-    said = locft(
-        "edit", tiny_folder, "--onto", "second", "--edits", back, "--json", "--threads", 1, "--out", "by-file"
-    )
+    said = locft("edit", tiny_folder, "--onto", "second", "--edits", back, "--json", "--threads", 1, "--out", "by-file")
     assert said.code == 0, said.err
     assert said.err.count("aken back: bees") == 1
     assert [one.active for one in Ledger.load(tmp_path / "by-file").entries] == [
