@@ -35,6 +35,7 @@ SHOWN = 8
 """Ids named in a sentence."""
 FATES = ("retracted", "superseded_by")
 """Keys that mark a record of a ledger as an edit that holds no more."""
+UNMARKED = ("", "false", "no", "0")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
 _TABLES = (".csv", ".tsv", ".parquet")
@@ -212,13 +213,13 @@ def edit_set(
 
 def _by_fate(records: Sequence[FileRecord]) -> tuple[list[FileRecord], list[FileRecord], list[FileRecord]]:
     """Records as a ledger marks them: active ones, without empty marks, those that were taken back, those superseded."""
-    groups: tuple[list[FileRecord], ...] = ([], [], [])
+    active, retracted, superseded = [], [], []
     for record in records:
-        marks = [str(record.value.get(name) or "").strip().lower() not in ("", "false", "no", "0") for name in FATES]
-        if not any(marks):
+        by = {name: str(record.value.get(name) or "").strip().lower() not in UNMARKED for name in FATES}
+        if not any(by.values()):
             record = replace(record, value={key: value for key, value in record.value.items() if key not in FATES})
-        groups[marks.index(True) + 1 if any(marks) else 0].append(record)
-    return groups
+        (retracted if by["retracted"] else superseded if by["superseded_by"] else active).append(record)
+    return active, retracted, superseded
 
 
 def _name(record: FileRecord, fields: FieldMap | None) -> str:
