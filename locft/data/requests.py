@@ -213,7 +213,9 @@ def edit_set(
 
 def _by_fate(records: Sequence[FileRecord]) -> tuple[list[FileRecord], list[FileRecord], list[FileRecord]]:
     """Records as a ledger marks them: active ones, without empty marks, those that were taken back, those superseded."""
-    active, retracted, superseded = [], [], []
+    active: list[FileRecord] = []
+    retracted: list[FileRecord] = []
+    superseded: list[FileRecord] = []
     for record in records:
         by = {name: str(record.value.get(name) or "").strip().lower() not in UNMARKED for name in FATES}
         if not any(by.values()):
