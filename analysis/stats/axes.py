@@ -181,6 +181,11 @@ AXES: tuple[Axis, ...] = (
         "shrink", str, "no", "shrink", "yes: the change is scaled down after training as far as every edit stays learnt",
         choices=("no", "yes"), short="shrink ",
     ),
+    Axis(
+        "rest_below", float, 0.0, "rest below",
+        "an edit whose loss is below is left out of the next epoch, then of two, then of four each time; 0 lets none rest",
+        at_least=0, short="rest ", only=("pipeline", ("breadth_first", "stream")),
+    ),
     Axis("seed", int, 0, "seed", "of the order of the edits", at_least=0, below=2**32, in_first_ids=True),
     Axis(
         "epochs", int, 25, "epochs",

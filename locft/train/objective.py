@@ -6,7 +6,7 @@ Legend: K supervised tokens of a batch, V vocabulary.
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -16,6 +16,17 @@ LossAverage = Literal["edit", "token", "last_token"]
 
 LOSS_ROWS = 64
 """Largest batch of edits when the loss of all of them is computed."""
+
+
+class BatchLoss(NamedTuple):
+    """The loss of a batch of edits."""
+
+    value: float
+    """In nats, averaged as the training averages."""
+    by_edit: tuple[float, ...]
+    """Mean over the tokens of each edit."""
+    gradients: Sequence[torch.Tensor] | None
+    """None where no step should follow."""
 
 
 def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage) -> torch.Tensor:
@@ -28,6 +39,13 @@ def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAver
     the first token's loss. Of several tokens the most likely answer to it is none: it is least, the entropy of the answer's
     tokens, where each is as likely as it is frequent. The EOS, which theirs does not train, is left out.
     """
+    return _batch_loss(logits, rows, average)[0]
+
+
+def _batch_loss(
+    logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and (E,) the mean over the tokens of each edit, which has no gradient."""
     answers = [row.target_ids for row in rows]
     if average == "last_token":
         first = accumulate(map(len, answers), initial=0)
@@ -35,10 +53,12 @@ def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAver
         logits = logits[[place for place, answer in zip(first, answers, strict=False) for _ in answer]]
     targets = torch.tensor([token for answer in answers for token in answer], device=logits.device)  # (K,)
     losses = _CrossEntropy.apply(logits, targets)  # (K,)
+    lengths = torch.tensor([len(answer) for answer in answers], device=logits.device)
+    by_edit = torch.segment_reduce(losses.detach(), "mean", lengths=lengths)
     if average == "token":
-        return losses.mean()
+        return losses.mean(), by_edit
     share = [1 / (len(answer) * len(rows)) for answer in answers for _ in answer]
-    return losses @ torch.tensor(share, device=logits.device)
+    return losses @ torch.tensor(share, device=logits.device), by_edit
 
 
 def loss_and_gradients(
@@ -49,28 +69,30 @@ def loss_and_gradients(
     *,
     at_least: float = 0.0,
     pieces: int = 1,
-) -> tuple[float, Sequence[torch.Tensor] | None]:
+) -> BatchLoss:
     """Loss of a batch and its gradients with respect to `trained`, the tensors that `logits` is a function of.
 
-    The gradients are None where no step should follow: the loss is below `at_least`, infinite or NaN.
-    pieces: compute the batch in this many parts to need less memory. The result is the same but for rounding.
+    The gradients are None where the loss is below `at_least`, infinite or NaN. pieces: compute the batch in this many parts
+    to need less memory. The result is the same but for rounding.
     """
     size = math.ceil(len(batch) / pieces)
     parts = [batch[start : start + size] for start in range(0, len(batch), size)]
     weigh = _supervised if average == "token" else len
-    value = 0.0
+    value, by_edit = 0.0, []
     gradients: Sequence[torch.Tensor] | None = None
     for part in parts:
-        loss = batch_loss(logits(part), part, average)
+        loss, each = _batch_loss(logits(part), part, average)
         if len(parts) > 1:
             loss = loss * (weigh(part) / weigh(batch))
-        value += loss.item()
+        here, *of_edits = torch.cat([loss.detach()[None], each]).tolist()
+        value += here
+        by_edit += of_edits
         if part is parts[-1] and not at_least <= value < math.inf:
-            return value, None
+            return BatchLoss(value, tuple(by_edit), None)
         new = torch.autograd.grad(loss, trained)
         gradients = new if gradients is None else [total.add_(more) for total, more in zip(gradients, new, strict=True)]
         del loss, new  # the graph's memory, before the next part is computed
-    return value, gradients
+    return BatchLoss(value, tuple(by_edit), gradients)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from locft.train.methods import MethodSettings, Parameter, make_method
 from locft.train.methods.curvature import Curvature
 from locft.train.objective import (
     LOSS_ROWS,
+    BatchLoss,
     LossAverage,
     all_finite,
     loss_and_gradients,
@@ -35,6 +36,8 @@ from locft.train.reference import full_forward
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
+LONGEST_REST = 4
+"""Epochs."""
 Watch = Callable[[int, Callable[[], EditDelta]], None]
 """Called after each arrival of a stream: how many edits have arrived, and what makes the delta of them."""
 
@@ -61,6 +64,8 @@ class TrainingSettings(MethodSettings):
     the answer's tokens as the last token of the prompt predicts them, as FT-L does (`locft.train.objective`)."""
     skip_below: float = 1e-2
     """A batch whose loss is below this takes no step. 0 never skips."""
+    rest_below: float = 0.0
+    """breadth_first, stream: an edit whose loss is below this rests (`Rests`). 0 lets none rest."""
     stop_below: float = 1e-2
     """Training ends when an epoch's mean loss is below this (breadth_first); a batch ends when its loss is
     (depth_first). 0 never stops."""
@@ -177,6 +182,32 @@ def finetune(
     )
 
 
+class Rests:
+    """Which edits an epoch is about. An edit that is learnt is left out of the next epoch; if it is learnt when it is asked
+    again, of the next two, and from then on of the next four each time. So steps go where something is left to learn.
+    """
+
+    def __init__(self, edits: int, below: float):
+        """below: the loss of an edit that is learnt. 0 lets none rest."""
+        self.below = below
+        self.state = torch.zeros(3, edits, dtype=torch.float64)
+        """Of each edit: epochs that it is still left out of, the length of its last rest, its loss when it was last asked."""
+
+    def epoch(self) -> tuple[list[int], float]:
+        """The edits of the next epoch, and the sum of the last known losses of the others."""
+        left, _, losses = self.state
+        resting = left > 0
+        left[resting] -= 1
+        return (~resting).nonzero()[:, 0].tolist(), float(losses[resting].sum())
+
+    def asked(self, edits: Sequence[int], losses: Sequence[float]) -> None:
+        """Losses of edits of this epoch, before the step on them."""
+        found = torch.tensor(losses, dtype=torch.float64)
+        longer = (2 * self.state[1, edits]).clamp(1, LONGEST_REST)
+        length = torch.where(found < self.below, longer, 0.0)
+        self.state[:, edits] = torch.stack([length, length, found])
+
+
 class PositionTrainer:
     """The steps of one training: losses and gradients of batches of edits, handed to a method."""
 
@@ -220,7 +251,7 @@ class PositionTrainer:
         """No step is to follow: the training diverged, or its time is over."""
         return self.diverged or time.perf_counter() > self.deadline
 
-    def step(self, batch: Sequence[int], replay: Sequence[int] = ()) -> float:
+    def step(self, batch: Sequence[int], replay: Sequence[int] = ()) -> BatchLoss:
         """Loss of a batch of edits before the step, and the step unless it is skipped. What is drawn is drawn anew.
 
         replay: earlier edits, whose loss is added for the step.
@@ -231,35 +262,38 @@ class PositionTrainer:
     def learn(
         self, edits: Sequence[int], order: torch.Generator, earlier: int = 0, kept: KeptState | None = None
     ) -> list[float]:
-        """Mean losses of epochs over some edits. The last one may be cut short, by a divergence or
-        because the time is over, and is then left out.
+        """Mean losses of epochs over some edits, of each its last known one. The last epoch may be cut short, by a
+        divergence or because the time is over, and is then left out.
 
         earlier: how many of the first examples may be replayed. kept: of a training that goes on where it was killed.
         """
         settings = self.settings
-        losses = self._resumed(kept, order) if kept else []
+        rests = Rests(len(edits), settings.rest_below)
+        losses = self._resumed(kept, order, rests) if kept else []
         for _ in range(len(losses), settings.epochs):
-            total = 0.0
-            for batch in _shuffled_batches(len(edits), settings.batch_size, order):
+            awake, total = rests.epoch()
+            for places in _shuffled_batches(len(awake), settings.batch_size, order):
+                batch = [awake[place] for place in places]
                 replay = torch.randperm(earlier, generator=self.draws)[: settings.replay].tolist() if earlier else ()
                 loss = self.step([edits[index] for index in batch], replay)
                 if self.ended:
                     return losses
-                total += loss * len(batch)
+                total += loss.value * len(batch)
+                rests.asked(batch, loss.by_edit)
             losses.append(total / len(edits))
             if losses[-1] < settings.stop_below:
                 break
             if kept and kept.due():
-                self._keep(kept, order, losses)
+                self._keep(kept, order, losses, rests)
         return losses
 
-    def _keep(self, kept: KeptState, order: torch.Generator, losses: Sequence[float]) -> None:
-        draws = {"draws": self.draws.get_state(), "order": order.get_state()}
+    def _keep(self, kept: KeptState, order: torch.Generator, losses: Sequence[float], rests: Rests) -> None:
+        draws = {"draws": self.draws.get_state(), "order": order.get_state(), "rests": rests.state}
         seconds = time.perf_counter() - self.started + self.earlier_seconds
         about = {"losses": losses, "steps": self.steps, "pieces": self.pieces, "seconds": seconds}
         kept.write({**self.method.state(), **draws}, about)
 
-    def _resumed(self, kept: KeptState, order: torch.Generator) -> list[float]:
+    def _resumed(self, kept: KeptState, order: torch.Generator, rests: Rests) -> list[float]:
         """The losses of the epochs that a killed process made, whose last state this becomes; [] if it kept none."""
         found = kept.read()
         if found is None:
@@ -267,12 +301,13 @@ class PositionTrainer:
         state, about = found
         self.draws.set_state(state.pop("draws"))
         order.set_state(state.pop("order"))
+        rests.state.copy_(state.pop("rests"))
         self.method.restore(state)
         self.steps, self.pieces, self.earlier_seconds = about["steps"], about["pieces"], about["seconds"]
         return about["losses"]
 
     @torch.enable_grad()
-    def step_on(self, rows: Sequence[TokenRow], replay: Sequence[TokenRow] = ()) -> float:
+    def step_on(self, rows: Sequence[TokenRow], replay: Sequence[TokenRow] = ()) -> BatchLoss:
         """The same for given rows. The weights stay finite.
 
         When memory runs out, this and all later batches are computed in twice as many pieces, down to single edits.
@@ -280,7 +315,7 @@ class PositionTrainer:
         trained = list(self.method.weights.values())
         while True:
             try:
-                loss, gradients = loss_and_gradients(
+                loss = loss_and_gradients(
                     self.logits(),
                     trained,
                     rows,
@@ -293,25 +328,26 @@ class PositionTrainer:
                 if not out_of_memory(error) or self.pieces >= len(rows):
                     raise
                 self.pieces = min(2 * self.pieces, len(rows))
+        gradients = loss.gradients
         if gradients is not None:
             for more in self._beside(replay):
                 gradients = [own.add_(other) for own, other in zip(gradients, more, strict=True)]
-        if not math.isfinite(loss) or (gradients is not None and not all_finite(gradients)):
+        if not math.isfinite(loss.value) or (gradients is not None and not all_finite(gradients)):
             self.diverged = True
         elif gradients is not None:
-            self.method.step(gradients, loss)
+            self.method.step(gradients, loss.value)
             self.steps += 1
-        return loss
+        return loss._replace(gradients=None)  # their memory, while the next batch is computed
 
     def _beside(self, replay: Sequence[TokenRow]) -> Iterator[Sequence[torch.Tensor]]:
         """Gradients that join those of a batch: of what is replayed, unless it is still known, and of guards."""
         trained, settings, guards = list(self.method.weights.values()), self.settings, self.examples.guards
         if replay:
-            _, gradients = loss_and_gradients(
+            found = loss_and_gradients(
                 self.logits(), trained, replay, settings.loss_average, at_least=settings.skip_below, pieces=self.pieces
             )
-            if gradients is not None:
-                yield gradients
+            if found.gradients is not None:
+                yield found.gradients
         if guards:
             yield guards.gradients(self.logits(), trained, settings.guard_weight, settings.guards_per_step, self.draws)
 
@@ -353,7 +389,7 @@ def _depth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[f
     for batch in _shuffled_batches(len(trainer.examples), settings.batch_size, order):
         trainer.method.restart()  # each batch is an edit of its own
         for _ in range(settings.epochs):
-            loss = trainer.step(batch)
+            loss = trainer.step(batch).value
             if trainer.diverged:
                 return losses
             if loss < max(settings.stop_below, settings.skip_below):  # below skip_below nothing would change any more

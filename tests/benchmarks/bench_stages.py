@@ -104,7 +104,7 @@ def drawn_batches(rows: Sequence[TokenRow], size: int, count: int) -> list[list[
 
 def step_seconds(trainer: PositionTrainer, batch: Sequence[TokenRow]) -> tuple[float, float]:
     """One optimiser step: the loss before it, and its seconds."""
-    loss, seconds = timed(lambda: trainer.step_on(batch))
+    loss, seconds = timed(lambda: trainer.step_on(batch).value)
     if trainer.diverged:
         raise FloatingPointError(f"the loss or a gradient is not finite at loss {loss}")
     return loss, seconds
@@ -135,9 +135,8 @@ def training_step(
     theirs, ours = ([step_seconds(side, batch) for batch in batches] for side in (reference, fast))
     steps = list(zip(theirs, ours, strict=True))
     differences = [_difference(theirs, ours) for (theirs, _), (ours, _) in steps]
-    exact = trainer_of(loaded, position, engine.training_forward(position, bench.rows, torch.float32)).step_on(
-        batches[0]
-    )
+    in_float32 = engine.training_forward(position, bench.rows, torch.float32)
+    exact = trainer_of(loaded, position, in_float32).step_on(batches[0]).value
     counted = steps[1:]  # both sides of the first pair have the same weights, of the others not quite
     tokens, shares, engine_rates, reference_rates = [], [], [], []
     for batch, ((_, slow), (_, quick)) in zip(batches[1:], counted, strict=True):

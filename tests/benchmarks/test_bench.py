@@ -140,7 +140,7 @@ def test_a_step_is_one_of_finetune(loaded, rows):
     settings = TrainingSettings(batch_size=2, learning_rate=LEARNING_RATE, epochs=1, skip_below=0, stop_below=0, seed=0)
     trained = finetune(loaded, TrainingExamples.of_rows(rows), position, settings)
     trainer = trainer_of(loaded, position)
-    losses = [trainer.step_on(batch) for batch in drawn_batches(rows, 2, N // 2)]
+    losses = [trainer.step_on(batch).value for batch in drawn_batches(rows, 2, N // 2)]
     assert trained.losses == (pytest.approx(sum(losses) / len(losses), rel=1e-6),)
     for name, change in trained.delta.tensors.items():
         torch.testing.assert_close(loaded.model.get_parameter(name) + change, trainer.method.weights[name].detach())

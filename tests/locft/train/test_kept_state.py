@@ -90,6 +90,18 @@ def test_it_ends_as_if_nothing_had_happened(name, loaded, examples, curvature, k
     assert kept().read() is None, "nothing is left behind"
 
 
+def test_it_knows_which_edits_rest(loaded, examples, kept, monkeypatch):
+    position, settings = TuningPosition(1, "layer"), replace(SETTINGS, epochs=14, learning_rate=2e-2, rest_below=3.0)
+    whole = finetune(loaded, examples, position, settings)
+    beside = Beside(kept=kept())
+    killed_after(whole.steps - 2, monkeypatch, loaded, examples, position, settings, None, {}, None, beside)
+    state, _ = kept().read()
+    assert state["rests"][0].any(), "some rest"
+    again = finetune(loaded, examples, position, settings, beside=Beside(kept=kept()))
+    assert again.losses == whole.losses and again.steps == whole.steps < 28
+    assert all(torch.equal(again.delta.tensors[name], value) for name, value in whole.delta.tensors.items())
+
+
 def counted(taken, step):
     def counting(trainer, rows, replay=()):
         taken.append(len(rows))

@@ -6,14 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from locft.errors import out_of_memory
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
 from locft.train.encoding import encode_edit
 from locft.train.examples import TrainingExamples
-from locft.train.objective import batch_loss
-from locft.train.pipelines import TrainingSettings, finetune
+from locft.train.objective import batch_loss, loss_and_gradients
+from locft.train.pipelines import Rests, TrainingSettings, finetune
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
 from tests.tiny import edit_rows, tiny_loaded
@@ -56,6 +58,8 @@ def token_losses(model, tokenizer, prompt: str, target: str) -> list[float]:
 def test_loss_is_the_mean_over_tokens_of_an_edit_then_over_edits(loaded, rows):
     by_edit = [token_losses(loaded.model, loaded.tokenizer, *edit) for edit in EDITS]
     logits = full_forward(loaded.model)(rows)
+    found = loss_and_gradients(lambda batch: logits.requires_grad_(), [logits], rows, "token", at_least=math.inf)
+    assert found.by_edit == pytest.approx([np.mean(b) for b in by_edit], rel=1e-5) and found.gradients is None
     assert batch_loss(logits, rows, "edit").item() == pytest.approx(np.mean([np.mean(b) for b in by_edit]), rel=1e-5)
     assert batch_loss(logits, rows, "token").item() == pytest.approx(np.mean(np.concatenate(by_edit)), rel=1e-5)
     assert len({len(losses) for losses in by_edit}) > 1, "edits of one length could not tell the two averages apart"
@@ -153,6 +157,33 @@ def test_breadth_first_stops_at_the_epoch_mean_and_reshuffles(loaded, rows):
     assert len(training.losses) < 400
     other_order = finetune(loaded, TrainingExamples.of_rows(rows), POSITION, replace(SETTINGS, seed=4))
     assert other_order.losses != finetune(loaded, TrainingExamples.of_rows(rows), POSITION, SETTINGS).losses
+
+
+@given(st.lists(st.lists(st.floats(0, 2), min_size=3, max_size=3), max_size=30))
+def test_what_is_learnt_rests_longer_and_longer_and_comes_back(losses):
+    """Against the definition, edit by edit."""
+    rests, last, due, length = Rests(3, 1.0), [0.0] * 3, [0] * 3, [0] * 3
+    for epoch, drawn in enumerate(losses):
+        awake, known = rests.epoch()
+        assert awake == [edit for edit in range(3) if due[edit] <= epoch]
+        assert known == pytest.approx(sum(last[edit] for edit in range(3) if edit not in awake))
+        rests.asked(awake, [drawn[edit] for edit in awake])
+        for edit in awake:
+            last[edit] = drawn[edit]
+            length[edit] = {0: 1, 1: 2}.get(length[edit], 4) if drawn[edit] < 1.0 else 0
+            due[edit] = epoch + 1 + length[edit]
+
+
+def test_resting_spends_the_steps_on_what_is_not_learnt(loaded, rows):
+    """The EDITS share words, and two of them stay at a nat, so "learnt" is set high."""
+    position, examples = TuningPosition(1, "layer"), TrainingExamples.of_rows(rows)
+    settings = TrainingSettings(batch_size=1, epochs=30, learning_rate=2e-2, skip_below=0.0, stop_below=0.0)
+    always, rested = (finetune(loaded, examples, position, replace(settings, rest_below=b)) for b in (0.0, 2.0))
+    assert always.steps == 30 * len(rows) and len(rested.losses) == 30
+    assert rested.steps < 0.6 * always.steps and rested.trained_loss < 2.0
+    assert rested.losses[0] == always.losses[0], "nothing is learnt yet"
+    all_at_once = finetune(loaded, examples, position, replace(settings, rest_below=100.0, epochs=8))
+    assert all_at_once.steps == 3 * len(rows), "in the first epoch, after a rest of one, and after one of two"
 
 
 def test_a_batch_below_the_threshold_takes_no_step(loaded, rows):
