@@ -183,7 +183,7 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "rest_below", float, 0.0, "rest below",
-        "an edit whose loss is below is left out of the next epoch, then of two, then of four each time; 0 lets none rest",
+        "an edit whose loss is below is left out of the next epoch, then of two each time; 0 lets none rest",
         at_least=0, short="rest ", only=("pipeline", ("breadth_first", "stream")),
     ),
     Axis("seed", int, 0, "seed", "of the order of the edits", at_least=0, below=2**32, in_first_ids=True),

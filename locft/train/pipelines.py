@@ -36,7 +36,7 @@ from locft.train.reference import full_forward
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
-LONGEST_REST = 4
+LONGEST_REST = 2
 """Epochs."""
 Watch = Callable[[int, Callable[[], EditDelta]], None]
 """Called after each arrival of a stream: how many edits have arrived, and what makes the delta of them."""
@@ -184,7 +184,7 @@ def finetune(
 
 class Rests:
     """Which edits an epoch is about. An edit that is learnt is left out of the next epoch; if it is learnt when it is asked
-    again, of the next two, and from then on of the next four each time. So steps go where something is left to learn.
+    again, of the next two, each time. So steps go where something is left to learn.
     """
 
     def __init__(self, edits: int, below: float):

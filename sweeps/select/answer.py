@@ -183,11 +183,12 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     return HowFound(
         how=(
             f"The probe reads gradients of the unedited model over some edits and some prose. It orders all {positions} by"
-            " how much of the model learning there would disturb, and sets each position's learning rate. The"
-            " first runs go to the best of that order at depths apart. Positions resemble their neighbours in depth and"
-            " others of their kind, so every run says something of those not run. The next are always those likeliest to be"
-            " the pick, or on the front, for what they cost. Some of the budget is kept for a second seed of the leader and"
-            " another learning rate: half, or twice where it learnt too little."
+            " how much of the model learning there would disturb, and sets each position's learning rate. Late layers are"
+            " expected to drift less and to generalize more, attention to drift more, as in earlier models. The first two"
+            " runs are at depths apart. Positions resemble their neighbours in depth and others of their kind, so every run"
+            " says something of those not run, and of how far those expectations hold. The next are always those likeliest"
+            " to be the pick, or on the front, for what they cost. Some of the budget is kept for a second seed of the"
+            " leader and another learning rate: half, or twice where it learnt too little."
         ),
         command=f"locft edit {shlex.quote(study.model)} {edits} --position {shlex.quote(position_file)} --out edited",
         facts=(

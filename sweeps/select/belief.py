@@ -2,10 +2,11 @@
 
 Legend: C candidates, S draws.
 
-Each metric is a Gaussian process (Rasmussen and Williams, 2006, chapter 2) over relative depth and kind of module; for log
-drift the probe's log disturbance is one more input. Where the probe orders the positions of a model well, a few runs show
-it and the others follow; where it does not, they follow their neighbours. The scales say how far positions of a model lie
-apart; they are wide, and nothing is fitted to a model. A position that was measured is what was measured.
+Each metric is a Gaussian process (Rasmussen and Williams, 2006, chapter 2) over relative depth and kind of module, and on
+three things known beforehand: the probe's log disturbance, lying in the last third of the layers, and training attention. What
+these do was much the same in the tables of two models (docs/measurements.md, "Selection"): it is what is expected of a new one,
+and every run corrects it. The scales are wide, and nothing is fitted to the model at hand. A position that was measured is
+what was measured.
 """
 
 import math
@@ -19,12 +20,18 @@ from analysis.stats.pick import Evidence, judge
 DRAWS = 512
 REACH = 0.25
 """Relative depth over which positions resemble each other."""
+LATE = 0.7
+"""Relative depth at which layers begin to be late ones."""
 ALONE = 0.3
 """What is a position's own, as a share of what changes with depth."""
 LEAST_RELIABILITY = 0.5
 """A run that learnt less tells others no more than one that learnt this."""
 CAPABILITY_ERROR = 0.02
 """Half the interval of a change of capability that was not measured."""
+
+
+Effect = tuple[float, float]
+"""Mean and standard deviation over models."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,21 @@ class Scale:
     module: float
     noise: float
     """Of one run."""
-    probe: float = 0.0
+    probe: Effect = (0.0, 0.0)
     """Of one standard deviation of the probe's log disturbance."""
+    late: Effect = (0.0, 0.0)
+    """Of lying in the last third of the layers."""
+    attention: Effect = (0.0, 0.0)
+    """Of training the attention; of training the whole layer half as much."""
+
+    @property
+    def effects(self) -> tuple[Effect, ...]:
+        return self.probe, self.late, self.attention
 
 
 SCALES = {
-    "drift_kl": Scale(math.log(0.08), 2.0, 0.6, 0.5, 0.25, probe=1.0),  # of its logarithm
-    "generalization": Scale(0.4, 0.5, 0.15, 0.12, 0.05),
+    "drift_kl": Scale(math.log(0.08), 2.0, 0.6, 0.5, 0.25, (0.5, 0.3), (-0.6, 0.6), (0.8, 0.4)),  # of its logarithm
+    "generalization": Scale(0.4, 0.5, 0.15, 0.12, 0.05, (0.0, 0.05), (0.2, 0.1), (0.05, 0.1)),
     "reliability": Scale(1.1, 0.15, 0.1, 0.1, 0.03),  # most positions learn all, so what is above 1 counts as 1
     "capability_change": Scale(0.0, 0.05, 0.02, 0.01, 0.008),
 }
@@ -116,11 +131,14 @@ def _draws(metric: str, places: Sequence[Place], rng: np.random.Generator) -> np
         return np.full((DRAWS, len(places)), math.nan)
     seen = np.log(np.maximum(values, 1e-6)) if log else values
     telling = np.maximum(seen, LEAST_RELIABILITY) if metric == "reliability" else seen
-    covariance = _covariance(scale, places)
+    covariance, expected = (
+        _covariance(scale, places),
+        scale.centre + features(places) @ [mean for mean, _ in scale.effects],
+    )
     gain = np.linalg.solve(
         covariance[np.ix_(known, known)] + scale.noise**2 * np.eye(len(known)), covariance[known]
     )  # (known, C)
-    mean = scale.centre + (telling[known] - scale.centre) @ gain
+    mean = expected + (telling[known] - expected[known]) @ gain
     spread, directions = np.linalg.eigh(covariance - covariance[:, known] @ gain)
     root = directions * np.sqrt(spread.clip(min=0))
     drawn = mean + rng.standard_normal((DRAWS, len(places))) @ root.T
@@ -136,14 +154,22 @@ def _covariance(scale: Scale, places: Sequence[Place]) -> np.ndarray:
     module = np.array([place.module for place in places])
     same = (module[:, None] == module[None]).astype(float)
     near = np.exp(-0.5 * ((depth[:, None] - depth[None]) / REACH) ** 2)
-    disturbance = standardised([place.disturbance for place in places])
+    known = features(places) * [spread for _, spread in scale.effects]
     return (
         scale.common**2
-        + scale.probe**2 * np.outer(disturbance, disturbance)
+        + known @ known.T
         + scale.depth**2 * near * (1 + same) / 2
         + scale.module**2 * same
         + (ALONE * scale.depth) ** 2 * np.eye(len(places))
     )
+
+
+def features(places: Sequence[Place]) -> np.ndarray:
+    """(C, 3): what is known of every place before it is run, in the order of `Scale.effects`."""
+    disturbance = standardised([place.disturbance for place in places])
+    late = [1 / (1 + math.exp((LATE - place.depth) / 0.05)) for place in places]
+    attention = [0.5 if place.module == "layer" else float(place.module.startswith("attn")) for place in places]
+    return np.stack([disturbance, late, attention], axis=1)
 
 
 def standardised(disturbances: Sequence[float]) -> np.ndarray:

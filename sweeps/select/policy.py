@@ -1,7 +1,8 @@
 """The survey: which positions to run when only a share of the grid can be paid for.
 
-Before anything runs, the probe's order is all that is known. Each run then tells something of its position, its neighbours
-and its kind of module, and of how far the probe can be trusted on this model (`sweeps.select.belief`). The next runs are
+Before anything runs, the probe's order and what earlier models showed is all that is known. Each run then tells something of
+its position, its neighbours and its kind of module, and of how far the probe can be trusted on this model
+(`sweeps.select.belief`). The next runs are
 those most likely to matter for what they cost. `tests/benchmarks/replay.py` compares this with other policies.
 
 A policy is a generator: it yields rungs of runs and is sent the scores of all runs finished so far. It knows nothing of
@@ -19,7 +20,7 @@ import pandas as pd
 
 from analysis.stats.pick import evidence_of, judge
 from analysis.stats.table import mean_right
-from sweeps.select.belief import REACH, SCALES, Chances, Place, chances, standardised
+from sweeps.select.belief import REACH, SCALES, Chances, Place, chances
 
 STEP_GAIN = 1.0
 """Nats by which the first sign step should lower the mean loss: the starting rate is this over the position's gain.
@@ -38,8 +39,8 @@ CONFIRMED = 0.15
 """Share of the budget that is kept to confirm the leader."""
 LEARNT = 0.95
 """Reliability of a run whose rate could have been lower; below it the rate was rather too low."""
-FIRST = 4
-"""Runs at depths apart, with which a survey begins: fewer have little to teach."""
+FIRST = 2
+"""Runs at depths apart, with which a survey begins."""
 SETTLED = 8
 """After this many runs the chance to be on the front counts half as much as the chance to be the pick."""
 UNLIKELY = 0.05
@@ -131,20 +132,19 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
     """Spends each second where it is most likely to matter: at positions that may be the pick or on the front, by what the
     runs so far let one expect (`sweeps.select.belief`).
 
-    It begins with the probe's best at depths apart. Rungs are small, since each corrects what is expected and what runs
+    It begins with two runs at depths apart. Rungs are small, since each corrects what is expected and what runs
     cost. Of the budget a little is kept to confirm the leader, if that pays for a run at all. The survey ends early when
     nothing left is likely to be the pick.
     """
     scores: Scores = {}
     served = [nearest(task, depth, module) for depth, module in task.priors]
     while any(first_run(task, candidate) not in scores for candidate in task.candidates):
-        expected = expectations(task, scores) if scores else None
-        if expected and _elsewhere(task, scores, expected) < UNLIKELY:
+        expected = expectations(task, scores)
+        if scores and _elsewhere(task, scores, expected) < UNLIKELY:
             break
-        if expected is None or len(scores) < FIRST:
-            telling, why = _apart(task), "the probe's best for what they cost, apart in depth"
-        else:
-            telling, why = _most_telling(task, expected, len(scores)), "the likeliest to matter for what they cost"
+        telling, why = _most_telling(task, expected, len(scores)), "the likeliest to matter for what they cost"
+        if len(scores) < FIRST:
+            telling, why = _apart(task, telling, scores), f"{why}, apart in depth"
         asked = [run for run in dict.fromkeys(first_run(task, c) for c in (*served, *telling)) if run not in scores]
         kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
         rest = task.budget - spent(scores)
@@ -186,15 +186,12 @@ def _elsewhere(task: SelectionTask, scores: Scores, expected: Chances) -> float:
     return float(expected.pick[left].sum())
 
 
-def _apart(task: SelectionTask) -> list[Candidate]:
-    """Those with the least disturbance for their cost, but what lies near a better one comes behind all that does not."""
-    disturbance = standardised([candidate.disturbance for candidate in task.candidates])
-    cost = np.log([task.seconds(first_run(task, candidate)) for candidate in task.candidates])
-    worth = dict(zip(task.candidates, disturbance + cost, strict=True))
-    order = sorted(task.candidates, key=lambda c: (worth[c], c.layer, c.module))
-    far: list[Candidate] = []
+def _apart(task: SelectionTask, order: Sequence[Candidate], scores: Scores) -> list[Candidate]:
+    """In this order, but what lies near a better one, or near a run, comes behind all that does not."""
+    taken, far = [run.layer for run in scores], []
     for candidate in order:
-        if all(abs(candidate.layer - other.layer) >= REACH * task.layers for other in far):
+        if all(abs(candidate.layer - layer) >= REACH * task.layers for layer in taken):
+            taken.append(candidate.layer)
             far.append(candidate)
     return list(dict.fromkeys([*far, *order]))
 

@@ -1,19 +1,25 @@
 """Selection policies replayed against tables of full runs: what each finds at a share of the grid's cost, and how far off.
 
     python tests/benchmarks/replay.py [TABLE ...] [--seeds 24] [--figure replay.html] [--every 2] [--modules mlp_down,mlp]
+        [--leave-out]
 
 A table is a model on a data set (`tables/NAME.csv`, and `NAME.probe.csv` with one or several draws of edits for the probe;
 `full_table.py` makes both); without names, all there are. One replay takes a draw of the probe, and if there is only one, four
 in five of the positions, drawn anew; one seed of the policy; one share of the cost. The learning rates are the table's for all
 policies alike; another rate is not tried. Costs are those of the table, smoothed over depth, so that a busy minute does not
 decide.
+
+The survey expects of a new model what earlier ones showed: the effects in `sweeps.select.belief.SCALES`. With --leave-out they
+are those of the tables of other models alone, so that it is judged on a model that it knows nothing of.
 """
 
 import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +35,7 @@ from analysis.figures.front import SYMBOLS
 from analysis.figures.style import ACCENT, styled_figure
 from analysis.stats.pick import ranked
 from analysis.stats.table import by_setting, results_frame
+from sweeps.select.belief import SCALES, Place, features
 from sweeps.select.policy import Candidate, Run, Score, chance_elsewhere, leading
 
 HERE = Path(__file__).parent
@@ -128,6 +135,43 @@ def worlds(
     return [World(rows, some, equal_costs) for some in drawn]
 
 
+def effects(name: str) -> dict[str, np.ndarray]:
+    """Metric -> (3,) effects on it in a table, in the order of `Scale.effects`, by least squares, slightly held to 0."""
+    world = worlds(name, seeds=1)[0]
+    places = [Place(c.layer / (world.layers - 1), c.module, c.disturbance, 1.0) for c in world.candidates]
+    known = features(places)
+    rows = [world.rows[c.layer, c.module, 0] for c in world.candidates]
+    found = {}
+    for metric in ("drift_kl", "generalization"):
+        values = np.array([row[metric] for row in rows])
+        values = np.log(values) if metric == "drift_kl" else values
+        centred = known - known.mean(0)
+        found[metric] = np.linalg.solve(
+            centred.T @ centred + 0.5 * np.eye(known.shape[1]), centred.T @ (values - values.mean())
+        )
+    return found
+
+
+def model_of(name: str) -> str:
+    """A table's name begins with its model's."""
+    return name.split("-")[0]
+
+
+@contextmanager
+def knowing(tables: Iterable[str]) -> Iterator[None]:
+    """The survey expects the mean effects in these tables."""
+    before, seen = dict(SCALES), [effects(name) for name in tables]
+    for metric in seen[0]:
+        means = np.mean([one[metric] for one in seen], axis=0)
+        spreads = [spread for _, spread in SCALES[metric].effects]
+        probe, late, attention = zip(map(float, means), spreads, strict=True)
+        SCALES[metric] = replace(SCALES[metric], probe=probe, late=late, attention=attention)
+    try:
+        yield
+    finally:
+        SCALES.update(before)
+
+
 def volume(rows: Iterable[Mapping[str, Any]]) -> float:
     """Of reliability, generalization and what is left of the predictions, exp(-drift), from the origin."""
     points = np.array([[row["reliability"], row["generalization"], math.exp(-row["drift_kl"])] for row in rows])
@@ -224,10 +268,15 @@ def main() -> None:
         "--modules", type=lambda text: text.split(","), default=(), help="take these only, separated by commas"
     )
     parser.add_argument("--equal-costs", action="store_true", help="as if a run cost the same at every position")
+    parser.add_argument("--leave-out", action="store_true", help="let the survey know the tables of other models only")
     options = parser.parse_args()
     everything = []
+    names = sorted(file.stem for file in TABLES.glob("*.csv") if file.suffixes == [".csv"])
     with pd.option_context("display.width", 250, "display.max_columns", 20, "display.float_format", "{:.3f}".format):
-        for name in options.tables or sorted(file.stem for file in TABLES.glob("*.csv") if file.suffixes == [".csv"]):
+        print("effects of a standard deviation of the probe, of a late layer and of attention")
+        for name in names:
+            print(name, {metric: found.round(2).tolist() for metric, found in effects(name).items()})
+        for name in options.tables or names:
             made = worlds(name, options.seeds, options.every, options.modules, options.equal_costs)
             best = made[0].best()
             said = ", ".join(
@@ -235,7 +284,9 @@ def main() -> None:
             )
             print(f"\n{name}: {len(made[0].candidates)} positions, grid {made[0].grid / 3600:.1f} worker hours")
             print(f"the rule picks {best['layer']}.{best['module']}: {said}")
-            everything.append(replays(name, made))
+            others = [other for other in names if model_of(other) != model_of(name)]
+            with knowing(others) if options.leave_out else nullcontext():
+                everything.append(replays(name, made))
             print(summary(everything[-1]))
         found = pd.concat(everything)
         if len(everything) > 1:

@@ -160,7 +160,7 @@ def test_breadth_first_stops_at_the_epoch_mean_and_reshuffles(loaded, rows):
 
 
 @given(st.lists(st.lists(st.floats(0, 2), min_size=3, max_size=3), max_size=30))
-def test_what_is_learnt_rests_longer_and_longer_and_comes_back(losses):
+def test_what_is_learnt_rests_longer_and_comes_back(losses):
     """Against the definition, edit by edit."""
     rests, last, due, length = Rests(3, 1.0), [0.0] * 3, [0] * 3, [0] * 3
     for epoch, drawn in enumerate(losses):
@@ -170,7 +170,7 @@ def test_what_is_learnt_rests_longer_and_longer_and_comes_back(losses):
         rests.asked(awake, [drawn[edit] for edit in awake])
         for edit in awake:
             last[edit] = drawn[edit]
-            length[edit] = {0: 1, 1: 2}.get(length[edit], 4) if drawn[edit] < 1.0 else 0
+            length[edit] = (2 if length[edit] else 1) if drawn[edit] < 1.0 else 0
             due[edit] = epoch + 1 + length[edit]
 
 

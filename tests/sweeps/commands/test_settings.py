@@ -37,7 +37,11 @@ def test_defaults():
     chosen = settings("22.mlp_down", ATLAS, batch_size=None)
     assert chosen.position == "22.mlp_down"
     assert chosen.training == TrainingSettings(
-        precision=training_precision("auto"), method="low_curvature", train_formats="raw,qa,chat", epochs=50
+        precision=training_precision("auto"),
+        method="low_curvature",
+        train_formats="raw,qa,chat",
+        epochs=100,
+        rest_below=0.05,
     )
     assert chosen.ask_formats == ("raw", "qa", "chat")
     assert (chosen.edits, chosen.capability) == (ATLAS, Capability())
@@ -52,7 +56,8 @@ def test_options_over_defaults():
         pipeline="depth_first",
         method="low_curvature",
         train_formats="raw,qa,chat",
-        epochs=50,
+        epochs=100,
+        rest_below=0.05,
     )
     assert chosen.training == dataclasses.replace(expected, precision=training_precision("auto"))
     assert chosen.dtype == "bfloat16"
