@@ -217,10 +217,10 @@ def _by_fate(records: Sequence[FileRecord]) -> tuple[list[FileRecord], list[File
     retracted: list[FileRecord] = []
     superseded: list[FileRecord] = []
     for record in records:
-        by = {name: str(record.value.get(name) or "").strip().lower() not in UNMARKED for name in FATES}
-        if not any(by.values()):
+        by = {name for name in FATES if str(record.value.get(name) or "").strip().lower() not in UNMARKED}
+        if not by and any(name in record.value for name in FATES):
             record = replace(record, value={key: value for key, value in record.value.items() if key not in FATES})
-        (retracted if by["retracted"] else superseded if by["superseded_by"] else active).append(record)
+        (retracted if "retracted" in by else superseded if by else active).append(record)
     return active, retracted, superseded
 
 

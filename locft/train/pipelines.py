@@ -37,7 +37,7 @@ from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
 LONGEST_REST = 2
-"""Epochs."""
+"""Epochs that an edit is left out of in a row, at most."""
 Watch = Callable[[int, Callable[[], EditDelta]], None]
 """Called after each arrival of a stream: how many edits have arrived, and what makes the delta of them."""
 
@@ -114,7 +114,7 @@ class Earlier:
     delta: EditDelta
     """Of the edits so far: training starts from it, and gives one delta for all."""
     edits: int
-    """So many of the examples, the first ones, are learnt already and only replayed."""
+    """How many of the examples, the first ones, are learnt already and only replayed."""
     seconds: float = math.inf
     """No step begins later than this after the first."""
 

@@ -92,7 +92,8 @@ class Chances:
 def chances(places: Sequence[Place], n_edits: int = 100, seed: int = 0) -> Chances:
     """What each place may turn out to be, by draws of what all of them may measure."""
     rng = np.random.default_rng(seed)
-    drawn = {metric: _draws(metric, places, rng) for metric in SCALES}
+    beforehand = features(places)
+    drawn = {metric: _draws(metric, places, beforehand, rng) for metric in SCALES}
     drift, generalization, reliability, change = drawn.values()
     cost, size = np.array([place.cost for place in places]), len(places)
     barred = np.array([_barred(place) for place in places])
@@ -122,8 +123,9 @@ def _barred(place: Place) -> bool:
     return place.measured is not None and math.isnan(place.measured["reliability"])
 
 
-def _draws(metric: str, places: Sequence[Place], rng: np.random.Generator) -> np.ndarray:
-    """(S, C): what the places may measure. NaN everywhere for a metric that the runs so far do not have."""
+def _draws(metric: str, places: Sequence[Place], beforehand: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(S, C): what the places may measure. NaN everywhere for a metric that the runs so far do not have. beforehand: the
+    `features` of the places."""
     scale, log = SCALES[metric], metric == "drift_kl"
     values = np.array([place.measured[metric] if place.measured else math.nan for place in places])
     known = np.flatnonzero(np.isfinite(values))
@@ -131,10 +133,8 @@ def _draws(metric: str, places: Sequence[Place], rng: np.random.Generator) -> np
         return np.full((DRAWS, len(places)), math.nan)
     seen = np.log(np.maximum(values, 1e-6)) if log else values
     telling = np.maximum(seen, LEAST_RELIABILITY) if metric == "reliability" else seen
-    covariance, expected = (
-        _covariance(scale, places),
-        scale.centre + features(places) @ [mean for mean, _ in scale.effects],
-    )
+    covariance = _covariance(scale, places, beforehand)
+    expected = scale.centre + beforehand @ [mean for mean, _ in scale.effects]
     gain = np.linalg.solve(
         covariance[np.ix_(known, known)] + scale.noise**2 * np.eye(len(known)), covariance[known]
     )  # (known, C)
@@ -148,16 +148,16 @@ def _draws(metric: str, places: Sequence[Place], rng: np.random.Generator) -> np
     return drawn if metric == "capability_change" else drawn.clip(0, 1)
 
 
-def _covariance(scale: Scale, places: Sequence[Place]) -> np.ndarray:
+def _covariance(scale: Scale, places: Sequence[Place], beforehand: np.ndarray) -> np.ndarray:
     """(C, C), before anything is measured."""
     depth = np.array([place.depth for place in places])
     module = np.array([place.module for place in places])
     same = (module[:, None] == module[None]).astype(float)
     near = np.exp(-0.5 * ((depth[:, None] - depth[None]) / REACH) ** 2)
-    known = features(places) * [spread for _, spread in scale.effects]
+    spread = beforehand * [spread for _, spread in scale.effects]
     return (
         scale.common**2
-        + known @ known.T
+        + spread @ spread.T
         + scale.depth**2 * near * (1 + same) / 2
         + scale.module**2 * same
         + (ALONE * scale.depth) ** 2 * np.eye(len(places))

@@ -2,8 +2,8 @@
 
 Before anything runs, the probe's order and what earlier models showed is all that is known. Each run then tells something of
 its position, its neighbours and its kind of module, and of how far the probe can be trusted on this model
-(`sweeps.select.belief`). The next runs are
-those most likely to matter for what they cost. `tests/benchmarks/replay.py` compares this with other policies.
+(`sweeps.select.belief`). The next runs are those most likely to matter for what they cost. `tests/benchmarks/replay.py`
+compares this with other policies.
 
 A policy is a generator: it yields rungs of runs and is sent the scores of all runs finished so far. It knows nothing of
 Ray, files or clocks (what a run cost is part of its score), so the same code selects live, resumes from stored scores, and
@@ -132,8 +132,8 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
     """Spends each second where it is most likely to matter: at positions that may be the pick or on the front, by what the
     runs so far let one expect (`sweeps.select.belief`).
 
-    It begins with two runs at depths apart. Rungs are small, since each corrects what is expected and what runs
-    cost. Of the budget a little is kept to confirm the leader, if that pays for a run at all. The survey ends early when
+    It begins with two runs at depths apart. Rungs are small, since each corrects what is expected and what runs cost. Of the
+    budget a little is kept to confirm the leader, if that pays for a run at all. The survey ends early when
     nothing left is likely to be the pick.
     """
     scores: Scores = {}
