@@ -23,7 +23,7 @@ WARM_UP, LAST = 0.15, 0.5
 """Shares of the steps before ranks begin to fall and after they are settled. The paper's own runs on the smaller data sets
 of GLUE have 12% to 17% and 46% to 52% (github.com/QingruZhang/AdaLoRA, NLU/scripts; steps from the sizes of the sets)."""
 MASKINGS = 1000
-"""At most about so many times are triplets masked; in a training of fewer steps after each (as in the same scripts)."""
+"""How often triplets are masked, at most; in a training of fewer steps after each one (as in the same scripts)."""
 ORTHOGONALITY = 0.5
 """Weight of the mean distance of P'P and QQ' from the identity, in Frobenius norm (peft's default)."""
 SMOOTHING = 0.85
