@@ -5,24 +5,20 @@ the edited one, so the log-likelihoods of both come from one pass through them (
 Needs the extra `harness`: import this module only where it is used.
 """
 
-import logging
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lm_eval import evaluate, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 
+from locft.data.harness_tasks import SEED
 from locft.engine.tail import NoTailView
 from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
-from locft.errors import InputError, did_you_mean, one_line
 from locft.measure.capability import Change, score_rows
 from locft.measure.generation import BATCH, GreedyDecoder, OpenAnswer
 from locft.model.delta import EditDelta, applied
@@ -30,16 +26,12 @@ from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition
 from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
-PAPER = {"paper": ("mmlu", "nq_open", "sst2", "wmt16-de-en", "gsm8k")}
-"""The tasks whose mean arXiv 2509.22072 calls capability, under one name."""
 CHUNK_TOKENS = 8192
 """Tokens whose hidden states at the edited layer are held at once."""
 NEW_TOKENS = 256
 """Length limit of an answer where the task sets none, as in the harness."""
 RESAMPLES, RESAMPLES_OF_ANY = 2000, 100
 """Bootstrap resamples for metrics that are means over the items, and for others, such as BLEU, which take longer."""
-SEED = 1234
-"""For the choice of few-shot examples; the harness's default."""
 TELL_SECONDS = 20
 
 Scores = tuple[float, bool]
@@ -81,39 +73,6 @@ def measure_tasks(
         with applied(loaded, delta):  # for generation
             samples.append(_samples(model, every, limit))
     return [score for name, found in tasks.items() for score in _scores(name, found, samples)]
-
-
-def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The tasks under each name: a task, a group or a tag of the harness, or "paper" for the paper's five.
-
-    folder: more task files. Raises InputError with every name that is unknown or cannot be loaded or run.
-    """
-    if folder is not None and not folder.is_dir():
-        raise InputError(f"{folder}: no such folder, expected one with task files of lm-evaluation-harness (YAML)")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    random.seed(0)  # for tasks that draw while they are loaded, as in the harness's own command
-    np.random.seed(SEED)
-    manager, problems = TaskManager(include_path=folder), []
-    wanted = dict.fromkeys(one for name in names for one in PAPER.get(name, (name,)))
-    found: dict[str, dict[str, Any]] = {}
-    for name in wanted:
-        if name not in manager.all_tasks:
-            near = did_you_mean(name, (*PAPER, *manager.all_tasks))
-            problems.append(f"task {name!r}: lm-evaluation-harness has none of this name{near}")
-    for name in wanted if not problems else ():
-        try:
-            found[name] = manager.load([name])["tasks"]
-        except Exception as error:  # of the data set, the network, or the task file's own code
-            problems.append(f"task {name!r}: could not be loaded: {type(error).__name__}: {one_line(error)}")
-            continue
-        for own, task in found[name].items():
-            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-                problems.append(f"task {own!r}: it runs code that the model writes, or needs images; leave it out")
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-    if problems:
-        raise InputError(problems)
-    return found
 
 
 def _samples(model: "PairedModel", tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[dict[str, Any]]]:

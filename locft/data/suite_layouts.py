@@ -37,6 +37,13 @@ class CapabilityItem:
     """How a choice is scored. sum: log-likelihood of its tokens. mean: that divided by its characters (without the
     leading space), for choices of uneven length. exact: there is one choice, which is right if each of its tokens is
     the most likely one given the true tokens before it."""
+    contexts: tuple[str, ...] = ()
+    """What precedes each choice, where that differs; `context` is empty then."""
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Context and choice, for every choice."""
+        return list(zip(self.contexts or (self.context,) * len(self.choices), self.choices, strict=True))
 
 
 def _spaced(choice: str) -> str:

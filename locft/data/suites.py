@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from locft.data.record_files import (
@@ -65,6 +66,9 @@ def load_suite(
     tasks: Mapping[str, str] | None = None,
     limit: int | None = None,
     prose: str | None = None,
+    *,
+    lm_eval: Sequence[str] = (),
+    lm_eval_path: str | None = None,
 ) -> Suite:
     """The built-in suite, real benchmarks under names of the caller's choice, or both.
 
@@ -73,6 +77,8 @@ def load_suite(
         "owner/name[:config[:split]]" (without a split: test, else validation, else train).
     limit: the most items of each task, evenly spaced over it (so that a sorted or grouped file is sampled fairly) and
         always the same ones.
+    lm_eval: tasks or groups of lm-evaluation-harness, one task each here, whose answers are given (`task_items`).
+    lm_eval_path: folder with more of its task files.
     prose: plain text file, or records with the field "text" (file or hub data set); None takes the built-in prose.
 
     Raises InputError with the problems of all tasks and the prose at once.
@@ -95,7 +101,7 @@ def load_suite(
         problems.append(f"capability suite: got {suite!r}, expected one of {', '.join(SUITES)}, or none{near}")
     elif suite is not None:
         named |= _read_probes()
-    elif not tasks:
+    elif not tasks and not lm_eval:
         problems.append("capability: neither a suite nor tasks are named, nothing would be measured")
     for name, source in (tasks or {}).items():
         if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
@@ -106,11 +112,31 @@ def load_suite(
             with collecting():
                 named[name] = _read_task(name, source)
     with collecting():
+        if lm_eval:
+            harness = harness_tasks()
+            for name, found in harness.load_tasks(lm_eval, lm_eval_path and Path(lm_eval_path)).items():
+                if name in named:
+                    problems.append(f"capability task {name!r}: two have this name, choose another for the file")
+                with collecting():
+                    named[name] = harness.task_items(found, name, limit)
+    with collecting():
         text = _read_prose(str(DATA_FOLDER / "prose.txt") if prose is None else prose)
     if problems:
         raise InputError(problems)
-    found = tuple(CapabilityTask(name, _spread(items, limit)) for name, items in named.items())
-    return Suite(found, (text,), _fingerprint(found, text))
+    read = tuple(CapabilityTask(name, _spread(items, limit)) for name, items in named.items())
+    return Suite(read, (text,), _fingerprint(read, text))
+
+
+def harness_tasks() -> ModuleType:
+    """`locft.data.harness_tasks`. Raises InputError where lm-evaluation-harness is not installed."""
+    try:
+        from locft.data import harness_tasks
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"lm-evaluation-harness is not installed here ({error}); `pip install lm-eval` brings it, as does the extra "
+            "`harness` of locft-sweeps"
+        ) from None
+    return harness_tasks
 
 
 def _read_probes() -> dict[str, list[CapabilityItem]]:
@@ -204,6 +230,11 @@ def _spread(items: Sequence[CapabilityItem], limit: int | None) -> tuple[Capabil
     return tuple(items[index * len(items) // limit] for index in range(limit))
 
 
+def _content(item: CapabilityItem) -> dict[str, Any]:
+    """What makes an item. Its id may name the file; contexts of their own came later than the first fingerprints."""
+    return {key: value for key, value in asdict(item).items() if key != "contexts" or value} | {"id": None}
+
+
 def _fingerprint(tasks: Sequence[CapabilityTask], text: str) -> str:
-    content = [[asdict(item) | {"id": None} for item in task.items] for task in tasks], text  # ids may name the file
+    content = [[_content(item) for item in task.items] for task in tasks], text
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -48,6 +48,8 @@ class EncodedSuite:
     tasks: dict[str, tuple[EncodedItem, ...]]
     prose: tuple[TokenRow, ...]
     """Windows of running text; every token but the first is supervised."""
+    spare: tuple[TokenRow, ...] = ()
+    """Windows of it that nothing is measured on."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,10 @@ def encode_suite(
     """
 
     def encoded(item: CapabilityItem) -> EncodedItem:
-        return EncodedItem(item, tuple(_row(tokenizer, item.context, choice) for choice in item.choices))
+        return EncodedItem(item, tuple(_row(tokenizer, *texts) for texts in item.texts))
 
     tasks = {task.name: tuple(map(encoded, task.items)) for task in suite.tasks}
-    return EncodedSuite(suite.fingerprint, tasks, _prose_rows(tokenizer, suite.prose, prose_tokens, prose_window))
+    return EncodedSuite(suite.fingerprint, tasks, *_prose_rows(tokenizer, suite.prose, prose_tokens, prose_window))
 
 
 def suite_rows(suite: EncodedSuite) -> list[TokenRow]:
@@ -235,7 +237,8 @@ def _row(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> Token
 
 def _prose_rows(
     tokenizer: PreTrainedTokenizerBase, prose: Sequence[str], prose_tokens: int, window: int
-) -> tuple[TokenRow, ...]:
+) -> tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]]:
+    """Windows that are measured, and the others."""
     # A model trained with a start token reads badly without it; then that is the token without a predecessor.
     starts = tokenizer("a")["input_ids"][:1]
     prefix = (tokenizer.bos_token_id,) if starts == [tokenizer.bos_token_id] else ()
@@ -244,14 +247,15 @@ def _prose_rows(
     for text in prose:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         windows += [prefix + tuple(ids[at : at + step]) for at in range(0, len(ids), step)]
-    rows = [TokenRow(ids, 1) for ids in windows if len(ids) > 1]
+    every = rows = [TokenRow(ids, 1) for ids in windows if len(ids) > 1]
     wanted = max(1, prose_tokens // window)
     if len(rows) > wanted:
         whole = [row for row in rows if len(row.token_ids) == window] or rows
         rows = [whole[index * len(whole) // wanted] for index in range(wanted)] if len(whole) > wanted else whole
     if not rows:
         raise InputError("prose: fewer than two tokens; drift and perplexity need some running text")
-    return tuple(rows)
+    measured = set(rows)
+    return tuple(rows), tuple(row for row in every if row not in measured)
 
 
 def _longest_context_first(row: TokenRow) -> tuple:

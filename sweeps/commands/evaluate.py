@@ -29,8 +29,6 @@ from sweeps.commands.summaries import print_metrics
 from sweeps.commands.workbench import asked_formats, workbench
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from locft.harness import TaskScore
     from locft.model.models import LoadedModel
     from sweeps.study.schema import Capability, Edits
@@ -105,10 +103,11 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL, or MODEL with a delta, on edits and whatever else is asked for, and on nothing more."""
+    from locft.data.suites import harness_tasks
     from sweeps.tracking.registry import load_delta
 
     formats, capability = asked_formats(measured.ask_formats), capability_of(measured.capability or ())
-    named, harness = measured.named(), _harness() if measured.tasks else None
+    named, harness = measured.named(), harness_tasks() if measured.tasks else None
     edits = named.load() if named else None
     change = load_delta(delta, tracking_uri) if delta else None
     tasks = harness.load_tasks(measured.tasks, measured.lm_eval_path) if harness else {}
@@ -126,31 +125,21 @@ def evaluate(
         found |= {"metrics": metrics, "unedited": bench.baseline.metrics}
         if not as_json:
             print_metrics(metrics, bench.baseline.metrics)
-    if harness:
+    if tasks:
+        from locft.harness import measure_tasks
+
         loaded = loaded or load.load(model)
         if change:
             change.require_base(model, loaded.fingerprint)
         notice(
             f"measuring {model}{' and its edit' if change else ''} on {', '.join(measured.tasks)} of lm-evaluation-harness"
         )
-        scores = harness.measure_tasks(loaded, change, tasks, measured.lm_eval_limit, notice)
+        scores = measure_tasks(loaded, change, tasks, measured.lm_eval_limit, notice)
         found["lm_eval"] = [asdict(score) for score in scores]
         if not as_json:
             _print_scores(scores)
     if as_json:
         print_json(found)
-
-
-def _harness() -> "ModuleType":
-    """Raises InputError where lm-evaluation-harness is not installed."""
-    try:
-        from locft import harness
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--lm-eval: lm-evaluation-harness is not installed here ({error}); `pip install lm-eval` brings it, as does the "
-            "extra `harness` of locft-sweeps"
-        ) from None
-    return harness
 
 
 def _print_scores(scores: "Sequence[TaskScore]") -> None:

@@ -33,13 +33,11 @@ def workbench(
 
     fingerprint: what the model's must be, None for any. Raises InputError for another model.
     """
-    from locft.data.suites import load_suite
     from locft.model.delta import require_base
     from locft.train.formats import asked
     from locft.workbench import Workbench
 
-    measured = capability.suite or capability.tasks
-    suite = load_suite(capability.suite, capability.tasks, capability.limit, capability.prose) if measured else None
+    suite = capability.load()
     loaded = load.load(model)
     if fingerprint is not None:
         require_base("the edit, or the position or trial it repeats", fingerprint, model, loaded.fingerprint)
@@ -79,7 +77,7 @@ def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int
     asked += [(text.prompt, 1) for one in requests for text in one.locality]
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
     tokens = sum((len(text) // CHARACTERS + NEW_TOKENS) * times for text, times in asked)
-    tokens += sum(len(item.context + choice) for item in items for choice in item.choices) // CHARACTERS
+    tokens += sum(len(context + choice) for item in items for context, choice in item.texts) // CHARACTERS
     found = reading_seconds(tokens, loaded.model.num_parameters(), training_precision("cpu"), torch.get_num_threads())
     return f", in about {seconds(1 + found)} on a quiet machine"
 

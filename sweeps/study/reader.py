@@ -346,6 +346,7 @@ def _named_files(tree: dict[str, Any]) -> list[tuple[Place, dict[str, Any]]]:
     tasks = part(capability, "tasks")
     named: list[tuple[Place, dict[str, Any]]] = [
         (("model",), tree), (("edits", "source"), edits), (("capability", "prose"), capability),
+        (("capability", "lm_eval_path"), capability),
         *((("capability", "tasks", name), tasks) for name in tasks),
     ]  # fmt: skip
     return [(place, holder) for place, holder in named if isinstance(holder.get(place[-1]), str)]
@@ -356,7 +357,11 @@ def _with_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     for place, holder in _named_files(tree):
         value = holder[place[-1]]
         path = folder / Path(value).expanduser()
-        if value and value not in _BUILT_IN and (place[-1] == "prose" or _is_path(value) or _exists(path)):
+        if (
+            value
+            and value not in _BUILT_IN
+            and (place[-1] in ("prose", "lm_eval_path") or _is_path(value) or _exists(path))
+        ):
             holder[place[-1]] = str(path)
     return tree
 

@@ -30,7 +30,6 @@ SENTENCE_TOKENS = 12
 
 def prepare(study: Study) -> PreparedStudy:
     """Resolve a study. Raises one InputError with the problems of model, edits and capability files together."""
-    from locft.data.suites import load_suite
     from locft.limits import check_limits
     from locft.model.models import folder_fingerprint, load_structure, load_tokenizer, model_folder
     from locft.model.positions import list_positions, n_layers
@@ -56,9 +55,7 @@ def prepare(study: Study) -> PreparedStudy:
     edits = attempt(named.load)
     if edits:
         attempt(lambda: _check_counts(study, len(edits.requests)))
-    suite = None
-    if wanted.suite or wanted.tasks:
-        suite = attempt(lambda: load_suite(wanted.suite, wanted.tasks, wanted.limit, wanted.prose))
+    suite = attempt(wanted.load)
     if problems:
         raise InputError(problems)
     tokenizer = load_tokenizer(study.model)
@@ -152,7 +149,7 @@ def _token_counts(
     questions = [unrelated.prompt for request in asked for unrelated in request.locality]
     questions += [question for form in study.ask_formats for question in answered(form)]
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
-    choices = [item.context + choice for item in items for choice in item.choices]
+    choices = [context + choice for item in items for context, choice in item.texts]
     trained = {form for text in study.space.train_formats for form in parse_formats(text)}
     raw = count(rows(RAW, requests))
     return {

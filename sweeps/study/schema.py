@@ -37,6 +37,7 @@ from locft.train.formats import RAW, parse_formats
 
 if TYPE_CHECKING:
     from locft.data.requests import EditSet
+    from locft.data.suites import Suite
 
 MAX_TRIALS = 100_000
 """A study with more trials than this is taken for a mistake: the driver keeps all of them in memory."""
@@ -237,12 +238,26 @@ class Capability(Section):
     """The built-in tasks; null leaves them out."""
     tasks: dict[Name, Text] = {}
     """More tasks: any name, and the benchmark file or hub id."""
+    lm_eval: tuple[Text, ...] = ()
+    """Tasks of lm-evaluation-harness whose answers are given, such as [arc_easy, mmlu] (extra `harness`)."""
+    lm_eval_path: Text | None = None
+    """Folder with more task files of lm-evaluation-harness (YAML)."""
     limit: Count | None = None
     """Use at most this many items per task; null uses all."""
     prose: Text | None = None
     """Plain text file for drift_kl and perplexity; null takes the built-in prose."""
     prose_tokens: Index = 2048
     """Use at most this many tokens of that text; 0 leaves drift_kl and perplexity out."""
+
+    def load(self) -> "Suite | None":
+        """None where nothing is to be measured. Raises InputError with the problems of all tasks and of the prose."""
+        from locft.data.suites import load_suite
+
+        if not (self.suite or self.tasks or self.lm_eval):
+            return None
+        return load_suite(
+            self.suite, self.tasks, self.limit, self.prose, lm_eval=self.lm_eval, lm_eval_path=self.lm_eval_path
+        )
 
 
 class EveryLayer(Section):

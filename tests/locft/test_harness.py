@@ -14,10 +14,14 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from locft.data.harness_tasks import load_tasks
+from locft.data.suites import load_suite
 from locft.errors import InputError
-from locft.harness import load_tasks, measure_tasks, paired_change
+from locft.harness import measure_tasks, paired_change
+from locft.measure.capability import encode_suite, score_suite
 from locft.model.delta import EditDelta, applied
 from locft.model.positions import TuningPosition, parameter_names
+from locft.train.reference import full_forward
 from tests.tiny import SENTENCES, tiny_loaded
 
 CHOICE = """
@@ -175,3 +179,48 @@ def test_changes_are_paired():
     assert change.mean == -0.5 and change.low == -1 and change.high == 0
     general = paired_change(before, after, combine=lambda values: float(np.mean(values)))
     assert general.mean == change.mean and -1 <= general.low < general.high <= 0
+
+
+WHICH = """
+task: which
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{right}}}}"
+doc_to_target: "is it so"
+doc_to_choice: "{{{{[text ~ choices[0], text ~ choices[1]]}}}}"
+metric_list: [{{metric: acc}}]
+"""
+WORD = """
+task: word
+output_type: loglikelihood
+metric_list: [{metric: perplexity}, {metric: acc}]
+"""
+
+
+def test_tasks_are_read_as_items_that_score_as_in_the_harness(loaded, folder):
+    """With shots, in groups, with a text before each choice, and where one answer has to be the likeliest."""
+    data = folder / "items.jsonl"
+    (folder / "which.yaml").write_text(WHICH.format(data=data), encoding="utf-8")
+    (folder / "word.yaml").write_text(WORD + REST.format(data=data), encoding="utf-8")
+    names = ["zero", "two", "which", "word", "both"]
+    suite = load_suite(None, lm_eval=names, lm_eval_path=str(folder))
+    assert {task.name: len(task.items) for task in suite.tasks} == {name: 13 + 13 * (name == "both") for name in names}
+    encoded = encode_suite(loaded.tokenizer, suite, prose_tokens=64)
+    found = score_suite(full_forward(loaded.model), encoded).accuracy
+    expected = by_the_harness(loaded, names[:4], folder)
+    for name in names[:4]:
+        assert found[name] == pytest.approx(expected[name]["acc,none"]), name
+    assert found["both"] == pytest.approx((found["zero"] + found["two"]) / 2)
+    assert 0 < sum(found.values()) < len(names), "neither everything is right nor everything wrong"
+    few = load_suite(None, limit=4, lm_eval=["both"], lm_eval_path=str(folder))
+    assert [item.id for item in few.tasks[0].items] == ["zero#0", "zero#6", "two#0", "two#6"]
+
+
+def test_what_is_no_choice_is_refused_by_a_study(folder):
+    with pytest.raises(InputError) as told:
+        load_suite(None, lm_eval=["said", "zero", "rolling"], lm_eval_path=str(folder))
+    said, rolling = told.value.problems
+    assert "'said': got answers of the kind generate_until, scored by bleu, exact_match" in said
+    assert "`locft evaluate --lm-eval rolling` measures it" in rolling

@@ -1,5 +1,6 @@
 """Benchmarks in their published layouts to items, and what is said about files that are wrong."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -431,3 +432,10 @@ def test_any_bytes_give_an_input_error_or_a_suite(tmp_path, content, name):
         load_suite(None, {"t": write(tmp_path, name, content)})
     except InputError as error:
         assert error.problems
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
+def test_tasks_of_the_harness_without_it_are_told_with_the_other_problems(tmp_path):
+    with pytest.raises(InputError) as told:
+        load_suite(None, lm_eval=["arc_easy"], prose=str(tmp_path / "none.txt"))
+    assert "lm-evaluation-harness is not installed here" in told.value.problems[0] and len(told.value.problems) == 2
