@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from locft.background import background_rows
 from locft.data.edit_request import EditRequest
 from locft.data.requests import EditSet
 from locft.data.suites import Suite
 from locft.edit_trainer import EditTrainer
 from locft.engine.tail import NoTailView
 from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
+from locft.further import ENOUGH, further_trained
 from locft.limits import check_limits
 from locft.measure.capability import (
     PROSE_TOKENS,
@@ -229,6 +231,13 @@ class Workbench:
             metrics |= {"drift_kl": drift.kl, "perplexity": drift.perplexity}
             metrics["capability_seconds"] = time.perf_counter() - started
         return Measurement({name: value for name, value in metrics.items() if math.isfinite(value)}, outcomes)
+
+    def measure_later(self, delta: EditDelta, steps: int, precision: str, seed: int) -> Measurement:
+        """The same after `steps` steps of ordinary fine-tuning of all weights, on prose that drift is not measured on."""
+        spare = self.suite.spare if self.suite else ()
+        rows = spare if len(spare) >= ENOUGH else (*spare, *background_rows(self.loaded))
+        later = further_trained(self.loaded, delta, rows, steps, precision, seed)
+        return replace(self, engine=None).measure(later)  # the layers below the edit have changed as well
 
     def edited(self, delta: EditDelta) -> tuple[SupervisedLogits, SupervisedLogits | None]:
         """The edited model as a function of rows: exact, and coarse where that is faster

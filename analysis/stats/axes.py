@@ -186,6 +186,11 @@ AXES: tuple[Axis, ...] = (
         "an edit whose loss is below is left out of the next epoch, then of two each time; 0 lets none rest",
         at_least=0, short="rest ", only=("pipeline", ("breadth_first", "stream")),
     ),
+    Axis(
+        "further_steps", int, 0, "further steps",
+        "of ordinary fine-tuning of all weights on prose, between the edit and its measurement",
+        at_least=0, short="further ", trained=False, only=("pipeline", ("breadth_first", "depth_first")),
+    ),
     Axis("seed", int, 0, "seed", "of the order of the edits", at_least=0, below=2**32, in_first_ids=True),
     Axis(
         "epochs", int, 25, "epochs",

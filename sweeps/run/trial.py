@@ -131,7 +131,7 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
         metrics, outcomes = diverged_metrics(bench.questions, bench.baseline), ()
         metrics["n_edits"] = float(n_asked(bench.questions))
     else:
-        measured = bench.measure(training.delta)
+        measured = measure(bench, config, training.delta)
         metrics, outcomes = measured.metrics, tuple(asdict(outcome) for outcome in measured.outcomes)
         if config.pipeline == "stream":
             stages.append(stage_metrics(bench, len(bench.rows), measured))
@@ -139,6 +139,13 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
     metrics["bits_per_parameter"] = float(bench.bits.sum()) / position_size(bench.loaded.model, where(config))
     metrics["seconds"] = time.perf_counter() - started
     return TrialResult(config, "done", None, metrics, training.losses, outcomes, tuple(stages))
+
+
+def measure(bench: "Workbench", config: TrialConfig, delta: "EditDelta") -> "Measurement":
+    """What a trial measures of its edit, at once or after the further steps."""
+    if not config.further_steps:
+        return bench.measure(delta)
+    return bench.measure_later(delta, config.further_steps, config.precision, config.seed)
 
 
 def stage_metrics(bench: "Workbench", arrived: int, measured: "Measurement") -> dict[str, float]:

@@ -43,6 +43,8 @@ _SUPERVISED_SHARE = 0.3
 """Share of the tokens read whose logits are computed."""
 _GENERATED_SHARE = 0.3
 """Share of the evaluation's tokens that are read again, through all layers, to generate undecided answers."""
+_FURTHER_TOKENS = 8 * 64
+"""Of a step of ordinary fine-tuning (`locft.further`)."""
 _START_SECONDS = 40.0
 """Once per study: Ray and its workers, the model, the tracking store, the report, and the pick once more."""
 _MEASURING = 1.7
@@ -414,6 +416,7 @@ def trial_seconds(
         taken * trial.epochs * costs.epoch(trial, facts)
         + asked * facts.asked_share(trial) * costs.evaluation.seconds(layers)
         + measured * costs.capability.seconds(layers)
+        + 3 * reading_seconds(trial.further_steps * _FURTHER_TOKENS, facts.parameters, facts.precision, 1)
     )
 
 
@@ -425,8 +428,8 @@ def patience_seconds(trial: TrialConfig, facts: StudyFacts, resources: Resources
 
 
 def layers_passed(trial: TrialConfig, facts: StudyFacts) -> int:
-    """The trained layer and those above it."""
-    return facts.n_layers - trial.layer
+    """The trained layer and those above it; all where all weights are trained further."""
+    return facts.n_layers - (0 if trial.further_steps else trial.layer)
 
 
 def _ends(seconds: Sequence[float], concurrent: int) -> list[float]:

@@ -72,7 +72,12 @@ def _shared_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 
 def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     """What a worker holds as long as it trains: the process, and what is trained."""
-    return _PROCESS_BYTES + _TRAINED_BYTES * facts.trained_parameters.get(trial.position, facts.layer_parameters)
+    everything = _TRAINED_BYTES * facts.parameters if trial.further_steps else 0
+    return (
+        _PROCESS_BYTES
+        + everything
+        + _TRAINED_BYTES * facts.trained_parameters.get(trial.position, facts.layer_parameters)
+    )
 
 
 def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:

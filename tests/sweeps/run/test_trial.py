@@ -1,4 +1,4 @@
-"""A trial of a stream: what is measured on the way."""
+"""A trial: what is measured on the way of a stream, and after further training."""
 
 from dataclasses import replace
 
@@ -6,7 +6,10 @@ import pytest
 
 from locft.data.requests import load_edits
 from locft.data.suites import load_suite
-from locft.model.delta import EditDelta
+from locft.further import ENOUGH, further_trained
+from locft.measure.capability import measure_perplexity, score_suite
+from locft.model.delta import EditDelta, applied
+from locft.train.reference import full_forward
 from locft.workbench import Workbench
 from sweeps.run.trial import STAGE_METRICS, run_trial, train
 from sweeps.study.trial_types import TrialConfig, pack_result, unpack_result
@@ -54,6 +57,20 @@ def test_a_stage_is_what_the_edits_so_far_would_measure(bench, result):
 def test_few_arrivals_are_each_a_stage_and_other_pipelines_have_none(bench):
     assert [s["arrived"] for s in run_trial(bench, replace(STREAM, arrival=5)).stages] == [5, 10, 12]
     assert run_trial(bench, replace(STREAM, pipeline="breadth_first")).stages == ()
+
+
+def test_further_steps_are_measured_on_the_whole_model(bench):
+    """Against the same weights put into the model by hand."""
+    config = replace(STREAM, pipeline="breadth_first", further_steps=3)
+    found = run_trial(bench, config).metrics
+    at_once = run_trial(bench, replace(config, further_steps=0)).metrics
+    assert found["train_loss"] == at_once["train_loss"] and found["drift_kl"] != at_once["drift_kl"]
+    assert not set(bench.suite.spare) & set(bench.suite.prose) and len(bench.suite.spare) >= ENOUGH
+    delta = further_trained(bench.loaded, train(bench, config).delta, bench.suite.spare, 3, "float32", 0)
+    with applied(bench.loaded, delta):
+        logits = full_forward(bench.loaded.model)
+        assert score_suite(logits, bench.suite).capability == found["capability"]
+        assert measure_perplexity(logits, bench.suite) == pytest.approx(found["perplexity"])
 
 
 def test_stages_travel_with_the_result(result):

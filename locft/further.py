@@ -1,0 +1,55 @@
+"""Ordinary fine-tuning of all weights after an edit: what happens to a deployed model next, and to its edits with it.
+
+Legend: B windows of a step, T tokens of each.
+"""
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from locft.errors import InputError
+from locft.model.delta import EditDelta, applied
+from locft.model.models import DTYPES, LoadedModel
+from locft.train.token_rows import TokenRow
+
+WINDOWS, TOKENS = 8, 64
+"""B and T."""
+RATE, CLIP = 5e-5, 1.0
+"""Of AdamW, falling to 0 in a straight line, and of the gradient's norm; with B the defaults of transformers' `Trainer`."""
+ENOUGH = 64
+"""Windows of prose; where there are fewer, texts that the model writes itself join them."""
+
+
+def further_trained(
+    loaded: LoadedModel, delta: EditDelta, rows: Sequence[TokenRow], steps: int, precision: str, seed: int
+) -> EditDelta:
+    """Difference of all weights from the unedited model after the edit and `steps` steps of fine-tuning on text.
+
+    rows: of running text, cut into windows of T tokens, which are drawn anew for each step. precision: of the products;
+    weights and optimiser are float32. The model stays as it is. Raises InputError if no row is that long.
+    """
+    windows = [row.token_ids[at : at + TOKENS] for row in rows for at in range(0, len(row.token_ids), TOKENS)]
+    windows = [window for window in windows if len(window) == TOKENS]
+    if not windows:
+        raise InputError(f"further_steps: no text of {TOKENS} tokens to train on; name a longer capability.prose")
+    with applied(loaded, delta):
+        model = copy.deepcopy(loaded.model).float().requires_grad_()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+    falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=max(1, steps))
+    drawn = random.Random(seed)
+    for _ in range(steps):
+        batch = drawn.sample(windows, min(WINDOWS, len(windows)))
+        ids = torch.tensor(batch, device=loaded.model.device)  # (B, T)
+        with torch.autocast(ids.device.type, DTYPES[precision], enabled=precision != "float32"):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimiser.step()
+        optimiser.zero_grad()
+        falling.step()
+    base = dict(loaded.model.named_parameters())
+    tensors = {name: (value.detach() - base[name].detach().float()).cpu() for name, value in model.named_parameters()}
+    return replace(delta, position="0.layer", tensors=tensors)
