@@ -55,7 +55,7 @@ def run_study(
     def show(state):
         if reporter is not None:
             return nullcontext(reporter)
-        return Progress(prepared.study.name, foresee(prepared, store), done(state.results).to_dict("records"))
+        return Progress(prepared.study.name, foresee(prepared, store), done(state.results)["trial_id"])
 
     return run_sweep(prepared, store, address=address, show=show, register=register)
 

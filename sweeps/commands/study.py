@@ -107,7 +107,7 @@ def sweep(
 
             expected = forecast.on(nodes_there())
             notice(f"to run: {expectation(expected, 'on the cluster')}")
-        return Progress(prepared.study.name, expected, done(state.results).to_dict("records"))
+        return Progress(prepared.study.name, expected, done(state.results)["trial_id"])
 
     with redirect_stdout(sys.stderr):  # Ray prints on standard output
         ran = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
