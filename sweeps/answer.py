@@ -14,7 +14,7 @@ from sweeps.tracking.trial_run import environment
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.page.how_found import HowFound
+    from analysis.page.report import HowFound
     from analysis.stats.comparison import Measured
     from analysis.stats.pareto import ParetoFront
     from analysis.stats.pick import Recommendation

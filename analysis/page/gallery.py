@@ -18,7 +18,6 @@ from plotly.offline import get_plotlyjs
 from analysis.figures import curves, maps
 from analysis.figures.capacity import capacity_figure
 from analysis.figures.front import FrontInfo, front_figure, front_info
-from analysis.page.how_found import HowFound
 from analysis.stats.capacity import Filling, fillings, law_of
 from analysis.stats.comparison import Comparison
 from analysis.stats.pareto import ParetoFront, comparable
@@ -161,9 +160,9 @@ def comparison_plot(found: Comparison) -> Plot | None:
     )  # fmt: skip
 
 
-def probe_plot(results: pd.DataFrame, found: HowFound, pick: str | None) -> Plot | None:
+def probe_plot(results: pd.DataFrame, probe: Sequence[tuple[int, str, float]], pick: str | None) -> Plot | None:
     """What the probe expected against what was measured; None where fewer than two positions were run."""
-    info = maps.probe_info(results, found.probe, pick=pick)
+    info = maps.probe_info(results, probe, pick=pick)
     if len(info.points) < 2:
         return None
     rank = f" Spearman's correlation is {info.rank:.2f}." if math.isfinite(info.rank) else ""

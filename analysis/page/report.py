@@ -7,14 +7,14 @@ report compares two studies and tells how a selection found its position: each a
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 import pandas as pd
 
 from analysis.page import gallery, sentences, tables
-from analysis.page.how_found import HowFound, rung_rows
 from analysis.page.wrong_answers import WrongAnswers, wrong_answers
 from analysis.stats.bootstrap import MeasuredAgain, measured_again
 from analysis.stats.comparison import Comparison, Measured, cautions, compare, moved
@@ -23,12 +23,30 @@ from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, knee, pareto_
 from analysis.stats.pick import Recommendation, ranked, recommend
 from analysis.stats.signatures import remedies
 from analysis.stats.table import TITLES, by_setting, causes, done, failed, has_values
-from analysis.stats.wording import number
+from analysis.stats.wording import number, percent
 
 MAX_MISSES = 40
 """Settings whose wrong answers are listed at most: the pick, the front, then others in the order of the rule."""
 KEPT = 200
 """Settings that are drawn however many there are: those that the rule would use first, and the front."""
+
+
+@dataclass(frozen=True)
+class HowFound:
+    """How a selection found its answer: beside the results, what its report has more than that of any study."""
+
+    how: str
+    """In sentences."""
+    command: str
+    """That makes the edit, from the position file."""
+    facts: tuple[tuple[str, str], ...]
+    """(name, value) of what was asked and what it cost, such as ("Budget", "40 minutes"); they follow those of the study."""
+    probe: tuple[tuple[int, str, float], ...]
+    """(layer, module, disturbance) of every position; a low disturbance is good."""
+    rungs: tuple[tuple[str, str, Sequence[Mapping[str, Any]]], ...]
+    """(name, why, runs) of what was started together: why in a sentence, a run as trial_id, position, learning_rate, seed."""
+    unmeasured: str | None = None
+    """Where no run finished in time: what the probe alone recommends, in sentences."""
 
 
 def render_report(
@@ -39,7 +57,6 @@ def render_report(
     outcomes: pd.DataFrame | None = None,
     other: Measured | None = None,
     found: HowFound | None = None,
-    plotly_js: bool = True,
 ) -> str:
     """The report as HTML.
 
@@ -47,8 +64,7 @@ def render_report(
     trials_done, trials_failed, started, finished (datetime or text), environment, settings_yaml, and for commands that change a
     setting command (words), edit_counts, chosen_axes (`analysis.stats.signatures`). baseline: metrics of the unedited model.
     outcomes: per prompt trial_id, edit_id, kind, prompt, expected, got, correct, of the trials whose wrong answers are to be
-    listed. other: a study to compare with. found: how a selection found its answer. plotly_js: put plotly.js in, packed (1.9
-    MB); without it figures are drawn only if the page is put into one that has `Plotly`.
+    listed. other: a study to compare with. found: how a selection found its answer.
     """
     if found:  # the grid was never to be run in full
         study = {**study, "trials_planned": None}
@@ -87,7 +103,7 @@ def render_report(
         n_trials=len(everything),
         explorer=controls,
         explore_data=gallery.script_json(controls),
-        plotly_js=gallery.packed_plotly() if plotly_js and drawn else None,
+        plotly_js=gallery.packed_plotly() if drawn else None,
     )
 
 
@@ -185,15 +201,31 @@ def _failures(results: pd.DataFrame) -> dict[str, Any]:
 def _found(found: HowFound, results: pd.DataFrame, pick: Recommendation | None) -> dict[str, Any]:
     """What the page says of how a selection found its answer."""
     picked = pick.trial_ids if pick else ()
+    known = {row["trial_id"]: row for row in results.to_dict("records")}
+    rungs = [
+        {"name": name, "why": why, "runs": [_run_row(run, known.get(run["trial_id"], {}), picked) for run in runs]}
+        for name, why, runs in found.rungs
+    ]
     return {
         "how": found.how,
         "unmeasured": found.unmeasured,
         "command": found.command,
-        "plot": gallery.probe_plot(results, found, pick.trial_id if pick else None),
-        "rungs": [
-            {"name": rung.name, "why": rung.why, "runs": rung_rows(rung, results, picked)} for rung in found.rungs
-        ],
+        "plot": gallery.probe_plot(results, found.probe, pick.trial_id if pick else None),
+        "rungs": rungs,
     }
+
+
+def _run_row(run: Mapping[str, Any], row: Mapping[str, Any], picked: Sequence[str]) -> dict[str, Any]:
+    """A run of a selection: its values as text, `kept` for those of the pick, and `fate`. row: of the results, if it finished."""
+    kept = run["trial_id"] in picked
+    fate = "the pick" if kept else ""
+    if row.get("status") != "done":
+        fate = f"failed: {row['error']}" if row else "did not finish"
+    elif row["diverged"] == 1:
+        fate = "diverged"
+    texts = {name: percent(row.get(name, math.nan)) for name in ("reliability", "generalization")}
+    texts |= {"drift": number(row.get("drift_kl", math.nan)), "rate": number(run["learning_rate"])}
+    return {"position": run["position"], "seed": run["seed"], "fate": fate, "kept": kept, **texts}
 
 
 def _compared(found: Comparison) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from analysis.page.how_found import HowFound, RungOfRuns, RungRun
-from analysis.page.report import render_report
+from analysis.page.report import HowFound, render_report
 from analysis.stats.bootstrap import chances
 from analysis.stats.formats import by_format
 from analysis.stats.table import by_setting, done, expected
@@ -19,7 +18,7 @@ from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text, measu
 from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
-from sweeps.select.request import METHOD, Selection
+from sweeps.select.request import METHOD, Selection, SelectionRequest
 from sweeps.tracking.outbox import with_retries
 from sweeps.tracking.registry import register_position
 from sweeps.tracking.store import TrackingError
@@ -198,13 +197,11 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
             ("Method", f"{METHOD}, seed {request.seed}"),
         ),
         probe=tuple((c.layer, c.module, c.disturbance) for c in selection.candidates),
-        rungs=tuple(
-            RungOfRuns(
-                rung.name,
-                rung.why,
-                tuple(RungRun(request.config(run).id, run.position, run.learning_rate, run.seed) for run in rung.runs),
-            )
-            for rung in selection.rungs
-        ),
+        rungs=tuple((rung.name, rung.why, [_run(request, run) for run in rung.runs]) for rung in selection.rungs),
         unmeasured=unmeasured,
     )
+
+
+def _run(request: SelectionRequest, run: Run) -> dict[str, Any]:
+    rate, seed = run.learning_rate, run.seed
+    return {"trial_id": request.config(run).id, "position": run.position, "learning_rate": rate, "seed": seed}

@@ -13,8 +13,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from analysis.page.how_found import HowFound, RungOfRuns, RungRun
-from analysis.page.report import render_report
+from analysis.page.report import HowFound, render_report
 from analysis.page.tables import MAX_ROWS
 from analysis.page.wrong_answers import wrong_answers
 from analysis.stats.comparison import Measured, cautions, compare, moved
@@ -140,7 +139,7 @@ class Page(HTMLParser):
 
 
 def page(results=None, study=STUDY, **options):
-    options = {"baseline": BASELINE, "plotly_js": False} | options
+    options = {"baseline": BASELINE} | options
     return Page(render_report(study, study_results() if results is None else results, **options))
 
 
@@ -396,13 +395,16 @@ def test_a_selection_tells_how_it_found_its_answer():
         failure("d", layer=6),
         row("e", 7, drift_kl=0.3),
     ]
-    runs = [RungRun(name, f"{layer}.mlp_down", 0.004, 0) for layer, name in enumerate("abcdx", 3)]
+    runs = [
+        {"trial_id": name, "position": f"{layer}.mlp_down", "learning_rate": 0.004, "seed": 0}
+        for layer, name in enumerate("abcdx", 3)
+    ]
     found = HowFound(
         how="The probe orders all positions.",
         command="locft edit m --position p.json",
         facts=(("Budget", "40 minutes"),),
         probe=tuple((layer, "mlp_down", 10.0**layer) for layer in range(30)),
-        rungs=(RungOfRuns("The survey", "the first of the probe", tuple(runs)),),
+        rungs=(("The survey", "the first of the probe", runs),),
     )
     got = page(results_frame(rows), found=found)
     assert "Budget40 minutes" in got["What was asked"] and "locft edit m --position p.json" in got["Which position"]
@@ -466,16 +468,16 @@ def test_nothing_a_user_wrote_becomes_markup():
     outcomes = pd.concat(
         [study_outcomes(trial).assign(prompt=EVIL, expected=EVIL, got=EVIL) for trial in ("a" + EVIL, "b")]
     )
-    text = render_report(study, results_frame(rows), baseline=BASELINE, outcomes=outcomes, plotly_js=False)
+    text = render_report(study, results_frame(rows), baseline=BASELINE, outcomes=outcomes)
     # outside of the data scripts no tag of theirs; inside nothing that ends them
     assert "<script>alert" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.S)
-    clean = Page(render_report(STUDY, study_results(), baseline=BASELINE, outcomes=study_outcomes(), plotly_js=False))
+    clean = Page(render_report(STUDY, study_results(), baseline=BASELINE, outcomes=study_outcomes()))
     kinds = {tag for tag, _ in clean.tags}
     assert {tag for tag, _ in Page(text).tags} <= kinds
     assert not any(name.startswith("on") for _, attributes in Page(text).tags for name in attributes)
     scripts = re.findall(r"<script[^>]*>", text)
     plots = text.count('<script type="application/json"')
-    assert len(scripts) == plots + 2
+    assert len(scripts) == plots + 3, "with the packed plotly.js and the page's own"
     assert text.count("</script>") == len(scripts)
     for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, flags=re.S):
         assert not re.search("<[/!sS]", data)
