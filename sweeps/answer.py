@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.page.report import HowFound
-    from analysis.stats.comparison import Measured
+    from analysis.stats.comparison import Comparison, Measured
     from analysis.stats.pareto import ParetoFront
     from analysis.stats.pick import Recommendation
     from analysis.stats.signatures import Remedy
@@ -100,6 +100,8 @@ class StudyAnswer:
     recommendation: "Recommendation | None"
     report_html: str = field(repr=False)
     remedies: "tuple[Remedy, ...]" = ()
+    comparison: "Comparison | None" = None
+    """With another study, if one was named."""
 
 
 def answer_of(
@@ -108,6 +110,7 @@ def answer_of(
     """Front, pick and report of the trials finished so far. other: a study to compare with in the report. found: how a
     selection found its answer."""
     from analysis.page.report import MAX_MISSES, render_report
+    from analysis.stats.comparison import compare
     from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
     from analysis.stats.pick import recommend
     from analysis.stats.signatures import remedies
@@ -121,8 +124,11 @@ def answer_of(
     shown = [*(pick.trial_ids if pick else ()), *(trial for ids in on_front for trial in ids)]
     wanted = finished if len(finished) <= MOST_READ else shown
     outcomes = _outcomes(state.results, wanted, tracker)
-    html = render_report(own.study, own.results, baseline=own.baseline, outcomes=outcomes, other=other, found=found)
-    return StudyAnswer(front, pick, html, remedies(own, pick))
+    compared = compare(own, other) if other else None
+    html = render_report(
+        own.study, own.results, baseline=own.baseline, outcomes=outcomes, compared=compared, found=found
+    )
+    return StudyAnswer(front, pick, html, remedies(own, pick), compared)
 
 
 def remedies_so_far(state: StudyState, tracker: Tracker | None) -> "tuple[Remedy, ...]":

@@ -17,7 +17,7 @@ import pandas as pd
 from analysis.page import gallery, sentences, tables
 from analysis.page.wrong_answers import WrongAnswers, wrong_answers
 from analysis.stats.bootstrap import MeasuredAgain, measured_again
-from analysis.stats.comparison import Comparison, Measured, cautions, compare, moved
+from analysis.stats.comparison import Comparison, Measured, cautions, moved
 from analysis.stats.importance import importance_sentences, what_matters
 from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, knee, pareto_front
 from analysis.stats.pick import Recommendation, ranked, recommend
@@ -55,7 +55,7 @@ def render_report(
     *,
     baseline: Mapping[str, float],
     outcomes: pd.DataFrame | None = None,
-    other: Measured | None = None,
+    compared: Comparison | None = None,
     found: HowFound | None = None,
 ) -> str:
     """The report as HTML.
@@ -64,7 +64,7 @@ def render_report(
     trials_done, trials_failed, started, finished (datetime or text), environment, settings_yaml, and for commands that change a
     setting command (words), edit_counts, chosen_axes (`analysis.stats.signatures`). baseline: metrics of the unedited model.
     outcomes: per prompt trial_id, edit_id, kind, prompt, expected, got, correct, of the trials whose wrong answers are to be
-    listed. other: a study to compare with. found: how a selection found its answer.
+    listed. compared: with another study. found: how a selection found its answer.
     """
     if found:  # the grid was never to be run in full
         study = {**study, "trials_planned": None}
@@ -76,7 +76,6 @@ def render_report(
     listed = [*([pick_id] if pick_id else []), *front.trial_ids, *order]
     misses = wrong_answers(outcomes, settings, listed, MAX_MISSES)
     wrong = {item.trial_id: (place, item) for place, item in enumerate(misses, 1)}
-    compared = compare(about, other) if other else None
     everything = _everything(results, settings, again.chances, compared)
     weighed = what_matters(results)
     extra: dict[str, Any] = {

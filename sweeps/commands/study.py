@@ -180,7 +180,6 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
-    from analysis.stats.comparison import compare as compared_with
     from sweeps.answer import answer_of, measured
 
     for name, given in (("--compare-set", compare_set), ("--compare-uri", compare_uri)):
@@ -199,8 +198,7 @@ def report(
     other = None if second is None else measured(*_recorded(second, compare, second_uri))
     answer = answer_of(state, tracker, other)
     write(report_file, answer.report_html)
-    comparison = compared_with(measured(state, tracker), other) if other else None
-    print_answer(state, answer, report_file, tracker.uri, as_json, comparison=comparison)
+    print_answer(state, answer, report_file, tracker.uri, as_json)
 
 
 @dataclass(frozen=True)

@@ -74,17 +74,15 @@ def print_answer(
     *,
     ending: "Ending | None" = None,
     registered: str | None = None,
-    comparison: "Comparison | None" = None,
 ) -> None:
     """Print a study's front and pick, and how to repeat or apply the pick.
 
-    ending: how the sweep ended that led here. registered: address of the pick's edit in the model registry. comparison:
-    with another study.
+    ending: how the sweep ended that led here. registered: address of the pick's edit in the model registry.
     """
     from analysis.stats.table import causes
     from sweeps.tracking.pages import SHOWN_METRICS
 
-    pick = answer.recommendation
+    pick, comparison = answer.recommendation, answer.comparison
     counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
     by_id = {row["trial_id"]: row for row in state.results.to_dict("records")}
     front = [by_id[trial_id] for trial_id in answer.front.trial_ids]

@@ -138,6 +138,11 @@ class Page(HTMLParser):
         return " ".join(self.sections[heading].split())
 
 
+def compared_with(other, results):
+    """The options of `render_report` for a comparison of the study, with these results, with another one."""
+    return {"compared": compare(Measured(STUDY, results, BASELINE), other)}
+
+
 def page(results=None, study=STUDY, **options):
     options = {"baseline": BASELINE} | options
     return Page(render_report(study, study_results() if results is None else results, **options))
@@ -425,7 +430,10 @@ def test_a_selection_tells_how_it_found_its_answer():
 def test_a_comparison_has_both_studies_in_one_report():
     here = [row(f"a{layer}", layer, 0.9 + layer / 100, drift_kl=0.01 + layer / 100) for layer in range(6)]
     there = [row(f"a{layer}", layer, 0.9 + layer / 100, drift_kl=0.01 + (5 - layer) / 100) for layer in range(7)]
-    got = page(results_frame(here), other=Measured(STUDY | {"name": "later"}, results_frame(there), BASELINE))
+    got = page(
+        results_frame(here),
+        **compared_with(Measured(STUDY | {"name": "later"}, results_frame(there), BASELINE), results_frame(here)),
+    )
     told = got["Compared with later"]
     for part in (
         "The pick moved: 1.mlp_down here, 6.mlp_down there.", "6.mlp_down has no result in layer-sweep.",
@@ -438,7 +446,7 @@ def test_a_comparison_has_both_studies_in_one_report():
     apart = Measured(
         STUDY | {"name": "other", "n_items": 10}, results_frame([row("a", 40, layers=60, module="mlp")]), {}
     )
-    told = page(results_frame(here), other=apart)["Compared with other"]
+    told = page(results_frame(here), **compared_with(apart, results_frame(here)))["Compared with other"]
     assert "Capability was measured on different items" in told and "share no position" in told
 
 
@@ -531,13 +539,13 @@ def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monk
 
     results, then = many(0), many(1)
     assert len(results) > 9900
-    other = Measured(STUDY | {"started": "2026-05-01 10:00"}, then, BASELINE)
-    text = render_report(STUDY, results, baseline=BASELINE, other=other)
+    other = Measured(STUDY, then, BASELINE)
+    text = render_report(STUDY, results, baseline=BASELINE, **compared_with(other, results))
     assert len(text.encode()) < 6_000_000
     got = Page(re.sub(r"<script>.*?</script>", "", text, flags=re.S))
     table, figures = got["All trials"], got["Figures"]
     assert "The first 438 of 19,862 and all 62 that failed or diverged" in table and "failed29-0" in table
-    assert "8,900 more settings are not drawn" in figures and "Compared with layer-sweep (2026-05-01)" in got.sections
+    assert "8,900 more settings are not drawn" in figures and "Compared with layer-sweep (other run)" in got.sections
     front = json.loads(re.search(r'data-for="plot-front">(.*?)</script>', text, flags=re.S)[1])
     drawn = {trial for trace in front["data"] for trial in trace.get("customdata", ())}
     known = json.loads(re.search(r'id="explore-data">(.*?)</script>', text, flags=re.S)[1])
@@ -765,9 +773,9 @@ def test_two_dates_of_a_study_side_by_side(opened, width):
         reliability=results["reliability"] - 0.02,
         drift_kl=results["drift_kl"] * (1 + results["layer"].astype("float64")),
     )
-    tab = opened(width, other=Measured(STUDY | {"started": "2026-05-01 10:00"}, later, BASELINE))
+    tab = opened(width, **compared_with(Measured(STUDY | {"started": "2026-05-01 10:00"}, later, BASELINE), results))
     assert_it_fits(tab, width)
-    assert tab.get_by_role("heading", name="Compared with layer-sweep (2026-05-01)").is_visible()
+    assert tab.get_by_role("heading", name="Compared with layer-sweep (other run)").is_visible()
     section = tab.locator("section", has=tab.locator("#compared"))
     assert "The pick" in section.inner_text() and "2026-05-01" in section.locator("table").first.inner_text()
     marks = "document.getElementById('plot-compared-fronts').data.flatMap(t => t.customdata ? t.y : []).filter(y => y !== null).length"
