@@ -19,7 +19,7 @@ from analysis.page.wrong_answers import WrongAnswers, wrong_answers
 from analysis.stats.bootstrap import MeasuredAgain, measured_again
 from analysis.stats.comparison import Comparison, Measured, cautions, moved
 from analysis.stats.importance import importance_sentences, what_matters
-from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, knee, pareto_front
+from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, pareto_front
 from analysis.stats.pick import Recommendation, ranked, recommend
 from analysis.stats.signatures import remedies
 from analysis.stats.table import TITLES, by_setting, causes, done, failed, has_values
@@ -157,7 +157,6 @@ def _front(
         "front": [tables.front_row(by_id.loc[id], varied, again.chances[id], wrong.get(id)) for id in front.trial_ids],
         "frontier": front,
         "front_names": [TITLES.get(name, name) for name in front.objectives],
-        "knee": knee(front) if len(set(front.points)) > 1 else None,
         "again": again,
         "reference": ", ".join(number(x) for x in front.reference),
     }

@@ -193,7 +193,7 @@ def test_how_sure_says_intervals_choice_runner_up_and_seeds():
         "One seed only",
     ):  # fmt: skip
         assert part in sure, part
-    assert "640 items): zero is inside, so no change is shown" in page()["At what cost"]
+    assert "which chance explains (same items before and after)" in page()["At what cost"]
 
 
 def test_several_seeds_are_one_setting_on_front_and_in_the_pick():
@@ -273,7 +273,7 @@ def test_what_it_costs_by_task_and_on_plain_text():
     baseline = BASELINE | {"capability.world": 0.6, "capability.grammar": 0.65, "perplexity": 30.0}
     cost = page(results, baseline=baseline)["At what cost"]
     for part in (
-        "−1.0 points [−1.8, −0.3] (95% interval, same items before and after, 640 items): zero is outside.",
+        "−1.0 points [−1.8, −0.3], more than chance explains (same items before and after).",
         "The unedited model scores 62.0%.",
         "grammar 65.0% → 70.0%",
         "world 60.0% → 50.0%",
