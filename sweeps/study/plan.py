@@ -6,14 +6,14 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from analysis.stats.axes import AXES, AXIS, SWEPT
 from locft.errors import InputError
 from sweeps.study.schema import MAX_TRIALS, EveryLayer, LogUniform, Study, nearest
-from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, TrialInputs
+from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, every_asked_place
 
 if TYPE_CHECKING:
     from locft.data.requests import EditSet
@@ -59,24 +59,23 @@ class PreparedStudy:
         return study_id(self.study, self.facts)
 
     @property
-    def inputs(self) -> TrialInputs:
-        """What every worker gets."""
-        study = self.study
-        return TrialInputs(
-            study.model,
-            self.facts.model_fingerprint,
-            study.dtype,
-            study.trial_device,
-            self.edits,
-            self.suite,
-            study.capability.prose_tokens,
-            study.resources.cpus,
-            selected_layers(study, self.facts.n_layers),
-            spread=study.resources.gpus > 1,
-            ask_formats=study.ask_formats,
-            edit_counts=study.space.edit_count,
-            most_asked=study.edits.asked,
-        )
+    def inputs(self) -> "PreparedStudy":
+        """What every worker gets: all but the trials."""
+        return replace(self, plan=Plan((), 0, ()))
+
+    @property
+    def workbench_key(self) -> tuple:
+        """Equal for studies that the same workbench can serve."""
+        study, suite = self.study, self.suite
+        asked = (study.ask_formats, study.space.edit_count, study.edits.asked)
+        items = (suite.fingerprint, study.capability.prose_tokens) if suite else None
+        model = (study.model, self.facts.model_fingerprint, study.dtype, study.trial_device, study.resources)
+        return (model, self.edits.fingerprint, items, asked)
+
+    @property
+    def every_asked_place(self) -> tuple[int, ...] | None:
+        """Of the edits that any trial asks about; None for all."""
+        return every_asked_place(self.study.space.edit_count, len(self.edits.requests), self.study.edits.asked)
 
     @property
     def n_items(self) -> int:
