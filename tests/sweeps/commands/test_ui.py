@@ -145,9 +145,12 @@ def test_a_store_that_is_a_server_is_only_announced():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_server_and_its_children(study, number):
-    script = (
-        f"from sweeps.commands import ui; ui.serve({study[0]!r}, announce=lambda address: print(address, flush=True))"
-    )
+    script = f"""
+import signal
+from sweeps.commands import ui
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does
+ui.serve({study[0]!r}, announce=lambda address: print(address, flush=True))
+"""
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[3]
     ) as process:
