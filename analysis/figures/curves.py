@@ -1,5 +1,5 @@
-"""Plots of how settings came to their results: loss curves, what a stream retains, breadth-first against depth-first, and
-parallel coordinates.
+"""Plots of how settings came to their results: loss curves, what a stream retains, how many edits fit, breadth-first
+against depth-first, and parallel coordinates.
 
 In two steps like all figures: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's
 id as `customdata`, by which the page filters them.
@@ -16,8 +16,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from analysis.figures.style import ACCENT, BLUE, styled_figure, thinned
+from analysis.figures.style import ACCENT, BLUE, INK, MUTED, styled_figure, thinned
 from analysis.stats.axes import AXIS, STAGES, SWEPT
+from analysis.stats.capacity import LEVEL, Filling, Law
 from analysis.stats.pareto import comparable
 from analysis.stats.table import (
     FRACTIONS,
@@ -181,6 +182,42 @@ def latency_figure(curves: Sequence[RetentionCurve]) -> go.Figure:
         marker={"color": BLUE, "size": 9}, customdata=[curve.trial_id for curve in timed],
         hovertemplate="%{y}: %{x:.3g} s<extra></extra>",
     )  # fmt: skip
+    return figure
+
+
+def capacity_figure(found: Sequence[Filling], law: Law | None) -> go.Figure:
+    """Reliability against bits per trained parameter: a line per position and setting with 95% intervals, a mark where it
+    breaks, and a band for the law of these marks."""
+    figure = styled_figure(
+        height=440,
+        xaxis={"title": {"text": "bits per trained parameter"}, "type": "log", "dtick": "D2"},
+        yaxis={"title": {"text": "reliability"}, "tickformat": ".0%", "range": [0, 1.04]},
+        hovermode="closest",
+    )
+    figure.add_hline(y=LEVEL, line={"color": MUTED, "width": 1, "dash": "dot"})
+    if law and math.isfinite(law.spread):
+        figure.add_vrect(
+            x0=law.bits / law.spread, x1=law.bits * law.spread, fillcolor=MUTED, opacity=0.18, line_width=0
+        )
+    for filling in found:
+        label = escaped(filling.label)
+        figure.add_scatter(
+            x=filling.bits, y=filling.reliability, mode="lines+markers", name=label, customdata=filling.trial_ids,
+            text=[f"{label}, {edits:,} edits" for edits in filling.edits],
+            error_y={
+                "type": "data", "symmetric": False, "thickness": 1, "width": 3,
+                "array": [high - value for high, value in zip(filling.high, filling.reliability, strict=True)],
+                "arrayminus": [value - low for low, value in zip(filling.low, filling.reliability, strict=True)],
+            },
+            hovertemplate="%{text}<br>%{x:.3g} bits per parameter: %{y:.1%}<extra></extra>",
+        )  # fmt: skip
+    broken = [filling for filling in found if not math.isnan(filling.breaks_at)]
+    if broken:
+        figure.add_scatter(
+            x=[filling.breaks_at for filling in broken], y=[LEVEL] * len(broken), mode="markers", name="breaks",
+            marker={"symbol": "x", "size": 9, "color": ACCENT, "line": {"width": 1, "color": INK}},
+            text=[escaped(filling.sentence()) for filling in broken], hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
     return figure
 
 

@@ -16,7 +16,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from analysis.figures import curves, maps
-from analysis.figures.capacity import capacity_figure
 from analysis.figures.front import FrontInfo, front_figure, front_info
 from analysis.stats.capacity import Filling, fillings, law_of
 from analysis.stats.comparison import Comparison
@@ -123,7 +122,7 @@ def _capacity_plot(filled: Sequence[Filling]) -> Plot:
     law = law_of(filled)
     said = [*(one.sentence() for one in filled), *([f"{law.sentence()}: the band"] if law else [])]
     return page_plot(
-        "capacity", "How many edits fit", capacity_figure(filled),
+        "capacity", "How many edits fit", curves.capacity_figure(filled, law),
         "Bits are what the edits' targets tell the unedited model. A cross marks where reliability falls under 95%. "
         + ". ".join(said) + ".",
         "Reliability by bits per trained parameter, a line per position and setting.",
@@ -162,15 +161,15 @@ def comparison_plot(found: Comparison) -> Plot | None:
 
 def probe_plot(results: pd.DataFrame, probe: Sequence[tuple[int, str, float]], pick: str | None) -> Plot | None:
     """What the probe expected against what was measured; None where fewer than two positions were run."""
-    info = maps.probe_info(results, probe, pick=pick)
-    if len(info.points) < 2:
+    figure, run, rank = maps.probe_figure(results, probe, pick)
+    if run < 2:
         return None
-    rank = f" Spearman's correlation is {info.rank:.2f}." if math.isfinite(info.rank) else ""
+    said = f" Spearman's correlation is {rank:.2f}." if math.isfinite(rank) else ""
     return page_plot(
-        "probe", "The probe's order against the drift measured", maps.probe_figure(info),
-        f"Each mark is a position that was run, {len(info.points)} of {info.positions:,} that were probed. The further left,"
-        f" the less the probe expects learning to disturb there; the lower, the less it did. The ring is the pick.{rank}",
-        f"Scatter of disturbance and drift of {plural(len(info.points), 'position')}; the tables below hold the runs.",
+        "probe", "The probe's order against the drift measured", figure,
+        f"Each mark is a position that was run, {run} of {len(probe):,} that were probed. The further left,"
+        f" the less the probe expects learning to disturb there; the lower, the less it did. The ring is the pick.{said}",
+        f"Scatter of disturbance and drift of {plural(run, 'position')}; the tables below hold the runs.",
     )  # fmt: skip
 
 

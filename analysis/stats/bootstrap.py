@@ -95,9 +95,3 @@ def measured_again(settings: pd.DataFrame, front: ParetoFront | None = None, *, 
         by_edit=bool(by_edit.all()),
         draws=draws,
     )
-
-
-def chances(settings: pd.DataFrame, *, seed: int = 0) -> dict[str, float]:
-    """trial_id of each setting that can be picked -> how often the rule picks it when everything is measured again.
-    settings: `by_setting(results)`."""
-    return measured_again(settings, seed=seed).picks

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from analysis.page.report import HowFound, render_report
-from analysis.stats.bootstrap import chances
+from analysis.stats.bootstrap import measured_again
 from analysis.stats.formats import by_format
 from analysis.stats.table import by_setting, done, expected
 from analysis.stats.wording import percent, plural, seconds
@@ -94,7 +94,7 @@ def _position(selection: Selection) -> dict[str, Any] | None:
             return None
         best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
         return _content(selection, Run(best.layer, best.module, start_rate(best, request.steps)))
-    chance = chances(by_setting(selection.results), seed=request.seed)
+    chance = measured_again(by_setting(selection.results), seed=request.seed).picks
     runs = [Run(row["layer"], row["module"], row["learning_rate"], row["seed"]) for row in ranking]
     second = None
     if len(runs) > 1:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.stats.bootstrap import chances, measured_again
+from analysis.stats.bootstrap import measured_again
 from analysis.stats.pareto import pareto_front
 from analysis.stats.pick import ranked
 from analysis.stats.table import by_setting, expected, results_frame
@@ -12,6 +12,10 @@ from tests.analysis.stats.test_pick import answers, row
 
 def settings_of(*rows):
     return by_setting(results_frame([row(chr(97 + i), i, **values) for i, values in enumerate(rows)]))
+
+
+def chances(settings):
+    return measured_again(settings).picks
 
 
 def test_chances_add_up_and_say_how_sure_it_is():
