@@ -6,7 +6,7 @@ import pytest
 
 from sweeps.commands.progress import Progress
 from sweeps.select.policy import Run, Rung
-from sweeps.study.estimate import Forecast, rough_costs
+from sweeps.study.estimate import Costs, Forecast
 from sweeps.study.plan import PreparedStudy, make_plan
 from tests.mlflow_store import config, failure, result
 from tests.sweeps.study.test_plan import FACTS, make_study
@@ -16,7 +16,7 @@ SETTING = "breadth-first, batch 10, rate 0.004, loss by edit, seed 0"
 
 def progress(planned=4, earlier=(), **budget):
     study = make_study(name="layers", search={"method": "optuna", "trials": planned}, budget=budget)
-    plan, costs = make_plan(study, FACTS), rough_costs(FACTS)
+    plan, costs = make_plan(study, FACTS), Costs()
     prepared = PreparedStudy(study, FACTS, plan, None, None)
     return Progress("layers", Forecast(prepared, costs), [config(layer).id for layer in earlier])
 
