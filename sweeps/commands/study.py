@@ -221,13 +221,8 @@ class SelectionOptions:
 
     def request(self) -> "SelectionRequest":
         """The selection, checked and resolved. Raises InputError with everything that is wrong with it."""
-        from sweeps.select.request import DEFAULT_SHARE, SelectionBudget, selection_request
+        from sweeps.select.request import selection_request
 
-        if self.budget_share is not None and self.budget_minutes is not None:
-            raise InputError("--budget-share, --budget-minutes: got both, expected one of them")
-        share = self.budget_share
-        if share is None and self.budget_minutes is None:
-            share = DEFAULT_SHARE
         edits = edits_of(self.edits, self.limit, self.field_map)
         mapped = [f"edits.map={json.dumps(edits.map)}"] if edits.map else []
         request = selection_request(
@@ -235,7 +230,8 @@ class SelectionOptions:
             edits.source,
             [*mapped, *(self.overrides or ())],
             limit=self.limit,
-            budget=SelectionBudget(share, self.budget_minutes),
+            share=self.budget_share,
+            minutes=self.budget_minutes,
             seed=self.seed,
             prior=self.prior,
         )

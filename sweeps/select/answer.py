@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -148,7 +148,7 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "how": {
             "method": METHOD,
             "seed": request.seed,
-            "budget": {key: value for key, value in asdict(request.budget).items() if value is not None},
+            "budget": {"minutes": request.minutes} if request.share is None else {"share": request.share},
             "runs": selection.done,
             "worker_seconds": round(selection.spent_seconds, 1),
             "grid_share": selection.spent_seconds / selection.grid_seconds,
@@ -167,7 +167,7 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     mapped = "".join(f" --map {shlex.quote(f'{name}=' + ','.join(keys))}" for name, keys in study.edits.map.items())
     edits = f"--edits {shlex.quote(study.edits.source)}{limit}{mapped}"
     positions = plural(len(selection.candidates), "position")
-    share, minutes = request.budget.share, request.budget.minutes
+    share, minutes = request.share, request.minutes
     budget = f"{minutes:g} minutes" if share is None else f"{percent(share)} of the grid's cost"
     ended = " (it ended the selection)" if selection.ending == "out_of_time" else ""
     grid = seconds(selection.grid_seconds / selection.concurrent)

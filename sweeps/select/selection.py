@@ -90,10 +90,10 @@ def _select(
 ) -> Selection:
     tracker, concurrent = session.open_run(), session.room.trials()
     candidates, baseline = _prepared(request, tracker, reporter.note)
-    minutes = request.budget.minutes
+    minutes = request.minutes
     deadline = math.inf if minutes is None else began + 60 * minutes - FINISHING_SECONDS
     grid = sum(trial_seconds(trial, request.facts) for trial in request.plan.trials)
-    share, left = request.budget.share, deadline - time.monotonic()
+    share, left = request.share, deadline - time.monotonic()
     task = SelectionTask(
         candidates,
         request.facts.n_layers,

@@ -7,7 +7,7 @@ import mlflow
 import pytest
 
 from sweeps.select.policy import Run
-from sweeps.select.request import SelectionBudget, selection_request
+from sweeps.select.request import selection_request
 from sweeps.tracking.store import TrackingError
 
 SMALL = ("--set", "capability.limit=5", "--set", "capability.prose_tokens=64", "--set", "epochs=6")
@@ -187,7 +187,7 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
 
 
 def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):
-    request = selection_request(str(tiny_folder), "atlas", limit=12, budget=SelectionBudget(0.1))
+    request = selection_request(str(tiny_folder), "atlas", limit=12)
     run = Run(1, "mlp_down", 0.02, 1)
     trial = request.config(run)
     assert request.run(trial) == run and trial.position == "1.mlp_down" and trial.learning_rate == 0.02
