@@ -39,8 +39,6 @@ from analysis.stats.wording import (
 
 MAX_ROWS = 500
 """Trials listed at most, which keeps the file under 6 MB; the page says what is left out."""
-MIN_BROKEN = 100
-"""Rows kept for failed and diverged trials, however many others there are."""
 MAX_SHARED = 300
 """Shared positions of two studies listed at most."""
 
@@ -109,29 +107,16 @@ def trial_table(results: pd.DataFrame, picked: Collection[str]) -> TrialTable:
         and results[column.name].notna().any()
         and (column.name not in _VARIED or results[column.name].nunique(dropna=False) > 1)
     )
-    broken = (results["status"] == "failed") | (results["diverged"] == 1)
-    n_broken = min(int(broken.sum()), max(MIN_BROKEN, MAX_ROWS - int((~broken).sum())))
     order = results.sort_values(["reliability", "capability"], ascending=False, na_position="last", kind="stable")
-    lost = broken.loc[order.index]
-    listed = order[(lost & (lost.cumsum() <= n_broken)) | (~lost & ((~lost).cumsum() <= MAX_ROWS - n_broken))]
     named = named_axes(results.to_dict("records"))
     common = {name: results[name].iloc[0] for name in named if results[name].nunique(dropna=False) == 1}
+    left_out = f"The first {MAX_ROWS} of {len(results):,}; the results table of the study has all."
     return TrialTable(
         columns=columns,
         common=", ".join(axis_text(name, value) for name, value in common.items() if not pd.isna(value)),
-        left_out=_left_out(len(results), len(listed), n_broken, int(broken.sum())),
-        rows=tuple(_trial_row(row, columns, picked) for row in listed.to_dict("records")),
+        left_out=left_out if len(results) > MAX_ROWS else "",
+        rows=tuple(_trial_row(row, columns, picked) for row in order.head(MAX_ROWS).to_dict("records")),
     )
-
-
-def _left_out(total: int, listed: int, broken: int, all_broken: int) -> str:
-    if listed == total:
-        return ""
-    first = f"The first {listed - broken:,} of {total:,}"
-    if all_broken:
-        share = "all" if broken == all_broken else f"{broken:,} of the"
-        first += f" and {share} {all_broken:,} that failed or diverged"
-    return f"{first}; the results table of the study has all."
 
 
 def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Collection[str]) -> dict[str, Any]:
