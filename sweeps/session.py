@@ -57,9 +57,6 @@ class Driver:
     def this_process(cls) -> "Driver":
         return cls(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def __str__(self) -> str:
-        return f"process {self.process} on {self.host}, since {datetime.fromisoformat(self.began).astimezone():%Y-%m-%d %H:%M}"
-
 
 def driver_of(tracker: Tracker | None) -> Driver | None:
     """Who runs a study, as its run says; None when nobody does. tracker: None when nothing of the study is recorded yet.
@@ -89,23 +86,20 @@ def study_lock(folder: Path, name: str) -> Iterator[None]:
     folder: `sweeps.tracking.outbox.study_folder`. name: of the study. Raises InputError when another process holds the lock,
     or when the folder cannot be written.
     """
-    owner = folder / "driver.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / "driver.lock", timeout=0)
         lock.acquire()
     except filelock.Timeout:
-        by = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise InputError(
-            f"study {name!r} is already being run by {by}: wait for it, or stop it (Ctrl-C there keeps what is finished)"
+            f"study {name!r} is already being run by another process (`locft status` names it): wait for it, or stop it"
+            " (Ctrl-C there keeps what is finished)"
         ) from None
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror or error}); set XDG_STATE_HOME") from None
     try:
-        owner.write_text(str(Driver.this_process()), encoding="utf-8")
         yield
     finally:
-        owner.unlink(missing_ok=True)
         lock.release()
 
 
