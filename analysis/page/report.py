@@ -90,7 +90,7 @@ def render_report(
     return _PAGES.get_template("report.html").render(
         **_asked(about, found),
         **_answer(about, pick, settings, again, found),
-        **_front(settings, front, again, wrong),
+        **_front(settings, front, again, pick, wrong),
         **_failures(results),
         **extra,
         plots=plots,
@@ -148,13 +148,17 @@ def _answer(
 
 
 def _front(
-    settings: pd.DataFrame, front: ParetoFront, again: MeasuredAgain, wrong: Mapping[str, tuple[int, WrongAnswers]]
+    settings: pd.DataFrame,
+    front: ParetoFront,
+    again: MeasuredAgain,
+    pick: Recommendation | None,
+    wrong: Mapping[str, tuple[int, WrongAnswers]],
 ) -> dict[str, Any]:
-    """The table of the front, and what stands above it. wrong: by trial_id the number of a list of wrong answers, and the
-    list."""
-    by_id, varied = settings.set_index("trial_id", drop=False), tables.varied_axes(settings)
+    """The table of the front, and what stands above it. wrong: as for `tables.trial_table`."""
+    rows = settings[settings["trial_id"].isin(front.trial_ids)]
+    rows = rows.assign(on_front=rows["trial_id"].map(again.chances))
     return {
-        "front": [tables.front_row(by_id.loc[id], varied, again.chances[id], wrong.get(id)) for id in front.trial_ids],
+        "front": tables.trial_table(rows, pick.trial_ids if pick else (), wrong),
         "frontier": front,
         "front_names": [TITLES.get(name, name) for name in front.objectives],
         "again": again,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -19,8 +20,6 @@ from analysis.stats.table import (
     TITLES,
     axis_text,
     interval,
-    seed_range,
-    setting_text,
     value_text,
 )
 from analysis.stats.wording import (
@@ -32,7 +31,6 @@ from analysis.stats.wording import (
     points,
     points_interval,
     seconds,
-    seed_span,
     share_interval,
     whole_percent,
 )
@@ -84,7 +82,7 @@ class TrialTable:
     left_out: str
     """Which trials are listed, in a sentence; empty when all are."""
     rows: tuple[dict[str, Any], ...]
-    """trial_id, status, pick, cells: (key, text, interval) per column."""
+    """trial_id, status, pick, wrong, cells: (key, text, interval) per column."""
 
     @property
     def heads(self) -> list[str | tuple[str, str]]:
@@ -97,9 +95,14 @@ class TrialTable:
         return frozenset(row["trial_id"] for row in self.rows)
 
 
-def trial_table(results: pd.DataFrame, picked: Collection[str]) -> TrialTable:
-    """The most reliable first, failed ones last. results: with `on_front`, the chance to be on the front, and for several
-    studies `study`."""
+def trial_table(
+    results: pd.DataFrame, picked: Collection[str], wrong: Mapping[str, tuple[int, WrongAnswers]] = MappingProxyType({})
+) -> TrialTable:
+    """Trials or settings, the most reliable first, failed ones last.
+
+    results: with `on_front`, the chance to be on the front, and for several studies `study`. wrong: by trial_id the number of
+    a list of wrong answers, and the list, for a link.
+    """
     columns = tuple(
         column
         for column in _COLUMNS
@@ -115,7 +118,10 @@ def trial_table(results: pd.DataFrame, picked: Collection[str]) -> TrialTable:
         columns=columns,
         common=", ".join(axis_text(name, value) for name, value in common.items() if not pd.isna(value)),
         left_out=left_out if len(results) > MAX_ROWS else "",
-        rows=tuple(_trial_row(row, columns, picked) for row in order.head(MAX_ROWS).to_dict("records")),
+        rows=tuple(
+            {**_trial_row(row, columns, picked), "wrong": wrong.get(row["trial_id"])}
+            for row in order.head(MAX_ROWS).to_dict("records")
+        ),
     )
 
 
@@ -137,34 +143,6 @@ def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Co
         cells.append((key, ABSENT if absent else column.write(value), brackets))
     status = "diverged" if row["diverged"] == 1 else row["status"]
     return {"trial_id": row["trial_id"], "status": status, "cells": cells, "pick": row["trial_id"] in picked}
-
-
-def varied_axes(results: pd.DataFrame) -> tuple[str, ...]:
-    """Those that have several values in these trials, besides position and seed: the others are said once."""
-    names = (axis.name for axis in SWEPT if axis.name not in ("layer", "module", "seed"))
-    return tuple(name for name in names if results[name].nunique(dropna=False) > 1)
-
-
-def front_row(
-    row: Mapping[str, Any], varied: Sequence[str], chance: float, wrong: tuple[int, WrongAnswers] | None
-) -> dict[str, Any]:
-    """A setting in the table of the front. wrong: the number of the list of its wrong answers, and that list."""
-    seeds = f"{row['n_seeds']} seeds" if row["n_seeds"] > 1 else ""
-    return {
-        "trial_id": row["trial_id"],
-        "position": place_of(row),
-        "settings": ", ".join(filter(None, (setting_text(row, varied), seeds))),
-        "shares": [(percent(row[name]), share_interval(*interval(row, name))) for name in FRACTIONS],
-        "capability": percent(row["capability"]),
-        "change": points(row["capability_change"]),
-        "interval": points_interval(*interval(row, "capability_change")),
-        "drift": number(row["drift_kl"]),
-        "drift_span": seed_span(*seed_range(row)),
-        "seconds": seconds(row["seconds_per_edit"]),
-        "chance": whole_percent(chance),
-        "misses": wrong[0] if wrong else None,
-        "wrong": wrong[1].groups[0].wrong if wrong else None,
-    }
 
 
 def format_rows(pick: Recommendation) -> list[tuple[str, list[tuple[str, str]]]]:

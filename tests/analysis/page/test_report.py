@@ -199,19 +199,17 @@ def test_how_sure_says_intervals_choice_runner_up_and_seeds():
 def test_several_seeds_are_one_setting_on_front_and_in_the_pick():
     got = page(results_frame([row("a", seed=0), row("b", seed=1, reliability=0.94)]))
     assert "reliability 92.0%" in got["Which position"] and "Mean of 2 seeds" in got["How sure"]
-    assert "2 seeds" in got["What else is on the front"]
 
 
 def test_intervals_stand_beside_fractions_and_what_the_seeds_did_beside_drift():
     one = page(results_frame([row("a"), row("b", 4)]))
     two = page(results_frame([row("a"), row("b", seed=1, generalization=0.6, drift_kl=0.014)]))
     front = one["What else is on the front"]
-    assert "90.0%[82.6, 94.5]" in front and "70.0%[60.4, 78.1]" in front and "80.0%[71.1, 86.7]" in front
+    assert "90.0% [82.6, 94.5]" in front and "70.0% [60.4, 78.1]" in front and "80.0% [71.1, 86.7]" in front
     assert "90.0% [82.6, 94.5]" in one["All trials"] and "−1.0 [−1.8, −0.3]" in one["All trials"]
     assert "80.0% [71.1, 86.7] of the tokens of answers to unrelated prompts" in one["At what cost"]
     assert "0.01 nats per token on plain text" in one["At what cost"]
     assert "0.012 nats per token (0.01 to 0.014 over the seeds) on plain text" in two["At what cost"]
-    assert "0.0120.01 to 0.014" in two["What else is on the front"]
     shares = re.search(r"65.0% \[([\d.]+), ([\d.]+)\]", two["Which position"])
     assert float(shares[1]) < 52 and float(shares[2]) > 76, "wider than the edits alone make it: the seeds differ"
     unknown = page(results_frame([row("a", n_edits=math.nan)]))
