@@ -345,7 +345,7 @@ def test_unrelated_answers_that_changed_in_substance_come_first():
         ]
     )
     (found,) = wrong_answers(outcomes, by_setting(study_results()), ["a"], 1)
-    assert [answer.prompt for answer in found.groups[0].shown] == ["p5", "p2", "p3", "p4", "p1"]
+    assert [answer["prompt"] for answer in found.groups[0].shown] == ["p5", "p2", "p3", "p4", "p1"]
     assert (found.groups[0].wrong, found.groups[0].total) == (5, 6)
 
 
@@ -359,7 +359,7 @@ def test_prompts_that_fail_are_told_apart_by_format_and_the_unseen_wording_from_
         ]
     )
     (found,) = wrong_answers(outcomes, by_setting(study_results()), ["a"], 1)
-    listed = {group.kind: [answer.format for answer in group.shown] for group in found.groups}
+    listed = {group.kind: [answer["format"] for answer in group.shown] for group in found.groups}
     assert listed == {"reliability": ["qa", "chat"], "generalization": ["qa", "chat"], "unseen": ["unseen"] * 2}
     assert [group.total for group in found.groups] == [3, 3, 2]
     got = page(results_frame([row("a")]), outcomes=outcomes)["Which edits fail"]
