@@ -70,7 +70,9 @@ def render_report(
         study = {**study, "trials_planned": None}
     about = Measured(study, results, baseline)
     settings, pick = by_setting(results), recommend(results)
-    pick_id, front = pick.trial_id if pick else None, pareto_front(settings, _objectives(settings))
+    complete = all(has_values(settings, name) for name in DEFAULT_OBJECTIVES)
+    front = pareto_front(settings, DEFAULT_OBJECTIVES if complete else ("reliability", "generalization"))
+    pick_id = pick.trial_id if pick else None
     again = measured_again(settings, front)
     order = list(ranked(settings)["trial_id"])
     listed = [*([pick_id] if pick_id else []), *front.trial_ids, *order]
@@ -177,11 +179,6 @@ def _everything(
         return own
     frames = zip((own, compared.studies[1].results), compared.names, strict=True)
     return pd.concat([frame.assign(study=name) for frame, name in frames], ignore_index=True)
-
-
-def _objectives(settings: pd.DataFrame) -> tuple[str, str]:
-    measured = all(has_values(settings, name) for name in DEFAULT_OBJECTIVES)
-    return DEFAULT_OBJECTIVES if measured else ("reliability", "generalization")
 
 
 def _command(study: Mapping[str, Any], pick: Recommendation, settings: pd.DataFrame) -> str:

@@ -1,7 +1,7 @@
 """The tables of the report: which rows and columns, and how each cell reads; and the settings that its controls choose from."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -175,7 +175,8 @@ def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
 def shared_rows(found: Comparison) -> list[dict[str, Any]]:
     """The shared positions of two studies, the picks first: position, trial_id (here), picks (whether it is here's and
     there's) and cells (here, there) per metric."""
-    rows = []
+    rows, special = [], {"drift_kl": number, "capability_change": points}
+    writers = {item.metric: special.get(item.metric, percent) for item in found.agreements}
     for pair in found.shared:
         places = [place_of(row) for row in pair]
         picks = [pick is not None and pick.position == at for pick, at in zip(found.picks, places, strict=True)]
@@ -183,16 +184,11 @@ def shared_rows(found: Comparison) -> list[dict[str, Any]]:
             {
                 "position": places[0] + (f" / {places[1]}" if found.by_depth else ""),
                 "trial_id": pair[0]["trial_id"],
-                "cells": [_both(item.metric, pair) for item in found.agreements],
+                "cells": [[write(row[metric]) for row in pair] for metric, write in writers.items()],
                 "picks": picks,
             }
         )
     return sorted(rows, key=lambda row: -sum(row["picks"]))[:MAX_SHARED]
-
-
-def _both(metric: str, pair: Sequence[Mapping[str, Any]]) -> list[str]:
-    write = number if metric == "drift_kl" else points if metric == "capability_change" else percent
-    return [write(row[metric]) for row in pair]
 
 
 def _signed(value: float, digits: int = 2) -> str:

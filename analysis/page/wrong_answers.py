@@ -75,7 +75,7 @@ def wrong_answers(
     found = []
     for place, trial in enumerate(dict.fromkeys(trial_ids)):
         row = places.loc[trial]
-        known = [pair for pair in zip(row["trial_ids"], _seeds(row), strict=True) if pair[0] in by_trial]
+        known = [pair for pair in zip(row["trial_ids"], map(str, row["seeds"]), strict=True) if pair[0] in by_trial]
         if not known:
             continue
         answers = pd.concat([by_trial[one] for one, _ in known], ignore_index=True)
@@ -86,12 +86,6 @@ def wrong_answers(
         if len(found) == most:
             break
     return found
-
-
-def _seeds(row: pd.Series) -> list[str]:
-    """The seed of each of its trials; a dash where that was not recorded."""
-    seeds = list(map(str, row["seeds"]))
-    return seeds if len(seeds) == len(row["trial_ids"]) else ["–"] * len(row["trial_ids"])
 
 
 def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:

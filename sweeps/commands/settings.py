@@ -57,7 +57,7 @@ def edit_settings(
     """
     options, problems = _checked({**given, "ask_formats": ask_formats})
     asked, found = options.pop("ask_formats", None), None
-    if position is not None and _is_file(position):
+    if position is not None and (position.endswith(".json") or "/" in position or Path(position).is_file()):
         found = read_position(Path(position))
         position = found.position
     if position is None and from_run is None:
@@ -160,7 +160,3 @@ def _repeated(
         device=study.device,
         threads=study.resources.cpus,
     )
-
-
-def _is_file(position: str) -> bool:
-    return position.endswith(".json") or "/" in position or Path(position).is_file()

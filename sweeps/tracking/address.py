@@ -42,7 +42,7 @@ def resolve_uri(uri: str | None) -> str:
     Raises InputError for an address that MLflow 3 cannot write to; the message names the nearest one that it can.
     """
     given = (uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI).strip()
-    scheme = _scheme(given)
+    scheme = given.partition(":")[0].partition("+")[0].lower() if ":" in given else ""
     if scheme in ("http", "https"):
         if not urlsplit(given).hostname:
             raise InputError(f"tracking address {redact(given)!r} names no host; expected for example http://HOST:5000")
@@ -71,10 +71,6 @@ def resolve_uri(uri: str | None) -> str:
             f" use the SQLite file sqlite:///{file} instead"
         )
     raise InputError(f"tracking address {redact(given)!r} has the unknown scheme {scheme!r}; expected {ACCEPTED}")
-
-
-def _scheme(uri: str) -> str:
-    return uri.split(":", 1)[0].split("+", 1)[0].lower() if ":" in uri else ""
 
 
 def without_credentials(uri: str) -> str:

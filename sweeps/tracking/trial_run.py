@@ -115,7 +115,8 @@ def result_of(
         config,
         status,
         tags.get("locft.error"),
-        {key: value for key, value in run.data.metrics.items() if not is_curve(key)},  # of a curve, its last point
+        # of a curve it is the last point
+        {key: value for key, value in run.data.metrics.items() if key != EPOCH_LOSS and not key.startswith(STAGE)},
         tuple(losses),
         stages=tuple(json.loads(tags.get("locft.stages", "[]"))),
         retried=tuple(tags.get("locft.retried", "").splitlines()),
@@ -130,10 +131,6 @@ def curves_of(result: TrialResult) -> dict[str, list[tuple[int, float]]]:
         for name in stage.keys() - {"arrived"}:
             curves.setdefault(f"{STAGE}{name}", []).append((int(stage["arrived"]), stage[name]))
     return curves
-
-
-def is_curve(metric: str) -> bool:
-    return metric == EPOCH_LOSS or metric.startswith(STAGE)
 
 
 def outcomes_table(outcomes: Sequence[Mapping[str, Any]]) -> str:
