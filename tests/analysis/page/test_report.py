@@ -500,23 +500,6 @@ def test_the_page_is_one_file_that_loads_nothing():
     assert "@import" not in text.split("</style>")[0] and "url(" not in text.split("</style>")[0]
 
 
-def test_two_thousand_trials_stay_under_six_megabytes():
-    rows = [
-        row(
-            f"{i:016x}",
-            i % 20,
-            0.5 + (i % 97) / 200,
-            -(i % 89) / 1000,
-            batch_size=1 + i // 20 % 10,
-            learning_rate=1e-4 * (1 + i // 200),
-        )
-        for i in range(2000)
-    ]
-    text = render_report(STUDY, results_frame(rows), baseline=BASELINE)
-    assert len(text.encode()) < 6_000_000
-    assert f"The first {MAX_ROWS} of 2,000" in text
-
-
 def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monkeypatch):
     monkeypatch.setattr("analysis.page.report.what_matters", lambda results: what_matters(results.head(200)))
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-import sweeps
 from sweeps.answer import foresee
 from sweeps.study.estimate import (
     Costs,
@@ -15,7 +14,6 @@ from sweeps.study.estimate import (
     Forecast,
     costs_from_steps,
     costs_from_trials,
-    machine,
     make_forecast,
     trial_seconds,
 )
@@ -230,20 +228,6 @@ def test_steps_of_a_real_study_tell_what_its_trials_took():
     truth = full[["train_seconds", "evaluate_seconds", "capability_seconds"]].to_numpy().sum()
     expected = sum(trial_seconds(trial.config, facts, costs, None) for trial in measured(full, facts, 100))
     assert 1 / 1.5 < expected / truth < 1.5
-
-
-def test_a_forecast_takes_the_trials_of_the_store(workplace, study_file, ray_running):
-    file = study_file(space__layer=[0, 1, 2])
-    sweeps.run_study(file)
-    wider = prepare(load_study(str(file), ["space.seed=[0, 1]"]))
-    forecast = foresee(wider, resolve_uri(None))
-    assert forecast.estimate.trials == 3 and forecast.estimate.source == "3 earlier trials of this model"
-    results = sweeps.load_results(file)
-    expected = sum(forecast.seconds(trial) for trial in wider.plan.trials if trial.seed == 0)
-    assert 1 / 3 < expected / results["seconds"].sum() < 3, "milliseconds each, so only roughly"
-    assert foresee(wider, f"sqlite:///{workplace}/absent.db").estimate.trials == 6
-    assert not (workplace / "absent.db").exists()
-    assert machine(wider.study.resources).endswith(" 1 CPU 0 GPU")
 
 
 def test_finished_trials_count_wherever_they_ran(workplace, study_file):
