@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from analysis.stats.axes import AXES, AXIS, SWEPT
@@ -153,13 +152,12 @@ def make_plan(study: Study, facts: StudyFacts) -> Plan:
     """
     check_against_model(study, facts.n_layers, facts.modules_by_layer)
     if study.search.method == "grid":
-        count = len(_positions(study, facts)) * len(study.space.seed) * _count_settings(study, INNER)
-        if count > MAX_TRIALS:
-            message = f"space: the grid has {count:,} trials, expected at most {MAX_TRIALS:,}"
+        points = list(itertools.islice(grid_points(study, facts), MAX_TRIALS + 1))
+        if len(points) > MAX_TRIALS:
+            message = f"space: the grid has more than {MAX_TRIALS:,} trials"
             raise InputError(message + "; sample it instead: search: {method: random, trials: ...}")
-        points = grid_points(study, facts)
     else:
-        points = random_points(study, facts)
+        points = list(random_points(study, facts))
     trials = tuple(trial_config(study, facts, point) for point in points)
     if study.search.method == "optuna":
         return Plan((), study.search.trials or 0, trials)
@@ -228,7 +226,7 @@ def grid_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
     """
     positions, space = _positions(study, facts), study.space
     layers = tuple(dict.fromkeys(layer for layer, _ in positions))
-    settings = list(_settings(study, INNER, {}))
+    settings = list(itertools.islice(_settings(study, INNER, {}), MAX_TRIALS + 1))
     for seed, place in itertools.product(space.seed, van_der_corput_order(len(layers))):
         modules = [module for layer, module in positions if layer == layers[place]]
         for module, setting in itertools.product(modules, settings):
@@ -253,17 +251,6 @@ def _settings(study: Study, names: Sequence[str], chosen: Mapping[str, Any]) -> 
         return
     for value in _tried(study, names[0], chosen):
         yield from _settings(study, names[1:], {**chosen, names[0]: value})
-
-
-def _count_settings(study: Study, names: Sequence[str], chosen: Mapping[str, Any] = MappingProxyType({})) -> int:
-    """The number of `_settings`, without listing them."""
-    if not names:
-        return 1
-    first, *rest = names
-    values = _tried(study, first, chosen)
-    if any(axis.only and axis.only[0] == first for axis in SWEPT):
-        return sum(_count_settings(study, rest, {**chosen, first: value}) for value in values)
-    return len(values) * _count_settings(study, rest, chosen)
 
 
 def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
