@@ -93,7 +93,14 @@ def test_a_budget_in_minutes_is_kept_by_the_clock(selected):
     assert said.json["position"]["how"]["wall_seconds"] < 28
 
 
-def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workplace, locft, tiny_folder):
+@pytest.fixture
+def probed_here(monkeypatch):
+    """The probe is made in this process, and there is no time for any run."""
+    monkeypatch.setattr("sweeps.select.selection.on_workers", lambda works, *_: [work() for work in works])
+    monkeypatch.setattr("sweeps.run.runner.run_trials", lambda *_, **__: "out_of_time")
+
+
+def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workplace, locft, tiny_folder, probed_here):
     said = selected("--budget-minutes", 0.001)
     assert said.code == 0 and "by the probe alone" in said.out
     content = json.loads((workplace / "select-tiny-atlas.json").read_text())
@@ -115,10 +122,8 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workpl
     assert edited.code == 0 and edited.json["position"] == content["position"]
 
 
-def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, workplace, monkeypatch):
-    """Once without a registry, once without the store. The probe is made in this process, and nothing is run."""
-    monkeypatch.setattr("sweeps.select.selection.on_workers", lambda works, *_: [work() for work in works])
-    monkeypatch.setattr("sweeps.run.runner.run_trials", lambda *_, **__: "out_of_time")
+def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, workplace, probed_here, monkeypatch):
+    """Once without a registry, once without the store."""
     monkeypatch.setattr("sweeps.tracking.outbox.PATIENCE_SECONDS", 0.0)
 
     def away(*_, **__):
