@@ -90,7 +90,7 @@ def test_a_budget_in_minutes_is_kept_by_the_clock(selected):
     said = selected("--budget-minutes", 0.4, "--json")
     assert said.code == 0, said.err
     assert said.json["position"]["how"]["budget"] == {"minutes": 0.4}
-    assert said.json["position"]["how"]["wall_seconds"] < 28
+    assert said.json["position"]["how"]["wall_seconds"] < 36
 
 
 @pytest.fixture
