@@ -18,11 +18,9 @@ from sweeps.study.resolve import prepare
 from sweeps.sweep import run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.registry import (
-    add_version,
     fetch_edit,
     register_edit,
     registered_edit,
-    registered_name,
     study_alias,
 )
 from sweeps.tracking.study_run import Tracker
@@ -163,21 +161,18 @@ def test_aliases_are_what_mlflow_takes(workplace):
 
 
 def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
-    """The study's pick, then the same run repeated with another rate; and an edit of before, right in the run's folder."""
+    """The study's pick, then the same run repeated with another rate."""
     tracker = Tracker.open(resolve_uri(None), "registered", STUDY)
     tracker.open_run("registered", study_yaml="", description="", environment={})
-    run_id, client = tracker.log_trial(result(config(1))), tracker.client
+    run_id = tracker.log_trial(result(config(1)))
 
     def saved(size):
         delta = EditDelta("1.mlp_down", "f" * 16, {"weight": torch.full((2,), size)})
         return delta.save(workplace / f"{size:g}").parent
 
-    client.log_artifacts(run_id, str(saved(1.0)), "edit")
-    source = f"{client.get_run(run_id).info.artifact_uri}/edit"
-    add_version(client, registered_name("edit", "tiny"), "", source, run_id, "before", tags={}, description="")
     for size, alias in ((2.0, "study"), (3.0, "chosen")):
         register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, resolve_uri(None), alias)
-    for address, size in {"@before": 1, "@study": 2, "@chosen": 3, "/1": 1, "/2": 2, "/3": 3}.items():
+    for address, size in {"@study": 2, "@chosen": 3, "/1": 2, "/2": 3}.items():
         folder = fetch_edit(
             f"models:/locft-edit-tiny{address}", resolve_uri(None), workplace / f"fetched{address.strip('/')}"
         )
