@@ -170,10 +170,10 @@ def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
     found = re.fullmatch(rf"{PREFIX}([^@/]+)(?:@([^@/]+)|/(\d+))", address)
     if not found:
         raise InputError(f"{address}: expected {PREFIX}NAME@ALIAS or {PREFIX}NAME/VERSION")
-    from mlflow.artifacts import download_artifacts
-
     name, alias, version = found.groups()
     store = connect(tracking_uri)
+    from mlflow.artifacts import download_artifacts  # MLflow reads what `connect` sets when it is imported
+
     with store_errors(f"{address} in {store.uri}", InputError):
         if alias:
             registered = store.client.get_model_version_by_alias(name, alias)
