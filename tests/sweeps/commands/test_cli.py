@@ -572,7 +572,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workplace, tiny_fol
     seeds = f"space.seed={list(range(kept['done'] // 2 + 1))}"  # finishing all of them would take long
     assert locft("status", "tiny.yaml", "--json").json["done"] == kept["done"]
     before = locft("status", "tiny.yaml", "--set", seeds, "--json").json
-    done = locft("sweep", "tiny.yaml", "--set", seeds, "--json")
+    done = locft("sweep", "tiny.yaml", "--set", seeds, "--no-register", "--json")
     assert done.code == 0 and done.json["trials"]["done"] == done.json["trials"]["planned"] == before["planned"]
     after = locft("status", "tiny.yaml", "--json").json
     assert after["done"] == kept["done"] + before["left"], "nothing was run twice"
@@ -594,7 +594,7 @@ def test_a_killed_worker_leaves_one_json_object_on_standard_output(workplace, ti
     killer = threading.Thread(target=kill_once)
     killer.start()
     try:
-        said = locft("sweep", "tiny.yaml", "--json")
+        said = locft("sweep", "tiny.yaml", "--no-register", "--json")
     finally:
         over.set()
         killer.join()
