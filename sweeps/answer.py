@@ -102,10 +102,10 @@ class StudyAnswer:
 
 
 def answer_of(
-    state: StudyState, tracker: Tracker, other: Measured | None = None, found: "HowFound | None" = None
+    state: StudyState, tracker: Tracker | None, other: Measured | None = None, found: "HowFound | None" = None
 ) -> StudyAnswer:
-    """Front, pick and report of the trials finished so far. other: a study to compare with in the report. found: how a
-    selection found its answer."""
+    """Front, pick and report of the trials finished so far. tracker: None leaves out what only the store has, the answers to
+    single prompts. other: a study to compare with in the report. found: how a selection found its answer."""
     from analysis.page.report import MAX_MISSES, render_report  # with plotly, which takes a second
 
     own = measured(state, tracker)
@@ -115,7 +115,7 @@ def answer_of(
     on_front = settings.set_index("trial_id").loc[list(front.trial_ids[:MAX_MISSES]), "trial_ids"]
     shown = [*(pick.trial_ids if pick else ()), *(trial for ids in on_front for trial in ids)]
     wanted = finished if len(finished) <= MOST_READ else shown
-    outcomes = _outcomes(state.results, wanted, tracker)
+    outcomes = _outcomes(state.results, wanted, tracker) if tracker else None
     compared = compare(own, other) if other else None
     html = render_report(
         own.study, own.results, baseline=own.baseline, outcomes=outcomes, compared=compared, found=found

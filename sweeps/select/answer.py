@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from analysis.page.report import HowFound, render_report
+from analysis.page.report import HowFound
 from analysis.stats.bootstrap import measured_again
 from analysis.stats.formats import by_format
 from analysis.stats.table import by_setting, done, expected
 from analysis.stats.wording import percent, plural, seconds
-from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text, measured
+from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text
 from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
@@ -46,19 +46,15 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Sele
     content = _position(selection)
     found = _how_found(selection, content, position_file)
     state = StudyState(selection.request, selection.results, selection.baseline)
+    answer, lost = None, None
     try:
         answer = with_retries(partial(answer_of, state, tracker, found=found))
-    except TrackingError as error:  # the report lacks the answers to single prompts, which only the store has
-        own = measured(state, None)
-        html = render_report(own.study, own.results, baseline=own.baseline, found=found)
-        return SelectionAnswer(content, html, str(error))
-    try:
         with_retries(partial(_record, selection, tracker, content, answer))
         if content:
             register_position(tracker.client, tracker.run_id(), selection.request.study.model, content)
-    except TrackingError as error:
-        return SelectionAnswer(content, answer.report_html, str(error))
-    return SelectionAnswer(content, answer.report_html)
+    except TrackingError as error:  # the report may lack the answers to single prompts, which only the store has
+        answer, lost = answer or answer_of(state, None, found=found), str(error)
+    return SelectionAnswer(content, answer.report_html, lost)
 
 
 def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | None, answer: StudyAnswer) -> None:
