@@ -31,7 +31,7 @@ from sweeps.study.trial_types import TrialConfig
 from sweeps.tracking.outbox import Recorder, open_outbox, study_folder
 from sweeps.tracking.store import Refused, TrackingError
 from sweeps.tracking.study_run import Tracker, find_tracker
-from sweeps.tracking.trial_run import DatasetRecord, StudyInputs, environment
+from sweeps.tracking.trial_run import StudyInputs, dataset_input, environment
 
 if TYPE_CHECKING:
     from locft.workbench import Baseline
@@ -220,10 +220,10 @@ class StudySession:
         """The data sets and the unedited model, for the runs of the trials."""
         study, facts, edits, suite = self.prepared.study, self.prepared.facts, self.prepared.edits, self.prepared.suite
         source, found = study.edits.source, {"edits": len(edits.requests), **asdict(edits.findings)}
-        data = [DatasetRecord(source, edits.fingerprint, source, "edits", found)]
+        data = [dataset_input(source, edits.fingerprint, source, "edits", found)]
         if suite:
             name, tasks = study.capability.suite or "capability", self.prepared.capability_source
             items = {task.name: len(task.items) for task in suite.tasks}
-            data.append(DatasetRecord(name, suite.fingerprint, tasks, "capability", items))
+            data.append(dataset_input(name, suite.fingerprint, tasks, "capability", items))
         about_model = {"layers": facts.n_layers, "dtype": study.dtype}
         return StudyInputs(study.model, facts.model_fingerprint, about_model, tuple(data), machine(study.resources))

@@ -294,8 +294,7 @@ class Tracker:
         self._model_id = self._model_id or self._store.logged_model(
             self.experiment_id, inputs.model, inputs.model_fingerprint, inputs.model_facts, self.run_id()
         )
-        datasets = [data.to_mlflow() for data in inputs.datasets]
-        self.client.log_inputs(run_id, datasets, [LoggedModelInput(self._model_id)])
+        self.client.log_inputs(run_id, list(inputs.datasets), [LoggedModelInput(self._model_id)])
 
     def _stored_curves(self) -> dict[str, list[float]]:
         """Run id -> losses per epoch, from the table artifact of the study; {} when there is none yet."""
