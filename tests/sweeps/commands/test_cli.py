@@ -269,7 +269,7 @@ def test_report(swept, locft):
 def test_a_sweep_without_capability_has_null_where_nothing_was_measured(swept, locft):
     """Another study (its data is another) in the same store."""
     changes = ["--set", "capability.suite=null", "--set", "space.layer=1", "--json"]
-    said = locft("sweep", "tiny.yaml", "--out", "other.html", *changes)
+    said = locft("sweep", "tiny.yaml", "--out", "other.html", "--no-register", *changes)
     assert said.code == 0 and said.json["front"] == [] and "capability" not in said.json["unedited"]
     assert said.json["pick"]["position"] == "1.mlp_down" and said.json["trials"]["done"] == 1
     compared = ["--compare", "tiny.yaml", *(part.replace("--set", "--compare-set") for part in changes)]
