@@ -84,7 +84,7 @@ def edit_settings(
         TrainingSettings(**{"precision": training_precision("auto"), **own, **options}),
         dtype or (found.dtype if found else "float32"),
         edits,
-        asked or read_formats(found.ask_formats if found else ONE_EDIT["train_formats"]),
+        asked or (found.ask_formats if found else read_formats(ONE_EDIT["train_formats"])),
         found and found.model_fingerprint,
         found and found.run_id,
     )
