@@ -24,7 +24,7 @@ def selected(locft, workplace, tiny_folder, ray_running):
 
 
 def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_what_is_new(
-    selected, locft, workplace, tiny_folder
+    selected, locft, workplace, tiny_folder, few_probes
 ):
     said = selected("--budget-share", 0.6)
     assert said.code == 0, said.err
@@ -100,7 +100,9 @@ def probed_here(monkeypatch):
     monkeypatch.setattr("sweeps.run.runner.run_trials", lambda *_, **__: "out_of_time")
 
 
-def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workplace, locft, tiny_folder, probed_here):
+def test_without_time_for_any_run_the_probe_answers_and_says_so(
+    selected, workplace, locft, tiny_folder, probed_here, few_probes
+):
     said = selected("--budget-minutes", 0.001)
     assert said.code == 0 and "by the probe alone" in said.out
     content = json.loads((workplace / "select-tiny-atlas.json").read_text())
