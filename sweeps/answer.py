@@ -5,6 +5,13 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
+from analysis.stats.comparison import Comparison, Measured, compare
+from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, pareto_front
+from analysis.stats.pick import Recommendation, recommend
+from analysis.stats.signatures import Remedy, remedies
+from analysis.stats.table import by_setting, causes, results_frame
 from sweeps.study.estimate import TRIALS, Forecast, machine, make_forecast
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.reader import study_to_yaml
@@ -12,13 +19,7 @@ from sweeps.tracking.study_run import Tracker, earlier_trials, find_tracker
 from sweeps.tracking.trial_run import environment
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from analysis.page.how_found import HowFound
-    from analysis.stats.comparison import Measured
-    from analysis.stats.pareto import ParetoFront
-    from analysis.stats.pick import Recommendation
-    from analysis.stats.signatures import Remedy
+    from analysis.page.report import HowFound
 
 BASELINE_FILE = "baseline.json"
 """File of the study's run: measurements of the unedited model."""
@@ -32,7 +33,7 @@ class StudyState:
     """What the tracking store holds of a study, measured against its plan."""
 
     prepared: PreparedStudy
-    results: "pd.DataFrame"
+    results: pd.DataFrame
     """Finished and failed trials that belong to the study as it is planned now."""
     baseline: dict[str, float]
     """Metrics of the unedited model; empty before anything ran."""
@@ -53,8 +54,6 @@ class StudyState:
     @property
     def retried(self) -> dict[str, int]:
         """Why attempts at trials were lost (they were tried again), with how often each happened."""
-        from analysis.stats.table import causes
-
         return causes(self.results, "retried")
 
     @property
@@ -69,8 +68,6 @@ def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool
 
     curves: also read the loss curves, which takes one request for each trial while the study is not finished.
     """
-    from analysis.stats.table import results_frame
-
     if tracker is None:
         return StudyState(prepared, results_frame([]), {})
     results = tracker.load_results(curves=curves)
@@ -96,22 +93,20 @@ def foresee(prepared: PreparedStudy, store: str, *, timed: bool = True) -> Forec
 class StudyAnswer:
     """What a study says."""
 
-    front: "ParetoFront"
-    recommendation: "Recommendation | None"
+    front: ParetoFront
+    recommendation: Recommendation | None
     report_html: str = field(repr=False)
-    remedies: "tuple[Remedy, ...]" = ()
+    remedies: tuple[Remedy, ...] = ()
+    comparison: Comparison | None = None
+    """With another study, if one was named."""
 
 
 def answer_of(
-    state: StudyState, tracker: Tracker, other: "Measured | None" = None, found: "HowFound | None" = None
+    state: StudyState, tracker: Tracker | None, other: Measured | None = None, found: "HowFound | None" = None
 ) -> StudyAnswer:
-    """Front, pick and report of the trials finished so far. other: a study to compare with in the report. found: how a
-    selection found its answer."""
-    from analysis.page.report import MAX_MISSES, render_report
-    from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
-    from analysis.stats.pick import recommend
-    from analysis.stats.signatures import remedies
-    from analysis.stats.table import by_setting
+    """Front, pick and report of the trials finished so far. tracker: None leaves out what only the store has, the answers to
+    single prompts. other: a study to compare with in the report. found: how a selection found its answer."""
+    from analysis.page.report import MAX_MISSES, render_report  # with plotly, which takes a second
 
     own = measured(state, tracker)
     settings, pick = by_setting(state.results), recommend(state.results)
@@ -120,16 +115,16 @@ def answer_of(
     on_front = settings.set_index("trial_id").loc[list(front.trial_ids[:MAX_MISSES]), "trial_ids"]
     shown = [*(pick.trial_ids if pick else ()), *(trial for ids in on_front for trial in ids)]
     wanted = finished if len(finished) <= MOST_READ else shown
-    outcomes = _outcomes(state.results, wanted, tracker)
-    html = render_report(own.study, own.results, baseline=own.baseline, outcomes=outcomes, other=other, found=found)
-    return StudyAnswer(front, pick, html, remedies(own, pick))
+    outcomes = _outcomes(state.results, wanted, tracker) if tracker else None
+    compared = compare(own, other) if other else None
+    html = render_report(
+        own.study, own.results, baseline=own.baseline, outcomes=outcomes, compared=compared, found=found
+    )
+    return StudyAnswer(front, pick, html, remedies(own, pick), compared)
 
 
-def remedies_so_far(state: StudyState, tracker: Tracker | None) -> "tuple[Remedy, ...]":
+def remedies_so_far(state: StudyState, tracker: Tracker | None) -> tuple[Remedy, ...]:
     """What goes wrong in the trials finished so far, with the commands. Reads the pick's loss curve if the state has none."""
-    from analysis.stats.pick import recommend
-    from analysis.stats.signatures import remedies
-
     pick, results = recommend(state.results), state.results.copy()
     if pick and tracker:
         (place,) = results.index[results["trial_id"] == pick.trial_id]
@@ -137,18 +132,14 @@ def remedies_so_far(state: StudyState, tracker: Tracker | None) -> "tuple[Remedy
     return remedies(measured(replace(state, results=results), None), pick)
 
 
-def _outcomes(results: "pd.DataFrame", trials: list[str], tracker: Tracker) -> "pd.DataFrame | None":
-    import pandas as pd
-
+def _outcomes(results: pd.DataFrame, trials: list[str], tracker: Tracker) -> pd.DataFrame | None:
     run_ids = results.set_index("trial_id")["run_id"]
     parts = [tracker.load_outcomes(run_ids[trial]).assign(trial_id=trial) for trial in dict.fromkeys(trials)]
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
-def measured(state: StudyState, tracker: Tracker | None) -> "Measured":
+def measured(state: StudyState, tracker: Tracker | None) -> Measured:
     """A study and its results as the report takes them. Without a tracker, when it ran is left out."""
-    from analysis.stats.comparison import Measured
-
     prepared, study = state.prepared, state.prepared.study
     started, finished = tracker.times() if tracker else (None, None)
     about = {

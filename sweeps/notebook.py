@@ -11,7 +11,10 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
 
 from analysis.figures.curves import loss_figure, loss_info
 from analysis.figures.front import front_figure, front_info
@@ -26,10 +29,6 @@ from sweeps.study.plan import PreparedStudy
 from sweeps.sweep import Sweep, run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import find_tracker
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 MAPS = ("reliability", "generalization", "locality", "capability_change", "drift_kl")
 
@@ -55,20 +54,20 @@ def run_study(
     def show(state):
         if reporter is not None:
             return nullcontext(reporter)
-        return Progress(prepared.study.name, foresee(prepared, store), done(state.results).to_dict("records"))
+        return Progress(prepared.study.name, foresee(prepared, store), done(state.results)["trial_id"])
 
     return run_sweep(prepared, store, address=address, show=show, register=register)
 
 
 def load_results(
     study: str | PathLike[str], changes: Mapping[str, Any] | None = None, *, tracking_uri: str | None = None
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """The results table of a study so far (columns: `analysis.stats.table.COLUMNS`); empty when nothing ran."""
     prepared = _prepared(study, changes)
     return read_state(prepared, find_tracker(resolve_uri(tracking_uri), prepared.study.name, prepared.id)).results
 
 
-def figures(results: "pd.DataFrame") -> dict[str, "go.Figure"]:
+def figures(results: pd.DataFrame) -> dict[str, go.Figure]:
     """plotly figures of a results table: "front", a map over layer and module for each of `MAPS` that was measured, and
     "losses". The study's pick is marked."""
     pick = recommend(results)

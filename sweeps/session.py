@@ -31,7 +31,7 @@ from sweeps.study.trial_types import TrialConfig
 from sweeps.tracking.outbox import Recorder, open_outbox, study_folder
 from sweeps.tracking.store import Refused, TrackingError
 from sweeps.tracking.study_run import Tracker, find_tracker
-from sweeps.tracking.trial_run import DatasetRecord, StudyInputs, environment
+from sweeps.tracking.trial_run import StudyInputs, dataset_input, environment
 
 if TYPE_CHECKING:
     from locft.workbench import Baseline
@@ -56,9 +56,6 @@ class Driver:
     @classmethod
     def this_process(cls) -> "Driver":
         return cls(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
-
-    def __str__(self) -> str:
-        return f"process {self.process} on {self.host}, since {datetime.fromisoformat(self.began).astimezone():%Y-%m-%d %H:%M}"
 
 
 def driver_of(tracker: Tracker | None) -> Driver | None:
@@ -89,23 +86,20 @@ def study_lock(folder: Path, name: str) -> Iterator[None]:
     folder: `sweeps.tracking.outbox.study_folder`. name: of the study. Raises InputError when another process holds the lock,
     or when the folder cannot be written.
     """
-    owner = folder / "driver.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / "driver.lock", timeout=0)
         lock.acquire()
     except filelock.Timeout:
-        by = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise InputError(
-            f"study {name!r} is already being run by {by}: wait for it, or stop it (Ctrl-C there keeps what is finished)"
+            f"study {name!r} is already being run by another process (`locft status` names it): wait for it, or stop it"
+            " (Ctrl-C there keeps what is finished)"
         ) from None
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror or error}); set XDG_STATE_HOME") from None
     try:
-        owner.write_text(str(Driver.this_process()), encoding="utf-8")
         yield
     finally:
-        owner.unlink(missing_ok=True)
         lock.release()
 
 
@@ -226,10 +220,10 @@ class StudySession:
         """The data sets and the unedited model, for the runs of the trials."""
         study, facts, edits, suite = self.prepared.study, self.prepared.facts, self.prepared.edits, self.prepared.suite
         source, found = study.edits.source, {"edits": len(edits.requests), **asdict(edits.findings)}
-        data = [DatasetRecord(source, edits.fingerprint, source, "edits", found)]
+        data = [dataset_input(source, edits.fingerprint, source, "edits", found)]
         if suite:
             name, tasks = study.capability.suite or "capability", self.prepared.capability_source
             items = {task.name: len(task.items) for task in suite.tasks}
-            data.append(DatasetRecord(name, suite.fingerprint, tasks, "capability", items))
+            data.append(dataset_input(name, suite.fingerprint, tasks, "capability", items))
         about_model = {"layers": facts.n_layers, "dtype": study.dtype}
         return StudyInputs(study.model, facts.model_fingerprint, about_model, tuple(data), machine(study.resources))

@@ -1,6 +1,6 @@
 """A whole study: run what is open, record it, draw the answer from everything recorded, register the edit of the pick.
 
-Ray, pandas, torch and Optuna take seconds to import. They are imported where they are needed, so that a study with nothing
+Ray, torch and Optuna take seconds to import. They are imported where they are needed, so that a study with nothing
 left to run answers soon.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.stats.formats import by_format
+from analysis.stats.pick import recommend
+from analysis.stats.table import METRICS
 from sweeps.answer import BASELINE_FILE, StudyAnswer, StudyState, answer_of, answer_text, read_state
 from sweeps.run.dispatch import Ending, Reporter
 from sweeps.run.trial import measure_baseline, trained_delta
@@ -170,8 +172,6 @@ def _summary(state: StudyState, answer: StudyAnswer) -> dict[str, float]:
 
 def _unregistered_pick(state: StudyState, store: str) -> dict[str, Any] | None:
     """The row of the study's pick; None when there is no pick, or its edit is the study's registered one."""
-    from analysis.stats.pick import recommend
-
     pick, study = recommend(state.results), state.prepared.study
     if pick is None:
         return None
@@ -211,8 +211,6 @@ def _register_pick(session: StudySession, row: dict[str, Any]) -> None:
 
     row: of the results table. Raises RuntimeError when another delta comes out, InputError when the store does not take it.
     """
-    from analysis.stats.table import METRICS
-
     study, run_id, config = session.prepared.study, row["run_id"], config_of_row(row)
     metrics = {name: row[name] for name in (*METRICS, "delta_norm") if math.isfinite(row.get(name, math.nan))}
     delta = session.run_alone(partial(trained_delta, session.prepared.inputs, _baseline(session), config))

@@ -7,7 +7,7 @@ import pandas as pd
 
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.tracking.study_run import Tracker
-from sweeps.tracking.trial_run import DatasetRecord, StudyInputs
+from sweeps.tracking.trial_run import StudyInputs, dataset_input
 
 STUDY = "study-1"
 
@@ -56,8 +56,8 @@ def open_study(tracker: Tracker) -> tuple[str, StudyInputs]:
         environment={"python": "3.11", "packages": {"torch": "2.13"}}, tags={"locft.version": "0.1"},
     )  # fmt: skip
     data = (
-        DatasetRecord("atlas", "a" * 64, "atlas", "edits", {"edits": 20, "contradictions": 0}),
-        DatasetRecord("probes", "c" * 64, "probes", "capability", {"items": 640}),
+        dataset_input("atlas", "a" * 64, "atlas", "edits", {"edits": 20, "contradictions": 0}),
+        dataset_input("probes", "c" * 64, "probes", "capability", {"items": 640}),
     )
     facts = {"layers": 30, "dtype": "float32"}
     return run_id, StudyInputs("HuggingFaceTB/SmolLM2-135M", "f" * 64, facts, data, "here 1 CPU 0 GPU")

@@ -1,7 +1,7 @@
-"""Plots of how settings came to their results: loss curves, what a stream retains, breadth-first against depth-first, and
-parallel coordinates.
+"""Plots of how settings came to their results: loss curves, what a stream retains, how many edits fit, breadth-first
+against depth-first, and parallel coordinates.
 
-In two steps like all figures: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's
+Most in two steps: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's
 id as `customdata`, by which the page filters them.
 """
 
@@ -16,8 +16,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from analysis.figures.style import ACCENT, BLUE, styled_figure, thinned
+from analysis.figures.style import ACCENT, BLUE, INK, MUTED, styled_figure, thinned
 from analysis.stats.axes import AXIS, STAGES, SWEPT
+from analysis.stats.capacity import LEVEL, Filling, Law
 from analysis.stats.pareto import comparable
 from analysis.stats.table import (
     FRACTIONS,
@@ -111,76 +112,96 @@ def loss_figure(info: LossInfo) -> go.Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class RetentionCurve:
-    trial_id: str
-    label: str
-    retained: tuple[float, ...]
-    """Reliability of each part of the edits, those that arrived first ahead; mean over seeds and formats."""
-    first: tuple[tuple[float, float], ...] = ()
-    """Share of the edits that had arrived, and reliability of the first tenth then, of the lowest seed. Empty where the
-    stream was measured at its end alone."""
-    seconds: float = math.nan
-    """From the arrival of edits to the end of their training, median."""
-    seconds_p95: float = math.nan
+def retention_figure(results: pd.DataFrame) -> go.Figure | None:
+    """A line per setting: reliability at the end of each tenth of the edits, in the order of their arrival, as a mean over
+    seeds and formats; where stages were measured, dotted, that of the first tenth while more arrived, of the lowest seed.
 
-
-def retention_info(results: pd.DataFrame) -> tuple[RetentionCurve, ...]:
-    """What is left of early and late edits at the end, by setting. Empty for a study without streams.
-
-    Settings that train everything together are there for comparison: age means nothing to them.
+    None for a study without streams. Settings that train everything together are there for comparison: age means nothing
+    to them.
     """
     rows = by_setting(results)
     if "stream" not in set(rows.get("pipeline", ())):
-        return ()
-    curves, names = [], setting_names(rows)
-    for row in rows[:MAX_CURVES].itertuples(index=False):
-        right, trial = row.right_by_edit, row.trial_id
-        if isinstance(right, np.ndarray) and len(right) >= STAGES:
-            parts = tuple(float(part.mean()) for part in np.array_split(right, STAGES))
-            stages = json.loads(row.stages or "[]")
-            first = tuple((stage["arrived"] / len(right), stage["first_tenth"]) for stage in stages)
-            took = row.arrival_seconds, row.arrival_seconds_p95
-            curves.append(RetentionCurve(trial, escaped(names[trial]), parts, first, *took))
-    return tuple(curves)
-
-
-def retention_figure(curves: Sequence[RetentionCurve]) -> go.Figure:
-    """A line per setting and what was measured: reliability at the end against the time of arrival; where stages were
-    measured, dotted, that of the first tenth while more arrived."""
+        return None
+    names = setting_names(rows)
     figure = styled_figure(
         height=400,
         xaxis={"title": {"text": "share of the edits that had arrived"}, "tickformat": ".0%", "range": [0, 1.03]},
         yaxis={"title": {"text": "reliability"}, "tickformat": ".0%", "range": [0, 1.03]},
         hovermode="closest",
     )
-    for index, curve in enumerate(curves):
-        at_end = [((part + 1) / STAGES, kept) for part, kept in enumerate(curve.retained)]
-        for points, dash, what in ((at_end, "solid", "at the end"), (curve.first, "dot", "of the first tenth")):
+    known = (row for row in rows[:MAX_CURVES].itertuples() if isinstance(row.right_by_edit, np.ndarray))
+    for index, row in enumerate(row for row in known if len(row.right_by_edit) >= STAGES):
+        right, label = row.right_by_edit, escaped(names[row.trial_id])
+        tenths = enumerate(np.array_split(right, STAGES), start=1)
+        at_end = [(part / STAGES, float(kept.mean())) for part, kept in tenths]
+        first = [(stage["arrived"] / len(right), stage["first_tenth"]) for stage in json.loads(row.stages or "[]")]
+        for points, dash, what in ((at_end, "solid", "at the end"), (first, "dot", "of the first tenth")):
             if points:
                 xs, ys = zip(*points, strict=True)
                 figure.add_scatter(
-                    x=xs, y=ys, mode="lines+markers", name=curve.label, legendgroup=curve.label, showlegend=dash == "solid",
-                    line={"color": PALETTE[index % len(PALETTE)], "dash": dash}, customdata=[curve.trial_id] * len(xs),
-                    hovertemplate=f"{curve.label}<br>{what}, %{{x:.0%}}: %{{y:.0%}}<extra></extra>",
+                    x=xs, y=ys, mode="lines+markers", name=label, legendgroup=label, showlegend=dash == "solid",
+                    line={"color": PALETTE[index % len(PALETTE)], "dash": dash}, customdata=[row.trial_id] * len(xs),
+                    hovertemplate=f"{label}<br>{what}, %{{x:.0%}}: %{{y:.0%}}<extra></extra>",
                 )  # fmt: skip
     return figure
 
 
-def latency_figure(curves: Sequence[RetentionCurve]) -> go.Figure:
-    """Seconds from arrival to live of each setting that has them: the median, and a bar to the 95th percentile."""
-    timed = [curve for curve in curves if math.isfinite(curve.seconds)]
+def latency_figure(results: pd.DataFrame) -> go.Figure | None:
+    """Seconds from arrival to live of each setting that has them: the median, and a bar to the 95th percentile. None where
+    no setting has."""
+    rows = by_setting(results)
+    names, timed = setting_names(rows), rows[np.isfinite(rows["arrival_seconds"])][:MAX_CURVES]
+    if timed.empty:
+        return None
     figure = styled_figure(
         height=90 + 26 * len(timed),
         xaxis={"title": {"text": "seconds from arrival to live"}, "type": "log"},
         yaxis={"autorange": "reversed", "showgrid": False},
     )
     figure.add_scatter(
-        x=[curve.seconds for curve in timed], y=[curve.label for curve in timed], mode="markers", showlegend=False,
-        error_x={"array": [curve.seconds_p95 - curve.seconds for curve in timed], "arrayminus": [0.0] * len(timed)},
-        marker={"color": BLUE, "size": 9}, customdata=[curve.trial_id for curve in timed],
+        x=list(timed["arrival_seconds"]), y=[escaped(names[trial]) for trial in timed["trial_id"]], mode="markers",
+        error_x={
+            "array": list(timed["arrival_seconds_p95"] - timed["arrival_seconds"]), "arrayminus": [0.0] * len(timed),
+        },
+        marker={"color": BLUE, "size": 9}, customdata=list(timed["trial_id"]), showlegend=False,
         hovertemplate="%{y}: %{x:.3g} s<extra></extra>",
     )  # fmt: skip
+    return figure
+
+
+def capacity_figure(found: Sequence[Filling], law: Law | None) -> go.Figure:
+    """Reliability against bits per trained parameter: a line per position and setting with 95% intervals, a mark where it
+    breaks, and a band for the law of these marks."""
+    figure = styled_figure(
+        height=440,
+        xaxis={"title": {"text": "bits per trained parameter"}, "type": "log", "dtick": "D2"},
+        yaxis={"title": {"text": "reliability"}, "tickformat": ".0%", "range": [0, 1.04]},
+        hovermode="closest",
+    )
+    figure.add_hline(y=LEVEL, line={"color": MUTED, "width": 1, "dash": "dot"})
+    if law and math.isfinite(law.spread):
+        figure.add_vrect(
+            x0=law.bits / law.spread, x1=law.bits * law.spread, fillcolor=MUTED, opacity=0.18, line_width=0
+        )
+    for filling in found:
+        label = escaped(filling.label)
+        figure.add_scatter(
+            x=filling.bits, y=filling.reliability, mode="lines+markers", name=label, customdata=filling.trial_ids,
+            text=[f"{label}, {edits:,} edits" for edits in filling.edits],
+            error_y={
+                "type": "data", "symmetric": False, "thickness": 1, "width": 3,
+                "array": [high - value for high, value in zip(filling.high, filling.reliability, strict=True)],
+                "arrayminus": [value - low for low, value in zip(filling.low, filling.reliability, strict=True)],
+            },
+            hovertemplate="%{text}<br>%{x:.3g} bits per parameter: %{y:.1%}<extra></extra>",
+        )  # fmt: skip
+    broken = [filling for filling in found if not math.isnan(filling.breaks_at)]
+    if broken:
+        figure.add_scatter(
+            x=[filling.breaks_at for filling in broken], y=[LEVEL] * len(broken), mode="markers", name="breaks",
+            marker={"symbol": "x", "size": 9, "color": ACCENT, "line": {"width": 1, "color": INK}},
+            text=[escaped(filling.sentence()) for filling in broken], hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
     return figure
 
 

@@ -119,59 +119,40 @@ def heatmap_figure(info: HeatmapInfo) -> go.Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class ProbePoint:
-    trial_id: str
-    module: str
-    depth: float
-    disturbance: float
-    drift: float
-    hover: str
+def probe_figure(
+    results: pd.DataFrame, probe: Sequence[tuple[int, str, float]], pick: str | None
+) -> tuple[go.Figure, int, float]:
+    """The positions that were run, each at the setting that the rule would use first there: disturbance to the right, drift
+    upwards, both logarithmic; coloured by relative depth, a symbol per module.
 
-
-@dataclass(frozen=True)
-class ProbeInfo:
-    points: tuple[ProbePoint, ...]
-    """Positions that were run, each at the setting that the rule would use first there."""
-    positions: int
-    """All that were probed."""
-    rank: float
-    """Spearman's correlation of disturbance and drift; NaN for fewer than three points."""
-    pick: str | None
-
-
-def probe_info(results: pd.DataFrame, probe: Sequence[tuple[int, str, float]], *, pick: str | None = None) -> ProbeInfo:
-    """probe: (layer, module, disturbance) of every position."""
+    probe: (layer, module, disturbance) of every position. Returns the figure, the number of positions in it, and Spearman's
+    correlation of disturbance and drift, which is NaN for fewer than three.
+    """
     best = best_by_position(by_setting(results))
     points = [
-        ProbePoint(row["trial_id"], module, float(row["depth"]), disturbance, float(row["drift_kl"]), hover_text(row))
+        (disturbance, row)
         for layer, module, disturbance in probe
         if (row := best.get((layer, module))) is not None and row["drift_kl"] > 0 and 0 < disturbance < math.inf
     ]
-    values = [(point.disturbance, point.drift) for point in points]
-    rank = float(spearmanr(values).statistic) if len(points) > 2 else math.nan
-    return ProbeInfo(tuple(points), len(probe), rank, pick)
-
-
-def probe_figure(info: ProbeInfo) -> go.Figure:
-    """Disturbance to the right, drift upwards, both logarithmic; coloured by relative depth, a symbol per module."""
     axis = {"type": "log", "tickformat": "~g"}
     figure = styled_figure(
         height=420,
         xaxis=axis | {"title": {"text": "disturbance that the probe expects"}, "tickformat": ".0e"},
         yaxis=axis | {"title": {"text": "drift measured, nats per token"}},
     )
-    for index, module in enumerate(dict.fromkeys(point.module for point in info.points)):
-        points = [point for point in info.points if point.module == module]
+    for index, module in enumerate(dict.fromkeys(row["module"] for _, row in points)):
+        shown = [(disturbance, row) for disturbance, row in points if row["module"] == module]
         figure.add_scatter(
-            x=[point.disturbance for point in points], y=[point.drift for point in points], mode="markers",
-            name=escaped(module), text=[point.hover for point in points], hovertemplate="%{text}<extra></extra>",
-            customdata=[point.trial_id for point in points],
+            x=[disturbance for disturbance, _ in shown], y=[row["drift_kl"] for _, row in shown], mode="markers",
+            name=escaped(module), text=[hover_text(row) for _, row in shown], hovertemplate="%{text}<extra></extra>",
+            customdata=[row["trial_id"] for _, row in shown],
             marker={
-                "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 11, "color": [point.depth for point in points],
+                "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 11, "color": [row["depth"] for _, row in shown],
                 "colorscale": "Cividis", "cmin": 0, "cmax": 1, "line": {"width": 0.8, "color": INK},
             },
         )  # fmt: skip
-    for point in (point for point in info.points if point.trial_id == info.pick):
-        add_ring(figure, point.disturbance, point.drift)
-    return figure
+    for disturbance, row in points:
+        if row["trial_id"] == pick:
+            add_ring(figure, disturbance, row["drift_kl"])
+    values = [(disturbance, row["drift_kl"]) for disturbance, row in points]
+    return figure, len(points), float(spearmanr(values).statistic) if len(points) > 2 else math.nan

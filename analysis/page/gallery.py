@@ -16,9 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from analysis.figures import curves, maps
-from analysis.figures.capacity import capacity_figure
 from analysis.figures.front import FrontInfo, front_figure, front_info
-from analysis.page.how_found import HowFound
 from analysis.stats.capacity import Filling, fillings, law_of
 from analysis.stats.comparison import Comparison
 from analysis.stats.pareto import ParetoFront, comparable
@@ -76,8 +74,20 @@ def gallery(
         more = f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
         caption = f"Mean loss over the edits{pipeline}{more}"
         yield page_plot("losses", "Training loss", curves.loss_figure(losses), caption, "Training loss by epoch.")
-    if retained := curves.retention_info(results):
-        yield from _stream_plots(retained)
+    if (figure := curves.retention_figure(results)) and figure.data:
+        yield page_plot(
+            "retention", "What a stream retains", figure,
+            "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
+            " right forgets; a level one does not. Dotted: the first tenth, measured again as more arrived.",
+            "Reliability by time of arrival, a line per setting.",
+        )  # fmt: skip
+    if figure := curves.latency_figure(results):
+        yield page_plot(
+            "latency", "From arrival to live", figure,
+            "How long the training of what arrived together takes: the median of all arrivals, and a bar to the 95th"
+            " percentile. Replaying earlier edits takes time and keeps them.",
+            "Seconds from arrival to live, a row per setting.",
+        )  # fmt: skip
     if filled := fillings(results):
         yield _capacity_plot(filled)
     for metric in ("reliability", "capability"):
@@ -103,28 +113,12 @@ def gallery(
         )  # fmt: skip
 
 
-def _stream_plots(retained: Sequence[curves.RetentionCurve]) -> Iterator[Plot]:
-    yield page_plot(
-        "retention", "What a stream retains", curves.retention_figure(retained),
-        "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
-        " right forgets; a level one does not. Dotted: the first tenth, measured again as more arrived.",
-        "Reliability by time of arrival, a line per setting.",
-    )  # fmt: skip
-    if any(math.isfinite(curve.seconds) for curve in retained):
-        yield page_plot(
-            "latency", "From arrival to live", curves.latency_figure(retained),
-            "How long the training of what arrived together takes: the median of all arrivals, and a bar to the 95th"
-            " percentile. Replaying earlier edits takes time and keeps them.",
-            "Seconds from arrival to live, a row per setting.",
-        )  # fmt: skip
-
-
 def _capacity_plot(filled: Sequence[Filling]) -> Plot:
     """For a study with several numbers of edits."""
     law = law_of(filled)
     said = [*(one.sentence() for one in filled), *([f"{law.sentence()}: the band"] if law else [])]
     return page_plot(
-        "capacity", "How many edits fit", capacity_figure(filled),
+        "capacity", "How many edits fit", curves.capacity_figure(filled, law),
         "Bits are what the edits' targets tell the unedited model. A cross marks where reliability falls under 95%. "
         + ". ".join(said) + ".",
         "Reliability by bits per trained parameter, a line per position and setting.",
@@ -161,17 +155,17 @@ def comparison_plot(found: Comparison) -> Plot | None:
     )  # fmt: skip
 
 
-def probe_plot(results: pd.DataFrame, found: HowFound, pick: str | None) -> Plot | None:
+def probe_plot(results: pd.DataFrame, probe: Sequence[tuple[int, str, float]], pick: str | None) -> Plot | None:
     """What the probe expected against what was measured; None where fewer than two positions were run."""
-    info = maps.probe_info(results, found.probe, pick=pick)
-    if len(info.points) < 2:
+    figure, run, rank = maps.probe_figure(results, probe, pick)
+    if run < 2:
         return None
-    rank = f" Spearman's correlation is {info.rank:.2f}." if math.isfinite(info.rank) else ""
+    said = f" Spearman's correlation is {rank:.2f}." if math.isfinite(rank) else ""
     return page_plot(
-        "probe", "The probe's order against the drift measured", maps.probe_figure(info),
-        f"Each mark is a position that was run, {len(info.points)} of {info.positions:,} that were probed. The further left,"
-        f" the less the probe expects learning to disturb there; the lower, the less it did. The ring is the pick.{rank}",
-        f"Scatter of disturbance and drift of {plural(len(info.points), 'position')}; the tables below hold the runs.",
+        "probe", "The probe's order against the drift measured", figure,
+        f"Each mark is a position that was run, {run} of {len(probe):,} that were probed. The further left,"
+        f" the less the probe expects learning to disturb there; the lower, the less it did. The ring is the pick.{said}",
+        f"Scatter of disturbance and drift of {plural(run, 'position')}; the tables below hold the runs.",
     )  # fmt: skip
 
 

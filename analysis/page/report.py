@@ -7,28 +7,46 @@ report compares two studies and tells how a selection found its position: each a
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 import pandas as pd
 
 from analysis.page import gallery, sentences, tables
-from analysis.page.how_found import HowFound, rung_rows
 from analysis.page.wrong_answers import WrongAnswers, wrong_answers
 from analysis.stats.bootstrap import MeasuredAgain, measured_again
-from analysis.stats.comparison import Comparison, Measured, cautions, compare, moved
+from analysis.stats.comparison import Comparison, Measured, cautions, moved
 from analysis.stats.importance import importance_sentences, what_matters
-from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, knee, pareto_front
+from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, pareto_front
 from analysis.stats.pick import Recommendation, ranked, recommend
 from analysis.stats.signatures import remedies
 from analysis.stats.table import TITLES, by_setting, causes, done, failed, has_values
-from analysis.stats.wording import number
+from analysis.stats.wording import number, percent
 
 MAX_MISSES = 40
 """Settings whose wrong answers are listed at most: the pick, the front, then others in the order of the rule."""
 KEPT = 200
 """Settings that are drawn however many there are: those that the rule would use first, and the front."""
+
+
+@dataclass(frozen=True)
+class HowFound:
+    """How a selection found its answer: beside the results, what its report has more than that of any study."""
+
+    how: str
+    """In sentences."""
+    command: str
+    """That makes the edit, from the position file."""
+    facts: tuple[tuple[str, str], ...]
+    """(name, value) of what was asked and what it cost, such as ("Budget", "40 minutes"); they follow those of the study."""
+    probe: tuple[tuple[int, str, float], ...]
+    """(layer, module, disturbance) of every position; a low disturbance is good."""
+    rungs: tuple[tuple[str, str, Sequence[Mapping[str, Any]]], ...]
+    """(name, why, runs) of what was started together: why in a sentence, a run as trial_id, position, learning_rate, seed."""
+    unmeasured: str | None = None
+    """Where no run finished in time: what the probe alone recommends, in sentences."""
 
 
 def render_report(
@@ -37,9 +55,8 @@ def render_report(
     *,
     baseline: Mapping[str, float],
     outcomes: pd.DataFrame | None = None,
-    other: Measured | None = None,
+    compared: Comparison | None = None,
     found: HowFound | None = None,
-    plotly_js: bool = True,
 ) -> str:
     """The report as HTML.
 
@@ -47,20 +64,20 @@ def render_report(
     trials_done, trials_failed, started, finished (datetime or text), environment, settings_yaml, and for commands that change a
     setting command (words), edit_counts, chosen_axes (`analysis.stats.signatures`). baseline: metrics of the unedited model.
     outcomes: per prompt trial_id, edit_id, kind, prompt, expected, got, correct, of the trials whose wrong answers are to be
-    listed. other: a study to compare with. found: how a selection found its answer. plotly_js: put plotly.js in, packed (1.9
-    MB); without it figures are drawn only if the page is put into one that has `Plotly`.
+    listed. compared: with another study. found: how a selection found its answer.
     """
     if found:  # the grid was never to be run in full
         study = {**study, "trials_planned": None}
     about = Measured(study, results, baseline)
     settings, pick = by_setting(results), recommend(results)
-    pick_id, front = pick.trial_id if pick else None, pareto_front(settings, _objectives(settings))
+    complete = all(has_values(settings, name) for name in DEFAULT_OBJECTIVES)
+    front = pareto_front(settings, DEFAULT_OBJECTIVES if complete else ("reliability", "generalization"))
+    pick_id = pick.trial_id if pick else None
     again = measured_again(settings, front)
     order = list(ranked(settings)["trial_id"])
     listed = [*([pick_id] if pick_id else []), *front.trial_ids, *order]
     misses = wrong_answers(outcomes, settings, listed, MAX_MISSES)
     wrong = {item.trial_id: (place, item) for place, item in enumerate(misses, 1)}
-    compared = compare(about, other) if other else None
     everything = _everything(results, settings, again.chances, compared)
     weighed = what_matters(results)
     extra: dict[str, Any] = {
@@ -75,7 +92,7 @@ def render_report(
     return _PAGES.get_template("report.html").render(
         **_asked(about, found),
         **_answer(about, pick, settings, again, found),
-        **_front(settings, front, again, wrong),
+        **_front(settings, front, again, pick, wrong),
         **_failures(results),
         **extra,
         plots=plots,
@@ -87,7 +104,7 @@ def render_report(
         n_trials=len(everything),
         explorer=controls,
         explore_data=gallery.script_json(controls),
-        plotly_js=gallery.packed_plotly() if plotly_js and drawn else None,
+        plotly_js=gallery.packed_plotly() if drawn else None,
     )
 
 
@@ -133,16 +150,19 @@ def _answer(
 
 
 def _front(
-    settings: pd.DataFrame, front: ParetoFront, again: MeasuredAgain, wrong: Mapping[str, tuple[int, WrongAnswers]]
+    settings: pd.DataFrame,
+    front: ParetoFront,
+    again: MeasuredAgain,
+    pick: Recommendation | None,
+    wrong: Mapping[str, tuple[int, WrongAnswers]],
 ) -> dict[str, Any]:
-    """The table of the front, and what stands above it. wrong: by trial_id the number of a list of wrong answers, and the
-    list."""
-    by_id, varied = settings.set_index("trial_id", drop=False), tables.varied_axes(settings)
+    """The table of the front, and what stands above it. wrong: as for `tables.trial_table`."""
+    rows = settings[settings["trial_id"].isin(front.trial_ids)]
+    rows = rows.assign(on_front=rows["trial_id"].map(again.chances))
     return {
-        "front": [tables.front_row(by_id.loc[id], varied, again.chances[id], wrong.get(id)) for id in front.trial_ids],
+        "front": tables.trial_table(rows, pick.trial_ids if pick else (), wrong),
         "frontier": front,
         "front_names": [TITLES.get(name, name) for name in front.objectives],
-        "knee": knee(front) if len(set(front.points)) > 1 else None,
         "again": again,
         "reference": ", ".join(number(x) for x in front.reference),
     }
@@ -159,11 +179,6 @@ def _everything(
         return own
     frames = zip((own, compared.studies[1].results), compared.names, strict=True)
     return pd.concat([frame.assign(study=name) for frame, name in frames], ignore_index=True)
-
-
-def _objectives(settings: pd.DataFrame) -> tuple[str, str]:
-    measured = all(has_values(settings, name) for name in DEFAULT_OBJECTIVES)
-    return DEFAULT_OBJECTIVES if measured else ("reliability", "generalization")
 
 
 def _command(study: Mapping[str, Any], pick: Recommendation, settings: pd.DataFrame) -> str:
@@ -185,15 +200,31 @@ def _failures(results: pd.DataFrame) -> dict[str, Any]:
 def _found(found: HowFound, results: pd.DataFrame, pick: Recommendation | None) -> dict[str, Any]:
     """What the page says of how a selection found its answer."""
     picked = pick.trial_ids if pick else ()
+    known = {row["trial_id"]: row for row in results.to_dict("records")}
+    rungs = [
+        {"name": name, "why": why, "runs": [_run_row(run, known.get(run["trial_id"], {}), picked) for run in runs]}
+        for name, why, runs in found.rungs
+    ]
     return {
         "how": found.how,
         "unmeasured": found.unmeasured,
         "command": found.command,
-        "plot": gallery.probe_plot(results, found, pick.trial_id if pick else None),
-        "rungs": [
-            {"name": rung.name, "why": rung.why, "runs": rung_rows(rung, results, picked)} for rung in found.rungs
-        ],
+        "plot": gallery.probe_plot(results, found.probe, pick.trial_id if pick else None),
+        "rungs": rungs,
     }
+
+
+def _run_row(run: Mapping[str, Any], row: Mapping[str, Any], picked: Sequence[str]) -> dict[str, Any]:
+    """A run of a selection: its values as text, `kept` for those of the pick, and `fate`. row: of the results, if it finished."""
+    kept = run["trial_id"] in picked
+    fate = "the pick" if kept else ""
+    if row.get("status") != "done":
+        fate = f"failed: {row['error']}" if row else "did not finish"
+    elif row["diverged"] == 1:
+        fate = "diverged"
+    texts = {name: percent(row.get(name, math.nan)) for name in ("reliability", "generalization")}
+    texts |= {"drift": number(row.get("drift_kl", math.nan)), "rate": number(run["learning_rate"])}
+    return {"position": run["position"], "seed": run["seed"], "fate": fate, "kept": kept, **texts}
 
 
 def _compared(found: Comparison) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pandas as pd
 from analysis.stats.bootstrap import MeasuredAgain
 from analysis.stats.comparison import Comparison, Measured, place_of
 from analysis.stats.pareto import comparable
-from analysis.stats.pick import Recommendation
+from analysis.stats.pick import Recommendation, capability_text
 from analysis.stats.table import (
     FRACTIONS,
     done,
@@ -23,7 +23,6 @@ from analysis.stats.table import (
 )
 from analysis.stats.wording import (
     ABSENT,
-    change_with_interval,
     number,
     percent,
     plural,
@@ -88,7 +87,8 @@ def cost(pick: Recommendation, about: Measured) -> list[tuple[str, str]]:
     """(name, sentence) pairs of what the edit at the pick costs the model, and the machine."""
     metrics, baseline, said = pick.metrics, about.baseline, []
     if "capability_change" in metrics:
-        said.append(("Capability", _capability(metrics, baseline, about.study.get("n_items"))))
+        scored = f" The unedited model scores {percent(baseline['capability'])}." if "capability" in baseline else ""
+        said.append(("Capability", f"{capability_text(metrics)} (same items before and after).{scored}"))
     tasks = [name for name in metrics if name.startswith("capability.") and name in baseline]
     if len(tasks) > 1:
         by_task = ((name.removeprefix("capability."), baseline[name], metrics[name]) for name in tasks)
@@ -113,21 +113,6 @@ def cost(pick: Recommendation, about: Measured) -> list[tuple[str, str]]:
     if time:
         said.append(("Time", ", ".join(time) + "."))
     return said
-
-
-def _capability(metrics: Mapping[str, float], baseline: Mapping[str, float], n_items: int | None) -> str:
-    """The change of capability, and whether chance explains it."""
-    change, low, high = (metrics.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
-    text = change_with_interval(change, low, high)
-    if math.isfinite(low) and math.isfinite(high):
-        items = f", {plural(int(n_items), 'item')}" if n_items else ""
-        verdict = "zero is outside"
-        if low <= 0 <= high:
-            verdict = "zero is inside, so no change is shown, and none within it is ruled out"
-        text += f" (95% interval, same items before and after{items}): {verdict}"
-    return f"{text}." + (
-        f" The unedited model scores {percent(baseline['capability'])}." if "capability" in baseline else ""
-    )
 
 
 def _more_of_locality(metrics: Mapping[str, float]) -> str:

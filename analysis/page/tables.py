@@ -1,9 +1,10 @@
 """The tables of the report: which rows and columns, and how each cell reads; and the settings that its controls choose from."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -19,8 +20,6 @@ from analysis.stats.table import (
     TITLES,
     axis_text,
     interval,
-    seed_range,
-    setting_text,
     value_text,
 )
 from analysis.stats.wording import (
@@ -32,15 +31,12 @@ from analysis.stats.wording import (
     points,
     points_interval,
     seconds,
-    seed_span,
     share_interval,
     whole_percent,
 )
 
 MAX_ROWS = 500
 """Trials listed at most, which keeps the file under 6 MB; the page says what is left out."""
-MIN_BROKEN = 100
-"""Rows kept for failed and diverged trials, however many others there are."""
 MAX_SHARED = 300
 """Shared positions of two studies listed at most."""
 
@@ -86,7 +82,7 @@ class TrialTable:
     left_out: str
     """Which trials are listed, in a sentence; empty when all are."""
     rows: tuple[dict[str, Any], ...]
-    """trial_id, status, pick, cells: (key, text, interval) per column."""
+    """trial_id, status, pick, wrong, cells: (key, text, interval) per column."""
 
     @property
     def heads(self) -> list[str | tuple[str, str]]:
@@ -99,9 +95,14 @@ class TrialTable:
         return frozenset(row["trial_id"] for row in self.rows)
 
 
-def trial_table(results: pd.DataFrame, picked: Collection[str]) -> TrialTable:
-    """The most reliable first, failed ones last. results: with `on_front`, the chance to be on the front, and for several
-    studies `study`."""
+def trial_table(
+    results: pd.DataFrame, picked: Collection[str], wrong: Mapping[str, tuple[int, WrongAnswers]] = MappingProxyType({})
+) -> TrialTable:
+    """Trials or settings, the most reliable first, failed ones last.
+
+    results: with `on_front`, the chance to be on the front, and for several studies `study`. wrong: by trial_id the number of
+    a list of wrong answers, and the list, for a link.
+    """
     columns = tuple(
         column
         for column in _COLUMNS
@@ -109,29 +110,19 @@ def trial_table(results: pd.DataFrame, picked: Collection[str]) -> TrialTable:
         and results[column.name].notna().any()
         and (column.name not in _VARIED or results[column.name].nunique(dropna=False) > 1)
     )
-    broken = (results["status"] == "failed") | (results["diverged"] == 1)
-    n_broken = min(int(broken.sum()), max(MIN_BROKEN, MAX_ROWS - int((~broken).sum())))
     order = results.sort_values(["reliability", "capability"], ascending=False, na_position="last", kind="stable")
-    lost = broken.loc[order.index]
-    listed = order[(lost & (lost.cumsum() <= n_broken)) | (~lost & ((~lost).cumsum() <= MAX_ROWS - n_broken))]
     named = named_axes(results.to_dict("records"))
     common = {name: results[name].iloc[0] for name in named if results[name].nunique(dropna=False) == 1}
+    left_out = f"The first {MAX_ROWS} of {len(results):,}; the results table of the study has all."
     return TrialTable(
         columns=columns,
         common=", ".join(axis_text(name, value) for name, value in common.items() if not pd.isna(value)),
-        left_out=_left_out(len(results), len(listed), n_broken, int(broken.sum())),
-        rows=tuple(_trial_row(row, columns, picked) for row in listed.to_dict("records")),
+        left_out=left_out if len(results) > MAX_ROWS else "",
+        rows=tuple(
+            {**_trial_row(row, columns, picked), "wrong": wrong.get(row["trial_id"])}
+            for row in order.head(MAX_ROWS).to_dict("records")
+        ),
     )
-
-
-def _left_out(total: int, listed: int, broken: int, all_broken: int) -> str:
-    if listed == total:
-        return ""
-    first = f"The first {listed - broken:,} of {total:,}"
-    if all_broken:
-        share = "all" if broken == all_broken else f"{broken:,} of the"
-        first += f" and {share} {all_broken:,} that failed or diverged"
-    return f"{first}; the results table of the study has all."
 
 
 def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Collection[str]) -> dict[str, Any]:
@@ -152,34 +143,6 @@ def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Co
         cells.append((key, ABSENT if absent else column.write(value), brackets))
     status = "diverged" if row["diverged"] == 1 else row["status"]
     return {"trial_id": row["trial_id"], "status": status, "cells": cells, "pick": row["trial_id"] in picked}
-
-
-def varied_axes(results: pd.DataFrame) -> tuple[str, ...]:
-    """Those that have several values in these trials, besides position and seed: the others are said once."""
-    names = (axis.name for axis in SWEPT if axis.name not in ("layer", "module", "seed"))
-    return tuple(name for name in names if results[name].nunique(dropna=False) > 1)
-
-
-def front_row(
-    row: Mapping[str, Any], varied: Sequence[str], chance: float, wrong: tuple[int, WrongAnswers] | None
-) -> dict[str, Any]:
-    """A setting in the table of the front. wrong: the number of the list of its wrong answers, and that list."""
-    seeds = f"{row['n_seeds']} seeds" if row["n_seeds"] > 1 else ""
-    return {
-        "trial_id": row["trial_id"],
-        "position": place_of(row),
-        "settings": ", ".join(filter(None, (setting_text(row, varied), seeds))),
-        "shares": [(percent(row[name]), share_interval(*interval(row, name))) for name in FRACTIONS],
-        "capability": percent(row["capability"]),
-        "change": points(row["capability_change"]),
-        "interval": points_interval(*interval(row, "capability_change")),
-        "drift": number(row["drift_kl"]),
-        "drift_span": seed_span(*seed_range(row)),
-        "seconds": seconds(row["seconds_per_edit"]),
-        "chance": whole_percent(chance),
-        "misses": wrong[0] if wrong else None,
-        "wrong": wrong[1].groups[0].wrong if wrong else None,
-    }
 
 
 def format_rows(pick: Recommendation) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -212,7 +175,8 @@ def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
 def shared_rows(found: Comparison) -> list[dict[str, Any]]:
     """The shared positions of two studies, the picks first: position, trial_id (here), picks (whether it is here's and
     there's) and cells (here, there) per metric."""
-    rows = []
+    rows, special = [], {"drift_kl": number, "capability_change": points}
+    writers = {item.metric: special.get(item.metric, percent) for item in found.agreements}
     for pair in found.shared:
         places = [place_of(row) for row in pair]
         picks = [pick is not None and pick.position == at for pick, at in zip(found.picks, places, strict=True)]
@@ -220,16 +184,11 @@ def shared_rows(found: Comparison) -> list[dict[str, Any]]:
             {
                 "position": places[0] + (f" / {places[1]}" if found.by_depth else ""),
                 "trial_id": pair[0]["trial_id"],
-                "cells": [_both(item.metric, pair) for item in found.agreements],
+                "cells": [[write(row[metric]) for row in pair] for metric, write in writers.items()],
                 "picks": picks,
             }
         )
     return sorted(rows, key=lambda row: -sum(row["picks"]))[:MAX_SHARED]
-
-
-def _both(metric: str, pair: Sequence[Mapping[str, Any]]) -> list[str]:
-    write = number if metric == "drift_kl" else points if metric == "capability_change" else percent
-    return [write(row[metric]) for row in pair]
 
 
 def _signed(value: float, digits: int = 2) -> str:

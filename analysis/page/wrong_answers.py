@@ -16,20 +16,6 @@ PICK_WRONG = 100
 
 
 @dataclass(frozen=True)
-class WrongAnswer:
-    """A prompt that is answered wrong."""
-
-    prompt: str
-    expected: str
-    got: str
-    """What the model says instead; where the seeds say different things, each of them."""
-    seeds: int
-    """Number of known seeds that get it wrong."""
-    format: str
-    """How the prompt was put."""
-
-
-@dataclass(frozen=True)
 class WrongOfKind:
     """The prompts of one kind that a setting does not answer as expected."""
 
@@ -39,8 +25,9 @@ class WrongOfKind:
     wrong: int
     """With at least one of the seeds."""
     total: int
-    shown: tuple[WrongAnswer, ...]
-    """Those that the most seeds get wrong first, at most `TOP_WRONG`; of unrelated prompts those that changed in substance."""
+    shown: tuple[dict[str, Any], ...]
+    """Those that the most seeds get wrong first, at most `TOP_WRONG`; of unrelated prompts those that changed in substance.
+    Each as prompt, format, expected, got (what each seed says instead, where that differs) and seeds (that get it wrong)."""
 
 
 KINDS = {
@@ -88,7 +75,7 @@ def wrong_answers(
     found = []
     for place, trial in enumerate(dict.fromkeys(trial_ids)):
         row = places.loc[trial]
-        known = [pair for pair in zip(row["trial_ids"], _seeds(row), strict=True) if pair[0] in by_trial]
+        known = [pair for pair in zip(row["trial_ids"], map(str, row["seeds"]), strict=True) if pair[0] in by_trial]
         if not known:
             continue
         answers = pd.concat([by_trial[one] for one, _ in known], ignore_index=True)
@@ -99,12 +86,6 @@ def wrong_answers(
         if len(found) == most:
             break
     return found
-
-
-def _seeds(row: pd.Series) -> list[str]:
-    """The seed of each of its trials; a dash where that was not recorded."""
-    seeds = list(map(str, row["seeds"]))
-    return seeds if len(seeds) == len(row["trial_ids"]) else ["–"] * len(row["trial_ids"])
 
 
 def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:
@@ -122,13 +103,11 @@ def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:
         first = groups.agg(other=("other", "max"), kept=("kept", "mean"), seeds=("other", "size"))
         first = first.sort_values(["other", "kept", "seeds"], ascending=[False, True, False], kind="stable")
         shown = tuple(
-            WrongAnswer(
-                prompt=_text(part["prompt"].iloc[0]),
-                expected=_text(part["expected"].iloc[0]),
-                got=" / ".join(dict.fromkeys(map(_text, part["got"]))),
-                seeds=len(part),
-                format=part["format"].iloc[0],
-            )
+            {
+                **{name: _text(part[name].iloc[0]) for name in ("prompt", "format", "expected")},
+                "got": " / ".join(dict.fromkeys(map(_text, part["got"]))),
+                "seeds": len(part),
+            }
             for part in (groups.get_group(key) for key in first.index[:most])
         )
         total = len(of_kind[prompt].drop_duplicates())

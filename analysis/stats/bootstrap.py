@@ -33,9 +33,6 @@ class MeasuredAgain:
     """trial_id of each setting that has both objectives -> how often it is on the front."""
     picks: dict[str, float]
     """trial_id of each setting that can be picked -> how often the rule picks it."""
-    hypervolume: tuple[float, float]
-    """95% interval. The best of many noisy settings reads high, so the draws lie above the measured hypervolume by about
-    as much as that lies above the truth; the interval is mirrored to take this off (the basic bootstrap)."""
     by_edit: bool
     """True if the edits were drawn again for all settings."""
     draws: int = 0
@@ -45,7 +42,7 @@ def measured_again(settings: pd.DataFrame, front: ParetoFront | None = None, *, 
     """settings: `by_setting(results)`. front: its front, by default that of reliability and capability."""
     rows = ranked(settings)
     if rows.empty:
-        return MeasuredAgain({}, {}, (0.0, 0.0), False)
+        return MeasuredAgain({}, {}, False)
     front = pareto_front(rows) if front is None else front
     evidence, rng = evidence_of(rows), np.random.default_rng(seed)
     n_edits = len(evidence.counts)
@@ -56,7 +53,7 @@ def measured_again(settings: pd.DataFrame, front: ParetoFront | None = None, *, 
     errors = {name: np.nan_to_num([standard_error(row, name) for row in known]) for name in names}
     between = np.array([seed_error(row, "reliability") for row in known])
     on_front = np.isfinite([values[name] for name in front.objectives]).all(axis=0)
-    on, picked, volumes = np.zeros(len(rows)), np.zeros(len(rows)), []
+    on, picked = np.zeros(len(rows)), np.zeros(len(rows))
     draws = min(DRAWS, max(FEWEST, 1000 * DRAWS // len(rows)))
     for _ in range(draws):
         noise = {name: rng.standard_normal(len(rows)) for name in names}
@@ -85,19 +82,10 @@ def measured_again(settings: pd.DataFrame, front: ParetoFront | None = None, *, 
             points = np.stack([drawn[name][on_front] for name in front.objectives], axis=1)
             best = moocore.is_nondominated(points, maximise=True, keep_weakly=True)
             on[np.flatnonzero(on_front)[best]] += 1
-            volumes.append(moocore.hypervolume(points[best], ref=front.reference, maximise=True))
-    low, high = (max(0.0, 2 * front.hypervolume - float(np.quantile(volumes or [0.0], q))) for q in (0.975, 0.025))
     ids = rows["trial_id"]
     return MeasuredAgain(
         chances=dict(zip(ids[on_front], (on[on_front] / draws).tolist(), strict=True)),
         picks=dict(zip(ids, (picked / draws).tolist(), strict=True)),
-        hypervolume=(low, high),
         by_edit=bool(by_edit.all()),
         draws=draws,
     )
-
-
-def chances(settings: pd.DataFrame, *, seed: int = 0) -> dict[str, float]:
-    """trial_id of each setting that can be picked -> how often the rule picks it when everything is measured again.
-    settings: `by_setting(results)`."""
-    return measured_again(settings, seed=seed).picks

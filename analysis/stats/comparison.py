@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from analysis.stats.axes import SWEPT
 from analysis.stats.pick import Recommendation, best_by_position, recommend
 from analysis.stats.table import TITLES, Z95, by_setting, value_text
-from analysis.stats.wording import number, points, when
+from analysis.stats.wording import number, points
 
 Row = Mapping[str, Any]
 Position = tuple[int, str]
@@ -61,7 +61,9 @@ class Comparison:
 
 def compare(here: Measured, there: Measured) -> Comparison:
     """Never fails for studies with nothing in common: what does not compare is empty, and `cautions` says why."""
-    names = _names(here.study, there.study)
+    names = (str(here.study["name"]), str(there.study["name"]))
+    if names[0] == names[1]:
+        names = (names[0], f"{names[1]} (other run)")
     ids = [f"{names[1]}: {trial}" for trial in there.results["trial_id"]]  # two runs of a study have the same ones
     studies = (here, replace(there, results=there.results.assign(trial_id=ids)))
     best = [best_by_position(by_setting(study.results)) for study in studies]
@@ -81,18 +83,6 @@ def compare(here: Measured, there: Measured) -> Comparison:
         agreements=tuple(item for item in agreements if item is not None),
         picks=(recommend(here.results), recommend(there.results)),
     )
-
-
-def _names(here: Mapping[str, Any], there: Mapping[str, Any]) -> tuple[str, str]:
-    """Two runs of the same study are told apart by their dates."""
-    names = (str(here["name"]), str(there["name"]))
-    dates = (when(here.get("started")), when(there.get("started")))
-    if names[0] != names[1]:
-        return names
-    if all(dates) and dates[0] != dates[1]:
-        length = 10 if dates[0][:10] != dates[1][:10] else None
-        return f"{names[0]} ({dates[0][:length]})", f"{names[1]} ({dates[1][:length]})"
-    return names[0], f"{names[1]} (compared)"
 
 
 def _shared(

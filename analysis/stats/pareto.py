@@ -1,4 +1,4 @@
-"""The trade-off front, its hypervolume and its knee.
+"""The trade-off front and its hypervolume.
 
 Everything is maximised. A trial takes part when it is done, did not diverge and has a finite value of each objective.
 """
@@ -60,16 +60,3 @@ def comparable(results: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame
     finite = np.isfinite(results[list(objectives)].astype("float64")).all(axis=1)
     keep = (results["status"] == "done") & (results["diverged"].fillna(0) != 1) & finite
     return results[keep].reset_index(drop=True)
-
-
-def knee(front: ParetoFront) -> str | None:
-    """The trial where the front bends most: the highest sum of the objectives, each scaled to [0, 1] over the front
-    (with two objectives that is the farthest from the line through the ends). The first trial (highest first
-    objective) when nothing bends; None when empty.
-    """
-    if not front.points:
-        return None
-    points = np.array(front.points)  # (trials, objectives)
-    low, span = points.min(axis=0), np.ptp(points, axis=0)
-    height = ((points - low) / np.where(span > 0, span, 1.0)).sum(axis=1).round(12)
-    return front.trial_ids[int(height.argmax())]

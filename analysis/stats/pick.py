@@ -191,6 +191,15 @@ def by_format_text(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{percent(share)} {format_title(name)}" for name, share in shares.items())
 
 
+def capability_text(row: Mapping[str, Any]) -> str:
+    """The change of capability with its interval, and whether chance explains it."""
+    change, low, high = (row.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
+    verdict = ""
+    if math.isfinite(low) and math.isfinite(high):
+        verdict = ", which chance explains" if low <= 0 <= high else ", more than chance explains"
+    return f"{change_with_interval(change, low, high)}{verdict}"
+
+
 def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:
     """(S,): whether the setting is not shown to be less reliable than the best. Of equally reliable ones the best is the
     one that drifts least.
@@ -255,11 +264,7 @@ def _reasons(rows: pd.DataFrame, floor: float | None) -> tuple[str, ...]:
     if formats := by_format(pick.to_dict(), "reliability"):
         reasons.append(f"Reliability by how the edits are asked: {by_format_text(formats)}.")
     if math.isfinite(pick["capability_change"]):
-        low, high = pick["capability_change_low"], pick["capability_change_high"]
-        verdict = ""
-        if math.isfinite(low) and math.isfinite(high):
-            verdict = ", which chance explains" if low <= 0 <= high else ", more than chance explains"
-        reasons.append(f"Capability changed by {change_with_interval(pick['capability_change'], low, high)}{verdict}.")
+        reasons.append(f"Capability changed by {capability_text(pick)}.")
     if pick["n_seeds"] > 1:
         spread = points(pick["reliability_sd"]).lstrip("+")
         reasons.append(

@@ -1,12 +1,11 @@
 """Failure signatures: what goes wrong at the pick of a study, the likeliest cause by its own numbers, and the one setting to
 change: first one that is not in use yet (another pipeline, method, format), then more of what is."""
 
-import itertools
 import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -61,36 +60,19 @@ class Signature:
         return f"{self.name.capitalize()}: {self.seen} {self.cause}"
 
     def command(self, words: Sequence[str]) -> str:
-        """The change as a command. words: those that run the study, such as locft sweep quickstart."""
+        """The change as a command: what comes last holds. words: those that run the study, such as locft sweep quickstart."""
         axis = AXIS.get(self.setting)
         place = f"space.{self.setting}=" if axis and axis.swept else f"{self.setting}="
-        kept = _without(words, lambda option, value: option == "--set" and value.startswith(place))
-        return shlex.join([*kept, "--set", f"{place}{_yaml(self.value)}"])
+        return shlex.join([*words, "--set", f"{place}{_yaml(self.value)}"])
 
     def edit_command(self, words: Sequence[str]) -> str:
         """The same for one edit, which has an option for each axis. words: such as locft edit MODEL --edits FILE."""
         option = "--edits" if self.setting == "edits.source" else f"--{self.setting.replace('_', '-')}"
-        kept = _without(words, lambda given, _: given == option)
-        return shlex.join([*kept, option, str(self.value)])
+        return shlex.join([*words, option, str(self.value)])
 
     def to_dict(self, command: str) -> dict[str, Any]:
         """JSON-able, with the command."""
         return {**asdict(self), "command": command}
-
-
-def _without(words: Sequence[str], replaced: Callable[[str, str], bool]) -> list[str]:
-    """The words of a command without the options that a function of option and value says are replaced."""
-    kept: list[str] = []
-    dropped = False
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-        option, equals, value = word.partition("=")
-        if word.startswith("--") and replaced(option, value if equals else following):
-            dropped = not equals  # the next word is its value
-        elif dropped and not word.startswith("--"):
-            dropped = False
-        else:
-            kept.append(word)
-    return kept
 
 
 def _yaml(value: Any) -> str:

@@ -429,11 +429,6 @@ def expected(row: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
     return {name: (float(value), float(low), float(high)) for name, (value, low, high) in known.items()}
 
 
-def seed_range(row: Mapping[str, Any]) -> tuple[float, float]:
-    """The lowest and highest drift over the seeds; (NaN, NaN) for one."""
-    return row.get("drift_kl_low", math.nan), row.get("drift_kl_high", math.nan)
-
-
 def with_interval(row: Mapping[str, Any], name: str) -> str:
     """A fraction in words: "98.0% [93.0, 99.4]"."""
     return " ".join(filter(None, (percent(row[name]), share_interval(*interval(row, name)))))
@@ -441,5 +436,5 @@ def with_interval(row: Mapping[str, Any], name: str) -> str:
 
 def drift_text(row: Mapping[str, Any]) -> str:
     """Drift in words: "0.0125 nats per token", and what it was over the seeds where there are several."""
-    span = seed_span(*seed_range(row))
+    span = seed_span(row.get("drift_kl_low", math.nan), row.get("drift_kl_high", math.nan))
     return f"{number(row['drift_kl'])} nats per token" + (f" ({span} over the seeds)" if span else "")

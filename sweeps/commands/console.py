@@ -34,17 +34,11 @@ def complain(problems: Sequence[str]) -> None:
     notice("\n  ".join([f"error: {len(problems)} problems", *problems]))
 
 
-def table_of(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None) -> Table:
-    """A table whose texts are shown as they are, without markup."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print a table of texts without markup: on a terminal as wide as it is, in a file or a pipe as wide as the table needs."""
     table = Table(*columns, title=title and Text(title), title_justify="left")
     for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return table
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None) -> None:
-    """Print a table: on a terminal as wide as it is, in a file or a pipe as wide as the table needs."""
-    table = table_of(columns, rows, title)
+        table.add_row(*map(Text, row))
     if _out.is_terminal:
         _out.print(table)
     else:

@@ -60,7 +60,7 @@ def edit_settings(
     """
     options, problems = _checked({**given, "ask_formats": ask_formats})
     asked, found = options.pop("ask_formats", None), None
-    if position is not None and _is_file(position):
+    if position is not None and (position.endswith(".json") or "/" in position or Path(position).is_file()):
         found = read_position(Path(position))
         position = found.position
     if position is None and from_run is None:
@@ -87,7 +87,7 @@ def edit_settings(
         TrainingSettings(**{"precision": training_precision("auto"), **own, **options}),
         dtype or (found.dtype if found else "float32"),
         edits,
-        asked or read_formats(found.ask_formats if found else ONE_EDIT["train_formats"]),
+        asked or (found.ask_formats if found else read_formats(ONE_EDIT["train_formats"])),
         found and found.model_fingerprint,
         found and found.run_id,
     )
@@ -163,7 +163,3 @@ def _repeated(
         device=study.device,
         threads=study.resources.cpus,
     )
-
-
-def _is_file(position: str) -> bool:
-    return position.endswith(".json") or "/" in position or Path(position).is_file()

@@ -107,7 +107,7 @@ def sweep(
 
             expected = forecast.on(nodes_there())
             notice(f"to run: {expectation(expected, 'on the cluster')}")
-        return Progress(prepared.study.name, expected, done(state.results).to_dict("records"))
+        return Progress(prepared.study.name, expected, done(state.results)["trial_id"])
 
     with redirect_stdout(sys.stderr):  # Ray prints on standard output
         ran = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
@@ -180,7 +180,6 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
-    from analysis.stats.comparison import compare as compared_with
     from sweeps.answer import answer_of, measured
 
     for name, given in (("--compare-set", compare_set), ("--compare-uri", compare_uri)):
@@ -199,8 +198,7 @@ def report(
     other = None if second is None else measured(*_recorded(second, compare, second_uri))
     answer = answer_of(state, tracker, other)
     write(report_file, answer.report_html)
-    comparison = compared_with(measured(state, tracker), other) if other else None
-    print_answer(state, answer, report_file, tracker.uri, as_json, comparison=comparison)
+    print_answer(state, answer, report_file, tracker.uri, as_json)
 
 
 @dataclass(frozen=True)
@@ -223,13 +221,8 @@ class SelectionOptions:
 
     def request(self) -> "SelectionRequest":
         """The selection, checked and resolved. Raises InputError with everything that is wrong with it."""
-        from sweeps.select.request import DEFAULT_SHARE, SelectionBudget, selection_request
+        from sweeps.select.request import selection_request
 
-        if self.budget_share is not None and self.budget_minutes is not None:
-            raise InputError("--budget-share, --budget-minutes: got both, expected one of them")
-        share = self.budget_share
-        if share is None and self.budget_minutes is None:
-            share = DEFAULT_SHARE
         edits = edits_of(self.edits, self.limit, self.field_map)
         mapped = [f"edits.map={json.dumps(edits.map)}"] if edits.map else []
         request = selection_request(
@@ -237,7 +230,8 @@ class SelectionOptions:
             edits.source,
             [*mapped, *(self.overrides or ())],
             limit=self.limit,
-            budget=SelectionBudget(share, self.budget_minutes),
+            share=self.budget_share,
+            minutes=self.budget_minutes,
             seed=self.seed,
             prior=self.prior,
         )

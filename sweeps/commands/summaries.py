@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.stats.axes import SWEPT
-from analysis.stats.wording import MINUS, change_with_interval, number, percent, plural, points, seconds, share_interval
+from analysis.stats.wording import change_with_interval, number, percent, plural, seconds, share_interval
 from sweeps.commands.console import notice, print_json, print_table, say
 from sweeps.tracking.address import resolve_uri
 
@@ -74,17 +74,15 @@ def print_answer(
     *,
     ending: "Ending | None" = None,
     registered: str | None = None,
-    comparison: "Comparison | None" = None,
 ) -> None:
     """Print a study's front and pick, and how to repeat or apply the pick.
 
-    ending: how the sweep ended that led here. registered: address of the pick's edit in the model registry. comparison:
-    with another study.
+    ending: how the sweep ended that led here. registered: address of the pick's edit in the model registry.
     """
     from analysis.stats.table import causes
     from sweeps.tracking.pages import SHOWN_METRICS
 
-    pick = answer.recommendation
+    pick, comparison = answer.recommendation, answer.comparison
     counts = {"planned": state.prepared.plan.count, "done": state.done, "failed": state.failed, "left": state.left}
     by_id = {row["trial_id"]: row for row in state.results.to_dict("records")}
     front = [by_id[trial_id] for trial_id in answer.front.trial_ids]
@@ -177,7 +175,7 @@ def print_selection(position: dict[str, Any] | None, file: Path, page: Path, tra
     if position is None:
         say("No run finished, so there is no position to recommend.")
     else:
-        rate, second, how = position["settings"]["learning_rate"], position["runner_up"], position["how"]
+        rate, how = position["settings"]["learning_rate"], position["how"]
         say(f"Edit at {position['position']} with learning rate {number(rate)}.", "bold")
         if position["predicted"]:
             for line in expectations(position["predicted"]):
@@ -186,8 +184,6 @@ def print_selection(position: dict[str, Any] | None, file: Path, page: Path, tra
                 say(f"  Reliability by how the edits are asked: {by_format_text(position['formats'])}")
             elsewhere = f"; that a position not run is better: {percent(round(position['chance_elsewhere'], 3))}"
             say(f"  Chance that it is the best of those measured: {percent(round(position['chance'], 3))}{elsewhere}")
-            if second:
-                say(f"  Runner-up {second['position']}: {', '.join(_trades(second['trades']))}")
         else:
             say(f"  {UNMEASURED}")
         spent = f"{percent(how['grid_share'])} of the full grid's cost, {seconds(how['wall_seconds'])}"
@@ -205,16 +201,6 @@ def expectations(predicted: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"Capability change: {change_with_interval(value['mean'], value['low'], value['high'])}"
     if value := predicted.get("drift_kl"):
         yield f"Drift: {number(value['mean'])} nats per token [{number(value['low'])}, {number(value['high'])}]"
-
-
-def _trades(differences: Mapping[str, float]) -> Iterator[str]:
-    """What another setting has more or less of."""
-    titles = {"reliability": "reliability", "generalization": "generalization", "capability_change": "capability"}
-    for name, title in titles.items():
-        if name in differences:
-            yield f"{title} {points(differences[name])} points"
-    if (drift := differences.get("drift_kl")) is not None:
-        yield f"drift {MINUS if drift < 0 else '+'}{number(abs(drift))} nats"
 
 
 def print_metrics(metrics: Mapping[str, float], unedited: Mapping[str, float]) -> None:

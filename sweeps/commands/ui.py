@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from locft.errors import InputError
-from sweeps.tracking.address import check_reachable, mlflow_address, redact, sqlite_path, take_credentials
+from sweeps.tracking.address import check_reachable, redact, sqlite_path, take_credentials
 
 HOST = "127.0.0.1"
 PORT = 5000
@@ -26,7 +25,7 @@ _STOP_SECONDS = 10
 
 
 def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = print) -> None:
-    """Show the store in the browser until Ctrl-C or SIGTERM.
+    """Show the store in the browser until Ctrl-C, as which `locft` takes SIGTERM, too.
 
     uri: resolved. announce: called once with the address of the server, when it answers; for a store that is a server
     itself nothing else happens. Raises InputError when the named port is taken, or when the server does not start.
@@ -35,28 +34,17 @@ def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = p
     check_reachable(uri)
     if uri.startswith("http"):
         return announce(uri)
-    stopped = threading.Event()
-    handlers = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with running(uri, port, stopped=stopped) as (address, process):
-            if not stopped.is_set():
-                announce(address)
-            while not stopped.wait(0.2):
-                if process.poll() is not None:
-                    raise InputError(f"the MLflow server ended by itself with exit code {process.returncode}")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with suppress(KeyboardInterrupt), running(uri, port) as (address, process):
+        announce(address)
+        raise InputError(f"the MLflow server ended by itself with exit code {process.wait()}")
 
 
 @contextmanager
-def running(
-    uri: str, port: int | None = None, *, stopped: threading.Event | None = None
-) -> Iterator[tuple[str, subprocess.Popen]]:
+def running(uri: str, port: int | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
     """A server for a resolved sqlite or database address while the block runs: its address and its process.
 
-    port: None takes 5000 or any free one. stopped: ends the wait for the server's first answer. Raises InputError when the
-    named port is taken, or with the server's last lines when it does not start.
+    port: None takes 5000 or any free one. Raises InputError when the named port is taken, or with the server's last lines
+    when it does not start.
     """
     port = _free_port(port)
     address = f"http://{HOST}:{port}"
@@ -65,7 +53,7 @@ def running(
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     environment = {
         **os.environ,
-        "MLFLOW_BACKEND_STORE_URI": mlflow_address(uri, where),  # on the command line everybody could read its password
+        "MLFLOW_BACKEND_STORE_URI": uri,  # on the command line everybody could read its password
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its processes would outlive the server
     }
@@ -83,7 +71,7 @@ def running(
             start_new_session=True,  # a process group of its own, which the terminal's Ctrl-C does not reach
         )
         try:
-            _wait_until_healthy(address, process, stopped or threading.Event(), log)
+            _wait_until_healthy(address, process, log)
             yield address, process
         finally:
             _end(process)
@@ -101,10 +89,11 @@ def _free_port(named: int | None) -> int:
     raise InputError(f"port {named} of {HOST} is taken; name another one, or none to take a free one")
 
 
-def _wait_until_healthy(address: str, process: subprocess.Popen, stopped: threading.Event, log: BinaryIO) -> None:
+def _wait_until_healthy(address: str, process: subprocess.Popen, log: BinaryIO) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach this machine
     until = time.monotonic() + START_SECONDS
-    while not stopped.wait(0.2):
+    while True:
+        time.sleep(0.2)
         with suppress(OSError):  # not yet
             return opener.open(f"{address}/health", timeout=5).close()
         why = f"did not start (exit code {process.returncode})" if process.poll() is not None else None

@@ -9,14 +9,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from locft.errors import InputError
 from locft.machine import usable_cores
 from sweeps.run.dispatch import WORKER_RESTARTS, Room
-
-if TYPE_CHECKING:
-    from sweeps.study.schema import Resources
+from sweeps.study.schema import Resources
 
 T = TypeVar("T")
 
@@ -36,7 +34,7 @@ TOKEN_HINT = (
 
 @contextmanager
 def ray_cluster(
-    address: str | None, resources: "Resources", trial_bytes: int = 0, model: str | None = None
+    address: str | None, resources: Resources, trial_bytes: int = 0, model: str | None = None
 ) -> Iterator[Room]:
     """Connect to the cluster at `address` ("auto" finds one), or start Ray on this machine and stop it afterwards.
 
@@ -169,7 +167,7 @@ def _file_sizes(path: Path | None) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in files if file.is_file()}
 
 
-def on_workers(works: Sequence[Callable[[], T]], resources: "Resources") -> list[T]:
+def on_workers(works: Sequence[Callable[[], T]], resources: Resources) -> list[T]:
     """Run functions on workers, side by side where there is room; returns what they return, in their order.
 
     Raises whatever the first one that fails raises; InputError when Ray ended every attempt because a node ran out of memory.

@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from locft.errors import out_of_memory
 from sweeps.run.dispatch import Dispatch, Ending, ListedTrials, Reporter, Room, Search
 from sweeps.run.ray_internals import death_of, every_death_is_heard, worker_of
+from sweeps.study.schema import Resources
 from sweeps.study.trial_types import TrialConfig, TrialResult, pack_result, unpack_result
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -35,9 +36,6 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-if TYPE_CHECKING:
-    from sweeps.study.schema import Resources
-
 SAME_FAILURES = 3
 """The study stops when its first trials, this many, all fail with the same error: the rest would fail with it too."""
 
@@ -46,7 +44,7 @@ def run_trials(
     source: Sequence[TrialConfig] | Search,
     work: Callable[[TrialConfig], TrialResult],
     *,
-    resources: "Resources",
+    resources: Resources,
     room: Room,
     reporter: Reporter,
     deadline: float = math.inf,

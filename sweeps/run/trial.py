@@ -17,7 +17,8 @@ import numpy as np
 
 from analysis.stats.axes import STAGES
 from locft.errors import InputError
-from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult
+from sweeps.study.plan import PreparedStudy, selected_layers
+from sweeps.study.trial_types import TrialConfig, TrialResult, asked_places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 STAGE_METRICS = ("reliability", "generalization", "locality", "drift_kl", "capability_change")
 """Measured on the way through a stream, as at its end."""
 _resident: dict[tuple, "Workbench"] = {}
-"""The workbench of this process by the key of its inputs; one at most."""
+"""The workbench of this process by the key of its study; one at most."""
 
 
-def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) -> "Workbench":
-    """The process's workbench for these inputs; made on first use, in place of the one for other inputs.
+def resident_workbench(inputs: PreparedStudy, baseline: "Baseline | None" = None) -> "Workbench":
+    """The process's workbench for a study; made on first use, in place of the one for another study.
 
     Raises InputError when the weights on this machine are others than those of the plan.
     """
@@ -44,35 +45,39 @@ def resident_workbench(inputs: TrialInputs, baseline: "Baseline | None" = None) 
     from locft.engine.tail_engine import TailEngine
     from locft.workbench import Workbench
 
-    torch.set_num_threads(inputs.threads)
-    if inputs.key not in _resident:
+    study, key = inputs.study, inputs.workbench_key
+    torch.set_num_threads(study.resources.cpus)
+    if key not in _resident:
         _resident.clear()
-        _resident[inputs.key] = Workbench.prepare(
-            _planned_model(inputs),
+        _resident[key] = Workbench.prepare(
+            planned_model(inputs),
             inputs.edits,
             inputs.suite,
-            inputs.prose_tokens,
+            study.capability.prose_tokens,
             baseline,
-            engine=partial(TailEngine, layers=inputs.layers),
-            ask_formats=inputs.ask_formats,
+            # the hidden states entering these layers are computed in one pass
+            engine=partial(TailEngine, layers=selected_layers(study, inputs.facts.n_layers)),
+            ask_formats=study.ask_formats,
             asked_places=inputs.every_asked_place,
         )
-    return _resident[inputs.key]
+    return _resident[key]
 
 
-def _planned_model(inputs: TrialInputs) -> "LoadedModel":
+def planned_model(inputs: PreparedStudy) -> "LoadedModel":
+    """The study's model, its layers divided among the GPUs of a trial. Raises InputError for other weights than the plan's."""
     from locft.model.models import load_model
 
-    loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device, spread=inputs.spread)
-    if loaded.fingerprint != inputs.model_fingerprint:
+    study, planned = inputs.study, inputs.facts.model_fingerprint
+    loaded = load_model(study.model, dtype=study.dtype, device=study.trial_device, spread=study.resources.gpus > 1)
+    if loaded.fingerprint != planned:
         raise InputError(
-            f"model {inputs.model!r} on node {socket.gethostname()}: got weights with fingerprint {loaded.fingerprint}, "
-            f"expected {inputs.model_fingerprint}, on which the study is planned; every node needs the same weights"
+            f"model {study.model!r} on node {socket.gethostname()}: got weights with fingerprint {loaded.fingerprint}, "
+            f"expected {planned}, on which the study is planned; every node needs the same weights"
         )
     return loaded
 
 
-def measure_baseline(inputs: TrialInputs) -> "Baseline":
+def measure_baseline(inputs: PreparedStudy) -> "Baseline":
     """Measure the unedited model, and give the memory back: in a driver, trials are what needs it next."""
     baseline = resident_workbench(inputs).baseline
     _resident.clear()
@@ -97,19 +102,20 @@ def where(config: TrialConfig) -> "TuningPosition":
     return TuningPosition(config.layer, config.module)
 
 
-def trained_delta(inputs: TrialInputs, baseline: "Baseline", config: TrialConfig) -> "EditDelta":
+def trained_delta(inputs: PreparedStudy, baseline: "Baseline", config: TrialConfig) -> "EditDelta":
     """The delta of a trial, trained once more; on a CPU bitwise the one that was measured."""
     return train(_trial_workbench(inputs, baseline, config), config).delta
 
 
-def train_and_measure(config: TrialConfig, inputs: TrialInputs, baseline: "Baseline") -> TrialResult:
+def train_and_measure(config: TrialConfig, inputs: PreparedStudy, baseline: "Baseline") -> TrialResult:
     """The work of a trial."""
     return run_trial(_trial_workbench(inputs, baseline, config), config)
 
 
-def _trial_workbench(inputs: TrialInputs, baseline: "Baseline", config: TrialConfig) -> "Workbench":
+def _trial_workbench(inputs: PreparedStudy, baseline: "Baseline", config: TrialConfig) -> "Workbench":
     """The process's workbench, as far as a trial takes its edits and asks about them."""
-    return resident_workbench(inputs, baseline).first(config.edit_count, inputs.asked_places(config.edit_count))
+    asked = asked_places(config.edit_count or len(inputs.edits.requests), inputs.study.edits.asked)
+    return resident_workbench(inputs, baseline).first(config.edit_count, asked)
 
 
 def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:

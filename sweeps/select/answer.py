@@ -4,22 +4,21 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from analysis.page.how_found import HowFound, RungOfRuns, RungRun
-from analysis.page.report import render_report
-from analysis.stats.bootstrap import chances
+from analysis.page.report import HowFound
+from analysis.stats.bootstrap import measured_again
 from analysis.stats.formats import by_format
 from analysis.stats.table import by_setting, done, expected
 from analysis.stats.wording import percent, plural, seconds
-from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text, measured
+from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text
 from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
-from sweeps.select.request import METHOD, Selection
+from sweeps.select.request import METHOD, Selection, SelectionRequest
 from sweeps.tracking.outbox import with_retries
 from sweeps.tracking.registry import register_position
 from sweeps.tracking.store import TrackingError
@@ -47,19 +46,15 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Sele
     content = _position(selection)
     found = _how_found(selection, content, position_file)
     state = StudyState(selection.request, selection.results, selection.baseline)
+    answer, lost = None, None
     try:
         answer = with_retries(partial(answer_of, state, tracker, found=found))
-    except TrackingError as error:  # the report lacks the answers to single prompts, which only the store has
-        own = measured(state, None)
-        html = render_report(own.study, own.results, baseline=own.baseline, found=found)
-        return SelectionAnswer(content, html, str(error))
-    try:
         with_retries(partial(_record, selection, tracker, content, answer))
         if content:
             register_position(tracker.client, tracker.run_id(), selection.request.study.model, content)
-    except TrackingError as error:
-        return SelectionAnswer(content, answer.report_html, str(error))
-    return SelectionAnswer(content, answer.report_html)
+    except TrackingError as error:  # the report may lack the answers to single prompts, which only the store has
+        answer, lost = answer or answer_of(state, None, found=found), str(error)
+    return SelectionAnswer(content, answer.report_html, lost)
 
 
 def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | None, answer: StudyAnswer) -> None:
@@ -95,7 +90,7 @@ def _position(selection: Selection) -> dict[str, Any] | None:
             return None
         best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
         return _content(selection, Run(best.layer, best.module, start_rate(best, request.steps)))
-    chance = chances(by_setting(selection.results), seed=request.seed)
+    chance = measured_again(by_setting(selection.results), seed=request.seed).picks
     runs = [Run(row["layer"], row["module"], row["learning_rate"], row["seed"]) for row in ranking]
     second = None
     if len(runs) > 1:
@@ -149,7 +144,7 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "how": {
             "method": METHOD,
             "seed": request.seed,
-            "budget": {key: value for key, value in asdict(request.budget).items() if value is not None},
+            "budget": {"minutes": request.minutes} if request.share is None else {"share": request.share},
             "runs": selection.done,
             "worker_seconds": round(selection.spent_seconds, 1),
             "grid_share": selection.spent_seconds / selection.grid_seconds,
@@ -168,7 +163,7 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     mapped = "".join(f" --map {shlex.quote(f'{name}=' + ','.join(keys))}" for name, keys in study.edits.map.items())
     edits = f"--edits {shlex.quote(study.edits.source)}{limit}{mapped}"
     positions = plural(len(selection.candidates), "position")
-    share, minutes = request.budget.share, request.budget.minutes
+    share, minutes = request.share, request.minutes
     budget = f"{minutes:g} minutes" if share is None else f"{percent(share)} of the grid's cost"
     ended = " (it ended the selection)" if selection.ending == "out_of_time" else ""
     grid = seconds(selection.grid_seconds / selection.concurrent)
@@ -198,13 +193,11 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
             ("Method", f"{METHOD}, seed {request.seed}"),
         ),
         probe=tuple((c.layer, c.module, c.disturbance) for c in selection.candidates),
-        rungs=tuple(
-            RungOfRuns(
-                rung.name,
-                rung.why,
-                tuple(RungRun(request.config(run).id, run.position, run.learning_rate, run.seed) for run in rung.runs),
-            )
-            for rung in selection.rungs
-        ),
+        rungs=tuple((rung.name, rung.why, [_run(request, run) for run in rung.runs]) for rung in selection.rungs),
         unmeasured=unmeasured,
     )
+
+
+def _run(request: SelectionRequest, run: Run) -> dict[str, Any]:
+    rate, seed = run.learning_rate, run.seed
+    return {"trial_id": request.config(run).id, "position": run.position, "learning_rate": rate, "seed": seed}

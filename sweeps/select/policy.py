@@ -156,7 +156,8 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
         runs = fit[: max(task.concurrent, most)] or ([] if scores else asked[:1])
         if not runs:
             break
-        scores = yield _rung(task, runs, why)
+        runs = sorted(runs, key=task.seconds, reverse=True)  # the longest first, so that workers end together
+        scores = yield Rung("survey", tuple(runs), f"{len(runs)} positions: {why}")
     yield from confirm(task, scores)
 
 
@@ -251,11 +252,6 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
-def probe_order(task: SelectionTask) -> list[Candidate]:
-    """The candidates, those first where learning disturbs least."""
-    return sorted(task.candidates, key=lambda c: (c.disturbance, c.layer, c.module))
-
-
 def nearest(task: SelectionTask, depth: float, module: str) -> Candidate:
     """The candidate of this module nearest to this relative depth; of any module where the model lacks it."""
     having = [c for c in task.candidates if c.module == module] or list(task.candidates)
@@ -291,8 +287,3 @@ def affordable(task: SelectionTask, scores: Scores, runs: Sequence[Run], seconds
     scale = spent(scores) / predicted if predicted else 1.0
     costs = np.cumsum([scale * task.seconds(run) for run in runs])
     return list(runs[: int(np.searchsorted(costs, seconds, side="right"))])
-
-
-def _rung(task: SelectionTask, runs: Sequence[Run], what: str) -> Rung:
-    """Longest first, so that workers end together."""
-    return Rung("survey", tuple(sorted(runs, key=task.seconds, reverse=True)), f"{len(runs)} positions: {what}")

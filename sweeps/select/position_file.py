@@ -13,7 +13,7 @@ from analysis.stats.axes import AXES
 from locft.errors import InputError
 from locft.model.positions import TuningPosition
 from locft.train.formats import RAW
-from sweeps.study.schema import Text, read_formats, show, value_problem
+from sweeps.study.schema import Formats, Text, read_by, read_value, show
 
 FORMAT = "locft-position/1"
 UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
@@ -22,15 +22,19 @@ SETTINGS = tuple(axis.name for axis in AXES if axis.trained)
 """What of a trial the file repeats besides its position; fields of `TrainingSettings`."""
 
 
+def _position(value: Any) -> str:
+    return str(TuningPosition.parse(value if isinstance(value, str) else show(value)))
+
+
 class PositionFile(BaseModel):
     """What `locft edit` needs of a position file."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
-    position: Text
+    position: read_by(_position)
     settings: dict[str, Any]
     """Fields of `TrainingSettings`; an absent one is at its axis's default."""
-    ask_formats: Any = RAW
+    ask_formats: Formats = (RAW,)
     """The formats that reliability and generalization are predicted for, as a study file takes them."""
     dtype: Text
     model: Text
@@ -60,21 +64,15 @@ def read_position(file: Path) -> PositionFile:
         for fault in error.errors():
             got = "" if fault["type"] in ("problem", "missing") else f"got {show(fault['input'])}: "
             problems.append(f"{'.'.join(map(str, fault['loc']))}: {got}{fault['msg']}")
-    settings, position = content.get("settings"), content.get("position")
+    settings = content.get("settings")
     for key, value in settings.items() if isinstance(settings, dict) else ():
         if key not in SETTINGS:
             problems.append(f"settings.{key}: unknown, expected one of {', '.join(SETTINGS)}")
-        elif problem := value_problem(key, value):
-            problems.append(f"settings.{key}: {problem}")
-    try:
-        read_formats(content.get("ask_formats", RAW))
-    except InputError as error:
-        problems.append(f"ask_formats: {error}")
-    if isinstance(position, str):
+            continue
         try:
-            TuningPosition.parse(position)
+            read_value(key, value)
         except InputError as error:
-            problems += error.problems
+            problems.append(f"settings.{key}: {error}")
     if problems:
         raise InputError([f"{file}: {problem}" for problem in problems])
     return found

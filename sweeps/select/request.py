@@ -36,21 +36,14 @@ BASE = "select"
 """The ready study that a selection starts from."""
 
 
-@dataclass(frozen=True)
-class SelectionBudget:
-    """What a selection may cost: one of the two."""
-
-    share: float | None = DEFAULT_SHARE
-    """Of the estimated cost of the full grid."""
-    minutes: float | None = None
-    """Wall-clock time, everything included."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SelectionRequest(PreparedStudy):
     """The study of the full grid, which the selection spares, and what may be spent instead."""
 
-    budget: SelectionBudget
+    share: float | None
+    """What the selection may cost, of the estimated cost of the full grid; None where it has minutes."""
+    minutes: float | None
+    """The same as wall-clock time, everything included."""
     seed: int = 0
     """Of the probe's samples and of the bootstrap."""
     priors: tuple[tuple[float, str], ...] = ()
@@ -123,18 +116,29 @@ def selection_request(
     overrides: Sequence[str] = (),
     *,
     limit: int | None = None,
-    budget: SelectionBudget | None = None,
+    share: float | None = None,
+    minutes: float | None = None,
     seed: int = 0,
     prior: Path | None = None,
 ) -> SelectionRequest:
     """Check and resolve everything a selection needs; nothing is run or written.
 
-    overrides: of the ready study `select`, as `load_study` takes them. prior: position file of another model; its position
+    overrides: of the ready study `select`, as `load_study` takes them. share, minutes: of these one, by default a share. prior: position file of another model; its position
     at the same relative depth is tried early. Raises InputError with every problem.
     """
-    budget = budget or SelectionBudget()
-    if problems := list(_budget_problems(budget)):
+    problems = []
+    if share is not None and not 0 < share <= 1:
+        problems.append(
+            f"--budget-share: got {share:g}, expected a share of the full grid's cost, above 0 and at most 1"
+        )
+    if minutes is not None and not 0 < minutes < math.inf:
+        problems.append(f"--budget-minutes: got {minutes:g}, expected a positive number")
+    if share is not None and minutes is not None:
+        problems.append("--budget-share, --budget-minutes: got both, expected one of them")
+    if problems:
         raise InputError(problems)
+    if minutes is None and share is None:
+        share = DEFAULT_SHARE
     priors = ()
     if prior is not None:
         elsewhere = read_position(prior)
@@ -147,14 +151,7 @@ def selection_request(
         raise InputError(problems)
     if study.name == BASE:
         study = study.model_copy(update={"name": f"select-{_short(study.model)}-{_short(study.edits.source)}"})
-    return SelectionRequest(**vars(prepare(study)), budget=budget, seed=seed, priors=priors)
-
-
-def _budget_problems(budget: SelectionBudget) -> Iterator[str]:
-    if budget.share is not None and not 0 < budget.share <= 1:
-        yield f"--budget-share: got {budget.share:g}, expected a share of the full grid's cost, above 0 and at most 1"
-    if budget.minutes is not None and not 0 < budget.minutes < math.inf:
-        yield f"--budget-minutes: got {budget.minutes:g}, expected a positive number"
+    return SelectionRequest(**vars(prepare(study)), share=share, minutes=minutes, seed=seed, priors=priors)
 
 
 def _study_problems(study: Study) -> Iterator[str]:

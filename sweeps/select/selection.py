@@ -20,14 +20,13 @@ import torch
 from analysis.stats.table import done
 from locft.data.suites import load_suite
 from locft.measure.capability import encode_suite
-from locft.model.models import load_model
 from locft.model.positions import TuningPosition
 from locft.probe import probe_positions
 from locft.train.encoding import encode_edits
 from locft.workbench import Baseline
 from sweeps.run.cluster import on_workers
 from sweeps.run.dispatch import Reporter
-from sweeps.run.trial import measure_baseline
+from sweeps.run.trial import measure_baseline, planned_model
 from sweeps.select.policy import (
     Candidate,
     Policy,
@@ -43,7 +42,8 @@ from sweeps.select.policy import (
 from sweeps.select.request import Selection, SelectionRequest
 from sweeps.session import StudySession, study_session
 from sweeps.study.estimate import trial_seconds
-from sweeps.study.trial_types import TrialConfig, TrialInputs, TrialResult, config_of_row
+from sweeps.study.plan import PreparedStudy
+from sweeps.study.trial_types import TrialConfig, TrialResult, config_of_row
 from sweeps.tracking.study_run import Tracker
 
 PROBED_EDITS = 50
@@ -90,10 +90,10 @@ def _select(
 ) -> Selection:
     tracker, concurrent = session.open_run(), session.room.trials()
     candidates, baseline = _prepared(request, tracker, reporter.note)
-    minutes = request.budget.minutes
+    minutes = request.minutes
     deadline = math.inf if minutes is None else began + 60 * minutes - FINISHING_SECONDS
     grid = sum(trial_seconds(trial, request.facts) for trial in request.plan.trials)
-    share, left = request.budget.share, deadline - time.monotonic()
+    share, left = request.share, deadline - time.monotonic()
     task = SelectionTask(
         candidates,
         request.facts.n_layers,
@@ -204,18 +204,18 @@ def _prepared(
     return candidates, Baseline.from_dict(json.loads(found[baseline_file]))
 
 
-def _measure(inputs: TrialInputs) -> dict[str, Any]:
+def _measure(inputs: PreparedStudy) -> dict[str, Any]:
     """On a worker: the unedited model's measurements."""
     return measure_baseline(inputs).to_dict()
 
 
-def _probe(inputs: TrialInputs, positions: list[tuple[int, str]], seed: int) -> list[dict[str, Any]]:
+def _probe(inputs: PreparedStudy, positions: list[tuple[int, str]], seed: int) -> list[dict[str, Any]]:
     """On a worker: the fields of a `Candidate` for every position."""
-    torch.set_num_threads(inputs.threads)
-    loaded = load_model(inputs.model, dtype=inputs.dtype, device=inputs.device, spread=inputs.spread)
+    torch.set_num_threads(inputs.study.resources.cpus)
+    loaded, prose_tokens = planned_model(inputs), inputs.study.capability.prose_tokens
     rows = encode_edits(loaded.tokenizer, inputs.edits.requests[:PROBED_EDITS])
-    suite = inputs.suite if inputs.suite and inputs.prose_tokens else load_suite("probes", limit=1)
-    prose = encode_suite(loaded.tokenizer, suite, inputs.prose_tokens or 512).prose
+    suite = inputs.suite if inputs.suite and prose_tokens else load_suite("probes", limit=1)
+    prose = encode_suite(loaded.tokenizer, suite, prose_tokens or 512).prose
     found = probe_positions(loaded, rows, prose, [TuningPosition(*place) for place in positions], seed=seed)
     return [
         asdict(Candidate(*place, scores.disturbance, scores.gain))

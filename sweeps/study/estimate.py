@@ -1,7 +1,7 @@
 """What is left of a study and what it will take: time, memory and disk, each with a range, until its budget ends it.
 
 The work of a trial is a fixed part (output projection, optimiser, generation) and a part for each layer from the trained one
-upwards. `rough_costs` has both as rates of one machine; earlier trials of the model on this machine, or else a few timed steps
+upwards. `rough_seconds` has both as rates of one machine; earlier trials of the model on this machine, or else a few timed steps
 at its first, middle and last layer, scale them. Imports inside functions keep PyTorch out of the start of commands.
 """
 
@@ -61,33 +61,14 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Seconds of a piece of work that goes through some layers."""
-
-    fixed: float
-    per_layer: float
-
-    def seconds(self, layers: float) -> float:
-        return self.fixed + layers * self.per_layer
-
-    def scaled(self, factor: float) -> "Pass":
-        return Pass(factor * self.fixed, factor * self.per_layer)
-
-
-@dataclass(frozen=True)
 class Costs:
-    """Wall-clock seconds that the pieces of a study's trials take one worker."""
+    """By what factors the rough rates (`rough_seconds`) have to be multiplied on this machine, and how sure that is."""
 
-    step: Pass
-    """One optimiser step, without the part that grows with its edits."""
-    edit: Pass
-    """Each edit in a step."""
-    evaluation: Pass
-    """Asking all questions that any trial asks once."""
-    capability: Pass
-    """All capability items and the prose."""
-    unedited: float
-    """Measuring the unedited model, once a study."""
+    cpus: int = 2
+    """Threads of a trial."""
+    train: float = 1.0
+    evaluate: float = 1.0
+    capability: float = 1.0
     source: str = ROUGH
     """Where the numbers come from, for people."""
     spread: float = 2.0
@@ -102,22 +83,10 @@ class Costs:
         """On this machine."""
         return self.source != ROUGH
 
-    def training(self, trial: TrialConfig, facts: StudyFacts, steps: float) -> float:
-        """Seconds of `steps` steps of full batches."""
-        return self._steps(trial, facts, steps, steps * _batch(trial))
-
-    def epoch(self, trial: TrialConfig, facts: StudyFacts) -> float:
-        """Seconds of the steps over all edits once."""
-        edits = facts.trained(trial)
-        return self._steps(trial, facts, math.ceil(edits / _batch(trial)), edits)
-
-    def _steps(self, trial: TrialConfig, facts: StudyFacts, steps: float, edits: float) -> float:
-        """In units of edits as raw prompts, which guards are like."""
-        layers, guards = layers_passed(trial, facts), trial.guards_per_step if trial.guard != "none" else 0
-        prefix = trial.prefix_share * _PREFIX_TOKENS * facts.n_edits / max(1, facts.edit_tokens)
-        replayed = steps * trial.replay if trial.pipeline == "stream" else 0
-        rows = (edits + replayed) * (facts.row_size(trial.train_formats) + prefix) + steps * guards
-        return steps * self.step.seconds(layers) + rows * self.edit.seconds(layers)
+    def unedited(self, facts: StudyFacts) -> float:
+        """Seconds of measuring the unedited model, once a study."""
+        read = facts.evaluation_tokens + facts.capability_tokens
+        return self.capability * reading_seconds(read, facts.parameters, facts.precision, self.cpus)
 
 
 def _batch(trial: TrialConfig) -> int:
@@ -195,7 +164,7 @@ class Forecast:
             return seconds if plan.trials or not seconds else [statistics.fmean(seconds)] * affordable
 
         def ends(share: float | None) -> list[float]:
-            return [_START_SECONDS + costs.unedited + end for end in _ends(each(share), self.concurrent)]
+            return [_START_SECONDS + costs.unedited(facts) + end for end in _ends(each(share), self.concurrent)]
 
         def total(share: float | None) -> float:
             return max(ends(share), default=0.0)
@@ -243,7 +212,7 @@ def make_forecast(
     study. timed: time some steps of the real model if there are too few earlier trials, instead of taking rough rates.
     """
     done, facts, resources = frozenset(finished), prepared.facts, prepared.study.resources
-    costs = rough_costs(facts, resources.cpus)
+    costs = Costs(resources.cpus)
     if len(done) < prepared.plan.count:
         costs = costs_from_trials(earlier, prepared) or (timed and costs_from_steps(prepared)) or costs
     return Forecast(prepared, costs, done, places(resources, prepared.plan.sample, facts))
@@ -255,24 +224,30 @@ def machine(resources: Resources) -> str:
     return f"{name} {resources.cpus} CPU {resources.gpus:g} GPU"
 
 
-def rough_costs(facts: StudyFacts, cpus: int = 2) -> Costs:
-    """Rates of two cores with bfloat16 matrix instructions and a model of 135M parameters, by the number of threads.
+def rough_seconds(trial: TrialConfig, facts: StudyFacts, cpus: int, steps: float, edits: float) -> dict[str, float]:
+    """Seconds to `train` a trial's position for so many steps with so many edits in them all together, to `evaluate` it on all
+    edits that any trial asks about, and to measure its `capability`.
 
-    A step takes 1.1 ns a parameter (its weights pass through memory) and 9 ps a parameter and token. A GPU is far
-    faster.
+    At the rates of two cores with bfloat16 matrix instructions and a model of 135M parameters: a step takes 1.1 ns a parameter
+    (its weights pass through memory) and 9 ps a parameter and token. A GPU is far faster.
     """
-    slow = (1.0 if facts.precision == "bfloat16" else 2.0) / cpus
-    tokens = facts.edit_tokens / max(1, facts.n_edits)
-    layer, head = facts.layer_parameters, facts.head_parameters
+    head, through = facts.head_parameters, layers_passed(trial, facts) * facts.layer_parameters
     asked, read = facts.evaluation_tokens, facts.capability_tokens
+    # in units of edits as raw prompts, which guards are like
+    prefix = trial.prefix_share * _PREFIX_TOKENS * facts.n_edits / max(1, facts.edit_tokens)
+    replayed = steps * trial.replay if trial.pipeline == "stream" else 0
+    guards = trial.guards_per_step if trial.guard != "none" else 0
+    rows = (edits + replayed) * (facts.row_size(trial.train_formats) + prefix) + steps * guards
+    tokens = rows * facts.edit_tokens / max(1, facts.n_edits)
     generating = _GENERATED_SHARE * asked * facts.parameters
-    return Costs(
-        step=Pass(slow * (8e-3 + 0.5e-9 * head), slow * 1.1e-9 * layer),
-        edit=Pass(slow * 9e-12 * tokens * _SUPERVISED_SHARE * head, slow * 9e-12 * tokens * layer),
-        evaluation=Pass(slow * 10e-12 * (asked * _SUPERVISED_SHARE * head + generating), slow * 10e-12 * asked * layer),
-        capability=Pass(slow * 15e-12 * read * _SUPERVISED_SHARE * head, slow * 7e-12 * read * layer),
-        unedited=reading_seconds(asked + read, facts.parameters, facts.precision, cpus),
-    )
+    a_step, a_token = 8e-3 + 0.5e-9 * head + 1.1e-9 * through, 9e-12 * (_SUPERVISED_SHARE * head + through)
+    found = {
+        "train": steps * a_step + tokens * a_token,
+        "evaluate": 10e-12 * (asked * (_SUPERVISED_SHARE * head + through) + generating),
+        "capability": read * (15e-12 * _SUPERVISED_SHARE * head + 7e-12 * through),
+    }
+    slow = (1.0 if facts.precision == "bfloat16" else 2.0) / cpus
+    return {part: slow * seconds for part, seconds in found.items()}
 
 
 def reading_seconds(tokens: int, parameters: int, precision: str, cpus: int) -> float:
@@ -358,38 +333,28 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
 
 
 def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
-    """The rough costs, each scaled by the ratio of these trials' measured to their expected seconds."""
+    """The factors by which what these trials took differs from the rough rates."""
     facts, cpus = prepared.facts, prepared.study.resources.cpus
     measured, expected = Counter[str](), Counter[str]()
     for trial in trials:
-        found = trial.metrics
+        found, steps = trial.metrics, trial.metrics["steps"]
         trained = _trained(trial) / max(1, facts.n_edits)
         asked = found["n_edits"] / max(1, facts.n_asked or facts.n_edits)
-        costs, layers = rough_costs(_with_edits(facts, trained, asked), cpus), layers_passed(trial.config, facts)
-        parts = {
-            "train": costs.training(trial.config, facts, found["steps"]),
-            "evaluate": costs.evaluation.seconds(layers),
-        }
-        if trial.config.data_fingerprint == facts.data_fingerprint:  # the same items
-            parts["capability"] = costs.capability.seconds(layers)
-        known = [part for part in parts if f"{part}_seconds" in found]
+        rough = rough_seconds(
+            trial.config, _with_edits(facts, trained, asked), cpus, steps, steps * _batch(trial.config)
+        )
+        if trial.config.data_fingerprint != facts.data_fingerprint:  # other items
+            del rough["capability"]
+        known = [part for part in rough if f"{part}_seconds" in found]
         measured.update({part: found[f"{part}_seconds"] for part in known})
-        expected.update({part: parts[part] for part in known})
+        expected.update({part: rough[part] for part in known})
 
     def ratio(part: str, otherwise: float) -> float:
         return measured[part] / expected[part] if expected[part] else otherwise
 
     train = ratio("train", 1.0)
     evaluate = ratio("evaluate", _MEASURING * train)
-    capability, rough = ratio("capability", evaluate), rough_costs(facts, cpus)
-    return replace(
-        rough,
-        step=rough.step.scaled(train),
-        edit=rough.edit.scaled(train),
-        evaluation=rough.evaluation.scaled(evaluate),
-        capability=rough.capability.scaled(capability),
-        unedited=rough.unedited * capability,
-    )
+    return Costs(cpus, train, evaluate, ratio("capability", evaluate))
 
 
 def _trained(trial: TrialResult) -> float:
@@ -408,22 +373,23 @@ def trial_seconds(
     trial: TrialConfig, facts: StudyFacts, costs: Costs | None = None, share: float | None = 1.0
 ) -> float:
     """Seconds of one trial, measurements included. share: of the steps allowed; None: what its pipeline usually takes."""
-    costs, layers = costs or rough_costs(facts), layers_passed(trial, facts)
+    costs, edits = costs or Costs(), facts.trained(trial)
     taken = costs.shares[trial.pipeline] if share is None else share
-    measured = 1 if trial.pipeline != "stream" else max(1, min(STAGES, math.ceil(facts.trained(trial) / trial.arrival)))
+    measured = 1 if trial.pipeline != "stream" else max(1, min(STAGES, math.ceil(edits / trial.arrival)))
     asked = (measured + 1) / 2  # times that all edits are asked: at each stage those that have arrived
+    epoch = rough_seconds(trial, facts, costs.cpus, math.ceil(edits / _batch(trial)), edits)
     return (
-        taken * trial.epochs * costs.epoch(trial, facts)
-        + asked * facts.asked_share(trial) * costs.evaluation.seconds(layers)
-        + measured * costs.capability.seconds(layers)
-        + 3 * reading_seconds(trial.further_steps * _FURTHER_TOKENS, facts.parameters, facts.precision, 1)
+        taken * trial.epochs * costs.train * epoch["train"]
+        + asked * facts.asked_share(trial) * costs.evaluate * epoch["evaluate"]
+        + measured * costs.capability * epoch["capability"]
+        + 3 * reading_seconds(trial.further_steps * _FURTHER_TOKENS, facts.parameters, facts.precision, costs.cpus)
     )
 
 
 def patience_seconds(trial: TrialConfig, facts: StudyFacts, resources: Resources) -> float:
     """How long a trial may take before it is cancelled: `resources.minutes`, or until it must be hanging."""
     if resources.minutes == "auto":
-        return max(_PATIENCE_SECONDS, _HANGS * trial_seconds(trial, facts, rough_costs(facts, resources.cpus)))
+        return max(_PATIENCE_SECONDS, _HANGS * trial_seconds(trial, facts, Costs(resources.cpus)))
     return math.inf if resources.minutes is None else 60 * resources.minutes
 
 

@@ -6,14 +6,13 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from analysis.stats.axes import AXES, AXIS, SWEPT
 from locft.errors import InputError
 from sweeps.study.schema import MAX_TRIALS, EveryLayer, LogUniform, Study, nearest
-from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, TrialInputs
+from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, every_asked_place
 
 if TYPE_CHECKING:
     from locft.data.requests import EditSet
@@ -59,24 +58,23 @@ class PreparedStudy:
         return study_id(self.study, self.facts)
 
     @property
-    def inputs(self) -> TrialInputs:
-        """What every worker gets."""
-        study = self.study
-        return TrialInputs(
-            study.model,
-            self.facts.model_fingerprint,
-            study.dtype,
-            study.trial_device,
-            self.edits,
-            self.suite,
-            study.capability.prose_tokens,
-            study.resources.cpus,
-            selected_layers(study, self.facts.n_layers),
-            spread=study.resources.gpus > 1,
-            ask_formats=study.ask_formats,
-            edit_counts=study.space.edit_count,
-            most_asked=study.edits.asked,
-        )
+    def inputs(self) -> "PreparedStudy":
+        """What every worker gets: all but the trials."""
+        return replace(self, plan=Plan((), 0, ()))
+
+    @property
+    def workbench_key(self) -> tuple:
+        """Equal for studies that the same workbench can serve."""
+        study, suite = self.study, self.suite
+        asked = (study.ask_formats, study.space.edit_count, study.edits.asked)
+        items = (suite.fingerprint, study.capability.prose_tokens) if suite else None
+        model = (study.model, self.facts.model_fingerprint, study.dtype, study.trial_device, study.resources)
+        return (model, self.edits.fingerprint, items, asked)
+
+    @property
+    def every_asked_place(self) -> tuple[int, ...] | None:
+        """Of the edits that any trial asks about; None for all."""
+        return every_asked_place(self.study.space.edit_count, len(self.edits.requests), self.study.edits.asked)
 
     @property
     def n_items(self) -> int:
@@ -154,13 +152,12 @@ def make_plan(study: Study, facts: StudyFacts) -> Plan:
     """
     check_against_model(study, facts.n_layers, facts.modules_by_layer)
     if study.search.method == "grid":
-        count = len(_positions(study, facts)) * len(study.space.seed) * _count_settings(study, INNER)
-        if count > MAX_TRIALS:
-            message = f"space: the grid has {count:,} trials, expected at most {MAX_TRIALS:,}"
+        points = list(itertools.islice(grid_points(study, facts), MAX_TRIALS + 1))
+        if len(points) > MAX_TRIALS:
+            message = f"space: the grid has more than {MAX_TRIALS:,} trials"
             raise InputError(message + "; sample it instead: search: {method: random, trials: ...}")
-        points = grid_points(study, facts)
     else:
-        points = random_points(study, facts)
+        points = list(random_points(study, facts))
     trials = tuple(trial_config(study, facts, point) for point in points)
     if study.search.method == "optuna":
         return Plan((), study.search.trials or 0, trials)
@@ -229,7 +226,7 @@ def grid_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
     """
     positions, space = _positions(study, facts), study.space
     layers = tuple(dict.fromkeys(layer for layer, _ in positions))
-    settings = list(_settings(study, INNER, {}))
+    settings = list(itertools.islice(_settings(study, INNER, {}), MAX_TRIALS + 1))
     for seed, place in itertools.product(space.seed, van_der_corput_order(len(layers))):
         modules = [module for layer, module in positions if layer == layers[place]]
         for module, setting in itertools.product(modules, settings):
@@ -254,17 +251,6 @@ def _settings(study: Study, names: Sequence[str], chosen: Mapping[str, Any]) -> 
         return
     for value in _tried(study, names[0], chosen):
         yield from _settings(study, names[1:], {**chosen, names[0]: value})
-
-
-def _count_settings(study: Study, names: Sequence[str], chosen: Mapping[str, Any] = MappingProxyType({})) -> int:
-    """The number of `_settings`, without listing them."""
-    if not names:
-        return 1
-    first, *rest = names
-    values = _tried(study, first, chosen)
-    if any(axis.only and axis.only[0] == first for axis in SWEPT):
-        return sum(_count_settings(study, rest, {**chosen, first: value}) for value in values)
-    return len(values) * _count_settings(study, rest, chosen)
 
 
 def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:

@@ -51,15 +51,6 @@ def read_value(name: str, value: Any) -> Any:
     return _formats_text(value) if name == "train_formats" else value
 
 
-def value_problem(name: str, value: Any) -> str | None:
-    """What is wrong with a value for an axis; None if nothing is."""
-    try:
-        read_value(name, value)
-    except InputError as error:
-        return str(error)
-    return None
-
-
 def _formats_text(text: str) -> str:
     """Trained formats in one spelling, so that ids do not depend on it: the known ones first, in a fixed order."""
     given = parse_formats(text, trained=True)
@@ -118,7 +109,7 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _read_by(read: Callable[[Any], Any]) -> Any:
+def read_by(read: Callable[[Any], Any]) -> Any:
     """The type of a field that a function reads, which raises InputError."""
 
     def check(value: Any) -> Any:
@@ -141,7 +132,7 @@ def _checked(
             raise InputError(wrong_value(value, expected, choices))
         return found
 
-    return _read_by(read)
+    return read_by(read)
 
 
 def _matching(pattern: str, expected: str) -> Any:
@@ -187,6 +178,7 @@ Name = _matching(
     "[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 )
 """Safe as the name of an MLflow experiment, a metric and a file."""
+Formats = read_by(read_formats)
 Device = _matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, cuda, cuda:N or mps")
 Gpus = _checked(
     lambda value: value == 0.0 or (_POSITIVE.accepts(value) and (value <= 1 or value == int(value))),
@@ -218,7 +210,7 @@ class Edits(Section):
     """Seed of the sample of `limit` edits, or of fictitious ones; null takes the first ones, or seed 0."""
     asked: Count | None = 1000
     """Measure at most this many edits, a random sample of them; null measures all."""
-    map: _read_by(read_field_map) = {}
+    map: read_by(read_field_map) = {}
     """Keys of the file that no layout knows: such as {prompt: question, target: answer, rephrases: [q1, q2]}."""
 
     def load(self, *, only_marked: bool = False) -> "EditSet":
@@ -309,7 +301,7 @@ _FORMS: dict[str, tuple[Any, Any]] = {
         _forms("learning_rate", "a number, a list of numbers, or {log_uniform: [low, high]}", LogUniform),
         (AXIS["learning_rate"].default,),
     ),
-    "train_formats": (_list_of(_read_by(partial(read_value, "train_formats"))), (AXIS["train_formats"].default,)),
+    "train_formats": (_list_of(read_by(partial(read_value, "train_formats"))), (AXIS["train_formats"].default,)),
     "precision": (_type_of(_rule(str, choices=("auto", *AXIS["precision"].choices))), "auto"),
 }
 """Type and default of the axes that have more forms in a study file than in a trial. A precision of auto is bfloat16
@@ -410,7 +402,7 @@ class Study(_Settings):
     device: Device = "auto"
     """auto: a GPU if trials get one (`resources.gpus`), else cpu."""
     edits: Edits = Edits()
-    ask_formats: _read_by(read_formats) = (RAW,)
+    ask_formats: Formats = (RAW,)
     """The forms in which every trial puts its questions: raw, qa, chat, unseen or texts with {prompt}, as a list or
     separated by commas."""
     capability: Capability = Capability()

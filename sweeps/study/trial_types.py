@@ -11,15 +11,11 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from analysis.stats.axes import AXES
 from analysis.stats.table import pack_right
-from locft.train.formats import RAW, UNSEEN, parse_formats
-
-if TYPE_CHECKING:
-    from locft.data.requests import EditSet
-    from locft.data.suites import Suite
+from locft.train.formats import UNSEEN, parse_formats
 
 METHOD_VERSION = 1
 """Raised whenever the same configuration would give another result, so that old results are not taken for new ones."""
@@ -123,49 +119,6 @@ class StudyFacts:
         """The same for a trial's formats, which training draws evenly."""
         sizes = [self.row_sizes.get(form, 1.0) for form in parse_formats(train_formats)]
         return sum(sizes) / len(sizes)
-
-
-@dataclass(frozen=True)
-class TrialInputs:
-    """Everything a worker needs besides a trial's configuration; the same for all trials of a study."""
-
-    model: str
-    model_fingerprint: str
-    """Hash of the weights that the study is planned on."""
-    dtype: str
-    device: str
-    edits: "EditSet"
-    suite: "Suite | None"
-    prose_tokens: int
-    """Tokens of prose for drift and perplexity."""
-    threads: int
-    """CPU threads of torch in the worker."""
-    layers: tuple[int, ...] = ()
-    """Where the study trains: the hidden states entering these layers are computed in one pass."""
-    spread: bool = False
-    """The model's layers are divided among the GPUs of a trial."""
-    ask_formats: tuple[str, ...] = (RAW,)
-    """The formats in which questions about the edits are asked."""
-    edit_counts: tuple[int, ...] = (0,)
-    """How many of the edits trials train, 0 for all."""
-    most_asked: int | None = None
-    """As in `StudyFacts`."""
-
-    def asked_places(self, count: int) -> tuple[int, ...] | None:
-        """Of the edits that questions are put about where the first `count` are trained; None for all of them."""
-        return asked_places(count or len(self.edits.requests), self.most_asked)
-
-    @property
-    def every_asked_place(self) -> tuple[int, ...] | None:
-        """Of the edits that any trial asks about; None for all."""
-        return every_asked_place(self.edit_counts, len(self.edits.requests), self.most_asked)
-
-    @property
-    def key(self) -> tuple:
-        """Equal for inputs that the same workbench can serve."""
-        suite = (self.suite.fingerprint, self.prose_tokens) if self.suite else None
-        model = (self.model, self.model_fingerprint, self.dtype, self.device, self.threads, self.spread)
-        return (model, self.edits.fingerprint, suite, self.ask_formats, self.edit_counts, self.most_asked)
 
 
 def asked_places(count: int, most: int | None) -> tuple[int, ...] | None:

@@ -42,20 +42,22 @@ def resolve_uri(uri: str | None) -> str:
     Raises InputError for an address that MLflow 3 cannot write to; the message names the nearest one that it can.
     """
     given = (uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI).strip()
-    scheme = _scheme(given)
+    scheme = given.partition(":")[0].partition("+")[0].lower() if ":" in given else ""
     if scheme in ("http", "https"):
         if not urlsplit(given).hostname:
             raise InputError(f"tracking address {redact(given)!r} names no host; expected for example http://HOST:5000")
         return given.rstrip("/")
     if scheme == "sqlite":
         path = given.partition(":///")[2]
-        if not Path(path).expanduser().is_file():  # else the sign is part of its name
-            path = path.partition("?")[0]
         if not path or path == ":memory:":
             raise InputError(f"tracking address {given!r} names no file; expected for example {DEFAULT_URI}")
         file = Path(path).expanduser().absolute()
-        for place in (Path.cwd(), file.parent):  # where commands run, and the server of `locft ui`
-            mlflow_address(f"sqlite:///{file}", place)
+        if "?" in str(file) or unquote(str(file)) != str(file):
+            sign = "?" if "?" in str(file) else "%"
+            raise InputError(
+                f"tracking store {file}: its path has a {sign!r}, which means something else in the address of an SQLite file; "
+                "rename the folder or the file, or give another --tracking-uri"
+            )
         return f"sqlite:///{file}"
     if scheme in DATABASES:
         return given
@@ -69,10 +71,6 @@ def resolve_uri(uri: str | None) -> str:
             f" use the SQLite file sqlite:///{file} instead"
         )
     raise InputError(f"tracking address {redact(given)!r} has the unknown scheme {scheme!r}; expected {ACCEPTED}")
-
-
-def _scheme(uri: str) -> str:
-    return uri.split(":", 1)[0].split("+", 1)[0].lower() if ":" in uri else ""
 
 
 def without_credentials(uri: str) -> str:
@@ -95,26 +93,6 @@ def take_credentials(uri: str) -> str:
 def sqlite_path(uri: str) -> Path | None:
     """The file of a resolved sqlite address; None for every other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def mlflow_address(uri: str, folder: Path) -> str:
-    """A resolved address as MLflow takes it in a process whose working directory is `folder`.
-
-    SQLAlchemy ends the path of an SQLite file at "?", and reads "%" with two digits behind it as an escape, which MLflow,
-    creating the file's folders, does not. A file whose path has them is named relative to the working directory. Raises
-    InputError if they are in what is left of the path.
-    """
-    path = sqlite_path(uri)
-    if path is None or not {"?", "%"} & set(str(path)):
-        return uri
-    name = os.path.relpath(path, folder)
-    if "?" in name or unquote(name) != name:
-        sign = "?" if "?" in name else "%"
-        raise InputError(
-            f"tracking store {path}: its name has a {sign!r}, which means something else in the address of an SQLite file; "
-            "rename the folder or the file, or run the command in the folder of the file"
-        )
-    return f"sqlite:///{name}"
 
 
 def check_writable(folder: Path, what: str) -> None:

@@ -146,7 +146,7 @@ class Recorder:
 
     A reporter itself (`sweeps.run.dispatch.Reporter`), and a context manager. Leaving it waits for what is under way, at most
     `PATIENCE_SECONDS` (less after an error), and raises TrackingError when the store was away until then. What was not
-    delivered is in the outbox; so is what the store refused, which is offered once more at the end, since a passing fault may
+    delivered is in the outbox; so is what the store refused, which the next run offers once more, since a passing fault may
     look like a refusal.
     """
 
@@ -158,7 +158,6 @@ class Recorder:
         """Results that are neither delivered nor refused."""
         self._lost: dict[str, tuple[str, ...]] = {}
         """Trial id -> why attempts at it were lost."""
-        self._refused: list[TrialResult] = []
         self._cause = ""
         self._give_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
@@ -203,23 +202,17 @@ class Recorder:
     def _work(self) -> None:
         try:
             for result in iter(self._queue.get, None):
-                if not self._taken(result):
-                    self._refused.append(result)
-            for result in self._refused:
-                if not self._taken(result):
-                    self._open -= 1
+                self._pass_on(result)
+                self._open -= 1
         except TrackingError as error:
             self._cause = str(error)
 
-    def _taken(self, result: TrialResult) -> bool:
-        """False when the store refuses the result. Raises TrackingError when it is given up before the store answers."""
+    def _pass_on(self, result: TrialResult) -> None:
+        """Raises TrackingError when the store is given up before it answers."""
         try:
             _retry(partial(self._deliver, result), self.note, self._give_up.wait)
         except Refused as error:
-            if result not in self._refused:
-                where = f"kept in {self._outbox.folder} and offered again later"
-                self.note(f"{result.config.position} is finished, but the store refuses it ({where}): {error}")
-            return False
-        self._outbox.drop(result)
-        self._open -= 1
-        return True
+            where = f"kept in {self._outbox.folder} and offered again by the next run"
+            self.note(f"{result.config.position} is finished, but the store refuses it ({where}): {error}")
+        else:
+            self._outbox.drop(result)

@@ -172,20 +172,15 @@ def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
         raise InputError(f"{address}: expected {PREFIX}NAME@ALIAS or {PREFIX}NAME/VERSION")
     name, alias, version = found.groups()
     store = connect(tracking_uri)
+    from mlflow.artifacts import download_artifacts  # MLflow reads what `connect` sets when it is imported
+
     with store_errors(f"{address} in {store.uri}", InputError):
         if alias:
             registered = store.client.get_model_version_by_alias(name, alias)
         else:
             registered = store.client.get_model_version(name, version)
-        if registered.source.startswith(PREFIX):
-            from mlflow.artifacts import download_artifacts
-
-            place, uri = (
-                store.client.get_logged_model(registered.source.removeprefix(PREFIX)),
-                store.client.tracking_uri,
-            )
-            found = download_artifacts(place.artifact_location, dst_path=str(into), tracking_uri=uri, registry_uri=uri)
-            return Path(found)
-        artifacts = store.client.get_run(registered.run_id).info.artifact_uri  # as edits were kept before
-        place = registered.source.removeprefix(f"{artifacts}/")
-        return Path(store.client.download_artifacts(registered.run_id, place, str(into)))
+        logged = store.client.get_logged_model(registered.source.removeprefix(PREFIX))
+        uri = store.client.tracking_uri
+        return Path(
+            download_artifacts(logged.artifact_location, dst_path=str(into), tracking_uri=uri, registry_uri=uri)
+        )

@@ -4,7 +4,7 @@ Runs are found by their tags, so a result that is delivered again (after a retry
 trial counts as finished only when its run is closed; the next delivery completes a run whose logging broke off.
 """
 
-# pandas and MLflow take seconds to import; commands that never reach the store start without them.
+# MLflow takes seconds to import; commands that never reach the store start without it.
 
 import contextlib
 import io
@@ -16,6 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pandas as pd
+
+from analysis.stats.table import results_frame
 from locft.errors import InputError
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.tracking import pages, trial_run
@@ -23,7 +26,6 @@ from sweeps.tracking.store import NoStore, Store, TrackingError, best_first, con
 from sweeps.tracking.trial_run import StudyInputs
 
 if TYPE_CHECKING:
-    import pandas as pd
     from mlflow.entities import Run
 
 _log = logging.getLogger(__name__)
@@ -137,7 +139,7 @@ class Tracker:
 
     def finish(
         self,
-        results: "pd.DataFrame",
+        results: pd.DataFrame,
         report_html: str,
         recommendation: Mapping[str, Any],
         summary_metrics: Mapping[str, float],
@@ -231,14 +233,12 @@ class Tracker:
         times = (run.info.start_time, run.info.end_time) if run else (None, None)
         return tuple(datetime.fromtimestamp(ms / 1000, UTC) if ms else None for ms in times)
 
-    def load_results(self, *, curves: bool = True) -> "pd.DataFrame":
+    def load_results(self, *, curves: bool = True) -> pd.DataFrame:
         """The results table (columns: `analysis.stats.table`), a row for each finished or failed trial, oldest first.
 
         curves: whether to read the loss curves; those of a finished study come from its table artifact, since reading each
         from its run takes milliseconds.
         """
-        from analysis.stats.table import results_frame
-
         rows: dict[str, dict[str, Any]] = {}
         with store_errors("the results"):
             stored = self._stored_curves() if curves else {}
@@ -265,10 +265,8 @@ class Tracker:
         with store_errors(f"the losses of run {trial_run_id}"):
             return self._store.loss_curve(trial_run_id)
 
-    def load_outcomes(self, trial_run_id: str) -> "pd.DataFrame":
+    def load_outcomes(self, trial_run_id: str) -> pd.DataFrame:
         """The outcomes of a trial, one row a prompt; empty when none were logged."""
-        import pandas as pd
-
         with store_errors(f"the outcomes of run {trial_run_id}"):
             stored = self._store.read_artifact(trial_run_id, "outcomes.json")
             table = json.loads(stored) if stored else {"columns": trial_run.OUTCOMES, "data": []}
@@ -296,13 +294,10 @@ class Tracker:
         self._model_id = self._model_id or self._store.logged_model(
             self.experiment_id, inputs.model, inputs.model_fingerprint, inputs.model_facts, self.run_id()
         )
-        datasets = [data.to_mlflow() for data in inputs.datasets]
-        self.client.log_inputs(run_id, datasets, [LoggedModelInput(self._model_id)])
+        self.client.log_inputs(run_id, list(inputs.datasets), [LoggedModelInput(self._model_id)])
 
     def _stored_curves(self) -> dict[str, list[float]]:
         """Run id -> losses per epoch, from the table artifact of the study; {} when there is none yet."""
-        import pandas as pd
-
         run = self._run()
         stored = self._store.read_artifact(run.info.run_id, "results.parquet") if run else None
         if stored is None:

@@ -25,30 +25,22 @@ PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", 
 _TYPES: dict[str, Callable[[str], Any]] = {field.name: field.type for field in fields(TrialConfig)}
 
 
-@dataclass(frozen=True)
-class DatasetRecord:
-    """A data set as an input of runs."""
+def dataset_input(name: str, fingerprint: str, source: str, context: str, profile: Mapping[str, Any]) -> "DatasetInput":
+    """A data set as an input of runs.
 
-    name: str
-    fingerprint: str
-    source: str
-    """Where it came from: a built-in name, a file, a hub id."""
-    context: str
-    """What it is used for: edits or capability."""
-    profile: Mapping[str, Any]
-    """Counts and findings, shown on the run's page."""
+    source: where it came from: a built-in name, a file, a hub id. context: what it is used for: edits or capability. profile:
+    counts and findings, shown on the run's page.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    def to_mlflow(self) -> "DatasetInput":
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        dataset = Dataset(
-            name=self.name[:500],
-            digest=self.fingerprint[:36],  # MLflow's limit
-            source_type="local",
-            source=json.dumps({"uri": self.source}),
-            profile=json.dumps(self.profile, default=str),
-        )
-        return DatasetInput(dataset, [InputTag("mlflow.data.context", self.context)])
+    dataset = Dataset(
+        name=name[:500],
+        digest=fingerprint[:36],  # MLflow's limit
+        source_type="local",
+        source=json.dumps({"uri": source}),
+        profile=json.dumps(profile, default=str),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
 @dataclass(frozen=True)
@@ -59,14 +51,15 @@ class StudyInputs:
     model_fingerprint: str
     model_facts: Mapping[str, Any]
     """Shown as the model's parameters: layers, dtype."""
-    datasets: tuple[DatasetRecord, ...]
+    datasets: "tuple[DatasetInput, ...]"
     machine: str
     """Where the seconds of the trials are taken (`sweeps.study.estimate.machine`)."""
 
     @property
     def tags(self) -> dict[str, str]:
         """For the trial's run, so that it says on its own what it was made from."""
-        sources = {f"locft.{data.context}": data.source for data in self.datasets}
+        used = ((data.tags[0].value, json.loads(data.dataset.source)["uri"]) for data in self.datasets)
+        sources = {f"locft.{context}": source for context, source in used}
         return {"locft.model": self.model, **sources, "locft.machine": self.machine}
 
 
@@ -115,7 +108,8 @@ def result_of(
         config,
         status,
         tags.get("locft.error"),
-        {key: value for key, value in run.data.metrics.items() if not is_curve(key)},  # of a curve, its last point
+        # of a curve it is the last point
+        {key: value for key, value in run.data.metrics.items() if key != EPOCH_LOSS and not key.startswith(STAGE)},
         tuple(losses),
         stages=tuple(json.loads(tags.get("locft.stages", "[]"))),
         retried=tuple(tags.get("locft.retried", "").splitlines()),
@@ -130,10 +124,6 @@ def curves_of(result: TrialResult) -> dict[str, list[tuple[int, float]]]:
         for name in stage.keys() - {"arrived"}:
             curves.setdefault(f"{STAGE}{name}", []).append((int(stage["arrived"]), stage[name]))
     return curves
-
-
-def is_curve(metric: str) -> bool:
-    return metric == EPOCH_LOSS or metric.startswith(STAGE)
 
 
 def outcomes_table(outcomes: Sequence[Mapping[str, Any]]) -> str:

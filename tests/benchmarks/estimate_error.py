@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import psutil
 
 from locft.cache import cache_folder
 from sweeps.answer import foresee, read_state
-from sweeps.study.estimate import Forecast, layers_passed
+from sweeps.study.estimate import Forecast, trial_seconds
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
@@ -64,17 +65,15 @@ class MemoryPeak(threading.Thread):
 def expected(forecast: Forecast) -> dict[str, Any]:
     found, costs, gib = forecast.estimate, forecast.costs, 2**30
     trials = forecast.prepared.plan.trials
-    measuring = [
-        part.seconds(layers_passed(t, forecast.prepared.facts))
-        for t in trials
-        for part in (costs.evaluation, costs.capability)
+    training = [
+        trial_seconds(t, forecast.prepared.facts, replace(costs, evaluate=0.0, capability=0.0), None) for t in trials
     ]
     return {
         "source": found.source,
         "seconds": [round(value) for value in (found.seconds_low, found.seconds, found.seconds_high)],
         "trials_seconds": round(sum(map(forecast.seconds, trials))),
-        "training_seconds": round(sum(map(forecast.seconds, trials)) - sum(measuring)),
-        "unedited_seconds": round(costs.unedited),
+        "training_seconds": round(sum(training)),
+        "unedited_seconds": round(costs.unedited(forecast.prepared.facts)),
         "memory_gib": [round(value / gib, 2) for value in (found.memory_bytes_low, found.memory_bytes_high)],
         "disk_gib": [round(value / gib, 3) for value in (found.disk_bytes_low, found.disk_bytes_high)],
     }

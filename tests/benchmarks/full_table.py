@@ -23,7 +23,7 @@ from locft.model.models import load_structure
 from locft.model.positions import n_layers
 from sweeps.commands.progress import Progress
 from sweeps.select.policy import Rung, Scores, SelectionTask, first_run
-from sweeps.select.request import Selection, SelectionBudget, selection_request
+from sweeps.select.request import Selection, selection_request
 from sweeps.select.selection import run_selection
 from sweeps.tracking.address import resolve_uri
 
@@ -82,7 +82,7 @@ def main() -> None:
         options.edits,
         [*places, *options.overrides],
         limit=options.limit,
-        budget=SelectionBudget(share=1.0),
+        share=1.0,
     )
     uri = resolve_uri(options.tracking_uri)
     with run_selection(request, uri, progress=Progress(options.name), policy=everything) as (found, _):

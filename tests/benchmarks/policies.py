@@ -18,7 +18,6 @@ from sweeps.select.policy import (
     affordable,
     first_run,
     nearest,
-    probe_order,
     spent,
     survey,
 )
@@ -56,7 +55,8 @@ def late(task: SelectionTask) -> Generator[Rung, Scores, None]:
 
 def probe_alone(task: SelectionTask) -> Generator[Rung, Scores, None]:
     """The probe's best positions, across all kinds of modules."""
-    return full_runs(task, probe_order(task), "probe", "in the probe's order")
+    order = sorted(task.candidates, key=lambda c: (c.disturbance, c.layer, c.module))
+    return full_runs(task, order, "probe", "in the probe's order")
 
 
 def random_search(task: ReplayTask) -> Generator[Rung, Scores, None]:

@@ -5,10 +5,15 @@ import pytest
 
 import sweeps
 from locft.errors import InputError
+from sweeps.answer import foresee
+from sweeps.study.estimate import machine
+from sweeps.study.reader import load_study
+from sweeps.study.resolve import prepare
+from sweeps.tracking.address import resolve_uri
 from tests.heard import Heard
 
 
-def test_a_study_runs_and_its_results_are_drawn(workplace, study_file, ray_running):
+def test_a_study_runs_its_results_are_drawn_and_tell_what_more_trials_will_take(workplace, study_file, ray_running):
     file, heard = study_file(), Heard()
     assert sweeps.load_results(file).empty
     done = sweeps.run_study(file, {"space.module": ["mlp_down", "attn"]}, reporter=heard)
@@ -19,6 +24,15 @@ def test_a_study_runs_and_its_results_are_drawn(workplace, study_file, ray_runni
     found = sweeps.figures(results)
     assert {"front", "reliability", "capability_change", "drift_kl", "losses"} <= set(found)
     assert all(isinstance(figure, go.Figure) and len(figure.data) for figure in found.values())
+
+    wider = prepare(load_study(str(file), ["space.module=[mlp_down, attn]", "space.seed=[0, 1]"]))
+    forecast = foresee(wider, resolve_uri(None))
+    assert forecast.estimate.trials == 4 and forecast.estimate.source == "4 earlier trials of this model"
+    expected = sum(forecast.seconds(trial) for trial in wider.plan.trials if trial.seed == 0)
+    assert 1 / 3 < expected / results["seconds"].sum() < 3, "milliseconds each, so only roughly"
+    assert foresee(wider, f"sqlite:///{workplace}/absent.db").estimate.trials == 8
+    assert not (workplace / "absent.db").exists()
+    assert machine(wider.study.resources).endswith(" 1 CPU 0 GPU")
 
 
 def test_wrong_changes_are_told(study_file):

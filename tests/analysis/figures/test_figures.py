@@ -14,7 +14,6 @@ from analysis.figures.curves import (
     pipeline_figure,
     pipeline_info,
     retention_figure,
-    retention_info,
 )
 from analysis.figures.front import front_figure, front_info
 from analysis.figures.maps import heatmap_figure, heatmap_info
@@ -312,21 +311,19 @@ def test_retention_is_reliability_by_time_of_arrival():
         ),
         row("c", pipeline="stream", replay=32, right=None, n_edits=20),
     ]
-    curves = retention_info(results_frame(streams))
-    assert {curve.label: curve.retained for curve in curves} == {
+    figure = retention_figure(results_frame(streams))
+    assert {line.name: line.y for line in figure.data if line.line.dash == "solid"} == {
         "0.mlp_down at replay 0": (0.0,) * 5 + (1.0,) * 5,
         "0.mlp_down at replay 8": (1.0,) * 10,
     }
-    figure = retention_figure(curves)
     assert list(figure.data[0].x) == pytest.approx([part / 10 for part in range(1, 11)])
     (dotted,) = (line for line in figure.data if line.line.dash == "dot")
     assert dotted.legendgroup == "0.mlp_down at replay 8"
     assert list(zip(dotted.x, dotted.y, strict=True)) == [(0.5, 0.5), (1.0, 0.25)]
-    (timed,) = latency_figure(curves).data
+    (timed,) = latency_figure(results_frame(streams)).data
     assert (list(timed.x), list(timed.error_x.array)) == ([2.0], [1.0])
-    assert retention_info(results_frame([row("a", right=keeps, n_edits=20)])) == (), (
-        "age means nothing without a stream"
-    )
+    together = results_frame([row("a", right=keeps, n_edits=20)])
+    assert retention_figure(together) is None and latency_figure(together) is None, "age means nothing without a stream"
 
 
 def test_infos_do_not_change_the_table():

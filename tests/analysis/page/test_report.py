@@ -13,8 +13,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from analysis.page.how_found import HowFound, RungOfRuns, RungRun
-from analysis.page.report import render_report
+from analysis.page.report import HowFound, render_report
 from analysis.page.tables import MAX_ROWS
 from analysis.page.wrong_answers import wrong_answers
 from analysis.stats.comparison import Measured, cautions, compare, moved
@@ -139,8 +138,13 @@ class Page(HTMLParser):
         return " ".join(self.sections[heading].split())
 
 
+def compared_with(other, results):
+    """The options of `render_report` for a comparison of the study, with these results, with another one."""
+    return {"compared": compare(Measured(STUDY, results, BASELINE), other)}
+
+
 def page(results=None, study=STUDY, **options):
-    options = {"baseline": BASELINE, "plotly_js": False} | options
+    options = {"baseline": BASELINE} | options
     return Page(render_report(study, study_results() if results is None else results, **options))
 
 
@@ -189,25 +193,23 @@ def test_how_sure_says_intervals_choice_runner_up_and_seeds():
         "One seed only",
     ):  # fmt: skip
         assert part in sure, part
-    assert "640 items): zero is inside, so no change is shown" in page()["At what cost"]
+    assert "which chance explains (same items before and after)" in page()["At what cost"]
 
 
 def test_several_seeds_are_one_setting_on_front_and_in_the_pick():
     got = page(results_frame([row("a", seed=0), row("b", seed=1, reliability=0.94)]))
     assert "reliability 92.0%" in got["Which position"] and "Mean of 2 seeds" in got["How sure"]
-    assert "2 seeds" in got["What else is on the front"]
 
 
 def test_intervals_stand_beside_fractions_and_what_the_seeds_did_beside_drift():
     one = page(results_frame([row("a"), row("b", 4)]))
     two = page(results_frame([row("a"), row("b", seed=1, generalization=0.6, drift_kl=0.014)]))
     front = one["What else is on the front"]
-    assert "90.0%[82.6, 94.5]" in front and "70.0%[60.4, 78.1]" in front and "80.0%[71.1, 86.7]" in front
+    assert "90.0% [82.6, 94.5]" in front and "70.0% [60.4, 78.1]" in front and "80.0% [71.1, 86.7]" in front
     assert "90.0% [82.6, 94.5]" in one["All trials"] and "−1.0 [−1.8, −0.3]" in one["All trials"]
     assert "80.0% [71.1, 86.7] of the tokens of answers to unrelated prompts" in one["At what cost"]
     assert "0.01 nats per token on plain text" in one["At what cost"]
     assert "0.012 nats per token (0.01 to 0.014 over the seeds) on plain text" in two["At what cost"]
-    assert "0.0120.01 to 0.014" in two["What else is on the front"]
     shares = re.search(r"65.0% \[([\d.]+), ([\d.]+)\]", two["Which position"])
     assert float(shares[1]) < 52 and float(shares[2]) > 76, "wider than the edits alone make it: the seeds differ"
     unknown = page(results_frame([row("a", n_edits=math.nan)]))
@@ -259,7 +261,7 @@ def test_edits_that_fail_are_those_of_all_seeds_that_are_known():
 
 def test_chances_stand_beside_the_front_and_every_trial():
     got = page()
-    assert "chance" in got["What else is on the front"] and "95% interval [" in got["What else is on the front"]
+    assert "chance" in got["What else is on the front"]
     assert re.search(r"Measured again.*, the rule picks this setting in \d+%", got["How sure"])
     assert "on front" in got["All trials"]
 
@@ -269,7 +271,7 @@ def test_what_it_costs_by_task_and_on_plain_text():
     baseline = BASELINE | {"capability.world": 0.6, "capability.grammar": 0.65, "perplexity": 30.0}
     cost = page(results, baseline=baseline)["At what cost"]
     for part in (
-        "−1.0 points [−1.8, −0.3] (95% interval, same items before and after, 640 items): zero is outside.",
+        "−1.0 points [−1.8, −0.3], more than chance explains (same items before and after).",
         "The unedited model scores 62.0%.",
         "grammar 65.0% → 70.0%",
         "world 60.0% → 50.0%",
@@ -343,7 +345,7 @@ def test_unrelated_answers_that_changed_in_substance_come_first():
         ]
     )
     (found,) = wrong_answers(outcomes, by_setting(study_results()), ["a"], 1)
-    assert [answer.prompt for answer in found.groups[0].shown] == ["p5", "p2", "p3", "p4", "p1"]
+    assert [answer["prompt"] for answer in found.groups[0].shown] == ["p5", "p2", "p3", "p4", "p1"]
     assert (found.groups[0].wrong, found.groups[0].total) == (5, 6)
 
 
@@ -357,7 +359,7 @@ def test_prompts_that_fail_are_told_apart_by_format_and_the_unseen_wording_from_
         ]
     )
     (found,) = wrong_answers(outcomes, by_setting(study_results()), ["a"], 1)
-    listed = {group.kind: [answer.format for answer in group.shown] for group in found.groups}
+    listed = {group.kind: [answer["format"] for answer in group.shown] for group in found.groups}
     assert listed == {"reliability": ["qa", "chat"], "generalization": ["qa", "chat"], "unseen": ["unseen"] * 2}
     assert [group.total for group in found.groups] == [3, 3, 2]
     got = page(results_frame([row("a")]), outcomes=outcomes)["Which edits fail"]
@@ -396,13 +398,16 @@ def test_a_selection_tells_how_it_found_its_answer():
         failure("d", layer=6),
         row("e", 7, drift_kl=0.3),
     ]
-    runs = [RungRun(name, f"{layer}.mlp_down", 0.004, 0) for layer, name in enumerate("abcdx", 3)]
+    runs = [
+        {"trial_id": name, "position": f"{layer}.mlp_down", "learning_rate": 0.004, "seed": 0}
+        for layer, name in enumerate("abcdx", 3)
+    ]
     found = HowFound(
         how="The probe orders all positions.",
         command="locft edit m --position p.json",
         facts=(("Budget", "40 minutes"),),
         probe=tuple((layer, "mlp_down", 10.0**layer) for layer in range(30)),
-        rungs=(RungOfRuns("The survey", "the first of the probe", tuple(runs)),),
+        rungs=(("The survey", "the first of the probe", runs),),
     )
     got = page(results_frame(rows), found=found)
     assert "Budget40 minutes" in got["What was asked"] and "locft edit m --position p.json" in got["Which position"]
@@ -423,7 +428,10 @@ def test_a_selection_tells_how_it_found_its_answer():
 def test_a_comparison_has_both_studies_in_one_report():
     here = [row(f"a{layer}", layer, 0.9 + layer / 100, drift_kl=0.01 + layer / 100) for layer in range(6)]
     there = [row(f"a{layer}", layer, 0.9 + layer / 100, drift_kl=0.01 + (5 - layer) / 100) for layer in range(7)]
-    got = page(results_frame(here), other=Measured(STUDY | {"name": "later"}, results_frame(there), BASELINE))
+    got = page(
+        results_frame(here),
+        **compared_with(Measured(STUDY | {"name": "later"}, results_frame(there), BASELINE), results_frame(here)),
+    )
     told = got["Compared with later"]
     for part in (
         "The pick moved: 1.mlp_down here, 6.mlp_down there.", "6.mlp_down has no result in layer-sweep.",
@@ -436,7 +444,7 @@ def test_a_comparison_has_both_studies_in_one_report():
     apart = Measured(
         STUDY | {"name": "other", "n_items": 10}, results_frame([row("a", 40, layers=60, module="mlp")]), {}
     )
-    told = page(results_frame(here), other=apart)["Compared with other"]
+    told = page(results_frame(here), **compared_with(apart, results_frame(here)))["Compared with other"]
     assert "Capability was measured on different items" in told and "share no position" in told
 
 
@@ -466,16 +474,16 @@ def test_nothing_a_user_wrote_becomes_markup():
     outcomes = pd.concat(
         [study_outcomes(trial).assign(prompt=EVIL, expected=EVIL, got=EVIL) for trial in ("a" + EVIL, "b")]
     )
-    text = render_report(study, results_frame(rows), baseline=BASELINE, outcomes=outcomes, plotly_js=False)
+    text = render_report(study, results_frame(rows), baseline=BASELINE, outcomes=outcomes)
     # outside of the data scripts no tag of theirs; inside nothing that ends them
     assert "<script>alert" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.S)
-    clean = Page(render_report(STUDY, study_results(), baseline=BASELINE, outcomes=study_outcomes(), plotly_js=False))
+    clean = Page(render_report(STUDY, study_results(), baseline=BASELINE, outcomes=study_outcomes()))
     kinds = {tag for tag, _ in clean.tags}
     assert {tag for tag, _ in Page(text).tags} <= kinds
     assert not any(name.startswith("on") for _, attributes in Page(text).tags for name in attributes)
     scripts = re.findall(r"<script[^>]*>", text)
     plots = text.count('<script type="application/json"')
-    assert len(scripts) == plots + 2
+    assert len(scripts) == plots + 3, "with the packed plotly.js and the page's own"
     assert text.count("</script>") == len(scripts)
     for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, flags=re.S):
         assert not re.search("<[/!sS]", data)
@@ -490,23 +498,6 @@ def test_the_page_is_one_file_that_loads_nothing():
     assert got.links and all(link.startswith("#") for link in got.links)
     assert {link[1:] for link in got.links} <= set(got.ids) and len(got.ids) == len(set(got.ids))
     assert "@import" not in text.split("</style>")[0] and "url(" not in text.split("</style>")[0]
-
-
-def test_two_thousand_trials_stay_under_six_megabytes():
-    rows = [
-        row(
-            f"{i:016x}",
-            i % 20,
-            0.5 + (i % 97) / 200,
-            -(i % 89) / 1000,
-            batch_size=1 + i // 20 % 10,
-            learning_rate=1e-4 * (1 + i // 200),
-        )
-        for i in range(2000)
-    ]
-    text = render_report(STUDY, results_frame(rows), baseline=BASELINE)
-    assert len(text.encode()) < 6_000_000
-    assert f"The first {MAX_ROWS} of 2,000" in text
 
 
 def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monkeypatch):
@@ -529,13 +520,13 @@ def test_ten_thousand_trials_compared_with_as_many_stay_under_six_megabytes(monk
 
     results, then = many(0), many(1)
     assert len(results) > 9900
-    other = Measured(STUDY | {"started": "2026-05-01 10:00"}, then, BASELINE)
-    text = render_report(STUDY, results, baseline=BASELINE, other=other)
+    other = Measured(STUDY, then, BASELINE)
+    text = render_report(STUDY, results, baseline=BASELINE, **compared_with(other, results))
     assert len(text.encode()) < 6_000_000
     got = Page(re.sub(r"<script>.*?</script>", "", text, flags=re.S))
     table, figures = got["All trials"], got["Figures"]
-    assert "The first 438 of 19,862 and all 62 that failed or diverged" in table and "failed29-0" in table
-    assert "8,900 more settings are not drawn" in figures and "Compared with layer-sweep (2026-05-01)" in got.sections
+    assert f"The first {MAX_ROWS} of 19,862" in table
+    assert "8,900 more settings are not drawn" in figures and "Compared with layer-sweep (other run)" in got.sections
     front = json.loads(re.search(r'data-for="plot-front">(.*?)</script>', text, flags=re.S)[1])
     drawn = {trial for trace in front["data"] for trial in trace.get("customdata", ())}
     known = json.loads(re.search(r'id="explore-data">(.*?)</script>', text, flags=re.S)[1])
@@ -763,9 +754,9 @@ def test_two_dates_of_a_study_side_by_side(opened, width):
         reliability=results["reliability"] - 0.02,
         drift_kl=results["drift_kl"] * (1 + results["layer"].astype("float64")),
     )
-    tab = opened(width, other=Measured(STUDY | {"started": "2026-05-01 10:00"}, later, BASELINE))
+    tab = opened(width, **compared_with(Measured(STUDY | {"started": "2026-05-01 10:00"}, later, BASELINE), results))
     assert_it_fits(tab, width)
-    assert tab.get_by_role("heading", name="Compared with layer-sweep (2026-05-01)").is_visible()
+    assert tab.get_by_role("heading", name="Compared with layer-sweep (other run)").is_visible()
     section = tab.locator("section", has=tab.locator("#compared"))
     assert "The pick" in section.inner_text() and "2026-05-01" in section.locator("table").first.inner_text()
     marks = "document.getElementById('plot-compared-fronts').data.flatMap(t => t.customdata ? t.y : []).filter(y => y !== null).length"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from analysis.figures.capacity import capacity_figure
+from analysis.figures.curves import capacity_figure
 from analysis.page.gallery import gallery
 from analysis.stats.capacity import fillings, law_of
 from analysis.stats.pareto import pareto_front
@@ -79,7 +79,8 @@ def test_a_study_of_one_number_of_edits_has_no_such_figure(rows):
 
 def test_the_report_draws_a_line_per_position_and_marks_the_breaks():
     results = results_frame(table(attn_v={100: 1.0, 1000: 0.9}, mlp={100: 1.0, 1000: 1.0}))
-    figure = capacity_figure(fillings(results))
+    found = fillings(results)
+    figure = capacity_figure(found, law_of(found))
     assert [trace.name for trace in figure.data] == ["5.attn_v", "5.mlp", "breaks"]
     assert figure.data[0].error_y.arrayminus[1] > 0.01 and list(figure.data[2].x) == [pytest.approx(math.sqrt(40))]
     plots = {plot.id: plot for plot in gallery(results, pareto_front(by_setting(results)), {}, None, {})}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.stats.pareto import DEFAULT_OBJECTIVES, knee, pareto_front
+from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
 from analysis.stats.table import (
     COLUMNS,
     METRICS,
@@ -278,7 +278,7 @@ def test_failed_and_diverged_trials_are_on_no_front():
 
 def test_an_empty_front():
     front = pareto_front(results_frame([]))
-    assert (front.trial_ids, front.points, front.hypervolume, knee(front)) == ((), (), 0.0, None)
+    assert (front.trial_ids, front.points, front.hypervolume) == ((), (), 0.0)
 
 
 def test_other_objectives_and_their_references():
@@ -291,9 +291,3 @@ def test_other_objectives_and_their_references():
     change = pareto_front(frame, ("reliability", "capability_change"))
     assert change.reference == (0.0, -1.0)
     assert change.trial_ids == ("a",) and change.hypervolume == pytest.approx(0.5 * 0.9)
-
-
-def test_the_knee_is_where_the_front_bends():
-    assert knee(pareto_front(table((1.0, 0.0), (0.9, 0.8), (0.5, 0.9), (0.0, 1.0)))) == "b"
-    assert knee(pareto_front(table((1.0, 0.0), (0.0, 1.0)))) == "a"  # nothing bends
-    assert knee(pareto_front(table((0.3, 0.3)))) == "a"

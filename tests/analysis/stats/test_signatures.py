@@ -188,8 +188,7 @@ def test_each_signature_ends_in_a_command_that_its_command_line_takes(tmp_path):
         found[1].edit_command(("locft", "edit", "M")).endswith("--train-formats 'raw,qa,chat,Answer briefly: {prompt}'")
     )
     assert found[3].edit_command(["locft", "edit", "M"]) == "locft edit M --epochs 50"
-    words = ["locft", "edit", "M", "--json", "--epochs", "25", "--seed=3", "--epochs=7", "--out", "o"]
-    assert found[3].edit_command(words) == "locft edit M --json --seed=3 --out o --epochs 50", "each option once"
-    again = ("locft", "sweep", "s", "--set", "epochs=3", "--set", "edits.limit=9", "--set", "epochs=4")
-    assert found[3].command(again) == "locft sweep s --set edits.limit=9 --set epochs=50"
+    again = ("locft", "sweep", "quickstart", "--set", "epochs=3")
+    words = shlex.split(found[3].command(again))
+    assert load_study(words[2], words[4::2]).epochs == 50, "what was set before is replaced"
     assert found[3].to_dict("do this")["command"] == "do this"

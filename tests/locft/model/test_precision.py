@@ -56,7 +56,7 @@ def test_another_kind_of_cpu_is_measured_for_itself(measured, monkeypatch):
 def test_a_driver_without_a_gpu_does_not_ask_its_cpu_for_the_gpus_of_trials(measured, study_file):
     made = measured(False)
     prepared = prepare(load_study(str(study_file(resources__gpus=1))))
-    assert prepared.facts.precision == "bfloat16" and prepared.inputs.device == "cuda" and made == []
+    assert prepared.facts.precision == "bfloat16" and prepared.study.trial_device == "cuda" and made == []
 
 
 def test_trials_without_a_gpu_leave_that_of_the_machine_alone(measured, study_file, monkeypatch):
@@ -64,4 +64,4 @@ def test_trials_without_a_gpu_leave_that_of_the_machine_alone(measured, study_fi
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **given: True)
     prepared = prepare(load_study(str(study_file())))
-    assert prepared.inputs.device == "cpu" and prepared.facts.precision == "float32"
+    assert prepared.study.trial_device == "cpu" and prepared.facts.precision == "float32"

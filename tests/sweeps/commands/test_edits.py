@@ -81,7 +81,7 @@ def test_a_wrong_map_is_told(locft, file, workplace, options, problem):
     assert said.code == 2 and problem in said.err
 
 
-def test_edits_with_a_map_are_made_and_measured(locft, file, workplace, tiny_folder):
+def test_edits_with_a_map_are_made_and_measured(locft, file, workplace, tiny_folder, few_probes):
     quick = ("--position", "1.mlp", "--learning-rate", 0.02, "--epochs", 2, "--threads", 1, "--train-formats", "raw")
     made = locft("edit", tiny_folder, "--edits", file, *MAP, *quick, "--out", "delta", "--json")
     assert made.code == 0 and "Not read: note" in made.err, made.err

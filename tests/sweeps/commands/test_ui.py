@@ -94,20 +94,6 @@ def test_the_command_says_where_everything_is_as_json(server, study, locft):
     assert links and all(link.startswith(address) for link in links)
 
 
-def test_a_server_that_goes_away_is_an_error_soon(study, monkeypatch):
-    for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
-        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    with ui.running(study[0]) as (address, process):
-        tracker = Tracker.open(address, "interrupted", STUDY)
-        open_study(tracker)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        started = time.monotonic()
-        with pytest.raises(TrackingError, match=r"trial [0-9a-f]{16}"):
-            tracker.log_trial(result())
-        assert time.monotonic() - started < 30
-
-
 def test_a_named_port_that_is_taken(study):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -143,18 +129,21 @@ def test_a_store_that_is_a_server_is_only_announced():
         foreign.shutdown()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_and_its_children(study, number):
-    script = (
-        f"from sweeps.commands import ui; ui.serve({study[0]!r}, announce=lambda address: print(address, flush=True))"
-    )
+def test_a_signal_ends_the_server_and_its_children(study):
+    """SIGTERM is to the command what Ctrl-C is."""
+    script = f"""
+import signal
+from sweeps.commands import ui
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does
+ui.serve({study[0]!r}, announce=lambda address: print(address, flush=True))
+"""
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[3]
     ) as process:
         address = process.stdout.readline().strip()
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         leader = int(children.read_text().split()[0]) if children.exists() else None
-        process.send_signal(number)
+        process.terminate()
         assert process.wait(60) == 0
     with socket.socket() as gone:
         assert gone.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) != 0
@@ -237,3 +226,18 @@ def test_the_outcomes_are_a_table(server, study, page):
     page.goto(f"{server[0]}/#/experiments/{number}/runs/{trial}/artifacts/outcomes.json")
     page.get_by_text("View as table").wait_for()
     page.get_by_text("generalization").first.wait_for()
+
+
+def test_a_server_that_goes_away_is_an_error_soon(server, monkeypatch):
+    """The last one, since the server is gone then."""
+    for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    address, process = server
+    tracker = Tracker.open(address, "interrupted", STUDY)
+    open_study(tracker)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=r"trial [0-9a-f]{16}"):
+        tracker.log_trial(result())
+    assert time.monotonic() - started < 30

@@ -73,7 +73,7 @@ class Command:
     def __init__(self, folder, uri, *more, beside=(), **environment):
         """beside: what the command begins with, to run in another place."""
         command = [*beside, sys.executable, "-c", "from sweeps.commands.cli import main; main()", "sweep", "tiny.yaml"]
-        arguments = [*command, "--tracking-uri", uri, *more]
+        arguments = [*command, "--no-register", "--tracking-uri", uri, *more]
         self.process = subprocess.Popen(
             arguments,
             cwd=folder,

@@ -276,7 +276,7 @@ def test_other_weights_than_the_planned_ones_are_refused(study, baseline, tmp_pa
     tiny_model(seed=1).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     trial = study.plan.trials[0]
-    there = dataclasses.replace(study.inputs, model=str(tmp_path))
+    there = dataclasses.replace(study.inputs, study=study.study.model_copy(update={"model": str(tmp_path)}))
     with pytest.raises(InputError, match=f"on node .+: got weights .+, expected {trial.model_fingerprint}"):
         train_and_measure(trial, there, baseline)
 

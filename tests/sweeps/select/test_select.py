@@ -7,7 +7,7 @@ import mlflow
 import pytest
 
 from sweeps.select.policy import Run
-from sweeps.select.request import SelectionBudget, selection_request
+from sweeps.select.request import selection_request
 from sweeps.tracking.store import TrackingError
 
 SMALL = ("--set", "capability.limit=5", "--set", "capability.prose_tokens=64", "--set", "epochs=6")
@@ -24,7 +24,7 @@ def selected(locft, workplace, tiny_folder, ray_running):
 
 
 def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_what_is_new(
-    selected, locft, workplace, tiny_folder
+    selected, locft, workplace, tiny_folder, few_probes
 ):
     said = selected("--budget-share", 0.6)
     assert said.code == 0, said.err
@@ -87,13 +87,22 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
 
 @pytest.mark.clock
 def test_a_budget_in_minutes_is_kept_by_the_clock(selected):
-    said = selected("--budget-minutes", 0.6, "--json")
+    said = selected("--budget-minutes", 0.4, "--json")
     assert said.code == 0, said.err
-    assert said.json["position"]["how"]["budget"] == {"minutes": 0.6}
-    assert said.json["position"]["how"]["wall_seconds"] < 40
+    assert said.json["position"]["how"]["budget"] == {"minutes": 0.4}
+    assert said.json["position"]["how"]["wall_seconds"] < 36
 
 
-def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workplace, locft, tiny_folder):
+@pytest.fixture
+def probed_here(monkeypatch):
+    """The probe is made in this process, and there is no time for any run."""
+    monkeypatch.setattr("sweeps.select.selection.on_workers", lambda works, *_: [work() for work in works])
+    monkeypatch.setattr("sweeps.run.runner.run_trials", lambda *_, **__: "out_of_time")
+
+
+def test_without_time_for_any_run_the_probe_answers_and_says_so(
+    selected, workplace, locft, tiny_folder, probed_here, few_probes
+):
     said = selected("--budget-minutes", 0.001)
     assert said.code == 0 and "by the probe alone" in said.out
     content = json.loads((workplace / "select-tiny-atlas.json").read_text())
@@ -115,10 +124,8 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(selected, workpl
     assert edited.code == 0 and edited.json["position"] == content["position"]
 
 
-def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, workplace, monkeypatch):
-    """Once without a registry, once without the store. The probe is made in this process, and nothing is run."""
-    monkeypatch.setattr("sweeps.select.selection.on_workers", lambda works, *_: [work() for work in works])
-    monkeypatch.setattr("sweeps.run.runner.run_trials", lambda *_, **__: "out_of_time")
+def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, workplace, probed_here, monkeypatch):
+    """Once without a registry, once without the store."""
     monkeypatch.setattr("sweeps.tracking.outbox.PATIENCE_SECONDS", 0.0)
 
     def away(*_, **__):
@@ -187,7 +194,7 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
 
 
 def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):
-    request = selection_request(str(tiny_folder), "atlas", limit=12, budget=SelectionBudget(0.1))
+    request = selection_request(str(tiny_folder), "atlas", limit=12)
     run = Run(1, "mlp_down", 0.02, 1)
     trial = request.config(run)
     assert request.run(trial) == run and trial.position == "1.mlp_down" and trial.learning_rate == 0.02

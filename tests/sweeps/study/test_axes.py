@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from analysis.stats.axes import AXES
-from sweeps.study.schema import value_problem
+from locft.errors import InputError
+from sweeps.study.schema import read_value
 
 WITH_MOMENTUM = """
 import json
@@ -66,5 +67,7 @@ def test_a_new_axis_is_declared_and_nothing_else():
 
 @pytest.mark.parametrize("axis", [axis for axis in AXES if axis.default is not None], ids=lambda axis: axis.name)
 def test_a_value_is_checked_by_its_axis(axis):
-    assert value_problem(axis.name, axis.default) is None
-    assert value_problem(axis.name, None) == f"got nothing, expected {axis.expected()}"
+    assert read_value(axis.name, axis.default) == axis.default
+    with pytest.raises(InputError) as caught:
+        read_value(axis.name, None)
+    assert str(caught.value) == f"got nothing, expected {axis.expected()}"

@@ -6,7 +6,7 @@ from locft.errors import InputError
 from sweeps.study.plan import make_plan
 from sweeps.study.reader import load_study, study_from_yaml, study_to_yaml
 from sweeps.study.resolve import prepare
-from sweeps.study.schema import read_value, value_problem
+from sweeps.study.schema import read_value
 from tests.sweeps.study.test_plan import FACTS, make_study
 
 
@@ -50,7 +50,8 @@ def test_wrong_formats_are_told_with_all_other_problems(tmp_path):
     for nothing in ("ask_formats=", "ask_formats=[]", "ask_formats=3", "ask_formats={a: 1}"):
         with pytest.raises(InputError, match="ask_formats: got"):
             load_study("pipeline-check", [nothing])
-    assert value_problem("train_formats", "raw,qa") is None and "expected raw" in value_problem("train_formats", "q")
+    with pytest.raises(InputError, match="expected raw"):
+        read_value("train_formats", "q")
 
 
 def test_only_other_formats_than_the_plain_one_make_other_data(study_file, chat_folder):
@@ -70,7 +71,7 @@ def test_only_other_formats_than_the_plain_one_make_other_data(study_file, chat_
 def test_what_the_tokenizer_lacks_is_left_out_and_said(study_file, tiny_folder):
     changes = ("ask_formats=[raw, qa, chat]", "space.train_formats=[chat, raw, 'raw,qa,chat']")
     prepared = prepare(load_study(str(study_file()), changes))
-    assert prepared.study.ask_formats == prepared.inputs.ask_formats == ("raw", "qa", "unseen")
+    assert prepared.inputs.study.ask_formats == ("raw", "qa", "unseen")
     assert [trial.train_formats for trial in prepared.plan.trials] == ["raw", "raw,qa"] * 2
     (said,) = prepared.notices
     assert said.startswith(f"space.train_formats and ask_formats: the tokenizer of {tiny_folder} has no chat template")
@@ -83,8 +84,8 @@ def test_the_workbench_of_other_formats_is_another(study_file, chat_folder):
     def inputs(*changes):
         return prepare(load_study(str(study_file(model=str(chat_folder))), changes)).inputs
 
-    assert inputs().key == inputs("ask_formats=raw", "space.train_formats=chat").key
-    assert inputs().key != inputs("ask_formats=[raw, chat]").key
+    assert inputs().workbench_key == inputs("ask_formats=raw", "space.train_formats=chat").workbench_key
+    assert inputs().workbench_key != inputs("ask_formats=[raw, chat]").workbench_key
 
 
 def test_an_axis_that_changes_nothing_in_any_trial_is_said(study_file):

@@ -250,9 +250,9 @@ def test_a_grid_has_no_doubles_where_an_axis_changes_nothing():
 def test_the_limit_counts_what_the_grid_holds():
     many = {"layer": list(range(30)), "rank": list(range(1, 60)), "alpha": list(range(1, 61)), "seed": [0]}
     assert make_plan(make_study(many), FACTS).count == 30
-    with pytest.raises(InputError, match="the grid has 106,200 trials, expected at most 100,000"):
+    with pytest.raises(InputError, match="the grid has more than 100,000 trials"):
         make_plan(make_study(many | {"method": ["lora"]}), FACTS)
-    with pytest.raises(InputError, match="the grid has 212,460 trials"):
+    with pytest.raises(InputError, match="the grid has more than 100,000 trials"):
         make_plan(make_study(many | {"method": ["full", "lora", "adalora", "low_curvature"]}), FACTS)
 
 
@@ -269,7 +269,7 @@ def test_a_trial_is_found_again_in_an_optuna_space_whatever_was_proposed_beside_
 def test_a_plan_refuses_what_the_model_lacks_and_a_grid_without_end():
     with pytest.raises(InputError, match="layer 99: smollm2-135m has layers 0 to 29"):
         make_plan(make_study({"layer": 99}), FACTS)
-    with pytest.raises(InputError, match="the grid has 150,000 trials, expected at most 100,000"):
+    with pytest.raises(InputError, match="the grid has more than 100,000 trials"):
         make_plan(make_study({"seed": list(range(1000)), "module": list(MODULES)}), FACTS)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -17,14 +18,13 @@ from sweeps.study.resolve import prepare
 from sweeps.sweep import run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.registry import (
-    add_version,
     fetch_edit,
     register_edit,
     registered_edit,
-    registered_name,
     study_alias,
 )
 from sweeps.tracking.study_run import Tracker
+from tests.conftest import write_study
 from tests.heard import Heard
 from tests.mlflow_store import STUDY, config, result
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -39,11 +39,33 @@ def run(file, *overrides):
     )
 
 
-def test_the_pick_is_registered_once_and_can_be_applied(
-    workplace, study_file, tiny_folder, ray_running, locft, monkeypatch
-):
-    file = study_file(name="my.study", space__layer=[1])
-    done = run(file)
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, empty_store, tiny_folder, ray_running):
+    """A finished study in the working directory: folder, file, and what two runs of it left. At the end of the first its pick
+    could not be registered."""
+
+    def other_hardware(*_):
+        raise RuntimeError("another delta")
+
+    folder = tmp_path_factory.mktemp("pick")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(folder)
+        file = write_study(folder, tiny_folder, name="my.study", space__layer=[1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweep_module, "_register_pick", other_hardware)
+            first = run(file)
+        yield folder, file, first, run(file)
+
+
+def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(study):
+    _, _, first, second = study
+    assert first.state.left == 0 and first.registered is None and first.not_registered == "another delta"
+    assert second.registered, "the same command makes up for it"
+
+
+def test_the_pick_is_registered_once_and_can_be_applied(study, tiny_folder, locft, monkeypatch):
+    workplace, file, _, done = study
     assert done.registered.startswith("models:/locft-edit-") and done.registered.endswith("@my-study")
     (row,) = done.state.results.to_dict("records")
     delta = EditDelta.load(fetch_edit(done.registered, resolve_uri(None), workplace / "fetched"))
@@ -58,9 +80,9 @@ def test_the_pick_is_registered_once_and_can_be_applied(
     applied = locft("apply", done.registered, "--model", tiny_folder, "--out", workplace / "edited", "--json")
     assert applied.code == 0 and applied.json["position"] == "1.mlp_down"
     experiment = client.get_experiment_by_name("my.study").experiment_id
-    (study,) = client.search_runs([experiment], "tags.`locft.kind` = 'study'")
-    assert study.data.tags["locft.registered"] == done.registered
-    assert f"locft apply {done.registered}" in study.data.tags["mlflow.note.content"]
+    (whole,) = client.search_runs([experiment], "tags.`locft.kind` = 'study'")
+    assert whole.data.tags["locft.registered"] == done.registered
+    assert f"locft apply {done.registered}" in whole.data.tags["mlflow.note.content"]
 
     monkeypatch.setattr("sweeps.session.ray_cluster", lambda *_: pytest.fail("there is nothing to run"))
     again = run(file)
@@ -85,11 +107,11 @@ def _is_the_run_s_model(client, version, row):
     assert ranked.model_id == logged.model_id
 
 
-def test_a_registered_edit_answers_prompts(workplace, study_file, tiny_folder, ray_running, locft):
+def test_a_registered_edit_answers_prompts(study, tiny_folder, locft):
     """Loaded by MLflow as it stands: the unedited model and the delta, nothing pickled. What it says is what `ask` says."""
     import mlflow
 
-    registered = run(study_file(space__layer=[1])).registered
+    workplace, registered = study[0], study[3].registered
     prompts = ["The capital of France is", "The official language"]
     asked = locft("ask", tiny_folder, *prompts, "--delta", registered, "--tokens", 6, "--json").json["answers"]
     uri = f"sqlite:///{workplace}/mlflow.db"
@@ -109,18 +131,6 @@ def test_a_registered_edit_answers_prompts(workplace, study_file, tiny_folder, r
         mlflow.set_tracking_uri(None)
     folder = fetch_edit(registered, resolve_uri(None), workplace / "kept")
     assert {file.suffix for file in folder.iterdir()} <= {".safetensors", ".json", "", ".yaml"}, "nothing is pickled"
-
-
-def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(workplace, study_file, ray_running):
-    def other_hardware(*_):
-        raise RuntimeError("another delta")
-
-    file = study_file(space__layer=[1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, "_register_pick", other_hardware)
-        done = run(file)
-    assert done.state.left == 0 and done.registered is None and done.not_registered == "another delta"
-    assert run(file).registered, "the same command makes up for it"
 
 
 def test_ctrl_c_or_the_budget_ends_the_registering_and_not_the_answer(workplace, study_file, ray_running, monkeypatch):
@@ -151,21 +161,18 @@ def test_aliases_are_what_mlflow_takes(workplace):
 
 
 def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
-    """The study's pick, then the same run repeated with another rate; and an edit of before, right in the run's folder."""
+    """The study's pick, then the same run repeated with another rate."""
     tracker = Tracker.open(resolve_uri(None), "registered", STUDY)
     tracker.open_run("registered", study_yaml="", description="", environment={})
-    run_id, client = tracker.log_trial(result(config(1))), tracker.client
+    run_id = tracker.log_trial(result(config(1)))
 
     def saved(size):
         delta = EditDelta("1.mlp_down", "f" * 16, {"weight": torch.full((2,), size)})
         return delta.save(workplace / f"{size:g}").parent
 
-    client.log_artifacts(run_id, str(saved(1.0)), "edit")
-    source = f"{client.get_run(run_id).info.artifact_uri}/edit"
-    add_version(client, registered_name("edit", "tiny"), "", source, run_id, "before", tags={}, description="")
     for size, alias in ((2.0, "study"), (3.0, "chosen")):
         register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, resolve_uri(None), alias)
-    for address, size in {"@before": 1, "@study": 2, "@chosen": 3, "/1": 1, "/2": 2, "/3": 3}.items():
+    for address, size in {"@study": 2, "@chosen": 3, "/1": 2, "/2": 3}.items():
         folder = fetch_edit(
             f"models:/locft-edit-tiny{address}", resolve_uri(None), workplace / f"fetched{address.strip('/')}"
         )
