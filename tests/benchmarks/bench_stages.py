@@ -105,6 +105,7 @@ def drawn_batches(rows: Sequence[TokenRow], size: int, count: int) -> list[list[
 def step_seconds(trainer: PositionTrainer, batch: Sequence[TokenRow]) -> tuple[float, float]:
     """One optimiser step: the loss before it, and its seconds."""
     loss, seconds = timed(lambda: trainer.step_on(batch).value)
+    trainer.settle()
     if trainer.diverged:
         raise FloatingPointError(f"the loss or a gradient is not finite at loss {loss}")
     return loss, seconds
