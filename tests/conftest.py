@@ -30,6 +30,18 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 @pytest.fixture(scope="session")
+def device():
+    """Where tests marked `device` compute: what LOCFT_TEST_DEVICE names, the CPU without it. Skips where it is not there."""
+    from locft.errors import InputError
+    from locft.process import torch_device
+
+    try:
+        return torch_device(os.environ.get("LOCFT_TEST_DEVICE", "cpu"))
+    except InputError as reason:
+        pytest.skip(f"LOCFT_TEST_DEVICE: {reason}")
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A random three-layer llama with its tokenizer, saved in a folder."""
     from tests.tiny import tiny_model, tiny_tokenizer
