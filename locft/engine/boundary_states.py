@@ -35,7 +35,7 @@ NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "
 """Configuration entries that change no hidden state."""
 LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
 """Disk space for all stored states together. The least recently used are removed first."""
-KEPT_NEAR, NEAR_SHARE = 2, 0.25
+KEPT_NEAR, NEAR_SHARE = 2, 0.1
 """Layers whose states are kept on a GPU beside the files, a trial's and the last one's; and of its free memory, each at most."""
 
 _STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bfloat16
