@@ -62,7 +62,7 @@ class BoundaryStates:
         """States (U, D) entering a stored layer, on the device that computes on them. Copies to a GPU are kept for the
         `KEPT_NEAR` layers used last; states that take more than `NEAR_SHARE` of its free memory stay where they are."""
         states = self.layers[layer]
-        if states.device.type == device.type:
+        if states.device == device:
             return states
         if layer not in self._near:
             fits = not runs_ahead(device) or states.nbytes <= NEAR_SHARE * torch.cuda.mem_get_info(device)[0]
@@ -79,7 +79,7 @@ class BoundaryStates:
         found = states[moved(torch.from_numpy(np.maximum(places, 0)), states.device)]
         if (places < 0).any():
             found = found * moved(torch.from_numpy(places >= 0), states.device)[..., None]
-        return found if found.device.type == device.type else moved(found, device)
+        return found if found.device == device else moved(found, device)
 
 
 def boundary_states(

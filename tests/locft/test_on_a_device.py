@@ -1,7 +1,7 @@
 """Everything that computes, on the device that LOCFT_TEST_DEVICE names (`make test-gpu`), held to the plain loop on the CPU.
 
-Without it the same tests hold the engine on the CPU to that loop. On a GPU sums are taken in another order, so what is
-compared is near, and no result is taken bit by bit.
+Without it they run on a device of its own that is really the CPU (`tests.other_device`). On a GPU sums are taken in another
+order, so what is compared is near, and no result is taken bit by bit.
 """
 
 import copy
@@ -18,13 +18,16 @@ from locft.engine.tail_engine import TailEngine
 from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition
+from locft.probe import probe_positions
 from locft.process import runs_ahead
 from locft.train.encoding import encode_edits
 from locft.train.examples import TrainingExamples
+from locft.train.kept_state import KeptState
 from locft.train.methods import MethodName
 from locft.train.objective import batch_loss
 from locft.train.pipelines import PositionTrainer, TrainingSettings, finetune
 from locft.train.reference import full_forward
+from locft.train.token_rows import TokenRow
 from locft.workbench import Workbench
 from tests.tiny import tiny_loaded
 
@@ -80,7 +83,7 @@ def test_logits_and_gradients_are_those_of_the_plain_loop(device, architecture, 
                 (logits, torch.cat([torch.zeros(1, device=where), *(g.flatten() for g in gradients if g is not None)]))
             )
         (expected, wanted), (logits, gradient) = sides
-        assert logits.device.type == device.type and near(logits, expected, share), text
+        assert logits.device == loaded.model.device and near(logits, expected, share), text
         if dtype == "float32" or architecture != "qwen3_moe":  # rounding sends tokens to other experts
             assert near(gradient, wanted, share), text
 
@@ -157,7 +160,7 @@ def test_boundary_states_are_those_of_the_cpu(device, monkeypatch, share):
     nodes = torch.tensor([[0, 1, 2, -1], [5, 4, -1, -1]])
     for layer in range(3):
         expected, found = (engine.states.gather(layer, nodes, engine.model.device) for engine in engines)
-        assert found.device.type == device.type and near(found, expected, 1e-4)
+        assert found.device == engines[1].model.device and near(found, expected, 1e-4)
         assert not found[nodes.to(device) < 0].any() and len(engines[1].states._near) <= boundary_states.KEPT_NEAR
 
 
@@ -180,3 +183,35 @@ def test_an_edit_is_measured_as_by_the_plain_loop(device, architecture, dtype):
         assert greedy_answers(model, [r.prompt for r in REQUESTS]) == greedy_answers(
             plain, [r.prompt for r in REQUESTS]
         )
+
+
+def test_positions_are_scored_as_on_the_cpu(device):
+    plain = tiny_loaded("llama")
+    rows = encode_edits(plain.tokenizer, REQUESTS)
+    positions = [TuningPosition(layer, module) for layer in range(3) for module in ("mlp_down", "layer")]
+    prose = [TokenRow(tuple(token for row in rows for token in row.token_ids), 1)]
+    sides = [probe_positions(loaded, rows, prose, positions) for loaded in (plain, on(device, plain))]
+    for expected, found in zip(*sides):
+        assert found.gain == pytest.approx(expected.gain, rel=1e-3)
+        assert found.disturbance == pytest.approx(expected.disturbance, rel=0.3)  # labels are drawn
+
+
+@pytest.mark.parametrize("method", MethodName.__args__)
+def test_a_training_that_was_killed_goes_on_there(device, tmp_path, monkeypatch, method):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    trainer, settings = edit_trainer(on(device, tiny_loaded("llama"))), replace(SETTINGS, method=method, rank=2)
+    monkeypatch.setattr(EditTrainer, "_kept_state", lambda *_: KeptState(["a training"], 0.0))
+    whole, step, left = trainer.train(POSITION, settings), PositionTrainer.step_on, [5]
+
+    def dying(self, rows, replay=()):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, rows, replay)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PositionTrainer, "step_on", dying)
+        trainer.train(POSITION, settings)
+    assert KeptState(["a training"]).read() is not None
+    again = trainer.train(POSITION, settings)
+    assert again.losses == pytest.approx(whole.losses, rel=1e-3) and again.steps == whole.steps
