@@ -6,13 +6,13 @@ Its steps take as long as those of a trained model, and its answers mean nothing
 from collections.abc import Iterable, Iterator
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from locft.data.requests import EditSet
 from locft.data.suites import Suite
 from locft.errors import InputError, one_line
 from locft.model.models import DTYPES, LOAD_ERRORS, LoadedModel, model_class
+from tests.tiny import byte_level_bpe
 
 VOCABULARY = 16384
 """Tokens of the tokenizer, at most: enough that a text has about as many tokens as in a real one."""
@@ -44,23 +44,9 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
 def random_loaded(config: PretrainedConfig, dtype: str, device: torch.device, texts: Iterable[str]) -> LoadedModel:
     """The same as `load_model` gives a real one, with a tokenizer for these texts."""
     model, name = random_model(config, DTYPES[dtype], device), f"random-{config.model_type}"
-    tokenizer = made_tokenizer(texts, min(VOCABULARY, config.get_text_config().vocab_size))
+    learnt = byte_level_bpe(texts, min(VOCABULARY, config.get_text_config().vocab_size))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learnt, eos_token="<eos>", pad_token="<eos>")
     return LoadedModel(name, model, tokenizer, f"{name}-{dtype}")
-
-
-def made_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, which encodes any text, with at most this many tokens learnt from the texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
 def texts_of(edits: EditSet, suite: Suite) -> Iterator[str]:
