@@ -13,11 +13,12 @@ READY := .venv/.set-up
 UNFINISHED := .venv/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test clean
+.PHONY: help setup demo check test test-gpu clean
 
 help:
 	@echo "make demo    set up, run the study 'quickstart' on a real model, write its dashboard (about 5 minutes)"
 	@echo "make test    set up, check the code and run the tests; ARGS='...' goes to pytest and leaves the check out"
+	@echo "make test-gpu  the tests of everything that computes, on this machine's GPU; skipped with the reason without one"
 	@echo "make check   format, lint and types (ruff, mypy)"
 	@echo "make setup   only set up: .venv with the tested versions of everything"
 	@echo "make clean   remove .venv and what tools leave behind; results (mlflow.db, dashboards) stay"
@@ -45,6 +46,9 @@ ifeq ($(ARGS),)
 else
 	@.venv/bin/python -m pytest $(ARGS)
 endif
+
+test-gpu: $(READY)
+	@LOCFT_TEST_DEVICE=cuda .venv/bin/python -m pytest -m device $(or $(ARGS),-rs)
 
 $(READY): pyproject.toml constraints.txt
 	@command -v '$(PYTHON)' >/dev/null || { \

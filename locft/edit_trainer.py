@@ -22,7 +22,7 @@ from locft.measure.evaluation import follow
 from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition, layer_prefix, parameter_names
-from locft.process import describe_machine
+from locft.process import describe_machine, moved
 from locft.train.encoding import encode_edit, encode_edits, encode_prompt
 from locft.train.examples import TrainingExamples
 from locft.train.formats import available, parse_formats
@@ -213,7 +213,7 @@ def _gaussian(share: float, seed: int) -> Callable[[torch.Tensor], torch.Tensor]
     draws = torch.Generator().manual_seed(seed)
 
     def noisy(states: torch.Tensor) -> torch.Tensor:
-        drawn = torch.randn(states.shape, generator=draws).to(states)
+        drawn = moved(torch.randn(states.shape, generator=draws), states.device).to(states.dtype)
         return states + share * states.flatten(0, -2).std(0) * drawn
 
     return noisy

@@ -42,6 +42,24 @@ def torch_device(device: str) -> torch.device:
     return target
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether this process only queues work there and goes on.
+
+    Where it does, whoever asks for a number waits until all that was queued is done, and the device then waits for the
+    next work. So what a step decides there is decided on the device (`locft.train.pipelines`).
+    """
+    return device.type == "cuda"
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device; on the CPU itself the same one. Nothing waits for a copy to a GPU."""
+    if not runs_ahead(device):
+        return tensor.to(device)
+    return tensor.pin_memory().to(
+        device, non_blocking=True
+    )  # from memory that is not pinned the copy would be waited for
+
+
 @cache
 def settle_vector_math() -> None:
     """Make elementary functions give the same bits in every call of this process, the first one included.

@@ -29,6 +29,24 @@ def pytest_terminal_summary(terminalreporter) -> None:
                 terminalreporter.write_line(text)
 
 
+@pytest.fixture
+def device():
+    """Where tests marked `device` compute: what LOCFT_TEST_DEVICE names; without it a device of its own that is really the CPU
+    (`tests.other_device`). Skips where it is not there."""
+    from locft.errors import InputError
+    from locft.process import torch_device
+    from tests.other_device import other_device
+
+    if name := os.environ.get("LOCFT_TEST_DEVICE"):
+        try:
+            yield torch_device(name)
+        except InputError as reason:
+            pytest.skip(f"LOCFT_TEST_DEVICE: {reason}")
+    else:
+        with other_device() as other:
+            yield other
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A random three-layer llama with its tokenizer, saved in a folder."""

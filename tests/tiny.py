@@ -4,6 +4,7 @@ The weights are drawn with a standard deviation of 0.2, ten times what is usual,
 input and on every layer; a comparison between two ways of computing them then means something.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -139,25 +140,30 @@ _ALTERNATING = ("gemma2", "gemma3_text", "ministral", "olmo3", "cohere2", "exaon
 RELATED: tuple[str, ...] = tuple(_RELATED)
 
 
-@lru_cache(maxsize=1)
-def _byte_level_bpe() -> Tokenizer:
+def byte_level_bpe(texts: Iterable[str], size: int) -> Tokenizer:
+    """Encodes any text, with at most this many tokens learnt from the texts; `<eos>` is token 0."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=size,
         special_tokens=["<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _own_bpe() -> Tokenizer:
+    return byte_level_bpe(SENTENCES, 400)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that encodes any text; `<eos>` (id 0) also pads, and there is no start token."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_byte_level_bpe().to_str()), eos_token="<eos>", pad_token="<eos>"
+        tokenizer_object=Tokenizer.from_str(_own_bpe().to_str()), eos_token="<eos>", pad_token="<eos>"
     )
 
 

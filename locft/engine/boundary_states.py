@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from locft.cache import cache_folder, content_key, lock_of, make_room
 from locft.engine.packing import STEP, PrefixTree, pack_rows
 from locft.engine.tail import capture_boundary
 from locft.model.positions import n_layers
-from locft.process import describe_machine
+from locft.process import describe_machine, moved, runs_ahead
 from locft.train.token_rows import TokenRow, batches
 
 VERSION = 3
@@ -35,6 +35,8 @@ NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "
 """Configuration entries that change no hidden state."""
 LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
 """Disk space for all stored states together. The least recently used are removed first."""
+KEPT_NEAR, NEAR_SHARE = 2, 0.1
+"""Layers whose states are kept on a GPU beside the files, a trial's and the last one's; and of its free memory, each at most."""
 
 _STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bfloat16
 _log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class BoundaryStates:
     layers: Mapping[int, torch.Tensor]  # layer -> (U, D)
     stride: int = 1
     """Only the layers 0, stride, 2 * stride, ... may be kept."""
+    _near: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def below(self, layer: int) -> int:
         """The layer whose states a trial at `layer` starts from: itself, or the next one below that may be kept.
@@ -55,10 +58,28 @@ class BoundaryStates:
         """
         return layer // self.stride * self.stride
 
-    def gather(self, layer: int, nodes: torch.Tensor) -> torch.Tensor:
-        """States (G, N, D) of a pack's nodes (G, N) entering a stored layer; zeros behind the ends (node -1)."""
-        states = self.layers[layer][nodes.clamp(min=0)]
-        return states * (nodes >= 0)[..., None] if (nodes < 0).any() else states
+    def near(self, layer: int, device: torch.device) -> torch.Tensor:
+        """States (U, D) entering a stored layer, on the device that computes on them. Copies to a GPU are kept for the
+        `KEPT_NEAR` layers used last; states that take more than `NEAR_SHARE` of its free memory stay where they are."""
+        states = self.layers[layer]
+        if states.device == device:
+            return states
+        if layer not in self._near:
+            fits = not runs_ahead(device) or states.nbytes <= NEAR_SHARE * torch.cuda.mem_get_info(device)[0]
+            while len(self._near) >= KEPT_NEAR:
+                del self._near[next(iter(self._near))]
+            self._near[layer] = states.to(device) if fits else states
+        self._near[layer] = self._near.pop(layer)  # the last one
+        return self._near[layer]
+
+    def gather(self, layer: int, nodes: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """On a device, states (G, N, D) of a pack's nodes (G, N, on the CPU) entering a stored layer; zeros behind the ends
+        (node -1)."""
+        states, places = self.near(layer, device), nodes.numpy()
+        found = states[moved(torch.from_numpy(np.maximum(places, 0)), states.device)]
+        if (places < 0).any():
+            found = found * moved(torch.from_numpy(places >= 0), states.device)[..., None]
+        return found if found.device == device else moved(found, device)
 
 
 def boundary_states(
@@ -154,8 +175,9 @@ def _passes(
     ordered = sorted({row.token_ids: row for row in rows}.values(), key=lambda row: tree.path(row).tolist())
     for part in batches(ordered, tokens=TOKENS_AT_ONCE, supervised=math.inf):
         pack = pack_rows(tree, ordered[part], limit)
-        inputs = (pack.token_ids, pack.attention_mask(model.dtype), pack.position_ids)
-        yield pack.nodes, capture_boundary(model, layers, *(tensor.to(model.device) for tensor in inputs))
+        position_ids, token_ids = pack.ids(model.device)
+        mask = pack.attention_mask(model.dtype, model.device)
+        yield pack.nodes, capture_boundary(model, layers, token_ids, mask, position_ids)
 
 
 def _file(folder: Path, layer: int) -> Path:

@@ -3,7 +3,7 @@
 With some hundred tokens, most of a step is not matrix products but what lies between them: casts, transposed and
 repeated heads, and autograd's record of each. Here a layer is some thirty operations forward and as many backward, and
 the products that take the same input (queries, keys and values; gate and up) are one. The arithmetic is that of Hugging
-Face's eager code, rounding included. A layer is recognised by its parts and by its numbers, not by a name; one that is
+Face's eager code, rounding included. On a GPU it is as many kernels; how fast they are there has not been measured. A layer is recognised by its parts and by its numbers, not by a name; one that is
 not recognised, or that is being trained, computes as it always does.
 
 Without a gradient, a layer in bfloat16 also takes hidden states in float32 and adds to them in float32: rounding the
@@ -28,8 +28,7 @@ from locft.model.positions import decoder_layers
 def fuse_layers(model: PreTrainedModel) -> None:
     """Give the recognised layers of a module tree their fused forward. Parameters stay shared and keep their names.
 
-    The tree must be the caller's own (a view), on a CPU, and compute attention eagerly with masks of shape
-    (G, 1, N, N). If any layer is recognised, the norms outside of the fused operation (in a layer that is being trained,
+    The tree must be the caller's own (a view) and take masks of shape (G, 1, N, N) that are added to the scores. If any layer is recognised, the norms outside of the fused operation (in a layer that is being trained,
     and behind the last layer) get a hand-written gradient, too.
     """
     norms = set()
@@ -82,16 +81,14 @@ def _agrees(layer: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(weight.dtype)
+        return torch.randn(*shape, generator=generator).to(weight)
 
     tokens = 6
     inputs, probe = 1 + drawn(2, tokens, len(weight)), drawn(2, tokens, len(weight))  # a norm that centres differs
     angles = 3 * torch.randn(2, tokens, parts.width // 2, generator=generator).repeat(1, 1, 2)
     hidden_later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1).expand(2, 1, tokens, tokens)
-    mask = torch.zeros(2, 1, tokens, tokens, dtype=weight.dtype).masked_fill_(
-        hidden_later, torch.finfo(weight.dtype).min
-    )
-    place = angles.cos().to(weight.dtype), angles.sin().to(weight.dtype)
+    mask = torch.zeros(2, 1, tokens, tokens).masked_fill_(hidden_later, torch.finfo(weight.dtype).min).to(weight)
+    place = angles.cos().to(weight), angles.sin().to(weight)
     found = []
     try:
         with torch.enable_grad():

@@ -15,6 +15,7 @@ from locft.engine.llama_kernel import FusedLayer, fuse_layers
 from locft.engine.packing import Pack
 from locft.engine.tail import head_view, reconfigure, run_until, tail_hidden, tail_view
 from locft.model.positions import decoder_layers, n_layers
+from locft.process import moved
 
 
 class ModelViews:
@@ -22,11 +23,12 @@ class ModelViews:
 
     def __init__(self, model: PreTrainedModel, packed: bool):
         """packed: rows come in packs with masks of ours, not one sequence per row."""
-        self.dtype = model.dtype
+        self.dtype, self.packed = model.dtype, packed
         self.model = tail_view(model, 0)
         if packed and model.device.type == "cpu":
             # With a mask given, eager attention is several times faster on a CPU than PyTorch's kernel.
             reconfigure(self.model, _attn_implementation="eager")
+        if packed:
             fuse_layers(self.model)
         self.head = head_view(self.model)
         self._tails: dict[int, PreTrainedModel] = {}
@@ -59,12 +61,15 @@ class ModelViews:
         """(K, V) from the hidden states (G, N, D) entering a tail. weights: as from `tail_weights`."""
         mask, position_ids, token_ids = self._inputs(pack)
         hidden = tail_hidden(tail, boundary, mask, position_ids, weights, token_ids)
-        return self.head(hidden[pack.sequence, pack.place])
+        return self.head(hidden[moved(pack.sequence, hidden.device), moved(pack.place, hidden.device)])
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """(K, D) behind the last layer -> (K, D) as the head takes them."""
-        ones = torch.ones(len(hidden), 1, dtype=torch.long, device=hidden.device)
-        return tail_hidden(self.tail(n_layers(self.model)), hidden[:, None], ones)[:, 0]
+        if self.packed:  # a model asks a mask of ones whether it is all ones
+            mask = hidden.new_zeros(len(hidden), 1, 1, 1)
+        else:
+            mask = torch.ones(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        return tail_hidden(self.tail(n_layers(self.model)), hidden[:, None], mask)[:, 0]
 
     @torch.no_grad()
     def through_layer(
@@ -91,7 +96,7 @@ class ModelViews:
     def _inputs(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mask, position and token ids."""
         device = self.model.device
-        return pack.attention_mask(self.dtype).to(device), pack.position_ids.to(device), pack.token_ids.to(device)
+        return pack.attention_mask(self.dtype, device), *pack.ids(device)
 
 
 def linear_change(

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from locft.process import moved
 from locft.train.token_rows import TokenRow
 
+_CPU = torch.device("cpu")
 STEP = 8
 """The width of a sequence is a multiple of this. For every new shape of a product oneDNN compiles a kernel, which takes
 as long as ten such products; rounded, the batches of a training come in some ten shapes instead of 150."""
@@ -62,7 +64,7 @@ class PrefixTree:
 
 @dataclass(frozen=True)
 class Pack:
-    """Rows laid into dense sequences."""
+    """Rows laid into dense sequences, on the CPU."""
 
     nodes: torch.Tensor  # (G, N) int64, -1 behind a sequence's end
     token_ids: torch.Tensor  # (G, N) int64
@@ -72,11 +74,16 @@ class Pack:
     sequence: torch.Tensor  # (K,) int64, for each supervised token, rows in the order given:
     place: torch.Tensor  # (K,) int64, sequence and place of the token before it, which predicts it
 
-    def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
+    def attention_mask(self, dtype: torch.dtype, device: torch.device = _CPU) -> torch.Tensor:
         """(G, 1, N, N), 0 where visible and the dtype's lowest number elsewhere. For single rows (G, N) of 1 and 0."""
         if self.visible is None:
-            return (self.nodes >= 0).long()
-        return torch.zeros(self.visible.shape, dtype=dtype).masked_fill_(~self.visible, torch.finfo(dtype).min)
+            return moved((self.nodes >= 0).long(), device)
+        visible = moved(self.visible, device)  # a byte each, so the mask is made where it is needed
+        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+    def ids(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position ids and token ids."""
+        return moved(self.position_ids, device), moved(self.token_ids, device)
 
 
 def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:

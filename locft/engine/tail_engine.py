@@ -25,6 +25,7 @@ from locft.engine.tail import NoTailView, capture_boundary, require_only_states,
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, n_layers, parameter_names
 from locft.model.precision import cast_model, training_precision
+from locft.process import moved
 from locft.train.reference import full_forward
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow, batches
 
@@ -161,19 +162,20 @@ class TailEngine:
         if passed is None:
             return None
         leaving, entering = passed
-        place_of = torch.zeros(len(self.tree), dtype=torch.long)
-        place_of[torch.from_numpy(nodes)] = torch.arange(len(nodes))
+        place_of = np.zeros(len(self.tree), dtype=np.int64)
+        place_of[nodes] = np.arange(len(nodes))
 
         def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
-            def edited(places: torch.Tensor) -> torch.Tensor:
+            def edited(nodes: np.ndarray) -> torch.Tensor:
+                places = moved(torch.from_numpy(place_of[nodes]), leaving.device)
                 return leaving[places] + linear_change(names, weights, base, entering[places])
 
             def supervised_logits(batch: Sequence[TokenRow]) -> torch.Tensor:
                 if layer + 1 == n_layers(self.model):  # no attention follows: other tokens do not matter
-                    predicting = torch.from_numpy(np.concatenate([self.tree.predicting(row) for row in batch]))
-                    return views.head(views.final_norm(edited(place_of[predicting])))
+                    predicting = np.concatenate([self.tree.predicting(row) for row in batch])
+                    return views.head(views.final_norm(edited(predicting)))
                 pack = pack_rows(self.tree, batch, self.limit)
-                return views.logits(views.tail(layer + 1), edited(place_of[pack.nodes.clamp(min=0)]), pack, {})
+                return views.logits(views.tail(layer + 1), edited(np.maximum(pack.nodes.numpy(), 0)), pack, {})
 
             return supervised_logits
 
@@ -221,7 +223,7 @@ class TailEngine:
         return start
 
     def _boundary(self, start: int, pack: Pack, views: ModelViews) -> torch.Tensor:
-        states = self.states.gather(start, pack.nodes).to(self.model.device)
+        states = self.states.gather(start, pack.nodes, self.model.device)
         return states.to(views.dtype) if states.dtype == self.model.dtype else states  # mamba's stay float32
 
 
@@ -286,7 +288,8 @@ def _agree(
     """Tails from the first, a middle and the last layer: what a layer takes from those below it shows in the upper ones."""
     count = n_layers(model)
     pack = pack_rows(PrefixTree(sample), sample, limit and sum(len(row.token_ids) for row in sample))
-    inputs = [x.to(model.device) for x in (pack.token_ids, pack.attention_mask(model.dtype), pack.position_ids)]
+    position_ids, token_ids = pack.ids(model.device)
+    inputs = token_ids, pack.attention_mask(model.dtype, model.device), position_ids
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     try:
         require_only_states(model, *inputs)

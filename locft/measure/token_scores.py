@@ -17,9 +17,9 @@ import torch
 
 from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
-_TOKENS_AT_ONCE = 8
-"""Supervised tokens whose probabilities are computed at once. Slices that stay in the processor's cache take half the
-time of large ones, and nothing but the logits themselves has size (K, V)."""
+_TOKENS_AT_ONCE, _ELSEWHERE = 8, 256
+"""Supervised tokens whose probabilities are computed at once, on a CPU and on a GPU. Slices that stay in the processor's
+cache take half the time of large ones, and nothing but the logits themselves has size (K, V); a GPU wants work."""
 
 SAFETY = 8.0
 """A coarse decision stands if its margin is more than this many times the root mean square of the shifts seen."""
@@ -88,8 +88,10 @@ def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 def slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """A few tokens at a time of tensors (K, ...), on the first one's device."""
-    for at in range(0, len(tensors[0]), _TOKENS_AT_ONCE):
-        yield tuple(tensor[at : at + _TOKENS_AT_ONCE].to(tensors[0].device) for tensor in tensors)
+    there = [tensor.to(tensors[0].device) for tensor in tensors]
+    size = _TOKENS_AT_ONCE if tensors[0].device.type == "cpu" else _ELSEWHERE
+    for at in range(0, len(there[0]), size):
+        yield tuple(tensor[at : at + size] for tensor in there)
 
 
 def retake(margins: np.ndarray, exactly: Callable[[list[int]], np.ndarray]) -> None:

@@ -5,11 +5,14 @@ Legend: K supervised tokens of a batch, V vocabulary.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
+from locft.process import moved
 from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 LossAverage = Literal["edit", "token", "last_token"]
@@ -18,15 +21,27 @@ LOSS_ROWS = 64
 """Largest batch of edits when the loss of all of them is computed."""
 
 
-class BatchLoss(NamedTuple):
-    """The loss of a batch of edits."""
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of a batch of edits, in nats."""
 
-    value: float
-    """In nats, averaged as the training averages."""
-    by_edit: tuple[float, ...]
-    """Mean over the tokens of each edit."""
+    numbers: torch.Tensor | list[float]
+    """(1 + E,): averaged as the training averages, then of each edit the mean over its tokens. In a tensor, float64, where
+    nobody has waited for it yet; whoever reads `value` or `by_edit` does."""
     gradients: Sequence[torch.Tensor] | None
     """None where no step should follow."""
+
+    @cached_property
+    def _read(self) -> list[float]:
+        return self.numbers.tolist() if isinstance(self.numbers, torch.Tensor) else self.numbers
+
+    @property
+    def value(self) -> float:
+        return self._read[0]
+
+    @property
+    def by_edit(self) -> list[float]:
+        return self._read[1:]
 
 
 def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage) -> torch.Tensor:
@@ -43,22 +58,25 @@ def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAver
 
 
 def _batch_loss(
-    logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage
+    logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage, ahead: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and (E,) the mean over the tokens of each edit, which has no gradient."""
-    answers = [row.target_ids for row in rows]
+    """The loss, and (E,) the mean over the tokens of each edit, which has no gradient. ahead: nothing is waited for."""
+    answers, there = [row.target_ids for row in rows], logits.device
     if average == "last_token":
         first = accumulate(map(len, answers), initial=0)
         answers = [answer[:-1] or answer for answer in answers]
-        logits = logits[[place for place, answer in zip(first, answers, strict=False) for _ in answer]]
-    targets = torch.tensor([token for answer in answers for token in answer], device=logits.device)  # (K,)
-    losses = _CrossEntropy.apply(logits, targets)  # (K,)
-    lengths = torch.tensor([len(answer) for answer in answers], device=logits.device)
-    by_edit = torch.segment_reduce(losses.detach(), "mean", lengths=lengths)
+        places = [place for place, answer in zip(first, answers, strict=False) for _ in answer]
+        logits = logits[moved(torch.tensor(places), there)]
+    targets = moved(torch.tensor([token for answer in answers for token in answer]), there)  # (K,)
+    losses = _CrossEntropy.apply(logits, targets, ahead)  # (K,)
+    lengths = moved(torch.tensor([len(answer) for answer in answers]), there)
+    by_edit = torch.segment_reduce(
+        losses.detach(), "mean", lengths=lengths, unsafe=True
+    )  # without its checks, which wait
     if average == "token":
         return losses.mean(), by_edit
     share = [1 / (len(answer) * len(rows)) for answer in answers for _ in answer]
-    return losses @ torch.tensor(share, device=logits.device), by_edit
+    return losses @ moved(torch.tensor(share), there), by_edit
 
 
 def loss_and_gradients(
@@ -69,30 +87,37 @@ def loss_and_gradients(
     *,
     at_least: float = 0.0,
     pieces: int = 1,
+    ahead: bool = False,
 ) -> BatchLoss:
     """Loss of a batch and its gradients with respect to `trained`, the tensors that `logits` is a function of.
 
     The gradients are None where the loss is below `at_least`, infinite or NaN. pieces: compute the batch in this many parts
-    to need less memory. The result is the same but for rounding.
+    to need less memory. The result is the same but for rounding. ahead: nothing is waited for, and the gradients are computed
+    whatever the loss.
     """
     size = math.ceil(len(batch) / pieces)
     parts = [batch[start : start + size] for start in range(0, len(batch), size)]
     weigh = _supervised if average == "token" else len
-    value, by_edit = 0.0, []
+    found: list[torch.Tensor] = []
     gradients: Sequence[torch.Tensor] | None = None
     for part in parts:
-        loss, each = _batch_loss(logits(part), part, average)
+        loss, each = _batch_loss(logits(part), part, average, ahead)
         if len(parts) > 1:
             loss = loss * (weigh(part) / weigh(batch))
-        here, *of_edits = torch.cat([loss.detach()[None], each]).tolist()
-        value += here
-        by_edit += of_edits
-        if part is parts[-1] and not at_least <= value < math.inf:
-            return BatchLoss(value, tuple(by_edit), None)
+        found.append(torch.cat([loss.detach()[None], each]).double())
+        if part is parts[-1] and not ahead:
+            numbers = _of_all(found).tolist()
+            if not at_least <= numbers[0] < math.inf:
+                return BatchLoss(numbers, None)
         new = torch.autograd.grad(loss, trained)
         gradients = new if gradients is None else [total.add_(more) for total, more in zip(gradients, new, strict=True)]
         del loss, new  # the graph's memory, before the next part is computed
-    return BatchLoss(value, tuple(by_edit), gradients)
+    return BatchLoss(_of_all(found) if ahead else numbers, gradients)
+
+
+def _of_all(found: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The numbers of a batch from those of its parts."""
+    return torch.cat([sum(part[:1] for part in found), *(part[1:] for part in found)])
 
 
 @torch.no_grad()
@@ -104,9 +129,9 @@ def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow], at_once: int =
     return total / len(rows)
 
 
-def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+def all_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """True if no entry is infinite or NaN: a sum shows it in one pass without a buffer."""
-    return all(bool(torch.isfinite(tensor.sum())) for tensor in tensors)
+    return torch.stack([tensor.sum() for tensor in tensors]).isfinite().all()
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -116,24 +141,26 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # (K, V), (K,) -> (K,)
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, ahead: bool) -> torch.Tensor:  # (K, V), (K,) -> (K,)
         probabilities = logits.softmax(-1)
         ctx.probabilities = probabilities
         ctx.save_for_backward(targets)
         losses = -probabilities.gather(-1, targets[:, None])[:, 0].log()
-        if losses.max() < 80:
+        likely = losses.max() < 80
+        if not ahead and likely:
             return losses
         # A probability near the smallest float32 loses digits: use the target's logit and the log of the partition sum.
         partition = logits.amax(-1) - probabilities.amax(-1).log()
-        return partition - logits.gather(-1, targets[:, None])[:, 0]
+        exact = partition - logits.gather(-1, targets[:, None])[:, 0]
+        return torch.where(likely, losses, exact) if ahead else exact
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (targets,) = ctx.saved_tensors
         found, ctx.probabilities = ctx.probabilities, None
         found.mul_(gradient[:, None])
         found[torch.arange(len(targets), device=targets.device), targets] -= gradient
-        return found, None
+        return found, None, None
 
 
 def _supervised(rows: Sequence[TokenRow]) -> int:

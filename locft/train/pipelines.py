@@ -8,7 +8,7 @@ engine).
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Literal
@@ -19,10 +19,11 @@ from locft.errors import out_of_memory
 from locft.model.delta import EditDelta
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, is_input_first, parameter_names
+from locft.process import runs_ahead
 from locft.train.examples import TrainingExamples
 from locft.train.guards import Guard
 from locft.train.kept_state import KeptState
-from locft.train.methods import MethodSettings, Parameter, make_method
+from locft.train.methods import STEPPED_BY_ADAM, MethodSettings, Parameter, make_method
 from locft.train.methods.curvature import Curvature
 from locft.train.objective import (
     LOSS_ROWS,
@@ -33,6 +34,7 @@ from locft.train.objective import (
     mean_loss,
 )
 from locft.train.reference import full_forward
+from locft.train.steps_ahead import StepsAhead
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
@@ -164,6 +166,7 @@ def finetune(
         losses = _depth_first(trainer, settings)
     else:
         losses = _breadth_first(trainer, settings, beside.kept)
+    trainer.settle()  # where the time ran out in an epoch
     delta = change()
     seconds = time.perf_counter() - started - watched + trainer.earlier_seconds
     trained_loss = None
@@ -241,14 +244,25 @@ class PositionTrainer:
             settings.seed
         )  # not that of the order: one changes without the other
         self.steps, self.pieces, self.diverged = 0, 1, False
+        device = next(iter(parameters.values())).base.device
+        ahead = runs_ahead(device) and isinstance(self.method, STEPPED_BY_ADAM) and not examples.guards
+        self.ahead = StepsAhead(device, settings.skip_below) if ahead else None
+        """Where steps are decided on the device; None where each waits for its loss."""
         self.started, self.earlier_seconds = time.perf_counter(), 0.0
 
     def logits(self) -> SupervisedLogits:
         return self.forward(self.method.weights)
 
+    def settle(self) -> None:
+        """Wait for the steps so far, to know how many were taken and whether the training diverged."""
+        if self.ahead:
+            taken, lost = self.ahead.outcome.tolist()
+            self.steps, self.diverged = self.steps + taken, self.diverged or bool(lost)
+            self.ahead.outcome[0] = 0
+
     @property
     def ended(self) -> bool:
-        """No step is to follow: the training diverged, or its time is over."""
+        """No step is to follow: the training diverged, as far as is known, or its time is over."""
         return self.diverged or time.perf_counter() > self.deadline
 
     def step(self, batch: Sequence[int], replay: Sequence[int] = ()) -> BatchLoss:
@@ -272,12 +286,17 @@ class PositionTrainer:
         losses = self._resumed(kept, order, rests) if kept else []
         for _ in range(len(losses), settings.epochs):
             awake, total = rests.epoch()
+            asked: list[tuple[list[int], BatchLoss]] = []
             for places in _shuffled_batches(len(awake), settings.batch_size, order):
                 batch = [awake[place] for place in places]
                 replay = torch.randperm(earlier, generator=self.draws)[: settings.replay].tolist() if earlier else ()
-                loss = self.step([edits[index] for index in batch], replay)
+                asked.append((batch, self.step([edits[index] for index in batch], replay)))
                 if self.ended:
                     return losses
+            self.settle()
+            if self.diverged:
+                return losses
+            for batch, loss in asked:
                 total += loss.value * len(batch)
                 rests.asked(batch, loss.by_edit)
             losses.append(total / len(edits))
@@ -322,6 +341,7 @@ class PositionTrainer:
                     self.settings.loss_average,
                     at_least=self.settings.skip_below,
                     pieces=self.pieces,
+                    ahead=self.ahead is not None,
                 )
                 break
             except (MemoryError, RuntimeError) as error:
@@ -332,22 +352,30 @@ class PositionTrainer:
         if gradients is not None:
             for more in self._beside(replay):
                 gradients = [own.add_(other) for own, other in zip(gradients, more, strict=True)]
-        if not math.isfinite(loss.value) or (gradients is not None and not all_finite(gradients)):
+        if self.ahead and gradients is not None:
+            self.ahead.step(self.method, loss.numbers, gradients)
+        elif not math.isfinite(loss.value) or (gradients is not None and not all_finite(gradients)):
             self.diverged = True
         elif gradients is not None:
             self.method.step(gradients, loss.value)
             self.steps += 1
-        return loss._replace(gradients=None)  # their memory, while the next batch is computed
+        return replace(loss, gradients=None)  # their memory, while the next batch is computed
 
     def _beside(self, replay: Sequence[TokenRow]) -> Iterator[Sequence[torch.Tensor]]:
         """Gradients that join those of a batch: of what is replayed, unless it is still known, and of guards."""
         trained, settings, guards = list(self.method.weights.values()), self.settings, self.examples.guards
         if replay:
             found = loss_and_gradients(
-                self.logits(), trained, replay, settings.loss_average, at_least=settings.skip_below, pieces=self.pieces
+                self.logits(),
+                trained,
+                replay,
+                settings.loss_average,
+                at_least=settings.skip_below,
+                pieces=self.pieces,
+                ahead=self.ahead is not None,
             )
             if found.gradients is not None:
-                yield found.gradients
+                yield self.ahead.where_asked(found) if self.ahead else found.gradients
         if guards:
             yield guards.gradients(self.logits(), trained, settings.guard_weight, settings.guards_per_step, self.draws)
 
@@ -390,6 +418,7 @@ def _depth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[f
         trainer.method.restart()  # each batch is an edit of its own
         for _ in range(settings.epochs):
             loss = trainer.step(batch).value
+            trainer.settle()
             if trainer.diverged:
                 return losses
             if loss < max(settings.stop_below, settings.skip_below):  # below skip_below nothing would change any more

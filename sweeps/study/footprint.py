@@ -1,5 +1,6 @@
 """Memory and disk that trials take, as far as can be told before they run, and how many trials fit side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import psutil
@@ -20,6 +21,10 @@ _PROCESS_BYTES = 380_000_000
 """A worker with its imports, before it loads a model, without the libraries that it shares."""
 _READ_AT_ONCE = 2048
 """Tokens of a forward pass of the unedited model, whose logits are all held."""
+_CONTEXT_BYTES = 600_000_000
+"""On a GPU, of each process: CUDA with its kernels."""
+_GPU_SIZES = (24 * 2**30, 80 * 2**30)
+"""Of usual GPUs, in bytes."""
 _RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
 """In MLflow's store: a run with its metrics; a question with its answer; a study's dashboard, tables and files."""
 
@@ -55,6 +60,44 @@ def memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     return _shared_bytes(trial, facts) + _kept_bytes(trial, facts) + _added_bytes(trial, facts)
 
 
+def gpu_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """Peak memory of one worker on a GPU, in bytes. Counted, not measured: no GPU has run this yet.
+
+    Each worker has its own frozen weights, in both precisions if they differ. Beside what is trained lie its base and the
+    value that training starts with, in float32, and the states of the edits. Each layer above keeps what the products of a batch
+    take and give. Copies of stored states take only what is free then.
+    """
+    precise, trained = BYTES[trial.precision], facts.trained_parameters.get(trial.position, facts.layer_parameters)
+    hidden, layers = max(1, facts.head_parameters // max(1, facts.vocabulary)), facts.n_layers - trial.layer
+    kept = 2 * precise * _batch_tokens(trial, facts) * layers * facts.layer_parameters // hidden
+    states = precise * facts.edit_tokens * (hidden + trained // hidden)
+    held = _CONTEXT_BYTES + _shared_bytes(trial, facts) + (_TRAINED_BYTES + 2 * 4) * trained
+    return held + states + kept + _added_bytes(trial, facts)
+
+
+def gpu_sentence(resources: Resources, trials: Sequence[TrialConfig], facts: StudyFacts) -> str | None:
+    """How many trials fit one GPU: of this machine, or of a usual size where it has none; None for a trial without, or with
+    more than one."""
+    if not trials or not 0 < resources.gpus <= 1:
+        return None
+    import torch
+
+    most, share = max(gpu_bytes(trial, facts) for trial in trials), int(1 / resources.gpus + 1e-9)
+    here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    sizes = [here] if here else _GPU_SIZES
+    fitting = " and ".join(f"{size // most} on one of {size / 2**30:.0f} GiB" for size in sizes)
+    sentence = (
+        f"GPU memory: a trial may take {most / 2**30:.1f} GiB (counted, not measured), so there is room for {fitting}"
+    )
+    if here and share > max(1, here // most):
+        return f"{sentence}, but resources.gpus: {resources.gpus:g} puts {share} there; expected {_share(here // most)}"
+    return f"{sentence}; resources.gpus: {resources.gpus:g} puts {share} on each"
+
+
+def _share(fitting: int) -> str:
+    return f"at least {math.ceil(100 / fitting) / 100:g}" if fitting else "a smaller dtype or batch, or gpus: 2"
+
+
 def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: int) -> tuple[int, int]:
     """Bytes of the driver and `concurrent` workers: what they hold in any case, and with all that may add."""
     if not trials:
@@ -82,10 +125,14 @@ def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 
 def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     """What a worker may add to that: the largest logits."""
-    rows = min(trial.batch_size, facts.trained(trial))
-    batch_tokens = int(rows * facts.edit_tokens * facts.row_size(trial.train_formats)) // max(1, facts.n_edits)
+    batch_tokens = _batch_tokens(trial, facts)
     reading = min(_READ_AT_ONCE, facts.edit_tokens + facts.evaluation_tokens + facts.capability_tokens)
     return 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
+
+
+def _batch_tokens(trial: TrialConfig, facts: StudyFacts) -> int:
+    rows = min(trial.batch_size, facts.trained(trial))
+    return int(rows * facts.edit_tokens * facts.row_size(trial.train_formats)) // max(1, facts.n_edits)
 
 
 def disk_range(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> tuple[int, int]:

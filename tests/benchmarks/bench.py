@@ -28,7 +28,7 @@ from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel, load_model, load_structure
 from locft.model.positions import TuningPosition, n_layers, parameter_names
 from locft.model.precision import training_precision
-from locft.process import describe_machine
+from locft.process import describe_machine, torch_device
 from locft.train.encoding import encode_edits
 from locft.train.reference import full_forward
 from locft.workbench import Baseline, Workbench, measure_unedited
@@ -36,7 +36,6 @@ from sweeps.commands.console import notice, print_json, print_table, say
 from sweeps.commands.options import (
     EditsOption,
     JsonOption,
-    ModelArgument,
     RemoteCodeOption,
     ThreadsOption,
     edits_of,
@@ -47,11 +46,13 @@ from tests.benchmarks.bench_stages import (
     BenchSettings,
     Say,
     measurements,
+    plain_beside,
     study_race,
-    timed,
     training_step,
 )
-from tests.benchmarks.machine_speed import MATRIX_ROWS, matrix_speed, peak_memory
+from tests.benchmarks.machine_speed import GPU_MATRIX_ROWS, MATRIX_ROWS, device_facts, matrix_speed, peak_memory, timed
+from tests.benchmarks.random_weights import LEARNING_RATE as RANDOM_RATE
+from tests.benchmarks.random_weights import configuration, random_loaded, random_model, texts_of
 
 STAGES = ("training_step", "edit_metrics", "capability", "study")
 PRECISIONS = ("float32", "bfloat16")
@@ -74,8 +75,13 @@ def read_settings(
     precision: str | None = None,
     stages: str = ",".join(STAGES),
     whole_study: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+    beside: str = "",
+    learning_rate: float = LEARNING_RATE,
 ) -> BenchSettings:
     """Check the options as they are written. structure: the model, with or without weights; edits: how many there are.
+    dtype: of the model.
 
     layers: "all", numbers with commas, or None for four over the depth. Raises one InputError with every problem.
     """
@@ -98,9 +104,12 @@ def read_settings(
     for name, value in (("--repeats", repeats), ("--epochs", epochs), ("--threads", threads)):
         if value < 1:
             problems.append(f"{name} {value}: expected at least 1")
-    precision = precision or training_precision("cpu")
-    if precision not in PRECISIONS:
-        problems.append(f"--precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    precision = precision or training_precision(device)
+    more = tuple(dict.fromkeys(part.strip() for part in beside.split(",") if part.strip() and part.strip() != dtype))
+    named = [("--precision", precision), ("--dtype", dtype), *(("--plain", name) for name in more)]
+    problems += [
+        f"{name} {value!r}: expected one of {', '.join(PRECISIONS)}" for name, value in named if value not in PRECISIONS
+    ]
     wanted = tuple(dict.fromkeys(part.strip() for part in stages.split(",")))
     unknown = [stage for stage in wanted if stage not in STAGES]
     problems += [f"--stages: there is no stage {stage!r}; stages are {', '.join(STAGES)}" for stage in unknown]
@@ -110,7 +119,9 @@ def read_settings(
         problems.append(f"there is no engine to compare the reference with: {reason}")
     if problems:
         raise InputError(dict.fromkeys(problems))
-    return BenchSettings(chosen, module, sizes, repeats, epochs, precision, wanted, threads, whole_study)
+    return BenchSettings(
+        *(chosen, module, sizes, repeats, epochs, precision, wanted, threads, learning_rate, more, whole_study)
+    )
 
 
 def run_bench(
@@ -124,9 +135,8 @@ def run_bench(
     torch.set_num_threads(settings.threads)
     torch.manual_seed(SEED)
     try:
-        machine = describe_machine() | _matrix_gflops(loaded.model, settings)
-        speeds = ", ".join(f"{name} {value:.0f}" for name, value in machine["matrix_gflops"].items())
-        say(f"{machine['cpu']}, {settings.threads} threads; GFLOP/s of matrix products: {speeds}")
+        machine = describe_machine() | device_facts(loaded.model.device) | _matrix_gflops(loaded.model, settings)
+        say(_machine_line(machine))
         bench, prepared = _prepare(loaded, edits, suite, settings, say)
         layers: dict[str, dict[str, Any]] = {}
         for layer in settings.layers:
@@ -143,6 +153,8 @@ def run_bench(
                 for name, entry in measured.items():
                     say(f"{position} {name}: {_line(entry)}")
             layers[str(layer)] = found
+        for name in settings.beside:
+            plain_beside(bench, settings, name, layers, say)
         study = {**_about(loaded, edits, settings), **prepared}
         if "study" in settings.stages:
             study |= study_race(bench, prepared, settings, say)
@@ -178,15 +190,24 @@ def report_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def report_lines(result: Mapping[str, Any]) -> list[str]:
     """Machine, mean ratios, boundary pass and study in sentences."""
     machine, study = result["machine"], result["study"]
-    speeds = ", ".join(f"{name} {value:.0f}" for name, value in machine["matrix_gflops"].items())
     boundary = study["boundary"]
     lines = [
-        f"{machine['cpu']}, {machine['threads']} threads; GFLOP/s of matrix products: {speeds}; "
-        f"peak resident memory {machine['peak_memory_bytes'] / 2**30:.2f} GiB",
+        f"{_machine_line(machine)}; peak resident memory {machine['peak_memory_bytes'] / 2**30:.2f} GiB",
         f"boundary pass: {boundary['tokens']:,} tokens, {boundary['layers']} layer(s), "
         f"{boundary['bytes'] / 2**20:.0f} MiB in {_seconds(boundary['seconds'])} s",
         *(f"mean ratio of {name}: {ratio:.1f}x" for name, ratio in result["mean_ratio"].items()),
     ]
+    for layer, found in result["layers"].items():
+        for name, entry in found.items():
+            if "engine_launches" in entry:
+                counts = " / ".join(f"{entry[f'{side}_launches']:,}" for side in ("reference", "engine"))
+                what = "operations" if machine["device"] == "cpu" else "kernels and copies"
+                lines.append(f"layer {layer}, {name}: {what} {counts}")
+            lines += [
+                f"layer {layer}, {name}: the plain loop in {precision}: "
+                + ("no memory for it" if seconds is None else f"{_seconds(seconds)} s, {ratio:.1f}x")
+                for precision, (seconds, ratio) in entry.get("beside", {}).items()
+            ]
     if "ratio" in study:
         how = ""
         if study["estimated"]:
@@ -224,7 +245,7 @@ def _prepare(
         )  # the weights in that dtype, once a process
         return engine
 
-    engine, seconds = timed(make)
+    engine, seconds = timed(make, loaded.model.device)
     boundary = {
         "seconds": seconds,
         "tokens": len(engine.tree),
@@ -259,8 +280,16 @@ def _matrix_gflops(model: PreTrainedModel, settings: BenchSettings) -> dict[str,
     shapes = [model.get_parameter(name).shape for name in parameter_names(model, position)]
     matrices = [shape for shape in shapes if len(shape) == 2] or [model.get_output_embeddings().weight.shape]
     leaving, entering = max(matrices, key=math.prod)
-    speeds = {name: matrix_speed(entering, leaving, DTYPES[name]) / 1e9 for name in PRECISIONS}
-    return {"matrix_gflops": speeds, "matrix_shape": [MATRIX_ROWS, entering, leaving]}
+    device = model.device
+    speeds = {name: matrix_speed(entering, leaving, DTYPES[name], device=device) / 1e9 for name in PRECISIONS}
+    height = GPU_MATRIX_ROWS if device.type == "cuda" else MATRIX_ROWS
+    return {"matrix_gflops": speeds, "matrix_shape": [height, entering, leaving]}
+
+
+def _machine_line(machine: Mapping[str, Any]) -> str:
+    speeds = ", ".join(f"{name} {value:.0f}" for name, value in machine["matrix_gflops"].items())
+    where = "" if machine["device"] == "cpu" else f"{machine['device']}, "
+    return f"{where}{machine['cpu']}, {machine['threads']} threads; GFLOP/s of matrix products: {speeds}"
 
 
 def _about(loaded: LoadedModel, edits: EditSet, settings: BenchSettings) -> dict[str, Any]:
@@ -270,7 +299,7 @@ def _about(loaded: LoadedModel, edits: EditSet, settings: BenchSettings) -> dict
         "module": settings.module,
         "precision": settings.precision,
         "seed": SEED,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": settings.learning_rate,
     }
 
 
@@ -295,7 +324,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def main(
-    model: ModelArgument = "smollm2-135m",
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Built-in name, hub id, folder or .gguf file.")
+    ] = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="In place of MODEL: the shape of this folder, .json file or hub id."),
+    ] = None,
     edits: EditsOption = "atlas",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Use the first N edits.")] = 100,
     layers: Annotated[str | None, typer.Option(help="29,22 or all; default four over the depth.")] = None,
@@ -304,6 +339,13 @@ def main(
     repeats: Annotated[int, typer.Option(help="Pairs of steps; of measurements, at most 2.")] = 5,
     epochs: Annotated[int, typer.Option(help="Of the study's trials, at most.")] = 25,
     threads: ThreadsOption = None,
+    device: Annotated[str, typer.Option(help="Where both sides compute: cpu, cuda, cuda:N or auto.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the model: float32 or bfloat16; default float32 on a CPU, else bfloat16.")
+    ] = None,
+    plain: Annotated[
+        str | None, typer.Option(help="Further precisions of the plain loop; default on a GPU both.")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Of the engine: float32 or bfloat16; default the faster.")
     ] = None,
@@ -312,10 +354,18 @@ def main(
     as_json: JsonOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    """Measure the engine against the plain full forward on this machine, side by side."""
+    """Measure the engine against the plain full forward on this machine, side by side. MODEL is smollm2-135m by default."""
+    if model and random_weights:
+        raise InputError(f"got MODEL {model} and --random-weights {random_weights}; expected one of them")
+    target = torch_device(device)
+    on_gpu = target.type != "cpu"
+    dtype, model = dtype or ("bfloat16" if on_gpu else "float32"), model or "smollm2-135m"
+    config = configuration(random_weights) if random_weights else None
     requests = load_edits(edits_of(edits, limit).source, limit=limit)
     settings = read_settings(
-        load_structure(model, trust_remote_code=trust_remote_code),
+        random_model(config, torch.float32, torch.device("meta"))
+        if config
+        else load_structure(model, trust_remote_code=trust_remote_code),
         len(requests.requests),
         threads=threads or usable_cores(),
         layers=layers,
@@ -326,9 +376,17 @@ def main(
         precision=precision,
         stages=stages,
         whole_study=whole_study,
+        device=device,
+        dtype=dtype,
+        beside=(",".join(PRECISIONS) if on_gpu else "") if plain is None else plain,
+        learning_rate=RANDOM_RATE if config else LEARNING_RATE,
     )
-    loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
-    result = run_bench(loaded, requests, load_suite("probes"), settings, say=notice)
+    suite = load_suite("probes")
+    if config:
+        loaded = random_loaded(config, dtype, target, texts_of(requests, suite))
+    else:
+        loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    result = run_bench(loaded, requests, suite, settings, say=notice)
     if as_json:
         return print_json(result)
     print_table(COLUMNS, report_rows(result))

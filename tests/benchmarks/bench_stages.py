@@ -11,10 +11,9 @@ behind the matrix. So the share of the machine's speed that is reported errs on 
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from locft.engine.packing import pack_rows
+from locft.errors import out_of_memory
 from locft.measure.capability import score_suite
 from locft.model.delta import EditDelta
 from locft.model.models import DTYPES, LoadedModel
 from locft.model.positions import TuningPosition, decoder_layers, parameter_names
+from locft.model.precision import cast_model
 from locft.train.examples import TrainingExamples
 from locft.train.pipelines import PositionTrainer, TrainingSettings
 from locft.train.token_rows import Forward, TokenRow
 from locft.workbench import Measurement, Workbench
-from tests.benchmarks.machine_speed import added_memory
+from tests.benchmarks.machine_speed import Marks, added_memory, launches, timed
 
 LEARNING_RATE = 4e-3
 SEED = 0
@@ -63,13 +64,16 @@ class BenchSettings:
     """In which the engine trains; the reference computes in the model's own dtype."""
     stages: tuple[str, ...]
     threads: int
+    learning_rate: float = LEARNING_RATE
+    beside: tuple[str, ...] = ()
+    """Further precisions of the whole model in which the plain loop is measured."""
     whole_study: bool = False
     """Run every trial of the reference's study instead of estimating it from measured steps and measurements."""
 
     def training(self, epochs: int) -> TrainingSettings:
         return TrainingSettings(
             batch_size=self.batch_sizes[0],
-            learning_rate=LEARNING_RATE,
+            learning_rate=self.learning_rate,
             epochs=epochs,
             seed=SEED,
             precision=self.precision,
@@ -102,17 +106,23 @@ def drawn_batches(rows: Sequence[TokenRow], size: int, count: int) -> list[list[
     return [next(batches) for _ in range(count)]
 
 
-def step_seconds(trainer: PositionTrainer, batch: Sequence[TokenRow]) -> tuple[float, float]:
-    """One optimiser step: the loss before it, and its seconds."""
-    loss, seconds = timed(lambda: trainer.step_on(batch).value)
+def step_seconds(trainer: PositionTrainer, batches: Sequence[Sequence[TokenRow]]) -> list[tuple[float, float]]:
+    """Optimiser steps one after the other, on a GPU queued as in a training: of each the loss before it, and its seconds."""
+    marks, losses = Marks(next(iter(trainer.method.weights.values())).device), []
+    for batch in batches:
+        losses.append(trainer.step_on(batch))
+        marks.mark()
+    trainer.settle()
     if trainer.diverged:
-        raise FloatingPointError(f"the loss or a gradient is not finite at loss {loss}")
-    return loss, seconds
+        raise FloatingPointError(f"the loss or a gradient is not finite at losses {[loss.value for loss in losses]}")
+    return [(loss.value, seconds) for loss, seconds in zip(losses, marks.seconds(), strict=True)]
 
 
-def trainer_of(loaded: LoadedModel, position: TuningPosition, forward: Forward | None = None) -> PositionTrainer:
+def trainer_of(
+    loaded: LoadedModel, position: TuningPosition, forward: Forward | None = None, learning_rate: float = LEARNING_RATE
+) -> PositionTrainer:
     """Of a training that skips no step. forward: the full one by default."""
-    settings = TrainingSettings(learning_rate=LEARNING_RATE, skip_below=0.0)
+    settings = TrainingSettings(learning_rate=learning_rate, skip_below=0.0)
     return PositionTrainer(loaded, TrainingExamples.of_rows(()), position, settings, forward)
 
 
@@ -127,16 +137,17 @@ def training_step(
     loaded, engine = bench.loaded, bench.engine
     batches = drawn_batches(bench.rows, size, settings.repeats + 1)
     make_forward = partial(engine.training_forward, position, bench.rows, DTYPES[settings.precision])
-    forward, setup_seconds = timed(make_forward)
-    sides = (None, forward)
-    for side in sides:
-        _warm_up(trainer_of(loaded, position, side), batches)
-    reference, fast = (trainer_of(loaded, position, side) for side in sides)
-    theirs, ours = ([step_seconds(side, batch) for batch in batches] for side in (reference, fast))
+    device, rate = loaded.model.device, settings.learning_rate
+    forward, setup_seconds = timed(make_forward, device)
+    theirs, ours = (_steps(loaded, position, side, batches, rate) for side in (None, forward))
     steps = list(zip(theirs, ours, strict=True))
     differences = [_difference(theirs, ours) for (theirs, _), (ours, _) in steps]
     in_float32 = engine.training_forward(position, bench.rows, torch.float32)
     exact = trainer_of(loaded, position, in_float32).step_on(batches[0]).value
+    first = {
+        side: lambda made=made: step_seconds(trainer_of(loaded, position, made()), batches[:1])
+        for side, made in (("reference", lambda: None), ("engine", make_forward))
+    }
     counted = steps[1:]  # both sides of the first pair have the same weights, of the others not quite
     tokens, shares, engine_rates, reference_rates = [], [], [], []
     for batch, ((_, slow), (_, quick)) in zip(batches[1:], counted, strict=True):
@@ -158,11 +169,61 @@ def training_step(
         "first_loss_difference_float32": _difference(steps[0][0][0], exact),
         "loss_difference": max(differences),
         "setup_seconds": setup_seconds,
-        "reference_added_bytes": added_memory(lambda: step_seconds(trainer_of(loaded, position), batches[0])),
-        "engine_added_bytes": added_memory(
-            lambda: step_seconds(trainer_of(loaded, position, make_forward()), batches[0])
-        ),
+        **{f"{side}_added_bytes": added_memory(step, device) for side, step in first.items()},
+        **_launches(trainer_of(loaded, position), batches[0], "reference"),
+        **_launches(trainer_of(loaded, position, forward), batches[0], "engine"),
     }
+
+
+def _plain_steps(
+    loaded: LoadedModel, rows: Sequence[TokenRow], position: TuningPosition, size: int, settings: BenchSettings
+) -> float:
+    """Median seconds of the plain loop's steps on the batches of `training_step`."""
+    batches = drawn_batches(rows, size, settings.repeats + 1)
+    steps = _steps(loaded, position, None, batches, settings.learning_rate)[1:]
+    return statistics.median(seconds for _, seconds in steps)
+
+
+def plain_beside(
+    bench: Workbench, settings: BenchSettings, precision: str, layers: Mapping[str, Mapping[str, Any]], say: Say
+) -> None:
+    """Adds to the entries of steps, under "beside", what the plain loop takes with the model in this precision, and its ratio
+    to the engine; None where memory does not hold it."""
+    loaded = bench.loaded
+    other = cache(
+        lambda: replace(loaded, model=cast_model(loaded.model, DTYPES[precision], loaded.fingerprint, on_disk=False))
+    )
+    for layer, found in layers.items():
+        for name in (name for name in found if name.startswith("training_step")):
+            entry, position = found[name], TuningPosition(int(layer), settings.module)
+            try:
+                seconds = _plain_steps(other(), bench.rows, position, entry["batch_size"], settings)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                seconds = None
+            ratio = seconds and seconds / entry["engine_seconds"]
+            entry.setdefault("beside", {})[precision] = (seconds, ratio)
+            say(
+                f"{position} {name}: the plain loop in {precision}: {'no memory' if seconds is None else f'{seconds:.3f} s'}"
+            )
+
+
+def _steps(
+    loaded: LoadedModel,
+    position: TuningPosition,
+    forward: Forward | None,
+    batches: Sequence[Sequence[TokenRow]],
+    learning_rate: float,
+) -> list[tuple[float, float]]:
+    """Losses and seconds of steps from the beginning of a training, behind others that warm up."""
+    _warm_up(trainer_of(loaded, position, forward, learning_rate), batches)
+    return step_seconds(trainer_of(loaded, position, forward, learning_rate), batches)
+
+
+def _launches(trainer: PositionTrainer, batch: Sequence[TokenRow], side: str) -> dict[str, Any]:
+    device = next(iter(trainer.method.weights.values())).device
+    return {f"{side}_{what}": found for what, found in launches(lambda: trainer.step_on(batch), device).items()}
 
 
 def measurements(bench: Workbench, position: TuningPosition, settings: BenchSettings) -> dict[str, dict[str, Any]]:
@@ -214,7 +275,7 @@ def study_race(bench: Workbench, prepared: Mapping[str, Any], settings: BenchSet
     trials, step_seconds, measure_seconds = [], [], []
     for layer in layers:
         position = TuningPosition(layer, settings.module)
-        trained, seconds = timed(partial(bench.train, position, training))
+        trained, seconds = timed(partial(bench.train, position, training))  # both end with numbers on the CPU
         measured, more = timed(partial(bench.measure, trained.delta))
         trial = {"layer": layer, "steps": trained.steps, "diverged": trained.diverged, "engine_seconds": seconds + more}
         if settings.whole_study:
@@ -252,7 +313,7 @@ def _warm_up(trainer: PositionTrainer, batches: Iterable[Sequence[TokenRow]]) ->
     for batch in itertools.cycle(batches):
         if spent >= WARM_UP_SECONDS:
             return
-        spent += step_seconds(trainer, batch)[1]
+        spent += step_seconds(trainer, [batch])[0][1]
 
 
 def _difference(theirs: float, ours: float) -> float:
@@ -261,9 +322,9 @@ def _difference(theirs: float, ours: float) -> float:
 
 
 def _reference_step_seconds(bench: Workbench, position: TuningPosition, settings: BenchSettings) -> float:
-    trainer = trainer_of(bench.loaded, position)
+    trainer = trainer_of(bench.loaded, position, None, settings.learning_rate)
     batches = drawn_batches(bench.rows, settings.batch_sizes[0], settings.repeats + 1)
-    return statistics.median([step_seconds(trainer, batch)[1] for batch in batches][1:])
+    return statistics.median([seconds for _, seconds in step_seconds(trainer, batches)][1:])
 
 
 def _differences(theirs: Measurement, ours: Measurement) -> dict[str, int]:
@@ -318,10 +379,3 @@ def _pairs(reference: Sequence[float], engine: Sequence[float]) -> dict[str, Any
 
 def _matrix_elements(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters if parameter.ndim == 2)
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What the work returns, and its seconds."""
-    started = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - started

@@ -22,6 +22,7 @@ from tests.benchmarks import bench, bench_stages
 from tests.benchmarks.bench import COLUMNS, STAGES, read_settings, report_lines, report_rows, run_bench
 from tests.benchmarks.bench_stages import LEARNING_RATE, drawn_batches, step_flops, trainer_of
 from tests.benchmarks.machine_speed import added_memory, matrix_speed
+from tests.benchmarks.random_weights import configuration, random_loaded, random_model, texts_of
 from tests.tiny import tiny_loaded
 
 N = 6
@@ -129,6 +130,66 @@ def test_threads_are_those_asked_for_and_put_back(loaded, edits):
     assert result["machine"]["threads"] == 2 and torch.get_num_threads() == before
 
 
+def test_what_a_step_launches_is_counted(whole):
+    for found in whole["layers"].values():
+        entry = found["training_step"]
+        assert 0 < entry["engine_launches"] < entry["reference_launches"]
+        assert sum(entry["engine_longest"].values()) <= entry["engine_launches"]
+    assert any("operations" in line for line in report_lines(whole))
+
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2000,
+}
+
+
+@pytest.mark.device
+def test_a_shape_alone_is_measured(device, tmp_path):
+    """As on a GPU: random weights made there, the plain loop in both precisions, a whole trial."""
+    edits, suite = load_edits("atlas", limit=N), load_suite("probes", limit=3)
+    (tmp_path / "shape.json").write_text(json.dumps(CONFIG))
+    config = configuration(str(tmp_path / "shape.json"))
+    structure = random_model(config, torch.float32, torch.device("meta"))
+    options = {"layers": "1", "dtype": "bfloat16", "precision": "bfloat16", "beside": "float32,bfloat16", "epochs": 2}
+    settings = read_settings(structure, N, threads=1, batch_size="2", repeats=2, learning_rate=1e-4, **options)
+    loaded = random_loaded(config, "bfloat16", device, texts_of(edits, suite))
+    assert loaded.model.device.type == device.type and loaded.model.dtype == torch.bfloat16
+    again = random_loaded(config, "bfloat16", device, texts_of(edits, suite))
+    assert model_fingerprint(again.model) == model_fingerprint(loaded.model)
+    result = run_bench(loaded, edits, suite, settings)
+    entry = result["layers"]["1"]["training_step"]
+    assert entry["engine_seconds"] > 0 and entry["first_loss_difference"] < 0.05
+    assert list(entry["beside"]) == ["float32"] and all(value > 0 for value in entry["beside"]["float32"])
+    assert result["study"]["model"] == "random-llama" and result["study"]["learning_rate"] == 1e-4
+    assert any("the plain loop in float32" in line for line in report_lines(result))
+    json.dumps(result, allow_nan=False)
+
+
+def test_memory_that_does_not_hold_the_plain_loop_is_said(loaded, edits, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_stages, "cast_model", full)
+    found = run(loaded, edits, layers="2", stages="training_step", beside="bfloat16")
+    assert found["layers"]["2"]["training_step"]["beside"] == {"bfloat16": (None, None)}
+    assert any("no memory for it" in line for line in report_lines(found))
+
+
+@pytest.mark.parametrize("source", ["no-such-folder", "shape.json"])
+def test_a_shape_that_is_none_is_told(tmp_path, source):
+    (tmp_path / "shape.json").write_text('{"model_type": "no such type"}')
+    with pytest.raises(
+        InputError, match="--random-weights .*expected a folder with config.json, a .json file or a hub id"
+    ):
+        configuration(str(tmp_path / source))
+
+
 def test_the_table_has_a_cell_for_every_column(whole):
     table = report_rows(whole)
     assert len(table) == 10 and all(len(row) == len(COLUMNS) for row in table)
@@ -208,6 +269,11 @@ def test_added_memory_counts_what_the_work_adds():
     assert 60 * 2**20 < added < 100 * 2**20
 
 
+def test_a_model_or_a_shape(locft, tiny_folder):
+    said = locft("bench", tiny_folder, "--random-weights", tiny_folder)
+    assert said.code == 2 and "expected one of them" in said.err
+
+
 def test_the_command(tiny_folder, monkeypatch, capsys):
     from sweeps.commands import cli
 
@@ -238,6 +304,10 @@ def test_the_command(tiny_folder, monkeypatch, capsys):
     assert list(json.loads(out)["layers"]) == ["2", "1"]
     code, out, err = call("--layers", 2, "--stages", "training_step")
     assert code == 0 and "training_step" in out and "mean ratio of training_step" in out
+    code, out, err = call(
+        "--layers", 2, "--stages", "training_step", "--device", "cpu", "--dtype", "bfloat16", "--json"
+    )
+    assert code == 0 and json.loads(out)["machine"]["device"] == "cpu"
     code, out, err = call("--layers", 3, "--stages", "lunch")
     assert code == 2 and out == "" and "layer 3 is out of range" in err and "lunch" in err
 

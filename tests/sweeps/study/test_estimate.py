@@ -150,6 +150,37 @@ def test_what_does_not_fit_is_told(monkeypatch):
     assert "8 at a time take at least" in warnings(expected.memory_bytes_low - 1)[0]
 
 
+LLAMA_8B = replace(
+    make_facts(32, n_edits=3000, parameters=8_030_000_000, layer_parameters=218_000_000, head_parameters=525_000_000,
+               vocabulary=128_256, edit_tokens=46_500, trained_parameters={"22.mlp_down": 58_700_000}),
+    precision="bfloat16",
+)  # fmt: skip
+
+
+def gpu_warnings(monkeypatch, memory, gpus, dtype="bfloat16"):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: memory > 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=memory * 2**30))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**50, available=2**50))
+    space = {"layer": 22, "module": "mlp_down", "batch_size": 100}
+    study = make_study(space, dtype=dtype, resources={"gpus": gpus})
+    return Forecast(prepared_study(study, LLAMA_8B), rough_costs(LLAMA_8B)).warnings
+
+
+def test_what_fits_on_a_gpu_is_told(monkeypatch):
+    """An 8B in bfloat16: 16 GB of weights, and what a trial adds."""
+    assert gpu_warnings(monkeypatch, 80, 0) == gpu_warnings(monkeypatch, 80, 2) == []
+    (said,) = gpu_warnings(monkeypatch, 80, 0.5)
+    assert "3 on one of 80 GiB; resources.gpus: 0.5 puts 2 on each" in said and "not measured" in said
+    (said,) = gpu_warnings(monkeypatch, 80, 0.1)
+    assert "resources.gpus: 0.1 puts 10 there; expected at least 0.34" in said
+    (said,) = gpu_warnings(monkeypatch, 16, 0.5)
+    assert "0 on one of 16 GiB" in said and "expected a smaller dtype or batch" in said
+    (said,) = gpu_warnings(monkeypatch, 0, 1)
+    assert "1 on one of 24 GiB and 3 on one of 80 GiB" in said
+    taken = [float(gpu_warnings(monkeypatch, 80, 1, dtype)[0].split()[6]) for dtype in ("bfloat16", "float32")]
+    assert 16 < taken[0] < 26 and taken[1] - taken[0] > 29
+
+
 def measured(rows: pd.DataFrame, facts, n_edits: int) -> list[TrialResult]:
     """Trials of the exhaustive table."""
     names = ("steps", "train_seconds", "evaluate_seconds", "capability_seconds", "diverged")
