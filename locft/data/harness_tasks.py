@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from lm_eval.tasks import TaskManager
 
-from locft.data.suite_layouts import CapabilityItem
+from locft.data.capability_item import CapabilityItem
 from locft.errors import InputError, did_you_mean, one_line
 
 PAPER = {"paper": ("mmlu", "nq_open", "sst2", "wmt16-de-en", "gsm8k")}
@@ -22,11 +22,12 @@ SEED = 1234
 """For the choice of few-shot examples; the harness's default."""
 
 
-def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, dict[str, Any]]:
+def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[str, dict[str, Any]]:
     """The tasks under each name: a task, a group or a tag of the harness, or "paper" for the paper's five.
 
     folder: more task files. Raises InputError with every name that is unknown or cannot be loaded or run.
     """
+    folder = None if folder is None else Path(folder).expanduser()
     if folder is not None and not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected one with task files of lm-evaluation-harness (YAML)")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -53,6 +54,22 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, di
     if problems:
         raise InputError(problems)
     return found
+
+
+def read_tasks(
+    names: Sequence[str], folder: str | Path | None = None, limit: int | None = None
+) -> dict[str, list[CapabilityItem]]:
+    """The tasks under each name as items. limit: the most of each name. Raises InputError with the problems of all."""
+    problems: list[str] = []
+    read: dict[str, list[CapabilityItem]] = {}
+    for name, tasks in load_tasks(names, folder).items():
+        try:
+            read[name] = task_items(tasks, name, limit)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return read
 
 
 def task_items(tasks: Mapping[str, Any], name: str, limit: int | None) -> list[CapabilityItem]:

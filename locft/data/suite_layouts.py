@@ -9,41 +9,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from locft.data.capability_item import CapabilityItem, Rule
 from locft.data.record_files import FileRecord
 from locft.data.record_layouts import TEXT, VERBATIM, RecordFields, RecordLayout, read_with_layout
 
-Rule = Literal["sum", "mean", "exact"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NO_ANSWERS = (-1, "-1", "", None)
 """What stands for the right choice in splits that are published without answers."""
-
-
-@dataclass(frozen=True)
-class CapabilityItem:
-    """One question with its possible answers."""
-
-    task: str
-    id: str
-    """Unique within the task."""
-    context: str
-    """What precedes every choice; empty if whole sentences are compared."""
-    choices: tuple[str, ...]
-    """With their leading space."""
-    answer: int
-    """Index of the right choice."""
-    rule: Rule
-    """How a choice is scored. sum: log-likelihood of its tokens. mean: that divided by its characters (without the
-    leading space), for choices of uneven length. exact: there is one choice, which is right if each of its tokens is
-    the most likely one given the true tokens before it."""
-    contexts: tuple[str, ...] = ()
-    """What precedes each choice, where that differs; `context` is empty then."""
-
-    @property
-    def texts(self) -> list[tuple[str, str]]:
-        """Context and choice, for every choice."""
-        return list(zip(self.contexts or (self.context,) * len(self.choices), self.choices, strict=True))
 
 
 def _spaced(choice: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from locft.data.capability_item import CapabilityItem
 from locft.data.record_files import (
     FileRecord,
     file_records,
@@ -22,7 +23,7 @@ from locft.data.record_files import (
     read_text,
     shortened,
 )
-from locft.data.suite_layouts import LAYOUTS, CapabilityItem, columns_without_header, read_items
+from locft.data.suite_layouts import LAYOUTS, columns_without_header, read_items
 from locft.errors import InputError, did_you_mean
 
 DATA_FOLDER = Path(__file__).parent
@@ -77,7 +78,7 @@ def load_suite(
         "owner/name[:config[:split]]" (without a split: test, else validation, else train).
     limit: the most items of each task, evenly spaced over it (so that a sorted or grouped file is sampled fairly) and
         always the same ones.
-    lm_eval: tasks or groups of lm-evaluation-harness, one task each here, whose answers are given (`task_items`).
+    lm_eval: tasks or groups of lm-evaluation-harness, one task each here, whose answers are given (`harness_tasks.read_tasks`).
     lm_eval_path: folder with more of its task files.
     prose: plain text file, or records with the field "text" (file or hub data set); None takes the built-in prose.
 
@@ -112,19 +113,14 @@ def load_suite(
             with collecting():
                 named[name] = _read_task(name, source)
     with collecting():
-        if lm_eval:
-            harness = harness_tasks()
-            for name, found in harness.load_tasks(lm_eval, lm_eval_path and Path(lm_eval_path)).items():
-                if name in named:
-                    problems.append(f"capability task {name!r}: two have this name, choose another for the file")
-                with collecting():
-                    named[name] = harness.task_items(found, name, limit)
+        read = harness_tasks().read_tasks(lm_eval, lm_eval_path, limit) if lm_eval else {}
+        named |= {f"{name}-lm-eval" if name in named else name: items for name, items in read.items()}
     with collecting():
         text = _read_prose(str(DATA_FOLDER / "prose.txt") if prose is None else prose)
     if problems:
         raise InputError(problems)
-    read = tuple(CapabilityTask(name, _spread(items, limit)) for name, items in named.items())
-    return Suite(read, (text,), _fingerprint(read, text))
+    found = tuple(CapabilityTask(name, _spread(items, limit)) for name, items in named.items())
+    return Suite(found, (text,), _fingerprint(found, text))
 
 
 def harness_tasks() -> ModuleType:

@@ -177,7 +177,9 @@ class GreedyDecoder:
         stop = _StopWhenDone(self, answers, width)
         # The states that the head takes are a slice with gaps. Of such, PyTorch's bfloat16 product on CPUs copies the whole
         # head once a row: 3.6 GB and 10 s of a batch of 64 with a head of 49,152 x 576.
-        closed_up = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+        closed_up = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0].contiguous(),)
+        )
         try:
             model.generate(
                 input_ids.to(self.model.device),

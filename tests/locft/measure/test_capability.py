@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locft.data.suites import CapabilityItem, CapabilityTask, Suite
+from locft.data.capability_item import CapabilityItem
+from locft.data.suites import CapabilityTask, Suite
 from locft.errors import InputError
 from locft.measure.capability import (
     SuiteScores,

@@ -163,7 +163,7 @@ def gpu_warnings(monkeypatch, memory, gpus, dtype="bfloat16"):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**50, available=2**50))
     space = {"layer": 22, "module": "mlp_down", "batch_size": 100}
     study = make_study(space, dtype=dtype, resources={"gpus": gpus})
-    return Forecast(prepared_study(study, LLAMA_8B), rough_costs(LLAMA_8B)).warnings
+    return Forecast(prepared_study(study, LLAMA_8B), Costs()).warnings
 
 
 def test_what_fits_on_a_gpu_is_told(monkeypatch):
