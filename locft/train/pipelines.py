@@ -23,7 +23,7 @@ from locft.process import runs_ahead
 from locft.train.examples import TrainingExamples
 from locft.train.guards import Guard
 from locft.train.kept_state import KeptState
-from locft.train.methods import STEPPED_BY_ADAM, MethodSettings, Parameter, make_method
+from locft.train.methods import MethodSettings, Parameter, make_method
 from locft.train.methods.curvature import Curvature
 from locft.train.objective import (
     LOSS_ROWS,
@@ -245,7 +245,7 @@ class PositionTrainer:
         )  # not that of the order: one changes without the other
         self.steps, self.pieces, self.diverged = 0, 1, False
         device = next(iter(parameters.values())).base.device
-        ahead = runs_ahead(device) and isinstance(self.method, STEPPED_BY_ADAM) and not examples.guards
+        ahead = runs_ahead(device) and self.method.needs_no_number and not examples.guards
         self.ahead = StepsAhead(device, settings.skip_below) if ahead else None
         """Where steps are decided on the device; None where each waits for its loss."""
         self.started, self.earlier_seconds = time.perf_counter(), 0.0

@@ -33,7 +33,7 @@ class StepsAhead:
         lost.logical_or_(~value.isfinite() | (asked & ~finite))
         self.outcome[0].add_(taken)
         method.optimiser.found_inf = (~taken).float()
-        method.step(gradients, math.nan)
+        method.step(gradients, value)
 
     def where_asked(self, replayed: BatchLoss) -> list[torch.Tensor]:
         """The gradients of what is replayed, zero where it is still known."""

@@ -60,7 +60,11 @@ def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOptio
     forecast = foresee(prepared, resolve_uri(tracking_uri))
     if as_json:
         trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
-        expected = {"estimate": asdict(forecast.estimate), "warnings": forecast.warnings}
+        expected = {
+            "estimate": asdict(forecast.estimate),
+            "notes": forecast.memory_notes,
+            "warnings": forecast.warnings,
+        }
         return print_json({"study": about(prepared), "trials": trials, **expected})
     introduce(prepared)
     if prepared.plan.trials:
@@ -73,6 +77,8 @@ def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOptio
     else:
         say(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
     say(expectation(forecast))
+    for note in forecast.memory_notes:
+        say(note)
     _warn(forecast)
 
 

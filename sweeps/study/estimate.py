@@ -24,7 +24,7 @@ import psutil
 from analysis.stats.axes import STAGES
 from locft.errors import InputError
 from locft.machine import usable_cores
-from sweeps.study.footprint import BYTES, disk_range, gpu_sentence, memory_range, places
+from sweeps.study.footprint import BYTES, depth_sentence, disk_range, gpu_sentence, memory_range, places
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.schema import Resources
 from sweeps.study.trial_types import StudyFacts, TrialConfig, TrialResult
@@ -189,13 +189,15 @@ class Forecast:
         )
 
     @property
-    def warnings(self) -> list[str]:
-        """What does not fit on this machine, and what to do about it; and what fits on a GPU, where trials get one."""
-        prepared = self.prepared
-        gpu = gpu_sentence(prepared.study.resources, prepared.plan.sample, prepared.facts)
-        return [*([gpu] if gpu else []), *self._memory_warnings()]
+    def memory_notes(self) -> list[str]:
+        """What fits where: on a GPU, where trials get one, otherwise by depth."""
+        sample, facts, resources = self.prepared.plan.sample, self.prepared.facts, self.prepared.study.resources
+        note = gpu_sentence(resources, sample, facts) if resources.gpus else depth_sentence(sample, facts)
+        return [note] if note else []
 
-    def _memory_warnings(self) -> list[str]:
+    @property
+    def warnings(self) -> list[str]:
+        """What does not fit on this machine, and what to do about it."""
         expected, have = self.estimate, psutil.virtual_memory().total
         if expected.memory_bytes_high <= have:
             return []

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import psutil
 
@@ -11,6 +12,8 @@ from sweeps.study.schema import Resources
 from sweeps.study.trial_types import StudyFacts, TrialConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DEPTHS = (0.25, 0.5, 0.7, 0.9)
+"""Relative depths that memory is told for."""
 _FOR_TRIALS = 0.7
 """Share of the free memory that Ray leaves to trials; the rest is for its object store."""
 _TRAINED_BYTES = 4 * 4
@@ -92,6 +95,34 @@ def gpu_sentence(resources: Resources, trials: Sequence[TrialConfig], facts: Stu
     if here and share > max(1, here // most):
         return f"{sentence}, but resources.gpus: {resources.gpus:g} puts {share} there; expected {_share(here // most)}"
     return f"{sentence}; resources.gpus: {resources.gpus:g} puts {share} on each"
+
+
+def depth_bytes(trial: TrialConfig, facts: StudyFacts) -> dict[int, int]:
+    """By layer, at several depths: what such a trial there keeps in memory, in bytes.
+
+    Weights are read from their file where `dtype` is that of the checkpoint, so those below the trained layer are needed once,
+    and need not stay: a model may be larger than memory. Those above it, the head and what is trained are needed in each step.
+    """
+    found = {}
+    for layer in (int(depth * facts.n_layers) for depth in DEPTHS):
+        there = replace(trial, layer=layer)
+        above = (facts.n_layers - layer) * facts.layer_parameters + facts.head_parameters
+        weights = above * sum(BYTES[name] for name in {trial.dtype, trial.precision})
+        found[layer] = weights + _kept_bytes(there, facts) + _added_bytes(there, facts)
+    return found
+
+
+def depth_sentence(trials: Sequence[TrialConfig], facts: StudyFacts) -> str | None:
+    """What a trial of these keeps in memory by depth, beside what is free here; None for trials that train all weights."""
+    if not trials or trials[0].further_steps:
+        return None
+    found, free = depth_bytes(trials[0], facts), psutil.virtual_memory().available
+    kept = ", ".join(f"{size / 2**30:.1f} at layer {layer}" for layer, size in found.items())
+    fitting = [layer for layer, size in found.items() if size <= free]
+    fits = (
+        "all fit" if len(fitting) == len(found) else f"from layer {fitting[0]} up they fit" if fitting else "none fits"
+    )
+    return f"memory that a trial keeps, in GiB, with weights read from their file: {kept}; {fits} into the {free / 2**30:.1f} that are free"
 
 
 def _share(fitting: int) -> str:

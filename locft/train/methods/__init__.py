@@ -10,11 +10,7 @@ from locft.train.methods.low_curvature import LowCurvature
 from locft.train.methods.method import Method, MethodName, MethodSettings, Parameter
 from locft.train.methods.norm_bounded import NormBounded
 
-__all__ = ["STEPPED_BY_ADAM", "Method", "MethodName", "MethodSettings", "Parameter", "make_method"]
-
-STEPPED_BY_ADAM = (FullFineTuning, LoRA)
-"""Methods, those made from them included, whose step does nothing where Adam is told to leave everything as it is. The
-others know the loss of the batch, or count their steps."""
+__all__ = ["Method", "MethodName", "MethodSettings", "Parameter", "make_method"]
 
 
 def make_method(

@@ -69,7 +69,7 @@ class AdaLoRA(Method):
         return found
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
         for name, gradient in zip(self.weights, gradients, strict=True):
             if name in self.triplets:
                 self.triplets[name].take(gradient.mul_(self.scale), ORTHOGONALITY / self.vectors)

@@ -8,6 +8,8 @@ from locft.train.methods.method import Method, MethodSettings, Parameter, adam
 
 
 class FullFineTuning(Method):
+    needs_no_number = True
+
     def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings):
         super().__init__(parameters)
         self.learning_rate = settings.learning_rate
@@ -16,7 +18,7 @@ class FullFineTuning(Method):
     def restart(self) -> None:
         self.optimiser = adam(self.weights.values(), self.learning_rate)
 
-    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
             weight.grad = gradient
         self.optimiser.step()

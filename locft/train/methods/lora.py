@@ -20,6 +20,8 @@ class LoRA(Method):
     does. With fresh factors for each edit the change would no longer be of that rank.
     """
 
+    needs_no_number = True
+
     def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings):
         super().__init__(parameters)
         self.learning_rate = settings.learning_rate
@@ -41,7 +43,7 @@ class LoRA(Method):
         return super().stepped() | pairs
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
         for name, gradient in zip(self.weights, gradients, strict=True):
             if name in self.factors:
                 left, right = self.factors[name]

@@ -35,6 +35,7 @@ class LowCurvature(Method):
         if self.in_basis or settings.curvature_share:
             self.bases = {name: one.eigenbasis() for name, one in at_home.items()}
             self.frozen = {name: basis.steepest(settings.curvature_share) for name, basis in self.bases.items()}
+        self.needs_no_number = not self.bases  # there the weights are written anew, to the last bit not the same
         self.trained = list(self.weights.values())
         if self.in_basis:
             changes = {name: self.origin[name] - base for name, base in self.base.items()}
@@ -51,14 +52,17 @@ class LowCurvature(Method):
         return super().stepped() | {f"coordinates/{name}": trained for name, trained in in_basis.items()}
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
-        price = self.settings.curvature_strength * (LEARNT / max(loss, LEARNT))
+    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
+        known = loss.clamp(min=LEARNT) if isinstance(loss, torch.Tensor) else max(loss, LEARNT)
+        price = self.settings.curvature_strength * (LEARNT / known)
         for name, trained, gradient in zip(self.base, self.trained, gradients, strict=True):
             if self.in_basis:
                 trained.grad = self._in_basis(name, trained, gradient, price)
             else:
                 change = self.weights[name] - self.base[name]
-                trained.grad = gradient.add_(self.curvature[name].gradient(change), alpha=price)
+                priced = self.curvature[name].gradient(change)
+                ahead = isinstance(price, torch.Tensor)
+                trained.grad = gradient.add_(price * priced) if ahead else gradient.add_(priced, alpha=price)
         self.optimiser.step()
         if self.bases:
             for name, trained in zip(self.base, self.trained, strict=True):

@@ -72,12 +72,16 @@ class Method(ABC):
         """Forget all momentum: what was trained so far becomes where the next edit starts."""
 
     @abstractmethod
-    def step(self, gradients: Sequence[torch.Tensor], loss: float) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
         """One optimiser step.
 
         gradients: of the loss of a batch, in the order of `weights`; they may be overwritten. loss: of the batch's edits,
-        in nats.
+        in nats; a tensor () where nobody waits for its number, which only a method gets that `needs_no_number`.
         """
+
+    needs_no_number = False
+    """Whether a step does nothing where Adam is told to leave everything as it is, and can do without the number of the
+    loss (`locft.train.steps_ahead`)."""
 
     optimiser: torch.optim.Optimizer
     """Made anew by `restart`."""

@@ -36,6 +36,25 @@ def trained(base, curvature, settings, steps=30, target=1.0, loss=LEARNT):
     return method.change()["w"]
 
 
+@pytest.mark.parametrize("loss", [0.01, 0.1, 3.0])
+def test_a_loss_that_nobody_waits_for_counts_the_same(case, loss):
+    base, curvature = case
+    waiting, ahead = (trained(base, curvature, SETTINGS, loss=one) for one in (loss, torch.tensor(loss).double()))
+    torch.testing.assert_close(ahead, waiting, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [0.01, 3.0, float("nan")])
+def test_a_step_that_adam_leaves_out_does_nothing(case, loss):
+    base, curvature = case
+    method = make_method({"w": Parameter(base)}, SETTINGS, {"w": curvature}, 3)
+    assert method.needs_no_number
+    method.step([torch.ones_like(base)], 1.0)
+    before = {name: value.clone() for name, value in method.state().items()}
+    method.optimiser.found_inf = torch.ones(())
+    method.step([torch.ones_like(base)], torch.tensor(loss))
+    assert all(torch.equal(value, before[name]) for name, value in method.state().items())
+
+
 def drift_by_sum(curvature: Curvature, change: torch.Tensor) -> float:
     """1/2 sum of R_ij K_kl C_ik C_jl, index by index."""
     if curvature.diagonal is not None:

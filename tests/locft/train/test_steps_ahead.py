@@ -16,10 +16,11 @@ from locft.engine import boundary_states, llama_kernel
 from locft.engine.boundary_states import BoundaryStates
 from locft.engine.model_views import ModelViews
 from locft.engine.tail_engine import TailEngine
-from locft.model.positions import TuningPosition
+from locft.model.positions import TuningPosition, parameter_names
 from locft.train import pipelines
 from locft.train.encoding import encode_edits
 from locft.train.examples import TrainingExamples
+from locft.train.methods.curvature import Curvature
 from locft.train.pipelines import Earlier, PositionTrainer, TrainingSettings, finetune
 from tests.tiny import FFN, HIDDEN, edit_rows, tiny_loaded
 
@@ -179,12 +180,21 @@ def engine_there(loaded, rows, device):
     return engine, replace(loaded, model=model)
 
 
+def curvature_there(there, name):
+    sizes = there.model.get_parameter(name).shape
+    if len(sizes) < 2:
+        return Curvature(diagonal=torch.ones(sizes))
+    return Curvature(torch.eye(sizes[0]), torch.eye(sizes[1]))
+
+
 POSITIONS_THERE = ("0.layer", "1.mlp_up", "1.mlp_down", "2.mlp_down", "2.attn_q")
 OPTIONS_THERE = (
     {"loss_average": "token"},
     {"loss_average": "last_token"},
     {"method": "lora"},
     {"method": "norm_bounded"},
+    {"method": "low_curvature"},
+    {"method": "low_curvature", "precision": "bfloat16"},
 )
 
 
@@ -203,7 +213,9 @@ def test_no_step_asks_for_a_number_or_mixes_devices(loaded, rows, no_numbers, mo
     behind = position.module == "mlp_down"  # tried on numbers when a training begins, not in its steps
     monkeypatch.setattr(TailEngine, "_pass_layer", lambda *_: kept if behind else None)
     forward = engine.training_forward(position, rows, torch.float32)
-    trainer = PositionTrainer(there, TrainingExamples.of_rows(rows), position, replace(BASIS, **options), forward)
+    curvature = {name: curvature_there(there, name) for name in parameter_names(there.model, position)}
+    settings, examples = replace(BASIS, **options), TrainingExamples.of_rows(rows)
+    trainer = PositionTrainer(there, examples, position, settings, forward, curvature)
     with Devices() as devices:
         for pieces in (1, 2):
             trainer.pieces = pieces

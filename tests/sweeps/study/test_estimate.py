@@ -17,7 +17,7 @@ from sweeps.study.estimate import (
     make_forecast,
     trial_seconds,
 )
-from sweeps.study.footprint import memory_bytes, memory_range, places
+from sweeps.study.footprint import depth_bytes, memory_bytes, memory_range, places
 from sweeps.study.plan import PreparedStudy, make_plan
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
@@ -157,27 +157,51 @@ LLAMA_8B = replace(
 )  # fmt: skip
 
 
-def gpu_warnings(monkeypatch, memory, gpus, dtype="bfloat16"):
+def gpu_notes(monkeypatch, memory, gpus, dtype="bfloat16"):
     monkeypatch.setattr("torch.cuda.is_available", lambda: memory > 0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=memory * 2**30))
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**50, available=2**50))
     space = {"layer": 22, "module": "mlp_down", "batch_size": 100}
     study = make_study(space, dtype=dtype, resources={"gpus": gpus})
-    return Forecast(prepared_study(study, LLAMA_8B), Costs()).warnings
+    return Forecast(prepared_study(study, LLAMA_8B), Costs()).memory_notes
+
+
+def test_a_trial_keeps_what_lies_above_its_layer():
+    """An 8B in bfloat16 at layer 22: ten layers and the head, 380 MB of a process, 16 bytes a trained number, the logits."""
+    trial = make_plan(
+        make_study({"layer": 22, "module": "mlp_down", "batch_size": 8}, dtype="bfloat16"), LLAMA_8B
+    ).trials[0]
+    found = depth_bytes(trial, LLAMA_8B)
+    assert list(found) == [8, 16, 22, 28]
+    weights, logits = 2 * (10 * 218_000_000 + 525_000_000), 4 * 128_256 * 3 * 2048 // 2
+    assert found[22] == weights + 380_000_000 + 16 * 58_700_000 + logits
+    both = replace(trial, dtype="float32")  # float32 beside what trains in bfloat16
+    assert depth_bytes(both, LLAMA_8B)[22] - found[22] == 2 * weights
+
+
+def test_what_fits_into_memory_is_told_by_depth(monkeypatch):
+    def said(memory):
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=memory, available=memory))
+        study = make_study({"layer": 22, "module": "mlp_down"}, dtype="bfloat16")
+        return Forecast(prepared_study(study, LLAMA_8B), Costs()).memory_notes[0]
+
+    assert "all fit into the 64.0 that are free" in said(2**36)
+    assert "from layer 22 up they fit into the 10.0" in said(10 * 2**30)
+    assert "none fits into the 1.0" in said(2**30)
 
 
 def test_what_fits_on_a_gpu_is_told(monkeypatch):
     """An 8B in bfloat16: 16 GB of weights, and what a trial adds."""
-    assert gpu_warnings(monkeypatch, 80, 0) == gpu_warnings(monkeypatch, 80, 2) == []
-    (said,) = gpu_warnings(monkeypatch, 80, 0.5)
+    assert gpu_notes(monkeypatch, 80, 2) == []
+    (said,) = gpu_notes(monkeypatch, 80, 0.5)
     assert "3 on one of 80 GiB; resources.gpus: 0.5 puts 2 on each" in said and "not measured" in said
-    (said,) = gpu_warnings(monkeypatch, 80, 0.1)
+    (said,) = gpu_notes(monkeypatch, 80, 0.1)
     assert "resources.gpus: 0.1 puts 10 there; expected at least 0.34" in said
-    (said,) = gpu_warnings(monkeypatch, 16, 0.5)
+    (said,) = gpu_notes(monkeypatch, 16, 0.5)
     assert "0 on one of 16 GiB" in said and "expected a smaller dtype or batch" in said
-    (said,) = gpu_warnings(monkeypatch, 0, 1)
+    (said,) = gpu_notes(monkeypatch, 0, 1)
     assert "1 on one of 24 GiB and 3 on one of 80 GiB" in said
-    taken = [float(gpu_warnings(monkeypatch, 80, 1, dtype)[0].split()[6]) for dtype in ("bfloat16", "float32")]
+    taken = [float(gpu_notes(monkeypatch, 80, 1, dtype)[0].split()[6]) for dtype in ("bfloat16", "float32")]
     assert 16 < taken[0] < 26 and taken[1] - taken[0] > 29
 
 
