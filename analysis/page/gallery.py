@@ -74,20 +74,7 @@ def gallery(
         more = f"; {losses.left_out:,} more trials are not drawn." if losses.left_out else "."
         caption = f"Mean loss over the edits{pipeline}{more}"
         yield page_plot("losses", "Training loss", curves.loss_figure(losses), caption, "Training loss by epoch.")
-    if (figure := curves.retention_figure(results)) and figure.data:
-        yield page_plot(
-            "retention", "What a stream retains", figure,
-            "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
-            " right forgets; a level one does not. Dotted: the first tenth, measured again as more arrived.",
-            "Reliability by time of arrival, a line per setting.",
-        )  # fmt: skip
-    if figure := curves.latency_figure(results):
-        yield page_plot(
-            "latency", "From arrival to live", figure,
-            "How long the training of what arrived together takes: the median of all arrivals, and a bar to the 95th"
-            " percentile. Replaying earlier edits takes time and keeps them.",
-            "Seconds from arrival to live, a row per setting.",
-        )  # fmt: skip
+    yield from _stream_plots(results)
     if filled := fillings(results):
         yield _capacity_plot(filled)
     for metric in ("reliability", "capability"):
@@ -110,6 +97,23 @@ def gallery(
             f" and in all figures; click the axis to let go.{_left_out(parallel.left_out, 'settings', DRAWN)}",
             "Parallel coordinates of settings and metrics; the table of all trials holds the values.",
             scrolls=True,
+        )  # fmt: skip
+
+
+def _stream_plots(results: pd.DataFrame) -> Iterator[Plot]:
+    if (figure := curves.retention_figure(results)) and figure.data:
+        yield page_plot(
+            "retention", "What a stream retains", figure,
+            "Reliability at the end of each tenth of the edits, in the order in which they arrived. A line that rises to the"
+            " right forgets; a level one does not. Dotted: the first tenth, measured again as more arrived.",
+            "Reliability by time of arrival, a line per setting.",
+        )  # fmt: skip
+    if figure := curves.latency_figure(results):
+        yield page_plot(
+            "latency", "From arrival to live", figure,
+            "How long the training of what arrived together takes: the median of all arrivals, and a bar to the 95th"
+            " percentile. Replaying earlier edits takes time and keeps them.",
+            "Seconds from arrival to live, a row per setting.",
         )  # fmt: skip
 
 
