@@ -66,6 +66,8 @@ def add_version(
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=about)
     logged = source.removeprefix(PREFIX) if source.startswith(PREFIX) else None
+    if logged:  # by this address MLflow would look for it in its default store, and create that
+        source = client.get_logged_model(logged).artifact_location
     made = client.create_model_version(name, source, run_id, tags=dict(tags), description=description, model_id=logged)
     client.set_registered_model_alias(name, alias, made.version)
     return f"{PREFIX}{name}@{alias}"
@@ -177,15 +179,9 @@ def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
             registered = store.client.get_model_version_by_alias(name, alias)
         else:
             registered = store.client.get_model_version(name, version)
-        if registered.source.startswith(PREFIX):
-            from mlflow.artifacts import download_artifacts
+        source, uri = registered.source, store.client.tracking_uri
+        if source.startswith(PREFIX):  # as versions were registered before
+            source = store.client.get_logged_model(source.removeprefix(PREFIX)).artifact_location
+        from mlflow.artifacts import download_artifacts
 
-            place, uri = (
-                store.client.get_logged_model(registered.source.removeprefix(PREFIX)),
-                store.client.tracking_uri,
-            )
-            found = download_artifacts(place.artifact_location, dst_path=str(into), tracking_uri=uri, registry_uri=uri)
-            return Path(found)
-        artifacts = store.client.get_run(registered.run_id).info.artifact_uri  # as edits were kept before
-        place = registered.source.removeprefix(f"{artifacts}/")
-        return Path(store.client.download_artifacts(registered.run_id, place, str(into)))
+        return Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri, registry_uri=uri))

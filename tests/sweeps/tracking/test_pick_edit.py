@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -69,7 +70,9 @@ def test_the_pick_is_registered_once_and_can_be_applied(
 
 def _is_the_run_s_model(client, version, row):
     """The version is a logged model of the trial's run, with the run's metrics, each with its data set."""
-    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    (output,) = client.get_run(row["run_id"]).outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    assert version.source == logged.artifact_location
     assert (logged.source_run_id, logged.status, logged.model_type) == (row["run_id"], "READY", "edited-model")
     trial = client.get_run(row["run_id"])
     assert [one.model_id for one in trial.outputs.model_outputs] == [logged.model_id]
@@ -150,9 +153,14 @@ def test_aliases_are_what_mlflow_takes(workplace):
     assert registered_edit("nothing", "latest-of-all", resolve_uri(None)) is None
 
 
-def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
-    """The study's pick, then the same run repeated with another rate; and an edit of before, right in the run's folder."""
-    tracker = Tracker.open(resolve_uri(None), "registered", STUDY)
+@pytest.mark.parametrize("file", ["mlflow.db", "elsewhere/store.db"])
+def test_every_registration_of_a_run_keeps_its_own_delta(workplace, file):
+    """The study's pick, then the same run repeated with another rate; and an edit of before, right in the run's folder. In
+    whichever store: MLflow's default one plays no part."""
+    if file != "mlflow.db":
+        (workplace / "mlflow.db").unlink()
+    uri = resolve_uri(f"sqlite:///{file}")
+    tracker = Tracker.open(uri, "registered", STUDY)
     tracker.open_run("registered", study_yaml="", description="", environment={})
     run_id, client = tracker.log_trial(result(config(1))), tracker.client
 
@@ -164,9 +172,8 @@ def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
     source = f"{client.get_run(run_id).info.artifact_uri}/edit"
     add_version(client, registered_name("edit", "tiny"), "", source, run_id, "before", tags={}, description="")
     for size, alias in ((2.0, "study"), (3.0, "chosen")):
-        register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, resolve_uri(None), alias)
+        register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, uri, alias)
     for address, size in {"@before": 1, "@study": 2, "@chosen": 3, "/1": 1, "/2": 2, "/3": 3}.items():
-        folder = fetch_edit(
-            f"models:/locft-edit-tiny{address}", resolve_uri(None), workplace / f"fetched{address.strip('/')}"
-        )
+        folder = fetch_edit(f"models:/locft-edit-tiny{address}", uri, workplace / f"fetched{address.strip('/')}")
         assert EditDelta.load(folder).tensors["weight"].tolist() == [size, size], address
+    assert [path.name for path in workplace.rglob("*.db")] == [Path(file).name]
