@@ -4,7 +4,6 @@ Commands import what they run: `locft --help` would otherwise load torch, Ray an
 """
 
 import json
-import shlex
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -243,11 +242,6 @@ class SelectionOptions:
         )
         return replace(request, command=typed())
 
-    def edits_words(self) -> list[str]:
-        """The values of --edits, --limit and --map that name the same edits in another command."""
-        limit = [] if self.limit is None else ["--limit", str(self.limit)]
-        return [self.edits, *limit, *(word for one in self.field_map or () for word in ("--map", one))]
-
 
 def select(
     wanted: SelectionOptions,
@@ -279,8 +273,7 @@ def select(
         written = {"file": str(file), "page": str(page), "tracking_uri": tracker.uri}
         print_json({"position": answer.position, **written, "not_recorded": answer.not_recorded})
     else:
-        edits = shlex.join(wanted.edits_words())
-        print_selection(answer.position, file, page, tracker.uri, edits)
+        print_selection(answer.position, answer.command, page, tracker.uri)
     if answer.not_recorded:
         notice(f"MLflow does not have all of this ({answer.not_recorded}); the same command records it")
     _end(found.ending, "runs", failed=answer.position is None)

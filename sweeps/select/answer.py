@@ -20,6 +20,7 @@ from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
 from sweeps.select.request import METHOD, Selection
+from sweeps.study.schema import Study
 from sweeps.tracking.outbox import with_retries
 from sweeps.tracking.registry import register_position
 from sweeps.tracking.store import TrackingError
@@ -35,6 +36,8 @@ class SelectionAnswer:
     probe alone (`predicted` is empty)."""
     html: str
     """The report."""
+    command: str
+    """What to type to make the edit at that position."""
     not_recorded: str | None = None
     """Why MLflow lacks the answer or the registered position."""
 
@@ -52,14 +55,14 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Sele
     except TrackingError as error:  # the report lacks the answers to single prompts, which only the store has
         own = measured(state, None)
         html = render_report(own.study, own.results, baseline=own.baseline, found=found)
-        return SelectionAnswer(content, html, str(error))
+        return SelectionAnswer(content, html, found.command, str(error))
     try:
         with_retries(partial(_record, selection, tracker, content, answer))
         if content:
             register_position(tracker.client, tracker.run_id(), selection.request.study.model, content)
     except TrackingError as error:
-        return SelectionAnswer(content, answer.report_html, str(error))
-    return SelectionAnswer(content, answer.report_html)
+        return SelectionAnswer(content, answer.report_html, found.command, str(error))
+    return SelectionAnswer(content, answer.report_html, found.command)
 
 
 def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | None, answer: StudyAnswer) -> None:
@@ -164,9 +167,6 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
 def _how_found(selection: Selection, content: dict[str, Any] | None, position_file: str) -> HowFound:
     """What the report says besides the results."""
     request, study = selection.request, selection.request.study
-    limit = "" if study.edits.limit is None else f" --limit {study.edits.limit}"
-    mapped = "".join(f" --map {shlex.quote(f'{name}=' + ','.join(keys))}" for name, keys in study.edits.map.items())
-    edits = f"--edits {shlex.quote(study.edits.source)}{limit}{mapped}"
     positions = plural(len(selection.candidates), "position")
     share, minutes = request.budget.share, request.budget.minutes
     budget = f"{minutes:g} minutes" if share is None else f"{percent(share)} of the grid's cost"
@@ -190,7 +190,7 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
             " to be the pick, or on the front, for what they cost. Some of the budget is kept for a second seed of the"
             " leader and another learning rate: half, or twice where it learnt too little."
         ),
-        command=f"locft edit {shlex.quote(study.model)} {edits} --position {shlex.quote(position_file)} --out edited",
+        command=edit_command(study, position_file),
         facts=(
             ("Budget", budget + ended),
             ("Cost", f"{cost}; the grid of {positions} would take about {grid}"),
@@ -208,3 +208,12 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
         ),
         unmeasured=unmeasured,
     )
+
+
+def edit_command(study: Study, position_file: str) -> str:
+    """The command that makes the edits of a study at the position of a file."""
+    edits = study.edits
+    limit = [] if edits.limit is None else ["--limit", str(edits.limit)]
+    mapped = [word for name, keys in edits.map.items() for word in ("--map", f"{name}={','.join(keys)}")]
+    words = ["locft", "edit", study.model, "--edits", edits.source, *limit, *mapped, "--position", position_file]
+    return shlex.join([*words, "--out", "edited"])
