@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from locft.data.data_sets import hub_records, is_saved, saved_records
 from locft.data.record_files import (
     FileRecord,
     file_records,
-    hub_records,
     missing_path,
     read_json_records,
     read_text,
@@ -167,7 +167,7 @@ def _files(what: str, source: str) -> tuple[str, ...]:
     path = Path(source).expanduser()
     if path.suffix.lower() in _TEXTS:
         raise InputError(f"{what}: {source} is plain text, which has no right answers; name it as prose instead")
-    if not path.is_dir():
+    if not path.is_dir() or is_saved(path):
         return (source,)
     files = tuple(str(file) for file in sorted(path.iterdir()) if file.suffix.lower() in _TABLES)
     if not files:
@@ -184,6 +184,8 @@ def _records(source: str) -> tuple[str, list[FileRecord], list[str]]:
         return source, hub_records(source, hub["name"], hub["config"] or None, hub["split"], PREFERRED_SPLITS), []
     if not path.exists():
         raise InputError(missing_path(path))
+    if is_saved(path):
+        return source, saved_records(path, PREFERRED_SPLITS), []
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file")
     if suffix not in _TABLES:

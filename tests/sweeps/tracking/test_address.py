@@ -121,6 +121,7 @@ def test_artifacts_that_nobody_can_write_are_found_before_the_first_trial(tmp_pa
         Tracker.open(address.resolve_uri(None), "study", STUDY)
 
 
-def test_databricks_is_refused():
+@pytest.mark.parametrize("uri", ["databricks://profile", "databricks", "databricks-uc"])
+def test_databricks_is_refused(uri):
     with pytest.raises(InputError, match="does not write to Databricks; expected sqlite"):
-        address.resolve_uri("databricks://profile")
+        address.resolve_uri(uri)
