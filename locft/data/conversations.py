@@ -21,7 +21,7 @@ _ROLES = {
 def turns_of(value: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
     """(role, text) of the turns of a record; None if it is no conversation. Roles are user, assistant and system, or
     what the file calls them."""
-    turns = next((value[key] for key in _LISTS if isinstance(value.get(key), list) and value[key]), [])
+    turns: list[Any] = next((value[key] for key in _LISTS if isinstance(value.get(key), list) and value[key]), [])
     found = [(_first(turn, _SPEAKER), _first(turn, _SAID)) for turn in turns if isinstance(turn, Mapping)]
     if not found or len(found) < len(turns) or any(not isinstance(role, str) for role, _ in found):
         return None
@@ -52,4 +52,5 @@ def _first(turn: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 def _text(said: Any) -> Any:
     """What is said as one text, where it is written as a list of parts; anything else but texts as it is."""
     parts = [part.get("text") if isinstance(part, Mapping) else part for part in said] if isinstance(said, list) else []
-    return "\n".join(parts) if parts and all(isinstance(part, str) for part in parts) else said
+    texts = [part for part in parts if isinstance(part, str)]
+    return "\n".join(texts) if texts and len(texts) == len(parts) else said
