@@ -205,3 +205,28 @@ def test_a_benchmark_may_be_a_saved_data_set(tmp_path):
     datasets.DatasetDict({"test": rows.select([0]), "dev": rows}).save_to_disk(str(tmp_path / "sums"))
     (task,) = load_suite(None, {"sums": str(tmp_path / "sums")}).tasks
     assert len(task.items) == 1 and task.items[0].answer == 1
+
+
+# --- benchmarks
+
+
+@pytest.mark.parametrize("answer", [1, 1.0, "1", "B", "b", "(B)", "B.", "four"])
+@pytest.mark.parametrize("key", ["choices", "options"])
+def test_the_answer_is_a_number_a_letter_or_a_text(tmp_path, answer, key):
+    file = write(tmp_path, "a.jsonl", {"question": "2 + 2 is", key: ["three", "four", "five"], "answer": answer})
+    assert load_suite(None, {"sums": file}).tasks[0].items[0].answer == 1
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "place"), [(["C", "A", "B"], "B", 1), (["x", "y"], "y", 1), (["b", "c"], "b", 0)]
+)
+def test_a_capital_letter_is_a_place_before_it_is_a_text(tmp_path, choices, answer, place):
+    file = write(tmp_path, "a.jsonl", {"question": "Which?", "choices": choices, "answer": answer})
+    assert load_suite(None, {"letters": file}).tasks[0].items[0].answer == place
+
+
+def test_labelled_choices_and_records_without_an_answer(tmp_path):
+    record = {"question": "2 + 2 is", "choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answer": "2"}
+    assert load_suite(None, {"sums": write(tmp_path, "a.jsonl", record)}).tasks[0].items[0].answer == 1
+    with pytest.raises(InputError, match="answer is null, and a split without answers cannot be scored"):
+        load_suite(None, {"sums": write(tmp_path, "a.jsonl", {"question": "q", "choices": ["3", "4"], "answer": None})})
