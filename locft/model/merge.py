@@ -193,7 +193,7 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"cannot write {folder}: it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
+            f"cannot write {folder}: it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there"
         )
 
 

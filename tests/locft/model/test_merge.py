@@ -225,7 +225,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         merge(str(base), delta, tmp_path / "m")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    assert "0.0 GB are free" in refused(str(base), delta, tmp_path / "m")
+    assert "0.0 MB are free" in refused(str(base), delta, tmp_path / "m")
     assert sorted(tmp_path.rglob("*")) == before
 
 
