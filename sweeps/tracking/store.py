@@ -69,7 +69,8 @@ def store_errors(what: str, as_error: type[Exception] = TrackingError) -> Iterat
     except (InputError, TrackingError):
         raise
     except Exception as error:
-        cause = redact(str(error) or type(error).__name__)[:1000]
+        said = str(error).partition("\n[SQL:")[0]  # SQLAlchemy adds the whole statement
+        cause = redact(said or type(error).__name__)[:1000]
         if as_error is TrackingError and getattr(error, "error_code", None) in _REFUSALS:
             as_error = Refused
         raise as_error(f"tracking store, {what}: {cause}") from None
@@ -103,7 +104,15 @@ def connect(uri: str, *, create: bool = False) -> "Store":
             raise InputError(
                 f"tracking store {path}: this process already uses another one of that name; start a new one"
             )
-        return Store(MlflowClient(address, registry_uri=address), uri)
+        new = path is not None and not path.exists()
+        try:
+            return Store(MlflowClient(address, registry_uri=address), uri)
+        except Exception as error:
+            if (
+                path is not None and new and "disk" in str(error)
+            ):  # it is full: half of the tables would pass for another version's
+                path.unlink(missing_ok=True)
+            raise
 
 
 class Store:
