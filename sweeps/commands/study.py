@@ -55,8 +55,8 @@ def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOptio
     """Show the trials of STUDY, their number and what they will take. Runs and writes nothing."""
     from sweeps.answer import foresee
 
-    prepared = study.prepared()
-    forecast = foresee(prepared, resolve_uri(tracking_uri))
+    uri, prepared = resolve_uri(tracking_uri), study.prepared()
+    forecast = foresee(prepared, uri)
     if as_json:
         trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
         expected = {"estimate": asdict(forecast.estimate), "warnings": forecast.warnings}
@@ -91,7 +91,7 @@ def sweep(
     from sweeps.commands.progress import Progress
     from sweeps.sweep import run_sweep
 
-    prepared, tracking_uri = study.prepared(), resolve_uri(tracking_uri)
+    tracking_uri, prepared = resolve_uri(tracking_uri), study.prepared()
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     introduce(prepared)
     forecast = foresee(prepared, tracking_uri)
@@ -131,7 +131,7 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
     from sweeps.tracking.store import connect
     from sweeps.tracking.study_run import find_tracker
 
-    prepared, uri = study.prepared(), resolve_uri(tracking_uri)
+    uri, prepared = resolve_uri(tracking_uri), study.prepared()
     if tracking_uri:  # a store that is named must exist; the default one may be created later
         connect(uri)
     tracker = find_tracker(uri, prepared.study.name, prepared.id)
@@ -185,7 +185,7 @@ def report(
     for name, given in (("--compare-set", compare_set), ("--compare-uri", compare_uri)):
         if given and compare is None:
             raise InputError(f"{name}: expected --compare OTHER with it, the study that it is for")
-    prepared, uri = study.prepared(), resolve_uri(tracking_uri)
+    uri, prepared = resolve_uri(tracking_uri), study.prepared()
     second = None if compare is None else prepared_study(compare, compare_set)
     second_uri = resolve_uri(compare_uri or tracking_uri)
     if second is not None and (second.id, second_uri) == (prepared.id, uri):
@@ -258,12 +258,12 @@ def select(
     from sweeps.select.answer import conclude
     from sweeps.select.selection import run_selection
 
-    request = wanted.request()
+    uri, request = resolve_uri(tracking_uri), wanted.request()
     file = writable(position_file or Path(f"{request.study.name}.json"))
     page = writable(file.with_suffix(".html"))
     introduce(request)
     progress = Progress(request.study.name)
-    running = run_selection(request, resolve_uri(tracking_uri), address=address, progress=progress)
+    running = run_selection(request, uri, address=address, progress=progress)
     with redirect_stdout(sys.stderr), running as (found, tracker):  # Ray prints on standard output
         answer = conclude(found, tracker, str(file))
     write(page, answer.html)
