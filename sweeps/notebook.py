@@ -22,8 +22,10 @@ from analysis.figures.maps import heatmap_figure, heatmap_info
 from analysis.stats.pick import recommend
 from analysis.stats.table import TITLES, done, has_values
 from sweeps.answer import foresee, read_state
+from sweeps.commands.console import notice
 from sweeps.commands.options import prepared_study
 from sweeps.commands.progress import Progress
+from sweeps.commands.surroundings import settle
 from sweeps.run.dispatch import Reporter
 from sweeps.study.plan import PreparedStudy
 from sweeps.sweep import Sweep, run_sweep
@@ -84,5 +86,7 @@ def figures(results: pd.DataFrame) -> dict[str, go.Figure]:
 
 
 def _prepared(study: str | PathLike[str], changes: Mapping[str, Any] | None) -> PreparedStudy:
+    for sentence in settle():
+        notice(sentence)
     overrides = [f"{field}={json.dumps(value)}" for field, value in (changes or {}).items()]
     return prepared_study(fspath(study), overrides)

@@ -134,6 +134,13 @@ LAYOUTS = (  # the first that recognises a record has it
     EditLayout(
         name="instruction", signs=("instruction output",), prompt="instruction", more_prompt="input", target="output",
     ),
+    EditLayout(
+        name="instruction", signs=("instruction response",), prompt="instruction", more_prompt="context", target="response",
+    ),
+    *(
+        EditLayout(name=f"{prompt}-{target}", signs=(f"{prompt} {target}",), prompt=prompt, target=target)
+        for prompt, target in (("prompt", "completion"), ("prompt", "response"), ("query", "response"), ("input", "output"))
+    ),
 )
 # fmt: on
 
@@ -228,7 +235,7 @@ def _advice(record: Mapping[str, Any], source: str) -> str:
 
     prompt = likeliest(("prompt", "question", "query", "instruction", "input", "cloze", "text", "src"))
     target = likeliest(
-        ("target", "new", "answer", "output", "response", "completion", "label", "object", "alt"), prompt
+        ("target", "new", "answer", "output", "response", "completion", "chosen", "label", "object", "alt"), prompt
     )
     return (
         f"; if the edit is there under other keys, say where: edits: {{source: {source}, map: {{prompt: {prompt}, "
@@ -299,8 +306,20 @@ def _target(path: str, fields: RecordFields) -> str:
     """A text, an object with the text as "str", or in the layouts of others a list of one."""
     value = fields.look(path)
     if isinstance(value, list) and len(value) == 1 and not fields.strict:
-        return fields.checked(f"{path}[0]", value[0], _LINE)
-    return fields.text(f"{path}.str" if isinstance(value, Mapping) else path, _LINE)
+        path, value = f"{path}[0]", value[0]
+    elif isinstance(value, Mapping):
+        path, value = f"{path}.str", value.get("str")
+    if isinstance(value, str) and "\n" in value.strip():
+        fields.leave_out(path, "(its line breaks, which end an answer)")
+    if value is None and not path.endswith("]"):
+        return fields.text(path, _LINE)  # which tells null from no such field
+    return fields.checked(path, _digits(fields, value), _LINE)
+
+
+def _digits(fields: RecordFields, value: Any) -> Any:
+    """In the layouts of others, the digits of a whole number, as a table has them in a column of years; else the value."""
+    whole = type(value) in (int, float) and not fields.strict and value == value // 1
+    return str(int(value)) if whole else value
 
 
 def _rephrases(layout: EditLayout, fields: RecordFields) -> Iterator[str]:
@@ -320,7 +339,7 @@ def _questions(fields: RecordFields, keys: QuestionKeys, scored: bool) -> Iterat
     if value is None or value == []:
         return
     if scored and given is None:
-        return fields.leave_out(keys.prompt, "an answer")
+        return fields.leave_out(keys.prompt, "without an answer")
     aliases = [text for name in keys.answers[1:] for text in _answers(fields, name, fields.look(name))]
     count = len(value) if isinstance(value, list) else 1
     one_each = isinstance(given, list) and isinstance(value, list) and (count > 1 or len(given) == 1)
@@ -333,7 +352,7 @@ def _questions(fields: RecordFields, keys: QuestionKeys, scored: bool) -> Iterat
             for text in _texts(fields, keys.prompt + at, inside):
                 yield text, (*answer, *aliases)
         elif inside:
-            fields.leave_out(keys.prompt + at, "an answer")
+            fields.leave_out(keys.prompt + at, "without an answer")
 
 
 def _in_objects(fields: RecordFields, at: str, value: Any, scored: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -360,16 +379,14 @@ def _in_objects(fields: RecordFields, at: str, value: Any, scored: bool) -> Iter
 
 def _texts(fields: RecordFields, path: str, value: Any, kind: FieldType = _STRIPPED) -> list[str]:
     """The texts in a value: a text, an object with the text as "str", or lists of these. In the layouts of others blank
-    texts are absent, and an answer may be a whole number (of a table's column)."""
+    texts are absent, and answers may be whole numbers."""
     if isinstance(value, list):
         return [text for index, item in enumerate(value) for text in _texts(fields, f"{path}[{index}]", item, kind)]
     if isinstance(value, Mapping) and "str" in value:
         return _texts(fields, f"{path}.str", value["str"], kind)
     if fields.is_absent(value):
         return []
-    if kind is _LINE and type(value) in (int, float) and not fields.strict and value == value // 1:
-        value = str(int(value))
-    text = fields.checked(path, value, kind)
+    text = fields.checked(path, _digits(fields, value) if kind is _LINE else value, kind)
     return [text] if text else []
 
 

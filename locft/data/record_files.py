@@ -1,14 +1,16 @@
-"""Records from JSON, JSON Lines, parquet and CSV files and from data sets of the Hugging Face hub.
+"""Records from JSON, JSON Lines, parquet and CSV files.
 
 Every problem of a file is told at once. A JSON list and JSON Lines often come under the other one's ending, so the
-content decides: a text that begins with "[" is a list of records, anything else is one record a line.
+content decides: a text that begins with "[" is a list of records, anything else is one record after the other.
 """
 
 import ast
+import codecs
 import csv
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -23,14 +25,28 @@ MAX_PROBLEMS = 20
 """Problems of one file that are told one by one; a file whose every line is wrong needs no 3000 messages."""
 
 _BLANK = " \t\r\n"
+
+RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+"""How files of records are named."""
+_COMPRESSED = "a compressed file; unpack it"
+_PICKLE = "a pickle, which may run code when it is read; save it as JSON Lines or parquet"
 _NO_TEXT = {
     b"PAR1": "a parquet file, expected its name to end in .parquet",
+    b"ARROW1": "an Arrow file; save it as parquet",
     b"PK\x03\x04": "a spreadsheet or a zip archive; save it as CSV, or unpack it",
     b"\xd0\xcf\x11\xe0": "a spreadsheet; save it as CSV",
-    b"\x1f\x8b": "a compressed file; unpack it",
-    b"BZh": "a compressed file; unpack it",
+    **dict.fromkeys((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), _COMPRESSED),
+    **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _PICKLE),
+    b"SQLite format 3": "a database; save the table as CSV",
+    b"%PDF": "a PDF document, expected records",
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
+    **dict.fromkeys((b"<!doctype", b"<!DOCTYPE", b"<html"), "a web page; download the file itself"),
 }
-"""How files begin that are no text, and what to do about them."""
+"""How files begin that hold no records as text, and what to do about them."""
+_MARKED = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+"""Byte order marks of other encodings than UTF-8, as Excel's Unicode text has one. UTF-32's begins with UTF-16's."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,13 @@ def read_json_records(
             found = [FileRecord(number, value) for number, value in enumerate(json.loads(text), 1)]
         except (ValueError, RecursionError) as error:
             problems.append(_broken(path, error))
-    elif (whole := _one_object(text)) is not None and not is_record(whole) and _is_wrapper(path, text, whole):
+    elif (
+        (whole := _one_object(text)) is not None
+        and path.suffix.lower() == ".json"
+        and (rows := _rows(whole, is_record))
+    ):
+        found = [FileRecord(number, row) for number, row in enumerate(rows, 1)]
+    elif whole is not None and not is_record(whole) and _is_wrapper(path, text, whole):
         try:
             found = _unwrapped(path, whole, is_record)
         except InputError as error:
@@ -98,13 +120,7 @@ def read_json_records(
         line = 1 + text[: len(text) - len(text.lstrip())].count("\n")
         found = [FileRecord(1, whole, line)]
     else:
-        # Split at "\n" alone: str.splitlines also splits at characters that JSON strings may hold (U+2028).
-        filled = [(line, content) for line, content in enumerate(text.split("\n"), 1) if content.strip(_BLANK)]
-        for number, (line, content) in enumerate(filled, 1):
-            try:
-                found.append(FileRecord(number, json.loads(content), line))
-            except (ValueError, RecursionError) as error:
-                problems.append(_broken(path, error, line))
+        found, problems = _lines(path, text)
     records = []
     for record in found:
         if not isinstance(record.value, dict):
@@ -116,6 +132,38 @@ def read_json_records(
     if not problems and not records:
         problems.append(f"{path}: no records in it, expected a JSON list of objects, or one object a line")
     return records, problems
+
+
+def _lines(path: Path, text: str) -> tuple[list[FileRecord], list[str]]:
+    """(records, problems) of a text with one JSON value a line, or several lines each, as jq prints them."""
+    found: list[FileRecord] = []
+    problems: list[str] = []
+    # Split at "\n" alone: str.splitlines also splits at characters that JSON strings may hold (U+2028).
+    filled = [(line, content) for line, content in enumerate(text.split("\n"), 1) if content.strip(_BLANK)]
+    for number, (line, content) in enumerate(filled, 1):
+        try:
+            found.append(FileRecord(number, json.loads(content), line))
+        except (ValueError, RecursionError) as error:
+            problems.append(_broken(path, error, line))
+    if problems and (stream := _one_after_another(text)):
+        return stream, []
+    if len(problems) == len(filled) > 1:
+        kinds = "a JSON list of objects, one object a line, or a table whose name ends in .csv, .tsv or .parquet"
+        problems = [f"{problems[0]}, and so in all {len(filled):,} lines; expected {kinds}"]
+    return found, problems
+
+
+def _one_after_another(text: str) -> list[FileRecord]:
+    """Each JSON value of a text that holds nothing else; none if it does."""
+    decoder, blank, found, end, line = json.JSONDecoder(), re.compile(f"[{_BLANK}]*"), list[FileRecord](), 0, 1
+    with suppress(ValueError, RecursionError):
+        while (begin := blank.match(text, end).end()) < len(text):  # type: ignore[union-attr]  # it matches ""
+            line += text.count("\n", end, begin)
+            value, end = decoder.raw_decode(text, begin)
+            found.append(FileRecord(len(found) + 1, value, line))
+            line += text.count("\n", begin, end)
+        return found
+    return []
 
 
 def _is_wrapper(path: Path, text: str, whole: Mapping[str, Any]) -> bool:
@@ -142,12 +190,27 @@ def _unwrapped(path: Path, whole: dict[str, Any], is_record: Callable[[Mapping[s
     if keys:
         beside = tuple(key for key in whole if key != keys[0])
         return [FileRecord(number, value, beside=beside) for number, value in enumerate(whole[keys[0]], 1)]
+    inner = [key for key, value in whole.items() if isinstance(value, dict) and not is_record(value) and _lists(value)]
+    if len(inner) == 1 and any(is_record(whole[inner[0]][key][0]) for key in _lists(whole[inner[0]])):
+        return _unwrapped(path, whole[inner[0]], is_record)
     if len(whole) > 1 and all(isinstance(value, dict) for value in whole.values()):
         return [FileRecord(number, value, key=key) for number, (key, value) in enumerate(whole.items(), 1)]
     if len(whole) == 1 and isinstance(inside := next(iter(whole.values())), dict):
         return _unwrapped(path, inside, is_record)
-    shown = ", ".join(list(whole)[:8])
+    shown = ", ".join(list(whole)[:8]) or "none"
     raise InputError(f"{path}: one JSON object (keys: {shown}), expected a list of records, or one record a line")
+
+
+def _rows(whole: Mapping[str, Any], is_record: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The records of a table whose columns are lists, or objects as pandas writes them by default; [] if it is none."""
+    columns = list(whole.values())
+    places: Collection[Any] = ()
+    if len(columns) > 1 and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        places = range(len(columns[0]))
+    elif len(columns) > 1 and all(isinstance(one, dict) and one.keys() == columns[0].keys() for one in columns):
+        places = columns[0]
+    rows = [{name: column[place] for name, column in whole.items()} for place in places]
+    return rows if rows and is_record(rows[0]) else []
 
 
 def parquet_records(path: Path) -> list[FileRecord]:
@@ -170,7 +233,7 @@ def csv_records(
     *,
     no_header: Callable[[Sequence[str]], Sequence[str] | None] = lambda row: None,
 ) -> list[FileRecord]:
-    """The rows of a CSV file, whose first line names the columns. Cells are separated by commas, semicolons or tabs.
+    """The rows of a CSV file, whose first line names the columns. Cells are separated by commas, semicolons, tabs or bars.
 
     lists: columns whose cells may hold a list or an object, as JSON or as Python writes it; all other cells are texts.
     no_header: given the first row, the names of the columns if that is a record itself, else None.
@@ -178,7 +241,7 @@ def csv_records(
     Raises InputError with every row that has too few or too many cells.
     """
     text = read_text(path)
-    delimiter = max(",;\t", key=lambda char: _regular(text, char))
+    delimiter = max(",;\t|", key=lambda char: _regular(text, char))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     problems: list[str] = []
     records: list[FileRecord] = []
@@ -190,6 +253,7 @@ def csv_records(
             if not row:
                 continue
             if not header:
+                row = [name.strip() for name in row]
                 header = list(no_header(row) or row)
                 if twice := [name for name, count in Counter(header).items() if name and count > 1]:
                     raise InputError(f"{path}, line {begun}: the header names {', '.join(twice)} more than once")
@@ -220,43 +284,14 @@ def _regular(text: str, delimiter: str) -> tuple[bool, int]:
     return len(set(counts)) == 1 and counts[0] > 1, counts[0] if counts else 0
 
 
-def hub_records(
-    source: str, name: str, config: str | None, split: str | None, preferred: Sequence[str] = ()
-) -> list[FileRecord]:
-    """The rows of the data set `name` on the Hugging Face hub; `source` is what the user wrote.
-
-    Without a split it is the first of the preferred ones that the data set has, or its only one. Raises InputError with
-    what was tried and what to do offline.
-    """
-    try:
-        import datasets  # here, because it takes a second and only this needs it
-
-        loaded = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the libraries beneath have a class each for "no such data set" and "no network"
-        raise InputError(
-            f"{source}: no such file here, and the hub gave no data set {name!r} (config {config or 'default'}, split "
-            f"{split or 'not named'}): {type(error).__name__}: {one_line(error)}. Without a network, name a local "
-            "file with its records, or load it once with a network and set HF_HUB_OFFLINE=1 to use that copy"
-        ) from None
-    if split is None:
-        splits = [name for name in preferred if name in loaded] or (list(loaded) if len(loaded) == 1 else [])
-        if not splits:
-            choices = ", ".join(f"{name}:{f'{config}:' if config else ''}{split}" for split in loaded)
-            raise InputError(f"{source}: name one of its {len(loaded)} splits: {choices}")
-        loaded = loaded[splits[0]]
-    if not len(loaded):
-        raise InputError(f"{source}: no records in it")
-    return [FileRecord(number, row) for number, row in enumerate(loaded, 1)]
-
-
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text without the byte order mark.
+    """A file's text without its byte order mark: UTF-8, or what the mark says.
 
     Raises InputError if the path does not exist (with the nearest name that does), is a folder, or holds bytes that are
-    not UTF-8 (with line and offset).
+    no text (with line and offset).
     """
     if path.is_dir():
-        raise InputError(f"{path}: is a folder, expected a file")
+        raise InputError(f"{path}: is a folder, expected a file{_one_inside(path)}")
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -265,13 +300,19 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {error}") from None
     if kind := next((kind for magic, kind in _NO_TEXT.items() if raw.startswith(magic)), None):
         raise InputError(f"{path}: got {kind}")
+    encoding = next((name for mark, name in _MARKED.items() if raw.startswith(mark)), "utf-8-sig")
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        hint = "the file begins like UTF-16; " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         got = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
-        raise InputError(f"{path}, line {line}: not UTF-8: {got}; {hint}save it as UTF-8") from None
+        wanted = encoding.removesuffix("-sig").upper()
+        raise InputError(f"{path}, line {line}: not {wanted}: {got}; save it as UTF-8") from None
+    if "\0" in text[:1000]:
+        raise InputError(
+            f"{path}: no text, it has zero bytes (a binary file, or UTF-16 without its mark); save it as UTF-8"
+        )
+    return text
 
 
 def missing_path(path: Path) -> str:
@@ -288,6 +329,16 @@ def missing_path(path: Path) -> str:
     return problem if missing != path else f"{problem}; nothing in {folder.resolve()} has a similar name"
 
 
+def _one_inside(folder: Path) -> str:
+    """Names a file of records in a folder, as in a clone of a data set's repository; empty if there is none."""
+    with suppress(OSError):
+        inside = sorted(
+            file for file in folder.rglob("*") if file.suffix.lower() in RECORDS and ".git" not in file.parts
+        )
+        return f", such as {inside[0]}" if inside else ""
+    return ""
+
+
 def describe(value: Any) -> str:
     """A JSON value in an error message: its kind, and the value itself, shortened."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
@@ -295,7 +346,9 @@ def describe(value: Any) -> str:
         return "null"
     if isinstance(value, str) and not value.strip():
         return "only whitespace" if value else "an empty text"
-    shown = json.dumps(value, ensure_ascii=True, default=str)
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    if not shown.isprintable():  # half a surrogate pair, marks of direction
+        shown = json.dumps(value, default=str)
     return f"{kinds.get(type(value), type(value).__name__)} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 

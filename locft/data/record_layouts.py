@@ -105,8 +105,8 @@ class RecordFields:
     """Where the object is in the record, such as "locality[0].", empty for the record itself."""
     used: set[str] = field(default_factory=set)
     """Paths of the record that were read, without indices. Shared by the objects of a record."""
-    lacking: dict[str, str] = field(default_factory=dict)
-    """Paths at which something was left out, and what it lacks. Shared, too."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Paths at which something was left out, and what. Shared, too."""
 
     def __post_init__(self) -> None:
         """Any key may carry the user's own notes, but one that is nearly a known key is that key, misspelt."""
@@ -158,8 +158,8 @@ class RecordFields:
         return None if self.is_absent(value) else self.checked(path, value, kind)
 
     def is_absent(self, value: Any) -> bool:
-        """True of null, and in the layouts of others of a blank text."""
-        return value is None or (not self.strict and isinstance(value, str) and not value.strip())
+        """True of null, of NaN, which pandas writes for it, and in the layouts of others of a blank text."""
+        return value is None or value != value or (not self.strict and isinstance(value, str) and not value.strip())
 
     def look(self, path: str) -> Any:
         """What is at the path, None if nothing is; a list if the path goes through one. It still counts as unread."""
@@ -168,7 +168,7 @@ class RecordFields:
     def inside(self, path: str, value: Mapping[str, Any], known: Collection[str]) -> "RecordFields":
         """An object of the record, to be read in turn; `known` are its keys."""
         prefix = f"{self.prefix}{path}."
-        return RecordFields(value, self.place, self.problems, known, self.strict, prefix, self.used, self.lacking)
+        return RecordFields(value, self.place, self.problems, known, self.strict, prefix, self.used, self.left_out)
 
     def use(self, path: str) -> None:
         """Count what is at the path as read."""
@@ -177,12 +177,12 @@ class RecordFields:
 
     def unread(self) -> list[str]:
         """Paths of the record at which something is that nobody has read, each once, and what was left out."""
-        lacking = (f"{path} without {what}" for path, what in self.lacking.items() if path in self.used)
-        return list(dict.fromkeys((*_unread(self.value, "", self.used), *lacking)))
+        left_out = (f"{path} {what}" for path, what in self.left_out.items() if path in self.used)
+        return list(dict.fromkeys((*_unread(self.value, "", self.used), *left_out)))
 
-    def leave_out(self, path: str, lacking: str) -> None:
-        """Say that something at the path is not used, because it lacks something, while others like it may be."""
-        self.lacking[_without_indices(self.prefix + path)] = lacking
+    def leave_out(self, path: str, what: str) -> None:
+        """Say that something at the path is not used, while the rest of it, or others like it, are."""
+        self.left_out[_without_indices(self.prefix + path)] = what
 
     def wrong(self, path: str, expected: str, got: Any) -> None:
         self.tell(path, f"expected {expected}, got {describe(got)}")
@@ -308,7 +308,7 @@ def _without_indices(path: str) -> str:
 
 def _unread(value: Any, at: str, used: Collection[str]) -> Iterator[str]:
     """The paths in a value at `at` of which no part was read, those that hold nothing left out."""
-    if at in used or value is None or value in ("", [], {}):
+    if at in used or value is None or value != value or value in ("", [], {}):
         return
     partly = not at or any(path.startswith((f"{at}.", f"{at}[]")) for path in used)
     if partly and isinstance(value, Mapping):

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from locft.data.answers import normalise_answer
+from locft.data.conversations import question_and_answer, turns_of
+from locft.data.data_sets import hub_records, is_saved, saved_records
 from locft.data.edit_layouts import ID_KEYS, LIST_KEYS, edit_layouts, read_edits
 from locft.data.edit_request import EditRequest
 from locft.data.fictitious import NAME as FICTITIOUS
 from locft.data.fictitious import SUBJECTS, fictitious_facts
 from locft.data.field_map import FieldMap
-from locft.data.record_files import FileRecord, file_records, hub_records, missing_path
+from locft.data.record_files import RECORDS, FileRecord, file_records, missing_path
 from locft.data.record_layouts import value_at
 from locft.errors import InputError, listed
 
@@ -39,7 +41,6 @@ UNMARKED = ("", "false", "no", "0")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
 _TABLES = (".csv", ".tsv", ".parquet")
-_FILES = (".json", ".jsonl", ".ndjson", *_TABLES)
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,10 @@ def load_edits(
     if source == FICTITIOUS:
         return _fictitious(limit, sample_seed or 0, fields)
     records, problems = _records(source, fields)
+    if not {"prompt", "target"} & (fields or {}).keys():
+        read = [question_and_answer(record, source) for record in records]
+        records = [one for one in read if isinstance(one, FileRecord)]
+        problems = [*problems, *(one for one in read if isinstance(one, str))]
     active, *gone = _by_fate(records)
     if records and not active and not problems:
         if not only_marked:
@@ -339,9 +344,15 @@ def _records(source: str, fields: FieldMap | None) -> tuple[list[FileRecord], li
         with importlib.resources.as_file(importlib.resources.files("locft.data") / f"{source}.jsonl") as path:
             return _file_records(path, fields)
     path = Path(os.path.expanduser(source))
+    if is_saved(path):
+        return saved_records(path), []
     if os.path.exists(path):
         return _file_records(path, fields)
-    if _HUB_ID.fullmatch(source) and not source.lower().endswith(_FILES):
+    if "://" in source:
+        raise InputError(
+            f"{source}: addresses are not read; download the file, or name a data set of the hub as owner/name"
+        )
+    if _HUB_ID.fullmatch(source) and not source.lower().endswith(RECORDS):
         name, _, split = source.partition(":")
         return hub_records(source, name, None, split or None), []
     try:
@@ -364,7 +375,7 @@ def _file_records(path: Path, fields: FieldMap | None) -> tuple[list[FileRecord]
 
     def is_record(value: Mapping[str, Any]) -> bool:
         """Also of one that lacks something, whose list of questions is not to be taken for the records."""
-        known = any(layout.recognises(value) for layout in layouts)
+        known = any(layout.recognises(value) for layout in layouts) or turns_of(value) is not None
         return known or any(isinstance(value.get(name), str) for name in texts)
 
     records, problems = file_records(path, lists=lists, is_record=is_record)
@@ -377,7 +388,12 @@ def _file_records(path: Path, fields: FieldMap | None) -> tuple[list[FileRecord]
         ]
     if path.suffix.lower() in _TABLES:
         records = [
-            replace(record, value={key: cell for key, cell in record.value.items() if cell not in ("", None)})
+            replace(record, value={key: _cell(cell) for key, cell in record.value.items() if cell not in ("", None)})
             for record in records
         ]
     return records, problems
+
+
+def _cell(value: Any) -> Any:
+    """Of a table: a whole number as CSV has it."""
+    return str(value) if type(value) is int else value

@@ -83,6 +83,11 @@ _HELLASWAG = BenchmarkLayout(
     context=_hellaswag_context, choices="endings", answer="label", shown=_hellaswag_ending, rule="mean",
 )
 
+_ARC = BenchmarkLayout(
+    name="ARC", signs=("question choices answerKey",), texts=("question",), context="Question: {question}\nAnswer:",
+    choices="choices.text", labels="choices.label", answer="answerKey",
+)
+
 LAYOUTS = (  # the first that recognises a record has it
     # This project's own. A single choice must be predicted exactly (a last word); choices have their leading space.
     BenchmarkLayout(
@@ -107,13 +112,15 @@ LAYOUTS = (  # the first that recognises a record has it
         name="OpenBookQA", signs=("question_stem choices",), texts=("question_stem",), context="{question_stem}",
         choices="choices.text", labels="choices.label", answer="answerKey", rule="mean",
     ),
-    BenchmarkLayout(
-        name="ARC", signs=("question choices answerKey",), texts=("question",), context="Question: {question}\nAnswer:",
-        choices="choices.text", labels="choices.label", answer="answerKey",
-    ),
+    _ARC,
+    replace(_ARC, signs=("question choices.label answer",), answer="answer"),
     BenchmarkLayout(
         name="MMLU", signs=("question choices answer",), texts=("question",), context="{question}",
         choices="choices", answer="answer", lettered=True,
+    ),
+    BenchmarkLayout(
+        name="MMLU-Pro", signs=("question options answer",), texts=("question",), context="{question}",
+        choices="options", answer="answer", lettered=True,
     ),
     _COLUMNS,
     replace(
@@ -139,7 +146,9 @@ def read_items(
 
 
 def _advice(record: FileRecord) -> str:
-    """For tables whose first line is probably none of names."""
+    """For records without an answer, and tables whose first line is probably none of names."""
+    if empty := [key for key in ("answer", "answerKey", "label") if record.value.get(key, "") is None]:
+        return f"; {empty[0]} is null, and a split without answers cannot be scored"
     named = all(re.fullmatch(r"[A-Za-z_][\w .-]{0,30}", str(key)) for key in record.value)
     return (
         "" if named else "; if the first line is a question already, put a line with the names of the columns above it"
@@ -187,7 +196,7 @@ def _read_item(layout: BenchmarkLayout, fields: RecordFields) -> CapabilityItem:
 
 
 def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: RecordFields) -> int:
-    """Index of the right choice, given as a label, a number, its digits (as in tables of the hub) or a letter."""
+    """Index of the right choice, given as a label, a number, its digits (as in tables of the hub), a letter or its text."""
     value = fields.find(path, "the number of the right choice")
     if value is ...:
         return 0
@@ -198,15 +207,22 @@ def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: 
         elif labels and value not in labels:
             fields.wrong(path, f"one of {', '.join(labels)}", value)
         return labels.index(value) if value in labels else 0
-    index = value
+    index = int(value) if type(value) is float and value == value // 1 else value  # of a column that lacks some
+    letters = LETTERS[: len(choices)] if layout.lettered else ""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}", value):
         index = int(value)
-    elif layout.lettered and isinstance(value, str) and len(value) == 1 and value in LETTERS:
-        index = LETTERS.index(value)
+    elif isinstance(value, str) and value and value in letters:
+        index = letters.index(value)
+    elif isinstance(value, str) and choices.count(value) == 1:
+        index = choices.index(value)
+    elif isinstance(value, str) and len(bare := value.strip(" ().").upper()) == 1 and bare in letters:
+        index = letters.index(bare)
     if type(index) is not int or not 0 <= index < (len(choices) or len(LETTERS)):
         hint = " (a split without answers cannot be scored)" if value in NO_ANSWERS else ""
         last = f", 0 to {len(choices) - 1}" if choices else ""
-        fields.wrong(path, f"the number of the right choice{last}{hint}", value)
+        fields.wrong(
+            path, f"the number of the right choice{last}, {'its letter ' * layout.lettered}or its text{hint}", value
+        )
         return 0
     return index
 

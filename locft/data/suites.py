@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import Any
 
 from locft.data.capability_item import CapabilityItem
+from locft.data.data_sets import hub_records, is_saved, saved_records
 from locft.data.record_files import (
     FileRecord,
     file_records,
-    hub_records,
     missing_path,
     read_json_records,
     read_text,
@@ -189,7 +189,7 @@ def _files(what: str, source: str) -> tuple[str, ...]:
     path = Path(source).expanduser()
     if path.suffix.lower() in _TEXTS:
         raise InputError(f"{what}: {source} is plain text, which has no right answers; name it as prose instead")
-    if not path.is_dir():
+    if not path.is_dir() or is_saved(path):
         return (source,)
     files = tuple(str(file) for file in sorted(path.iterdir()) if file.suffix.lower() in _TABLES)
     if not files:
@@ -206,6 +206,8 @@ def _records(source: str) -> tuple[str, list[FileRecord], list[str]]:
         return source, hub_records(source, hub["name"], hub["config"] or None, hub["split"], PREFERRED_SPLITS), []
     if not path.exists():
         raise InputError(missing_path(path))
+    if is_saved(path):
+        return source, saved_records(path, PREFERRED_SPLITS), []
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file")
     if suffix not in _TABLES:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ QUANTIZED_BY = ("quantization_config", "compression_config", "quantization")
 """Keys of a configuration that say how its weights are quantized: transformers', compressed-tensors' and MLX's."""
 QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Where AutoGPTQ, AutoAWQ and ModelOpt say the same, in a file of its own."""
+_POINTER = b"version https://git-lfs"
 CODES = ("weight", "qweight", "packed", "blocks", "codes")
 """How the names of matrices end that are stored as integer codes; other integers are masks and positions."""
 
@@ -72,7 +73,11 @@ def opened(file: Path, what: str = "model file") -> Iterator[Any]:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{what} {file}: not readable as safetensors: {one_line(error)}") from error
+        cause = one_line(error)
+        with suppress(OSError), file.open("rb") as start:
+            if start.read(len(_POINTER)) == _POINTER:
+                cause = "it is a pointer of Git LFS; `git lfs pull` in that folder fetches the file itself"
+        raise InputError(f"{what} {file}: not readable as safetensors: {cause}") from error
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, about: dict[str, str]) -> None:
@@ -91,8 +96,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if not index.is_file():
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise InputError(
-            f"model folder {folder}: expected {WHOLE} or {INDEX} in it, found {found} "
-            "(other weight formats are not read)"
+            f"model folder {folder}: expected {WHOLE} or {INDEX} in it, found {found}; other weight formats are not read "
+            "(transformers' save_pretrained writes safetensors)"
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -7,16 +7,17 @@ this difference to the base, so a delta read back from a file gives the same met
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from locft.errors import InputError
+from locft.errors import InputError, one_line
 from locft.model.checkpoint import DELTA, FORMAT, no_delta, opened, write_tensors
 from locft.model.models import LoadedModel
 
@@ -57,9 +58,8 @@ class EditDelta:
 
     def save(self, path: Path) -> Path:
         """Write one safetensors file (with `FILE_NAME` in it when `path` is a folder); returns the file, which is there as a
-        whole or not at all."""
+        whole or not at all. Raises InputError if it cannot be written, as on a full disk."""
         if path.suffix != ".safetensors":
-            path.mkdir(parents=True, exist_ok=True)
             path = path / FILE_NAME
         about = {
             "format": FORMAT,
@@ -68,8 +68,15 @@ class EditDelta:
             "settings": json.dumps(dict(self.settings), sort_keys=True),
         }
         partial = path.with_name(f".{path.name}.partial")
-        write_tensors(self.tensors, partial, about)
-        return partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(self.tensors, partial, about)
+            return partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write {path}: {one_line(error)}") from error
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "EditDelta":

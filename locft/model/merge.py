@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
-from locft.errors import InputError, listed
+from locft.errors import InputError, listed, one_line
 from locft.model.checkpoint import INDEX, WHOLE, headers, opened, weight_files
 from locft.model.delta import EditDelta
 from locft.model.models import BUILT_IN, folder_fingerprint, load_structure, model_folder
@@ -193,7 +194,7 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"cannot write {folder}: it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
+            f"cannot write {folder}: it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there"
         )
 
 
@@ -206,7 +207,7 @@ def appears_whole(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or one_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

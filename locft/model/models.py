@@ -7,6 +7,8 @@ read, and code that comes with a model runs only if the caller asks for it.
 import hashlib
 import json
 import logging
+import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,8 @@ _log = logging.getLogger(__name__)
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 HUB_DUPLICATES = ["consolidated*", "*/*"]
 """Second copies of the weights in other formats, which some repositories carry and nothing here reads."""
+TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken", "qwen.")
+"""How the names of files with a tokenizer begin."""
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 """What transformers and the libraries below it raise for a folder that does not hold what it should."""
 
@@ -111,23 +115,29 @@ def load_model(
         raise InputError(f"model {name!r}: dividing it needs GPUs, got device {device!r} with {gpus} of them")
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     fingerprint = folder_fingerprint(folder)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)  # first, because weights may take minutes
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
     if spread:
         options["device_map"] = "auto"
     try:
         loader = model_class(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
         loaded: Any = loader.from_pretrained(  # a pair, which transformers' hints do not say
-            folder, use_safetensors=True, output_loading_info=True, **options
+            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except LOAD_ERRORS as error:
         raise InputError(f"model {name!r}: the folder {folder} does not load: {one_line(error)}") from error
     model, report = loaded
+    if wrong := sorted(report["mismatched_keys"]):  # transformers would leave these, too, at random values
+        key, stored, asked = wrong[0]
+        raise InputError(
+            f"model {name!r}: {len(wrong)} weights in {folder} have other sizes than its config.json asks for: {key} is "
+            f"{' x '.join(map(str, stored))}, expected {' x '.join(map(str, asked))}"
+        )
     if missing := sorted(report["missing_keys"]):  # transformers only warns and leaves them at random values
         raise InputError(
             f"model {name!r}: the folder {folder} lacks {len(missing)} of the weights that its config.json asks for: "
             f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
         )
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model.eval().requires_grad_(False)
     if not spread:
         model.to(target)
@@ -142,14 +152,23 @@ def load_model(
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The class that makes a model of this configuration: a causal LM, or a vision-language model whole."""
-    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    """The class that makes a model of this configuration: a causal LM, or a vision-language model whole. Raises ValueError
+    for other kinds of models."""
+    causal, whole = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    whole = whole and not causal
+    if not (causal or whole or hasattr(config, "auto_map")):
+        raise ValueError(f"a model of type {config.model_type} is no causal language model, which an edit needs")
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer alone. Raises InputError if there is none or it has no EOS token."""
     folder = model_folder(name, trust_remote_code=trust_remote_code)
+    if not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+        raise InputError(
+            f"model {name!r}: there is no tokenizer in {folder} (no tokenizer.json); copy the tokenizer's files of the model "
+            "that it was made from"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
@@ -189,9 +208,12 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
             raise InputError(f"model file {name}: expected a .gguf file or a folder with config.json and safetensors")
         return made_once("models", f"gguf-{_file_sha256(path)[:16]}", lambda folder: _dequantise(path, folder))
     if not _looks_like_hub_id(name):
+        near = did_you_mean(name, BUILT_IN)
+        if found := re.fullmatch(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+).*", name):
+            near = f"; did you mean {found[1]}?"
         raise InputError(
             f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}), no such folder or .gguf file, and not a "
-            f"hub id of the form owner/name{did_you_mean(name, BUILT_IN)}"
+            f"hub id of the form owner/name{near}"
         )
     _hub_config(name, trust_remote_code)
     return _from_hub(name, HUB_FILES, trust_remote_code)
@@ -258,7 +280,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
                 gguf.parent, **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
-    except (*LOAD_ERRORS, IndexError, AssertionError) as error:  # the reader meets arbitrary bytes
+    except (*LOAD_ERRORS, IndexError, AssertionError, struct.error) as error:  # the reader meets arbitrary bytes
         raise InputError(f"model file {gguf}: not readable as GGUF: {one_line(error)}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -83,5 +83,17 @@ def new_folder(folder: Path, file: str) -> Path:
 
 
 def write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    """Write a file that appears whole or not at all. Raises InputError, as on a full disk."""
+    special = file.exists() and not file.is_file()  # /dev/stdout, a pipe
+    place = file.resolve()  # a link stays one
+    partial = place if special else place.with_name(f"{place.name}.partial-{os.getpid()}")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        if not special:
+            partial.replace(place)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror or error}") from None
+    finally:
+        if not special:
+            partial.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ Commands import what they run: `locft --help` would otherwise load torch, Ray an
 """
 
 import json
-import shlex
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -56,8 +55,8 @@ def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOptio
     """Show the trials of STUDY, their number and what they will take. Runs and writes nothing."""
     from sweeps.answer import foresee
 
-    prepared = study.prepared()
-    forecast = foresee(prepared, resolve_uri(tracking_uri))
+    uri, prepared = resolve_uri(tracking_uri), study.prepared()
+    forecast = foresee(prepared, uri)
     if as_json:
         trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
         expected = {
@@ -98,7 +97,7 @@ def sweep(
     from sweeps.commands.progress import Progress
     from sweeps.sweep import run_sweep
 
-    prepared, tracking_uri = study.prepared(), resolve_uri(tracking_uri)
+    tracking_uri, prepared = resolve_uri(tracking_uri), study.prepared()
     report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
     introduce(prepared)
     forecast = foresee(prepared, tracking_uri)
@@ -138,7 +137,7 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
     from sweeps.tracking.store import connect
     from sweeps.tracking.study_run import find_tracker
 
-    prepared, uri = study.prepared(), resolve_uri(tracking_uri)
+    uri, prepared = resolve_uri(tracking_uri), study.prepared()
     if tracking_uri:  # a store that is named must exist; the default one may be created later
         connect(uri)
     tracker = find_tracker(uri, prepared.study.name, prepared.id)
@@ -191,7 +190,7 @@ def report(
     for name, given in (("--compare-set", compare_set), ("--compare-uri", compare_uri)):
         if given and compare is None:
             raise InputError(f"{name}: expected --compare OTHER with it, the study that it is for")
-    prepared, uri = study.prepared(), resolve_uri(tracking_uri)
+    uri, prepared = resolve_uri(tracking_uri), study.prepared()
     second = None if compare is None else prepared_study(compare, compare_set)
     second_uri = resolve_uri(compare_uri or tracking_uri)
     if second is not None and (second.id, second_uri) == (prepared.id, uri):
@@ -243,11 +242,6 @@ class SelectionOptions:
         )
         return replace(request, command=typed())
 
-    def edits_words(self) -> list[str]:
-        """The values of --edits, --limit and --map that name the same edits in another command."""
-        limit = [] if self.limit is None else ["--limit", str(self.limit)]
-        return [self.edits, *limit, *(word for one in self.field_map or () for word in ("--map", one))]
-
 
 def select(
     wanted: SelectionOptions,
@@ -264,12 +258,12 @@ def select(
     from sweeps.select.answer import conclude
     from sweeps.select.selection import run_selection
 
-    request = wanted.request()
+    uri, request = resolve_uri(tracking_uri), wanted.request()
     file = writable(position_file or Path(f"{request.study.name}.json"))
     page = writable(file.with_suffix(".html"))
     introduce(request)
     progress = Progress(request.study.name)
-    running = run_selection(request, resolve_uri(tracking_uri), address=address, progress=progress)
+    running = run_selection(request, uri, address=address, progress=progress)
     with redirect_stdout(sys.stderr), running as (found, tracker):  # Ray prints on standard output
         answer = conclude(found, tracker, str(file))
     write(page, answer.html)
@@ -279,8 +273,7 @@ def select(
         written = {"file": str(file), "page": str(page), "tracking_uri": tracker.uri}
         print_json({"position": answer.position, **written, "not_recorded": answer.not_recorded})
     else:
-        edits = shlex.join(wanted.edits_words())
-        print_selection(answer.position, file, page, tracker.uri, edits)
+        print_selection(answer.position, answer.command, page, tracker.uri)
     if answer.not_recorded:
         notice(f"MLflow does not have all of this ({answer.not_recorded}); the same command records it")
     _end(found.ending, "runs", failed=answer.position is None)

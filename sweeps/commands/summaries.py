@@ -105,9 +105,11 @@ def print_answer(
         say(f"\nEdit at {pick.position}. {pick.rule}", "bold")
         for reason in pick.reasons:
             say(f"  {reason}")
-        say(f"Repeat it: locft edit {model} --from-run {by_id[pick.trial_id]['run_id']}{store} --out edited")
+        say(
+            f"Repeat it: locft edit {shlex.quote(model)} --from-run {by_id[pick.trial_id]['run_id']}{store} --out edited"
+        )
         if registered:
-            say(f"Apply it: locft apply {registered} --model {model}{store} --out edited-model")
+            say(f"Apply it: locft apply {registered} --model {shlex.quote(model)}{store} --out edited-model")
     print_remedies(answer.remedies, tracking_uri)
     if comparison:
         from analysis.stats.comparison import cautions, moved
@@ -128,7 +130,7 @@ def print_remedies(remedies: "Iterable[Remedy]", tracking_uri: str | None = None
 
 
 def _store_option(tracking_uri: str | None) -> str:
-    return "" if tracking_uri in (None, resolve_uri(None)) else f" --tracking-uri {tracking_uri}"
+    return "" if tracking_uri in (None, resolve_uri(None)) else f" --tracking-uri {shlex.quote(tracking_uri)}"
 
 
 def _print_front(front: list[dict[str, Any]], pick: "Recommendation | None") -> None:
@@ -164,10 +166,10 @@ def _compared(comparison: "Comparison") -> dict[str, Any]:
     }
 
 
-def print_selection(position: dict[str, Any] | None, file: Path, page: Path, tracking_uri: str, edits: str) -> None:
+def print_selection(position: dict[str, Any] | None, command: str, page: Path, tracking_uri: str) -> None:
     """Print the selected position, what to expect of it, and the command that makes the edit.
 
-    position: content of the position file, `file`. page: the HTML page. edits: the values of --edits, --limit and --map.
+    position: content of the position file. page: the HTML page.
     """
     from analysis.stats.pick import by_format_text
     from sweeps.select.position_file import UNMEASURED
@@ -188,7 +190,7 @@ def print_selection(position: dict[str, Any] | None, file: Path, page: Path, tra
             say(f"  {UNMEASURED}")
         spent = f"{percent(how['grid_share'])} of the full grid's cost, {seconds(how['wall_seconds'])}"
         say(f"  {plural(how['runs'], 'run')}, {spent}")
-        say(f"Make the edit: locft edit {position['model']} --edits {edits} --position {file} --out edited")
+        say(f"Make the edit: {command}")
     say(f"Page: {page}\nMLflow: locft ui --tracking-uri {shlex.quote(tracking_uri)}")
 
 

@@ -1,7 +1,8 @@
 """What libraries take for granted of the place where a command runs: a user's name, a home, a way to this machine's servers.
 
 Containers give a process a number without a name and a home that cannot be written; company machines send every request
-through a proxy. What is supplied here also holds for the processes that a command starts.
+through a proxy. What is supplied here also holds for the processes that a command starts. The command line and the
+functions for notebooks both begin with it.
 """
 
 import getpass

@@ -19,6 +19,7 @@ from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run, start_rate
 from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
 from sweeps.select.request import METHOD, Selection, SelectionRequest
+from sweeps.study.schema import Study
 from sweeps.tracking.outbox import with_retries
 from sweeps.tracking.registry import register_position
 from sweeps.tracking.store import TrackingError
@@ -34,6 +35,8 @@ class SelectionAnswer:
     probe alone (`predicted` is empty)."""
     html: str
     """The report."""
+    command: str
+    """What to type to make the edit at that position."""
     not_recorded: str | None = None
     """Why MLflow lacks the answer or the registered position."""
 
@@ -54,7 +57,7 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Sele
             register_position(tracker.client, tracker.run_id(), selection.request.study.model, content)
     except TrackingError as error:  # the report may lack the answers to single prompts, which only the store has
         answer, lost = answer or answer_of(state, None, found=found), str(error)
-    return SelectionAnswer(content, answer.report_html, lost)
+    return SelectionAnswer(content, answer.report_html, found.command, lost)
 
 
 def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | None, answer: StudyAnswer) -> None:
@@ -159,9 +162,6 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
 def _how_found(selection: Selection, content: dict[str, Any] | None, position_file: str) -> HowFound:
     """What the report says besides the results."""
     request, study = selection.request, selection.request.study
-    limit = "" if study.edits.limit is None else f" --limit {study.edits.limit}"
-    mapped = "".join(f" --map {shlex.quote(f'{name}=' + ','.join(keys))}" for name, keys in study.edits.map.items())
-    edits = f"--edits {shlex.quote(study.edits.source)}{limit}{mapped}"
     positions = plural(len(selection.candidates), "position")
     share, minutes = request.share, request.minutes
     budget = f"{minutes:g} minutes" if share is None else f"{percent(share)} of the grid's cost"
@@ -185,7 +185,7 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
             " to be the pick, or on the front, for what they cost. Some of the budget is kept for a second seed of the"
             " leader and another learning rate: half, or twice where it learnt too little."
         ),
-        command=f"locft edit {shlex.quote(study.model)} {edits} --position {shlex.quote(position_file)} --out edited",
+        command=edit_command(study, position_file),
         facts=(
             ("Budget", budget + ended),
             ("Cost", f"{cost}; the grid of {positions} would take about {grid}"),
@@ -201,3 +201,12 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
 def _run(request: SelectionRequest, run: Run) -> dict[str, Any]:
     rate, seed = run.learning_rate, run.seed
     return {"trial_id": request.config(run).id, "position": run.position, "learning_rate": rate, "seed": seed}
+
+
+def edit_command(study: Study, position_file: str) -> str:
+    """The command that makes the edits of a study at the position of a file."""
+    edits = study.edits
+    limit = [] if edits.limit is None else ["--limit", str(edits.limit)]
+    mapped = [word for name, keys in edits.map.items() for word in ("--map", f"{name}={','.join(keys)}")]
+    words = ["locft", "edit", study.model, "--edits", edits.source, *limit, *mapped, "--position", position_file]
+    return shlex.join([*words, "--out", "edited"])

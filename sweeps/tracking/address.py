@@ -61,7 +61,7 @@ def resolve_uri(uri: str | None) -> str:
         return f"sqlite:///{file}"
     if scheme in DATABASES:
         return given
-    if scheme == "databricks":
+    if given.lower().partition(":")[0] in ("databricks", "databricks-uc", "uc"):
         raise InputError(f"tracking address {given!r}: LocFT does not write to Databricks; expected {ACCEPTED}")
     if scheme in ("", "file"):
         path = Path(unquote(given.removeprefix("file:").removeprefix("//")))

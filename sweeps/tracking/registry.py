@@ -66,6 +66,8 @@ def add_version(
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=about)
     logged = source.removeprefix(PREFIX) if source.startswith(PREFIX) else None
+    if logged:  # by this address MLflow would look for it in its default store, and create that
+        source = client.get_logged_model(logged).artifact_location
     made = client.create_model_version(name, source, run_id, tags=dict(tags), description=description, model_id=logged)
     client.set_registered_model_alias(name, alias, made.version)
     return f"{PREFIX}{name}@{alias}"
@@ -179,8 +181,7 @@ def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
             registered = store.client.get_model_version_by_alias(name, alias)
         else:
             registered = store.client.get_model_version(name, version)
-        logged = store.client.get_logged_model(registered.source.removeprefix(PREFIX))
-        uri = store.client.tracking_uri
-        return Path(
-            download_artifacts(logged.artifact_location, dst_path=str(into), tracking_uri=uri, registry_uri=uri)
-        )
+        source, uri = registered.source, store.client.tracking_uri
+        if source.startswith(PREFIX):  # as versions were registered before
+            source = store.client.get_logged_model(source.removeprefix(PREFIX)).artifact_location
+        return Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri, registry_uri=uri))

@@ -64,7 +64,8 @@ def store_errors(what: str, as_error: type[Exception] = TrackingError) -> Iterat
     except (InputError, TrackingError):
         raise
     except Exception as error:
-        cause = redact(str(error) or type(error).__name__)[:1000]
+        said = str(error).partition("\n[SQL:")[0]  # SQLAlchemy adds the whole statement
+        cause = redact(said or type(error).__name__)[:1000]
         if as_error is TrackingError and getattr(error, "error_code", None) in _REFUSALS:
             as_error = Refused
         raise as_error(f"tracking store, {what}: {cause}") from None
@@ -93,7 +94,13 @@ def connect(uri: str, *, create: bool = False) -> "Store":
 
         for name in ("alembic", "mlflow"):  # creating the tables is announced line by line
             logging.getLogger(name).setLevel(logging.WARNING)
-        return Store(MlflowClient(uri, registry_uri=uri), uri)
+        new = path is not None and not path.exists()
+        try:
+            return Store(MlflowClient(uri, registry_uri=uri), uri)
+        except Exception as error:
+            if path is not None and new and "disk" in str(error):
+                path.unlink(missing_ok=True)  # it is full: half of the tables would pass for another version's
+            raise
 
 
 class Store:

@@ -192,9 +192,9 @@ def test_several_edits_in_one_record(tmp_path):
 
 def test_problems_of_several_edits_in_one_record_have_their_place(tmp_path):
     problem = only_problem(
-        tmp_path, [{"requested_rewrite": [REWRITE, REWRITE | {"target_new": 3}]}, {"requested_rewrite": REWRITE}]
+        tmp_path, [{"requested_rewrite": [REWRITE, REWRITE | {"target_new": 3.5}]}, {"requested_rewrite": REWRITE}]
     )
-    assert "record 1 (line 1), field requested_rewrite[1].target_new: expected text, got a number 3" in problem
+    assert "record 1 (line 1), field requested_rewrite[1].target_new: expected text, got a number 3.5" in problem
     assert "field requested_rewrite[0]: expected an object" in only_problem(tmp_path, [{"requested_rewrite": ["x"]}])
 
 

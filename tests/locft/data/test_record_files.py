@@ -91,8 +91,10 @@ def test_bad_json_list(tmp_path, content, expected):
 def test_not_utf8_names_line_and_byte(tmp_path):
     (problem,) = problems_of(write(tmp_path, "a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n'))
     assert "line 2: not UTF-8: byte 0xe9 at offset 19" in problem
-    (problem,) = problems_of(write(tmp_path, "b.jsonl", '{"a": 1}'.encode("utf-16")))
-    assert "begins like UTF-16" in problem
+    (problem,) = problems_of(write(tmp_path, "b.jsonl", b'\xff\xfe{\0"'))
+    assert "line 1: not UTF-16" in problem
+    (problem,) = problems_of(write(tmp_path, "c.jsonl", '{"a": 1}'.encode("utf-16-le")))
+    assert "zero bytes" in problem
 
 
 def test_missing_file_names_the_nearest(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from locft.errors import InputError
@@ -93,3 +94,20 @@ def test_a_file_may_be_read_by_whom_other_files_may(tmp_path):
     assert delta.scaled(2.0).save(tmp_path) == file
     assert EditDelta.load(file).tensors["weight"].sum() == 12
     assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, "plain"]
+
+
+def test_a_delta_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    delta = EditDelta("1.mlp_down", "f" * 16, {"weight": torch.ones(2)})
+
+    def full(_, file, **__):
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("locft.model.checkpoint.save_file", full)
+        with pytest.raises(InputError, match="cannot write .*No space left on device"):
+            delta.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(InputError, match="cannot write"):
+        delta.save(tmp_path / "taken" / "inside")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -216,16 +216,19 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     delta = delta_at(base, "1.mlp_down")
     before = sorted(tmp_path.rglob("*"))
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):
 
-    monkeypatch.setattr(merging, "_overwrite", full)
-    assert "cannot write" in refused(str(base), delta, tmp_path / "m")
+        def full(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(merging, "_overwrite", full)
+        message = refused(str(base), delta, tmp_path / "m")
+        assert "cannot write" in message and "No space left on device" in message
     monkeypatch.setattr(merging, "_overwrite", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         merge(str(base), delta, tmp_path / "m")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    assert "0.0 GB are free" in refused(str(base), delta, tmp_path / "m")
+    assert "0.0 MB are free" in refused(str(base), delta, tmp_path / "m")
     assert sorted(tmp_path.rglob("*")) == before
 
 

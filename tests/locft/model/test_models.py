@@ -513,7 +513,8 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path):
     folder = save(tmp_path / "other-shape")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
-    assert "does not load" in refusal(load_model, str(folder), device="cpu")
+    message = refusal(load_model, str(folder), device="cpu")
+    assert "have other sizes than its config.json asks for" in message and ", expected 32 x 64" in message
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
@@ -529,7 +530,24 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     message = refusal(load_model, str(tmp_path / "model"), device="cpu")
+    assert "there is no tokenizer in" in message
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    message = refusal(load_model, str(tmp_path / "model"), device="cpu")
     assert "tokenizer" in message and "does not load" in message
+
+
+def test_what_is_no_model_is_told_apart(tmp_path):
+    folder = save(tmp_path / "pointer")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    assert "git lfs pull" in refusal(load_model, str(folder), device="cpu")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    assert "not readable as GGUF" in refusal(load_model, str(tmp_path / "cut.gguf"), device="cpu")
+    assert "did you mean owner/name?" in refusal(load_structure, "https://huggingface.co/owner/name/tree/main")
+    folder = save(tmp_path / "translator")
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    for call in (load_model, load_structure):
+        message = refusal(call, str(folder))
+        assert "translator" in message and "a model of type t5 is no causal language model" in message
 
 
 # Settings

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,24 @@ def test_it_needs_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "0 set()", done.stderr
+
+
+def test_what_cannot_be_written_whole_is_not_written(locft, file, workplace, monkeypatch):
+    """On a full disk: one message, and a file of that name stays as it was."""
+    (workplace / "kept.jsonl").write_text("mine")
+    before = sorted(workplace.iterdir())
+
+    def full(path, text, **_):
+        path.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        for name in ("kept.jsonl", "new.jsonl"):
+            said = locft("edits", file, *MAP, "--fix", name)
+            assert said.code == 2 and f"cannot write {name}: No space left on device" in said.err
+    assert sorted(workplace.iterdir()) == before and (workplace / "kept.jsonl").read_text() == "mine"
+    (workplace / "link.jsonl").symlink_to("kept.jsonl")
+    assert locft("edits", file, *MAP, "--fix", "link.jsonl").code == 0
+    assert (workplace / "link.jsonl").is_symlink() and '"Oslo"' in (workplace / "kept.jsonl").read_text()
+    assert '"Oslo"' in locft("edits", file, *MAP, "--fix", "/dev/stdout").out, "a device is no file to be replaced"

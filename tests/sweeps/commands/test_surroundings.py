@@ -10,6 +10,7 @@ from urllib.request import proxy_bypass
 
 import pytest
 
+import sweeps
 from locft.cache import cache_folder
 from locft.errors import InputError
 from locft.machine import usable_cores
@@ -107,6 +108,15 @@ def test_hosts_that_are_exempt_under_one_name_stay_exempt(name, monkeypatch, tmp
     monkeypatch.setenv(name, "intra.example")
     settle()
     assert proxy_bypass("intra.example") and proxy_bypass("127.0.0.1")
+
+
+def test_the_functions_for_notebooks_begin_with_it_too(monkeypatch, workplace, study_file, capsys):
+    monkeypatch.setenv("HOME", "/proc/none")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert sweeps.load_results(study_file()).empty
+    assert "no writable home folder" in capsys.readouterr().err
+    assert proxy_bypass("127.0.0.1") and os.environ["HOME"] != "/proc/none"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a system that binds no processes to cores")

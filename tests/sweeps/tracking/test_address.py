@@ -110,6 +110,18 @@ def test_artifacts_that_nobody_can_write_are_found_before_the_first_trial(tmp_pa
         Tracker.open(address.resolve_uri(None), "study", STUDY)
 
 
-def test_databricks_is_refused():
+@pytest.mark.parametrize("uri", ["databricks://profile", "databricks", "databricks-uc"])
+def test_databricks_is_refused(uri):
     with pytest.raises(InputError, match="does not write to Databricks; expected sqlite"):
-        address.resolve_uri("databricks://profile")
+        address.resolve_uri(uri)
+
+
+def test_a_full_disk_leaves_no_half_store(tmp_path, monkeypatch):
+    def full(*_, **__):
+        (tmp_path / "new.db").write_text("half")
+        raise RuntimeError("(sqlite3.OperationalError) database or disk is full\n[SQL: \nCREATE TABLE tags (\n)\n]")
+
+    monkeypatch.setattr("mlflow.MlflowClient", full)
+    with pytest.raises(InputError) as caught:
+        connect(address.resolve_uri(f"sqlite:///{tmp_path / 'new.db'}"), create=True)
+    assert str(caught.value).endswith("database or disk is full") and not list(tmp_path.iterdir())

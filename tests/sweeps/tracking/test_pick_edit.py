@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -91,7 +92,9 @@ def test_the_pick_is_registered_once_and_can_be_applied(study, tiny_folder, locf
 
 def _is_the_run_s_model(client, version, row):
     """The version is a logged model of the trial's run, with the run's metrics, each with its data set."""
-    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    (output,) = client.get_run(row["run_id"]).outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    assert version.source == logged.artifact_location
     assert (logged.source_run_id, logged.status, logged.model_type) == (row["run_id"], "READY", "edited-model")
     trial = client.get_run(row["run_id"])
     assert [one.model_id for one in trial.outputs.model_outputs] == [logged.model_id]
@@ -160,9 +163,13 @@ def test_aliases_are_what_mlflow_takes(workplace):
     assert registered_edit("nothing", "latest-of-all", resolve_uri(None)) is None
 
 
-def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
-    """The study's pick, then the same run repeated with another rate."""
-    tracker = Tracker.open(resolve_uri(None), "registered", STUDY)
+@pytest.mark.parametrize("file", ["mlflow.db", "elsewhere/store.db"])
+def test_every_registration_of_a_run_keeps_its_own_delta(workplace, file):
+    """The study's pick, then the same run repeated with another rate, in whichever store: MLflow's default one plays no part."""
+    if file != "mlflow.db":
+        (workplace / "mlflow.db").unlink()
+    uri = resolve_uri(f"sqlite:///{file}")
+    tracker = Tracker.open(uri, "registered", STUDY)
     tracker.open_run("registered", study_yaml="", description="", environment={})
     run_id = tracker.log_trial(result(config(1)))
 
@@ -171,9 +178,8 @@ def test_every_registration_of_a_run_keeps_its_own_delta(workplace):
         return delta.save(workplace / f"{size:g}").parent
 
     for size, alias in ((2.0, "study"), (3.0, "chosen")):
-        register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, resolve_uri(None), alias)
+        register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, uri, alias)
     for address, size in {"@study": 2, "@chosen": 3, "/1": 2, "/2": 3}.items():
-        folder = fetch_edit(
-            f"models:/locft-edit-tiny{address}", resolve_uri(None), workplace / f"fetched{address.strip('/')}"
-        )
+        folder = fetch_edit(f"models:/locft-edit-tiny{address}", uri, workplace / f"fetched{address.strip('/')}")
         assert EditDelta.load(folder).tensors["weight"].tolist() == [size, size], address
+    assert [path.name for path in workplace.rglob("*.db")] == [Path(file).name]
