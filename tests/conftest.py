@@ -135,8 +135,8 @@ def few_probes(monkeypatch):
 
     whole = benchmarks.load_suite
 
-    def few(suite, tasks=None, limit=None, prose=None):
-        return whole(suite, tasks, limit or 5, prose)
+    def few(suite, tasks=None, limit=None, prose=None, **harness):
+        return whole(suite, tasks, min(limit or 5, 5), prose, **harness)
 
     monkeypatch.setattr(benchmarks, "load_suite", few)
 

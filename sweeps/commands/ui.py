@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from locft.errors import InputError
-from sweeps.tracking.address import check_reachable, redact, sqlite_path, take_credentials
+from sweeps.tracking.address import check_reachable, mlflow_address, redact, sqlite_path, take_credentials
 
 HOST = "127.0.0.1"
 PORT = 5000
@@ -53,7 +53,7 @@ def running(uri: str, port: int | None = None) -> Iterator[tuple[str, subprocess
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     environment = {
         **os.environ,
-        "MLFLOW_BACKEND_STORE_URI": uri,  # on the command line everybody could read its password
+        "MLFLOW_BACKEND_STORE_URI": mlflow_address(uri, where),  # on the command line everybody could read its password
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its processes would outlive the server
     }

@@ -49,15 +49,13 @@ def resolve_uri(uri: str | None) -> str:
         return given.rstrip("/")
     if scheme == "sqlite":
         path = given.partition(":///")[2]
+        if not Path(path).expanduser().is_file():  # else the sign is part of its name
+            path = path.partition("?")[0]
         if not path or path == ":memory:":
             raise InputError(f"tracking address {given!r} names no file; expected for example {DEFAULT_URI}")
         file = Path(path).expanduser().absolute()
-        if "?" in str(file) or unquote(str(file)) != str(file):
-            sign = "?" if "?" in str(file) else "%"
-            raise InputError(
-                f"tracking store {file}: its path has a {sign!r}, which means something else in the address of an SQLite file; "
-                "rename the folder or the file, or give another --tracking-uri"
-            )
+        for place in (Path.cwd(), file.parent):  # where commands run, and the server of `locft ui`
+            mlflow_address(f"sqlite:///{file}", place)
         return f"sqlite:///{file}"
     if scheme in DATABASES:
         return given
@@ -93,6 +91,26 @@ def take_credentials(uri: str) -> str:
 def sqlite_path(uri: str) -> Path | None:
     """The file of a resolved sqlite address; None for every other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def mlflow_address(uri: str, folder: Path) -> str:
+    """A resolved address as MLflow takes it in a process whose working directory is `folder`.
+
+    SQLAlchemy ends the path of an SQLite file at "?", and reads "%" with two digits behind it as an escape, which MLflow,
+    creating the file's folders, does not. A file whose path has them is named relative to the working directory. Raises
+    InputError if they are in what is left of the path.
+    """
+    path = sqlite_path(uri)
+    if path is None or not {"?", "%"} & set(str(path)):
+        return uri
+    name = os.path.relpath(path, folder)
+    if "?" in name or unquote(name) != name:
+        sign = "?" if "?" in name else "%"
+        raise InputError(
+            f"tracking store {path}: its name has a {sign!r}, which means something else in the address of an SQLite file; "
+            "rename the folder or the file, or run the command in the folder of the file"
+        )
+    return f"sqlite:///{name}"
 
 
 def check_writable(folder: Path, what: str) -> None:

@@ -21,6 +21,7 @@ from locft.errors import InputError
 from sweeps.tracking.address import (
     check_reachable,
     check_writable,
+    mlflow_address,
     redact,
     sqlite_path,
     take_credentials,
@@ -39,6 +40,10 @@ _INFINITY = 1.7976931348623157e308
 """MLflow stores infinities as the largest float."""
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """MLflow's codes for bad input. A missing permission has another code: it may be granted later."""
+
+
+_addresses: dict[str, str] = {}
+"""What MLflow was given in this process -> the resolved address: a relative path means another file in another folder."""
 
 
 class TrackingError(RuntimeError):
@@ -94,9 +99,14 @@ def connect(uri: str, *, create: bool = False) -> "Store":
 
         for name in ("alembic", "mlflow"):  # creating the tables is announced line by line
             logging.getLogger(name).setLevel(logging.WARNING)
+        address = mlflow_address(uri, Path.cwd())
+        if _addresses.setdefault(address, uri) != uri:  # MLflow keeps what it opened by the address
+            raise InputError(
+                f"tracking store {path}: this process already uses another one of that name; start a new one"
+            )
         new = path is not None and not path.exists()
         try:
-            return Store(MlflowClient(uri, registry_uri=uri), uri)
+            return Store(MlflowClient(address, registry_uri=address), uri)
         except Exception as error:
             if path is not None and new and "disk" in str(error):
                 path.unlink(missing_ok=True)  # it is full: half of the tables would pass for another version's

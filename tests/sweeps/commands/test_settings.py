@@ -8,7 +8,7 @@ import pytest
 from locft.errors import InputError
 from locft.model.precision import training_precision
 from locft.train.pipelines import TrainingSettings
-from sweeps.commands.settings import edit_settings
+from sweeps.commands.settings import EDIT_ITEMS, edit_settings
 from sweeps.study.reader import load_study, study_to_yaml
 from sweeps.study.schema import Capability, Edits
 from sweeps.tracking.address import resolve_uri
@@ -44,7 +44,7 @@ def test_defaults():
         rest_below=0.05,
     )
     assert chosen.ask_formats == ("raw", "qa", "chat")
-    assert (chosen.edits, chosen.capability) == (ATLAS, Capability())
+    assert (chosen.edits, chosen.capability) == (ATLAS, Capability(limit=EDIT_ITEMS))
     assert (chosen.dtype, chosen.device, chosen.threads, chosen.model_fingerprint) == ("float32", "auto", None, None)
 
 

@@ -2,7 +2,6 @@
 
 import http.server
 import os
-import re
 import shutil
 import sqlite3
 import threading
@@ -17,13 +16,13 @@ from sweeps.tracking.store import connect
 from sweeps.tracking.study_run import Tracker, find_tracker
 from tests.mlflow_store import STUDY, open_study
 
-ODD = ["with space", "Été (données)", "50% #1"]
+ODD = ["with space", "Été (données)", "50% #1", "100%25", "a%20b", "why?", "Été 50%41 #1 (données)?"]
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_a_study_in_a_folder_of_any_name(name, tmp_path, empty_store, monkeypatch):
     """Its store and its files are there and nowhere else, and found again."""
-    folder, file = tmp_path / name, "mlflow.db"
+    folder, file = tmp_path / name, f"{ODD.index(name)}.db"  # names of their own: MLflow keeps what it opened by name
     folder.mkdir()
     shutil.copy(empty_store, folder / file)
     monkeypatch.chdir(folder)
@@ -36,10 +35,22 @@ def test_a_study_in_a_folder_of_any_name(name, tmp_path, empty_store, monkeypatc
     assert os.listdir(tmp_path) == [name] and sorted(os.listdir(folder)) == [file, "mlruns"]
 
 
-@pytest.mark.parametrize(("name", "sign"), [("why?/m.db", "?"), ("why%3F/m.db", "%"), ("50%41.db", "%")])
+def test_a_new_store_in_a_folder_of_odd_name(tmp_path, monkeypatch):
+    for name in ("a%20b?", "a%20c?"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "a%20b?")
+    assert connect(address.resolve_uri("sqlite:///new.db"), create=True).find_experiment("none") is None
+    assert len(os.listdir(tmp_path)) == 2 and os.listdir() == ["new.db"]
+    monkeypatch.chdir(tmp_path / "a%20c?")
+    with pytest.raises(InputError, match="already uses another one of that name"):
+        connect(address.resolve_uri("sqlite:///new.db"), create=True)
+    assert not os.listdir()
+
+
+@pytest.mark.parametrize(("name", "sign"), [("why%3F/m.db", "%"), ("50%41.db", "%")])
 def test_a_name_that_cannot_be_had_is_told_before_anything_is_written(name, sign, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=f"its path has a '{re.escape(sign)}'"):
+    with pytest.raises(InputError, match=f"its name has a '{sign}'"):
         address.resolve_uri(f"sqlite:///{name}")
     assert not os.listdir(tmp_path)
 
