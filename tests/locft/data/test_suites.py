@@ -272,8 +272,16 @@ def test_prose_from_text_and_from_records(tmp_path):
         ("piqa", {"label": -1}, "0 to 1, or its text (a split without answers cannot be scored), got a number -1"),
         ("hellaswag", {"label": ""}, "a split without answers cannot be scored"),
         ("hellaswag", {"endings": ["one"]}, 'field endings: expected a list of 2 or more texts, got a list ["one"]'),
-        ("mmlu", {"answer": 4}, "field answer: expected the number of the right choice, 0 to 3, its letter or its text, got a number 4"),
-        ("mmlu", {"answer": True}, "field answer: expected the number of the right choice, 0 to 3, its letter or its text, got a boolean true"),
+        (
+            "mmlu",
+            {"answer": 4},
+            "field answer: expected the number of the right choice, 0 to 3, its letter or its text, got a number 4",
+        ),
+        (
+            "mmlu",
+            {"answer": True},
+            "field answer: expected the number of the right choice, 0 to 3, its letter or its text, got a boolean true",
+        ),
         ("mmlu", {"choices": [str(number) for number in range(30)]}, "at most 26 texts"),
         ("blimp", {"sentence_bad": 7}, "field sentence_bad: expected text, got a number 7"),
         ("lambada", {"text": "word"}, "two or more words"),
