@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from locft.workbench import Workbench
     from sweeps.study.schema import Capability
 
-CHARACTERS = 4
-"""Usual length of a token."""
+BYTES = 4
+"""Usual length of a token in UTF-8."""
 
 
 def workbench(
@@ -76,8 +76,8 @@ def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int
     asked += [(text.prompt, formats) for one in requests for text in one.portability]
     asked += [(text.prompt, 1) for one in requests for text in one.locality]
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
-    tokens = sum((len(text) // CHARACTERS + NEW_TOKENS) * times for text, times in asked)
-    tokens += sum(len(context + choice) for item in items for context, choice in item.texts) // CHARACTERS
+    tokens = sum((len(text.encode()) // BYTES + NEW_TOKENS) * times for text, times in asked)
+    tokens += sum(len((context + choice).encode()) for item in items for context, choice in item.texts) // BYTES
     found = reading_seconds(tokens, loaded.model.num_parameters(), training_precision("cpu"), torch.get_num_threads())
     return f", in about {seconds(1 + found)} on a quiet machine"
 
