@@ -54,7 +54,7 @@ FOLDER = Path(__file__).parent
 OLD_STORE = FOLDER / "old_store" / "store.zip"
 TIMED = re.compile(r"second|bytes|memory|disk")
 """In the names of what differs from run to run."""
-PLACED = ("host", "process", "report", "tracking_uri", "run_id", "warnings", "concurrent")
+PLACED = ("host", "process", "report", "tracking_uri", "run_id", "warnings", "notes", "concurrent")
 """Keys whose values depend on the machine, the place or the moment."""
 
 
