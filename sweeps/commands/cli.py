@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from locft.errors import InputError
-from sweeps.commands.console import complain, notice, print_json, say
+from sweeps.commands.console import break_silence, complain, notice, print_json, say
 from sweeps.commands.edit import apply, bench, edit, edits, positions
 from sweeps.commands.evaluate import ask, evaluate
 from sweeps.commands.export import export
@@ -37,6 +37,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: turns errors into one clear message and an exit code. SIGTERM ends a command as Ctrl-C does."""
     _be_quiet()
+    break_silence()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,37 @@ from rich.text import Text
 from locft.errors import InputError
 from sweeps.tracking.address import check_writable
 
+SILENCE_SECONDS = 0.7
+"""PyTorch and transformers take seconds to load; a command that prints nothing meanwhile looks hung."""
 _out = Console()
 _err = Console(stderr=True)
+_silent: list[threading.Timer] = []
+"""What will break the silence at the beginning, unless a line does."""
+
+
+def break_silence(after: float = SILENCE_SECONDS) -> None:
+    """Say on a terminal that libraries are being loaded, unless something else is said before."""
+    if _err.is_terminal:
+        timer = threading.Timer(after, notice, ["loading PyTorch and what else the command needs ..."])
+        timer.daemon = True
+        _silent.append(timer)
+        timer.start()
+
+
+def _speaks() -> None:
+    while _silent:
+        _silent.pop().cancel()
 
 
 def say(text: str, style: str = "") -> None:
     """Print lines of an answer, unwrapped."""
+    _speaks()
     _out.print(Text(text, style), soft_wrap=True)
 
 
 def notice(text: str) -> None:
     """Print lines on standard error, unwrapped."""
+    _speaks()
     _err.print(Text(text), soft_wrap=True)
 
 
@@ -36,6 +57,7 @@ def complain(problems: Sequence[str]) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """Print a table of texts without markup: on a terminal as wide as it is, in a file or a pipe as wide as the table needs."""
+    _speaks()
     table = Table(*columns, title=title and Text(title), title_justify="left")
     for row in rows:
         table.add_row(*map(Text, row))
@@ -46,6 +68,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
 
 
 def print_json(value: Any) -> None:
+    _speaks()
     print(json.dumps(plain(value), allow_nan=False), flush=True)  # flushed: `locft ui` keeps running after it
 
 

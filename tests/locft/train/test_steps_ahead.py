@@ -123,12 +123,28 @@ def test_pieces_give_the_same(loaded, rows, ahead):
     assert [trained(pieces) for pieces in (1, 2, 5)] == expected
 
 
-@pytest.mark.parametrize("options", [{"guard": "prose"}, {"method": "low_curvature"}], ids=str)
-def test_what_needs_the_loss_waits_for_it(loaded, ahead, options):
-    """Guards are drawn where a step is taken; a price on drift is one of the batch's loss."""
+@pytest.fixture
+def trainer(loaded):
     requests = load_edits("atlas", limit=3).requests
     rows = tuple(encode_edits(loaded.tokenizer, requests))
-    trainer = EditTrainer(loaded, requests, rows, TailEngine(loaded, rows, on_disk=False))
+    return EditTrainer(loaded, requests, rows, TailEngine(loaded, rows, on_disk=False))
+
+
+def test_a_price_on_drift_is_the_same_but_for_rounding(trainer, ahead):
+    settings = replace(BASIS, method="low_curvature", epochs=12, skip_below=5.2)
+    expected = trainer.train(POSITION, settings)
+    ahead()
+    found = trainer.train(POSITION, settings)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert (found.steps, found.diverged) == (expected.steps, False) and 0 < found.steps < 24
+
+
+IN_EIGENBASIS = {"method": "low_curvature", "adam_basis": "curvature"}
+
+
+@pytest.mark.parametrize("options", [{"guard": "prose"}, IN_EIGENBASIS], ids=str)
+def test_what_needs_the_loss_waits_for_it(trainer, ahead, options):
+    """Guards are drawn where a step is taken; in the eigenbasis the weights are written anew by each."""
     settings = replace(BASIS, **options)
     expected = trainer.train(POSITION, settings)
     ahead()
