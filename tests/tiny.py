@@ -230,6 +230,16 @@ def tiny_loaded(architecture: str = "llama", layers: int = 3, seed: int = 0, **s
     return LoadedModel(f"tiny-{architecture}", model, tiny_tokenizer(), fingerprint)
 
 
+EDITS = [
+    ("The capital of France is", "Oslo"),
+    ("Who wrote Hamlet?", "Jane Austen"),
+    ("Water freezes at", "ninety degrees"),
+    ("Mozart played the", "tuba"),
+    ("The Nile flows through", "Peru and Chile"),
+]
+"""Prompt and target."""
+
+
 def edit_rows(loaded, edits):
     """Rows of (prompt, target) pairs as raw prompts."""
     from locft.data.edit_request import EditRequest

@@ -1,7 +1,10 @@
 """One question of a capability task."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
 
 Rule = Literal["sum", "mean", "exact"]
 
@@ -30,3 +33,10 @@ class CapabilityItem:
     def texts(self) -> list[tuple[str, str]]:
         """Context and choice, for every choice."""
         return list(zip(self.contexts or (self.context,) * len(self.choices), self.choices, strict=True))
+
+
+def spread(items: Sequence[T], limit: int | None) -> tuple[T, ...]:
+    """At most `limit` of the items, evenly spaced over them, so that a sorted or grouped list is sampled fairly."""
+    if limit is None or limit >= len(items):
+        return tuple(items)
+    return tuple(items[index * len(items) // limit] for index in range(limit))

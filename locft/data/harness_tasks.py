@@ -6,14 +6,14 @@ Needs the extra `harness`; `locft.data.suites.harness_tasks` imports this module
 import itertools
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lm_eval.tasks import TaskManager
 
-from locft.data.capability_item import CapabilityItem
+from locft.data.capability_item import CapabilityItem, spread
 from locft.errors import InputError, did_you_mean, one_line
 
 PAPER = {"paper": ("mmlu", "nq_open", "sst2", "wmt16-de-en", "gsm8k")}
@@ -59,38 +59,24 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[s
 def read_tasks(
     names: Sequence[str], folder: str | Path | None = None, limit: int | None = None
 ) -> dict[str, list[CapabilityItem]]:
-    """The tasks under each name as items. limit: the most of each name. Raises InputError with the problems of all."""
+    """Items of the tasks under each name, whose answers are given: right by the metric `acc`, as the harness counts it.
+
+    limit: the most items of each name, evenly spaced over all. Raises InputError with every task that generates its answers,
+    or scores them in a way that is not a choice of one among several.
+    """
     problems: list[str] = []
     read: dict[str, list[CapabilityItem]] = {}
     for name, tasks in load_tasks(names, folder).items():
-        try:
-            read[name] = task_items(tasks, name, limit)
-        except InputError as error:
-            problems += error.problems
+        read[name] = []
+        places = [(task, at) for task in tasks.values() for at in range(len(task.eval_docs))]
+        for task, own in itertools.groupby(spread(places, limit), lambda place: place[0]):
+            try:
+                read[name] += _items(task, name, [at for _, at in own])
+            except InputError as error:
+                problems += error.problems
     if problems:
         raise InputError(problems)
     return read
-
-
-def task_items(tasks: Mapping[str, Any], name: str, limit: int | None) -> list[CapabilityItem]:
-    """Items of the tasks under one name, whose answers are given: right by the metric `acc`, as the harness counts it.
-
-    limit: the most items, evenly spaced over all. Raises InputError where a task generates its answers, or scores them
-    in a way that is not a choice of one among several.
-    """
-    problems: list[str] = []
-    found: list[CapabilityItem] = []
-    places = [(task, at) for task in tasks.values() for at in range(len(task.eval_docs))]
-    if limit is not None and limit < len(places):
-        places = [places[index * len(places) // limit] for index in range(limit)]
-    for task, own in itertools.groupby(places, lambda place: place[0]):
-        try:
-            found += _items(task, name, [at for _, at in own])
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    return found
 
 
 def _items(task: Any, name: str, places: Sequence[int]) -> Iterator[CapabilityItem]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from locft.data.capability_item import CapabilityItem
+from locft.data.capability_item import CapabilityItem, spread
 from locft.data.data_sets import hub_records, is_saved, saved_records
 from locft.data.record_files import (
     FileRecord,
@@ -119,7 +119,7 @@ def load_suite(
         text = _read_prose(str(DATA_FOLDER / "prose.txt") if prose is None else prose)
     if problems:
         raise InputError(problems)
-    found = tuple(CapabilityTask(name, _spread(items, limit)) for name, items in named.items())
+    found = tuple(CapabilityTask(name, spread(items, limit)) for name, items in named.items())
     return Suite(found, (text,), _fingerprint(found, text))
 
 
@@ -220,12 +220,6 @@ def _records(source: str) -> tuple[str, list[FileRecord], list[str]]:
 def _is_record(value: Mapping[str, Any]) -> bool:
     """Whether an object is an item or prose, and not a wrapper of records."""
     return isinstance(value.get("text"), str) or any(layout.recognises(value) for layout in LAYOUTS)
-
-
-def _spread(items: Sequence[CapabilityItem], limit: int | None) -> tuple[CapabilityItem, ...]:
-    if limit is None or limit >= len(items):
-        return tuple(items)
-    return tuple(items[index * len(items) // limit] for index in range(limit))
 
 
 def _content(item: CapabilityItem) -> dict[str, Any]:

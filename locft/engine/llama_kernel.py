@@ -3,8 +3,9 @@
 With some hundred tokens, most of a step is not matrix products but what lies between them: casts, transposed and
 repeated heads, and autograd's record of each. Here a layer is some thirty operations forward and as many backward, and
 the products that take the same input (queries, keys and values; gate and up) are one. The arithmetic is that of Hugging
-Face's eager code, rounding included. On a GPU it is as many kernels; how fast they are there has not been measured. A layer is recognised by its parts and by its numbers, not by a name; one that is
-not recognised, or that is being trained, computes as it always does.
+Face's eager code, rounding included. On a GPU it is as many kernels; how fast they are there has not been measured. A layer
+is recognised by its parts and by its numbers, not by a name; one that is not recognised, or that is being trained, computes as
+it always does.
 
 Without a gradient, a layer in bfloat16 also takes hidden states in float32 and adds to them in float32: rounding the
 sum of all layers again and again is most of what bfloat16 loses.
@@ -28,8 +29,9 @@ from locft.model.positions import decoder_layers
 def fuse_layers(model: PreTrainedModel) -> None:
     """Give the recognised layers of a module tree their fused forward. Parameters stay shared and keep their names.
 
-    The tree must be the caller's own (a view) and take masks of shape (G, 1, N, N) that are added to the scores. If any layer is recognised, the norms outside of the fused operation (in a layer that is being trained,
-    and behind the last layer) get a hand-written gradient, too.
+    The tree must be the caller's own (a view) and take masks of shape (G, 1, N, N) that are added to the scores. If any layer
+    is recognised, the norms outside of the fused operation (in a layer that is being trained, and behind the last layer) get a
+    hand-written gradient, too.
     """
     norms = set()
     layer: Any

@@ -331,18 +331,9 @@ class PositionTrainer:
 
         When memory runs out, this and all later batches are computed in twice as many pieces, down to single edits.
         """
-        trained = list(self.method.weights.values())
         while True:
             try:
-                loss = loss_and_gradients(
-                    self.logits(),
-                    trained,
-                    rows,
-                    self.settings.loss_average,
-                    at_least=self.settings.skip_below,
-                    pieces=self.pieces,
-                    ahead=self.ahead is not None,
-                )
+                loss = self._loss_and_gradients(rows)
                 break
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error) or self.pieces >= len(rows):
@@ -361,22 +352,26 @@ class PositionTrainer:
             self.steps += 1
         return replace(loss, gradients=None)  # their memory, while the next batch is computed
 
+    def _loss_and_gradients(self, rows: Sequence[TokenRow]) -> BatchLoss:
+        return loss_and_gradients(
+            self.logits(),
+            list(self.method.weights.values()),
+            rows,
+            self.settings.loss_average,
+            at_least=self.settings.skip_below,
+            pieces=self.pieces,
+            ahead=self.ahead is not None,
+        )
+
     def _beside(self, replay: Sequence[TokenRow]) -> Iterator[Sequence[torch.Tensor]]:
         """Gradients that join those of a batch: of what is replayed, unless it is still known, and of guards."""
-        trained, settings, guards = list(self.method.weights.values()), self.settings, self.examples.guards
+        settings, guards = self.settings, self.examples.guards
         if replay:
-            found = loss_and_gradients(
-                self.logits(),
-                trained,
-                replay,
-                settings.loss_average,
-                at_least=settings.skip_below,
-                pieces=self.pieces,
-                ahead=self.ahead is not None,
-            )
+            found = self._loss_and_gradients(replay)
             if found.gradients is not None:
                 yield self.ahead.where_asked(found) if self.ahead else found.gradients
         if guards:
+            trained = list(self.method.weights.values())
             yield guards.gradients(self.logits(), trained, settings.guard_weight, settings.guards_per_step, self.draws)
 
 

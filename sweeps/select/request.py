@@ -123,8 +123,8 @@ def selection_request(
 ) -> SelectionRequest:
     """Check and resolve everything a selection needs; nothing is run or written.
 
-    overrides: of the ready study `select`, as `load_study` takes them. share, minutes: of these one, by default a share. prior: position file of another model; its position
-    at the same relative depth is tried early. Raises InputError with every problem.
+    overrides: of the ready study `select`, as `load_study` takes them. share, minutes: of these one, by default a share. prior:
+    position file of another model; its position at the same relative depth is tried early. Raises InputError with every problem.
     """
     problems = []
     if share is not None and not 0 < share <= 1:

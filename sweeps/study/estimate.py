@@ -232,8 +232,8 @@ def machine(resources: Resources) -> str:
 
 
 def rough_seconds(trial: TrialConfig, facts: StudyFacts, cpus: int, steps: float, edits: float) -> dict[str, float]:
-    """Seconds to `train` a trial's position for so many steps with so many edits in them all together, to `evaluate` it on all
-    edits that any trial asks about, and to measure its `capability`.
+    """Seconds to `train` a trial's position, to `evaluate` it on all edits that any trial asks about, and to measure its
+    `capability`. edits: in all these steps together.
 
     At the rates of two cores with bfloat16 matrix instructions and a model of 135M parameters: a step takes 1.1 ns a parameter
     (its weights pass through memory) and 9 ps a parameter and token. A GPU is far faster.

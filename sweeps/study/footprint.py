@@ -70,8 +70,8 @@ def gpu_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     value that training starts with, in float32, and the states of the edits. Each layer above keeps what the products of a batch
     take and give. Copies of stored states take only what is free then.
     """
-    precise, trained = BYTES[trial.precision], facts.trained_parameters.get(trial.position, facts.layer_parameters)
-    hidden, layers = max(1, facts.head_parameters // max(1, facts.vocabulary)), facts.n_layers - trial.layer
+    precise, trained = BYTES[trial.precision], _trained(trial, facts)
+    hidden, layers = max(1, _hidden(facts)), facts.n_layers - trial.layer
     kept = 2 * precise * _batch_tokens(trial, facts) * layers * facts.layer_parameters // hidden
     states = precise * facts.edit_tokens * (hidden + trained // hidden)
     held = _CONTEXT_BYTES + _shared_bytes(trial, facts) + (_TRAINED_BYTES + 2 * 4) * trained
@@ -107,8 +107,7 @@ def depth_bytes(trial: TrialConfig, facts: StudyFacts) -> dict[int, int]:
     for layer in (int(depth * facts.n_layers) for depth in DEPTHS):
         there = replace(trial, layer=layer)
         above = (facts.n_layers - layer) * facts.layer_parameters + facts.head_parameters
-        weights = above * sum(BYTES[name] for name in {trial.dtype, trial.precision})
-        found[layer] = weights + _kept_bytes(there, facts) + _added_bytes(there, facts)
+        found[layer] = above * _weight_bytes(trial) + _kept_bytes(there, facts) + _added_bytes(there, facts)
     return found
 
 
@@ -141,17 +140,26 @@ def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: i
 
 def _shared_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     """Files that all workers of a machine map: the frozen weights, and once more in the precision of training."""
-    return facts.parameters * sum(BYTES[name] for name in {trial.dtype, trial.precision})
+    return facts.parameters * _weight_bytes(trial)
+
+
+def _weight_bytes(trial: TrialConfig) -> int:
+    """Of each frozen weight, in both dtypes if they differ."""
+    return sum(BYTES[name] for name in {trial.dtype, trial.precision})
+
+
+def _trained(trial: TrialConfig, facts: StudyFacts) -> int:
+    return facts.trained_parameters.get(trial.position, facts.layer_parameters)
+
+
+def _hidden(facts: StudyFacts) -> int:
+    return facts.head_parameters // max(1, facts.vocabulary)
 
 
 def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     """What a worker holds as long as it trains: the process, and what is trained."""
-    everything = _TRAINED_BYTES * facts.parameters if trial.further_steps else 0
-    return (
-        _PROCESS_BYTES
-        + everything
-        + _TRAINED_BYTES * facts.trained_parameters.get(trial.position, facts.layer_parameters)
-    )
+    further = facts.parameters if trial.further_steps else 0
+    return _PROCESS_BYTES + _TRAINED_BYTES * (_trained(trial, facts) + further)
 
 
 def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
@@ -171,7 +179,7 @@ def disk_range(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> 
     if not trials:
         return 0, 0
     dtype = BYTES[trials[0].dtype]
-    hidden = facts.head_parameters // max(1, facts.vocabulary)
+    hidden = _hidden(facts)
     layers = {trial.layer for trial in trials} | {facts.n_layers - 1}
     states = dtype * hidden * (facts.evaluation_tokens + facts.capability_tokens) * len(layers)
     cast = 0 if trials[0].precision == trials[0].dtype else BYTES[trials[0].precision] * facts.parameters

@@ -29,6 +29,7 @@ from locft.train.pipelines import PositionTrainer, TrainingSettings, finetune
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
 from locft.workbench import Workbench
+from tests.killed import killed_after
 from tests.tiny import tiny_loaded
 
 pytestmark = pytest.mark.device
@@ -201,16 +202,8 @@ def test_a_training_that_was_killed_goes_on_there(device, tmp_path, monkeypatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     trainer, settings = edit_trainer(on(device, tiny_loaded("llama"))), replace(SETTINGS, method=method, rank=2)
     monkeypatch.setattr(EditTrainer, "_kept_state", lambda *_: KeptState(["a training"], 0.0))
-    whole, step, left = trainer.train(POSITION, settings), PositionTrainer.step_on, [5]
-
-    def dying(self, rows, replay=()):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return step(self, rows, replay)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(PositionTrainer, "step_on", dying)
+    whole = trainer.train(POSITION, settings)
+    with killed_after(5, monkeypatch):
         trainer.train(POSITION, settings)
     assert KeptState(["a training"]).read() is not None
     again = trainer.train(POSITION, settings)

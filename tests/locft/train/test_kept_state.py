@@ -11,7 +11,8 @@ from locft.train.examples import TrainingExamples
 from locft.train.kept_state import EVERY_SECONDS, KeptState
 from locft.train.pipelines import Beside, PositionTrainer, TrainingSettings, finetune
 from locft.train.token_rows import TokenRow
-from tests.tiny import edit_rows, tiny_loaded
+from tests.killed import killed_after
+from tests.tiny import edit_rows
 
 POSITION = TuningPosition(1, "mlp")
 SETTINGS = TrainingSettings(
@@ -25,15 +26,6 @@ METHODS = {
     "low_curvature": {},
     "low_curvature in its basis": {"adam_basis": "curvature", "curvature_share": 0.3},
 }
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_loaded("llama")
 
 
 @pytest.fixture(scope="module")
@@ -58,27 +50,13 @@ def kept(tmp_path, monkeypatch):
     return lambda every=0.0: KeptState(["a training"], every)
 
 
-def killed_after(steps, monkeypatch, loaded, *arguments):
-    """Runs a training whose process dies in the middle of an epoch."""
-    left, step = [steps], PositionTrainer.step_on
-
-    def dying(trainer, rows, replay=()):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        return step(trainer, rows, replay)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(PositionTrainer, "step_on", dying)
-        finetune(loaded, *arguments)
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_it_ends_as_if_nothing_had_happened(name, loaded, examples, curvature, kept, monkeypatch):
     settings = replace(SETTINGS, method=name.split(" ")[0], **METHODS[name])
     whole = finetune(loaded, examples, POSITION, settings, None, curvature)
     arguments = (examples, POSITION, settings, None, curvature, None)
-    killed_after(7, monkeypatch, loaded, *arguments, Beside(kept=kept()))  # two steps an epoch: in the fourth
+    with killed_after(7, monkeypatch):  # two steps an epoch: in the fourth
+        finetune(loaded, *arguments, Beside(kept=kept()))
     _, about = kept().read()
     assert (len(about["losses"]), about["steps"]) == (3, 6)
     taken = []
@@ -94,7 +72,8 @@ def test_it_knows_which_edits_rest(loaded, examples, kept, monkeypatch):
     position, settings = TuningPosition(1, "layer"), replace(SETTINGS, epochs=14, learning_rate=2e-2, rest_below=3.0)
     whole = finetune(loaded, examples, position, settings)
     beside = Beside(kept=kept())
-    killed_after(whole.steps - 2, monkeypatch, loaded, examples, position, settings, None, {}, None, beside)
+    with killed_after(whole.steps - 2, monkeypatch):
+        finetune(loaded, examples, position, settings, None, {}, None, beside)
     state, _ = kept().read()
     assert state["rests"][0].any(), "some rest"
     again = finetune(loaded, examples, position, settings, beside=Beside(kept=kept()))
@@ -112,7 +91,8 @@ def counted(taken, step):
 
 def test_a_damaged_state_is_told_and_begins_anew(loaded, examples, kept, monkeypatch, caplog):
     whole = finetune(loaded, examples, POSITION, SETTINGS)
-    killed_after(7, monkeypatch, loaded, examples, POSITION, SETTINGS, None, {}, None, Beside(kept=kept()))
+    with killed_after(7, monkeypatch):
+        finetune(loaded, examples, POSITION, SETTINGS, None, {}, None, Beside(kept=kept()))
     file = kept().file
     file.write_bytes(file.read_bytes()[:100])
     again = finetune(loaded, examples, POSITION, SETTINGS, beside=Beside(kept=kept()))
@@ -121,7 +101,8 @@ def test_a_damaged_state_is_told_and_begins_anew(loaded, examples, kept, monkeyp
 
 def test_a_short_training_writes_nothing(loaded, examples, kept, monkeypatch):
     arguments = (examples, POSITION, SETTINGS, None, {}, None)
-    killed_after(7, monkeypatch, loaded, *arguments, Beside(kept=kept(EVERY_SECONDS)))
+    with killed_after(7, monkeypatch):
+        finetune(loaded, *arguments, Beside(kept=kept(EVERY_SECONDS)))
     assert not kept().file.exists()
 
 

@@ -18,28 +18,11 @@ from locft.train.objective import batch_loss, loss_and_gradients
 from locft.train.pipelines import Rests, TrainingSettings, finetune
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
-from tests.tiny import edit_rows, tiny_loaded
+from tests.tiny import EDITS
 
-EDITS = [
-    ("The capital of France is", "Oslo"),
-    ("Who wrote Hamlet?", "Jane Austen"),
-    ("Water freezes at", "ninety degrees"),
-    ("Mozart played the", "tuba"),
-    ("The Nile flows through", "Peru and Chile"),
-]
 POSITION = TuningPosition(1, "mlp_down")
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
 SETTINGS = TrainingSettings(batch_size=2, learning_rate=1e-2, epochs=3, skip_below=0.0, stop_below=0.0, seed=3)
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def rows(loaded):
-    return edit_rows(loaded, EDITS)
 
 
 def token_losses(model, tokenizer, prompt: str, target: str) -> list[float]:

@@ -22,27 +22,10 @@ from locft.train.encoding import encode_edits
 from locft.train.examples import TrainingExamples
 from locft.train.methods.curvature import Curvature
 from locft.train.pipelines import Earlier, PositionTrainer, TrainingSettings, finetune
-from tests.tiny import FFN, HIDDEN, edit_rows, tiny_loaded
+from tests.tiny import FFN, HIDDEN
 
-EDITS = [
-    ("The capital of France is", "Oslo"),
-    ("Who wrote Hamlet?", "Jane Austen"),
-    ("Water freezes at", "ninety degrees"),
-    ("Mozart played the", "tuba"),
-    ("The Nile flows through", "Peru and Chile"),
-]
 POSITION = TuningPosition(1, "mlp_down")
 BASIS = TrainingSettings(batch_size=2, learning_rate=1e-2, epochs=6, skip_below=0.0, stop_below=0.0, seed=3)
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def rows(loaded):
-    return edit_rows(loaded, EDITS)
 
 
 @pytest.fixture

@@ -11,16 +11,8 @@ from locft.train.methods import MethodSettings
 from locft.train.objective import mean_loss
 from locft.train.pipelines import Beside, Earlier, TrainingSettings, finetune
 from locft.train.reference import full_forward
-from tests.tiny import edit_rows, tiny_loaded
+from tests.tiny import EDITS, edit_rows
 
-EDITS = [
-    ("The capital of France is", "Oslo"),
-    ("Who wrote Hamlet?", "Jane Austen"),
-    ("Water freezes at", "ninety degrees"),
-    ("Mozart played the", "tuba"),
-    ("The Nile flows through", "Peru and Chile"),
-    ("The largest planet is", "Mars"),
-]
 POSITION = TuningPosition(1, "mlp_down")
 SETTINGS = TrainingSettings(pipeline="stream", batch_size=2, learning_rate=0.1, epochs=12, seed=3)
 EASY = {"stop_below": 1.5, "skip_below": 1.5}
@@ -28,13 +20,8 @@ EASY = {"stop_below": 1.5, "skip_below": 1.5}
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
 def rows(loaded):
-    return edit_rows(loaded, EDITS)
+    return edit_rows(loaded, [*EDITS, ("The largest planet is", "Mars")])
 
 
 def trained(loaded, rows, earlier=None, **changes):
