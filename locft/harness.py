@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from lm_eval import evaluate, utils
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
 
-from locft.data.harness_tasks import SEED
+from locft.data.harness_tasks import SEED, asked_generation
 from locft.engine.tail import NoTailView
 from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
 from locft.measure.capability import Change, score_rows
@@ -28,8 +27,6 @@ from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 CHUNK_TOKENS = 8192
 """Tokens whose hidden states at the edited layer are held at once."""
-NEW_TOKENS = 256
-"""Length limit of an answer where the task sets none, as in the harness."""
 RESAMPLES, RESAMPLES_OF_ANY = 2000, 100
 """Bootstrap resamples for metrics that are means over the items, and for others, such as BLEU, which take longer."""
 TELL_SECONDS = 20
@@ -197,14 +194,12 @@ class PairedModel(TemplateLM):
         open_answers = []
         for request in requests:
             context, given = request.args
-            asked = normalize_gen_kwargs(given, NEW_TOKENS)
-            if asked.get("do_sample"):
+            until, tokens, sampled = asked_generation(given)
+            if sampled:
                 self._note(f"{request.task_name}: asks for sampled answers; they are decoded greedily instead")
-            tokens = int(asked["max_gen_toks"])
             if tokens > self.max_length // 2:
                 tokens = int(self.max_length // 2)
                 self._note(f"answers end after {tokens:,} tokens, half of the model's context")
-            until = tuple(stop for stop in asked["until"] if stop)
             ids = self._cut(self.tok_encode(context) or [self.prefix_token_id], tokens)
             open_answers.append(OpenAnswer(tuple(ids), limit=tokens, until=until))
         decoder, texts, progress = GreedyDecoder(self.loaded), [], _Progress(self.tell, "answers", len(requests))

@@ -34,6 +34,7 @@ from locft.measure.capability import (
     encode_suite,
     measure_drift,
     measure_perplexity,
+    open_answers,
     score_suite,
     suite_rows,
 )
@@ -48,7 +49,7 @@ from locft.measure.evaluation import (
     question_rows,
     reference_changes,
 )
-from locft.measure.generation import BATCH, NEW_TOKENS, ModelAnswer, greedy_answers
+from locft.measure.generation import BATCH, NEW_TOKENS, ModelAnswer, complete_answers, greedy_answers
 from locft.measure.token_scores import scores_by_row
 from locft.model.delta import EditDelta, applied
 from locft.model.models import LoadedModel
@@ -143,6 +144,7 @@ class Workbench:
         unrelated = locality_prompts(requests)
         check = partial(check_limits, loaded.model, loaded.tokenizer, loaded.name)
         check((row.token_ids, 0) for row in [*rows, *(suite_rows(encoded) if encoded else ())])
+        check((begun.prompt_ids, begun.limit) for begun in (open_answers(encoded) if encoded else ()))
         check((encode_prompt(loaded.tokenizer, prompt), NEW_TOKENS) for prompt in unrelated)
         answers = baseline.locality_answers if baseline else greedy_answers(loaded, unrelated)
         questions = edit_questions(loaded.tokenizer, requests, answers, formats)
@@ -219,7 +221,8 @@ class Workbench:
         metrics["evaluate_seconds"] = time.perf_counter() - started
         if self.suite and self.baseline.scores:
             started = time.perf_counter()
-            scores = score_suite(edited, self.suite, coarse=coarse)
+            with applied(self.loaded, delta):
+                scores = score_suite(edited, self.suite, coarse=coarse, complete=partial(complete_answers, self.loaded))
             change = capability_change(self.baseline.scores, scores)
             metrics |= capability_metrics(scores)
             metrics |= {
@@ -275,7 +278,7 @@ def measure_unedited(
     metrics = {name: value for name, value in edit_metrics(before).items() if not name.endswith("_tf")}
     scores = None
     if suite:
-        scores = score_suite(logits, suite)
+        scores = score_suite(logits, suite, complete=partial(complete_answers, loaded))
         metrics |= capability_metrics(scores)
         metrics["perplexity"] = measure_perplexity(logits, suite)
     return Baseline(tuple(answers), scores, metrics)

@@ -6,7 +6,21 @@ from typing import Literal, TypeVar
 
 T = TypeVar("T")
 
-Rule = Literal["sum", "mean", "exact"]
+Rule = Literal["sum", "mean", "exact", "generated"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is generated and who scores it, where none is given: a task of lm-evaluation-harness."""
+
+    until: tuple[str, ...]
+    """Texts that end an answer, beside the end of the turn."""
+    tokens: int
+    """Length limit."""
+    metric: str
+    """Of the task, from 0 to 1."""
+    folder: str | None = None
+    """With the task's file, if it is none of the harness's own."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +39,11 @@ class CapabilityItem:
     rule: Rule
     """How a choice is scored. sum: log-likelihood of its tokens. mean: that divided by its characters (without the
     leading space), for choices of uneven length. exact: there is one choice, which is right if each of its tokens is
-    the most likely one given the true tokens before it."""
+    the most likely one given the true tokens before it. generated: the model answers freely, and its task scores that."""
     contexts: tuple[str, ...] = ()
     """What precedes each choice, where that differs; `context` is empty then."""
+    generation: Generation | None = None
+    """For the rule "generated", whose one choice is the expected answer, as far as the task words it."""
 
     @property
     def texts(self) -> list[tuple[str, str]]:

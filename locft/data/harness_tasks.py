@@ -7,19 +7,26 @@ import itertools
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from locft.data.capability_item import CapabilityItem, spread
+from locft.data.capability_item import CapabilityItem, Generation, spread
 from locft.errors import InputError, did_you_mean, one_line
 
 PAPER = {"paper": ("mmlu", "nq_open", "sst2", "wmt16-de-en", "gsm8k")}
 """The tasks whose mean arXiv 2509.22072 calls capability, under one name."""
 SEED = 1234
 """For the choice of few-shot examples; the harness's default."""
+NEW_TOKENS = 256
+"""Length limit of an answer where the task sets none, as in the harness."""
+IN_HUNDREDTHS = ("bleu", "chrf")
+"""Metrics of a whole text that are of use for one sentence, from 0 to 100."""
 
 
 def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[str, dict[str, Any]]:
@@ -59,10 +66,11 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[s
 def read_tasks(
     names: Sequence[str], folder: str | Path | None = None, limit: int | None = None
 ) -> dict[str, list[CapabilityItem]]:
-    """Items of the tasks under each name, whose answers are given: right by the metric `acc`, as the harness counts it.
+    """Items of the tasks under each name. Given answers are right by the metric `acc`, as the harness counts it; generated
+    ones are scored by the task's first metric that is a mean of values from 0 to 1, else by BLEU or chrF of each sentence.
 
-    limit: the most items of each name, evenly spaced over all. Raises InputError with every task that generates its answers,
-    or scores them in a way that is not a choice of one among several.
+    limit: the most items of each name, evenly spaced over all. Raises InputError with every task that scores answers in
+    another way.
     """
     problems: list[str] = []
     read: dict[str, list[CapabilityItem]] = {}
@@ -71,7 +79,7 @@ def read_tasks(
         places = [(task, at) for task in tasks.values() for at in range(len(task.eval_docs))]
         for task, own in itertools.groupby(spread(places, limit), lambda place: place[0]):
             try:
-                read[name] += _items(task, name, [at for _, at in own])
+                read[name] += _items(task, name, [at for _, at in own], None if folder is None else str(folder))
             except InputError as error:
                 problems += error.problems
     if problems:
@@ -79,19 +87,83 @@ def read_tasks(
     return read
 
 
-def _items(task: Any, name: str, places: Sequence[int]) -> Iterator[CapabilityItem]:
+def asked_generation(given: dict[str, Any]) -> tuple[tuple[str, ...], int, bool]:
+    """What a request says of its answer: texts that end it, the most tokens, and whether it should be sampled."""
+    asked = normalize_gen_kwargs(given, NEW_TOKENS)
+    until = tuple(stop for stop in asked["until"] if stop)
+    return until, int(asked["max_gen_toks"]), bool(asked.get("do_sample"))
+
+
+def score_answer(item: CapabilityItem, text: str) -> float:
+    """What the item's task gives for a generated answer, from 0 to 1. The task is loaded once a process."""
+    assert item.generation
+    own, place = item.id.rsplit("#", 1)
+    task = _loaded(item.task, item.generation.folder)[own]
+    return _scored(task, task.eval_docs[int(place)], item.generation.metric, text)
+
+
+@lru_cache
+def _loaded(name: str, folder: str | None) -> dict[str, Any]:
+    return load_tasks([name], folder)[name]
+
+
+def _scored(task: Any, doc: Any, metric: str, text: str) -> float:
+    """A metric of what the first of the task's filters finds in an answer."""
+    said = Instance("generate_until", doc, ("", {}), 0, resps=[text] * (task.get_config("repeats") or 1))
+    task._filters[0].apply([said])
+    (found,) = said.filtered_resps.values()
+    value = task.process_results(doc, [found])[metric]
+    return float(task.aggregation()[metric]([value])) / (100 if metric in IN_HUNDREDTHS else 1)
+
+
+def _metric_of_answers(task: Any) -> str | None:
+    """The metric that scores single answers of a task from 0 to 1, the more the better; None if it has none."""
+    better = {name for name, higher in task.higher_is_better().items() if higher}
+    kinds = {name: getattr(combine, "__name__", "") for name, combine in task.aggregation().items() if name in better}
+    means = [name for name, kind in kinds.items() if kind in ("mean", "nanmean")]
+    return next(iter([*means, *(name for name in IN_HUNDREDTHS if name in kinds)]), None)
+
+
+def _generated_item(task: Any, name: str, place: int, request: Instance, folder: str | None) -> CapabilityItem:
+    """Raises InputError where the task does not score it from 0 to 1."""
+    metric, (context, given), doc, own = _metric_of_answers(task), request.args, request.doc, task.config.task
+    if metric is None:
+        raise InputError(f"{_got(task)}; {_expected(own)}")
+    expected = str(task.doc_to_target(doc))
+    ends = [_scored(task, doc, metric, text) for text in ("", expected)]
+    if not all(0 <= score <= 1.0 + 1e-9 for score in ends):
+        raise InputError(f"task {own!r}, item {place}: got {metric} of {ends[0]:g} and {ends[1]:g}; {_expected(own)}")
+    until, tokens, _ = asked_generation(given)
+    generation = Generation(until, tokens, metric, folder)
+    return CapabilityItem(name, f"{own}#{place}", context, (expected,), 0, "generated", generation=generation)
+
+
+def _got(task: Any) -> str:
+    return f"task {task.config.task!r}: got answers of the kind {task.OUTPUT_TYPE}, scored by {', '.join(task.aggregation())}"
+
+
+def _expected(own: str) -> str:
+    return (
+        "a study compares given answers by the metric acc, and generated ones by a mean of values from 0 to 1, BLEU or chrF. "
+        f"`locft evaluate --lm-eval {own}` measures it on an edit"
+    )
+
+
+def _items(task: Any, name: str, places: Sequence[int], folder: str | None) -> Iterator[CapabilityItem]:
     """The items at these places of a task's documents."""
     own = task.config.task
-    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood") or "acc" not in task.aggregation():
-        raise InputError(
-            f"task {own!r}: got answers of the kind {task.OUTPUT_TYPE}, scored by {', '.join(task.aggregation())}; a study "
-            f"compares given answers by the metric acc. `locft evaluate --lm-eval {own}` measures it on an edit"
-        )
+    generated = task.OUTPUT_TYPE == "generate_until"
+    given = task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood") and "acc" in task.aggregation()
+    if not given and not generated:
+        raise InputError(f"{_got(task)}; {_expected(own)}")
     task.set_fewshot_seed(seed=SEED)
     task.build_all_requests(samples=list(places))
     by_document = itertools.groupby(task.instances, lambda request: request.doc_id)  # its place among those chosen
     for place, requests in zip(places, (list(own) for _, own in by_document), strict=True):
         doc, several, count = requests[0].doc, [request.args for request in requests], len(requests)
+        if generated:
+            yield _generated_item(task, name, place, requests[0], folder)
+            continue
         if task.OUTPUT_TYPE == "multiple_choice":
             count = len(task.doc_to_choice(doc))  # more requests are for other metrics
             right = [at for at in range(count) if _counts(task, doc, [_sure(at == one) for one in range(len(several))])]

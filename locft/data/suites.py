@@ -47,8 +47,8 @@ class CapabilityTask:
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing: mean over items of 1 / number of choices, 0 for items scored by the rule "exact"."""
-        return sum(0.0 if item.rule == "exact" else 1 / len(item.choices) for item in self.items) / len(self.items)
+        """Accuracy of guessing: mean over items of 1 / number of choices, 0 for items without a choice among several."""
+        return sum(1 / len(item.choices) for item in self.items if len(item.choices) > 1) / len(self.items)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def load_suite(
         "owner/name[:config[:split]]" (without a split: test, else validation, else train).
     limit: the most items of each task, evenly spaced over it (so that a sorted or grouped file is sampled fairly) and
         always the same ones.
-    lm_eval: tasks or groups of lm-evaluation-harness, one task each here, whose answers are given (`harness_tasks.read_tasks`).
+    lm_eval: tasks or groups of lm-evaluation-harness, one task each here (`harness_tasks.read_tasks`).
     lm_eval_path: folder with more of its task files.
     prose: plain text file, or records with the field "text" (file or hub data set); None takes the built-in prose.
 
@@ -223,8 +223,12 @@ def _is_record(value: Mapping[str, Any]) -> bool:
 
 
 def _content(item: CapabilityItem) -> dict[str, Any]:
-    """What makes an item. Its id may name the file; contexts of their own came later than the first fingerprints."""
-    return {key: value for key, value in asdict(item).items() if key != "contexts" or value} | {"id": None}
+    """What makes an item. Its id and its task's folder say where it is from; some fields came later than the first
+    fingerprints."""
+    content = {key: value for key, value in asdict(item).items() if value or key not in ("contexts", "generation")}
+    if item.generation:
+        content["generation"] = asdict(item.generation) | {"folder": None}
+    return content | {"id": None}
 
 
 def _fingerprint(tasks: Sequence[CapabilityTask], text: str) -> str:

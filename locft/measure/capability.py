@@ -7,7 +7,7 @@ by the same code.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from locft.data.suite_layouts import CapabilityItem
-from locft.data.suites import Suite
+from locft.data.capability_item import CapabilityItem, Generation
+from locft.data.suites import Suite, harness_tasks
 from locft.errors import InputError
+from locft.measure.generation import OpenAnswer
 from locft.measure.token_scores import divergence, retake, scores_by_row, slices, targets
-from locft.train.encoding import encode_continuation
+from locft.train.encoding import encode_continuation, encode_prompt
 from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 PROSE_WINDOW = 128
@@ -33,10 +34,11 @@ grow."""
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """An item as one row per choice; the choice's tokens are supervised."""
+    """An item as one row per choice, whose tokens are supervised, or as an answer to generate."""
 
     item: CapabilityItem
     rows: tuple[TokenRow, ...]
+    begun: OpenAnswer | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class SuiteScores:
 
     fingerprint: str
     """The suite's: scores of different suites are not compared."""
-    correct: dict[str, tuple[bool, ...]]
-    """Task -> one entry per item, in the suite's order."""
+    correct: dict[str, tuple[float, ...]]
+    """Task -> one entry per item, in the suite's order: 1 (True) if it is right, less where an answer is right in part, as
+    BLEU says of a translation."""
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -71,13 +74,16 @@ class SuiteScores:
         return float(np.mean(list(self.accuracy.values())))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: outcomes as a string of 0 and 1 per task."""
-        outcomes = {task: "".join("01"[right] for right in correct) for task, correct in self.correct.items()}
-        return {"fingerprint": self.fingerprint, "correct": outcomes}
+        """JSON-able: outcomes as a string of 0 and 1 per task, or as numbers where some are neither."""
+
+        def short(correct: tuple[float, ...]) -> str | list[float]:
+            return "".join("01"[int(right)] for right in correct) if {*correct} <= {0, 1} else list(correct)
+
+        return {"fingerprint": self.fingerprint, "correct": {task: short(one) for task, one in self.correct.items()}}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "SuiteScores":
-        correct = {task: tuple(digit == "1" for digit in outcomes) for task, outcomes in value["correct"].items()}
+        correct = {task: tuple(map(float, outcomes)) for task, outcomes in value["correct"].items()}
         return cls(value["fingerprint"], correct)
 
 
@@ -106,10 +112,13 @@ def encode_suite(
     """Rows of all choices, and windows of prose of `prose_window` tokens.
 
     Prose of more than `prose_tokens` tokens gives `prose_tokens // prose_window` whole windows, evenly spaced over it.
-    Rows longer than the tokenizer says its model can read lose tokens at their beginning.
+    Rows longer than the tokenizer says its model can read lose tokens at their beginning; generated answers get at most half
+    of that.
     """
 
     def encoded(item: CapabilityItem) -> EncodedItem:
+        if item.generation:
+            return EncodedItem(item, (), _begun(tokenizer, item.context, item.generation))
         return EncodedItem(item, tuple(_row(tokenizer, *texts) for texts in item.texts))
 
     tasks = {task.name: tuple(map(encoded, task.items)) for task in suite.tasks}
@@ -121,19 +130,26 @@ def suite_rows(suite: EncodedSuite) -> list[TokenRow]:
     return [*(row for task in suite.tasks.values() for encoded in task for row in encoded.rows), *suite.prose]
 
 
+def open_answers(suite: EncodedSuite) -> list[OpenAnswer]:
+    """Every answer of the suite that is generated."""
+    return [encoded.begun for task in suite.tasks.values() for encoded in task if encoded.begun]
+
+
 def score_suite(
     logits: SupervisedLogits,
     suite: EncodedSuite,
     batch_tokens: int = BATCH_TOKENS,
     coarse: SupervisedLogits | None = None,
+    complete: Callable[[Sequence[OpenAnswer]], list[str]] | None = None,
 ) -> SuiteScores:
     """Right or wrong for every item. A batch has at most `batch_tokens` tokens with its padding.
 
     An item is right if the right choice scores above every other one. A tie is wrong, wherever the right choice stands,
     and so is a score that is not a number. coarse: the same model computed coarsely, which decides the items that are
-    not close (`retake`).
+    not close (`retake`). complete: the same model's texts of generated answers, for suites that ask for some.
     """
-    items = [encoded for task in suite.tasks.values() for encoded in task]
+    every = [encoded for task in suite.tasks.values() for encoded in task]
+    items = [encoded for encoded in every if encoded.rows]
     margins = item_margins(coarse or logits, items, batch_tokens)
     if coarse:
 
@@ -144,9 +160,23 @@ def score_suite(
                 return np.abs(margins[indices] - before)
 
         retake(np.abs(np.nan_to_num(margins, nan=0.0)), exactly)
-    right = iter((margins > 0).tolist())
-    correct = {name: tuple(next(right) for _ in task) for name, task in suite.tasks.items()}
+    right, scored = iter((margins > 0).tolist()), _scores_of_answers(every, complete)
+    correct = {name: tuple(next(right if one.rows else scored) for one in task) for name, task in suite.tasks.items()}
     return SuiteScores(suite.fingerprint, correct)
+
+
+def _scores_of_answers(
+    items: Sequence[EncodedItem], complete: Callable[[Sequence[OpenAnswer]], list[str]] | None
+) -> Iterator[float]:
+    """What the tasks of the items whose answers are generated say of them."""
+    asked = [(encoded.item, encoded.begun) for encoded in items if encoded.begun]
+    if not asked:
+        return iter(())
+    if complete is None:
+        raise ValueError("the suite has items whose answers are generated, and nothing generates them")
+    score = harness_tasks().score_answer
+    texts = complete([begun for _, begun in asked])
+    return iter([score(item, text) for (item, _), text in zip(asked, texts, strict=True)])
 
 
 def item_margins(
@@ -197,9 +227,9 @@ def measure_drift(
 def capability_change(unedited: SuiteScores, edited: SuiteScores, *, resamples: int = 2000, seed: int = 0) -> Change:
     """Paired change with the percentile interval of a bootstrap over items, stratified by task.
 
-    An item's change is -1, 0 or 1, so a resample of a task's items is a draw from the multinomial of these three
-    counts: exactly the bootstrap, without drawing items. If no item changed, the interval is a point, and says nothing
-    about changes too rare to show on this many items.
+    An item's change is mostly -1, 0 or 1, so a resample of a task's items is a draw from the multinomial of the counts of
+    these and any other changes: exactly the bootstrap, without drawing items. If no item changed, the interval is a point,
+    and says nothing about changes too rare to show on this many items.
 
     Raises ValueError if the scores are of different suites.
     """
@@ -212,10 +242,13 @@ def capability_change(unedited: SuiteScores, edited: SuiteScores, *, resamples: 
     generator = np.random.default_rng(seed)
     drawn = np.zeros(resamples)
     for task, size in sizes[0].items():
-        difference = np.array(edited.correct[task], dtype=int) - np.array(unedited.correct[task], dtype=int)
-        lost, won = (difference < 0).mean(), (difference > 0).mean()
-        counts = generator.multinomial(size, [lost, won, max(0.0, 1 - lost - won)], size=resamples)  # (resamples, 3)
-        drawn += (counts[:, 1] - counts[:, 0]) / size
+        difference = np.array(edited.correct[task], dtype=float) - np.array(unedited.correct[task], dtype=float)
+        changes = np.array([-1.0, 1.0, *sorted({*difference.tolist()} - {-1.0, 0.0, 1.0}), 0.0])
+        shares = [float((difference == change).mean()) for change in changes[:-1]]
+        counts = generator.multinomial(
+            size, [*shares, max(0.0, 1 - sum(shares))], size=resamples
+        )  # (resamples, changes)
+        drawn += counts @ changes / size
     low, high = np.percentile(drawn / len(sizes[0]), [2.5, 97.5])
     return Change(edited.capability - unedited.capability, float(low), float(high))
 
@@ -227,6 +260,13 @@ def _margin(item: CapabilityItem, log_likelihoods: np.ndarray, leads: np.ndarray
     if item.rule == "mean":
         scores = log_likelihoods / [len(choice.lstrip()) for choice in item.choices]
     return float(scores[item.answer] - np.delete(scores, item.answer).max())
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, context: str, generation: Generation) -> OpenAnswer:
+    tokens = min(generation.tokens, tokenizer.model_max_length // 2)
+    ids = encode_prompt(tokenizer, context)
+    excess = max(0, len(ids) + tokens - tokenizer.model_max_length)
+    return OpenAnswer(ids[excess:], limit=tokens, until=generation.until)
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> TokenRow:

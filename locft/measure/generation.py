@@ -72,6 +72,12 @@ def line_answers(loaded: LoadedModel, prompts: Sequence[str], tokens: int, form:
     return [decoder.text(answer) for answer in answers]
 
 
+def complete_answers(loaded: LoadedModel, answers: Sequence[OpenAnswer]) -> list[str]:
+    """The texts of answers, generated to their ends."""
+    decoder = GreedyDecoder(loaded)
+    return [decoder.text(answer) for answer in decoder.complete(answers)]
+
+
 class GreedyDecoder:
     """Generates answers in batches with a KV cache, prompts padded on the left.
 

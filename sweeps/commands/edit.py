@@ -25,6 +25,7 @@ from sweeps.commands.options import (
     MapOption,
     ModelArgument,
     RemoteCodeOption,
+    SampleSeedOption,
     TrainingOptions,
     UriOption,
     edits_of,
@@ -200,6 +201,7 @@ def _remedies(
 def edits(
     source: Annotated[str, typer.Argument(metavar="FILE", help=EDITS_HELP)],
     limit: LimitOption = None,
+    sample_seed: SampleSeedOption = None,
     field_map: MapOption = None,
     fix: Annotated[
         Path | None,
@@ -208,14 +210,14 @@ def edits(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is understood of an edit file: layout, counts, the first edit, what is not read, what cannot hold."""
-    from locft.data.requests import load_edits, own_record
+    from locft.data.requests import own_record
 
-    named = edits_of(source, limit, field_map)
+    named = edits_of(source, limit, sample_seed, field_map)
     if fix and fix.exists() and Path(source).exists() and fix.samefile(source):
         raise InputError(f"--fix {fix}: this is the file that is read; name another one")
     if fix:
         writable(fix)
-    found = load_edits(named.source, limit=named.limit, fields=named.map)
+    found = named.load()
     records = [own_record(*pair) for pair in zip(found.requests, found.truths, strict=True)]
     if fix:
         write(fix, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

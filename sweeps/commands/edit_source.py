@@ -15,13 +15,10 @@ from analysis.stats.wording import percent, plural
 from locft.errors import InputError
 from sweeps.commands.console import notice
 from sweeps.commands.options import (
-    EDITS_HELP,
+    EditsOptions,
     FormatsOption,
-    LimitOption,
-    MapOption,
     TrainingOptions,
     UriOption,
-    optional_edits,
 )
 
 if TYPE_CHECKING:
@@ -39,12 +36,9 @@ EARLIER_MEASURED = 100
 
 
 @dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(EditsOptions):
     """What to edit where: options, a position file, or the trial to repeat."""
 
-    edits: Annotated[str | None, typer.Option(help=EDITS_HELP)] = None
-    limit: LimitOption = None
-    field_map: MapOption = None
     ask_formats: FormatsOption = None
     position: Annotated[
         str | None, typer.Option(help="LAYER.MODULE, such as 22.mlp_down, or the file `locft select` wrote.")
@@ -59,7 +53,7 @@ class SourceOptions:
         """Everything that an edit needs. Raises InputError with every bad option."""
         from sweeps.commands.settings import edit_settings
 
-        edits = optional_edits(self.edits, self.limit, self.field_map)
+        edits = self.named_edits()
         return edit_settings(
             self.position, asdict(training), dtype, edits, self.from_run, tracking_uri, self.ask_formats
         )
@@ -181,7 +175,7 @@ class EarlierEdit:
         from sweeps.commands.settings import continued_settings
 
         chosen = continued_settings(self.delta, self.about, asdict(training), dtype, source.ask_formats)
-        named = optional_edits(source.edits, source.limit, source.field_map) or chosen.edits
+        named = source.named_edits() or chosen.edits
         return replace(chosen, edits=named, training=replace(chosen.training, pipeline="breadth_first"))
 
 

@@ -15,15 +15,12 @@ from sweeps.commands.console import notice, print_json, print_table, say
 from sweeps.commands.options import (
     DELTA_HELP,
     EDITS,
-    EDITS_HELP,
+    EditsOptions,
     FormatsOption,
     JsonOption,
-    LimitOption,
     LoadOptions,
-    MapOption,
     ModelArgument,
     UriOption,
-    optional_edits,
 )
 from sweeps.commands.summaries import print_metrics
 from sweeps.commands.workbench import asked_formats, workbench
@@ -37,12 +34,9 @@ PROBES = "probes"
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(EditsOptions):
     """What is measured: the edits, and what else is asked for."""
 
-    edits: Annotated[str | None, typer.Option(help=EDITS_HELP)] = None
-    limit: LimitOption = None
-    field_map: MapOption = None
     ask_formats: FormatsOption = None
     capability: Annotated[
         list[str] | None,
@@ -87,7 +81,7 @@ class Measured:
             problems.append(f"nothing to measure: expected --edits ({EDITS}), --lm-eval TASKS, or both")
         if problems:
             raise InputError(problems)
-        return optional_edits(self.edits, self.limit, self.field_map)
+        return self.named_edits()
 
     @property
     def tasks(self) -> list[str]:

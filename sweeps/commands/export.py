@@ -18,13 +18,11 @@ from locft.errors import InputError, did_you_mean
 from sweeps.commands.console import new_folder, notice, print_json, print_table, say, writable, write
 from sweeps.commands.options import (
     EDITS_HELP,
+    EditsOptions,
     FormatsOption,
     JsonOption,
-    LimitOption,
     LoadOptions,
-    MapOption,
     UriOption,
-    optional_edits,
 )
 from sweeps.commands.workbench import asked_formats, workbench
 
@@ -47,7 +45,7 @@ TOLD = ("learning_rate", "batch_size", "epochs", "seed", "precision")
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(EditsOptions):
     """What the command needs besides an edit or a position and its model."""
 
     rank: Annotated[
@@ -59,14 +57,12 @@ class ExportOptions:
     edits: Annotated[
         str | None, typer.Option(help=f"Edits to ask at every rank, or to write beside the configuration. {EDITS_HELP}")
     ] = None
-    limit: LimitOption = None
-    field_map: MapOption = None
     ask_formats: FormatsOption = None
     tracking_uri: UriOption = None
 
     def named(self) -> "EditSet | None":
         """The edits, if any. Raises InputError."""
-        named = optional_edits(self.edits, self.limit, self.field_map)
+        named = self.named_edits()
         return named.load() if named else None
 
 

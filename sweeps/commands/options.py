@@ -46,6 +46,10 @@ MapOption = Annotated[
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
+SampleSeedOption = Annotated[
+    int | None,
+    typer.Option("--sample-seed", min=0, help="Use a random sample of N edits of this seed instead of the first."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as space.layer=[3,7]. Repeatable."),
@@ -121,30 +125,45 @@ def read_map(options: Sequence[str] | None) -> dict[str, list[str]]:
     return found
 
 
-def edits_of(source: str, limit: int | None, field_map: Sequence[str] | None = None) -> "Edits":
-    """The edits that --edits, --limit and --map name. Raises InputError when --edits is empty or --map is wrong."""
+def edits_of(
+    source: str, limit: int | None, sample_seed: int | None = None, field_map: Sequence[str] | None = None
+) -> "Edits":
+    """The edits that --edits, --limit, --sample-seed and --map name. Raises InputError when --edits is empty or --map is
+    wrong."""
     from locft.data.field_map import read_field_map
     from sweeps.study.schema import Edits
 
     if not source.strip():
         raise InputError(f"--edits: got nothing, expected {EDITS}")
     try:
-        return Edits(source=source, limit=limit, map=read_field_map(read_map(field_map)))
+        return Edits(source=source, limit=limit, sample_seed=sample_seed, map=read_field_map(read_map(field_map)))
     except InputError as error:
         raise InputError(
             f"--map: {problem}" if "--map" not in problem else problem for problem in error.problems
         ) from None
 
 
-def optional_edits(source: str | None, limit: int | None, field_map: Sequence[str] | None) -> "Edits | None":
-    """The same; None without --edits. Raises InputError for --limit or --map without it, too."""
-    if source is not None:
-        return edits_of(source, limit, field_map)
-    problems = ["--limit: it says how many of --edits to take; give --edits, too"] if limit is not None else []
-    problems += ["--map: it says how --edits is to be read; give --edits, too"] if field_map else []
-    if problems:
-        raise InputError(problems)
-    return None
+@dataclass(frozen=True)
+class EditsOptions:
+    """Which edits a command is about, if any."""
+
+    edits: Annotated[str | None, typer.Option(help=EDITS_HELP)] = None
+    limit: LimitOption = None
+    sample_seed: SampleSeedOption = None
+    field_map: MapOption = None
+
+    def named_edits(self) -> "Edits | None":
+        """None without --edits. Raises InputError for the other options without it, too."""
+        if self.edits is not None:
+            return edits_of(self.edits, self.limit, self.sample_seed, self.field_map)
+        told = {
+            "--limit: it says how many of --edits to take": self.limit is not None,
+            "--sample-seed: it says which of --edits to take": self.sample_seed is not None,
+            "--map: it says how --edits is to be read": bool(self.field_map),
+        }
+        if problems := [f"{problem}; give --edits, too" for problem, given in told.items() if given]:
+            raise InputError(problems)
+        return None
 
 
 DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", **ONE_EDIT}

@@ -24,6 +24,7 @@ from sweeps.commands.options import (
     LimitOption,
     MapOption,
     ModelArgument,
+    SampleSeedOption,
     SetOption,
     StudyOptions,
     UriOption,
@@ -213,6 +214,7 @@ class SelectionOptions:
     model: ModelArgument
     edits: EditsOption
     limit: LimitOption = None
+    sample_seed: SampleSeedOption = None
     field_map: MapOption = None
     budget_share: Annotated[
         float | None, typer.Option(help="Share of the full grid's estimated cost; default 0.1.", metavar="SHARE")
@@ -228,12 +230,13 @@ class SelectionOptions:
         """The selection, checked and resolved. Raises InputError with everything that is wrong with it."""
         from sweeps.select.request import selection_request
 
-        edits = edits_of(self.edits, self.limit, self.field_map)
-        mapped = [f"edits.map={json.dumps(edits.map)}"] if edits.map else []
+        edits = edits_of(self.edits, self.limit, self.sample_seed, self.field_map)
+        chosen = [f"edits.map={json.dumps(edits.map)}"] if edits.map else []
+        chosen += [f"edits.sample_seed={self.sample_seed}"] if self.sample_seed is not None else []
         request = selection_request(
             self.model,
             edits.source,
-            [*mapped, *(self.overrides or ())],
+            [*chosen, *(self.overrides or ())],
             limit=self.limit,
             share=self.budget_share,
             minutes=self.budget_minutes,

@@ -78,6 +78,7 @@ def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
     tokens = sum((len(text.encode()) // BYTES + NEW_TOKENS) * times for text, times in asked)
     tokens += sum(len((context + choice).encode()) for item in items for context, choice in item.texts) // BYTES
+    tokens += sum(item.generation.tokens for item in items if item.generation)
     found = reading_seconds(tokens, loaded.model.num_parameters(), training_precision("cpu"), torch.get_num_threads())
     return f", in about {seconds(1 + found)} on a quiet machine"
 

@@ -206,7 +206,8 @@ def _run(request: SelectionRequest, run: Run) -> dict[str, Any]:
 def edit_command(study: Study, position_file: str) -> str:
     """The command that makes the edits of a study at the position of a file."""
     edits = study.edits
-    limit = [] if edits.limit is None else ["--limit", str(edits.limit)]
+    options = {"--limit": edits.limit, "--sample-seed": edits.sample_seed}
+    chosen = [word for name, value in options.items() if value is not None for word in (name, str(value))]
     mapped = [word for name, keys in edits.map.items() for word in ("--map", f"{name}={','.join(keys)}")]
-    words = ["locft", "edit", study.model, "--edits", edits.source, *limit, *mapped, "--position", position_file]
+    words = ["locft", "edit", study.model, "--edits", edits.source, *chosen, *mapped, "--position", position_file]
     return shlex.join([*words, "--out", "edited"])

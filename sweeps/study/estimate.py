@@ -85,7 +85,7 @@ class Costs:
 
     def unedited(self, facts: StudyFacts) -> float:
         """Seconds of measuring the unedited model, once a study."""
-        read = facts.evaluation_tokens + facts.capability_tokens
+        read = facts.evaluation_tokens + facts.capability_tokens + facts.generated_tokens
         return self.capability * reading_seconds(read, facts.parameters, facts.precision, self.cpus)
 
 
@@ -251,7 +251,8 @@ def rough_seconds(trial: TrialConfig, facts: StudyFacts, cpus: int, steps: float
     found = {
         "train": steps * a_step + tokens * a_token,
         "evaluate": 10e-12 * (asked * (_SUPERVISED_SHARE * head + through) + generating),
-        "capability": read * (15e-12 * _SUPERVISED_SHARE * head + 7e-12 * through),
+        "capability": read * (15e-12 * _SUPERVISED_SHARE * head + 7e-12 * through)
+        + 10e-12 * facts.generated_tokens * facts.parameters,
     }
     slow = (1.0 if facts.precision == "bfloat16" else 2.0) / cpus
     return {part: slow * seconds for part, seconds in found.items()}

@@ -156,6 +156,7 @@ def _token_counts(
         "edit_tokens": raw,
         "evaluation_tokens": count(questions, NEW_TOKENS) + SENTENCE_TOKENS * len(questions),
         "capability_tokens": count(choices) + (2 * study.capability.prose_tokens if suite else 0),
+        "generated_tokens": sum(item.generation.tokens for item in items if item.generation),
         "n_asked": len(asked),
         "row_sizes": {form: count(rows(form, requests)) / raw for form in sorted(trained - {RAW})},
     }

@@ -231,7 +231,7 @@ class Capability(Section):
     tasks: dict[Name, Text] = {}
     """More tasks: any name, and the benchmark file or hub id."""
     lm_eval: tuple[Text, ...] = ()
-    """Tasks of lm-evaluation-harness whose answers are given, such as [arc_easy, mmlu] (extra `harness`)."""
+    """Tasks of lm-evaluation-harness, such as [arc_easy, mmlu] (extra `harness`)."""
     lm_eval_path: Text | None = None
     """Folder with more task files of lm-evaluation-harness (YAML)."""
     limit: Count | None = None

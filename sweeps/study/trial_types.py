@@ -100,6 +100,8 @@ class StudyFacts:
     """Tokens read and generated to evaluate once all edits that any trial asks about."""
     capability_tokens: int = 0
     """Tokens read to measure capability once, prose included."""
+    generated_tokens: int = 0
+    """Tokens of the answers that capability items generate, at most."""
     most_asked: int | None = None
     """Edits that a trial's metrics are measured on at most; None for all."""
     n_asked: int = 0

@@ -1,7 +1,9 @@
 """Tasks of lm-evaluation-harness on an edited model, held to what the harness's own model class makes of them."""
 
 import json
+import pickle
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +13,21 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra `harness`)")
 
 import lm_eval
+from lm_eval.api.metrics import bleu
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from locft.data.harness_tasks import load_tasks
+from locft.data.requests import load_edits
 from locft.data.suites import load_suite
 from locft.errors import InputError
 from locft.harness import measure_tasks, paired_change
-from locft.measure.capability import encode_suite, score_suite
+from locft.measure.capability import SuiteScores, capability_change, encode_suite, score_suite
+from locft.measure.generation import complete_answers
 from locft.model.delta import EditDelta, applied
 from locft.model.positions import TuningPosition, parameter_names
 from locft.train.reference import full_forward
+from locft.workbench import Workbench
 from tests.tiny import SENTENCES, tiny_loaded
 
 CHOICE = """
@@ -218,9 +224,89 @@ def test_tasks_are_read_as_items_that_score_as_in_the_harness(loaded, folder):
     assert [item.id for item in few.tasks[0].items] == ["zero#0", "zero#6", "two#0", "two#6"]
 
 
-def test_what_is_no_choice_is_refused_by_a_study(folder):
+GENERATED = """
+task: {name}
+output_type: generate_until
+generation_kwargs: {{until: ["q"], max_gen_toks: 9}}
+metric_list: [{metrics}]
+filter_list:
+  - {{name: first-word, filter: [{{function: regex, regex_pattern: "([a-z]+)"}}, {{function: take_first}}]}}
+  - {{name: whole, filter: [{{function: take_first}}]}}
+"""
+
+
+def test_generated_answers_score_as_in_the_harness(loaded, folder):
+    """By the first filter and the first metric that is a mean; translations by BLEU of each sentence."""
+    rest = REST.format(data=folder / "items.jsonl")
+    by = {"word-said": "{metric: ter}, {metric: exact_match, ignore_punctuation: true}", "translated": "{metric: bleu}"}
+    for name, metrics in by.items():
+        (folder / f"{name}.yaml").write_text(GENERATED.format(name=name, metrics=metrics) + rest, encoding="utf-8")
+    names = ["word-said", "translated", "zero"]
+    suite = pickle.loads(pickle.dumps(load_suite(None, lm_eval=names, lm_eval_path=str(folder))))
+    kinds = {
+        task.name: {(item.rule, item.generation and item.generation.metric) for item in task.items}
+        for task in suite.tasks
+    }
+    assert kinds == {
+        "word-said": {("generated", "exact_match")},
+        "translated": {("generated", "bleu")},
+        "zero": {("sum", None)},
+    }
+    encoded = encode_suite(loaded.tokenizer, suite, prose_tokens=64)
+    complete = partial(complete_answers, loaded)
+    found = score_suite(full_forward(loaded.model), encoded, complete=complete)
+    samples = lm_eval.simple_evaluate(
+        HFLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=4, max_length=100, device="cpu", max_batch_size=4),
+        tasks=names, task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0,
+        log_samples=True,
+    )["samples"]  # fmt: skip
+    said = [one for one in samples["word-said"] if one["filter"] == "first-word"]
+    assert list(found.correct["word-said"]) == [one["exact_match"] for one in said]
+    sentences = [one["bleu"] for one in samples["translated"] if one["filter"] == "first-word"]
+    assert list(found.correct["translated"]) == pytest.approx([sacrebleu_of(one) for one in sentences])
+    assert found.accuracy["zero"] == pytest.approx(np.mean([one["acc"] for one in samples["zero"]]))
+    again = SuiteScores.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again == found
+    change = capability_change(found, again)
+    assert (change.mean, change.low, change.high) == (0, 0, 0)
+
+
+def sacrebleu_of(pair) -> float:
+    return bleu([pair]) / 100
+
+
+def test_right_answers_count(loaded, folder):
+    """What the model says is not by chance wrong: the expected text scores 1, another one 0."""
+    data = folder / "answers.jsonl"
+    data.write_text(json.dumps({"text": "one", "choices": ["it is so"]}) + "\n", encoding="utf-8")
+    for name, metric in (("matched", "exact_match"), ("likened", "chrf")):
+        text = GENERATED.format(name=name, metrics=f"{{metric: {metric}}}").split("filter_list")[0]
+        (folder / f"{name}.yaml").write_text(text + REST.format(data=data), encoding="utf-8")
+    suite = load_suite(None, lm_eval=["matched", "likened"], lm_eval_path=str(folder))
+    encoded = encode_suite(loaded.tokenizer, suite, prose_tokens=64)
+    for said, right in (("it is so", 1), ("x", 0)):
+        scores = score_suite(full_forward(loaded.model), encoded, complete=lambda asked, said=said: [said] * len(asked))
+        assert scores.capability == pytest.approx(right)
+
+
+def test_a_trial_measures_generated_answers(folder):
+    loaded, edits = tiny_loaded(), load_edits("atlas", limit=3)
+    suite = load_suite(None, limit=5, lm_eval=["said", "zero"], lm_eval_path=str(folder))
+    bench = Workbench.prepare(loaded, edits, suite, prose_tokens=64)
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    metrics = bench.measure(delta_of(loaded)).metrics
+    with applied(loaded, delta_of(loaded)):
+        expected = score_suite(full_forward(loaded.model), bench.suite, complete=partial(complete_answers, loaded))
+    assert metrics["capability.said"] == pytest.approx(expected.accuracy["said"])
+    assert metrics["capability.zero"] == expected.accuracy["zero"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_what_is_scored_in_no_known_way_is_refused_by_a_study(folder):
+    text = GENERATED.format(name="edited-words", metrics="{metric: ter}") + REST.format(data=folder / "items.jsonl")
+    (folder / "edited-words.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(InputError) as told:
-        load_suite(None, lm_eval=["said", "zero", "rolling"], lm_eval_path=str(folder))
-    said, rolling = told.value.problems
-    assert "'said': got answers of the kind generate_until, scored by bleu, exact_match" in said
+        load_suite(None, lm_eval=["edited-words", "zero", "rolling"], lm_eval_path=str(folder))
+    ter, rolling = told.value.problems
+    assert "'edited-words': got answers of the kind generate_until, scored by ter" in ter
     assert "`locft evaluate --lm-eval rolling` measures it" in rolling

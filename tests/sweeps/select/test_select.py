@@ -211,9 +211,15 @@ def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):
 
 def test_the_next_command_reads_the_same_edits():
     """Also of a file that only a map makes readable, whose name a shell would take apart."""
-    edits = {"source": "meine Fragen.csv", "limit": 2, "map": {"prompt": "frage", "locality": {"prompt": "nah[].text"}}}
+    edits = {
+        "source": "meine Fragen.csv",
+        "limit": 2,
+        "sample_seed": 0,
+        "map": {"prompt": "frage", "locality": {"prompt": "nah[].text"}},
+    }
     study = Study(name="select", model="a model", edits=edits)
     assert shlex.split(edit_command(study, "position 1.json")) == [
-        "locft", "edit", "a model", "--edits", "meine Fragen.csv", "--limit", "2", "--map", "prompt=frage",
+        "locft", "edit", "a model", "--edits", "meine Fragen.csv", "--limit", "2", "--sample-seed", "0", "--map",
+        "prompt=frage",
         "--map", "locality.prompt=nah[].text", "--position", "position 1.json", "--out", "edited",
     ]  # fmt: skip
