@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sweeps.study.estimate import Forecast
 
 SHOWN_METRICS = (*FRACTIONS, "capability")
+BUDGET = " (--budget-share or --budget-minutes sets it)"
 
 
 class Progress:
@@ -47,11 +48,14 @@ class Progress:
     def note(self, text: str) -> None:
         notice(text)
 
-    def rung(self, rung: "Rung", open_runs: int) -> None:
-        """A rung of a selection begins, of which `open_runs` are not done yet."""
+    def rung(self, rung: "Rung", open_runs: int, left: float) -> None:
+        """A rung of a selection begins, of which `open_runs` are not done yet. left: seconds that the rest of the budget takes."""
         self.planned = self.done + self.failed + open_runs
         known = len(rung.runs) - open_runs
-        self.note(f"{rung.name}: {rung.why}" + (f" ({known} known already)" if known else ""))
+        text = f"{rung.name}: {rung.why}" + (f" ({known} known already)" if known else "")
+        if open_runs:
+            text += f"; the budget lasts for about {seconds(left)}" + ("" if self.planned > open_runs else BUDGET)
+        self.note(text)
 
     def started(self, running: int) -> None:
         self.running = running

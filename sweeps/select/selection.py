@@ -36,6 +36,7 @@ from sweeps.select.policy import (
     Scores,
     SelectionTask,
     chance_elsewhere,
+    spent,
     start_rate,
     survey,
 )
@@ -58,7 +59,7 @@ PROBE_FILE = "probe.json"
 class SelectionReporter(Reporter, Protocol):
     """Hears about rungs as well as about trials."""
 
-    def rung(self, rung: Rung, open_runs: int) -> None: ...
+    def rung(self, rung: Rung, open_runs: int, left: float) -> None: ...
 
 
 @contextmanager
@@ -108,14 +109,16 @@ def _select(
         """A share of the grid is counted in estimated seconds, whatever else the machine does; minutes in real ones."""
         return Score(row, row.get("seconds", 0.0) if share is None else task.seconds(run))
 
+    def tell(rung: Rung, open_runs: int) -> None:
+        reporter.rung(rung, open_runs, min(deadline - time.monotonic(), _seconds_left(task, search.scores)))
+
     known = {run: score(run, row) for run, row in _finished(request, tracker.load_results(curves=False))}
-    search = PolicySearch(policy(task), request.config, score, known, reporter.rung)
+    search = PolicySearch(policy(task), request.config, score, known, tell)
     ending = session.run_trials(search, baseline, reporter, deadline)
     results = tracker.load_results()
     own = np.array([request.run(config_of_row(row)) is not None for row in results.to_dict("records")], dtype=bool)
     results = results[own].reset_index(drop=True)
     finished = {run: score(run, row) for run, row in _finished(request, results)}
-    predicted, took = sum(map(task.seconds, finished)), sum(found.row["seconds"] for found in finished.values())
     return Selection(
         request,
         results,
@@ -124,10 +127,23 @@ def _select(
         tuple(search.rungs),
         ending,
         chance_elsewhere(task, finished),
-        grid * (took / predicted if predicted else 1.0),
+        grid * _slowness(task, finished),
         time.monotonic() - began,
         concurrent,
     )
+
+
+def _slowness(task: SelectionTask, scores: Scores) -> float:
+    """What the runs took, by what was expected of them."""
+    expected = sum(map(task.seconds, scores))
+    return sum(score.row.get("seconds", 0.0) for score in scores.values()) / expected if expected else 1.0
+
+
+def _seconds_left(task: SelectionTask, scores: Scores) -> float:
+    """Time in which the rest of the budget is spent, at the speed of the runs so far."""
+    slowness = _slowness(task, scores)
+    counted = spent(scores) / sum(map(task.seconds, scores)) if scores else 1.0  # a budget in minutes counts real ones
+    return max(0.0, task.budget - spent(scores)) / (counted or 1.0) * slowness / task.concurrent
 
 
 def _finished(request: SelectionRequest, results: pd.DataFrame) -> list[tuple[Run, dict[str, Any]]]:

@@ -113,19 +113,23 @@ def test_a_worker_that_died_is_told(capsys):
 
 
 def test_a_selection_is_told_rung_by_rung(capsys):
-    """It plans no number of trials ahead, so no time is left to tell."""
+    """It plans no number of trials ahead, so no time is left to tell but that of its budget."""
     shown = Progress("select-it")
     run = Run(3, "mlp_down", 0.004)
     with shown:
         shown.note("measuring the unedited model")
-        shown.rung(Rung("rung 1", (run, replace(run, layer=4), replace(run, layer=5)), "the probe's best"), open_runs=2)
+        shown.rung(Rung("rung 1", (run, replace(run, layer=4), replace(run, layer=5)), "the probe's best"), 2, 700.0)
         shown.finished(result(config(3)), 1)
         shown.finished(failure(config(4), "OutOfMemoryError"), 0)
-        shown.rung(Rung("rung 2", (replace(run, layer=6),), "further kinds"), open_runs=1)
+        shown.rung(Rung("rung 2", (replace(run, layer=6),), "further kinds"), 1, 90.0)
         shown.finished(result(config(6)), 0)
     said = capsys.readouterr().err
     lines = said.splitlines()
-    assert lines[:2] == ["measuring the unedited model", "rung 1: the probe's best (1 known already)"]
+    told = "rung 1: the probe's best (1 known already); the budget lasts for about 12 min (--budget-share or --budget-minutes sets it)"
+    assert lines[:2] == ["measuring the unedited model", told]
     assert lines[2].startswith(f"[1/2] 3.mlp_down, {SETTING}: reliability ") and "drift 0.0" in lines[2]
-    assert lines[3].endswith("failed: OutOfMemoryError") and lines[4] == "rung 2: further kinds"
+    assert (
+        lines[3].endswith("failed: OutOfMemoryError")
+        and lines[4] == "rung 2: further kinds; the budget lasts for about 90 s"
+    )
     assert lines[5].startswith("[3/3] 6.mlp_down") and "left" not in said
