@@ -143,8 +143,12 @@ class EditSet:
         """The first `count` of these edits; 0 takes all."""
         return self._at(range(count or len(self.requests)))
 
+    def shuffled(self, seed: int) -> "EditSet":
+        """These edits in a random order, the same on every machine."""
+        return self._at(random.Random(seed).sample(range(len(self.requests)), len(self.requests)))
+
     def _at(self, places: Sequence[int]) -> "EditSet":
-        if len(places) == len(self.requests):
+        if list(places) == list(range(len(self.requests))):
             return self
         requests = tuple(self.requests[index] for index in places)
         truths = tuple(self.truths[index] for index in places) if self.truths else ((),) * len(places)

@@ -172,7 +172,7 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
     position: content of the position file. page: the HTML page.
     """
     from analysis.stats.pick import by_format_text
-    from sweeps.select.position_file import UNMEASURED
+    from sweeps.select.position_file import UNMEASURED, measured_sentence
 
     if position is None:
         say("No run finished, so there is no position to recommend.")
@@ -184,6 +184,8 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
                 say(f"  {line}")
             if position["formats"]:
                 say(f"  Reliability by how the edits are asked: {by_format_text(position['formats'])}")
+            if sentence := measured_sentence(position["measured_on"]):
+                say(f"  {sentence}")
             elsewhere = f"; that a position not run is better: {percent(round(position['chance_elsewhere'], 3))}"
             say(f"  Chance that it is the best of those measured: {percent(round(position['chance'], 3))}{elsewhere}")
         else:

@@ -17,7 +17,7 @@ from analysis.stats.wording import percent, plural, seconds
 from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text
 from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run, start_rate
-from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
+from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED, measured_sentence
 from sweeps.select.request import METHOD, Selection, SelectionRequest
 from sweeps.study.schema import Study
 from sweeps.tracking.outbox import with_retries
@@ -48,7 +48,7 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Sele
     """
     content = _position(selection)
     found = _how_found(selection, content, position_file)
-    state = StudyState(selection.request, selection.results, selection.baseline)
+    state = StudyState(selection.request, selection.compared, selection.baseline)
     answer, lost = None, None
     try:
         answer = with_retries(partial(answer_of, state, tracker, found=found))
@@ -75,7 +75,7 @@ def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | No
     tracker.finish(
         tracker.load_results(),
         answer.report_html,
-        {**(content or {}), "trial_ids": list(pick.trial_ids) if pick else []},
+        {**(content or {}), "trial_ids": _trials_of(selection) if pick else []},
         summary,
         {"complete": "done", "out_of_time": "done", "interrupted": "stopped"}.get(selection.ending, "failed"),
         answer=text,
@@ -93,8 +93,9 @@ def _position(selection: Selection) -> dict[str, Any] | None:
             return None
         best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
         return _content(selection, Run(best.layer, best.module, start_rate(best, request.steps)))
-    chance = measured_again(by_setting(selection.results), seed=request.seed).picks
+    chance = measured_again(by_setting(selection.compared), seed=request.seed).picks
     runs = [Run(row["layer"], row["module"], row["learning_rate"], row["seed"]) for row in ranking]
+    whole = selection.expected_of(ranking[0])
     second = None
     if len(runs) > 1:
         second = {
@@ -105,14 +106,27 @@ def _position(selection: Selection) -> dict[str, Any] | None:
         }
     return _content(selection, runs[0]) | {
         "predicted": {
-            name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in expected(ranking[0]).items()
+            name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in expected(whole).items()
         },
-        "formats": by_format(ranking[0], "reliability"),
+        "formats": by_format(whole, "reliability"),
+        "measured_on": _measured_on(request, whole),
         "chance": chance[ranking[0]["trial_id"]],
         "chance_elsewhere": selection.chance_elsewhere,
         "runner_up": second,
-        "run_id": ranking[0]["run_id"],
+        "run_id": whole["run_id"],
     }
+
+
+def _trials_of(selection: Selection) -> list[str]:
+    """The trials that what the position file predicts is from."""
+    return list(selection.expected_of(selection.ranking.iloc[0].to_dict())["trial_ids"])
+
+
+def _measured_on(request: SelectionRequest, row: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of how many edits the predictions are (0 without a row), and on how many positions were compared."""
+    edits = 0 if row is None else row["edit_count"] or request.facts.n_edits
+    of, source = request.facts.n_edits, request.study.edits.source
+    return {"edits": int(edits), "compared_on": request.compared_on or of, "of": of, "source": source}
 
 
 def _differences(pick: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
@@ -139,11 +153,7 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "chance": None,
         "chance_elsewhere": selection.chance_elsewhere,
         "runner_up": None,
-        "measured_on": {
-            "edits": facts.n_edits if selection.done else 0,
-            "of": facts.n_edits,
-            "source": request.study.edits.source,
-        },
+        "measured_on": _measured_on(request, None),
         "how": {
             "method": METHOD,
             "seed": request.seed,
@@ -183,13 +193,14 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
             " runs are at depths apart. Positions resemble their neighbours in depth and others of their kind, so every run"
             " says something of those not run, and of how far those expectations hold. The next are always those likeliest"
             " to be the pick, or on the front, for what they cost. Some of the budget is kept for a second seed of the"
-            " leader and another learning rate: half, or twice where it learnt too little."
+            " leader and another learning rate: half, or twice where it learnt too little. Many edits are compared on a sample."
         ),
         command=edit_command(study, position_file),
         facts=(
             ("Budget", budget + ended),
             ("Cost", f"{cost}; the grid of {positions} would take about {grid}"),
             ("Not run", f"{not_run} positions; the chance that one of them would be the pick is {chance}"),
+            *((("Measured", sentence),) if content and (sentence := measured_sentence(content["measured_on"])) else ()),
             ("Method", f"{METHOD}, seed {request.seed}"),
         ),
         probe=tuple((c.layer, c.module, c.disturbance) for c in selection.candidates),

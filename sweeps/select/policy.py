@@ -55,6 +55,8 @@ class Run:
     module: str
     learning_rate: float
     seed: int = 0
+    edit_count: int = 0
+    """Edits that it trains, the first ones; 0 for all."""
 
     @property
     def position(self) -> str:
@@ -108,6 +110,8 @@ class SelectionTask:
     """Seconds of one worker that all runs together may cost."""
     concurrent: int = 1
     """Runs at a time."""
+    compared_on: int = 0
+    """Edits on which positions are compared, where it is not all; the leader is then run with all of them at last."""
     other_rate: bool = True
     """Whether the leader may be tried at another than its starting rate as well."""
     priors: tuple[tuple[float, str], ...] = ()
@@ -133,8 +137,8 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
     runs so far let one expect (`sweeps.select.belief`).
 
     It begins with two runs at depths apart. Rungs are small, since each corrects what is expected and what runs cost. Of the
-    budget a little is kept to confirm the leader, if that pays for a run at all. The survey ends early when
-    nothing left is likely to be the pick.
+    budget a little is kept to confirm the leader, if that pays for a run at all, and to run it with all edits. The survey
+    ends early when nothing left is likely to be the pick.
     """
     scores: Scores = {}
     served = [nearest(task, depth, module) for depth, module in task.priors]
@@ -147,6 +151,7 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
             telling, why = _apart(task, telling, scores), f"{why}, apart in depth"
         asked = [run for run in dict.fromkeys(first_run(task, c) for c in (*served, *telling)) if run not in scores]
         kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
+        kept = [*kept, *with_all_edits(task, scores)]
         rest = task.budget - spent(scores)
         payable = [run for run in asked if affordable(task, scores, [*kept, run], rest)[len(kept) :]]
         fit = affordable(task, scores, [*kept, *payable], rest)[len(kept) :]
@@ -158,7 +163,9 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
             break
         runs = sorted(runs, key=task.seconds, reverse=True)  # the longest first, so that workers end together
         scores = yield Rung("survey", tuple(runs), f"{len(runs)} positions: {why}")
-    yield from confirm(task, scores)
+    scores = yield from confirm(task, scores)
+    if runs := with_all_edits(task, scores):
+        yield Rung("all edits", tuple(runs), "the leader with all edits, to know what to expect of it")
 
 
 def expectations(task: SelectionTask, scores: Scores) -> Chances:
@@ -206,14 +213,20 @@ def _most_telling(task: SelectionTask, expected: Chances, runs: int) -> list[Can
     return sorted(task.candidates, key=lambda c: (-worth[c], c.disturbance, c.layer, c.module))
 
 
-def confirm(task: SelectionTask, scores: Scores) -> Generator[Rung, Scores, None]:
-    """Run what could still change the answer, the most telling first. The budget need not be used up."""
+def confirm(task: SelectionTask, scores: Scores) -> Generator[Rung, Scores, Scores]:
+    """Run what could still change the answer, the most telling first. The budget need not be used up. Returns all scores."""
     while True:
-        wanted = confirmations(task, scores)
-        runs = affordable(task, scores, wanted[: task.concurrent], task.budget - spent(scores))
+        wanted, kept = confirmations(task, scores), with_all_edits(task, scores)
+        runs = affordable(task, scores, [*kept, *wanted[: task.concurrent]], task.budget - spent(scores))[len(kept) :]
         if not runs:
-            return
+            return scores
         scores = yield Rung("confirm", tuple(runs), "; ".join(intent(run, scores) for run in runs))
+
+
+def with_all_edits(task: SelectionTask, scores: Scores) -> list[Run]:
+    """The leader with all edits, where positions are compared on fewer and it was not run yet."""
+    runs = [replace(run, edit_count=0) for run in leading(scores)[:1] if task.compared_on]
+    return [run for run in runs if run not in scores]
 
 
 def confirmations(task: SelectionTask, scores: Scores) -> list[Run]:
@@ -234,9 +247,11 @@ def intent(run: Run, scores: Scores) -> str:
 
 def leading(scores: Scores) -> list[Run]:
     """The settings that can be picked, the one to use first by the rule of `analysis.stats.pick`. Seed 0 stands for a
-    setting: its seeds are averaged, as `by_setting` does (which takes a hundred times longer)."""
+    setting: its seeds are averaged, as `by_setting` does (which takes a hundred times longer). Runs with all edits are
+    left out where there are others: they do not compare."""
     groups: dict[Run, list[Mapping[str, Any]]] = {}
-    for run in sorted(run for run, score in scores.items() if score.comparable):
+    fewer = any(run.edit_count for run in scores)
+    for run in sorted(run for run, score in scores.items() if score.comparable and bool(run.edit_count) == fewer):
         groups.setdefault(replace(run, seed=0), []).append(scores[run].row)
     if not groups:
         return []
@@ -266,7 +281,7 @@ def start_rate(candidate: Candidate, steps: int) -> float:
 
 def first_run(task: SelectionTask, candidate: Candidate) -> Run:
     """The run of a position at its starting rate."""
-    return Run(candidate.layer, candidate.module, task.rate(candidate))
+    return Run(candidate.layer, candidate.module, task.rate(candidate), edit_count=task.compared_on)
 
 
 def another_rate(run: Run, scores: Scores) -> Run:

@@ -4,6 +4,7 @@ JSON: the position with its settings, the model and data it was found on, what t
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ UNMEASURED = "by the probe alone: the budget ended before any run finished, so n
 """How a position without predicted metrics was found."""
 SETTINGS = tuple(axis.name for axis in AXES if axis.trained)
 """What of a trial the file repeats besides its position; fields of `TrainingSettings`."""
+
+
+def measured_sentence(measured_on: Mapping[str, Any]) -> str | None:
+    """How many edits the predictions of a position file are of; None where positions were compared on all."""
+    edits, compared_on, of = (measured_on[name] for name in ("edits", "compared_on", "of"))
+    if not edits or compared_on == of:
+        return None
+    if edits == of:
+        return f"This is of all {of:,} edits; positions were compared on a random {compared_on} of them."
+    return f"This is of a random {edits} of the {of:,} edits; with all of them expect more drift."
 
 
 def _position(value: Any) -> str:

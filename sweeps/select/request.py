@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,9 +18,9 @@ from locft.errors import InputError
 from locft.model.models import load_structure
 from locft.model.positions import TuningPosition, modules_of
 from sweeps.run.dispatch import Ending
-from sweeps.select.policy import Candidate, Run, Rung
+from sweeps.select.policy import USUAL_STEPS, Candidate, Run, Rung
 from sweeps.select.position_file import read_position
-from sweeps.study.plan import PreparedStudy, trial_config
+from sweeps.study.plan import Plan, PreparedStudy, trial_config
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
 from sweeps.study.schema import LogUniform, Study
@@ -28,6 +29,9 @@ from sweeps.study.trial_types import METHOD_VERSION, TrialConfig
 MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
 """Tried where the model has them; a model with none of them tries all it has."""
 DEFAULT_SHARE = 0.1
+COMPARED_ON = 40
+"""Edits on which positions are compared where there are twice as many or more: a random sample. The tables on which the
+survey was judged are of so many."""
 METHOD = "survey"
 """Part of the id of every selection's study since the first ones."""
 FIXED = tuple(axis.name for axis in SWEPT if axis.name not in Run.__dataclass_fields__)
@@ -48,6 +52,8 @@ class SelectionRequest(PreparedStudy):
     """Of the probe's samples and of the bootstrap."""
     priors: tuple[tuple[float, str], ...] = ()
     """Relative depth and module of positions that served in other models."""
+    compared_on: int = 0
+    """Edits on which positions are compared; 0 for all."""
     chosen_axes = tuple(Run.__dataclass_fields__)
 
     @property
@@ -59,8 +65,7 @@ class SelectionRequest(PreparedStudy):
     @property
     def steps(self) -> int:
         """Optimiser steps of a trial that takes all its epochs."""
-        edits = self.study.space.edit_count[0] or self.facts.n_edits
-        return self.study.epochs * math.ceil(edits / self.study.space.batch_size[0])
+        return steps_of(self.study, self.compared_on or self.facts.n_edits)
 
     def config(self, run: Run) -> TrialConfig:
         """The trial of a run."""
@@ -69,7 +74,7 @@ class SelectionRequest(PreparedStudy):
 
     def run(self, config: TrialConfig) -> Run | None:
         """The run of a trial; None if the trial has other data or settings."""
-        run = Run(config.layer, config.module, config.learning_rate, config.seed)
+        run = Run(config.layer, config.module, config.learning_rate, config.seed, config.edit_count)
         return run if self.config(run) == config else None
 
 
@@ -94,10 +99,22 @@ class Selection:
     concurrent: int
     """Trials at a time."""
 
+    @property
+    def compared(self) -> pd.DataFrame:
+        """The trials on which positions are compared."""
+        return self.results[self.results["edit_count"] == self.request.compared_on].reset_index(drop=True)
+
     @cached_property
     def ranking(self) -> pd.DataFrame:
-        """The measured settings, the one to use first (`analysis.stats.pick.ranked`)."""
-        return ranked(by_setting(self.results))
+        """Their settings, the one to use first (`analysis.stats.pick.ranked`)."""
+        return ranked(by_setting(self.compared))
+
+    def expected_of(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The setting of a row of the ranking with all edits, if it was run so; else the row."""
+        whole = ranked(by_setting(self.results[self.results["edit_count"] == 0]))
+        keys = ["layer", "module", "learning_rate"]
+        same = whole[(whole[keys] == [row[key] for key in keys]).all(axis=1)]
+        return same.iloc[0].to_dict() if len(same) else row
 
     @property
     def done(self) -> int:
@@ -151,7 +168,39 @@ def selection_request(
         raise InputError(problems)
     if study.name == BASE:
         study = study.model_copy(update={"name": f"select-{_short(study.model)}-{_short(study.edits.source)}"})
-    return SelectionRequest(**vars(prepare(study)), share=share, minutes=minutes, seed=seed, priors=priors)
+    study, compared_on = _compared_on_few(study)
+    prepared = prepare(study)
+    trials = tuple(trial for trial in prepared.plan.trials if trial.edit_count == compared_on)
+    said = (*prepared.notices, *_told(compared_on, prepared.facts.n_edits))
+    found = vars(replace(prepared, plan=Plan(trials, len(trials), trials), notices=said))
+    return SelectionRequest(**found, share=share, minutes=minutes, seed=seed, priors=priors, compared_on=compared_on)
+
+
+def _compared_on_few(study: Study) -> tuple[Study, int]:
+    """The study whose first edits positions are compared on, and how many; 0 where that is all. A sample is enough where it
+    is at most half of the edits and takes as many steps as a learning rate is told from."""
+    try:
+        count = len(study.edits.load().requests)
+    except InputError:  # `prepare` tells it with all other problems
+        return study, 0
+    if count < 2 * COMPARED_ON or steps_of(study, COMPARED_ON) < USUAL_STEPS:
+        return study, 0
+    edits = study.edits.model_copy(update={"order_seed": study.edits.order_seed or 0})
+    space = study.space.model_copy(update={"edit_count": (COMPARED_ON, 0)})
+    return study.model_copy(update={"edits": edits, "space": space}), COMPARED_ON
+
+
+def _told(compared_on: int, edits: int) -> tuple[str, ...]:
+    if not compared_on:
+        return ()
+    return (
+        f"positions are compared on a random sample of {compared_on} of the {edits:,} edits; the leader is run with all",
+    )
+
+
+def steps_of(study: Study, edits: int) -> int:
+    """Optimiser steps of a training of so many edits that takes all its epochs."""
+    return study.epochs * math.ceil(edits / study.space.batch_size[0])
 
 
 def _study_problems(study: Study) -> Iterator[str]:
@@ -159,6 +208,8 @@ def _study_problems(study: Study) -> Iterator[str]:
     for axis in FIXED:
         if len(values := getattr(study.space, axis)) > 1:
             yield f"space.{axis}: got {len(values)} values; a selection takes one"
+    if study.space.edit_count != (0,):
+        yield f"space.edit_count: got {', '.join(map(str, study.space.edit_count))}; a selection takes edits.limit (--limit)"
     rate = study.space.learning_rate
     if isinstance(rate, LogUniform) or len(rate) > 1:
         yield "space.learning_rate: a selection chooses it itself; leave it out"

@@ -102,6 +102,7 @@ def _select(
         partial(start_rate, steps=request.steps),
         budget=left * concurrent * BUSY if share is None else share * grid,
         concurrent=concurrent,
+        compared_on=request.compared_on,
         priors=request.priors,
     )
 

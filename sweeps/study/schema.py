@@ -208,6 +208,8 @@ class Edits(Section):
     """Use at most this many edits; null uses all."""
     sample_seed: Seed | None = None
     """Seed of the sample of `limit` edits, or of fictitious ones; null takes the first ones, or seed 0."""
+    order_seed: Seed | None = None
+    """Seed of a random order of the edits; null keeps that of the file. It matters to streams, and to space.edit_count."""
     asked: Count | None = 1000
     """Measure at most this many edits, a random sample of them; null measures all."""
     map: read_by(read_field_map) = {}
@@ -218,9 +220,10 @@ class Edits(Section):
         the source."""
         from locft.data.requests import load_edits
 
-        return load_edits(
+        found = load_edits(
             self.source, limit=self.limit, sample_seed=self.sample_seed, fields=self.map, only_marked=only_marked
         )
+        return found if self.order_seed is None else found.shuffled(self.order_seed)
 
 
 class Capability(Section):

@@ -132,6 +132,28 @@ def test_it_finds_the_best_and_confirms_the_leader(share):
     assert spent(scores) > 0.7 * share * world.grid
 
 
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_positions_are_compared_on_some_edits_and_the_leader_is_run_with_all(share):
+    """A run with all edits drifts more, and does not compare; it is paid for from the same budget."""
+    world, budget = World(), share * World().grid
+
+    def score(run):
+        found = world.score(replace(run, edit_count=0))
+        more = 1.0 if run.edit_count else 3.0
+        return Score({**found.row, "drift_kl": more * found.row["drift_kl"]}, more * found.seconds)
+
+    task = replace(
+        world.task(share, compared_on=40), seconds=lambda run: (1 if run.edit_count else 3) * world.seconds(run)
+    )
+    rungs, scores = replayed(survey, task, score)
+    *before, last = rungs
+    assert {run.edit_count for rung in before for run in rung.runs} == {40}
+    known = {run: scores[run] for rung in before for run in rung.runs}
+    assert last.name == "all edits" and last.runs == (replace(leading(known)[0], edit_count=0),)
+    assert leading(scores) == leading(known) and spent(scores) <= budget
+    assert not list(survey(replace(task, candidates=()))), "without a leader there is nothing to run"
+
+
 def test_costs_that_were_underrated_are_noticed_in_time():
     world = World()
     task = world.task(0.2)

@@ -45,6 +45,7 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
     assert 0 <= content["chance_elsewhere"] <= 1 and content["runner_up"]["trades"]
     assert 0 < content["how"]["grid_share"] < 0.9 and content["measured_on"] == {
         "edits": 12,
+        "compared_on": 12,
         "of": 12,
         "source": "atlas",
     }
@@ -91,6 +92,31 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
     trials = client.search_runs([experiment.experiment_id], "tags.`locft.kind` = 'trial'")
     ids = [run.data.tags["locft.trial_id"] for run in trials]
     assert len(set(ids)) == len(ids) == more
+
+
+def test_of_many_edits_a_sample_is_compared(selected, workplace, tiny_folder, few_probes, monkeypatch):
+    """The position is chosen on it, and what to expect is of all edits. The random sample can be had again."""
+    monkeypatch.setattr("sweeps.select.request.COMPARED_ON", 5)
+    monkeypatch.setattr("sweeps.select.request.USUAL_STEPS", 1)
+    said = selected("--budget-share", 0.6, "--json")
+    assert said.code == 0 and "compared on a random sample of 5 of the 12 edits; the leader is run with all" in said.err
+    content = said.json["position"]
+    assert content["measured_on"] == {"edits": 12, "compared_on": 5, "of": 12, "source": "atlas"}
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("select-tiny-atlas").experiment_id])
+    trials = {run.info.run_id: run for run in runs if run.data.tags["locft.kind"] == "trial"}
+    counts = {id: run.data.metrics["n_edits"] for id, run in trials.items() if "n_edits" in run.data.metrics}
+    assert counts[content["run_id"]] == 12 and list(counts.values()).count(12) == 1 and {*counts.values()} == {5, 12}
+    assert trials[content["run_id"]].data.tags.get("locft.pick")
+    page = (workplace / "select-tiny-atlas.html").read_text()
+    assert "This is of all 12 edits; positions were compared on a random 5 of them." in page
+    plain = selection_request(str(tiny_folder), "atlas", limit=4)
+    request = selection_request(str(tiny_folder), "atlas", limit=12)
+    assert (plain.compared_on, request.compared_on) == (0, 5)
+    ids = [edit.id for edit in request.edits.requests]
+    assert ids != sorted(ids) and ids == [edit.id for edit in request.study.edits.load().requests]
+    run = Run(1, "mlp_down", 0.02, 1, 5)
+    assert request.run(request.config(run)) == run and request.config(replace(run, edit_count=0)).edit_count == 0
 
 
 @pytest.mark.clock
