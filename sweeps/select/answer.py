@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -12,12 +12,12 @@ from typing import Any
 from analysis.page.report import HowFound
 from analysis.stats.bootstrap import measured_again
 from analysis.stats.formats import by_format
-from analysis.stats.table import by_setting, done, expected
+from analysis.stats.table import by_setting, done, drift_text, expected, with_interval
 from analysis.stats.wording import percent, plural, seconds
 from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text
 from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run, start_rate
-from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED, measured_sentence
+from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
 from sweeps.select.request import METHOD, Selection, SelectionRequest
 from sweeps.study.schema import Study
 from sweeps.tracking.outbox import with_retries
@@ -70,6 +70,7 @@ def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | No
         if pick:
             summary["pick_chance"] = content["chance"]
             text += f"\n- The chance that it is the best of those measured is {percent(content['chance'])}."
+            text += "".join(f"\n- {sentence}" for _, sentence in _sample_fact(selection))
         else:
             text = f"**Edit at {content['position']}** ({UNMEASURED})."
     tracker.finish(
@@ -200,13 +201,29 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
             ("Budget", budget + ended),
             ("Cost", f"{cost}; the grid of {positions} would take about {grid}"),
             ("Not run", f"{not_run} positions; the chance that one of them would be the pick is {chance}"),
-            *((("Measured", sentence),) if content and (sentence := measured_sentence(content["measured_on"])) else ()),
+            *_sample_fact(selection),
             ("Method", f"{METHOD}, seed {request.seed}"),
         ),
         probe=tuple((c.layer, c.module, c.disturbance) for c in selection.candidates),
         rungs=tuple((rung.name, rung.why, [_run(request, run) for run in rung.runs]) for rung in selection.rungs),
         unmeasured=unmeasured,
     )
+
+
+def _sample_fact(selection: Selection) -> Iterator[tuple[str, str]]:
+    """Where positions are compared on a sample: that the page is about it, and what the pick did with all edits."""
+    compared_on, of = selection.request.compared_on, selection.request.facts.n_edits
+    if not compared_on or selection.ranking.empty:
+        return
+    row, about = (
+        selection.expected_of(selection.ranking.iloc[0].to_dict()),
+        f"This is about a random {compared_on} of the {of:,} edits",
+    )
+    if row["edit_count"]:
+        yield "Sample", f"{about}; with all of them expect more drift."
+    else:
+        measured = ", ".join(f"{name} {with_interval(row, name)}" for name in ("reliability", "generalization"))
+        yield "Sample", f"{about}. With all of them the pick measured: {measured}, drift {drift_text(row)}."
 
 
 def _run(request: SelectionRequest, run: Run) -> dict[str, Any]:

@@ -109,7 +109,10 @@ def test_of_many_edits_a_sample_is_compared(selected, workplace, tiny_folder, fe
     assert counts[content["run_id"]] == 12 and list(counts.values()).count(12) == 1 and {*counts.values()} == {5, 12}
     assert trials[content["run_id"]].data.tags.get("locft.pick")
     page = (workplace / "select-tiny-atlas.html").read_text()
-    assert "This is of all 12 edits; positions were compared on a random 5 of them." in page
+    told = re.search(
+        r"This is about a random 5 of the 12 edits. With all of them the pick measured: reliability ([\d.]+)%", page
+    )
+    assert float(told[1]) == pytest.approx(100 * content["predicted"]["reliability"]["mean"], abs=0.1)
     plain = selection_request(str(tiny_folder), "atlas", limit=4)
     request = selection_request(str(tiny_folder), "atlas", limit=12)
     assert (plain.compared_on, request.compared_on) == (0, 5)
