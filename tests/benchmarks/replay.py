@@ -1,7 +1,7 @@
 """Selection policies replayed against tables of full runs: what each finds at a share of the grid's cost, and how far off.
 
-    python tests/benchmarks/replay.py [TABLE ...] [--seeds 24] [--figure replay.html] [--every 2] [--modules mlp_down,mlp]
-        [--leave-out]
+    python tests/benchmarks/replay.py [TABLE ...] [--seeds 24] [--figure replay.html] [--diagram chances.html]
+        [--every 2] [--modules mlp_down,mlp] [--leave-out model|data]
 
 A table is a model on a data set (`tables/NAME.csv`, and `NAME.probe.csv` with one or several draws of edits for the probe;
 `full_table.py` makes both); without names, all there are. One replay takes a draw of the probe, and if there is only one, four
@@ -10,7 +10,7 @@ policies alike; another rate is not tried. Costs are those of the table, smoothe
 decide.
 
 The survey expects of a new model what earlier ones showed: the effects in `sweeps.select.belief.SCALES`. With --leave-out they
-are those of the tables of other models alone, so that it is judged on a model that it knows nothing of.
+are those of the tables of other models (or data sets) alone, so that it is judged on one that it knows nothing of.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from analysis.figures.front import SYMBOLS
-from analysis.figures.style import ACCENT, styled_figure
+from analysis.figures.style import ACCENT, GRID, MUTED, styled_figure
 from analysis.stats.pick import ranked
-from analysis.stats.table import by_setting, results_frame
+from analysis.stats.table import by_setting, results_frame, wilson_interval
 from sweeps.select.belief import SCALES, Place, features
 from sweeps.select.policy import Candidate, Run, Score, chance_elsewhere, leading
 
@@ -152,9 +152,14 @@ def effects(name: str) -> dict[str, np.ndarray]:
     return found
 
 
-def model_of(name: str) -> str:
-    """A table's name begins with its model's."""
-    return name.split("-")[0]
+PARTS = {"model": 0, "data": 1}
+"""A table's name begins with its model and its data set."""
+
+
+def others(name: str, names: Sequence[str], left_out: str) -> list[str]:
+    """The tables of other models, or of other data sets. left_out: a key of `PARTS`."""
+    part = PARTS[left_out]
+    return [other for other in names if other.split("-")[part] != name.split("-")[part]]
 
 
 @contextmanager
@@ -258,17 +263,48 @@ def figure(found: pd.DataFrame) -> go.Figure:
     return drawn
 
 
+def diagram(found: pd.DataFrame) -> go.Figure:
+    """How often what the survey stated came true, with 95% intervals and the number of replays."""
+    table, brier, base = calibration(found)
+    ends = np.array([wilson_interval(*pair) for pair in zip(table["came true"], table["replays"], strict=True)])
+    drawn = styled_figure(height=430)
+    drawn.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line={"dash": "dot", "color": MUTED}, name="as stated")
+    drawn.add_scatter(
+        x=table["stated"],
+        y=table["came true"],
+        error_y={
+            "array": ends[:, 1] - table["came true"],
+            "arrayminus": table["came true"] - ends[:, 0],
+            "thickness": 1.5,
+        },
+        mode="lines+markers+text",
+        text=[f"{count} replays" for count in table["replays"]],
+        textposition="bottom right",
+        marker={"size": 10, "color": ACCENT},
+        name=f"came true (Brier score {brier:.3f}, of the base rate {base:.3f})",
+    )
+    drawn.update_layout(width=620, margin={"l": 10, "r": 10, "t": 40, "b": 60})
+    drawn.update_xaxes(title="stated chance that the pick is a position not run", tickformat=".0%", range=[-0.02, 1.02])
+    drawn.update_yaxes(title="share of the replays", tickformat=".0%", range=[-0.02, 1.02], gridcolor=GRID)
+    return drawn
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", help="names of tables; all without")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--figure", type=Path, help="HTML file of the comparison's figure, over all tables")
+    parser.add_argument(
+        "--diagram", type=Path, help="HTML file of the figure that shows how often stated chances came true"
+    )
     parser.add_argument("--every", type=int, default=1, help="take every nth layer only")
     parser.add_argument(
         "--modules", type=lambda text: text.split(","), default=(), help="take these only, separated by commas"
     )
     parser.add_argument("--equal-costs", action="store_true", help="as if a run cost the same at every position")
-    parser.add_argument("--leave-out", action="store_true", help="let the survey know the tables of other models only")
+    parser.add_argument(
+        "--leave-out", choices=PARTS, help="let the survey know the tables of other models, or data, only"
+    )
     options = parser.parse_args()
     everything = []
     names = sorted(file.stem for file in TABLES.glob("*.csv") if file.suffixes == [".csv"])
@@ -284,8 +320,8 @@ def main() -> None:
             )
             print(f"\n{name}: {len(made[0].candidates)} positions, grid {made[0].grid / 3600:.1f} worker hours")
             print(f"the rule picks {best['layer']}.{best['module']}: {said}")
-            others = [other for other in names if model_of(other) != model_of(name)]
-            with knowing(others) if options.leave_out else nullcontext():
+            known = others(name, names, options.leave_out) if options.leave_out else []
+            with knowing(known) if known else nullcontext():
                 everything.append(replays(name, made))
             print(summary(everything[-1]))
         found = pd.concat(everything)
@@ -297,6 +333,8 @@ def main() -> None:
         print(table)
     if options.figure:
         figure(found).write_html(options.figure, include_plotlyjs=True)
+    if options.diagram:
+        diagram(found).write_html(options.diagram, include_plotlyjs=True)
 
 
 if __name__ == "__main__":
