@@ -110,6 +110,8 @@ class SelectionTask:
     """Seconds of one worker that all runs together may cost."""
     concurrent: int = 1
     """Runs at a time."""
+    timed: bool = False
+    """Whether the budget is that of a clock: then it pays for everything, else for comparing positions alone."""
     compared_on: int = 0
     """Edits on which positions are compared, where it is not all; the leader is then run with all of them at last."""
     other_rate: bool = True
@@ -137,8 +139,8 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
     runs so far let one expect (`sweeps.select.belief`).
 
     It begins with two runs at depths apart. Rungs are small, since each corrects what is expected and what runs cost. Of the
-    budget a little is kept to confirm the leader, if that pays for a run at all, and to run it with all edits. The survey
-    ends early when nothing left is likely to be the pick.
+    budget a little is kept to confirm the leader, if that pays for a run at all. The survey ends early when
+    nothing left is likely to be the pick.
     """
     scores: Scores = {}
     served = [nearest(task, depth, module) for depth, module in task.priors]
@@ -151,8 +153,7 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
             telling, why = _apart(task, telling, scores), f"{why}, apart in depth"
         asked = [run for run in dict.fromkeys(first_run(task, c) for c in (*served, *telling)) if run not in scores]
         kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
-        kept = [*kept, *with_all_edits(task, scores)]
-        rest = task.budget - spent(scores)
+        rest = budget_left(task, scores)
         payable = [run for run in asked if affordable(task, scores, [*kept, run], rest)[len(kept) :]]
         fit = affordable(task, scores, [*kept, *payable], rest)[len(kept) :]
         most = len(fit) // RUNGS
@@ -216,17 +217,25 @@ def _most_telling(task: SelectionTask, expected: Chances, runs: int) -> list[Can
 def confirm(task: SelectionTask, scores: Scores) -> Generator[Rung, Scores, Scores]:
     """Run what could still change the answer, the most telling first. The budget need not be used up. Returns all scores."""
     while True:
-        wanted, kept = confirmations(task, scores), with_all_edits(task, scores)
-        runs = affordable(task, scores, [*kept, *wanted[: task.concurrent]], task.budget - spent(scores))[len(kept) :]
+        wanted = confirmations(task, scores)
+        runs = affordable(task, scores, wanted[: task.concurrent], budget_left(task, scores))
         if not runs:
             return scores
         scores = yield Rung("confirm", tuple(runs), "; ".join(intent(run, scores) for run in runs))
 
 
 def with_all_edits(task: SelectionTask, scores: Scores) -> list[Run]:
-    """The leader with all edits, where positions are compared on fewer and it was not run yet."""
+    """The leader with all edits, where positions are compared on fewer and it was not run yet. Of a clock's time it may
+    take half."""
     runs = [replace(run, edit_count=0) for run in leading(scores)[:1] if task.compared_on]
+    runs = affordable(task, scores, runs, task.budget / 2) if task.timed else runs
     return [run for run in runs if run not in scores]
+
+
+def budget_left(task: SelectionTask, scores: Scores) -> float:
+    """Seconds of one worker for comparing positions: of a clock's, the run with all edits is kept."""
+    kept = with_all_edits(task, scores) if task.timed else []
+    return task.budget - spent(scores) - slowness(task, scores) * sum(map(task.seconds, kept))
 
 
 def confirmations(task: SelectionTask, scores: Scores) -> list[Run]:
@@ -296,9 +305,13 @@ def spent(scores: Scores) -> float:
     return sum(score.seconds for score in scores.values())
 
 
+def slowness(task: SelectionTask, scores: Scores) -> float:
+    """What the runs cost, by what was expected of them."""
+    predicted = sum(task.seconds(run) for run in scores)
+    return spent(scores) / predicted if predicted else 1.0
+
+
 def affordable(task: SelectionTask, scores: Scores, runs: Sequence[Run], seconds: float) -> list[Run]:
     """The longest prefix of the runs that these seconds pay for."""
-    predicted = sum(task.seconds(run) for run in scores)
-    scale = spent(scores) / predicted if predicted else 1.0
-    costs = np.cumsum([scale * task.seconds(run) for run in runs])
+    costs = slowness(task, scores) * np.cumsum([task.seconds(run) for run in runs])
     return list(runs[: int(np.searchsorted(costs, seconds, side="right"))])

@@ -29,8 +29,8 @@ def measured_sentence(measured_on: Mapping[str, Any]) -> str | None:
     if not edits or compared_on == of:
         return None
     if edits == of:
-        return f"This is of all {of:,} edits; positions were compared on a random {compared_on} of them."
-    return f"This is of a random {edits} of the {of:,} edits; with all of them expect more drift."
+        return f"This is with all {of:,} edits; positions were compared on a random {compared_on} of them."
+    return f"This is with a random {edits} of the {of:,} edits; with all of them expect more drift."
 
 
 def _position(value: Any) -> str:

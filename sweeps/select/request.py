@@ -32,6 +32,8 @@ DEFAULT_SHARE = 0.1
 COMPARED_ON = 40
 """Edits on which positions are compared where there are twice as many or more: a random sample. The tables on which the
 survey was judged are of so many."""
+ASKED = 200
+"""Edits that the run with all of them is measured on, at most: a random sample as well."""
 METHOD = "survey"
 """Part of the id of every selection's study since the first ones."""
 FIXED = tuple(axis.name for axis in SWEPT if axis.name not in Run.__dataclass_fields__)
@@ -111,10 +113,10 @@ class Selection:
 
     def expected_of(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The setting of a row of the ranking with all edits, if it was run so; else the row."""
-        whole = ranked(by_setting(self.results[self.results["edit_count"] == 0]))
         keys = ["layer", "module", "learning_rate"]
-        same = whole[(whole[keys] == [row[key] for key in keys]).all(axis=1)]
-        return same.iloc[0].to_dict() if len(same) else row
+        same = (self.results[keys] == [row[key] for key in keys]).all(axis=1) & (self.results["edit_count"] == 0)
+        whole = ranked(by_setting(self.results[same]))
+        return row if whole.empty else whole.iloc[0].to_dict()
 
     @property
     def done(self) -> int:
@@ -123,8 +125,8 @@ class Selection:
 
     @property
     def spent_seconds(self) -> float:
-        """Seconds of one worker that all finished trials took together."""
-        return float(done(self.results)["seconds"].sum())
+        """Seconds of one worker that comparing positions took."""
+        return float(done(self.compared)["seconds"].sum())
 
 
 def selection_request(
@@ -185,7 +187,8 @@ def _compared_on_few(study: Study) -> tuple[Study, int]:
         return study, 0
     if count < 2 * COMPARED_ON or steps_of(study, COMPARED_ON) < USUAL_STEPS:
         return study, 0
-    edits = study.edits.model_copy(update={"order_seed": study.edits.order_seed or 0})
+    asked = min(study.edits.asked or count, ASKED)
+    edits = study.edits.model_copy(update={"order_seed": study.edits.order_seed or 0, "asked": asked})
     space = study.space.model_copy(update={"edit_count": (COMPARED_ON, 0)})
     return study.model_copy(update={"edits": edits, "space": space}), COMPARED_ON
 

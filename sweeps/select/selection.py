@@ -35,10 +35,12 @@ from sweeps.select.policy import (
     Score,
     Scores,
     SelectionTask,
+    budget_left,
     chance_elsewhere,
-    spent,
+    slowness,
     start_rate,
     survey,
+    with_all_edits,
 )
 from sweeps.select.request import Selection, SelectionRequest
 from sweeps.session import StudySession, study_session
@@ -102,6 +104,7 @@ def _select(
         partial(start_rate, steps=request.steps),
         budget=left * concurrent * BUSY if share is None else share * grid,
         concurrent=concurrent,
+        timed=share is None,
         compared_on=request.compared_on,
         priors=request.priors,
     )
@@ -128,23 +131,22 @@ def _select(
         tuple(search.rungs),
         ending,
         chance_elsewhere(task, finished),
-        grid * _slowness(task, finished),
+        grid * _really(task, finished),
         time.monotonic() - began,
         concurrent,
     )
 
 
-def _slowness(task: SelectionTask, scores: Scores) -> float:
+def _really(task: SelectionTask, scores: Scores) -> float:
     """What the runs took, by what was expected of them."""
     expected = sum(map(task.seconds, scores))
     return sum(score.row.get("seconds", 0.0) for score in scores.values()) / expected if expected else 1.0
 
 
 def _seconds_left(task: SelectionTask, scores: Scores) -> float:
-    """Time in which the rest of the budget is spent, at the speed of the runs so far."""
-    slowness = _slowness(task, scores)
-    counted = spent(scores) / sum(map(task.seconds, scores)) if scores else 1.0  # a budget in minutes counts real ones
-    return max(0.0, task.budget - spent(scores)) / (counted or 1.0) * slowness / task.concurrent
+    """Time in which the rest of the budget is spent and the leader run with all edits, at the speed of the runs so far."""
+    left = max(0.0, budget_left(task, scores)) / (slowness(task, scores) or 1.0) / task.concurrent
+    return _really(task, scores) * (left + sum(map(task.seconds, with_all_edits(task, scores))))
 
 
 def _finished(request: SelectionRequest, results: pd.DataFrame) -> list[tuple[Run, dict[str, Any]]]:

@@ -132,26 +132,30 @@ def test_it_finds_the_best_and_confirms_the_leader(share):
     assert spent(scores) > 0.7 * share * world.grid
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2])
-def test_positions_are_compared_on_some_edits_and_the_leader_is_run_with_all(share):
-    """A run with all edits drifts more, and does not compare; it is paid for from the same budget."""
-    world, budget = World(), share * World().grid
+@pytest.mark.parametrize("timed, dearer", [(False, 3), (False, 900), (True, 3), (True, 900)])
+def test_positions_are_compared_on_some_edits_and_the_leader_is_run_with_all(timed, dearer):
+    """A run with all edits drifts more, and does not compare. A share of the grid's cost does not count it; a clock does, and
+    has no time for one that takes most of it."""
+    world = World()
+
+    def seconds(run):
+        return (1 if run.edit_count else dearer) * world.seconds(run)
 
     def score(run):
         found = world.score(replace(run, edit_count=0))
-        more = 1.0 if run.edit_count else 3.0
-        return Score({**found.row, "drift_kl": more * found.row["drift_kl"]}, more * found.seconds)
+        return Score({**found.row, "drift_kl": (1 if run.edit_count else 3) * found.row["drift_kl"]}, seconds(run))
 
-    task = replace(
-        world.task(share, compared_on=40), seconds=lambda run: (1 if run.edit_count else 3) * world.seconds(run)
-    )
+    task = replace(world.task(0.2, compared_on=40, timed=timed), seconds=seconds)
     rungs, scores = replayed(survey, task, score)
-    *before, last = rungs
-    assert {run.edit_count for rung in before for run in rung.runs} == {40}
-    known = {run: scores[run] for rung in before for run in rung.runs}
-    assert last.name == "all edits" and last.runs == (replace(leading(known)[0], edit_count=0),)
-    assert leading(scores) == leading(known) and spent(scores) <= budget
-    assert not list(survey(replace(task, candidates=()))), "without a leader there is nothing to run"
+    assert {run.edit_count for rung in rungs[:-1] for run in rung.runs} == {40}
+    compared = {run: found for run, found in scores.items() if run.edit_count}
+    whole = [run for run in scores if not run.edit_count]
+    assert leading(scores) == leading(compared) and 0.7 * task.budget < spent(compared) <= task.budget
+    if timed and dearer == 900:
+        assert not whole and rungs[-1].name != "all edits"
+    else:
+        assert rungs[-1].name == "all edits" and whole == [replace(leading(compared)[0], edit_count=0)]
+    assert not timed or spent(scores) <= task.budget
 
 
 def test_costs_that_were_underrated_are_noticed_in_time():
