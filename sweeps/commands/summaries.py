@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.stats.axes import SWEPT
-from analysis.stats.wording import change_with_interval, number, percent, plural, seconds, share_interval
+from analysis.stats.wording import change_with_interval, number, percent, plural, points, seconds, share_interval
 from sweeps.commands.console import notice, print_json, print_table, say
 from sweeps.tracking.address import resolve_uri
 
@@ -172,6 +172,7 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
     position: content of the position file. page: the HTML page.
     """
     from analysis.stats.pick import by_format_text
+    from analysis.stats.table import setting_text
     from sweeps.select.position_file import UNMEASURED, measured_sentence
 
     if position is None:
@@ -179,6 +180,9 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
     else:
         rate, how = position["settings"]["learning_rate"], position["how"]
         say(f"Edit at {position['position']} with learning rate {number(rate)}.", "bold")
+        say(
+            f"  Recipe: {setting_text(position['settings'])}, at most {plural(position['settings']['epochs'], 'epoch')}"
+        )
         if position["predicted"]:
             for line in expectations(position["predicted"]):
                 say(f"  {line}")
@@ -188,12 +192,23 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
                 say(f"  {sentence}")
             elsewhere = f"; that a position not run is better: {percent(round(position['chance_elsewhere'], 3))}"
             say(f"  Chance that it is the best of those measured: {percent(round(position['chance'], 3))}{elsewhere}")
+            if other := position["runner_up"]:
+                say(
+                    f"  Runner-up: {other['position']} at rate {number(other['learning_rate'])}: {_traded(other['trades'])}"
+                )
         else:
             say(f"  {UNMEASURED}")
         spent = f"{percent(how['grid_share'])} of the full grid's cost, {seconds(how['wall_seconds'])}"
         say(f"  {plural(how['runs'], 'run')}, {spent}")
         say(f"Make the edit: {command}")
     say(f"Page: {page}\nMLflow: locft ui --tracking-uri {shlex.quote(tracking_uri)}")
+
+
+def _traded(trades: Mapping[str, float]) -> str:
+    """What a runner-up has more of, on the edits that positions are compared on."""
+    drift = trades.get("drift_kl")
+    shares = (f"{name.replace('_', ' ')} {points(trades[name])} points" for name in trades if name != "drift_kl")
+    return ", ".join([*shares, *([f"drift {drift:+.4f} nats".replace("-", "−")] if drift is not None else [])])
 
 
 def expectations(predicted: Mapping[str, Mapping[str, float]]) -> Iterator[str]:

@@ -88,34 +88,37 @@ def _position(selection: Selection) -> dict[str, Any] | None:
 
     If time ran out before any run finished, it is the probe's best position; None if runs failed or were interrupted.
     """
-    request, ranking = selection.request, selection.ranking.head(2).to_dict("records")
+    request, ranking = selection.request, selection.ranking.to_dict("records")
     if not ranking:
         if selection.ending != "out_of_time" or not selection.candidates:
             return None
         best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
         return _content(selection, Run(best.layer, best.module, start_rate(best, request.steps)))
     chance = measured_again(by_setting(selection.compared), seed=request.seed).picks
-    runs = [Run(row["layer"], row["module"], row["learning_rate"], row["seed"]) for row in ranking]
-    whole = selection.expected_of(ranking[0])
-    second = None
-    if len(runs) > 1:
-        second = {
-            "position": runs[1].position,
-            "learning_rate": runs[1].learning_rate,
-            "chance": chance[ranking[1]["trial_id"]],
-            "trades": _differences(*ranking),
-        }
-    return _content(selection, runs[0]) | {
+    pick, *others = ranking
+    whole, run = selection.expected_of(pick), _run_of(pick)
+    other = next((row for row in others if _run_of(row).position != run.position), others[0] if others else None)
+    second = other and {
+        "position": _run_of(other).position,
+        "learning_rate": other["learning_rate"],
+        "chance": chance[other["trial_id"]],
+        "trades": _differences(pick, other),
+    }
+    return _content(selection, run) | {
         "predicted": {
             name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in expected(whole).items()
         },
         "formats": by_format(whole, "reliability"),
         "measured_on": _measured_on(request, whole),
-        "chance": chance[ranking[0]["trial_id"]],
+        "chance": chance[pick["trial_id"]],
         "chance_elsewhere": selection.chance_elsewhere,
         "runner_up": second,
         "run_id": whole["run_id"],
     }
+
+
+def _run_of(row: Mapping[str, Any]) -> Run:
+    return Run(row["layer"], row["module"], row["learning_rate"], row["seed"])
 
 
 def _trials_of(selection: Selection) -> list[str]:

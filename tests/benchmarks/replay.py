@@ -53,6 +53,8 @@ SEEDS = 24
 """Replays of each policy."""
 KEPT = 0.8
 """Share of the positions in a replay, where the probe has one draw only."""
+PLAIN = {"displayModeBar": False}
+"""Of plotly: figures for pictures."""
 BINS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)
 """Edges of stated chances in the table of how often they came true."""
 
@@ -332,9 +334,9 @@ def main() -> None:
         print(f"\nstated chance that the pick is elsewhere: Brier score {brier:.3f}, of the base rate {base:.3f}")
         print(table)
     if options.figure:
-        figure(found).write_html(options.figure, include_plotlyjs=True)
+        figure(found).write_html(options.figure, config=PLAIN)
     if options.diagram:
-        diagram(found).write_html(options.diagram, include_plotlyjs=True)
+        diagram(found).write_html(options.diagram, config=PLAIN)
 
 
 if __name__ == "__main__":
