@@ -124,11 +124,11 @@ def _metric_of_answers(task: Any) -> str | None:
     return next(iter([*means, *(name for name in IN_HUNDREDTHS if name in kinds)]), None)
 
 
-def _generated_item(task: Any, name: str, place: int, request: Instance, folder: str | None) -> CapabilityItem:
-    """Raises InputError where the task does not score it from 0 to 1."""
-    metric, (context, given), doc, own = _metric_of_answers(task), request.args, request.doc, task.config.task
-    if metric is None:
-        raise InputError(f"{_got(task)}; {_expected(own)}")
+def _generated_item(
+    task: Any, name: str, place: int, request: Instance, metric: str, folder: str | None
+) -> CapabilityItem:
+    """Raises InputError where the metric does not score it from 0 to 1."""
+    (context, given), doc, own = request.args, request.doc, task.config.task
     expected = str(task.doc_to_target(doc))
     ends = [_scored(task, doc, metric, text) for text in ("", expected)]
     if not all(0 <= score <= 1.0 + 1e-9 for score in ends):
@@ -136,10 +136,6 @@ def _generated_item(task: Any, name: str, place: int, request: Instance, folder:
     until, tokens, _ = asked_generation(given)
     generation = Generation(until, tokens, metric, folder)
     return CapabilityItem(name, f"{own}#{place}", context, (expected,), 0, "generated", generation=generation)
-
-
-def _got(task: Any) -> str:
-    return f"task {task.config.task!r}: got answers of the kind {task.OUTPUT_TYPE}, scored by {', '.join(task.aggregation())}"
 
 
 def _expected(own: str) -> str:
@@ -152,17 +148,18 @@ def _expected(own: str) -> str:
 def _items(task: Any, name: str, places: Sequence[int], folder: str | None) -> Iterator[CapabilityItem]:
     """The items at these places of a task's documents."""
     own = task.config.task
-    generated = task.OUTPUT_TYPE == "generate_until"
+    metric = _metric_of_answers(task) if task.OUTPUT_TYPE == "generate_until" else None
     given = task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood") and "acc" in task.aggregation()
-    if not given and not generated:
-        raise InputError(f"{_got(task)}; {_expected(own)}")
+    if not given and metric is None:
+        got = f"answers of the kind {task.OUTPUT_TYPE}, scored by {', '.join(task.aggregation())}"
+        raise InputError(f"task {own!r}: got {got}; {_expected(own)}")
     task.set_fewshot_seed(seed=SEED)
     task.build_all_requests(samples=list(places))
     by_document = itertools.groupby(task.instances, lambda request: request.doc_id)  # its place among those chosen
     for place, requests in zip(places, (list(own) for _, own in by_document), strict=True):
         doc, several, count = requests[0].doc, [request.args for request in requests], len(requests)
-        if generated:
-            yield _generated_item(task, name, place, requests[0], folder)
+        if metric is not None:
+            yield _generated_item(task, name, place, requests[0], metric, folder)
             continue
         if task.OUTPUT_TYPE == "multiple_choice":
             count = len(task.doc_to_choice(doc))  # more requests are for other metrics

@@ -67,9 +67,7 @@ def line_answers(loaded: LoadedModel, prompts: Sequence[str], tokens: int, form:
     """
     ids = [encode_question(loaded.tokenizer, prompt, form) for prompt in prompts]
     check_limits(loaded.model, loaded.tokenizer, loaded.name, [(one, tokens) for one in ids])
-    decoder = GreedyDecoder(loaded)
-    answers = decoder.complete([OpenAnswer(one, full_stops=tokens, limit=tokens) for one in ids])
-    return [decoder.text(answer) for answer in answers]
+    return complete_answers(loaded, [OpenAnswer(one, full_stops=tokens, limit=tokens) for one in ids])
 
 
 def complete_answers(loaded: LoadedModel, answers: Sequence[OpenAnswer]) -> list[str]:

@@ -76,7 +76,7 @@ def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | No
     tracker.finish(
         tracker.load_results(),
         answer.report_html,
-        {**(content or {}), "trial_ids": _trials_of(selection) if pick else []},
+        {**(content or {}), "trial_ids": list(selection.pick["trial_ids"]) if pick else []},
         summary,
         {"complete": "done", "out_of_time": "done", "interrupted": "stopped"}.get(selection.ending, "failed"),
         answer=text,
@@ -96,7 +96,7 @@ def _position(selection: Selection) -> dict[str, Any] | None:
         return _content(selection, Run(best.layer, best.module, start_rate(best, request.steps)))
     chance = measured_again(by_setting(selection.compared), seed=request.seed).picks
     pick, *others = ranking
-    whole, run = selection.expected_of(pick), _run_of(pick)
+    whole, run = selection.pick, _run_of(pick)
     other = next((row for row in others if _run_of(row).position != run.position), others[0] if others else None)
     second = other and {
         "position": _run_of(other).position,
@@ -119,11 +119,6 @@ def _position(selection: Selection) -> dict[str, Any] | None:
 
 def _run_of(row: Mapping[str, Any]) -> Run:
     return Run(row["layer"], row["module"], row["learning_rate"], row["seed"])
-
-
-def _trials_of(selection: Selection) -> list[str]:
-    """The trials that what the position file predicts is from."""
-    return list(selection.expected_of(selection.ranking.iloc[0].to_dict())["trial_ids"])
 
 
 def _measured_on(request: SelectionRequest, row: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -215,13 +210,10 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
 
 def _sample_fact(selection: Selection) -> Iterator[tuple[str, str]]:
     """Where positions are compared on a sample: that the page is about it, and what the pick did with all edits."""
-    compared_on, of = selection.request.compared_on, selection.request.facts.n_edits
-    if not compared_on or selection.ranking.empty:
+    compared_on, row = selection.request.compared_on, selection.pick
+    if not compared_on or row is None:
         return
-    row, about = (
-        selection.expected_of(selection.ranking.iloc[0].to_dict()),
-        f"This is about a random {compared_on} of the {of:,} edits",
-    )
+    about = f"This is about a random {compared_on} of the {selection.request.facts.n_edits:,} edits"
     if row["edit_count"]:
         yield "Sample", f"{about}; with all of them expect more drift."
     else:

@@ -111,12 +111,16 @@ class Selection:
         """Their settings, the one to use first (`analysis.stats.pick.ranked`)."""
         return ranked(by_setting(self.compared))
 
-    def expected_of(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The setting of a row of the ranking with all edits, if it was run so; else the row."""
+    @cached_property
+    def pick(self) -> Mapping[str, Any] | None:
+        """What to expect of the first of the ranking: its setting with all edits, if it was run so; None if nothing was run."""
+        if self.ranking.empty:
+            return None
+        first = self.ranking.iloc[0]
         keys = ["layer", "module", "learning_rate"]
-        same = (self.results[keys] == [row[key] for key in keys]).all(axis=1) & (self.results["edit_count"] == 0)
+        same = (self.results[keys] == first[keys]).all(axis=1) & (self.results["edit_count"] == 0)
         whole = ranked(by_setting(self.results[same]))
-        return row if whole.empty else whole.iloc[0].to_dict()
+        return (first if whole.empty else whole.iloc[0]).to_dict()
 
     @property
     def done(self) -> int:
