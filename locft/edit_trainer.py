@@ -28,6 +28,7 @@ from locft.train.examples import TrainingExamples
 from locft.train.formats import available, parse_formats
 from locft.train.guards import Guards
 from locft.train.kept_state import KeptState
+from locft.train.methods import HELD_BACK
 from locft.train.methods.curvature import Curvature
 from locft.train.pipelines import Beside, Earlier, Training, TrainingSettings, Watch, finetune
 from locft.train.token_rows import TokenRow
@@ -71,7 +72,7 @@ class EditTrainer:
         """
         examples = self.examples(settings)
         rows = examples.rows
-        curvature = self.curvature(position) if settings.method == "low_curvature" else {}
+        curvature = self.curvature(position) if settings.method in HELD_BACK else {}
         forward = None
         engine = self._engine(rows)
         if settings.noise and not engine:

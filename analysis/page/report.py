@@ -223,7 +223,7 @@ def _run_row(run: Mapping[str, Any], row: Mapping[str, Any], picked: Sequence[st
     elif row["diverged"] == 1:
         fate = "diverged"
     texts = {name: percent(row.get(name, math.nan)) for name in ("reliability", "generalization")}
-    texts |= {"drift": number(row.get("drift_kl", math.nan)), "rate": number(run["learning_rate"])}
+    texts |= {"drift": number(row.get("drift_kl", math.nan)), "rate": number(run["learning_rate"] or math.nan)}
     return {"position": run["position"], "seed": run["seed"], "fate": fate, "kept": kept, **texts}
 
 

@@ -38,19 +38,17 @@ class Axis:
     """In `space`, where it takes a list; otherwise a field of the study itself."""
     trained: bool = True
     """A field of `locft.train.TrainingSettings`."""
-    only: tuple[str, tuple[str, ...]] | None = None
-    """An axis declared before it, and the values of that at which this one changes anything. Elsewhere it is set to its
-    default, so that a grid over both has no doubles."""
+    only: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Axes declared before it, each with its values at which this one changes anything. Elsewhere it is set to its default,
+    so that a grid over both has no doubles."""
     in_first_ids: bool = False
     """Part of every trial id, since the first ids hashed it. A newer axis is left out of the id at its default, so that
     it does not make old results foreign."""
 
     def counts(self, values: Mapping[str, Any]) -> bool:
         """True if this axis changes anything beside these values of the others; an absent one is at its default."""
-        if self.only is None:
-            return True
-        other, where = AXIS[self.only[0]], self.only[1]
-        return values.get(other.name, other.default) in where and other.counts(values)
+        others = [(AXIS[name], where) for name, where in self.only]
+        return all(values.get(other.name, other.default) in where and other.counts(values) for other, where in others)
 
     def expected(self) -> str:
         """What a valid value is, in words."""
@@ -78,6 +76,9 @@ class Axis:
         )
 
 
+ADAMS = ("full", "low_curvature", "lora", "adalora", "norm_bounded")
+"""The methods that step with Adam."""
+
 AXES: tuple[Axis, ...] = (
     Axis("layer", int, None, "layer", "trained layer, 0 is the first", at_least=0, trained=False, in_first_ids=True),
     Axis(
@@ -99,8 +100,12 @@ AXES: tuple[Axis, ...] = (
         at_least=1, log=True, short="batch ", in_first_ids=True,
     ),
     Axis(
+        "method", str, "full", "method", "how the change of the weights is parametrised and held back",
+        choices=("full", "low_curvature", "natural_gradient", "lora", "adalora", "norm_bounded"),
+    ),
+    Axis(
         "learning_rate", float, 0.004, "learning rate", "of Adam",
-        above=0, log=True, short="rate ", in_first_ids=True,
+        above=0, log=True, short="rate ", only=(("method", ADAMS),), in_first_ids=True,
     ),
     Axis(
         "loss_average", str, "edit", "loss average",
@@ -110,44 +115,31 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "arrival", int, 1, "arrival", "edits that arrive together", at_least=1, log=True, short="arrival ",
-        only=("pipeline", ("stream",)),
+        only=(("pipeline", ("stream",)),),
     ),
     Axis(
         "replay", int, 8, "replay", "earlier edits drawn for each step", at_least=0, short="replay ",
-        only=("pipeline", ("stream",)),
+        only=(("pipeline", ("stream",)),),
     ),
     Axis(
         "momentum", str, "fresh", "momentum", "whether the optimiser starts anew with each arrival",
-        choices=("fresh", "kept"), short="momentum ", only=("pipeline", ("stream",)),
-    ),
-    Axis(
-        "method", str, "full", "method", "how the change of the weights is parametrised and held back",
-        choices=("full", "low_curvature", "lora", "adalora", "norm_bounded"),
+        choices=("fresh", "kept"), short="momentum ", only=(("pipeline", ("stream",)), ("method", ADAMS)),
     ),
     Axis(
         "curvature_strength", float, 10.0, "curvature strength", "nats of edit loss that a nat of predicted drift counts",
-        at_least=0, log=True, short="strength ", only=("method", ("low_curvature",)),
-    ),
-    Axis(
-        "curvature_share", float, 0.0, "frozen share", "share of the curvature whose directions do not change at all",
-        at_least=0, below=1, short="frozen ", only=("method", ("low_curvature",)),
-    ),
-    Axis(
-        "adam_basis", str, "weights", "Adam's basis",
-        "weights: Adam scales each weight; curvature: each direction of the curvature",
-        choices=("weights", "curvature"), short="Adam by ", only=("method", ("low_curvature",)),
+        at_least=0, log=True, short="strength ", only=(("method", ("low_curvature", "natural_gradient")),),
     ),
     Axis(
         "rank", int, 8, "rank", "of the change of each matrix (adalora: on average over the matrices)",
-        at_least=1, log=True, short="rank ", only=("method", ("lora", "adalora")),
+        at_least=1, log=True, short="rank ", only=(("method", ("lora", "adalora")),),
     ),
     Axis(
         "alpha", float, 16.0, "alpha", "the change is scaled by alpha / rank",
-        above=0, log=True, short="alpha ", only=("method", ("lora", "adalora")),
+        above=0, log=True, short="alpha ", only=(("method", ("lora", "adalora")),),
     ),
     Axis(
         "norm_bound", float, 5e-4, "norm bound", "largest change of a single weight",
-        above=0, log=True, short="bound ", only=("method", ("norm_bounded",)),
+        above=0, log=True, short="bound ", only=(("method", ("norm_bounded",)),),
     ),
     Axis(
         "train_formats", str, "raw", "trained formats",
@@ -167,11 +159,11 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "guard_weight", float, 1.0, "guard weight", "nats of edit loss that a nat of drift on a guard counts",
-        above=0, log=True, short="guard weight ", only=("guard", ("same_relation", "locality_like", "prose")),
+        above=0, log=True, short="guard weight ", only=(("guard", ("same_relation", "locality_like", "prose")),),
     ),
     Axis(
         "guards_per_step", int, 4, "guards per step", "guards in each optimiser step",
-        at_least=1, log=True, short="guards ", only=("guard", ("same_relation", "locality_like", "prose")),
+        at_least=1, log=True, short="guards ", only=(("guard", ("same_relation", "locality_like", "prose")),),
     ),
     Axis(
         "noise", float, 0.0, "noise", "on the hidden states that training begins with, as a share of their spread",
@@ -184,12 +176,12 @@ AXES: tuple[Axis, ...] = (
     Axis(
         "rest_below", float, 0.0, "rest below",
         "an edit whose loss is below is left out of the next epoch, then of two each time; 0 lets none rest",
-        at_least=0, short="rest ", only=("pipeline", ("breadth_first", "stream")),
+        at_least=0, short="rest ", only=(("pipeline", ("breadth_first", "stream")),),
     ),
     Axis(
         "further_steps", int, 0, "further steps",
         "of ordinary fine-tuning of all weights on prose, between the edit and its measurement",
-        at_least=0, short="further ", trained=False, only=("pipeline", ("breadth_first", "depth_first")),
+        at_least=0, short="further ", trained=False, only=(("pipeline", ("breadth_first", "depth_first")),),
     ),
     Axis("seed", int, 0, "seed", "of the order of the edits", at_least=0, below=2**32, in_first_ids=True),
     Axis(
@@ -218,11 +210,22 @@ AXES: tuple[Axis, ...] = (
 """In the order of columns and tables. Layer and module make the position; seeds are averaged."""
 
 AXIS = {axis.name: axis for axis in AXES}
+RETIRED = {"curvature_share": 0.0, "adam_basis": "weights"}
+"""Axes that are gone, and the value of each at which it changed nothing: earlier records that have it are still read."""
 SWEPT = tuple(axis for axis in AXES if axis.swept)
 SETTING = tuple(axis.name for axis in AXES if axis.name != "seed")
 """What tells settings apart: every axis but the seed."""
 STAGES = 10
 """Equal parts of a stream, after each of which it is measured."""
+
+
+def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without those of axes that are gone, where they changed nothing; a value may stand in a list."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in RETIRED or value not in (RETIRED[name], [RETIRED[name]])
+    }
 
 
 def named_axes(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:

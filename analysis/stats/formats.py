@@ -7,7 +7,7 @@ from typing import Any
 
 FORMATS = ("raw", "qa", "chat")
 """The usual ones in their order; wordings of the user's follow, and `unseen` is the last."""
-ONE_EDIT = {"method": "low_curvature", "train_formats": ",".join(FORMATS), "epochs": 100, "rest_below": 0.05}
+ONE_EDIT = {"method": "natural_gradient", "train_formats": ",".join(FORMATS), "epochs": 100, "rest_below": 0.05}
 """How a single edit is trained unless told otherwise, where that differs from the axes' defaults: people serve chat models
 through their template, three forms take more steps than one, and what is learnt rests meanwhile. Why: docs/methods.md, "Edits that hold"."""
 TITLES = {"raw": "raw", "qa": "Q/A", "chat": "chat", "unseen": "a wording never trained"}

@@ -33,6 +33,7 @@ LEARNT = 0.1
 FEWEST = 3
 """Settings that must agree before an edit counts as wrong in all."""
 ALL = ",".join(FORMATS)
+STEADIER = "More edits than {} in a step make its gradient steadier."
 WORDING = "Answer briefly: {prompt}"
 """One more format to train, where the three above do not reach a wording."""
 CORRECTED = "edits-without-contradictions.jsonl"
@@ -168,15 +169,17 @@ def _diverged(results: pd.DataFrame, fixed: Collection[str]) -> Iterator[Signatu
         return
     least = float(lost["learning_rate"].min())
     seen = f"{len(lost)} of {plural(len(rows), 'finished trial')} diverged: the loss stopped being finite."
+    size = int(lost["batch_size"].max())
+    if not AXIS["learning_rate"].counts(lost.iloc[0]):
+        return (yield Signature("training diverged", seen, STEADIER.format(size), "batch_size", 2 * size))
     gentle = float(rows["learning_rate"][rows["diverged"] != 1].max())
     setting, value = "learning_rate", _digits(least / 4)
     cause = f"The learning rate is too high for some positions, from {number(least)} on."
     if gentle < least:
         value, cause = gentle, f"All of them had a learning rate of at least {number(least)}, the others less."
     if "learning_rate" in fixed:  # a selection takes it from the probe
-        size = int(lost["batch_size"].max())
         setting, value = "batch_size", 2 * size
-        cause += f" More edits than {size} in a step make its gradient steadier."
+        cause += " " + STEADIER.format(size)
     yield Signature("training diverged", seen, cause, setting, value)
 
 
@@ -202,9 +205,9 @@ def _held_back(case: _Case, unguarded: bool = False) -> tuple[str, str, Any]:
     method, strength = case.value("method"), case.value("curvature_strength")
     drift = case.metric("drift_kl")
     so_far = f"; predictions on plain text moved by {number(drift)} nats per token" if math.isfinite(drift) else ""
-    if method != "low_curvature":
+    if method not in ("low_curvature", "natural_gradient"):
         cause = f"Nothing holds the rest of the model in place (method {value_text('method', method)}){so_far}."
-        return cause, "method", "low_curvature"
+        return cause, "method", "natural_gradient"
     if unguarded:
         cause = f"No guard holds answers near the edits in place{so_far}."
         return cause, "guard", "same_relation"
@@ -242,15 +245,19 @@ def _not_learnt(case: _Case) -> tuple[str, str, Any]:
         if value := case.value(axis):
             more = factor * value if isinstance(value, int) else _digits(factor * value)
             return f"{cause.format(number(value))}: {at}.", axis, more
+    longer = f"The edits are not learnt: {at}.", "epochs", 2 * epochs
+    if not AXIS["learning_rate"].counts(case.pick.settings):
+        return longer
     rate, cause, factor = case.value("learning_rate"), f"The steps are too short: {at}.", 2.0
     if len(losses) >= 2 and losses[-1] > 1.5 * min(losses):
         cause, factor = f"The loss went up again, from {number(min(losses))}: the steps are too long.", 0.5
     change = (cause, "learning_rate", _digits(factor * rate))
-    return case.first(change, (f"The edits are not learnt: {at}.", "epochs", 2 * epochs))
+    return case.first(change, longer)
 
 
 _HELD_BACK: dict[str, tuple[str, Any, str]] = {
     "low_curvature": ("curvature_strength", 1 / 3, "The penalty of strength {} holds the edits back"),
+    "natural_gradient": ("curvature_strength", 1 / 3, "The penalty of strength {} holds the edits back"),
     "norm_bounded": ("norm_bound", 10, "The bound of {} on each weight leaves too little room"),
     "lora": ("rank", 4, "A change of rank {} is too small"),
     "adalora": ("rank", 4, "A change of rank {} is too small"),

@@ -340,15 +340,17 @@ class PositionTrainer:
                     raise
                 self.pieces = min(2 * self.pieces, len(rows))
         gradients = loss.gradients
+        beside: float | torch.Tensor = 0.0
         if gradients is not None:
-            for more in self._beside(replay):
+            for more, value in self._beside(replay):
                 gradients = [own.add_(other) for own, other in zip(gradients, more, strict=True)]
+                beside += value
         if self.ahead and gradients is not None:
-            self.ahead.step(self.method, loss.numbers, gradients)
+            self.ahead.step(self.method, loss.numbers, gradients, beside)
         elif not math.isfinite(loss.value) or (gradients is not None and not all_finite(gradients)):
             self.diverged = True
         elif gradients is not None:
-            self.method.step(gradients, loss.value)
+            self.method.step(gradients, loss.value, beside)
             self.steps += 1
         return replace(loss, gradients=None)  # their memory, while the next batch is computed
 
@@ -363,16 +365,18 @@ class PositionTrainer:
             ahead=self.ahead is not None,
         )
 
-    def _beside(self, replay: Sequence[TokenRow]) -> Iterator[Sequence[torch.Tensor]]:
-        """Gradients that join those of a batch: of what is replayed, unless it is still known, and of guards."""
+    def _beside(self, replay: Sequence[TokenRow]) -> Iterator[tuple[Sequence[torch.Tensor], float | torch.Tensor]]:
+        """Gradients that join those of a batch, and the loss of edits behind them: of what is replayed, unless it is still
+        known, and of guards."""
         settings, guards = self.settings, self.examples.guards
         if replay:
             found = self._loss_and_gradients(replay)
             if found.gradients is not None:
-                yield self.ahead.where_asked(found) if self.ahead else found.gradients
+                yield self.ahead.where_asked(found) if self.ahead else (found.gradients, found.value)
         if guards:
             trained = list(self.method.weights.values())
-            yield guards.gradients(self.logits(), trained, settings.guard_weight, settings.guards_per_step, self.draws)
+            drawn = settings.guard_weight, settings.guards_per_step, self.draws
+            yield guards.gradients(self.logits(), trained, *drawn), 0.0
 
 
 def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings, kept: KeptState | None) -> list[float]:

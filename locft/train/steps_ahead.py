@@ -25,7 +25,13 @@ class StepsAhead:
         self.outcome = torch.zeros(2, dtype=torch.long, device=device)
         """Steps taken, and 1 once the training diverged: no step is taken from then on."""
 
-    def step(self, method: Method, numbers: torch.Tensor, gradients: Sequence[torch.Tensor]) -> None:
+    def step(
+        self,
+        method: Method,
+        numbers: torch.Tensor,
+        gradients: Sequence[torch.Tensor],
+        beside: float | torch.Tensor = 0.0,
+    ) -> None:
         """Take the step if a training that waits for the loss would. numbers: of the `BatchLoss`."""
         value, lost = numbers[0], self.outcome[1]
         asked, finite = self._asked(value), all_finite(gradients)
@@ -33,12 +39,13 @@ class StepsAhead:
         lost.logical_or_(~value.isfinite() | (asked & ~finite))
         self.outcome[0].add_(taken)
         method.optimiser.found_inf = (~taken).float()
-        method.step(gradients, value)
+        method.step(gradients, value, beside)
 
-    def where_asked(self, replayed: BatchLoss) -> list[torch.Tensor]:
-        """The gradients of what is replayed, zero where it is still known."""
+    def where_asked(self, replayed: BatchLoss) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The gradients of what is replayed and its loss, zero where it is still known."""
         asked = self._asked(replayed.numbers[0])
-        return [torch.where(asked, gradient, 0.0) for gradient in replayed.gradients or ()]
+        kept = [torch.where(asked, gradient, 0.0) for gradient in replayed.gradients or ()]
+        return kept, torch.where(asked, replayed.numbers[0], 0.0)
 
     def _asked(self, value: torch.Tensor) -> torch.Tensor:
         return (value >= self.skip_below) & (value < math.inf)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.stats.axes import AXES
+from analysis.stats.axes import AXES, AXIS
 from analysis.stats.wording import number, percent, plural
 from locft.errors import InputError, did_you_mean
 from sweeps.commands.console import new_folder, notice, print_json, print_table, say, writable, write
@@ -283,6 +283,8 @@ def _about(chosen: "EditSettings", what: str) -> Iterator[str]:
     values = asdict(chosen.training)
     source = f"those of {what}" if chosen.model_fingerprint else "the defaults of `locft edit`"
     yield f"Learning rate {values['learning_rate']:g}, batch size {values['batch_size']}, epochs {values['epochs']}: {source}."
+    if not AXIS["learning_rate"].counts(values):
+        yield f"The learning rate is a guess: {values['method']}, with which `locft edit` would train, has none. Try some."
     yield "Prompts are put as they are (raw), the loss is the mean over the tokens of a batch, and training ends with the last epoch."
     others = (axis for axis in AXES if axis.trained and axis.name not in TOLD and values[axis.name] != axis.default)
     missing = [f"{axis.name} {values[axis.name]}" for axis in others if axis.counts(values)]

@@ -173,13 +173,13 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
     """
     from analysis.stats.pick import by_format_text
     from analysis.stats.table import setting_text
-    from sweeps.select.position_file import UNMEASURED, measured_sentence
+    from sweeps.select.position_file import UNMEASURED, measured_sentence, with_rate
 
     if position is None:
         say("No run finished, so there is no position to recommend.")
     else:
-        rate, how = position["settings"]["learning_rate"], position["how"]
-        say(f"Edit at {position['position']} with learning rate {number(rate)}.", "bold")
+        how = position["how"]
+        say(f"Edit at {with_rate(position['position'], position['settings'])}.", "bold")
         say(
             f"  Recipe: {setting_text(position['settings'])}, at most {plural(position['settings']['epochs'], 'epoch')}"
         )
@@ -193,9 +193,8 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
             elsewhere = f"; that a position not run is better: {percent(round(position['chance_elsewhere'], 3))}"
             say(f"  Chance that it is the best of those measured: {percent(round(position['chance'], 3))}{elsewhere}")
             if other := position["runner_up"]:
-                say(
-                    f"  Runner-up: {other['position']} at rate {number(other['learning_rate'])}: {_traded(other['trades'])}"
-                )
+                rate = "" if other["learning_rate"] is None else f" at rate {number(other['learning_rate'])}"
+                say(f"  Runner-up: {other['position']}{rate}: {_traded(other['trades'])}")
         else:
             say(f"  {UNMEASURED}")
         spent = f"{percent(how['grid_share'])} of the full grid's cost, {seconds(how['wall_seconds'])}"

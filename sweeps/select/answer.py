@@ -16,8 +16,8 @@ from analysis.stats.table import by_setting, done, drift_text, expected, with_in
 from analysis.stats.wording import percent, plural, seconds
 from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text
 from sweeps.select.belief import SCALES
-from sweeps.select.policy import Run, start_rate
-from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED
+from sweeps.select.policy import Run
+from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED, with_rate
 from sweeps.select.request import METHOD, Selection, SelectionRequest
 from sweeps.study.schema import Study
 from sweeps.tracking.outbox import with_retries
@@ -93,14 +93,14 @@ def _position(selection: Selection) -> dict[str, Any] | None:
         if selection.ending != "out_of_time" or not selection.candidates:
             return None
         best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
-        return _content(selection, Run(best.layer, best.module, start_rate(best, request.steps)))
+        return _content(selection, Run(best.layer, best.module, request.start_rate(best)))
     chance = measured_again(by_setting(selection.compared), seed=request.seed).picks
     pick, *others = ranking
     whole, run = selection.pick, _run_of(pick)
     other = next((row for row in others if _run_of(row).position != run.position), others[0] if others else None)
     second = other and {
         "position": _run_of(other).position,
-        "learning_rate": other["learning_rate"],
+        "learning_rate": other["learning_rate"] if request.has_rate else None,
         "chance": chance[other["trial_id"]],
         "trades": _differences(pick, other),
     }
@@ -180,19 +180,20 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     cost = f"{plural(selection.done, 'run')} in {seconds(selection.wall_seconds)}, {spent} of the full grid's cost"
     run = {(row["layer"], row["module"]) for row in done(selection.results).to_dict("records")}
     not_run, chance = len(selection.candidates) - len(run), percent(selection.chance_elsewhere)
+    rate_set = ", and sets each position's learning rate" if request.has_rate else ""
+    rate_tried = " and another learning rate: half, or twice where it learnt too little" if request.has_rate else ""
     unmeasured = None
     if content and not content["predicted"]:
-        rate = content["settings"]["learning_rate"]
-        unmeasured = f"Edit {content['position']} with learning rate {rate:g}, {UNMEASURED}."
+        unmeasured = f"Edit {with_rate(content['position'], content['settings'])}, {UNMEASURED}."
     return HowFound(
         how=(
             f"The probe reads gradients of the unedited model over some edits and some prose. It orders all {positions} by"
-            " how much of the model learning there would disturb, and sets each position's learning rate. Late layers are"
+            f" how much of the model learning there would disturb{rate_set}. Late layers are"
             " expected to drift less and to generalize more, attention to drift more, as in earlier models. The first two"
             " runs are at depths apart. Positions resemble their neighbours in depth and others of their kind, so every run"
             " says something of those not run, and of how far those expectations hold. The next are always those likeliest"
             " to be the pick, or on the front, for what they cost. Some of the budget is kept for a second seed of the"
-            " leader and another learning rate: half, or twice where it learnt too little. Many edits are compared on a sample."
+            f" leader{rate_tried}. Many edits are compared on a sample."
         ),
         command=edit_command(study, position_file),
         facts=(
@@ -222,8 +223,8 @@ def _sample_fact(selection: Selection) -> Iterator[tuple[str, str]]:
 
 
 def _run(request: SelectionRequest, run: Run) -> dict[str, Any]:
-    rate, seed = run.learning_rate, run.seed
-    return {"trial_id": request.config(run).id, "position": run.position, "learning_rate": rate, "seed": seed}
+    rate = run.learning_rate if request.has_rate else None
+    return {"trial_id": request.config(run).id, "position": run.position, "learning_rate": rate, "seed": run.seed}
 
 
 def edit_command(study: Study, position_file: str) -> str:

@@ -140,8 +140,8 @@ def _draws(metric: str, places: Sequence[Place], beforehand: np.ndarray, rng: np
     )  # (known, C)
     mean = expected + (telling[known] - expected[known]) @ gain
     spread, directions = np.linalg.eigh(covariance - covariance[:, known] @ gain)
-    root = directions * np.sqrt(spread.clip(min=0))
-    drawn = mean + rng.standard_normal((DRAWS, len(places))) @ root.T
+    root = directions * np.sqrt(spread.clip(min=0)) @ directions.T  # the only symmetric one: the same on every machine
+    drawn = mean + rng.standard_normal((DRAWS, len(places))) @ root
     drawn[:, known] = seen[known]
     if log:
         return np.exp(drawn)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from analysis.stats.axes import AXES
+from analysis.stats.axes import AXES, AXIS, without_retired
 from locft.errors import InputError
 from locft.model.positions import TuningPosition
 from locft.train.formats import RAW
@@ -35,6 +35,12 @@ def measured_sentence(measured_on: Mapping[str, Any]) -> str | None:
 
 def _position(value: Any) -> str:
     return str(TuningPosition.parse(value if isinstance(value, str) else show(value)))
+
+
+def with_rate(position: str, settings: Mapping[str, Any]) -> str:
+    """A position with its learning rate, where the method takes one, for people."""
+    rate = f" with learning rate {settings['learning_rate']:g}" if AXIS["learning_rate"].counts(settings) else ""
+    return f"{position}{rate}"
 
 
 class PositionFile(BaseModel):
@@ -68,6 +74,8 @@ def read_position(file: Path) -> PositionFile:
         raise InputError(
             f"{file}: not a position file: expected the key format with {FORMAT!r}, as `locft select` writes it"
         )
+    if isinstance(content.get("settings"), dict):
+        content["settings"] = without_retired(content["settings"])
     problems = []
     try:
         found = PositionFile.model_validate(content)
@@ -75,8 +83,7 @@ def read_position(file: Path) -> PositionFile:
         for fault in error.errors():
             got = "" if fault["type"] in ("problem", "missing") else f"got {show(fault['input'])}: "
             problems.append(f"{'.'.join(map(str, fault['loc']))}: {got}{fault['msg']}")
-    settings = content.get("settings")
-    for key, value in settings.items() if isinstance(settings, dict) else ():
+    for key, value in content["settings"].items() if isinstance(content.get("settings"), dict) else ():
         if key not in SETTINGS:
             problems.append(f"settings.{key}: unknown, expected one of {', '.join(SETTINGS)}")
             continue

@@ -11,14 +11,14 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.stats.axes import SWEPT
+from analysis.stats.axes import AXIS, SWEPT
 from analysis.stats.pick import ranked
 from analysis.stats.table import by_setting, done
 from locft.errors import InputError
 from locft.model.models import load_structure
 from locft.model.positions import TuningPosition, modules_of
 from sweeps.run.dispatch import Ending
-from sweeps.select.policy import USUAL_STEPS, Candidate, Run, Rung
+from sweeps.select.policy import USUAL_STEPS, Candidate, Run, Rung, start_rate
 from sweeps.select.position_file import read_position
 from sweeps.study.plan import Plan, PreparedStudy, trial_config
 from sweeps.study.reader import load_study
@@ -68,6 +68,15 @@ class SelectionRequest(PreparedStudy):
     def steps(self) -> int:
         """Optimiser steps of a trial that takes all its epochs."""
         return steps_of(self.study, self.compared_on or self.facts.n_edits)
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether the study's method takes a learning rate, which each position then gets from the probe."""
+        return AXIS["learning_rate"].counts({axis: getattr(self.study.space, axis)[0] for axis in FIXED})
+
+    def start_rate(self, candidate: Candidate) -> float:
+        """The learning rate of a position's first run."""
+        return start_rate(candidate, self.steps) if self.has_rate else AXIS["learning_rate"].default
 
     def config(self, run: Run) -> TrialConfig:
         """The trial of a run."""

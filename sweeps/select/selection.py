@@ -38,7 +38,6 @@ from sweeps.select.policy import (
     budget_left,
     chance_elsewhere,
     slowness,
-    start_rate,
     survey,
     with_all_edits,
 )
@@ -101,11 +100,12 @@ def _select(
         candidates,
         request.facts.n_layers,
         lambda run: trial_seconds(request.config(run), request.facts),
-        partial(start_rate, steps=request.steps),
+        request.start_rate,
         budget=left * concurrent * BUSY if share is None else share * grid,
         concurrent=concurrent,
         timed=share is None,
         compared_on=request.compared_on,
+        other_rate=request.has_rate,
         priors=request.priors,
     )
 

@@ -127,9 +127,9 @@ def idle_axes(study: Study) -> tuple[str, ...]:
     said = []
     for axis in SWEPT:
         if axis.only and getattr(study.space, axis.name) != (axis.default,):
-            other, values = axis.only
-            if not any(axis.counts({other: value}) for value in getattr(study.space, other)):
-                said.append(f"space.{axis.name} changes nothing: it takes space.{other} {' or '.join(values)}")
+            for other, values in axis.only:
+                if not set(getattr(study.space, other)) & set(values):
+                    said.append(f"space.{axis.name} changes nothing: it takes space.{other} {' or '.join(values)}")
     return tuple(said)
 
 

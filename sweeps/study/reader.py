@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ValidationError
 
+from analysis.stats.axes import without_retired
 from locft.errors import InputError, did_you_mean
 from sweeps.study.schema import EveryLayer, LogUniform, Section, Study, nearest, wrong_value
 
@@ -187,7 +188,8 @@ def study_to_yaml(study: Study) -> str:
 
 def study_from_yaml(text: str) -> Study:
     """The inverse of `study_to_yaml`; paths stay as they are written."""
-    return Study.model_validate(_Draft().read(text, "study"))
+    tree = _Draft().read(text, "study")
+    return Study.model_validate({**tree, "space": without_retired(tree.get("space", {}))})
 
 
 def _validated(draft: _Draft) -> Study | None:

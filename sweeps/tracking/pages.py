@@ -35,7 +35,8 @@ def run_name(config: TrialConfig) -> str:
     values, pipeline = config.to_dict(), _PIPELINES.get(config.pipeline, config.pipeline)
     newer = (AXIS[name] for name in named_axes([values]) if not AXIS[name].in_first_ids)
     away = "".join(f" {axis.short}{number(values[axis.name])}" for axis in newer)
-    return f"{config.position} {pipeline} b{config.batch_size} lr{config.learning_rate:g} s{config.seed}{away}"
+    rate = f" lr{config.learning_rate:g}" if AXIS["learning_rate"].counts(values) else ""
+    return f"{config.position} {pipeline} b{config.batch_size}{rate} s{config.seed}{away}"
 
 
 def trial_note(result: TrialResult, run_id: str) -> str:

@@ -93,8 +93,8 @@ def config_of(run: "Run") -> TrialConfig:
     """The configuration of a run's trial. Raises ValueError when a field is missing or is not a number."""
     kept = {key.removeprefix("locft."): value for key, value in run.data.tags.items()} | run.data.params
     # absent in older runs, and where it changes nothing: at its default
-    newer = {axis.name for axis in AXIS.values() if not axis.in_first_ids}
-    if missing := [key for key in _TYPES if key not in kept and key not in newer]:
+    optional = {axis.name for axis in AXIS.values() if axis.only or not axis.in_first_ids}
+    if missing := [key for key in _TYPES if key not in kept and key not in optional]:
         raise ValueError(f"no {', '.join(missing)} recorded")
     return TrialConfig(**{key: kind(kept[key]) for key, kind in _TYPES.items() if key in kept})
 

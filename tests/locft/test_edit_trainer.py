@@ -45,7 +45,7 @@ def same(one, other) -> bool:
 
 WAYS = [
     {"method": "low_curvature", "curvature_strength": 0.1},
-    {"method": "low_curvature", "adam_basis": "curvature", "curvature_share": 0.3},
+    {"method": "natural_gradient"},
     {"train_formats": "raw,qa,Say briefly: {prompt}"},
     {"prefix_share": 0.5},
     {"guard": "same_relation"},

@@ -7,10 +7,11 @@ from locft.train.methods.curvature import Curvature
 from locft.train.methods.full import FullFineTuning
 from locft.train.methods.lora import LoRA
 from locft.train.methods.low_curvature import LowCurvature
-from locft.train.methods.method import Method, MethodName, MethodSettings, Parameter
+from locft.train.methods.method import HELD_BACK, Method, MethodName, MethodSettings, Parameter
+from locft.train.methods.natural_gradient import NaturalGradient
 from locft.train.methods.norm_bounded import NormBounded
 
-__all__ = ["Method", "MethodName", "MethodSettings", "Parameter", "make_method"]
+__all__ = ["HELD_BACK", "Method", "MethodName", "MethodSettings", "Parameter", "make_method"]
 
 
 def make_method(
@@ -21,11 +22,13 @@ def make_method(
 ) -> Method:
     """The method that the settings name, at its start.
 
-    curvature: by parameter name; needed by low_curvature alone. steps: the most that the training will take (adalora
+    curvature: by parameter name; needed by the methods of `HELD_BACK`. steps: the most that the training will take (adalora
     spreads its rank over them).
     """
     if settings.method == "low_curvature":
         return LowCurvature(parameters, settings, curvature)
+    if settings.method == "natural_gradient":
+        return NaturalGradient(parameters, settings, curvature)
     if settings.method == "lora":
         return LoRA(parameters, settings)
     if settings.method == "adalora":

@@ -69,7 +69,9 @@ class AdaLoRA(Method):
         return found
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
+    def step(
+        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
+    ) -> None:
         for name, gradient in zip(self.weights, gradients, strict=True):
             if name in self.triplets:
                 self.triplets[name].take(gradient.mul_(self.scale), ORTHOGONALITY / self.vectors)

@@ -62,41 +62,14 @@ class Curvature:
         where the hardware has it."""
         return Curvature(**{name: part if name == "diagonal" else part.to(dtype) for name, part in self.parts.items()})
 
-    def eigenbasis(self) -> "Eigenbasis":
-        if self.rows is None or self.columns is None:
-            return Eigenbasis(None, None, self.diagonal)
-        (row_values, row_vectors), (column_values, column_vectors) = map(torch.linalg.eigh, (self.rows, self.columns))
-        values = row_values.clamp(min=0)[..., :, None] * column_values.clamp(min=0)[..., None, :]
-        return Eigenbasis(row_vectors, column_vectors, values)
-
-
-@dataclass(frozen=True)
-class Eigenbasis:
-    """The directions of a parameter's curvature; where that is diagonal, the weights themselves."""
-
-    rows: torch.Tensor | None  # (..., O, O), eigenvectors in columns
-    columns: torch.Tensor | None  # (..., I, I)
-    curvature: torch.Tensor  # of the parameter's shape, by direction
-
-    def coordinates(self, change: torch.Tensor) -> torch.Tensor:
-        """Of a change, or of a gradient, in the directions."""
-        if self.rows is None or self.columns is None:
-            return change.clone()
-        return self.rows.mT @ change @ self.columns
-
-    def change(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """The inverse of `coordinates`."""
-        if self.rows is None or self.columns is None:
-            return coordinates
-        return self.rows @ coordinates @ self.columns.mT
-
-    def steepest(self, share: float) -> torch.Tensor:
-        """Mask of the fewest directions that hold at least this share of the curvature; none for 0."""
-        values, order = self.curvature.flatten().sort(descending=True)
-        before = values.cumsum(0) - values
-        mask = torch.zeros_like(order, dtype=torch.bool)
-        mask[order] = before < share * values.sum()
-        return mask.reshape(self.curvature.shape)
+    def inverse(self, share: float) -> "Curvature":
+        """What undoes it, with `share` of each factor's mean eigenvalue added to all of them first: `gradient` of it turns a
+        gradient into the change that lowers the loss by as much for the least predicted drift."""
+        damped = self.damped(share)
+        if damped.rows is None or damped.columns is None:
+            assert damped.diagonal is not None
+            return Curvature(diagonal=1 / damped.diagonal)
+        return Curvature(*(torch.cholesky_inverse(torch.linalg.cholesky(one)) for one in (damped.rows, damped.columns)))
 
 
 def _damped(factor: torch.Tensor, share: float) -> torch.Tensor:

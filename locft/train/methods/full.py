@@ -18,7 +18,9 @@ class FullFineTuning(Method):
     def restart(self) -> None:
         self.optimiser = adam(self.weights.values(), self.learning_rate)
 
-    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
+    def step(
+        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
+    ) -> None:
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
             weight.grad = gradient
         self.optimiser.step()

@@ -43,7 +43,9 @@ class LoRA(Method):
         return super().stepped() | pairs
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
+    def step(
+        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
+    ) -> None:
         for name, gradient in zip(self.weights, gradients, strict=True):
             if name in self.factors:
                 left, right = self.factors[name]

@@ -7,7 +7,9 @@ from typing import Literal
 
 import torch
 
-MethodName = Literal["full", "low_curvature", "lora", "adalora", "norm_bounded"]
+MethodName = Literal["full", "low_curvature", "natural_gradient", "lora", "adalora", "norm_bounded"]
+HELD_BACK: tuple[MethodName, ...] = ("low_curvature", "natural_gradient")
+"""The methods that need the curvature of the trained parameters."""
 
 
 @dataclass(frozen=True)
@@ -15,15 +17,11 @@ class MethodSettings:
     """The part of `locft.train.pipelines.TrainingSettings` that methods read."""
 
     learning_rate: float = 5e-4
-    """Adam's. Small models need a larger one (4e-3 at 135M parameters)."""
+    """Adam's; natural_gradient has none. Small models need a larger one (4e-3 at 135M parameters)."""
     method: MethodName = "full"
     """How the change of the weights is parametrised and held back: a file each in `locft.train.methods`."""
     curvature_strength: float = 10.0
-    """low_curvature: nats of edit loss that a nat of predicted drift counts."""
-    curvature_share: float = 0.0
-    """low_curvature: the directions that hold this share of the curvature do not change at all."""
-    adam_basis: Literal["weights", "curvature"] = "weights"
-    """low_curvature: whether Adam scales each weight or each direction of the curvature."""
+    """low_curvature, natural_gradient: nats of edit loss that a nat of predicted drift counts."""
     rank: int = 8
     """lora: of the change of each matrix. adalora: on average over the matrices, at the end."""
     alpha: float = 16.0
@@ -72,11 +70,14 @@ class Method(ABC):
         """Forget all momentum: what was trained so far becomes where the next edit starts."""
 
     @abstractmethod
-    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
+    def step(
+        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
+    ) -> None:
         """One optimiser step.
 
-        gradients: of the loss of a batch, in the order of `weights`; they may be overwritten. loss: of the batch's edits,
-        in nats; a tensor () where nobody waits for its number, which only a method gets that `needs_no_number`.
+        gradients: of all that is to fall, in the order of `weights`; they may be overwritten. loss: of the batch's edits,
+        in nats; a tensor () where nobody waits for its number, which only a method gets that `needs_no_number`. beside: the
+        loss of edits that are replayed.
         """
 
     needs_no_number = False

@@ -27,7 +27,9 @@ class NormBounded(FullFineTuning):
     def stepped(self) -> dict[str, torch.Tensor]:
         return super().stepped() | {f"start/{name}": start for name, start in self.start.items()}
 
-    def step(self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor) -> None:
+    def step(
+        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
+    ) -> None:
         super().step(gradients, loss)
         with torch.no_grad():
             for name, weight in self.weights.items():

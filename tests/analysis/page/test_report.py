@@ -288,7 +288,7 @@ def test_what_went_wrong_is_told_with_the_one_setting_to_change():
     }
     told = page(results_frame([row("a", locality=0.2)]), study)["What went wrong, and what to change"]
     assert "Locality lost" in told and "Locality is 20.0%" in told and "Edits fight each other" in told
-    assert "locft sweep 'my study.yaml' --set space.method=low_curvature" in told
+    assert "locft sweep 'my study.yaml' --set space.method=natural_gradient" in told
     assert "What went wrong, and what to change" not in page(results_frame([row("a")])).sections
 
 
@@ -300,7 +300,7 @@ def test_settings_are_told_by_what_is_away_from_the_defaults():
         "trained raw,qa" in said.split("The same for all:")[1].split("layer")[0] and "method" in said and "rank" in said
     )
     assert "curvature" not in said and "guard" not in said and "shrink" not in said
-    assert "lora, rank 4, trained raw,qa" in found["Which position"]
+    assert re.search(r"lora, rate [\d.]+, loss by edit, rank 4, trained raw,qa", found["Which position"])
 
 
 def test_each_format_is_told_where_edits_were_asked_in_several():

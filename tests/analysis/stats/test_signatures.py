@@ -54,18 +54,21 @@ LEARNING = {"epoch_losses": [4.0, 3.0, 2.0, 1.5], "epochs_run": 25, "trained_los
 STUCK = LEARNING | {"epoch_losses": [4.0, 1.5, 1.5, 1.5]}
 FORMATS = ("reliability.raw", "reliability.qa", "reliability.chat", "reliability.unseen")
 LOW = {"reliability": 0.5} | dict.fromkeys(FORMATS, 0.5)
+UNPRICED = {"method": "natural_gradient", "curvature_strength": 0.0}
 LEFT = {"capability": 0.5, "capability_change": -0.11}
 
 
 @pytest.mark.parametrize(
     ("name", "values", "setting", "value", "text"),
     [
-        ("capability fell", LEFT | {"method": "full"}, "method", "low_curvature", "61.0% to 50.0%, by 18.0% of it"),
-        ("capability fell", LEFT | {"method": "lora"}, "method", "low_curvature", "61.0%"),
+        ("capability fell", LEFT | {"method": "full"}, "method", "natural_gradient", "61.0% to 50.0%, by 18.0% of it"),
+        ("capability fell", LEFT | {"method": "lora"}, "method", "natural_gradient", "61.0%"),
         ("capability fell", LEFT, "curvature_strength", 30.0, "61.0%"),
-        ("locality lost", {"locality": 0.4, "method": "full"}, "method", "low_curvature", "40.0%"),
+        ("locality lost", {"locality": 0.4, "method": "full"}, "method", "natural_gradient", "40.0%"),
         ("locality lost", {"locality": 0.4}, "guard", "same_relation", "40.0%"),
         ("locality lost", {"locality": 0.4, "guard": "prose"}, "curvature_strength", 30.0, "40.0%"),
+        ("low reliability", LOW | STUCK | {"method": "natural_gradient"}, "curvature_strength", 3.3, "50.0%"),
+        ("low reliability", LOW | STUCK | UNPRICED, "epochs", 50, "50.0%"),
         ("low reliability", LOW | LEARNING, "epochs", 50, "50.0%"),
         ("low reliability", LOW | STUCK, "curvature_strength", 3.3, "50.0%"),
         ("low reliability", LOW | STUCK | {"method": "norm_bounded"}, "norm_bound", 0.005, "50.0%"),

@@ -24,7 +24,7 @@ METHODS = {
     "lora": {},
     "adalora": {},
     "low_curvature": {},
-    "low_curvature in its basis": {"adam_basis": "curvature", "curvature_share": 0.3},
+    "natural_gradient": {},
 }
 
 

@@ -113,8 +113,10 @@ def trainer(loaded):
     return EditTrainer(loaded, requests, rows, TailEngine(loaded, rows, on_disk=False))
 
 
-def test_a_price_on_drift_is_the_same_but_for_rounding(trainer, ahead):
-    settings = replace(BASIS, method="low_curvature", epochs=12, skip_below=5.2)
+@pytest.mark.parametrize("method, skip_below", [("low_curvature", 5.2), ("natural_gradient", 3.0)])
+@pytest.mark.parametrize("pipeline", ["breadth_first", "stream"])
+def test_what_holds_drift_back_is_the_same_but_for_rounding(trainer, ahead, method, skip_below, pipeline):
+    settings = replace(BASIS, method=method, pipeline=pipeline, epochs=12, skip_below=skip_below)
     expected = trainer.train(POSITION, settings)
     ahead()
     found = trainer.train(POSITION, settings)
@@ -122,17 +124,16 @@ def test_a_price_on_drift_is_the_same_but_for_rounding(trainer, ahead):
     assert (found.steps, found.diverged) == (expected.steps, False) and 0 < found.steps < 24
 
 
-IN_EIGENBASIS = {"method": "low_curvature", "adam_basis": "curvature"}
-
-
-@pytest.mark.parametrize("options", [{"guard": "prose"}, IN_EIGENBASIS], ids=str)
-def test_what_needs_the_loss_waits_for_it(trainer, ahead, options):
-    """Guards are drawn where a step is taken; in the eigenbasis the weights are written anew by each."""
-    settings = replace(BASIS, **options)
+def test_guards_wait_for_the_loss(trainer, ahead):
+    """They are drawn where a step is taken."""
+    settings = replace(BASIS, guard="prose")
     expected = trainer.train(POSITION, settings)
     ahead()
     found = trainer.train(POSITION, settings)
     assert outcome(found) == outcome(expected)
+
+
+FUSED_SGD = torch.library.Library("aten", "IMPL", "Meta")
 
 
 class Devices(TorchDispatchMode):
@@ -157,10 +158,12 @@ def no_numbers(monkeypatch):
     for module in (process, pipelines, boundary_states):
         monkeypatch.setattr(module, "runs_ahead", lambda device: device.type == "meta")
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    monkeypatch.setattr(
-        sys.modules[torch.optim.Adam.__module__], "_device_dtype_check_for_fused", lambda *_, **__: None
-    )
+    for optimiser in (torch.optim.Adam, torch.optim.SGD):
+        module = sys.modules[optimiser.__module__]
+        monkeypatch.setattr(module, "_device_dtype_check_for_fused", lambda *_, **__: None)
     monkeypatch.setattr(llama_kernel, "_agrees", lambda layer: True)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "Meta"):  # as Adam's has
+        FUSED_SGD.impl("_fused_sgd_", lambda *_, **__: None)
     return torch.device("meta")
 
 
@@ -194,6 +197,7 @@ OPTIONS_THERE = (
     {"method": "norm_bounded"},
     {"method": "low_curvature"},
     {"method": "low_curvature", "precision": "bfloat16"},
+    {"method": "natural_gradient"},
 )
 
 

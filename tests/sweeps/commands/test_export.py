@@ -125,6 +125,9 @@ def test_a_configuration_with_the_settings_of_a_position_file(locft, tiny_folder
     assert (config["learning_rate"], config["micro_batch_size"], config["num_epochs"]) == (0.002, 4, 7)
     assert config["base_model"] == str(tiny_folder) and said["parameters"] == [NAME]
     assert "position.json" in text and "method low_curvature" in text
+    (tmp_path / "position.json").write_text(json.dumps(position | {"settings": {"method": "natural_gradient"}}))
+    guessed = locft(*call, "--out", tmp_path / "guessed.yaml", "--json").json["notes"]
+    assert any("learning rate is a guess: natural_gradient" in note for note in guessed)
     records = [json.loads(line) for line in (tmp_path / "train-edits.jsonl").read_text().splitlines()]
     assert records[0]["segments"] == [
         {"label": False, "text": "The capital of France is"},

@@ -38,7 +38,7 @@ def test_defaults():
     assert chosen.position == "22.mlp_down"
     assert chosen.training == TrainingSettings(
         precision=training_precision("auto"),
-        method="low_curvature",
+        method="natural_gradient",
         train_formats="raw,qa,chat",
         epochs=100,
         rest_below=0.05,
@@ -54,7 +54,7 @@ def test_options_over_defaults():
         batch_size=4,
         learning_rate=0.1,
         pipeline="depth_first",
-        method="low_curvature",
+        method="natural_gradient",
         train_formats="raw,qa,chat",
         epochs=100,
         rest_below=0.05,
@@ -104,6 +104,17 @@ def test_a_position_file_carries_settings_and_formats(tmp_path):
     file.write_text(json.dumps(found))
     older = settings(str(file), ATLAS)
     assert (older.training.train_formats, older.ask_formats) == ("raw", ("raw",)), "what an older file was found with"
+    found["settings"] |= {
+        "adam_basis": "weights",
+        "curvature_share": 0.0,
+    }  # axes that are gone, where they changed nothing
+    file.write_text(json.dumps(found))
+    assert settings(str(file), ATLAS) == older
+    found["settings"]["curvature_share"] = 0.3
+    file.write_text(json.dumps(found))
+    with pytest.raises(InputError, match=r"settings\.curvature_share: unknown"):
+        settings(str(file), ATLAS)
+    del found["settings"]["adam_basis"], found["settings"]["curvature_share"]
     file.write_text(json.dumps(found | {"ask_formats": ["chta"], "settings": {"train_formats": "unseen"}}))
     with pytest.raises(InputError) as caught:
         settings(str(file), ATLAS)

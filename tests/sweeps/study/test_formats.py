@@ -23,6 +23,8 @@ def test_ids_do_not_depend_on_how_formats_are_written():
     assert make_study({"train_formats": f"{wording},qa"}).space.train_formats == (f"qa,{wording}",)
     study = make_study({"train_formats": ["raw", f"raw,{wording}"]}, ask_formats=["unseen", "raw", wording])
     assert study_from_yaml(study_to_yaml(study)) == study
+    gone = study_to_yaml(study).replace("space:", "space:\n  curvature_share: [0.0]\n  adam_basis: [weights]")
+    assert study_from_yaml(gone) == study, "axes that are gone are read where they changed nothing"
     assert study.ask_formats == ("raw", "unseen", wording)
 
 

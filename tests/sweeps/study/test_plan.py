@@ -280,7 +280,7 @@ def test_a_plan_refuses_what_the_model_lacks_and_a_grid_without_end():
         ("pipeline-check", 4),
         ("layer-sweep", 300),
         ("batch-ablation", 18),
-        ("method-comparison", 40),
+        ("method-comparison", 48),
         ("recipe", 192),
         ("generalization", 64),
     ],

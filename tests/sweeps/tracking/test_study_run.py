@@ -112,6 +112,9 @@ def test_the_parameters_are_the_axes_that_count(tracker):
     assert config_of(run) == trial
     plain = tracker.client.get_run(tracker.log_trial(result(config(23))))
     assert "rank" not in plain.data.params and config_of(plain) == config(23)
+    natural = tracker.client.get_run(tracker.log_trial(result(config(24, method="natural_gradient"))))
+    assert natural.info.run_name == "24.mlp_down bf b10 s0 natural_gradient"
+    assert "learning_rate" not in natural.data.params and config_of(natural) == config(24, method="natural_gradient")
     for axis in AXES:  # as a run of an earlier version
         if not axis.in_first_ids:
             plain.data.params.pop(axis.name, None)

@@ -1,0 +1,54 @@
+"""Steps that lower the loss for the least drift: natural gradient descent in the metric of predicted drift.
+
+Minimised is what `low_curvature` minimises: the loss f of the edits plus a price on predicted drift. With its gradient g + p H,
+where H is the gradient of the drift, a step is -a P(g + p H). P(g) = (R + r)^-1 g (K + k)^-1 turns a gradient by the factors
+of `locft.train.methods.curvature`: of all changes for which the linear forecast of the loss falls by the same amount, this
+one has the least predicted drift (natural gradient with K-FAC, arXiv 1503.05671). The length a makes the forecast of f fall by
+`SHARE` of it (Polyak's step size), so there is no learning rate to find, for any model or position.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from locft.model.models import DTYPES
+from locft.train.methods.curvature import Curvature
+from locft.train.methods.low_curvature import LowCurvature
+from locft.train.methods.method import MethodSettings, Parameter
+
+SHARE = 0.7
+"""Of the loss, by which a step makes its linear forecast fall."""
+DAMPING = 0.3
+"""Share of a factor's mean eigenvalue that is added to all of them: how far directions that prose hardly uses are trusted to be
+free."""
+MOST_DRIFT = 0.01
+"""Nats of predicted drift of a single step, at most: where the loss hardly depends on the weights, the forecast says nothing."""
+LEAST_SLOPE = 1e-30
+"""Of a loss that depends on no weight."""
+
+
+class NaturalGradient(LowCurvature):
+    def __init__(
+        self, parameters: Mapping[str, Parameter], settings: MethodSettings, curvature: Mapping[str, Curvature]
+    ):
+        super().__init__(parameters, settings, curvature)
+        dtype = DTYPES[settings.precision]
+        measured = {name: curvature[name].to(value.device) for name, value in self.base.items()}
+        self.inverse = {name: one.inverse(DAMPING).in_dtype(dtype) for name, one in measured.items()}
+
+    def restart(self) -> None:
+        """Nothing is carried from step to step."""
+        self.optimiser = torch.optim.SGD(list(self.weights.values()), lr=1.0, fused=True)
+
+    @torch.no_grad()
+    def step(
+        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
+    ) -> None:
+        turned = [self.inverse[name].gradient(own) for name, own in zip(self.base, gradients, strict=True)]
+        slopes = [(own * one).sum().double() for own, one in zip(gradients, turned, strict=True)]
+        slope = torch.stack(slopes).sum().clamp(min=LEAST_SLOPE)
+        length = torch.minimum(SHARE * (loss + beside) / slope, (2 * MOST_DRIFT / slope).sqrt())
+        for (name, weight), one in zip(self.weights.items(), turned, strict=True):
+            pull = self.inverse[name].gradient(self.drift_gradient(name))
+            weight.grad = one.add_(self.price(loss) * pull).mul_(length)
+        self.optimiser.step()
