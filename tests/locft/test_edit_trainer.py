@@ -71,7 +71,7 @@ def test_every_architecture_takes_every_way(architecture, requests):
     loaded = tiny_loaded(architecture)
     rows = encode_edits(loaded.tokenizer, requests[:4])
     trainer = EditTrainer(loaded, requests[:4], rows, TailEngine(loaded, rows, on_disk=False))
-    way = {"method": "low_curvature", "train_formats": "raw,qa", "prefix_share": 0.5, "guard": "prose"}
+    way = {"method": "natural_gradient", "train_formats": "raw,qa", "prefix_share": 0.5, "guard": "prose"}
     trained = trainer.train(TuningPosition(1, "layer"), replace(SETTINGS, epochs=2, **way))
     assert trained.steps == 2 and not trained.diverged
     assert all(torch.isfinite(change).all() for change in trained.delta.tensors.values())

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+LEAST = 1e-15
+"""Mean eigenvalue of what prose never reached at all."""
 DAMPING = 0.01
 """Share of a factor's mean eigenvalue that is added to all of them."""
 
@@ -45,7 +47,7 @@ class Curvature:
         """
         if self.rows is None or self.columns is None:
             assert self.diagonal is not None
-            return Curvature(diagonal=self.diagonal + share * self.diagonal.mean())
+            return Curvature(diagonal=self.diagonal + share * self.diagonal.mean().clamp(min=LEAST))
         return Curvature(_damped(self.rows, share), _damped(self.columns, share))
 
     @property
@@ -74,5 +76,5 @@ class Curvature:
 
 def _damped(factor: torch.Tensor, share: float) -> torch.Tensor:
     mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean = torch.where(mean > 0, mean, mean.mean())
+    mean = torch.where(mean > 0, mean, mean.mean()).clamp(min=LEAST)
     return factor + share * mean[..., None, None] * torch.eye(factor.shape[-1], device=factor.device)

@@ -194,3 +194,17 @@ def test_bfloat16_factors_turn_nearly_the_same(case):
     gradient = 100 * torch.randn(base.shape, generator=torch.Generator().manual_seed(3))
     fine, coarse = (first_step(base, curvature, gradient, 0.5, precision=one) for one in ("float32", "bfloat16"))
     assert (fine - coarse).norm() < 0.03 * fine.norm()
+
+
+@pytest.mark.parametrize(
+    "reached",
+    [Curvature(torch.zeros(4, 4), torch.zeros(6, 6)), Curvature(diagonal=torch.zeros(4, 6))],
+    ids=["matrix", "diagonal"],
+)
+def test_what_prose_never_reached_is_stepped_as_any_other(reached):
+    """The forecast still falls by its share; nothing becomes infinite, and what has no gradient stays."""
+    gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+    for precision in ("float32", "bfloat16"):
+        change = first_step(torch.zeros(4, 6), reached, gradient, 0.5, precision=precision)
+        assert float((gradient * change).sum()) == pytest.approx(-SHARE * 0.5, rel=0.02)
+        assert not first_step(torch.zeros(4, 6), reached, torch.zeros(4, 6), 0.5, precision=precision).any()
