@@ -84,6 +84,7 @@ def edit(
     """Make the edits at one position, or go on with an earlier edit; write the delta and what it does."""
     from locft.model.models import load_structure
     from locft.model.positions import TuningPosition, parameter_names
+    from sweeps.commands.settings import idle_options
 
     uri = resolve_uri(source.tracking_uri) if source.from_run or register else None
     earlier = going_on.earlier(folder, source, training)
@@ -93,6 +94,8 @@ def edit(
         raise InputError(
             "--register: there is no MLflow run to keep the delta with; name one by --from-run or a position file"
         )
+    for sentence in idle_options(asdict(training), chosen.training):
+        notice(sentence)
     writable(folder / "edit.json")
     parameter_names(load_structure(model, trust_remote_code=load.trust_remote_code), where)
     threads = load.threads or chosen.threads

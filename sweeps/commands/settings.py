@@ -1,11 +1,12 @@
 """The settings of one edit: options over those of a position file or of the trial to repeat, over the defaults."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from analysis.stats.axes import AXIS
 from analysis.stats.formats import ONE_EDIT
 from locft.errors import InputError
 from locft.model.delta import EditDelta
@@ -114,6 +115,16 @@ def continued_settings(
         about.get("run_id"),
         Capability(suite=None),
     )
+
+
+def idle_options(given: Mapping[str, Any], training: TrainingSettings) -> Iterator[str]:
+    """A sentence for each option that is given and changes nothing beside the settings. given: as for `edit_settings`."""
+    values = asdict(training)
+    for name, value in given.items():
+        axis = AXIS[name]
+        if value is not None and not axis.counts(values):
+            other, where = next((other, where) for other, where in axis.only if values[other] not in where)
+            yield f"--{name.replace('_', '-')} changes nothing: it takes --{other} {' or '.join(where)}"
 
 
 def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

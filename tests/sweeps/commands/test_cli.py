@@ -236,13 +236,13 @@ def test_sweep_status_and_report_name_the_one_setting_to_change(swept, locft):
     found = {name: locft(name, "tiny.yaml", "--json").json["signatures"] for name in ("sweep", "status", "report")}
     assert found["sweep"] == found["status"] == found["report"]
     (lost,) = [signature for signature in found["sweep"] if signature["name"] == "locality lost"]
-    assert lost["command"] == "locft sweep tiny.yaml --set space.method=low_curvature"
+    assert lost["command"] == "locft sweep tiny.yaml --set space.method=natural_gradient"
     page = (swept / "tiny.html").read_text(encoding="utf-8")
     for text in (page, *(locft(name, "tiny.yaml").out for name in ("sweep", "status", "report"))):
         assert lost["command"] in text
     narrower = locft("status", "tiny.yaml", "--set", "space.method=full", "--json").json["signatures"]
     (again,) = [signature for signature in narrower if signature["name"] == "locality lost"]
-    assert again["command"].endswith("--set space.method=full --set space.method=low_curvature"), "the last one holds"
+    assert again["command"].endswith("--set space.method=full --set space.method=natural_gradient"), "the last one holds"
 
 
 def test_status_says_who_runs_it(swept, locft):
@@ -320,7 +320,7 @@ def test_a_trial_is_repeated_to_the_bit(swept, locft, tmp_path):
 def edited(locft, tmp_path, tiny_folder, few_probes, monkeypatch):
     """An edit in the folder `delta`, and what the command said."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["--limit", 4, "--position", "1.mlp", "--learning-rate", 0.02, "--batch-size", 2, "--epochs", 6]
+    arguments = ["--limit", 4, "--position", "1.mlp", "--batch-size", 2, "--epochs", 6]
     said = locft("edit", tiny_folder, "--edits", "atlas", *arguments, "--out", "delta", "--threads", 1, "--json")
     assert said.code == 0, said.err
     return said
@@ -424,8 +424,10 @@ def test_evaluate_on_tasks_of_the_harness(edited, locft, tiny_folder, tmp_path):
 
 def test_an_edit_is_trained_and_asked_in_formats(locft, tmp_path, tiny_folder, chat_folder, few_probes):
     few = ("--edits", "atlas", "--limit", 3, "--threads", 1)
-    quick = (*few, "--position", "1.mlp", "--learning-rate", 0.02, "--epochs", 2, "--json")
-    said = locft("edit", chat_folder, *quick, "--out", tmp_path / "all")
+    quick = (*few, "--position", "1.mlp", "--epochs", 2, "--json")
+    said = locft("edit", chat_folder, *quick, "--learning-rate", 0.02, "--momentum", "kept", "--out", tmp_path / "all")
+    assert "--learning-rate changes nothing: it takes --method full or low_curvature or" in said.err
+    assert "--momentum changes nothing: it takes --pipeline stream" in said.err
     assert said.code == 0 and "chat template" not in said.err, said.err
     shares = [
         f"{name}.{form}" for name in ("reliability", "generalization") for form in ("raw", "qa", "chat", "unseen")
@@ -522,7 +524,20 @@ def test_an_edit_goes_through_the_model_registry(swept, locft, tmp_path, tiny_fo
 
 
 def test_an_edit_that_diverges_is_work_that_failed(locft, tmp_path, tiny_folder, few_probes):
-    wild = ["--learning-rate", "3e38", "--limit", 4, "--position", "1.mlp", "--out", tmp_path / "e", "--threads", 1]
+    wild = [
+        "--method",
+        "full",
+        "--learning-rate",
+        "3e38",
+        "--limit",
+        4,
+        "--position",
+        "1.mlp",
+        "--out",
+        tmp_path / "e",
+        "--threads",
+        1,
+    ]
     said = locft("edit", tiny_folder, "--edits", "atlas", *wild, "--json")
     assert said.code == 1 and "diverged" in said.err and said.out == "" and not (tmp_path / "e").exists()
     assert "Change one thing: locft edit" in said.err and "--learning-rate 7.5e+37" in said.err
