@@ -205,7 +205,7 @@ def _held_back(case: _Case, unguarded: bool = False) -> tuple[str, str, Any]:
     method, strength = case.value("method"), case.value("curvature_strength")
     drift = case.metric("drift_kl")
     so_far = f"; predictions on plain text moved by {number(drift)} nats per token" if math.isfinite(drift) else ""
-    if method not in ("low_curvature", "natural_gradient"):
+    if not AXIS["curvature_strength"].counts({"method": method}):
         cause = f"Nothing holds the rest of the model in place (method {value_text('method', method)}){so_far}."
         return cause, "method", "natural_gradient"
     if unguarded:

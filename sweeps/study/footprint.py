@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import psutil
 
+from analysis.stats.axes import AXIS
 from locft.errors import InputError
 from locft.machine import usable_cores
 from sweeps.study.schema import Resources
@@ -18,6 +19,12 @@ _FOR_TRIALS = 0.7
 """Share of the free memory that Ray leaves to trials; the rest is for its object store."""
 _TRAINED_BYTES = 4 * 4
 """For each trained number: weight, gradient and Adam's two moments in float32."""
+_FACTOR_BYTES = 3 * 4
+"""For each number of the factors of curvature (`locft.curvature`): as measured, damped, and in the precision of training."""
+_MATRICES = {"mlp": 3, "attn": 4, "layer": 7}
+"""Of a module; others are one."""
+_WIDEST = 6
+"""Times the hidden size: what is wider stacks experts, of half that each."""
 _DRIVER_BYTES = 1_050_000_000
 """The command with Ray, MLflow and its tables, and Ray's own processes."""
 _PROCESS_BYTES = 380_000_000
@@ -162,11 +169,24 @@ def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     return _PROCESS_BYTES + _TRAINED_BYTES * (_trained(trial, facts) + further)
 
 
+def curvature_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
+    """The factors of curvature that a method needs, told from the position's size: two squares for each matrix."""
+    if not AXIS["curvature_strength"].counts({"method": trial.method}):
+        return 0
+    hidden, count = max(1, _hidden(facts)), _MATRICES.get(trial.module, 1)
+    wide = _trained(trial, facts) / (count * hidden)
+    stacked = 1.0
+    if wide > _WIDEST * hidden:
+        stacked, wide = wide / (_WIDEST / 2 * hidden), _WIDEST / 2 * hidden
+    inverted = 2 if trial.method == "natural_gradient" else 1
+    return int(inverted * _FACTOR_BYTES * count * stacked * (hidden**2 + wide**2))
+
+
 def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """What a worker may add to that: the largest logits."""
+    """What a worker may add to that: the largest logits, and factors of curvature."""
     batch_tokens = _batch_tokens(trial, facts)
     reading = min(_READ_AT_ONCE, facts.edit_tokens + facts.evaluation_tokens + facts.capability_tokens)
-    return 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading))
+    return 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading)) + curvature_bytes(trial, facts)
 
 
 def _batch_tokens(trial: TrialConfig, facts: StudyFacts) -> int:

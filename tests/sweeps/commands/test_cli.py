@@ -242,7 +242,9 @@ def test_sweep_status_and_report_name_the_one_setting_to_change(swept, locft):
         assert lost["command"] in text
     narrower = locft("status", "tiny.yaml", "--set", "space.method=full", "--json").json["signatures"]
     (again,) = [signature for signature in narrower if signature["name"] == "locality lost"]
-    assert again["command"].endswith("--set space.method=full --set space.method=natural_gradient"), "the last one holds"
+    assert again["command"].endswith("--set space.method=full --set space.method=natural_gradient"), (
+        "the last one holds"
+    )
 
 
 def test_status_says_who_runs_it(swept, locft):

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
+from locft.curvature import factor_bytes
 from sweeps.answer import foresee
 from sweeps.study.estimate import (
     Costs,
@@ -17,7 +19,7 @@ from sweeps.study.estimate import (
     make_forecast,
     trial_seconds,
 )
-from sweeps.study.footprint import depth_bytes, memory_bytes, memory_range, places
+from sweeps.study.footprint import curvature_bytes, depth_bytes, memory_bytes, memory_range, places
 from sweeps.study.plan import PreparedStudy, make_plan
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
@@ -293,3 +295,23 @@ def test_finished_trials_count_wherever_they_ran(workplace, study_file):
         tracker.log_trial(result(trial))
     whole = foresee(prepared, resolve_uri(None)).estimate
     assert (whole.trials, whole.seconds, whole.source) == (0, 0, "rough rates, nothing measured here")
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes"),
+    [
+        ("mlp_down", [(8, 24)]),
+        ("mlp", [(24, 8), (24, 8), (8, 24)]),
+        ("mlp_up", [(64, 24, 8)]),  # stacked experts
+    ],
+)
+@pytest.mark.parametrize(("method", "copies"), [("full", 0), ("low_curvature", 3), ("natural_gradient", 6)])
+def test_memory_counts_the_curvature_that_a_method_needs(module, shapes, method, copies):
+    """Told from the position's size, as `factor_bytes` tells it from the shapes."""
+    size = sum(torch.Size(shape).numel() for shape in shapes)
+    facts = make_facts(10, trained_parameters={f"5.{module}": size}, vocabulary=50, head_parameters=400)
+    (trial,) = make_plan(make_study({"layer": 5, "module": module, "method": method}), facts).trials
+    expected = copies * sum(factor_bytes(torch.Size(shape)) for shape in shapes)
+    assert curvature_bytes(trial, facts) == pytest.approx(expected)
+    plain = replace(trial, method="full")
+    assert memory_bytes(trial, facts) - memory_bytes(plain, facts) == pytest.approx(expected, abs=1)
