@@ -10,7 +10,7 @@ import mlflow
 import pytest
 
 from sweeps.select.answer import edit_command
-from sweeps.select.policy import Run
+from sweeps.select.policy import Candidate, Run
 from sweeps.select.request import selection_request
 from sweeps.study.schema import Study
 from sweeps.tracking.store import TrackingError
@@ -118,7 +118,7 @@ def test_of_many_edits_a_sample_is_compared(selected, workplace, tiny_folder, fe
     assert (plain.compared_on, request.compared_on) == (0, 5)
     ids = [edit.id for edit in request.edits.requests]
     assert ids != sorted(ids) and ids == [edit.id for edit in request.study.edits.load().requests]
-    run = Run(1, "mlp_down", 0.02, 1, 5)
+    run = Run(1, "mlp_down", 0.004, 1, 5)
     assert request.run(request.config(run)) == run and request.config(replace(run, edit_count=0)).edit_count == 0
 
 
@@ -231,7 +231,13 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
 
 
 def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):
-    request = selection_request(str(tiny_folder), "atlas", limit=12)
+    natural = selection_request(str(tiny_folder), "atlas", limit=12)
+    request = selection_request(str(tiny_folder), "atlas", ["space.method=low_curvature"], limit=12)
+    assert request.has_rate and not natural.has_rate
+    candidate = Candidate(1, "mlp_down", disturbance=1.0, gain=50.0)
+    assert natural.start_rate(candidate) == 0.004 != request.start_rate(candidate), "its default, which is not used"
+    without = natural.config(Run(1, "mlp_down", 0.02, 1))
+    assert natural.run(without) == Run(1, "mlp_down", 0.004, 1)
     run = Run(1, "mlp_down", 0.02, 1)
     trial = request.config(run)
     assert request.run(trial) == run and trial.position == "1.mlp_down" and trial.learning_rate == 0.02
