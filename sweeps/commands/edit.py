@@ -84,7 +84,6 @@ def edit(
     """Make the edits at one position, or go on with an earlier edit; write the delta and what it does."""
     from locft.model.models import load_structure
     from locft.model.positions import TuningPosition, parameter_names
-    from sweeps.commands.settings import idle_options
 
     uri = resolve_uri(source.tracking_uri) if source.from_run or register else None
     earlier = going_on.earlier(folder, source, training)
@@ -94,8 +93,7 @@ def edit(
         raise InputError(
             "--register: there is no MLflow run to keep the delta with; name one by --from-run or a position file"
         )
-    for sentence in idle_options(asdict(training), chosen.training):
-        notice(sentence)
+    _tell_idle(training, chosen.training)
     writable(folder / "edit.json")
     parameter_names(load_structure(model, trust_remote_code=load.trust_remote_code), where)
     threads = load.threads or chosen.threads
@@ -130,6 +128,14 @@ def edit(
     print_remedies(remedies)
     if register:
         say(f"Registered: {summary['registered']}")
+
+
+def _tell_idle(given: TrainingOptions, chosen: "TrainingSettings") -> None:
+    """Name the options that are given and change nothing."""
+    from sweeps.commands.settings import idle_options
+
+    for sentence in idle_options(asdict(given), chosen):
+        notice(sentence)
 
 
 def _summary(

@@ -48,7 +48,8 @@ class NaturalGradient(LowCurvature):
         slopes = [(own * one).sum().double() for own, one in zip(gradients, turned, strict=True)]
         slope = torch.stack(slopes).sum().clamp(min=LEAST_SLOPE)
         length = torch.minimum(SHARE * (loss + beside) / slope, (2 * MOST_DRIFT / slope).sqrt())
+        price = self.price(loss)
         for (name, weight), one in zip(self.weights.items(), turned, strict=True):
             pull = self.inverse[name].gradient(self.drift_gradient(name))
-            weight.grad = one.add_(self.price(loss) * pull).mul_(length)
+            weight.grad = one.add_(price * pull).mul_(length)
         self.optimiser.step()
