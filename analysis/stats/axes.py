@@ -8,7 +8,7 @@ The declarations lie in `analysis` because figures and tables need them, and `an
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,13 @@ class Axis:
         """True if this axis changes anything beside these values of the others; an absent one is at its default."""
         others = [(AXIS[name], where) for name, where in self.only]
         return all(values.get(other.name, other.default) in where and other.counts(values) for other, where in others)
+
+    def unmet(self, tried: Mapping[str, Collection[Any]]) -> Iterator[tuple[str, str]]:
+        """Each other axis that has none of the values at which this one changes anything, and these in words. tried: the values
+        of every axis."""
+        for name, where in self.only:
+            if not set(tried[name]) & set(where):
+                yield name, " or ".join(where)
 
     def expected(self) -> str:
         """What a valid value is, in words."""

@@ -119,12 +119,10 @@ def continued_settings(
 
 def idle_options(given: Mapping[str, Any], training: TrainingSettings) -> Iterator[str]:
     """A sentence for each option that is given and changes nothing beside the settings. given: as for `edit_settings`."""
-    values = asdict(training)
+    chosen = {name: (value,) for name, value in asdict(training).items()}
     for name, value in given.items():
-        axis = AXIS[name]
-        if value is not None and not axis.counts(values):
-            other, where = next((other, where) for other, where in axis.only if values[other] not in where)
-            yield f"--{name.replace('_', '-')} changes nothing: it takes --{other} {' or '.join(where)}"
+        for other, values in AXIS[name].unmet(chosen) if value is not None else ():
+            yield f"--{name.replace('_', '-')} changes nothing: it takes --{other} {values}"
 
 
 def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -124,13 +124,13 @@ def _listed(layers: Sequence[int]) -> str:
 
 def idle_axes(study: Study) -> tuple[str, ...]:
     """A sentence for each axis of the space that is given and changes nothing in any trial."""
-    said = []
-    for axis in SWEPT:
-        if axis.only and getattr(study.space, axis.name) != (axis.default,):
-            for other, values in axis.only:
-                if not set(getattr(study.space, other)) & set(values):
-                    said.append(f"space.{axis.name} changes nothing: it takes space.{other} {' or '.join(values)}")
-    return tuple(said)
+    space = study.space
+    return tuple(
+        f"space.{axis.name} changes nothing: it takes space.{other} {values}"
+        for axis in SWEPT
+        if axis.only and getattr(space, axis.name) != (axis.default,)
+        for other, values in axis.unmet({name: getattr(space, name) for name, _ in axis.only})
+    )
 
 
 def study_id(study: Study, facts: StudyFacts) -> str:
