@@ -57,6 +57,8 @@ class EditTrainer:
     """Of the edits as raw prompts."""
     engine: TailEngine | None
     """The fast forward; None if everything is computed with the full model."""
+    asked: str = ""
+    """A key of all that a stream may be asked on its way."""
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def train(
@@ -90,7 +92,7 @@ class EditTrainer:
             forward,
             curvature,
             earlier,
-            Beside(watch, self._kept_state(position, settings)),
+            Beside(watch, None if earlier else self._kept_state(position, settings)),
         )
         if settings.shrink == "yes" and not training.diverged:
             training = self._shrunk(training, position)
@@ -129,7 +131,7 @@ class EditTrainer:
         ]
         edits = [(request.prompt, request.target) for request in self.requests]
         rows = [row.token_ids for row in self.rows]
-        return KeptState([self.loaded.fingerprint, computed, str(position), asdict(settings), edits, rows])
+        return KeptState([self.loaded.fingerprint, computed, str(position), asdict(settings), edits, rows, self.asked])
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._kept:

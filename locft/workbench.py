@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from locft.background import background_rows
+from locft.cache import content_key
 from locft.data.edit_request import EditRequest
 from locft.data.requests import EditSet
 from locft.data.suites import Suite
@@ -163,7 +164,9 @@ class Workbench:
     @cached_property
     def trainer(self) -> EditTrainer:
         """What trains these edits, with all that it keeps from one training to the next."""
-        return EditTrainer(self.loaded, self.requests, self.rows, self.engine)
+        asked = [[question.row.token_ids for question in self.questions], self.suite and self.suite.fingerprint]
+        prose = [row.token_ids for row in self.suite.prose] if self.suite else []
+        return EditTrainer(self.loaded, self.requests, self.rows, self.engine, content_key([*asked, prose]))
 
     def train(self, position: TuningPosition, settings: TrainingSettings, watch: Watch | None = None) -> Training:
         """Train the edits at a position. The model stays as it is. watch: called on the way through a stream."""

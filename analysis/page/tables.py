@@ -111,7 +111,8 @@ def trial_table(
         and (column.name not in _VARIED or results[column.name].nunique(dropna=False) > 1)
     )
     order = results.sort_values(["reliability", "capability"], ascending=False, na_position="last", kind="stable")
-    named = named_axes(results.to_dict("records"))
+    rows = results.to_dict("records")
+    named = (name for name in named_axes(rows) if any(map(AXIS[name].counts, rows)))
     common = {name: results[name].iloc[0] for name in named if results[name].nunique(dropna=False) == 1}
     left_out = f"The first {MAX_ROWS} of {len(results):,}; the results table of the study has all."
     return TrialTable(

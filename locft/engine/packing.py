@@ -8,6 +8,7 @@ and a row is a path. A pack lays paths side by side into sequences of bounded le
 path only, so nothing is padded but the ends of the sequences.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ _CPU = torch.device("cpu")
 STEP = 8
 """The width of a sequence is a multiple of this. For every new shape of a product oneDNN compiles a kernel, which takes
 as long as ten such products; rounded, the batches of a training come in some ten shapes instead of 150."""
+TOKEN_COST = 1000
+"""A token through a layer costs about as much as this many scores of its attention: on CPUs 400 (bfloat16) to 1000
+(float32) at a width of 576, in proportion to the width."""
 
 
 class PrefixTree:
@@ -132,13 +136,19 @@ class _PrefixGroup:
 
 
 def _prefix_groups(paths: Sequence[np.ndarray]) -> list[_PrefixGroup]:
-    """Rows in the order of their paths, split where two neighbours share less than half of the shorter one."""
+    """Rows in the order of their paths, split where two neighbours share less than half of the shorter one, and where a
+    group is full.
+
+    A token sees every place of its sequence, its own path or not. So n tokens behind a prefix of p cost n * (p + n) scores of
+    attention, and the prefix, once a group, p * `TOKEN_COST`: together least per token at n = sqrt(p * TOKEN_COST).
+    """
     groups: list[_PrefixGroup] = []
     before, places = paths[0][:0], paths[0][:0]
     for index in sorted(range(len(paths)), key=lambda i: paths[i].tolist()):
         path = paths[index]
         shared = _common(before, path)
-        if not groups or 2 * shared < min(len(before), len(path)):
+        full = groups and len(groups[-1].nodes) >= shared + math.sqrt(shared * TOKEN_COST)
+        if not groups or full or 2 * shared < min(len(before), len(path)):
             groups.append(_PrefixGroup([], []))
             shared = 0
         group = groups[-1]

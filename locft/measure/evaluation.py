@@ -139,8 +139,8 @@ def edit_questions(
 ) -> tuple[EditQuestion, ...]:
     """All questions about the edits. unedited: the base model's answers to the `locality_prompts`, in order.
 
-    formats: those that edit prompts, rephrases and questions that follow from an edit are asked in; unrelated prompts are
-    asked raw. Raises ValueError unless there is exactly one answer per unrelated prompt.
+    formats: those that edit prompts, rephrases and questions that follow from an edit are asked in, `unseen` for edit
+    prompts alone; unrelated prompts are asked raw. Raises ValueError unless there is exactly one answer per unrelated prompt.
     """
     if len(unedited) != (prompts := len(locality_prompts(requests))):
         raise ValueError(
@@ -153,7 +153,7 @@ def edit_questions(
         asked += [("generalization", prompt, (request.target,)) for prompt in request.rephrases]
         asked += [("portability", one.prompt, one.answers) for one in request.portability]
         for form in formats:
-            for kind, prompt, (answer, *others) in asked:
+            for kind, prompt, (answer, *others) in asked[: 1 if form == UNSEEN else None]:
                 row = encode_edit(tokenizer, prompt, answer, form)
                 questions.append(EditQuestion(request.id, kind, prompt, answer, row, label(form), tuple(others)))
         for unrelated in request.locality:

@@ -1,4 +1,4 @@
-"""A long training that is killed goes on from its last kept epoch, to bitwise the same result.
+"""A long training that is killed goes on from its last kept epoch or arrival, to bitwise the same result.
 
 What steps change is written to a folder of the cache every few minutes, and removed when the training ends. Short trainings
 never write.
@@ -19,7 +19,7 @@ from locft.cache import cache_folder, content_key, make_room
 from locft.errors import InputError
 from locft.model.checkpoint import opened, write_tensors
 
-VERSION = 1
+VERSION = 2
 """Of the files. Raise it when the same training would take other steps, or keep other things."""
 EVERY_SECONDS = 120.0
 """Between two writings."""

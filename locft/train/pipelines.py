@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -40,8 +40,9 @@ from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
 LONGEST_REST = 2
 """Epochs that an edit is left out of in a row, at most."""
-Watch = Callable[[int, Callable[[], EditDelta]], None]
-"""Called after each arrival of a stream: how many edits have arrived, and what makes the delta of them."""
+Watch = Callable[[int, Callable[[], EditDelta]], Any]
+"""Called after each arrival of a stream: how many edits have arrived, and what makes the delta of them. What it returns
+(JSON-able, None for nothing) is kept with the training."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Training:
     """Parts in which a batch was computed: more than 1 only if memory ran out. Changes nothing but rounding."""
     arrival_seconds: tuple[float, ...] = ()
     """stream: from the arrival of edits to the end of their training."""
+    watched: tuple[Any, ...] = ()
+    """stream: what watching it returned, without None."""
     trained_loss: float | None = None
     """Mean loss of all edits at the end, computed as in training. Compared with the loss of the edit merged into the
     model's own dtype it shows what rounding costs. None if training diverged."""
@@ -128,7 +131,7 @@ class Beside:
     watch: Watch | None = None
     """stream: its time is not counted."""
     kept: KeptState | None = None
-    """breadth_first: where a long training keeps its state, to go on there when it was killed."""
+    """breadth_first, stream: where a long training keeps its state, to go on there when it was killed."""
 
 
 def finetune(
@@ -147,28 +150,23 @@ def finetune(
     it. earlier: what a stream goes on with. The trained copies are float32, whatever the model's dtype. On a CPU the result
     is bitwise a function of the arguments, `beside` left out, unless a time limit ends it.
     """
-    started, watched = time.perf_counter(), 0.0
     trainer = PositionTrainer(loaded, examples, position, settings, forward, curvature, earlier)
 
     def change() -> EditDelta:
         return EditDelta(str(position), loaded.fingerprint, trainer.method.change(), asdict(settings))
 
-    def arrived(edits: int) -> None:
-        nonlocal watched
-        if beside.watch:
-            began = time.perf_counter()
-            beside.watch(edits, change)
-            watched += time.perf_counter() - began
-
     if settings.pipeline == "stream":
-        losses = _stream(trainer, settings, arrived)
+        watch = beside.watch or (lambda _edits, _change: None)
+        losses = _stream(trainer, settings, lambda edits: watch(edits, change), beside.kept)
     elif settings.pipeline == "depth_first":
         losses = _depth_first(trainer, settings)
     else:
         losses = _breadth_first(trainer, settings, beside.kept)
     trainer.settle()  # where the time ran out in an epoch
+    if beside.kept:
+        beside.kept.drop()
     delta = change()
-    seconds = time.perf_counter() - started - watched + trainer.earlier_seconds
+    seconds = trainer.seconds
     trained_loss = None
     if not trainer.diverged:
         at_once = LOSS_ROWS if trainer.pieces == 1 else max(1, settings.batch_size // trainer.pieces)
@@ -181,6 +179,7 @@ def finetune(
         seconds,
         trainer.pieces,
         tuple(trainer.arrival_seconds),
+        tuple(trainer.watched),
         trained_loss,
     )
 
@@ -224,6 +223,8 @@ class PositionTrainer:
         curvature: Mapping[str, Curvature] = MappingProxyType({}),
         earlier: Earlier | None = None,
     ):
+        self.started = time.perf_counter()
+        """When it would have begun if nothing but training had been done since, by this process alone."""
         model = loaded.model
         self.forward, self.settings, self.examples = forward or partial(full_forward, model), settings, examples
         start = earlier.delta.tensors if earlier else {}
@@ -238,6 +239,7 @@ class PositionTrainer:
         self.first_new = earlier.edits if earlier else 0
         self.deadline = time.perf_counter() + earlier.seconds if earlier else math.inf
         self.arrival_seconds: list[float] = []
+        self.watched: list[Any] = []
         rounds = settings.epochs * math.ceil((len(examples) - self.first_new) / settings.batch_size)
         self.method = make_method(parameters, settings, curvature, rounds)
         self.draws = torch.Generator().manual_seed(
@@ -248,7 +250,11 @@ class PositionTrainer:
         ahead = runs_ahead(device) and self.method.needs_no_number and not examples.guards
         self.ahead = StepsAhead(device, settings.skip_below) if ahead else None
         """Where steps are decided on the device; None where each waits for its loss."""
-        self.started, self.earlier_seconds = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the training so far, that of a killed process included."""
+        return time.perf_counter() - self.started
 
     def logits(self) -> SupervisedLogits:
         return self.forward(self.method.weights)
@@ -259,6 +265,14 @@ class PositionTrainer:
             taken, lost = self.ahead.outcome.tolist()
             self.steps, self.diverged = self.steps + taken, self.diverged or bool(lost)
             self.ahead.outcome[0] = 0
+
+    def watch(self, look: Callable[[], Any]) -> None:
+        """Keep what a look at the training returns. Its time does not count."""
+        began = time.perf_counter()
+        found = look()
+        self.started += time.perf_counter() - began
+        if found is not None:
+            self.watched.append(found)
 
     @property
     def ended(self) -> bool:
@@ -283,7 +297,7 @@ class PositionTrainer:
         """
         settings = self.settings
         rests = Rests(len(edits), settings.rest_below)
-        losses = self._resumed(kept, order, rests) if kept else []
+        losses = self.resumed(kept, order, rests) if kept else []
         for _ in range(len(losses), settings.epochs):
             awake, total = rests.epoch()
             asked: list[tuple[list[int], BatchLoss]] = []
@@ -303,26 +317,34 @@ class PositionTrainer:
             if losses[-1] < settings.stop_below:
                 break
             if kept and kept.due():
-                self._keep(kept, order, losses, rests)
+                self.keep(kept, order, losses, rests)
         return losses
 
-    def _keep(self, kept: KeptState, order: torch.Generator, losses: Sequence[float], rests: Rests) -> None:
-        draws = {"draws": self.draws.get_state(), "order": order.get_state(), "rests": rests.state}
-        seconds = time.perf_counter() - self.started + self.earlier_seconds
-        about = {"losses": losses, "steps": self.steps, "pieces": self.pieces, "seconds": seconds}
-        kept.write({**self.method.state(), **draws}, about)
+    def keep(
+        self, kept: KeptState, order: torch.Generator, losses: Sequence[float], rests: Rests | None = None
+    ) -> None:
+        """Write all that the steps so far have changed. Between two arrivals of a stream no edit rests."""
+        tensors = {"draws": self.draws.get_state(), "order": order.get_state()}
+        if rests:
+            tensors["rests"] = rests.state
+        about = {"losses": losses, "steps": self.steps, "pieces": self.pieces, "seconds": self.seconds}
+        stream = {"arrival_seconds": self.arrival_seconds, "watched": self.watched}
+        kept.write({**self.method.state(), **tensors}, {**about, **stream})
 
-    def _resumed(self, kept: KeptState, order: torch.Generator, rests: Rests) -> list[float]:
-        """The losses of the epochs that a killed process made, whose last state this becomes; [] if it kept none."""
+    def resumed(self, kept: KeptState, order: torch.Generator, rests: Rests | None = None) -> list[float]:
+        """The losses that a killed process had reached, whose last state this becomes; [] if it kept none."""
         found = kept.read()
         if found is None:
             return []
         state, about = found
         self.draws.set_state(state.pop("draws"))
         order.set_state(state.pop("order"))
-        rests.state.copy_(state.pop("rests"))
+        if rests:
+            rests.state.copy_(state.pop("rests"))
         self.method.restore(state)
-        self.steps, self.pieces, self.earlier_seconds = about["steps"], about["pieces"], about["seconds"]
+        self.steps, self.pieces = about["steps"], about["pieces"]
+        self.arrival_seconds, self.watched = about["arrival_seconds"], about["watched"]
+        self.started -= about["seconds"]
         return about["losses"]
 
     @torch.enable_grad()
@@ -382,20 +404,20 @@ class PositionTrainer:
 def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings, kept: KeptState | None) -> list[float]:
     """Mean loss of each epoch. A diverged training ends with the last whole epoch."""
     order = torch.Generator().manual_seed(settings.seed)
-    losses = trainer.learn(range(len(trainer.examples)), order, kept=kept)
-    if kept:
-        kept.drop()
-    return losses
+    return trainer.learn(range(len(trainer.examples)), order, kept=kept)
 
 
-def _stream(trainer: PositionTrainer, settings: TrainingSettings, after: Callable[[int], None]) -> list[float]:
+def _stream(
+    trainer: PositionTrainer, settings: TrainingSettings, watch: Callable[[int], Any], kept: KeptState | None
+) -> list[float]:
     """Last mean loss of each arrival. A training that ends early ends with the last whole arrival.
 
-    after: called after each arrival with the number of edits that have arrived.
+    watch: called after each arrival with the number of edits that have arrived.
     """
-    losses: list[float] = []
     order = torch.Generator().manual_seed(settings.seed)
-    for first in range(trainer.first_new, len(trainer.examples), settings.arrival):
+    losses = trainer.resumed(kept, order) if kept else []
+    done = trainer.first_new + settings.arrival * len(losses)
+    for first in range(done, len(trainer.examples), settings.arrival):
         started = time.perf_counter()
         if settings.momentum == "fresh":
             trainer.method.restart()
@@ -405,7 +427,9 @@ def _stream(trainer: PositionTrainer, settings: TrainingSettings, after: Callabl
         losses += found[-1:]
         if trainer.ended:
             break
-        after(arrived.stop)
+        trainer.watch(partial(watch, arrived.stop))
+        if kept and kept.due():
+            trainer.keep(kept, order, losses)
     return losses
 
 

@@ -124,15 +124,14 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
     from locft.workbench import diverged_metrics, n_asked
 
     started = time.perf_counter()
-    stages: list[dict[str, float]] = []
 
-    def watch(arrived: int, change: "Callable[[], EditDelta]") -> None:
+    def watch(arrived: int, change: "Callable[[], EditDelta]") -> dict[str, float] | None:
         """Measures when another tenth has arrived; what all have left is measured at the end in any case."""
-        seen = stages[-1]["arrived"] if stages else 0
-        if STAGES * seen // len(bench.rows) < STAGES * arrived // len(bench.rows) < STAGES:
-            stages.append(stage_metrics(bench, arrived, bench.first(arrived).measure(change())))
+        before, now = (STAGES * edits // len(bench.rows) for edits in (arrived - config.arrival, arrived))
+        return stage_metrics(bench, arrived, bench.first(arrived).measure(change())) if before < now < STAGES else None
 
     training = train(bench, config, watch)
+    stages = [*training.watched]
     if training.diverged:
         metrics, outcomes = diverged_metrics(bench.questions, bench.baseline), ()
         metrics["n_edits"] = float(n_asked(bench.questions))

@@ -283,14 +283,14 @@ def test_edits_are_asked_in_every_format(edits, suite, caplog):
     wording = "Answer briefly: {prompt}"
     bench = Workbench.prepare(loaded, edits, None, ask_formats=("raw", "qa", "chat", wording))
     assert not caplog.records
-    forms = ("raw", "qa", "chat", label(wording), "unseen")
-    names = {f"{kind}.{form}" for kind in ("reliability", "generalization") for form in forms}
+    forms = ("raw", "qa", "chat", label(wording))
+    names = {f"{kind}.{form}" for kind in ("reliability", "generalization") for form in forms} | {"reliability.unseen"}
     assert bench.baseline.metrics.keys() == names | {"reliability", "generalization"}
     metrics = bench.measure(bench.train(POSITION, SETTINGS).delta).metrics
     assert names | EDIT_METRICS - {"reliability.raw", "generalization.raw"} <= metrics.keys()
     assert diverged_metrics(bench.questions, bench.baseline).keys() == names | EDIT_METRICS
     for kind in ("reliability", "generalization"):
-        counted = [metrics[f"{kind}.{form}"] for form in forms if form != "unseen"]
+        counted = [metrics[f"{kind}.{form}"] for form in forms]
         assert metrics[kind] == pytest.approx(sum(counted) / len(counted))
 
 

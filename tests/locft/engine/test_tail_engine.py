@@ -81,6 +81,16 @@ def test_shared_beginnings_are_computed_once():
     assert int((pack.nodes >= 0).sum()) == 10 + 4 * 2
 
 
+def test_a_short_beginning_shared_by_many_is_computed_more_than_once():
+    """Every token sees each place of its sequence: 64 chat prompts behind one system prompt are no sequence of 1000 tokens."""
+    beginning = tuple(range(25))
+    rows = [TokenRow((*beginning, *range(100 * n, 100 * n + 16)), 40) for n in range(1, 65)]
+    pack = pack_rows(PrefixTree(rows), rows, 96)
+    sequences, width = pack.nodes.shape
+    assert 100 < width < 250 and sequences > 1
+    assert (pack.nodes >= 0).sum() < 1.25 * (25 + 64 * 16)
+
+
 def test_batches_of_similar_length_have_the_same_shape():
     lengths = range(65, 73)
     rows = [TokenRow((length, *range(1000, 999 + length)), length - 2) for length in lengths]

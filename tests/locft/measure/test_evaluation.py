@@ -206,12 +206,12 @@ def test_each_name_ends_where_its_own_sentence_does(names, script, generate_all)
     assert ask(loaded, full_forward(loaded.model), questions, generate_all=generate_all)[1].correct
 
 
-def test_what_follows_from_edits_is_asked_in_every_format():
+def test_what_follows_from_edits_is_asked_in_every_format_but_the_unseen_one():
     loaded = chat_loaded()
     request = replace(edit("a", "Q?", "Oslo", ["R?"]), portability=(PortabilityPrompt("P?", ("Norway",)),))
     questions = edit_questions(loaded.tokenizer, [request], [], ("raw", "qa", "chat", "unseen"))
     asked = [(question.kind[0], question.format) for question in questions]
-    assert asked == [(kind, form) for form in ("raw", "qa", "chat", "unseen") for kind in "rgp"]
+    assert asked == [*((kind, form) for form in ("raw", "qa", "chat") for kind in "rgp"), ("r", "unseen")]
 
 
 def test_teacher_forcing_flatters():
@@ -280,7 +280,7 @@ def test_each_format_is_asked_with_its_own_end():
     tokenizer, forms = loaded.tokenizer, ("raw", "qa", "chat", "unseen")
     questions = edit_questions(tokenizer, EDITS[:1], [ModelAnswer("x", (5, 0))] * 2, forms)
     assert [(q.kind[0], q.format) for q in questions] == [
-        *((kind, form) for form in forms for kind in "rgg"), ("l", "raw"), ("l", "raw"),
+        *((kind, form) for form in forms[:3] for kind in "rgg"), ("r", "unseen"), ("l", "raw"), ("l", "raw"),
     ]  # fmt: skip
     texts = {q.format: tokenizer.decode(q.row.token_ids) for q in questions if q.kind == "reliability"}
     assert texts == {

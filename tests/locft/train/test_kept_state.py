@@ -81,6 +81,29 @@ def test_it_knows_which_edits_rest(loaded, examples, kept, monkeypatch):
     assert all(torch.equal(again.delta.tensors[name], value) for name, value in whole.delta.tensors.items())
 
 
+@pytest.mark.parametrize("momentum", ["fresh", "kept"])
+def test_a_stream_goes_on_behind_its_last_arrival(momentum, loaded, examples, kept, monkeypatch):
+    settings = replace(SETTINGS, pipeline="stream", arrival=1, replay=1, epochs=3, momentum=momentum)
+    seen = []
+
+    def watch(arrived, change):
+        seen.append(arrived)
+        return {"arrived": arrived, "norm": change().norm} if arrived > 1 else None
+
+    whole = finetune(loaded, examples, POSITION, settings, beside=Beside(watch))
+    assert seen == [1, 2, 3] and [one["arrived"] for one in whole.watched] == [2, 3]
+    seen.clear()
+    arguments = (examples, POSITION, settings, None, {}, None)
+    with killed_after(7, monkeypatch):  # three steps an arrival: in the third
+        finetune(loaded, *arguments, Beside(watch, kept()))
+    again = finetune(loaded, *arguments, Beside(watch, kept()))
+    assert seen == [1, 2, 3], "nothing is watched twice"
+    assert again.watched == whole.watched and again.losses == whole.losses and again.steps == whole.steps == 9
+    assert len(again.arrival_seconds) == 3 and again.seconds > sum(again.arrival_seconds)
+    assert all(torch.equal(again.delta.tensors[name], value) for name, value in whole.delta.tensors.items())
+    assert kept().read() is None
+
+
 def counted(taken, step):
     def counting(trainer, rows, replay=()):
         taken.append(len(rows))

@@ -276,7 +276,7 @@ def test_a_plan_refuses_what_the_model_lacks_and_a_grid_without_end():
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("quickstart", 8),
+        ("quickstart", 6),
         ("pipeline-check", 4),
         ("layer-sweep", 300),
         ("batch-ablation", 18),
