@@ -59,8 +59,15 @@ class Curvature:
     def to(self, device: torch.device) -> "Curvature":
         return Curvature(**{name: part.to(device) for name, part in self.parts.items()})
 
+    def then(self, other: "Curvature") -> "Curvature":
+        """One whose `gradient` of a change is that of `other` of this one's."""
+        if self.rows is None or other.rows is None or self.columns is None or other.columns is None:
+            assert self.diagonal is not None and other.diagonal is not None
+            return Curvature(diagonal=self.diagonal * other.diagonal)
+        return Curvature(other.rows @ self.rows, self.columns @ other.columns)
+
     def in_dtype(self, dtype: torch.dtype) -> "Curvature":
-        """With factors that multiply in a dtype: a price is an approximation already, and bfloat16 is several times faster
+        """With factors that multiply in a dtype: a penalty is an approximation already, and bfloat16 is several times faster
         where the hardware has it."""
         return Curvature(**{name: part if name == "diagonal" else part.to(dtype) for name, part in self.parts.items()})
 

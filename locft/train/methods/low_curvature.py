@@ -1,4 +1,4 @@
-"""Fine-tuning that is held back where the model is sensitive: the loss of the edits plus a price on predicted drift.
+"""Fine-tuning that is held back where the model is sensitive: the loss of the edits plus a penalty on predicted drift.
 
 The predicted drift of a change C of a matrix is 1/2 tr(R C K C'), with the factors of `locft.train.methods.curvature`. The
 price is in nats of edit loss per nat of drift, so it means the same on every model. It is lower, in proportion, for a batch

@@ -299,6 +299,7 @@ def test_settings_are_told_by_what_is_away_from_the_defaults():
     assert (
         "trained raw,qa" in said.split("The same for all:")[1].split("layer")[0] and "method" in said and "rank" in said
     )
+    assert "rate" not in page(results_frame([row("a", method="natural_gradient")]))["All trials"]
     assert "curvature" not in said and "guard" not in said and "shrink" not in said
     assert re.search(r"lora, rate [\d.]+, loss by edit, rank 4, trained raw,qa", found["Which position"])
 

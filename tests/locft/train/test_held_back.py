@@ -75,6 +75,14 @@ def test_predicted_drift_and_its_gradient(case):
     torch.testing.assert_close(curvature.gradient(change.detach()), gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_one_after_the_other_is_one(case):
+    base, curvature = case
+    inverse = curvature.inverse(0.3)
+    change = torch.randn(base.shape, generator=torch.Generator().manual_seed(7))
+    one_by_one = inverse.gradient(curvature.gradient(change))
+    assert torch.allclose(curvature.then(inverse).gradient(change), one_by_one, rtol=1e-4, atol=1e-5)
+
+
 def test_without_a_price_it_is_plain_fine_tuning(case):
     base, curvature = case
     plain = trained(base, curvature, replace(SETTINGS, method="full"))
