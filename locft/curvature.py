@@ -1,4 +1,4 @@
-"""Measuring the curvature of drift (`locft.train.methods.curvature`): one pass over prose for all parameters of a layer.
+"""Measuring the curvature of drift (`locft.train.methods.curvature`): one pass over prose for all parameters of some layers.
 
 Legend: B windows of a batch, T tokens of each, I inputs and O outputs of a matrix, N rows of its input.
 
@@ -9,14 +9,14 @@ diagonal of the Fisher information from its gradients.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
@@ -34,6 +34,7 @@ from locft.engine.tail import (
     tail_view,
 )
 from locft.errors import InputError
+from locft.model.checkpoint import opened
 from locft.model.models import LoadedModel
 from locft.model.positions import n_layers
 from locft.process import describe_machine
@@ -158,7 +159,7 @@ def measure_curvature(
     windows: Sequence[TokenRow],
     gradients: Callable[[], torch.Tensor] | None = None,
 ) -> dict[str, Curvature]:
-    """Curvature of parameters of one layer, by name, on the CPU.
+    """Curvature of parameters of a layer and of layers above it, by name, on the CPU.
 
     windows: of running prose; each token but the first is predicted. gradients: gives their `output_gradients`, which are
     needed unless the model has to be computed whole.
@@ -194,21 +195,31 @@ def measure_curvature(
 
 
 def measured_once(
-    loaded: LoadedModel, layer: int, names: Sequence[str], windows: Sequence[TokenRow]
+    loaded: LoadedModel,
+    layer: int,
+    together: Sequence[str],
+    windows: Sequence[TokenRow],
+    names: Collection[str] | None = None,
 ) -> dict[str, Curvature]:
-    """The same, kept in a file for other processes and later calls, as are the gradients that all layers begin with."""
+    """The same, kept in a file for other processes and later calls, as are the gradients that all layers begin with.
+
+    together: parameters that are measured in one pass. names: those of them that are wanted, None for all.
+    """
 
     def gradients() -> torch.Tensor:
         size = 4 * sum(len(row.target_ids) for row in windows) * loaded.model.get_input_embeddings().weight.shape[1]
         return _kept(loaded, windows, [], size, lambda: {GRADIENTS: output_gradients(loaded, windows)})[GRADIENTS]
 
     def measured() -> dict[str, torch.Tensor]:
-        curvature = measure_curvature(loaded, layer, names, windows, gradients)
+        curvature = measure_curvature(loaded, layer, together, windows, gradients)
         return {f"{part}/{name}": value for name, one in curvature.items() for part, value in one.parts.items()}
 
-    size = sum(factor_bytes(loaded.model.get_parameter(name).shape) for name in names)
+    def is_wanted(key: str) -> bool:
+        return names is None or key.partition("/")[2] in names
+
+    size = sum(factor_bytes(loaded.model.get_parameter(name).shape) for name in together)
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in _kept(loaded, windows, names, size, measured).items():
+    for key, value in _kept(loaded, windows, together, size, measured, is_wanted).items():
         part, _, name = key.partition("/")
         found.setdefault(name, {})[part] = value
     return {name: Curvature(**parts) for name, parts in found.items()}
@@ -220,6 +231,7 @@ def _kept(
     names: Sequence[str],
     size: int,
     make: Callable[[], dict[str, torch.Tensor]],
+    is_wanted: Callable[[str], bool] = lambda _key: True,
 ) -> dict[str, torch.Tensor]:
     """What is made of a model and windows, for some parameters or none: from its file if there is one."""
     parts = [VERSION, list(names), loaded.fingerprint, [row.token_ids for row in windows]]
@@ -231,12 +243,13 @@ def _kept(
 
     try:
         folder = made_once("curvature", content_key(parts), write)
-        stored = load_file(folder / FILE_NAME)
+        with opened(folder / FILE_NAME, "curvature") as stored:
+            found = {key: stored.get_tensor(key) for key in stored.keys() if is_wanted(key)}  # noqa: SIM118
         os.utime(folder)
     except (InputError, OSError) as error:
         _log.warning("%s; curvature is not kept", error)
-        return make()
-    return stored
+        return {key: value for key, value in make().items() if is_wanted(key)}
+    return found
 
 
 def factor_bytes(shape: torch.Size) -> int:

@@ -43,8 +43,9 @@ WINDOW = 32
 """Tokens of a guard of prose."""
 SCALES = tuple(step / 20 for step in range(19, 9, -1))
 """Of a change that is shrunk: 0.95 down to 0.5."""
-CURVATURE_BYTES = 2**30
-"""Up to this size the curvature of a whole layer is measured at once; beyond it, that of the trained position alone."""
+CURVATURE_BYTES, TOGETHER_BYTES = 2**30, 2**28
+"""Up to the first size the curvature of a whole layer is measured at once; beyond it, that of the trained position alone. Several
+layers are measured at once, up to the second."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,34 @@ class EditTrainer:
         return TrainingExamples(self.rows, plain, prefixed, settings.prefix_share, self._guards(settings.guard))
 
     def curvature(self, position: TuningPosition) -> dict[str, Curvature]:
-        """Of the position's parameters, by name, damped. Measured once for all positions of the layer."""
-        model, names = self.loaded.model, parameter_names(self.loaded.model, position)
-        prefix = layer_prefix(model, position.layer)
-        layer = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
-        if sum(factor_bytes(model.get_parameter(name).shape) for name in layer) > CURVATURE_BYTES:
-            layer = list(names)
-        found = self._once(
-            ("curvature", tuple(layer)), lambda: measured_once(self.loaded, position.layer, layer, self._background())
-        )
-        return {name: found[name].damped() for name in names}
+        """Of the position's parameters, by name, damped. Measured once for all positions of the layer, together with other
+        layers that are trained on this machine."""
+        names = parameter_names(self.loaded.model, position)
+        last = self._kept.get("curvature")
+        if last is None or last[0] != names:
+            layer, together = self._measured_together(position)
+            found = measured_once(self.loaded, layer, together, self._background(), names)
+            self._kept["curvature"] = last = names, {name: found[name].damped() for name in names}
+        return last[1]
+
+    def _measured_together(self, position: TuningPosition) -> tuple[int, list[str]]:
+        """The lowest layer of those measured in one pass with a position's, and the parameters of all. The position alone where
+        its layer's curvature is too large."""
+        model = self.loaded.model
+        layers = self.engine.layers if self.engine and position.layer in self.engine.layers else (position.layer,)
+        prefixes = {layer: layer_prefix(model, layer) for layer in layers}
+        every = [name for name, _ in model.named_parameters()]
+        named = {layer: [name for name in every if name.startswith(prefix)] for layer, prefix in prefixes.items()}
+        sizes = {layer: sum(factor_bytes(model.get_parameter(n).shape) for n in named[layer]) for layer in layers}
+        if sizes[position.layer] > CURVATURE_BYTES:
+            return position.layer, list(parameter_names(model, position))
+        groups: list[list[int]] = [[]]
+        for layer in layers:
+            if groups[-1] and sum(sizes[one] for one in (*groups[-1], layer)) > TOGETHER_BYTES:
+                groups.append([])
+            groups[-1].append(layer)
+        group = next(group for group in groups if position.layer in group)
+        return group[0], [name for layer in group for name in named[layer]]
 
     def _kept_state(self, position: TuningPosition, settings: TrainingSettings) -> KeptState | None:
         """Where this training is kept; None for states with noise, whose draws are not."""

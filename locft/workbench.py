@@ -104,7 +104,7 @@ class Workbench:
     loaded: LoadedModel
     requests: tuple[EditRequest, ...]
     rows: tuple[TokenRow, ...]
-    """Of the edits as raw prompts, one each."""
+    """Token rows of the edits as raw prompts, one each."""
     questions: tuple[EditQuestion, ...]
     """About the edits, or a sample of them."""
     suite: EncodedSuite | None
@@ -112,7 +112,7 @@ class Workbench:
     engine: TailEngine | None
     """The fast forward; None if everything is computed with the full model."""
     whole: "Workbench | None" = None
-    """The workbench of more edits whose first ones these are (`first`)."""
+    """The larger workbench whose first edits these are (`first`)."""
     _firsts: dict[Any, "Workbench"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -133,7 +133,7 @@ class Workbench:
         ask_formats: those that edits and rephrases are measured in (`locft.train.formats`); `chat` is left out, with a
         notice, if the tokenizer has no template, and `unseen` joins any other than raw. engine: makes the fast forward
         over all rows; None computes everything with the full model, which also happens, with a warning, if the model
-        has no tail view. asked_places: of the edits that questions are put about, None for all; a baseline is that of the
+        has no tail view. asked_places: places of the edits to ask about, None for all; a given baseline must be of the
         same ones.
         """
         formats = asked(loaded.tokenizer, parse_formats(ask_formats))
@@ -163,7 +163,7 @@ class Workbench:
 
     @cached_property
     def trainer(self) -> EditTrainer:
-        """What trains these edits, with all that it keeps from one training to the next."""
+        """The trainer of these edits, with everything that it keeps from one training to the next."""
         asked = [[question.row.token_ids for question in self.questions], self.suite and self.suite.fingerprint]
         prose = [row.token_ids for row in self.suite.prose] if self.suite else []
         return EditTrainer(self.loaded, self.requests, self.rows, self.engine, content_key([*asked, prose]))
@@ -173,9 +173,9 @@ class Workbench:
         return self.trainer.train(position, settings, watch=watch)
 
     def first(self, count: int, asked_places: Collection[int] | None = None) -> "Workbench":
-        """The workbench of the first `count` edits, 0 for all, which shares everything else. asked_places: of the edits that
-        questions are put about, None for all that this one asks about. The baseline stays that of all. The same call gives
-        the same one, with all that its trainer keeps."""
+        """The workbench of the first `count` edits, 0 for all, which shares everything else. asked_places: places of the
+        edits to ask about, None for all that this one asks about. The baseline stays that of all. The same call returns the
+        same object, with everything that its trainer keeps."""
         if asked_places is None and count in (0, len(self.requests)):
             return self
         key = count, None if asked_places is None else tuple(asked_places)
@@ -192,8 +192,8 @@ class Workbench:
 
     @cached_property
     def bits(self) -> np.ndarray:
-        """(E,) what each edit holds: -log2 of the probability that the unedited model gives to the target after the raw
-        prompt, its end left out, which is the same in every edit."""
+        """(E,) information in each edit: -log2 of the probability that the unedited model gives to the target after the raw
+        prompt, without the end token, which is the same in every edit."""
         if self.whole:
             return self.whole.bits[: len(self.rows)]
         return row_bits(unedited_logits(self.loaded, self.engine), self.rows)
@@ -253,7 +253,7 @@ class Workbench:
         return logits_with(self.loaded, self.engine, layer, weights), coarse and coarse(weights)
 
     def unedited(self, delta: EditDelta) -> SupervisedLogits:
-        """The unedited model, computed as the edited one is (stand-in weights of its own included), rounding and all."""
+        """The unedited model, computed the same way (with its own weights as substitutes), so that both round alike."""
         weights = {name: self.loaded.model.get_parameter(name).detach() for name in delta.tensors}
         return logits_with(self.loaded, self.engine, TuningPosition.parse(delta.position).layer, weights)
 
@@ -293,7 +293,7 @@ def capability_metrics(scores: SuiteScores) -> dict[str, float]:
 
 
 def diverged_metrics(questions: Sequence[EditQuestion], baseline: Baseline) -> dict[str, float]:
-    """Finite worst values for a training that diverged: nothing learnt, nothing kept. A divergence in nats has none."""
+    """Finite worst values for a training that diverged: nothing learnt, nothing kept. Divergences in nats are left out."""
     wrong = [
         EditOutcome(q.edit_id, q.kind, q.prompt, q.expected, "", False, False, q.format, kept=0.0, first_kept=False)
         for q in questions

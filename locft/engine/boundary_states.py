@@ -28,7 +28,7 @@ from locft.process import describe_machine, moved, runs_ahead
 from locft.train.token_rows import TokenRow, batches
 
 VERSION = 3
-"""Of the files. Raise it when the same key would hold other numbers."""
+"""Version of the files. Raise it when the same key would hold other numbers."""
 TOKENS_AT_ONCE = 2048
 """Tokens of one forward pass while states are computed."""
 NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
@@ -36,7 +36,7 @@ NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "
 LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
 """Disk space for all stored states together. The least recently used are removed first."""
 KEPT_NEAR, NEAR_SHARE = 2, 0.1
-"""Layers whose states are kept on a GPU beside the files, a trial's and the last one's; and of its free memory, each at most."""
+"""Number of layers whose states are also kept on a GPU (a trial's and the last one), each up to this share of its free memory."""
 
 _STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bfloat16
 _log = logging.getLogger(__name__)
@@ -73,8 +73,8 @@ class BoundaryStates:
         return self._near[layer]
 
     def gather(self, layer: int, nodes: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """On a device, states (G, N, D) of a pack's nodes (G, N, on the CPU) entering a stored layer; zeros behind the ends
-        (node -1)."""
+        """States (G, N, D), on a device, of a pack's nodes (G, N, on the CPU) entering a stored layer; zeros past the ends of
+        sequences (node -1)."""
         states, places = self.near(layer, device), nodes.numpy()
         found = states[moved(torch.from_numpy(np.maximum(places, 0)), states.device)]
         if (places < 0).any():
@@ -106,7 +106,7 @@ def boundary_states(
     stride = -(-count // max(1, min(count, LIMIT_BYTES // layer_bytes)))
     if stride > 1:
         _log.warning(
-            "hidden states of one layer in %d are kept: all of them take more than %d bytes", stride, LIMIT_BYTES
+            "keeping hidden states of only one layer in %d: all of them take more than %d bytes", stride, LIMIT_BYTES
         )
     wanted = sorted({layer // stride * stride for layer in layers})
     if not on_disk:

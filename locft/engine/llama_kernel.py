@@ -1,6 +1,6 @@
 """A layer of a frozen Llama-like model as one operation with a hand-written gradient.
 
-With some hundred tokens, most of a step is not matrix products but what lies between them: casts, transposed and
+With a few hundred tokens, most of a step is not matrix products but what lies between them: casts, transposed and
 repeated heads, and autograd's record of each. Here a layer is some thirty operations forward and as many backward, and
 the products that take the same input (queries, keys and values; gate and up) are one. The arithmetic is that of Hugging
 Face's eager code, rounding included. On a GPU it is as many kernels; how fast they are there has not been measured. A layer
@@ -53,7 +53,7 @@ def fuse_layers(model: PreTrainedModel) -> None:
 
 
 class FusedLayer(nn.Module):
-    """Goes before the class of a layer."""
+    """Mixin that is put before the class of a layer."""
 
     fused_parts: "LayerParts"
 
@@ -76,7 +76,7 @@ class FusedLayer(nn.Module):
 
 
 def _agrees(layer: Any) -> bool:
-    """Tried on numbers: output and gradient are those of the layer's own forward."""
+    """True if, on random numbers, output and gradient are those of the layer's own forward."""
     parts: LayerParts = layer.fused_parts
     kind: Any = type(layer).__mro__[2]
     weight = parts.first.weight

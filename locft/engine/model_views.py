@@ -22,7 +22,7 @@ class ModelViews:
     """Tails from any layer and the head, made when first used and kept."""
 
     def __init__(self, model: PreTrainedModel, packed: bool):
-        """packed: rows come in packs with masks of ours, not one sequence per row."""
+        """packed: rows come in packs with our own masks, not one sequence per row."""
         self.dtype, self.packed = model.dtype, packed
         self.model = tail_view(model, 0)
         if packed and model.device.type == "cpu":
@@ -64,7 +64,7 @@ class ModelViews:
         return self.head(hidden[moved(pack.sequence, hidden.device), moved(pack.place, hidden.device)])
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(K, D) behind the last layer -> (K, D) as the head takes them."""
+        """(K, D) after the last layer -> (K, D) as the head takes them."""
         if self.packed:  # a model asks a mask of ones whether it is all ones
             mask = hidden.new_zeros(len(hidden), 1, 1, 1)
         else:

@@ -21,7 +21,7 @@ from locft.train.token_rows import TokenRow
 _CPU = torch.device("cpu")
 STEP = 8
 """The width of a sequence is a multiple of this. For every new shape of a product oneDNN compiles a kernel, which takes
-as long as ten such products; rounded, the batches of a training come in some ten shapes instead of 150."""
+as long as ten such products; with rounding, a training's batches come in about ten shapes instead of 150."""
 TOKEN_COST = 1000
 """A token through a layer costs about as much as this many scores of its attention: on CPUs 400 (bfloat16) to 1000
 (float32) at a width of 576, in proportion to the width."""
@@ -94,7 +94,7 @@ def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
     """Lay rows into sequences of about `limit` tokens, evenly filled.
 
     Rows with a common prefix go into one sequence, which holds that prefix once. With limit 0 every row has a sequence
-    of its own, for models whose attention takes no mask of ours.
+    of its own, for models whose attention does not accept our masks.
     """
     paths = [tree.path(row) for row in rows]
     if limit == 0:
@@ -139,8 +139,8 @@ def _prefix_groups(paths: Sequence[np.ndarray]) -> list[_PrefixGroup]:
     """Rows in the order of their paths, split where two neighbours share less than half of the shorter one, and where a
     group is full.
 
-    A token sees every place of its sequence, its own path or not. So n tokens behind a prefix of p cost n * (p + n) scores of
-    attention, and the prefix, once a group, p * `TOKEN_COST`: together least per token at n = sqrt(p * TOKEN_COST).
+    A token sees every place of its sequence, its own path or not. So n tokens after a prefix of p cost n * (p + n) attention
+    scores, and the prefix costs p * `TOKEN_COST` once per group: the sum per token is least at n = sqrt(p * TOKEN_COST).
     """
     groups: list[_PrefixGroup] = []
     before, places = paths[0][:0], paths[0][:0]

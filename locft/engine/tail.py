@@ -188,8 +188,8 @@ def require_only_states(
 ) -> None:
     """Raise NoTailView if a layer takes more from those below it than hidden states: a tail would not have it.
 
-    That is a further output of theirs among its arguments, unless it computes the same with any other or without it, or a
-    container in which they leave something. Arguments as for `capture_boundary`.
+    That is the case if one of their other outputs is among its arguments and affects what it computes, or if they leave
+    something in a container that it is given. Arguments as for `capture_boundary`.
     """
     view = tail_view(model, 0)
     outputs: list[torch.Tensor] = []  # kept, so that no other tensor takes their identity
@@ -272,7 +272,7 @@ def _base_path(model: PreTrainedModel) -> str:
         module = model.get_submodule(path)
         if not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
             return path
-    raise NoTailView("no module of it holds the blocks without the head")
+    raise NoTailView("it has no module that holds the blocks without the head")
 
 
 def _inputs(base: nn.Module, attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any]:

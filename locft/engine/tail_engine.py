@@ -62,7 +62,9 @@ class TailEngine:
         self._compute = partial(
             boundary_states, loaded.model, loaded.fingerprint, self.tree, rows, limit=self.limit, on_disk=on_disk
         )
-        self.states = self._compute(layers={*layers, n_layers(loaded.model) - 1})
+        self.layers = tuple(sorted({*layers}))
+        """Where trials will train, as far as is known."""
+        self.states = self._compute(layers={*self.layers, n_layers(loaded.model) - 1})
         self._cast = partial(cast_model, loaded.model, fingerprint=loaded.fingerprint, on_disk=on_disk)
 
     def forward(self, layer: int, dtype: torch.dtype | None = None, noise: Noise | None = None) -> Forward:
@@ -86,7 +88,7 @@ class TailEngine:
         dtype: torch.dtype,
         noise: Noise | None = None,
     ) -> Forward:
-        """The same for training one position on these rows. noise: changes the states that each step begins with.
+        """A forward for training one position on these rows. noise: changes the states that each step begins with.
 
         A matrix whose product is simply added to the layer's output (`mlp_down` without a norm behind it) needs nothing
         of its layer but its own inputs, which are as constant as the states below. Steps then begin above the layer.
@@ -96,7 +98,7 @@ class TailEngine:
         return above or self.forward(position.layer, dtype, noise)
 
     def coarse_forward(self, layer: int) -> Forward | None:
-        """The same with bfloat16 products, for decisions that are not close (`locft.measure.token_scores.retake`).
+        """`forward` with bfloat16 products, for decisions that are not close (`locft.measure.token_scores.retake`).
 
         Fused layers above `layer` (`locft.engine.llama_kernel`) are computed in bfloat16 and added up in float32. None
         if the hardware would not be faster.

@@ -51,7 +51,7 @@ class EncodedSuite:
     prose: tuple[TokenRow, ...]
     """Windows of running text; every token but the first is supervised."""
     spare: tuple[TokenRow, ...] = ()
-    """Windows of it that nothing is measured on."""
+    """Windows of the same text that nothing is measured on."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,12 @@ def score_suite(
 def _scores_of_answers(
     items: Sequence[EncodedItem], complete: Callable[[Sequence[OpenAnswer]], list[str]] | None
 ) -> Iterator[float]:
-    """What the tasks of the items whose answers are generated say of them."""
+    """The scores that tasks give to the generated answers to their items."""
     asked = [(encoded.item, encoded.begun) for encoded in items if encoded.begun]
     if not asked:
         return iter(())
     if complete is None:
-        raise ValueError("the suite has items whose answers are generated, and nothing generates them")
+        raise ValueError("the suite has items with generated answers, but `complete` is missing")
     score = harness_tasks().score_answer
     texts = complete([begun for _, begun in asked])
     return iter([score(item, text) for (item, _), text in zip(asked, texts, strict=True)])

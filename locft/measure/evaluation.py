@@ -34,7 +34,7 @@ LOCALITY_FIELDS = {
 }  # fmt: skip
 """Metrics of locality and the fields of an outcome that they are means of."""
 LONG_WORDS = 8
-"""A target of more words is long: one that is said almost as expected is told by more than exact match."""
+"""A target of more words is long: it is scored by F1 and containment as well as by exact match."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class EditQuestion:
         return 0 if self.kind == "locality" else len(sentence_ends(name))
 
     def outcome(self, got: str, correct: bool, correct_tf: bool, **change: Any) -> "EditOutcome":
-        """What an answer makes of the question. change: fields of `ReferenceChange`, for locality."""
+        """The outcome of this question for an answer. change: fields of `ReferenceChange`, for locality."""
         asked = self.edit_id, self.kind, self.prompt, self.expected
         return EditOutcome(*asked, got, correct, correct_tf, self.format, **change)
 
@@ -97,7 +97,7 @@ class EditOutcome:
 
     @property
     def contains(self) -> bool | None:
-        """Whether the answer holds the target, word for word; None unless that is long."""
+        """Whether the answer contains the target, word for word; None unless the target is long."""
         if not is_long(self.expected):
             return None
         return f" {normalise_answer(self.expected)} " in f" {normalise_answer(self.got)} "
@@ -120,7 +120,7 @@ class Following:
     """How far the most likely tokens follow the supervised tokens of a row."""
 
     matched: int
-    """Supervised tokens from the first on that are the most likely ones at their places."""
+    """Number of supervised tokens, from the first on, that are the most likely ones at their places."""
     instead: int | None
     """The most likely token at the place of the next one; None if all are matched."""
     loss: float
@@ -189,7 +189,7 @@ def ask(
     """Put the questions to the edited model, given as a model and as a function of rows (`logits`).
 
     One teacher-forced pass over the rows that are not in `followed` tells how far greedy generation follows the
-    expected answer. If that is to its end, the stopping token included, the answer is right. Otherwise generation goes
+    expected answer. If it follows to the end, stopping token included, the answer is right. Otherwise generation goes
     on from there, only until the answer is decided: a wrong answer to a short target is left unfinished ("Lisb…"). changes: of the
     questions' references, as far as locality is measured. coarse: as for `follow`. generate_all: generate every answer
     in full instead.

@@ -1,4 +1,4 @@
-"""Greedy answers: what a model says to a prompt until EOS, the end of its turn, of the line or of the sentence.
+"""Greedy answers: what a model says to a prompt, up to EOS or the end of its turn, line or sentence.
 
 Legend: B answers of a batch, T tokens.
 """
@@ -61,7 +61,7 @@ def greedy_answers(loaded: LoadedModel, prompts: Sequence[str]) -> list[ModelAns
 
 
 def line_answers(loaded: LoadedModel, prompts: Sequence[str], tokens: int, form: str = RAW) -> list[str]:
-    """What the model says to each prompt, put in a format: greedily, to the end of its line, at most `tokens` tokens.
+    """The greedy answer to each prompt in a format, up to the end of its line and at most `tokens` tokens.
 
     Raises InputError for prompts that do not fit into the model.
     """
@@ -90,7 +90,7 @@ class GreedyDecoder:
         self.ends = list(dict.fromkeys([*said, *others]))
 
     def complete(self, answers: Sequence[OpenAnswer]) -> list[OpenAnswer]:
-        """Go on with each answer until it is done.
+        """Continue each answer until it is done.
 
         A batch runs until its last answer is done. Answers with an expected text are mostly decided after a token or
         two: they get one short round, and the few that are left go on in batches of their own.
@@ -124,7 +124,7 @@ class GreedyDecoder:
         return line[: next(iter(sentence_ends(line)[answer.full_stops :]), None)].strip()
 
     def needed(self, answer: OpenAnswer) -> tuple[int, ...]:
-        """The tokens without one that only showed that the full stop before it is no decimal point."""
+        """The tokens, without a last one that only showed that the full stop before it is not a decimal point."""
         before = replace(answer, token_ids=answer.token_ids[:-1])
         ends = [len(sentence_ends(self._said(one))) for one in (before, answer)] if before.token_ids else [0]
         surplus = min(ends) > answer.full_stops and may_go_on(self._said(before))
@@ -162,7 +162,7 @@ class GreedyDecoder:
 
     @torch.no_grad()
     def _generate(self, answers: Sequence[OpenAnswer], tokens: int) -> list[OpenAnswer]:
-        """Go on with one batch: each answer until it is done, with at most `tokens` new tokens."""
+        """Continue one batch: each answer until it is done, with at most `tokens` new tokens."""
         begun = [answer.prompt_ids + answer.token_ids for answer in answers]
         width = max(map(len, begun))
         input_ids = torch.zeros(len(answers), width, dtype=torch.long)  # (B, T)
@@ -179,8 +179,8 @@ class GreedyDecoder:
         model: Any = copy.copy(self.model)
         model.generation_config = config
         stop = _StopWhenDone(self, answers, width)
-        # The states that the head takes are a slice with gaps. Of such, PyTorch's bfloat16 product on CPUs copies the whole
-        # head once a row: 3.6 GB and 10 s of a batch of 64 with a head of 49,152 x 576.
+        # The states that the head takes are a non-contiguous slice. With those, PyTorch's bfloat16 product on CPUs copies the
+        # whole head once per row: 3.6 GB and 10 s for a batch of 64 with a head of 49,152 x 576.
         closed_up = self.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args: (args[0].contiguous(),)
         )

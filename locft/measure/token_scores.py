@@ -33,7 +33,7 @@ class TokenScores:
 
     log_likelihood: torch.Tensor  # (K,) float64, nats
     best: torch.Tensor  # (K,) int64: the most likely token
-    lead: torch.Tensor  # (K,) float64: nats by which the expected token is likelier than any other, or below 0
+    lead: torch.Tensor  # (K,) float64: nats by which the expected token leads all others; negative if it does not
     gap: torch.Tensor  # (K,) float64: nats by which the best token is likelier than the second best
 
 
@@ -95,7 +95,7 @@ def slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def retake(margins: np.ndarray, exactly: Callable[[list[int]], np.ndarray]) -> None:
-    """Have the close decisions made again.
+    """Make the close decisions again, exactly.
 
     margins: how far each coarse decision is from falling the other way, at least 0. exactly: makes the decisions with
     these indices again and returns by how much each margin had shifted.

@@ -39,10 +39,10 @@ from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
 LONGEST_REST = 2
-"""Epochs that an edit is left out of in a row, at most."""
+"""Largest number of epochs in a row that an edit is left out of."""
 Watch = Callable[[int, Callable[[], EditDelta]], Any]
-"""Called after each arrival of a stream: how many edits have arrived, and what makes the delta of them. What it returns
-(JSON-able, None for nothing) is kept with the training."""
+"""Called after each arrival of a stream, with the number of edits that have arrived and a function that makes their delta. What
+it returns (JSON-able, None for nothing) is kept with the training."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class TrainingSettings(MethodSettings):
     guard: Guard = "none"
     """Prompts whose answers are held to the unedited model's (`locft.train.guards`)."""
     guard_weight: float = 1.0
-    """Nats of edit loss that a nat of drift on a guard counts."""
+    """Price of drift on guards: nats of edit loss per nat."""
     guards_per_step: int = 4
     """Guards in each optimiser step."""
     noise: float = 0.0
-    """On the hidden states that training begins with, as a share of their spread."""
+    """Noise on the hidden states that training begins with, as a share of their spread."""
     shrink: Literal["no", "yes"] = "no"
     """yes: the change is scaled down after training as far as every edit stays learnt."""
 
@@ -102,7 +102,7 @@ class Training:
     """The loss or a gradient became infinite or NaN and ended training; the delta is of the last finite weights."""
     seconds: float
     pieces: int = 1
-    """Parts in which a batch was computed: more than 1 only if memory ran out. Changes nothing but rounding."""
+    """Number of parts that a batch was computed in: more than 1 only if memory ran out. Affects only rounding."""
     arrival_seconds: tuple[float, ...] = ()
     """stream: from the arrival of edits to the end of their training."""
     watched: tuple[Any, ...] = ()
@@ -114,24 +114,24 @@ class Training:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a stream goes on with."""
+    """The earlier edits that a stream continues."""
 
     delta: EditDelta
     """Of the edits so far: training starts from it, and gives one delta for all."""
     edits: int
     """How many of the examples, the first ones, are learnt already and only replayed."""
     seconds: float = math.inf
-    """No step begins later than this after the first."""
+    """Time limit: no step begins later than this after the start."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What goes on beside a training and changes nothing of its result."""
+    """What runs alongside a training and does not affect its result."""
 
     watch: Watch | None = None
     """stream: its time is not counted."""
     kept: KeptState | None = None
-    """breadth_first, stream: where a long training keeps its state, to go on there when it was killed."""
+    """breadth_first, stream: where a long training saves its state, to resume there if it is killed."""
 
 
 def finetune(
@@ -147,8 +147,8 @@ def finetune(
     """Train the position's parameters on the edits. The model itself is only read.
 
     forward: how logits are computed, by default the full forward. curvature: by parameter name, for the methods that need
-    it. earlier: what a stream goes on with. The trained copies are float32, whatever the model's dtype. On a CPU the result
-    is bitwise a function of the arguments, `beside` left out, unless a time limit ends it.
+    it. earlier: what a stream goes on with. The trained copies are float32, whatever the model's dtype. On a CPU the
+    arguments other than `beside` determine the result bit for bit, unless a time limit ends it.
     """
     trainer = PositionTrainer(loaded, examples, position, settings, forward, curvature, earlier)
 
@@ -185,15 +185,15 @@ def finetune(
 
 
 class Rests:
-    """Which edits an epoch is about. An edit that is learnt is left out of the next epoch; if it is learnt when it is asked
-    again, of the next two, each time. So steps go where something is left to learn.
+    """Which edits an epoch trains. An edit that is learnt is left out of the next epoch; if it is still learnt after that, of
+    the next two, each time. So steps are spent where something is left to learn.
     """
 
     def __init__(self, edits: int, below: float):
         """below: the loss of an edit that is learnt. 0 lets none rest."""
         self.below = below
         self.state = torch.zeros(3, edits, dtype=torch.float64)
-        """Of each edit: epochs that it is still left out of, the length of its last rest, its loss when it was last asked."""
+        """Of each edit: epochs that it is still left out of, the length of its last rest, its last known loss."""
 
     def epoch(self) -> tuple[list[int], float]:
         """The edits of the next epoch, and the sum of the last known losses of the others."""
@@ -203,7 +203,7 @@ class Rests:
         return (~resting).nonzero()[:, 0].tolist(), float(losses[resting].sum())
 
     def asked(self, edits: Sequence[int], losses: Sequence[float]) -> None:
-        """Losses of edits of this epoch, before the step on them."""
+        """Record the losses of edits in this epoch, taken before the step on them."""
         found = torch.tensor(losses, dtype=torch.float64)
         longer = (2 * self.state[1, edits]).clamp(1, LONGEST_REST)
         length = torch.where(found < self.below, longer, 0.0)
@@ -224,7 +224,7 @@ class PositionTrainer:
         earlier: Earlier | None = None,
     ):
         self.started = time.perf_counter()
-        """When it would have begun if nothing but training had been done since, by this process alone."""
+        """Start time, shifted so that the time since then is training time alone, that of a killed process included."""
         model = loaded.model
         self.forward, self.settings, self.examples = forward or partial(full_forward, model), settings, examples
         start = earlier.delta.tensors if earlier else {}
@@ -253,7 +253,7 @@ class PositionTrainer:
 
     @property
     def seconds(self) -> float:
-        """Of the training so far, that of a killed process included."""
+        """Of the training so far, including what a killed process had done."""
         return time.perf_counter() - self.started
 
     def logits(self) -> SupervisedLogits:
@@ -290,10 +290,10 @@ class PositionTrainer:
     def learn(
         self, edits: Sequence[int], order: torch.Generator, earlier: int = 0, kept: KeptState | None = None
     ) -> list[float]:
-        """Mean losses of epochs over some edits, of each its last known one. The last epoch may be cut short, by a
-        divergence or because the time is over, and is then left out.
+        """Train epochs over some edits; returns the mean over edits of their last known losses, per epoch. An epoch that is
+        cut short, by a divergence or the time limit, is left out.
 
-        earlier: how many of the first examples may be replayed. kept: of a training that goes on where it was killed.
+        earlier: how many of the first examples may be replayed. kept: for a training that resumes where it was killed.
         """
         settings = self.settings
         rests = Rests(len(edits), settings.rest_below)
@@ -332,7 +332,7 @@ class PositionTrainer:
         kept.write({**self.method.state(), **tensors}, {**about, **stream})
 
     def resumed(self, kept: KeptState, order: torch.Generator, rests: Rests | None = None) -> list[float]:
-        """The losses that a killed process had reached, whose last state this becomes; [] if it kept none."""
+        """Restore the last state that a killed process saved; returns its losses so far, [] if it saved none."""
         found = kept.read()
         if found is None:
             return []
@@ -349,7 +349,7 @@ class PositionTrainer:
 
     @torch.enable_grad()
     def step_on(self, rows: Sequence[TokenRow], replay: Sequence[TokenRow] = ()) -> BatchLoss:
-        """The same for given rows. The weights stay finite.
+        """One step on given rows. The weights stay finite.
 
         When memory runs out, this and all later batches are computed in twice as many pieces, down to single edits.
         """
@@ -388,8 +388,8 @@ class PositionTrainer:
         )
 
     def _beside(self, replay: Sequence[TokenRow]) -> Iterator[tuple[Sequence[torch.Tensor], float | torch.Tensor]]:
-        """Gradients that join those of a batch, and the loss of edits behind them: of what is replayed, unless it is still
-        known, and of guards."""
+        """Gradients to add to those of a batch, each with its part of the edit loss: of replayed edits, unless they are still
+        learnt, and of guards."""
         settings, guards = self.settings, self.examples.guards
         if replay:
             found = self._loss_and_gradients(replay)

@@ -154,6 +154,26 @@ def test_what_all_layers_begin_with_is_computed_once_and_kept(tmp_path, monkeypa
     assert len(calls) == 3, "once for both layers, and for each alone"
 
 
+def test_layers_measured_together_are_as_each_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded, passes = tiny_loaded("llama"), []
+    monkeypatch.setattr(
+        module, "measure_curvature", lambda *given: passes.append(given[1]) or measure_curvature(*given)
+    )
+    names = {layer: parameter_names(loaded.model, TuningPosition(layer, "layer")) for layer in (0, 1, 2)}
+    together = [name for one in names.values() for name in one]
+    for layer, own in names.items():
+        found = measured_once(loaded, 0, together, WINDOWS, own)
+        alone = measure_curvature(loaded, layer, own, WINDOWS)
+        assert found.keys() == set(own)
+        for name in own:
+            for part, value in alone[name].parts.items():
+                torch.testing.assert_close(
+                    found[name].parts[part], value, rtol=1e-5, atol=1e-6 * float(value.abs().max())
+                )
+    assert passes == [0]
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_model_without_a_tail_is_measured_whole(layer, likeliest, monkeypatch):
     loaded = tiny_loaded("llama")

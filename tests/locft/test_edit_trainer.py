@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from locft import edit_trainer as module
 from locft.background import SAMPLES, background_rows, prefix_texts
+from locft.curvature import measured_once
 from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.data.requests import load_edits
 from locft.edit_trainer import EditTrainer
@@ -204,3 +206,24 @@ def test_curvature_is_read_back_from_its_file(loaded, requests, tmp_path, monkey
     for name, one in kept.items():
         for part, value in one.parts.items():
             assert torch.equal(value, again[name].parts[part])
+
+
+def test_the_layers_that_are_trained_here_share_passes_over_prose(loaded, requests, monkeypatch):
+    rows = encode_edits(loaded.tokenizer, requests)
+    trainer = EditTrainer(loaded, requests, rows, TailEngine(loaded, rows, layers=(2, 0), on_disk=False))
+    asked = []
+    monkeypatch.setattr(module, "measured_once", lambda *given: asked.append(given) or measured_once(*given))
+
+    def measured(layer):
+        position = TuningPosition(layer, "mlp_down")
+        (name,) = trainer.curvature(position)
+        _, lowest, together, _, (wanted,) = asked[-1]
+        assert name == wanted == f"model.layers.{layer}.mlp.down_proj.weight"
+        return lowest, {int(one.split(".")[2]) for one in together}, len(together) > 1
+
+    assert measured(2) == measured(0) == (0, {0, 2}, True)
+    assert measured(1) == (1, {1}, True), "not known beforehand"
+    monkeypatch.setattr(module, "TOGETHER_BYTES", 1)
+    assert measured(2) == (2, {2}, True)
+    monkeypatch.setattr(module, "CURVATURE_BYTES", 1)
+    assert measured(0) == (0, {0}, False)
