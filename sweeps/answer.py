@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 BASELINE_FILE = "baseline.json"
 """File of the study's run: measurements of the unedited model."""
 MOST_READ = 60
-"""The answers of all trials are read, for the report's lists of wrong answers, if there are no more than this; otherwise those
-of the pick and of the front as the report lists it."""
+"""Largest number of trials whose answers are all read for the report's lists of wrong answers; of more trials, only those of
+the pick and of the front as the report lists it are."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool
 
 
 def foresee(prepared: PreparedStudy, store: str, *, timed: bool = True) -> Forecast:
-    """What is left of the study on this machine, by what the tracking store holds. Creates no store.
+    """Forecast of the open trials on this machine, from what the tracking store holds. Creates no store.
 
     timed: as in `make_forecast`. Raises InputError when the store cannot be reached.
     """

@@ -3,7 +3,7 @@
 import sweeps
 
 done = sweeps.run_study("quickstart", {"edits.limit": 20, "space.layer": [4, 15, 26]})
-results = sweeps.load_results("quickstart", {"edits.limit": 20})     # columns: analysis.table.COLUMNS
+results = sweeps.load_results("quickstart", {"edits.limit": 20})     # columns: analysis.stats.table.COLUMNS
 sweeps.figures(results)["front"]
 """
 
@@ -44,12 +44,12 @@ def run_study(
     reporter: Reporter | None = None,
     register: bool = True,
 ) -> Sweep:
-    """Run what is open of a study, as `locft sweep` does; the same call again runs only what is not done.
+    """Run the open trials of a study, as `locft sweep` does; the same call again runs only those that are not done.
 
-    study: a ready study's name or a study file. changes: dotted field -> value, laid over it. reporter: hears of trials
-    instead of the lines on standard error. register: put the pick's delta into the model registry. The result holds state
+    study: a ready study's name or a study file. changes: dotted field -> value, laid over it. reporter: is told
+    of trials, in place of lines on standard error. register: put the pick's delta into the model registry. The result holds state
     (with the results table), answer (front, recommendation, report_html), how it ended, and the address of that delta.
-    Raises InputError for whatever is wrong with the input, at once.
+    Raises InputError at once if anything is wrong with the input.
     """
     prepared, store = _prepared(study, changes), resolve_uri(tracking_uri)
 

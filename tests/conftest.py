@@ -20,7 +20,6 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor to
 import pytest
 import yaml
 
-
 LONGEST = "test_faults.py"
 """Its tests take up to two minutes each, most of it waiting."""
 

@@ -23,7 +23,7 @@ from analysis.stats.pareto import ParetoFront, comparable
 from analysis.stats.table import TITLES, has_values
 from analysis.stats.wording import plural, points
 
-DRAWN = "the front, the pick and the best of each position are"
+DRAWN = "the front, the pick and the best of each position always are"
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def gallery(
             means = "; ".join(f"batch {size}: {points(gap)} points" for size, gap, _ in pairs.mean_difference)
             yield page_plot(
                 f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", curves.pipeline_figure(pairs),
-                f"Pairs that agree in everything else. Mean advantage of breadth-first: {means}."
-                + _left_out(pairs.left_out, "pairs", "the means are of all"),
+                f"Pairs of settings that agree in everything else. Mean advantage of breadth-first: {means}."
+                + _left_out(pairs.left_out, "pairs", "the means cover all"),
                 f"{metric.capitalize()} of {plural(len(pairs.pairs), 'pair')} of settings. Mean advantage of"
                 f" breadth-first: {means}.",
                 wide=False,
@@ -93,8 +93,8 @@ def gallery(
     if len(parallel.trial_ids) > 1:
         yield page_plot(
             "parallel", "Everything at once", curves.parallel_figure(parallel),
-            "A line is a setting, coloured by reliability. Drag along an axis to keep the lines that cross there, here"
-            f" and in all figures; click the axis to let go.{_left_out(parallel.left_out, 'settings', DRAWN)}",
+            "Each line is a setting, coloured by reliability. Drag along an axis to keep only the lines that cross it there,"
+            f" in all figures; click the axis to undo that.{_left_out(parallel.left_out, 'settings', DRAWN)}",
             "Parallel coordinates of settings and metrics; the table of all trials holds the values.",
             scrolls=True,
         )  # fmt: skip
@@ -111,8 +111,8 @@ def _stream_plots(results: pd.DataFrame) -> Iterator[Plot]:
     if figure := curves.latency_figure(results):
         yield page_plot(
             "latency", "From arrival to live", figure,
-            "How long the training of what arrived together takes: the median of all arrivals, and a bar to the 95th"
-            " percentile. Replaying earlier edits takes time and keeps them.",
+            "Training time of the edits that arrive together: the median over all arrivals, with a bar to the 95th"
+            " percentile. Replaying earlier edits takes time and preserves them.",
             "Seconds from arrival to live, a row per setting.",
         )  # fmt: skip
 
@@ -123,7 +123,7 @@ def _capacity_plot(filled: Sequence[Filling]) -> Plot:
     said = [*(one.sentence() for one in filled), *([f"{law.sentence()}: the band"] if law else [])]
     return page_plot(
         "capacity", "How many edits fit", curves.capacity_figure(filled, law),
-        "Bits are what the edits' targets tell the unedited model. A cross marks where reliability falls under 95%. "
+        "Bits are the targets' information given the unedited model. A cross marks where reliability falls below 95%. "
         + ". ".join(said) + ".",
         "Reliability by bits per trained parameter, a line per position and setting.",
     )  # fmt: skip
@@ -153,7 +153,7 @@ def comparison_plot(found: Comparison) -> Plot | None:
     )
     return page_plot(
         "compared-fronts", "Both fronts", front_figure(here, there, found.names),
-        "Full marks are on their study's front, the ring is its pick. Up and to the right is better."
+        "Opaque marks are on their study's front, rings mark the picks. Up and to the right is better."
         + _left_out(here.left_out + there.left_out, "settings", DRAWN),
         f"Scatter of reliability and {TITLES[y]} of both studies with their fronts.",
     )  # fmt: skip
@@ -168,14 +168,14 @@ def probe_plot(results: pd.DataFrame, probe: Sequence[tuple[int, str, float]], p
     return page_plot(
         "probe", "The probe's order against the drift measured", figure,
         f"Each mark is a position that was run, {run} of {len(probe):,} that were probed. The further left,"
-        f" the less the probe expects learning to disturb there; the lower, the less it did. The ring is the pick.{said}",
+        f" the less the probe expects training there to disturb; the lower, the less it did. The ring is the pick.{said}",
         f"Scatter of disturbance and drift of {plural(run, 'position')}; the tables below hold the runs.",
     )  # fmt: skip
 
 
 def _left_out(count: int, what: str, but: str) -> str:
     """What a caption says of marks that are not drawn."""
-    return f" {count:,} more {what} are not drawn, picked at random; {but}." if count else ""
+    return f" {count:,} more {what} are not drawn (chosen at random); {but}." if count else ""
 
 
 def page_plot(id: str, title: str, figure: go.Figure, caption: str, description: str, **shape: bool) -> Plot:

@@ -33,7 +33,7 @@ KEPT = 200
 
 @dataclass(frozen=True)
 class HowFound:
-    """How a selection found its answer: beside the results, what its report has more than that of any study."""
+    """How a selection found its answer: what its report shows in addition to the results of the study."""
 
     how: str
     """In sentences."""

@@ -116,7 +116,7 @@ def cost(pick: Recommendation, about: Measured) -> list[tuple[str, str]]:
 
 
 def _more_of_locality(metrics: Mapping[str, float]) -> str:
-    """Its other measures, behind a semicolon."""
+    """The other measures of locality, each after a semicolon."""
     parts = []
     if "locality_first" in metrics:
         parts.append(f"{percent(metrics['locality_first'])} of the first tokens")
@@ -136,7 +136,7 @@ def certainty(settings: pd.DataFrame, pick: Recommendation, again: MeasuredAgain
         said.append(
             (
                 "Edits",
-                f"Reliability is a fraction of {plural(round(metrics['n_edits']), 'edit')}: for further edits of this kind"
+                f"Reliability is a fraction of {plural(round(metrics['n_edits']), 'edit')}: for other edits of this kind,"
                 f" expect between {percent(low)} and {percent(high)} (95% interval).",
             )
         )
@@ -164,7 +164,5 @@ def _measured_again(settings: pd.DataFrame, pick: Recommendation, again: Measure
     others = sorted((item for item in again.picks.items() if item[0] != pick.trial_id), key=lambda item: -item[1])
     rest = [f"{names[trial]} in {whole_percent(chance)}" for trial, chance in others[:2] if chance >= 0.05]
     what = "edits and items" if again.by_edit else "every measurement"
-    text = (
-        f"With {what} drawn again, the rule picks this setting in {whole_percent(again.picks[pick.trial_id])} of cases"
-    )
+    text = f"With {what} resampled, the rule picks this setting in {whole_percent(again.picks[pick.trial_id])} of cases"
     return text + (f", {' and '.join(rest)}" if rest else "") + "."

@@ -39,11 +39,11 @@ class Axis:
     trained: bool = True
     """A field of `locft.train.TrainingSettings`."""
     only: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """Axes declared before it, each with its values at which this one changes anything. Elsewhere it is set to its default,
-    so that a grid over both has no doubles."""
+    """Axes declared before it, each with the values at which this one has an effect. At others it is set to its default, so
+    that a grid over both has no duplicates."""
     in_first_ids: bool = False
     """Part of every trial id, since the first ids hashed it. A newer axis is left out of the id at its default, so that
-    it does not make old results foreign."""
+    old results stay valid."""
 
     def counts(self, values: Mapping[str, Any]) -> bool:
         """True if this axis changes anything beside these values of the others; an absent one is at its default."""
@@ -51,8 +51,8 @@ class Axis:
         return all(values.get(other.name, other.default) in where and other.counts(values) for other, where in others)
 
     def unmet(self, tried: Mapping[str, Collection[Any]]) -> Iterator[tuple[str, str]]:
-        """Each other axis that has none of the values at which this one changes anything, and these in words. tried: the values
-        of every axis."""
+        """Each other axis that has none of the values that this one needs to have an effect, and those values in words. tried:
+        the values of every axis."""
         for name, where in self.only:
             if not set(tried[name]) & set(where):
                 yield name, " or ".join(where)
@@ -107,11 +107,11 @@ AXES: tuple[Axis, ...] = (
         at_least=1, log=True, short="batch ", in_first_ids=True,
     ),
     Axis(
-        "method", str, "full", "method", "how the change of the weights is parametrised and held back",
+        "method", str, "full", "method", "how the change of the weights is parametrised and constrained",
         choices=("full", "low_curvature", "natural_gradient", "lora", "adalora", "norm_bounded"),
     ),
     Axis(
-        "learning_rate", float, 0.004, "learning rate", "of Adam",
+        "learning_rate", float, 0.004, "learning rate", "learning rate of Adam",
         above=0, log=True, short="rate ", only=(("method", ADAMS),), in_first_ids=True,
     ),
     Axis(
@@ -129,15 +129,15 @@ AXES: tuple[Axis, ...] = (
         only=(("pipeline", ("stream",)),),
     ),
     Axis(
-        "momentum", str, "fresh", "momentum", "whether the optimiser starts anew with each arrival",
+        "momentum", str, "fresh", "momentum", "fresh: the optimiser is reset at each arrival; kept: it is not",
         choices=("fresh", "kept"), short="momentum ", only=(("pipeline", ("stream",)), ("method", ADAMS)),
     ),
     Axis(
-        "curvature_strength", float, 10.0, "curvature strength", "nats of edit loss that a nat of predicted drift counts",
+        "curvature_strength", float, 10.0, "curvature strength", "penalty on predicted drift: nats of edit loss per nat of drift",
         at_least=0, log=True, short="strength ", only=(("method", ("low_curvature", "natural_gradient")),),
     ),
     Axis(
-        "rank", int, 8, "rank", "of the change of each matrix (adalora: on average over the matrices)",
+        "rank", int, 8, "rank", "rank of the change of each matrix (adalora: on average over the matrices)",
         at_least=1, log=True, short="rank ", only=(("method", ("lora", "adalora")),),
     ),
     Axis(
@@ -155,17 +155,17 @@ AXES: tuple[Axis, ...] = (
         short="trained ",
     ),
     Axis(
-        "prefix_share", float, 0.0, "prefix share", "share of prompts behind random prose, drawn for each edit and epoch",
+        "prefix_share", float, 0.0, "prefix share", "share of prompts that follow random prose, drawn for each edit and epoch",
         at_least=0, below=1, short="prefix ",
     ),
     Axis(
         "guard", str, "none", "guard",
-        "prompts whose answers are held to the unedited model's: those of the edits with another edit's subject "
-        "(same_relation), prompts of the kind that locality asks (locality_like), or prose",
+        "prompts whose answers are kept close to the unedited model's: edit prompts with another edit's subject "
+        "(same_relation), prompts like those of locality (locality_like), or prose",
         choices=("none", "same_relation", "locality_like", "prose"), short="guard ",
     ),
     Axis(
-        "guard_weight", float, 1.0, "guard weight", "nats of edit loss that a nat of drift on a guard counts",
+        "guard_weight", float, 1.0, "guard weight", "penalty on drift on guards: nats of edit loss per nat of drift",
         above=0, log=True, short="guard weight ", only=(("guard", ("same_relation", "locality_like", "prose")),),
     ),
     Axis(
@@ -173,7 +173,7 @@ AXES: tuple[Axis, ...] = (
         at_least=1, log=True, short="guards ", only=(("guard", ("same_relation", "locality_like", "prose")),),
     ),
     Axis(
-        "noise", float, 0.0, "noise", "on the hidden states that training begins with, as a share of their spread",
+        "noise", float, 0.0, "noise", "noise on the hidden states that training begins with, as a share of their spread",
         at_least=0, short="noise ",
     ),
     Axis(
@@ -182,35 +182,35 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "rest_below", float, 0.0, "rest below",
-        "an edit whose loss is below is left out of the next epoch, then of two each time; 0 lets none rest",
+        "an edit whose loss is below this is left out of the next epoch, and then of two at a time; 0 lets none rest",
         at_least=0, short="rest ", only=(("pipeline", ("breadth_first", "stream")),),
     ),
     Axis(
         "further_steps", int, 0, "further steps",
-        "of ordinary fine-tuning of all weights on prose, between the edit and its measurement",
+        "steps of ordinary fine-tuning of all weights on prose, between the edit and its measurement",
         at_least=0, short="further ", trained=False, only=(("pipeline", ("breadth_first", "depth_first")),),
     ),
-    Axis("seed", int, 0, "seed", "of the order of the edits", at_least=0, below=2**32, in_first_ids=True),
+    Axis("seed", int, 0, "seed", "seed of the order of the edits", at_least=0, below=2**32, in_first_ids=True),
     Axis(
         "epochs", int, 25, "epochs",
         "at most this many passes over the edits (of an arrival), or steps per batch (depth_first)",
         at_least=1, swept=False, in_first_ids=True,
     ),
     Axis(
-        "skip_below", float, 0.01, "skip below", "a batch whose loss is below takes no step; 0 never skips",
+        "skip_below", float, 0.01, "skip below", "a batch whose loss is below this takes no step; 0 never skips",
         at_least=0, swept=False, in_first_ids=True,
     ),
     Axis(
         "stop_below", float, 0.01, "stop below",
-        "training ends (of an arrival or, depth_first, of a batch) when its loss is below; 0 never stops early",
+        "training (of an arrival or, depth_first, of a batch) ends when its loss is below this; 0 never stops early",
         at_least=0, swept=False, in_first_ids=True,
     ),
     Axis(
-        "dtype", str, "float32", "dtype", "of the frozen weights; the trained ones are always float32",
+        "dtype", str, "float32", "dtype", "data type of the frozen weights; the trained ones are always float32",
         choices=("float32", "bfloat16", "float16"), swept=False, trained=False, in_first_ids=True,
     ),
     Axis(
-        "precision", str, "float32", "precision", "in which training computes; metrics are measured in dtype",
+        "precision", str, "float32", "precision", "data type in which training computes; metrics are measured in dtype",
         choices=("float32", "bfloat16"), swept=False, in_first_ids=True,
     ),
 )  # fmt: skip
@@ -218,7 +218,7 @@ AXES: tuple[Axis, ...] = (
 
 AXIS = {axis.name: axis for axis in AXES}
 RETIRED = {"curvature_share": 0.0, "adam_basis": "weights"}
-"""Axes that are gone, and the value of each at which it changed nothing: earlier records that have it are still read."""
+"""Removed axes, each with the value at which it had no effect: earlier records with that value can still be read."""
 SWEPT = tuple(axis for axis in AXES if axis.swept)
 SETTING = tuple(axis.name for axis in AXES if axis.name != "seed")
 """What tells settings apart: every axis but the seed."""

@@ -33,7 +33,7 @@ LEARNT = 0.1
 FEWEST = 3
 """Settings that must agree before an edit counts as wrong in all."""
 ALL = ",".join(FORMATS)
-STEADIER = "More edits than {} in a step make its gradient steadier."
+STEADIER = "With more than {} edits in a step, its gradient is less noisy."
 WORDING = "Answer briefly: {prompt}"
 """One more format to train, where the three above do not reach a wording."""
 CORRECTED = "edits-without-contradictions.jsonl"
@@ -235,7 +235,7 @@ def _not_learnt(case: _Case) -> tuple[str, str, Any]:
             return cause, "dtype", "float32"
         if case.untrained:
             return _format_change(case, min(case.untrained, key=case.formats.__getitem__))
-        return f"The loss is low ({number(trained)}), but not yet in every form of every prompt.", "epochs", 2 * epochs
+        return f"The loss is low ({number(trained)}), but not for every prompt in every format.", "epochs", 2 * epochs
     if len(losses) >= 4 and losses[-1] < 0.9 * losses[3 * len(losses) // 4 - 1] and case.metric("epochs_run") >= epochs:
         fell = f"from {number(losses[3 * len(losses) // 4 - 1])} to {number(losses[-1])} in the last quarter"
         return f"The loss was still falling when the {epochs} epochs ended ({fell}).", "epochs", 2 * epochs
@@ -279,12 +279,12 @@ def _format_change(case: _Case, lost: str) -> tuple[str, str, Any]:
     """Cause, setting and value where prompts in a format are answered worse."""
     trained = case.value("train_formats")
     if lost in case.untrained:
-        return f"It is not trained: prompts are trained as {trained} only.", "train_formats", f"{trained},{lost}"
+        return f"One asked format is not trained (only {trained}).", "train_formats", f"{trained},{lost}"
     if lost in FORMATS:
-        cause = f"Each edit meets it in one epoch of {len(trained.split(','))} only, of {case.value('epochs')} at most."
+        cause = f"Each edit meets it in 1 of {len(trained.split(','))} epochs on average, of {case.value('epochs')} at most."
         return cause, "epochs", 2 * case.value("epochs")
     if not set(FORMATS) <= set(trained.split(",")):
-        return f"Prompts are trained as {trained} only, so other wordings are far away.", "train_formats", ALL
+        return f"Prompts are trained as {trained} only, so other wordings are unfamiliar.", "train_formats", ALL
     return f"The wordings trained ({trained}) are too alike.", "train_formats", f"{trained},{WORDING}"
 
 
@@ -301,8 +301,8 @@ def _generalization(case: _Case) -> Iterator[Signature]:
         changes.append(("Each edit is trained at the beginning of a text only.", "prefix_share", 0.5))
     tried, layers = case.results["layer"].nunique(), int(case.row["layers"])
     if tried < layers:
-        changes.append((f"Only {tried} of {layers} layers were tried, and positions differ in it.", "layer", "all"))
-    cause = f"A step sees {plural(size, 'edit')}: more of them leave less room to learn each by heart."
+        changes.append((f"Only {tried} of {layers} layers were tried, and others may be better.", "layer", "all"))
+    cause = f"A step sees {plural(size, 'edit')}: larger batches leave less room to memorise each edit."
     changes.append((cause, "batch_size", 2 * size))
     yield Signature("low generalization", seen, *case.first(*changes))
 
@@ -310,9 +310,9 @@ def _generalization(case: _Case) -> Iterator[Signature]:
 def _fights(case: _Case) -> Iterator[Signature]:
     name = "edits fight each other"
     if against := int(case.findings.get("contradictions", 0)):
-        seen = f"{against} edits give a prompt another target than another edit does."
+        seen = f"{against} edits have the same prompt as another edit but a different target."
         most = percent(case.findings.get("reachable", math.nan))
-        yield Signature(name, seen, f"They cannot hold together: at most {most} of all can.", "edits.source", CORRECTED)
+        yield Signature(name, seen, f"They cannot all hold: at most {most} of edits can.", "edits.source", CORRECTED)
     elif _overwritten(case):
         yield Signature(name, "Edits that were learnt are lost again.", *_one_after_the_other(case))
     elif lost := _always_wrong(case):

@@ -50,7 +50,7 @@ def main() -> None:
     except Exception as error:
         code = _unexpected(error)
     if code == INTERRUPTED:
-        notice("interrupted; what was finished is kept, and the same command goes on from there")
+        notice("interrupted; finished work is kept, and the same command continues from there")
     sys.exit(code)
 
 
@@ -59,7 +59,7 @@ def ui(
     port: Annotated[int | None, typer.Option(help="Default 5000, or any free port when that is taken.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Open MLflow on 127.0.0.1 and print the pages that matter. Ctrl-C stops it."""
+    """Serve MLflow's pages on 127.0.0.1 and print the links to those that matter. Ctrl-C stops it."""
     from sweeps.commands.ui import serve
     from sweeps.tracking.study_run import list_studies
 
@@ -82,14 +82,14 @@ app.command(add_help_option=False, context_settings={"ignore_unknown_options": T
 
 
 def _unexpected(error: Exception) -> Literal[1, 2]:
-    """Typer's own complaints are bad input; anything else is work that failed, told in one line."""
+    """Typer's own errors are bad input; anything else is failed work, reported in one line."""
     if hasattr(error, "format_message"):  # click's exceptions, which typer carries its copy of
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
             return 2
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "locft"
-        complain([f"{error.format_message().rstrip('.')} (`{command} --help` lists what it takes)"])
+        complain([f"{error.format_message().rstrip('.')} (see `{command} --help`)"])
         return 2
     lines = str(error).strip().splitlines() or [""]
     said = lines[-1 if lines[0].startswith("Traceback") else 0]  # Ray's errors quote those of other processes whole
@@ -97,14 +97,14 @@ def _unexpected(error: Exception) -> Literal[1, 2]:
     if os.environ.get("LOCFT_DEBUG"):
         raise error
     notice(
-        "this error was not expected and is probably a bug: please report it with the command and what the same command prints "
-        "with LOCFT_DEBUG=1, which shows the traceback"
+        "this is an unexpected error and probably a bug: please report it with the command and its output under LOCFT_DEBUG=1, "
+        "which includes the traceback"
     )
     return 1
 
 
 def _be_quiet() -> None:
-    """No telemetry, no progress bars or advice of libraries between our lines."""
+    """Turn off telemetry, and the progress bars and advice that libraries print between our lines."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

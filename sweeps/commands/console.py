@@ -20,13 +20,13 @@ SILENCE_SECONDS = 0.7
 _out = Console()
 _err = Console(stderr=True)
 _silent: list[threading.Timer] = []
-"""What will break the silence at the beginning, unless a line does."""
+"""Timers that print the loading notice unless another line is printed first."""
 
 
 def break_silence(after: float = SILENCE_SECONDS) -> None:
     """Say on a terminal that libraries are being loaded, unless something else is said before."""
     if _err.is_terminal:
-        timer = threading.Timer(after, notice, ["loading PyTorch and what else the command needs ..."])
+        timer = threading.Timer(after, notice, ["loading PyTorch and the other libraries this command needs ..."])
         timer.daemon = True
         _silent.append(timer)
         timer.start()
@@ -56,7 +56,7 @@ def complain(problems: Sequence[str]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table of texts without markup: on a terminal as wide as it is, in a file or a pipe as wide as the table needs."""
+    """Print a table of plain text: as wide as the terminal or, in a file or a pipe, as wide as its content."""
     _speaks()
     table = Table(*columns, title=title and Text(title), title_justify="left")
     for row in rows:
@@ -73,7 +73,7 @@ def print_json(value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's types: numpy and pandas scalars as numbers, NaN, infinities and NA as null, all else text."""
+    """The value in JSON types: numpy and pandas scalars become numbers, NaN, infinities and NA null, anything else text."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -96,10 +96,10 @@ def writable(file: Path) -> Path:
 
 
 def new_folder(folder: Path, file: str) -> Path:
-    """The folder, checked before any work: a file can be written in it, and nothing is. Raises InputError."""
+    """The folder, checked before any work: it is new or empty, and `file` can be written in it. Raises InputError."""
     writable(folder / file)
     if folder.resolve() == Path.cwd():
-        raise InputError(f"--out {folder}: it is the current folder; name a new one, which appears when it is complete")
+        raise InputError(f"--out {folder}: this is the current folder; name a new one, which appears once complete")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: the folder is not empty; name a new one")
     return folder

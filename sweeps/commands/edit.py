@@ -77,11 +77,11 @@ def edit(
     load: LoadOptions,
     going_on: ContinueOptions,
     register: Annotated[
-        bool, typer.Option("--register", help="Keep the delta with its MLflow run, as the model's registered edit.")
+        bool, typer.Option("--register", help="Store the delta with its MLflow run, as a registered edit.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the edits at one position, or go on with an earlier edit; write the delta and what it does."""
+    """Make the edits at one position, or continue an earlier edit; write the delta and its metrics."""
     from locft.model.models import load_structure
     from locft.model.positions import TuningPosition, parameter_names
 
@@ -91,7 +91,7 @@ def edit(
     where = TuningPosition.parse(chosen.position)
     if register and chosen.run_id is None:
         raise InputError(
-            "--register: there is no MLflow run to keep the delta with; name one by --from-run or a position file"
+            "--register: there is no MLflow run to store the delta with; give --from-run or a position file"
         )
     _tell_idle(training, chosen.training)
     writable(folder / "edit.json")
@@ -214,16 +214,16 @@ def edits(
     field_map: MapOption = None,
     fix: Annotated[
         Path | None,
-        typer.Option("--fix", metavar="OUT.jsonl", help="Write the edits there in the project's own layout."),
+        typer.Option("--fix", metavar="OUT.jsonl", help="Write the edits to this file in LocFT's own layout."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is understood of an edit file: layout, counts, the first edit, what is not read, what cannot hold."""
+    """Show how an edit file is read: layout, counts, the first edit, fields that are ignored, edits that contradict others."""
     from locft.data.requests import own_record
 
     named = edits_of(source, limit, sample_seed, field_map)
     if fix and fix.exists() and Path(source).exists() and fix.samefile(source):
-        raise InputError(f"--fix {fix}: this is the file that is read; name another one")
+        raise InputError(f"--fix {fix}: this is the input file; name another one")
     if fix:
         writable(fix)
     found = named.load()
@@ -245,7 +245,7 @@ def edits(
     for sentence in found.sentences() or ("No problems found.",):
         say(sentence)
     for prompt, targets in list(contradictions.items())[:MOST_SHOWN]:
-        say(f"  {prompt!r} is to be answered {' and '.join(map(repr, targets))}")
+        say(f"  {prompt!r} has the targets {' and '.join(map(repr, targets))}")
     if fix:
         notice(f"written: {fix}")
 
@@ -286,7 +286,7 @@ def apply(
 
 
 def bench(context: typer.Context) -> None:
-    """Measure the engine against the plain full forward on this machine. Needs a checkout of the repository."""
+    """Compare the engine with the plain full forward on this machine. Needs a checkout of the repository."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "tests" / "benchmarks" / "bench.py").is_file():
         raise InputError("locft bench needs a checkout of the repository (tests/benchmarks/), not an installed package")

@@ -1,4 +1,4 @@
-"""What `locft edit` trains: edits of their own, or some that go on with an earlier edit and its ledger."""
+"""What `locft edit` trains: new edits alone, or edits that continue an earlier edit and its ledger."""
 
 import json
 import math
@@ -45,7 +45,7 @@ class SourceOptions(EditsOptions):
     ] = None
     from_run: Annotated[
         str | None,
-        typer.Option("--from-run", help="Repeat the trial of this MLflow run; other options replace its own."),
+        typer.Option("--from-run", help="Repeat the trial of this MLflow run; other options override its settings."),
     ] = None
     tracking_uri: UriOption = None
 
@@ -76,7 +76,7 @@ class ContinueOptions:
     consolidate: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Train all edits in the ledger of this folder anew, together, from the base."
+            metavar="FOLDER", help="Retrain all edits in this folder's ledger together, from the unedited model."
         ),
     ] = None
 
@@ -87,23 +87,23 @@ class ContinueOptions:
         if named:
             given = {"--position": source.position, "--from-run": source.from_run}
             problems += [
-                f"{name}: an edit that goes on with another stays at its position"
+                f"{name}: an edit that continues another keeps its position; leave it out"
                 for name, value in given.items()
                 if value is not None
             ]
             problems += [
-                f"--{name}: new edits are one arrival onto the earlier ones, and --consolidate trains breadth_first; leave it out"
+                f"--{name}: leave it out; --onto trains new edits as one arrival, and --consolidate trains breadth_first"
                 for name in ("pipeline", "arrival")
                 if getattr(training, name) is not None
             ]
             if folder.resolve() == named.resolve():
                 problems.append(
-                    f"--out {folder}: it is the edit to go on with, which stays as it is; name another folder"
+                    f"--out {folder}: this is the folder of the edit to continue, which is kept; name another folder"
                 )
         if self.onto and not source.edits and self.without is None:
-            problems.append("--onto: expected new edits (--edits), or some to take back (--without)")
+            problems.append("--onto: expected new edits (--edits) or edits to take back (--without)")
         if self.consolidate and source.edits:
-            problems.append("--consolidate: it trains the edits of the ledger; add new ones by --onto")
+            problems.append("--consolidate: it trains only the edits in the ledger; add new ones with --onto")
         if problems:
             raise InputError(problems)
         return EarlierEdit.load(named) if named else None
@@ -111,10 +111,10 @@ class ContinueOptions:
     def _unfit(self) -> Iterator[str]:
         """What does not go together among these options."""
         if self.onto and self.consolidate:
-            yield "--consolidate: it trains all edits anew, so nothing goes --onto it; give one of them"
+            yield "--consolidate: it retrains all edits from the unedited model, so it does not go with --onto"
         for name, value in (("--without", self.without), ("--within", self.within)):
             if value is not None and not self.onto:
-                yield f"{name}: it goes with --onto FOLDER, the edit to go on with"
+                yield f"{name}: needs --onto FOLDER, the edit to continue"
         if self.without is not None and not _names(self.without):
             yield f"--without: got {self.without!r}, expected ids of edits, separated by commas"
         if self.within is not None and not self.within > 0:
@@ -138,7 +138,7 @@ class ContinueOptions:
         new = edits.requests if given else ()
         arrival = earlier.ledger.add(new, now(), _names(self.without), edits.retracted)
         if not arrival.new and not arrival.retracted:
-            raise InputError([*arrival.sentences, "--edits: there is nothing new in them"])
+            raise InputError([*arrival.sentences, "--edits: nothing new to train"])
         if not arrival.ledger.active:
             raise InputError("--without: no edit would be left; use the unedited model instead")
         for sentence in arrival.sentences:
@@ -201,12 +201,12 @@ class Batch:
         fresh = {request.id for request in arrival.new}
         kept = tuple(request for request in arrival.ledger.active if request.id not in fresh)
         sample = random.Random(0).sample(kept, min(EARLIER_MEASURED, len(kept)))
-        measured = replace(edits.of((*arrival.new, *sample)), retracted=())  # of these the arrival tells what came
+        measured = replace(edits.of((*arrival.new, *sample)), retracted=())  # the arrival has reported those
         return cls(measured, arrival.ledger, arrival.new, kept, arrival.retracted, earlier.delta, seconds)
 
     def train(self, bench: "Workbench", position: "TuningPosition", settings: "TrainingSettings") -> "Training":
-        """Alone, as the settings say. Onto earlier edits, the new ones are trained while those are replayed, and what the
-        unedited model said takes the place of a retracted target."""
+        """Train new edits alone as the settings say, or onto earlier ones, which are replayed. A retracted edit is trained
+        back to what the unedited model says."""
         from locft.edit_trainer import EditTrainer
         from locft.measure.generation import greedy_answers
         from locft.train.encoding import encode_edits
@@ -218,8 +218,8 @@ class Batch:
         undone = [replace(one, target=answer.text) for one, answer in zip(self.retracted, said, strict=True)]
         if silent := [request.id for request in undone if not request.target]:
             notice(
-                f"the unedited model answers {', '.join(silent)} with nothing, so there is nothing to train in the place of "
-                "these targets: they may stay until the next --consolidate"
+                f"the unedited model's answer to {', '.join(silent)} is empty, so there is nothing to train these edits back to: "
+                "they may persist until the next --consolidate"
             )
         new = (*(request for request in undone if request.target), *self.new)
         requests = (*self.kept, *new)

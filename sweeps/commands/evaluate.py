@@ -1,5 +1,5 @@
-"""The commands `locft evaluate` and `locft ask`: what a model, or an edit of it, does on edits and capability items, and what it
-says to a prompt. Registered in `sweeps.commands.cli`."""
+"""The commands `locft evaluate` and `locft ask`: measure a model, edited or not, on edits and capability items, and show how it
+answers prompts. Registered in `sweeps.commands.cli`."""
 
 import time
 from collections.abc import Sequence
@@ -52,8 +52,8 @@ class Measured(EditsOptions):
         typer.Option(
             "--lm-eval",
             metavar="TASKS",
-            help="Also tasks of lm-evaluation-harness, separated by commas, such as arc_easy,gsm8k; paper: the five of the paper. "
-            "Needs the extra harness.",
+            help="Also run lm-evaluation-harness tasks, separated by commas, such as arc_easy,gsm8k; paper: the paper's five. "
+            "Needs the extra `harness`.",
         ),
     ] = None
     lm_eval_limit: Annotated[
@@ -69,12 +69,12 @@ class Measured(EditsOptions):
         """The edits, if any. Raises InputError with every option that lacks another."""
         problems = []
         if self.edits is None and self.capability:
-            problems.append("--capability: it is measured beside edits; give --edits, too")
+            problems.append("--capability: it is only measured together with edits; give --edits as well")
         if self.edits is None and self.ask_formats:
-            problems.append("--ask-formats: it says how --edits are asked; give --edits, too")
+            problems.append("--ask-formats: it only applies to --edits; give --edits as well")
         for name, value in (("--lm-eval-limit", self.lm_eval_limit), ("--lm-eval-path", self.lm_eval_path)):
             if value is not None and not self.tasks:
-                problems.append(f"{name}: it is about the tasks of --lm-eval; give --lm-eval, too")
+                problems.append(f"{name}: it only applies to --lm-eval; give --lm-eval as well")
         if self.lm_eval is not None and not self.tasks:
             problems.append("--lm-eval: got nothing, expected names of tasks, separated by commas")
         if self.edits is None and self.lm_eval is None:
@@ -96,7 +96,7 @@ def evaluate(
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure MODEL, or MODEL with a delta, on edits and whatever else is asked for, and on nothing more."""
+    """Measure MODEL, with or without a delta, on edits and on any capability items and tasks that you name."""
     from locft.data.suites import harness_tasks
     from sweeps.tracking.registry import load_delta
 
@@ -114,7 +114,7 @@ def evaluate(
         )
         loaded, metrics = bench.loaded, bench.baseline.metrics
         if change:
-            notice(f"measuring the edited model, in at most about {seconds(time.monotonic() - began)}")
+            notice(f"measuring the edited model, which takes at most about {seconds(time.monotonic() - began)}")
             metrics = bench.measure(change).metrics
         found |= {"metrics": metrics, "unedited": bench.baseline.metrics}
         if not as_json:
@@ -137,7 +137,7 @@ def evaluate(
 
 
 def _print_scores(scores: "Sequence[TaskScore]") -> None:
-    """On the scale of the harness: shares are not percentages, and BLEU is 0 to 100."""
+    """Scores are on the harness's own scale: shares are fractions, not percentages, and BLEU goes from 0 to 100."""
     rows = []
     for one in scores:
         edited = number(one.edited) if one.change else ""
@@ -161,14 +161,14 @@ def ask(
     model: ModelArgument,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue, or questions.")],
     load: LoadOptions,
-    delta: Annotated[str | None, typer.Option(help=f"{DELTA_HELP} Its answers stand beside the model's own.")] = None,
+    delta: Annotated[str | None, typer.Option(help=f"{DELTA_HELP} Answers are shown side by side.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 64,
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask MODEL each PROMPT, as it is and through the chat template, before and after an edit.
+    """Ask MODEL each PROMPT, raw and through the chat template, before and after an edit.
 
-    Answers are greedy and end with their line.
+    Answers are greedy and stop at the end of the line.
     """
     from locft.model.delta import applied
     from sweeps.tracking.registry import load_delta

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PEFT, FORMATS = "peft", ("peft", "axolotl", "trl", "llamafactory")
 DRIFT = 1.1
-"""Drift of an adapter that counts as the edit's own, as a multiple of it."""
+"""Largest drift at which an adapter still counts as keeping the edit, as a multiple of the edit's own drift."""
 KEPT = 0.99
 """Share of the change's norm that an adapter has to keep where no edits are asked."""
 TOLD = ("learning_rate", "batch_size", "epochs", "seed", "precision")
@@ -51,7 +51,7 @@ class ExportOptions(EditsOptions):
     rank: Annotated[
         str | None,
         typer.Option(
-            "--rank", help="Rank of the adapter; of several, such as 16,64,256, the smallest that keeps the edit."
+            "--rank", help="Rank of the adapter; of several, such as 16,64,256, use the smallest that keeps the edit."
         ),
     ] = None
     edits: Annotated[
@@ -78,7 +78,7 @@ class Row:
     """Norm of the change, as a share of the edit's."""
     metrics: dict[str, float]
     lost: int | None
-    """Edits that are no longer right in an asked format in which they were; None where none are asked, or none were right."""
+    """Edits that are wrong in a format in which the edit itself gets them right; None if none are asked or none were right."""
 
     def holds(self, own: "Row") -> bool:
         """True if this is as good as the edit itself."""
@@ -100,7 +100,7 @@ def export(
     load: LoadOptions,
     as_json: JsonOption = False,
 ) -> None:
-    """Write DELTA as a LoRA adapter for MODEL, or a configuration with which other trainers train exactly POSITION."""
+    """Write DELTA as a LoRA adapter for MODEL, or a configuration that makes another trainer train exactly POSITION."""
     if form not in FORMATS:
         raise InputError(f"--format {form}: expected one of {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
     if form == PEFT:
@@ -110,7 +110,7 @@ def export(
         "--dtype": load.dtype, "--device": load.device, "--threads": load.threads,
     }  # fmt: skip
     if wrong := [name for name, value in given.items() if value is not None]:
-        raise InputError(f"{', '.join(wrong)}: for --format peft; --format {form} computes nothing")
+        raise InputError(f"{', '.join(wrong)}: only for --format peft; --format {form} runs no model")
     _configuration(what, model, form, out, options, load.trust_remote_code, as_json)
 
 
@@ -130,7 +130,7 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
         notice(sentence)
     if (most := max(ranks)) > low_rank.full_rank:
         notice(
-            f"rank {most}: the change has rank {low_rank.full_rank} at most, so {low_rank.full_rank} is used and is exact"
+            f"rank {most}: the change has at most rank {low_rank.full_rank}, so {low_rank.full_rank} is used, which is exact"
         )
         ranks = sorted({min(rank, low_rank.full_rank) for rank in ranks})
     measure = _on_edits(model, change, edits, formats, load) if edits else _on_prose(model, load)
@@ -149,8 +149,8 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
             say(f"\nRank {chosen.rank} {_reason(chosen, own, len(adapters))}: {out}", "bold")
             say(f"Base: {base}")
     if not chosen:
-        notice(f"no rank up to {max(ranks)} keeps what the edit does; nothing was written. Try a larger rank, or give a "
-               "single one to have it written anyway")  # fmt: skip
+        notice(f"no rank up to {max(ranks)} keeps the edit, so nothing was written. Try a larger rank, or give a single rank to "
+               "write it anyway")  # fmt: skip
         raise typer.Exit(1)
 
 
@@ -226,7 +226,7 @@ def _print_rows(rows: list[Row]) -> None:
 
 def _reason(chosen: Row, own: Row, tried: int) -> str:
     if not chosen.holds(own):
-        return "does not keep all that the edit does; it was written because it is the only rank given"
+        return "does not keep the edit in full; it was written because it is the only rank given"
     held = f"keeps at least {KEPT:.0%} of the change" if chosen.lost is None else "loses no edit"
     first = "is the smallest that " if tried > 1 else ""
     return f"{first}{held}, with drift within {DRIFT - 1:.0%} of the edit's"
@@ -279,13 +279,13 @@ def _configuration(
 
 
 def _about(chosen: "EditSettings", what: str) -> Iterator[str]:
-    """Where the settings are from, and what of them the trainers do not have."""
+    """Where the settings come from, and which of them the trainers lack."""
     values = asdict(chosen.training)
     source = f"those of {what}" if chosen.model_fingerprint else "the defaults of `locft edit`"
     yield f"Learning rate {values['learning_rate']:g}, batch size {values['batch_size']}, epochs {values['epochs']}: {source}."
     if not AXIS["learning_rate"].counts(values):
-        yield f"The learning rate is a guess: {values['method']}, with which `locft edit` would train, has none. Try some."
-    yield "Prompts are put as they are (raw), the loss is the mean over the tokens of a batch, and training ends with the last epoch."
+        yield f"The learning rate is a guess: `locft edit` would train with {values['method']}, which has none. Try several."
+    yield "Prompts are used as they are (raw), the loss is the mean over the tokens of a batch, and training runs all epochs."
     others = (axis for axis in AXES if axis.trained and axis.name not in TOLD and values[axis.name] != axis.default)
     missing = [f"{axis.name} {values[axis.name]}" for axis in others if axis.counts(values)]
     if missing:

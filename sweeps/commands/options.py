@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 EDITS = "atlas, fictitious (with --limit), an edit file, or the hub id of a data set"
-EDITS_HELP = f"{EDITS[0].upper()}{EDITS[1:]}."
+EDITS_HELP = f"Edits: {EDITS}."
 FORMATS = ONE_EDIT["train_formats"]
-"""What a single edit is asked in unless told otherwise: what it is trained in."""
+"""Formats that a single edit is asked in by default: those it is trained in."""
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, hub id, folder or .gguf file.")]
 DELTA_HELP = "A delta file, the folder `locft edit` wrote, or models:/NAME@ALIAS."
@@ -48,7 +48,7 @@ MapOption = Annotated[
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
 SampleSeedOption = Annotated[
     int | None,
-    typer.Option("--sample-seed", min=0, help="Use a random sample of N edits of this seed instead of the first."),
+    typer.Option("--sample-seed", min=0, help="Draw the N edits at random with this seed, not the first N."),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -157,16 +157,16 @@ class EditsOptions:
         if self.edits is not None:
             return edits_of(self.edits, self.limit, self.sample_seed, self.field_map)
         told = {
-            "--limit: it says how many of --edits to take": self.limit is not None,
-            "--sample-seed: it says which of --edits to take": self.sample_seed is not None,
-            "--map: it says how --edits is to be read": bool(self.field_map),
+            "--limit: it only applies to --edits": self.limit is not None,
+            "--sample-seed: it only applies to --edits": self.sample_seed is not None,
+            "--map: it only applies to --edits": bool(self.field_map),
         }
-        if problems := [f"{problem}; give --edits, too" for problem, given in told.items() if given]:
+        if problems := [f"{problem}; give --edits as well" for problem, given in told.items() if given]:
             raise InputError(problems)
         return None
 
 
-DEFAULTS = {"learning_rate": 0.0005, "precision": "the faster one here", **ONE_EDIT}
+DEFAULTS = {"learning_rate": 0.0005, "precision": "whichever is faster here", **ONE_EDIT}
 """Defaults of `locft edit`'s options that differ from those of the axes."""
 
 

@@ -20,7 +20,7 @@ BUDGET = " (--budget-share or --budget-minutes sets it)"
 
 
 class Progress:
-    """Tells of every trial: a reporter of trials (`sweeps.run.dispatch`) and of the rungs of a selection, and a context
+    """Reports every trial and every rung of a selection in a line: a reporter (`sweeps.run.dispatch`) and a context
     manager."""
 
     def __init__(self, name: str, forecast: "Forecast | None" = None, earlier: Collection[str] = ()):
@@ -40,7 +40,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self.resumed:
-            self.note(f"{self.name}: {self.resumed} of {self.planned} trials were finished before and are kept")
+            self.note(f"{self.name}: {self.resumed} of {self.planned} trials are already finished and are kept")
         return self
 
     def __exit__(self, *_) -> None: ...
@@ -52,16 +52,16 @@ class Progress:
         """A rung of a selection begins, of which `open_runs` are not done yet. left: seconds that the rest of the budget takes."""
         self.planned = self.done + self.failed + open_runs
         known = len(rung.runs) - open_runs
-        text = f"{rung.name}: {rung.why}" + (f" ({known} known already)" if known else "")
+        text = f"{rung.name}: {rung.why}" + (f" ({known} already known)" if known else "")
         if open_runs:
-            text += f"; the budget lasts for about {seconds(left)}" + ("" if self.planned > open_runs else BUDGET)
+            text += f"; about {seconds(left)} of the budget remain" + ("" if self.planned > open_runs else BUDGET)
         self.note(text)
 
     def started(self, running: int) -> None:
         self.running = running
 
     def retried(self, config: TrialConfig, cause: str) -> None:
-        self.note(f"{_trial(config)}: its worker died and it is tried again ({cause})")
+        self.note(f"{_trial(config)}: its worker died; trying again ({cause})")
 
     def finished(self, result: TrialResult, running: int) -> None:
         self.running = running
@@ -91,7 +91,7 @@ class Progress:
 
 
 class Pace:
-    """Time left: the expected seconds of the open trials, scaled by what the finished ones took against their own."""
+    """Time left: the expected seconds of the open trials, scaled by how long finished ones took against their forecast."""
 
     def __init__(self, forecast: "Forecast", done: Collection[str], most: int):
         """done: ids of the trials that are not open. most: of the open ones, how many will be run."""

@@ -1,4 +1,4 @@
-"""The settings of one edit: options over those of a position file or of the trial to repeat, over the defaults."""
+"""The settings of one edit: options override a position file or the trial to repeat, which override the defaults."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -122,7 +122,7 @@ def idle_options(given: Mapping[str, Any], training: TrainingSettings) -> Iterat
     chosen = {name: (value,) for name, value in asdict(training).items()}
     for name, value in given.items():
         for other, values in AXIS[name].unmet(chosen) if value is not None else ():
-            yield f"--{name.replace('_', '-')} changes nothing: it takes --{other} {values}"
+            yield f"--{name.replace('_', '-')} has no effect: it needs --{other} {values}"
 
 
 def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -150,7 +150,7 @@ def _repeated(
     """The settings of a trial, but for the options that are given."""
     config, study_yaml = find_trial(run_id, uri)
     if study_yaml is None and edits is None:
-        raise InputError(f"run {run_id!r}: its study is gone, and with it the name of the edits; add --edits")
+        raise InputError(f"run {run_id!r}: its study's run is gone, so its edits are not known; give --edits")
     chosen = EditSettings(
         position or config.position,
         TrainingSettings(**{**config.training, **options}),

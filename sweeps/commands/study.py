@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOption = False) -> None:
-    """Show the trials of STUDY, their number and what they will take. Runs and writes nothing."""
+    """Show the trials of STUDY and the time, memory and disk they will take. Runs and writes nothing."""
     from sweeps.answer import foresee
 
     uri, prepared = resolve_uri(tracking_uri), study.prepared()
@@ -88,11 +88,11 @@ def sweep(
     address: AddressOption = None,
     report_file: Annotated[Path | None, typer.Option("--out", help="Dashboard file; default NAME.html here.")] = None,
     register: Annotated[
-        bool, typer.Option(help="At the end put the delta of the study's pick into MLflow's model registry.")
+        bool, typer.Option(help="At the end, register the delta of the study's pick in MLflow's model registry.")
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Run STUDY. The same command again runs only what is not done yet."""
+    """Run STUDY. Running the same command again resumes it."""
     from analysis.stats.table import done
     from sweeps.answer import foresee
     from sweeps.commands.progress import Progress
@@ -130,7 +130,7 @@ def sweep(
 
 
 def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOption = False) -> None:
-    """Show how far STUDY is: done, diverged, failed (with causes) and left, who runs it and the time left."""
+    """Show the progress of STUDY: trials done, diverged, failed (with causes) and left, who runs it, and the time left."""
     from analysis.stats.table import causes
     from sweeps.answer import read_state, remedies_so_far
     from sweeps.session import driver_of
@@ -159,7 +159,7 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
         by = f"  run by process {driver.process} on {driver.host} since {driver.began}"
         say(by + (f", about {seconds(left)} left" if left else ""))
     elif state.left:
-        say("  not being run; `locft sweep` continues it")
+        say("  not running; `locft sweep` continues it")
     for cause, count in failed.items():
         say(f"  {count} failed: {cause}")
     for cause, count in state.retried.items():
@@ -172,7 +172,7 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
 def report(
     study: StudyOptions,
     compare: Annotated[
-        str | None, typer.Option(metavar="OTHER", help="A second study, to be compared with STUDY in the same file.")
+        str | None, typer.Option(metavar="OTHER", help="A second study to compare with STUDY in the same file.")
     ] = None,
     compare_set: Annotated[
         list[str] | None, typer.Option("--compare-set", metavar="KEY=VALUE", help="Like --set, for OTHER. Repeatable.")
@@ -190,7 +190,7 @@ def report(
 
     for name, given in (("--compare-set", compare_set), ("--compare-uri", compare_uri)):
         if given and compare is None:
-            raise InputError(f"{name}: expected --compare OTHER with it, the study that it is for")
+            raise InputError(f"{name}: needs --compare OTHER, the study it applies to")
     uri, prepared = resolve_uri(tracking_uri), study.prepared()
     second = None if compare is None else prepared_study(compare, compare_set)
     second_uri = resolve_uri(compare_uri or tracking_uri)
@@ -256,7 +256,7 @@ def select(
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the position to edit in MODEL without sweeping it. The same command again continues where it was."""
+    """Find the position to edit in MODEL without a full sweep. Running the same command again resumes it."""
     from sweeps.commands.progress import Progress
     from sweeps.select.answer import conclude
     from sweeps.select.selection import run_selection
@@ -318,5 +318,5 @@ def _recorded(prepared: "PreparedStudy", name: str, tracking_uri: str) -> "tuple
     state = read_state(prepared, tracker)
     if tracker is None or state.results.empty:
         where = redact(tracking_uri)
-        raise InputError(f"study {prepared.study.name!r}: nothing finished in {where}; run `locft sweep {name}`")
+        raise InputError(f"study {prepared.study.name!r}: no finished trials in {where}; run `locft sweep {name}`")
     return state, tracker

@@ -190,8 +190,8 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
                 say(f"  Reliability by how the edits are asked: {by_format_text(position['formats'])}")
             if sentence := measured_sentence(position["measured_on"]):
                 say(f"  {sentence}")
-            elsewhere = f"; that a position not run is better: {percent(round(position['chance_elsewhere'], 3))}"
-            say(f"  Chance that it is the best of those measured: {percent(round(position['chance'], 3))}{elsewhere}")
+            elsewhere = f"; that an unmeasured one is better: {percent(round(position['chance_elsewhere'], 3))}"
+            say(f"  Chance that it is the best position measured: {percent(round(position['chance'], 3))}{elsewhere}")
             if other := position["runner_up"]:
                 rate = "" if other["learning_rate"] is None else f" at rate {number(other['learning_rate'])}"
                 say(f"  Runner-up: {other['position']}{rate}: {_traded(other['trades'])}")
@@ -204,7 +204,7 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
 
 
 def _traded(trades: Mapping[str, float]) -> str:
-    """What a runner-up has more of, on the edits that positions are compared on."""
+    """How a runner-up differs from the pick, on the edits that positions are compared on."""
     drift = trades.get("drift_kl")
     shares = (f"{name.replace('_', ' ')} {points(trades[name])} points" for name in trades if name != "drift_kl")
     return ", ".join([*shares, *([f"drift {drift:+.4f} nats".replace("-", "−")] if drift is not None else [])])

@@ -1,8 +1,8 @@
-"""What libraries take for granted of the place where a command runs: a user's name, a home, a way to this machine's servers.
+"""Supplies what libraries expect of the environment: a user name, a home folder, direct access to this machine's servers.
 
-Containers give a process a number without a name and a home that cannot be written; company machines send every request
-through a proxy. What is supplied here also holds for the processes that a command starts. The command line and the
-functions for notebooks both begin with it.
+In a container, a process may run under a user id without a name and with a read-only home; company machines send every request
+through a proxy. What is supplied here is inherited by the processes that a command starts. The command line and the
+notebook functions both call `settle` first.
 """
 
 import getpass
@@ -18,7 +18,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"
 
 
 def settle() -> list[str]:
-    """Supply what is missing in the environment; returns what the user should know. Raises InputError if it cannot be had."""
+    """Supply what is missing in the environment; returns what the user should know. Raises InputError if that is impossible."""
     _have_a_name()
     _reach_this_machine()
     return _have_a_home()
@@ -59,12 +59,10 @@ def _have_a_home() -> list[str]:
         place.mkdir(mode=0o700, exist_ok=True)
         check_writable(place, "the cache")
         if place.stat().st_uid != os.getuid():
-            raise InputError(f"{place} belongs to somebody else")
+            raise InputError(f"{place} belongs to another user")
     except (OSError, InputError) as error:
-        raise InputError(
-            f"there is no home folder that can be written, and {error}; set HOME and XDG_CACHE_HOME"
-        ) from None
+        raise InputError(f"there is no writable home folder, and {error}; set HOME and XDG_CACHE_HOME") from None
     os.environ["HOME"] = str(place)
     if given:
         return []
-    return [f"no writable home folder, using {place}; set XDG_CACHE_HOME to keep what is computed"]
+    return [f"no writable home folder, using {place}; set XDG_CACHE_HOME to keep the cache"]

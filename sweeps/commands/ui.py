@@ -25,7 +25,7 @@ _STOP_SECONDS = 10
 
 
 def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = print) -> None:
-    """Show the store in the browser until Ctrl-C, as which `locft` takes SIGTERM, too.
+    """Serve the pages of a store until Ctrl-C, or SIGTERM, which `locft` treats the same.
 
     uri: resolved. announce: called once with the address of the server, when it answers; for a store that is a server
     itself nothing else happens. Raises InputError when the named port is taken, or when the server does not start.
@@ -36,7 +36,7 @@ def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = p
         return announce(uri)
     with suppress(KeyboardInterrupt), running(uri, port) as (address, process):
         announce(address)
-        raise InputError(f"the MLflow server ended by itself with exit code {process.wait()}")
+        raise InputError(f"the MLflow server exited unexpectedly with exit code {process.wait()}")
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def _free_port(named: int | None) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended leaves it waiting
             probe.bind((HOST, port))
             return probe.getsockname()[1]
-    raise InputError(f"port {named} of {HOST} is taken; name another one, or none to take a free one")
+    raise InputError(f"port {named} of {HOST} is in use; name another one, or leave out --port to use a free one")
 
 
 def _wait_until_healthy(address: str, process: subprocess.Popen, log: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""What commands measure an edit with: the model, the edits and the capability items, loaded and checked together."""
+"""What a command needs to measure an edit: the model, the edits and the capability items, loaded and checked together."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ def workbench(
 ) -> "Workbench":
     """Load everything and measure the unedited model. A notice says where formats are left out.
 
-    fingerprint: what the model's must be, None for any. Raises InputError for another model.
+    fingerprint: the one the model must have; None accepts any. Raises InputError for another model.
     """
     from locft.model.delta import require_base
     from locft.train.formats import asked
@@ -47,7 +47,7 @@ def workbench(
     note_left_out("--ask-formats", model, ask_formats, formats)
     items = f" and {sum(len(task.items) for task in suite.tasks):,} capability items" if suite else ""
     notice(
-        f"measuring {model} as it is: {plural(len(requests.requests), 'edit')} in {', '.join(formats)}{items}"
+        f"measuring the unedited {model}: {plural(len(requests.requests), 'edit')} in {', '.join(formats)}{items}"
         f"{_time(loaded, requests.requests, len(formats), suite)}"
     )
     return Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
@@ -63,7 +63,7 @@ def note_left_out(option: str, model: str, given: Sequence[str], found: Sequence
 
 
 def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int, suite: "Suite | None") -> str:
-    """How long it will take, as the end of a sentence; nothing where no rate is known, which is on GPUs."""
+    """How long it will take, as the end of a sentence; empty on GPUs, where no rate is known."""
     import torch
 
     from locft.measure.generation import NEW_TOKENS

@@ -42,7 +42,7 @@ class SelectionAnswer:
 
 
 def conclude(selection: Selection, tracker: Tracker, position_file: str) -> SelectionAnswer:
-    """Work out the answer, and write it into the study's run in MLflow, which that closes.
+    """Work out the answer, write it into the study's run in MLflow, and close that run.
 
     position_file: its name, for the command shown. If the store stays away, the position is given all the same.
     """
@@ -69,7 +69,7 @@ def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | No
         summary |= {f"pick_{name}": value["mean"] for name, value in content["predicted"].items()}
         if pick:
             summary["pick_chance"] = content["chance"]
-            text += f"\n- The chance that it is the best of those measured is {percent(content['chance'])}."
+            text += f"\n- The chance that it is the best position measured is {percent(content['chance'])}."
             text += "".join(f"\n- {sentence}" for _, sentence in _sample_fact(selection))
         else:
             text = f"**Edit at {content['position']}** ({UNMEASURED})."
@@ -122,20 +122,20 @@ def _run_of(row: Mapping[str, Any]) -> Run:
 
 
 def _measured_on(request: SelectionRequest, row: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of how many edits the predictions are (0 without a row), and on how many positions were compared."""
+    """How many edits the predictions are from (0 without a row), and on how many the positions were compared."""
     edits = 0 if row is None else row["edit_count"] or request.facts.n_edits
     of, source = request.facts.n_edits, request.study.edits.source
     return {"edits": int(edits), "compared_on": request.compared_on or of, "of": of, "source": source}
 
 
 def _differences(pick: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
-    """Metric -> what it would be higher at the other setting, as far as both were measured."""
+    """Metric -> how much higher it is at the other setting, where both were measured."""
     found = {name: other[name] - pick[name] for name in SCALES}
     return {name: float(difference) for name, difference in found.items() if math.isfinite(difference)}
 
 
 def _content(selection: Selection, run: Run) -> dict[str, Any]:
-    """The content of the position file for a run, without what only its measurements tell."""
+    """The content of the position file for a run, without the entries that need its measurements."""
     request, facts = selection.request, selection.request.facts
     config = request.config(run)
     return {
@@ -181,19 +181,19 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     run = {(row["layer"], row["module"]) for row in done(selection.results).to_dict("records")}
     not_run, chance = len(selection.candidates) - len(run), percent(selection.chance_elsewhere)
     rate_set = ", and sets each position's learning rate" if request.has_rate else ""
-    rate_tried = " and another learning rate: half, or twice where it learnt too little" if request.has_rate else ""
+    rate_tried = " and for another rate: half, or double where it learnt too little" if request.has_rate else ""
     unmeasured = None
     if content and not content["predicted"]:
         unmeasured = f"Edit {with_rate(content['position'], content['settings'])}, {UNMEASURED}."
     return HowFound(
         how=(
-            f"The probe reads gradients of the unedited model over some edits and some prose. It orders all {positions} by"
-            f" how much of the model learning there would disturb{rate_set}. Late layers are"
-            " expected to drift less and to generalize more, attention to drift more, as in earlier models. The first two"
-            " runs are at depths apart. Positions resemble their neighbours in depth and others of their kind, so every run"
-            " says something of those not run, and of how far those expectations hold. The next are always those likeliest"
-            " to be the pick, or on the front, for what they cost. Some of the budget is kept for a second seed of the"
-            f" leader{rate_tried}. Many edits are compared on a sample."
+            f"The probe computes gradients of the unedited model on some edits and some prose. It ranks all {positions} by"
+            f" how much training there would disturb the model{rate_set}. As in earlier models, late layers are expected to"
+            " drift less and to generalize more, and attention to drift more. The first two runs are at different depths."
+            " Positions behave like their neighbours in depth and like others with the same module, so every run also tells"
+            " something about positions that are not run, and about how far the expectations hold. The next runs are always"
+            " those most likely, for their cost, to be the pick or on the front. Some of the budget is kept for a second seed"
+            f" of the leader{rate_tried}. If there are many edits, positions are compared on a sample."
         ),
         command=edit_command(study, position_file),
         facts=(
@@ -214,12 +214,12 @@ def _sample_fact(selection: Selection) -> Iterator[tuple[str, str]]:
     compared_on, row = selection.request.compared_on, selection.pick
     if not compared_on or row is None:
         return
-    about = f"This is about a random {compared_on} of the {selection.request.facts.n_edits:,} edits"
+    about = f"These results are from a random {compared_on} of the {selection.request.facts.n_edits:,} edits"
     if row["edit_count"]:
-        yield "Sample", f"{about}; with all of them expect more drift."
+        yield "Sample", f"{about}; with all of them, expect more drift."
     else:
         measured = ", ".join(f"{name} {with_interval(row, name)}" for name in ("reliability", "generalization"))
-        yield "Sample", f"{about}. With all of them the pick measured: {measured}, drift {drift_text(row)}."
+        yield "Sample", f"{about}. With all of them, the pick measured: {measured}, drift {drift_text(row)}."
 
 
 def _run(request: SelectionRequest, run: Run) -> dict[str, Any]:

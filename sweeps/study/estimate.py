@@ -48,21 +48,21 @@ _FURTHER_TOKENS = 8 * 64
 _START_SECONDS = 40.0
 """Once per study: Ray and its workers, the model, the tracking store, the report, and the pick once more."""
 _MEASURING = 1.7
-"""If only steps were timed: what measuring takes relative to its rough rate, with steps at theirs. Edit metrics and
+"""If only steps were timed: measuring takes this multiple of its rough rate where steps take theirs. Edit metrics and
 capability took 0.9 and 1.3 on one machine with bfloat16 instructions, 2.1 and 2.2 on another."""
 _SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8, "stream": 0.3}
 """Share of the steps allowed by `epochs` that is usually taken before `stop_below` ends the training."""
 _LEAST_STEPS = 0.3
 """The same if everything is learnt early."""
 _HANGS, _PATIENCE_SECONDS = 30.0, 1800.0
-"""A trial hangs if it takes this many times its estimate, and at least this long, since its worker may load a model."""
+"""A trial counts as hanging after this many times its estimate, but not before this long: its worker may be loading a model."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """By what factors the rough rates (`rough_seconds`) have to be multiplied on this machine, and how sure that is."""
+    """Factors that scale the rough rates (`rough_seconds`) to this machine, and how sure they are."""
 
     cpus: int = 2
     """Threads of a trial."""
@@ -115,7 +115,7 @@ class Estimate:
     memory_bytes_low: int
     """Driver and all workers together: what they hold in any case."""
     memory_bytes_high: int
-    """With all that may add: the largest batches at the same moment, weights in every layout, stored states in full."""
+    """With everything that may come on top: the largest batches all at once, weights in every layout, stored states in full."""
     disk_bytes_low: int
     """Hidden states and weights in the cache, the study in the tracking store; without the model itself."""
     disk_bytes_high: int
@@ -205,8 +205,8 @@ class Forecast:
         wanted = expected.memory_bytes_low if sure else expected.memory_bytes_high
         return [
             f"memory: {expected.concurrent} at a time {'take at least' if sure else 'may take'} {wanted / 2**30:.1f}"
-            f" GiB, and this machine has {have / 2**30:.1f} GiB; less is needed with fewer trials at a time"
-            " (resources.concurrent), smaller batches, or dtype: bfloat16"
+            f" GiB, and this machine has {have / 2**30:.1f} GiB; run fewer trials at a time"
+            " (resources.concurrent), or use smaller batches or dtype: bfloat16"
         ]
 
 
@@ -299,7 +299,7 @@ def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
     finally:
         torch.set_num_threads(before)
         gc.collect()
-    slowed = f", {busy:.1f} times slowed by other work" if busy > 1.3 else ""
+    slowed = f", slowed {busy:.1f} times by other work" if busy > 1.3 else ""
     return replace(_scaled(trials, prepared), source=f"timed steps of this model{slowed}", spread=1.6, busy=busy)
 
 
@@ -330,7 +330,7 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
         module = sorted(sizes)[len(sizes) // 2][1]
         config = replace(sample[0], layer=layer, module=module, batch_size=size, epochs=TIMED_STEPS)
         settings = TrainingSettings(**config.training | {"skip_below": 0.0, "stop_below": 0.0})
-        bench.train(TuningPosition(layer, module), settings)  # what is done once per process or layer shall not count
+        bench.train(TuningPosition(layer, module), settings)  # warms up: one-time work must not count
         began = time.perf_counter(), time.process_time()
         training = bench.train(TuningPosition(layer, module), settings)
         clock += time.perf_counter() - began[0]

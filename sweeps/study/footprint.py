@@ -14,7 +14,7 @@ from sweeps.study.trial_types import StudyFacts, TrialConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEPTHS = (0.25, 0.5, 0.7, 0.9)
-"""Relative depths that memory is told for."""
+"""Relative depths for which memory is reported."""
 _FOR_TRIALS = 0.7
 """Share of the free memory that Ray leaves to trials; the rest is for its object store."""
 _TRAINED_BYTES = 4 * 4
@@ -22,9 +22,9 @@ _TRAINED_BYTES = 4 * 4
 _FACTOR_BYTES = 3 * 4
 """For each number of the factors of curvature (`locft.curvature`): as measured, damped, and in the precision of training."""
 _MATRICES = {"mlp": 3, "attn": 4, "layer": 7}
-"""Of a module; others are one."""
+"""Number of matrices in a module; other modules are a single one."""
 _WIDEST = 6
-"""Times the hidden size: what is wider stacks experts, of half that each."""
+"""In multiples of the hidden size: a wider matrix is taken for stacked experts, each half as wide as this."""
 _DRIVER_BYTES = 1_050_000_000
 """The command with Ray, MLflow and its tables, and Ray's own processes."""
 _PROCESS_BYTES = 380_000_000
@@ -32,7 +32,7 @@ _PROCESS_BYTES = 380_000_000
 _READ_AT_ONCE = 2048
 """Tokens of a forward pass of the unedited model, whose logits are all held."""
 _CONTEXT_BYTES = 600_000_000
-"""On a GPU, of each process: CUDA with its kernels."""
+"""GPU memory that CUDA and its kernels take in each process."""
 _GPU_SIZES = (24 * 2**30, 80 * 2**30)
 """Of usual GPUs, in bytes."""
 _RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
@@ -73,9 +73,9 @@ def memory_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 def gpu_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     """Peak memory of one worker on a GPU, in bytes. Counted, not measured: no GPU has run this yet.
 
-    Each worker has its own frozen weights, in both precisions if they differ. Beside what is trained lie its base and the
-    value that training starts with, in float32, and the states of the edits. Each layer above keeps what the products of a batch
-    take and give. Copies of stored states take only what is free then.
+    Each worker has its own frozen weights, in both precisions if they differ. Besides the trained parameters there
+    are their base and start values, in float32, and the states of the edits. Each layer above keeps the inputs and outputs of
+    a batch's matrix products. Copies of stored states use only memory that is still free.
     """
     precise, trained = BYTES[trial.precision], _trained(trial, facts)
     hidden, layers = max(1, _hidden(facts)), facts.n_layers - trial.layer
@@ -86,8 +86,8 @@ def gpu_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 
 
 def gpu_sentence(resources: Resources, trials: Sequence[TrialConfig], facts: StudyFacts) -> str | None:
-    """How many trials fit one GPU: of this machine, or of a usual size where it has none; None for a trial without, or with
-    more than one."""
+    """How many trials fit on one GPU: this machine's, or one of a common size where it has none. None for trials that use no
+    GPU, or more than one."""
     if not trials or not 0 < resources.gpus <= 1:
         return None
     import torch
@@ -95,17 +95,17 @@ def gpu_sentence(resources: Resources, trials: Sequence[TrialConfig], facts: Stu
     most, share = max(gpu_bytes(trial, facts) for trial in trials), int(1 / resources.gpus + 1e-9)
     here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     sizes = [here] if here else _GPU_SIZES
-    fitting = " and ".join(f"{size // most} on one of {size / 2**30:.0f} GiB" for size in sizes)
+    fitting = " and ".join(f"{size // most} on a GPU of {size / 2**30:.0f} GiB" for size in sizes)
     sentence = (
         f"GPU memory: a trial may take {most / 2**30:.1f} GiB (counted, not measured), so there is room for {fitting}"
     )
     if here and share > max(1, here // most):
-        return f"{sentence}, but resources.gpus: {resources.gpus:g} puts {share} there; expected {_share(here // most)}"
+        return f"{sentence}, but resources.gpus: {resources.gpus:g} puts {share} on it; expected {_share(here // most)}"
     return f"{sentence}; resources.gpus: {resources.gpus:g} puts {share} on each"
 
 
 def depth_bytes(trial: TrialConfig, facts: StudyFacts) -> dict[int, int]:
-    """By layer, at several depths: what such a trial there keeps in memory, in bytes.
+    """Layer, at several depths -> memory that such a trial keeps there, in bytes.
 
     Weights are read from their file where `dtype` is that of the checkpoint, so those below the trained layer are needed once,
     and need not stay: a model may be larger than memory. Those above it, the head and what is trained are needed in each step.
@@ -119,7 +119,7 @@ def depth_bytes(trial: TrialConfig, facts: StudyFacts) -> dict[int, int]:
 
 
 def depth_sentence(trials: Sequence[TrialConfig], facts: StudyFacts) -> str | None:
-    """What a trial of these keeps in memory by depth, beside what is free here; None for trials that train all weights."""
+    """How much memory such a trial keeps, by depth, and how much is free here; None for trials that train all weights."""
     if not trials or trials[0].further_steps:
         return None
     found, free = depth_bytes(trials[0], facts), psutil.virtual_memory().available

@@ -73,7 +73,7 @@ class PreparedStudy:
 
     @property
     def every_asked_place(self) -> tuple[int, ...] | None:
-        """Of the edits that any trial asks about; None for all."""
+        """Places of the edits that any trial asks about; None for all."""
         return every_asked_place(self.study.space.edit_count, len(self.edits.requests), self.study.edits.asked)
 
     @property
@@ -126,7 +126,7 @@ def idle_axes(study: Study) -> tuple[str, ...]:
     """A sentence for each axis of the space that is given and changes nothing in any trial."""
     space = study.space
     return tuple(
-        f"space.{axis.name} changes nothing: it takes space.{other} {values}"
+        f"space.{axis.name} has no effect: it needs space.{other} {values}"
         for axis in SWEPT
         if axis.only and getattr(space, axis.name) != (axis.default,)
         for other, values in axis.unmet({name: getattr(space, name) for name, _ in axis.only})
@@ -143,10 +143,10 @@ def study_id(study: Study, facts: StudyFacts) -> str:
 
 
 def make_plan(study: Study, facts: StudyFacts) -> Plan:
-    """The trials of a study, without doubles.
+    """The trials of a study, without duplicates.
 
-    grid: every combination, in the order of `grid_points`. random: `search.trials` points, where more trials go on
-    from the same beginning. Positions that a layer does not have are left out.
+    grid: every combination, in the order of `grid_points`. random: `search.trials` points; asking for more
+    continues the same sequence. Positions that a layer does not have are left out.
 
     Raises `InputError` for layers and modules that the model does not have, and a grid of more than `MAX_TRIALS`.
     """
@@ -205,7 +205,7 @@ def optuna_space(study: Study, facts: StudyFacts) -> dict[str, list | tuple]:
 
 
 def point_of(study: Study, facts: StudyFacts, config: TrialConfig) -> dict[str, Any] | None:
-    """The point of `optuna_space` at which a configuration lies; None for one outside, such as before a change.
+    """The point of `optuna_space` at which a configuration lies; None if it is outside, such as after a change of space.
 
     An axis that changes nothing there has the first of its values."""
     space, known = optuna_space(study, facts), config.to_dict() | {POSITION: config.position}
@@ -264,7 +264,7 @@ def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
     streams = [_spread(values[axis], random.Random(f"{study.search.seed} {axis}")) for axis in POINT]
     draws = itertools.islice(zip(*streams, strict=False), 20 * wanted + 1000)
     points = (_effective(dict(zip(POINT, draw, strict=True))) for draw in draws if draw[:2] in positions)
-    if not isinstance(space.learning_rate, LogUniform):  # once nearly used up: what is left, in order
+    if not isinstance(space.learning_rate, LogUniform):  # when few points are left: those, in order
         points = itertools.chain(points, grid_points(study, facts))
     seen: set[tuple] = set()
     while len(seen) < wanted and (point := next(points, None)):

@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
         if tag := getattr(event, "tag", None):
             refused = f"the tag {tag.replace('tag:yaml.org,2002:', '!!')}"
         if refused:
-            message = f"{refused} is not accepted, a study file is plain data: write the value out"
+            message = f"{refused} is not allowed, since a study file is plain data: write the value out"
             raise yaml.composer.ComposerError(None, None, message, event.start_mark)
         return super().compose_node(parent, index)
 
@@ -123,7 +123,7 @@ class _Draft:
                 if not isinstance(key, yaml.ScalarNode):
                     refuse(origin(key.start_mark), "a key must be text, got a list or a mapping")
                 elif key.value in found:
-                    first = "" if override else f", first in line {self.origins[inside][0]}"
+                    first = "" if override else f", first on line {self.origins[inside][0]}"
                     refuse(origin(key.start_mark), f"{_dotted(inside)}: given twice{first}")
                 else:
                     if not override:
@@ -231,13 +231,13 @@ def _tell(draft: _Draft, fault: Any, faults: Sequence[Any], wrong: Iterable[Plac
         unknown = [_place(other["loc"]) for other in faults if other["type"] == "extra_forbidden"]
         misspelt = [str(other[-1]) for other in unknown if other[:-1] == place[:-1]]
         if not difflib.get_close_matches(str(place[-1]), misspelt):
-            draft.add(place, "required, and missing")
+            draft.add(place, "required, but missing")
     else:  # a section, or the tasks
         draft.add(place, wrong_value(fault["input"], "a mapping of keys to values"))
 
 
 def _nearest_key(place: Place) -> str:
-    """The valid keys in this section; a key that belongs to another section is sent there."""
+    """The valid keys of this section, or the section in which the key is valid."""
     section, key = place[:-1], str(place[-1])
     for home, model in _SECTIONS.items():
         if len(home) < 2 and key in model.model_fields:

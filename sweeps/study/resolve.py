@@ -106,12 +106,12 @@ def _check_counts(study: Study, edits: int) -> None:
     """Raises InputError where a trial would take more edits than there are."""
     if beyond := [count for count in study.space.edit_count if count > edits]:
         raise InputError(
-            f"space.edit_count: got {max(beyond):,}, but {study.edits.source} has {edits:,} edits here; expected at most as many"
+            f"space.edit_count: got {max(beyond):,}, but {study.edits.source} has {edits:,} edits here; expected no more"
         )
 
 
 def _data_fingerprint(edits: "EditSet", suite: "Suite | None", study: Study) -> str:
-    """Formats count only where they are not the plain one, and a sample only where it is one: so the first ids stay."""
+    """Formats are hashed only if they are not raw alone, and a sample only if there is one, so that earlier ids stay valid."""
     tokens = study.capability.prose_tokens
     parts: list[Any] = [edits.fingerprint, suite.fingerprint if suite else None, tokens if suite else None]
     parts += [] if tuple(study.ask_formats) == (RAW,) else [list(study.ask_formats)]

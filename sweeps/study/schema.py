@@ -213,7 +213,7 @@ class Edits(Section):
     asked: Count | None = 1000
     """Measure at most this many edits, a random sample of them; null measures all."""
     map: read_by(read_field_map) = {}
-    """Keys of the file that no layout knows: such as {prompt: question, target: answer, rephrases: [q1, q2]}."""
+    """Keys of a file in no known layout, such as {prompt: question, target: answer, rephrases: [q1, q2]}."""
 
     def load(self, *, only_marked: bool = False) -> "EditSet":
         """only_marked: the source may hold nothing but edits that are taken back. Raises InputError with every problem of
@@ -363,8 +363,8 @@ class Resources(Section):
             cpus, gpus = max(sizes, key=lambda size: (size[1], size[0]) if self.gpus else size)
             where = " on the largest node that is up" if len(nodes) > 1 else ""
             raise InputError(
-                f"resources: a trial wants {self.cpus:g} CPUs and {self.gpus:g} GPUs, but there are {cpus:g} "
-                f"CPUs and {gpus:g} GPUs in all{where}; ask for less, or give --address of a larger cluster"
+                f"resources: a trial needs {self.cpus:g} CPUs and {self.gpus:g} GPUs, but there are {cpus:g} "
+                f"CPUs and {gpus:g} GPUs{where}; request less, or give the --address of a larger cluster"
             )
         return fit if self.concurrent == "auto" else min(fit, self.concurrent)
 
@@ -379,7 +379,7 @@ class Resources(Section):
 
 
 class Limits(Section):
-    """What ends a study before its plan does. The same command with higher limits goes on."""
+    """Limits that end a study early. The same command with higher limits continues it."""
 
     minutes: Positive | None = None
     """Wall-clock time of one run of the command; trials still running then are cancelled."""
@@ -406,7 +406,7 @@ class Study(_Settings):
     """auto: a GPU if trials get one (`resources.gpus`), else cpu."""
     edits: Edits = Edits()
     ask_formats: Formats = (RAW,)
-    """The forms in which every trial puts its questions: raw, qa, chat, unseen or texts with {prompt}, as a list or
+    """The formats in which every trial asks its questions: raw, qa, chat, unseen or texts with {prompt}, as a list or
     separated by commas."""
     capability: Capability = Capability()
     space: Space = Space()
@@ -448,10 +448,10 @@ def _contradictions(study: Study) -> Iterable[tuple[tuple[str, ...], str]]:
         idle = f"got {gpus:g} with device {device}; expected 0, or device cuda or auto"
         yield ("resources.gpus", "device"), idle
     if gpus == 0 and device.startswith("cuda"):
-        blind = f"{device} needs resources.gpus above 0: a trial without sees no GPU"
+        blind = f"{device} needs resources.gpus above 0: without it, a trial sees no GPU"
         yield ("device", "resources.gpus"), blind
     own, index = max(1, math.ceil(gpus)), int(device.partition(":")[2] or 0)
     if gpus > 0 and index >= own:
         seen = "its GPU as cuda:0" if own == 1 else f"its {own} GPUs as cuda:0 to cuda:{own - 1}"
-        text = f"got {device}, but a trial sees {seen}, whichever of the machine; expected cuda"
+        text = f"got {device}, but a trial sees {seen}, whichever it gets; expected cuda"
         yield ("device", "resources.gpus"), text

@@ -105,7 +105,7 @@ class StudyFacts:
     most_asked: int | None = None
     """Edits that a trial's metrics are measured on at most; None for all."""
     n_asked: int = 0
-    """Edits that `evaluation_tokens` are of; 0 for all."""
+    """Number of edits that `evaluation_tokens` covers; 0 for all."""
     row_sizes: Mapping[str, float] = field(default_factory=dict)
     """By trained format: tokens of the edit rows in it, relative to `edit_tokens`; an absent one counts as 1."""
 
@@ -114,11 +114,11 @@ class StudyFacts:
         return trial.edit_count or self.n_edits
 
     def asked_share(self, trial: "TrialConfig") -> float:
-        """Of the edits that `evaluation_tokens` are of, those that a trial asks."""
+        """Share of the edits covered by `evaluation_tokens` that a trial asks about."""
         return min(self.trained(trial), self.most_asked or self.n_edits) / max(1, self.n_asked or self.n_edits)
 
     def row_size(self, train_formats: str) -> float:
-        """The same for a trial's formats, which training draws evenly."""
+        """Mean of `row_sizes` over a trial's formats, which training draws evenly."""
         sizes = [self.row_sizes.get(form, 1.0) for form in parse_formats(train_formats)]
         return sum(sizes) / len(sizes)
 

@@ -107,8 +107,8 @@ def mlflow_address(uri: str, folder: Path) -> str:
     if "?" in name or unquote(name) != name:
         sign = "?" if "?" in name else "%"
         raise InputError(
-            f"tracking store {path}: its name has a {sign!r}, which means something else in the address of an SQLite file; "
-            "rename the folder or the file, or run the command in the folder of the file"
+            f"tracking store {path}: its path contains {sign!r}, which has another meaning in the address of an SQLite file; "
+            "rename the folder or the file, or run the command in the file's own folder"
         )
     return f"sqlite:///{name}"
 
@@ -180,7 +180,7 @@ def _require_schema(store: str, found: Sequence[str], upgrade: str) -> None:
     older = not found or any(migrations.glob(f"{found[0]}_*.py"))
     what = f"{upgrade}; or" if older else "use that MLflow, or"
     raise InputError(
-        f"{store} is of {'an older' if older else 'a newer'} MLflow than {VERSION}, which is installed here (its schema is "
+        f"{store} was made by {'an older' if older else 'a newer'} MLflow than {VERSION}, which is installed here (its schema is "
         f"{', '.join(found) or 'none'}, expected {wanted}): {what} give another --tracking-uri"
     )
 
@@ -211,7 +211,7 @@ def _check_server(uri: str) -> None:
         is_mlflow = False
     if not is_mlflow:
         raise InputError(
-            f"{server} answers (HTTP {answer.status_code}) but not as MLflow does; check the port and the path{between}"
+            f"{server} answers (HTTP {answer.status_code}), but it is not an MLflow server; check the port and the path{between}"
         )
 
 
@@ -222,8 +222,8 @@ def _proxied(uri: str) -> str | None:
     if not proxy or proxy_bypass(parts.hostname):
         return None
     return (
-        f"requests to it go through {parts.scheme}_proxy={redact(proxy)}; if the server can be reached without, "
-        f"no_proxy={parts.hostname} helps"
+        f"requests to it go through {parts.scheme}_proxy={redact(proxy)}; if the server can be reached without it, "
+        f"set no_proxy={parts.hostname}"
     )
 
 

@@ -1,7 +1,7 @@
 """Finished trials on their way to the tracking store: on disk first, and there until the store has them.
 
-The study goes on while a store is away or a disk is full, and the next run of the same command delivers what is missing. A
-result that the store refuses holds up no other.
+The study goes on while the store is unreachable or the disk is full, and the next run of the same command delivers what is
+missing. A result that the store refuses does not hold up the others.
 """
 
 import hashlib
@@ -54,18 +54,18 @@ def _retry(call: Callable[[], T], say: Callable[[str], None], give_up: Callable[
         except TrackingError as error:
             if away_since is None:
                 away_since = time.monotonic()
-                say(f"not recorded yet, tried again until it is: {error}")
+                say(f"not recorded yet, retrying: {error}")
             if give_up(pause):
                 raise
         else:
             if away_since is not None:
-                say(f"recorded again, after {time.monotonic() - away_since:.0f} s")
+                say(f"recording works again, after {time.monotonic() - away_since:.0f} s")
             return found
     raise AssertionError("pauses have no end")
 
 
 def with_retries(call: Callable[[], T]) -> T:
-    """Call a function that needs the store; while the store is away, again for up to `PATIENCE_SECONDS`, with a warning logged.
+    """Call a function that needs the store; while the store is unreachable, retry for `PATIENCE_SECONDS`, and log a warning.
 
     For a driver that has nothing else to do. Raises TrackingError.
     """
@@ -98,7 +98,7 @@ class Outbox:
         self.folder = folder
 
     def keep(self, result: TrialResult) -> None:
-        """Write a result atomically, and so that a power failure does not take it. Raises OSError."""
+        """Write a result atomically and so that it survives a power failure. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=self.folder, suffix=".partial")
         try:
@@ -131,7 +131,7 @@ class Outbox:
                 found.append(unpack_result(file.read_text(encoding="ascii")))
             except Exception as error:  # zlib, base85, JSON and missing keys raise six kinds
                 aside = file.replace(file.with_suffix(".unreadable"))
-                _log.warning("%s is no readable result: %s", aside, error)
+                _log.warning("%s is not a readable result: %s", aside, error)
         return found
 
     def __len__(self) -> int:
@@ -212,7 +212,7 @@ class Recorder:
         try:
             _retry(partial(self._deliver, result), self.note, self._give_up.wait)
         except Refused as error:
-            where = f"kept in {self._outbox.folder} and offered again by the next run"
-            self.note(f"{result.config.position} is finished, but the store refuses it ({where}): {error}")
+            where = f"kept in {self._outbox.folder}, and the next run offers it again"
+            self.note(f"{result.config.position} is finished, but the store refuses its result ({where}): {error}")
         else:
             self._outbox.drop(result)

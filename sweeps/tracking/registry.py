@@ -82,7 +82,7 @@ def register_position(client: "MlflowClient", run_id: str, model: str, position:
     with store_errors(f"the registered model {name!r}"):
         run = client.get_run(run_id)
         source = f"{run.info.artifact_uri}/position.json"
-        about = f"Where to edit {model}, as selections found it."
+        about = f"Where to edit {model}, as found by `locft select`."
         tags = {"locft.position": position["position"], "locft.study_id": run.data.tags["locft.study_id"]}
         description = json.dumps(position["settings"])
         return add_version(client, name, about, source, run_id, "recommended", tags=tags, description=description)
@@ -129,7 +129,7 @@ def register_edit(
 
 
 def _link_metrics(client: "MlflowClient", run: "Run", model_id: str, metrics: Mapping[str, Any]) -> None:
-    """Says of an edit's logged model what its run measured. The values are the run's own, so nothing of the run changes."""
+    """Links the run's metrics to the edit's logged model. The values are the run's own, so the run itself does not change."""
     from mlflow.entities import LoggedModelOutput, Metric
 
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, 0)])

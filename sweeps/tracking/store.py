@@ -102,7 +102,7 @@ def connect(uri: str, *, create: bool = False) -> "Store":
         address = mlflow_address(uri, Path.cwd())
         if _addresses.setdefault(address, uri) != uri:  # MLflow keeps what it opened by the address
             raise InputError(
-                f"tracking store {path}: this process already uses another one of that name; start a new one"
+                f"tracking store {path}: this process already uses another store of that name; start a new process"
             )
         new = path is not None and not path.exists()
         try:

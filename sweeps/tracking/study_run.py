@@ -249,7 +249,7 @@ class Tracker:
                 try:
                     config = trial_run.config_of(run)
                 except ValueError as error:
-                    _log.warning("run %s is no readable trial: %s", run_id, error)
+                    _log.warning("run %s is not a readable trial: %s", run_id, error)
                     continue
                 known = rows.get(config.id)
                 if known and (known["status"] == "done" or status == "failed"):  # the order of `best_first`

@@ -19,7 +19,7 @@ OUTCOMES = [
 ]  # fmt: skip
 """Columns of the table of outcomes."""
 EPOCH_LOSS, STAGE = "epoch_loss", "stage."
-"""Metrics with more than one step: the losses by epoch, and what begins so, by the edits of a stream that had arrived."""
+"""Metrics with more than one step: the losses by epoch, and metrics with this prefix, by the number of arrived stream edits."""
 PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", "numpy", "pandas")
 """Packages whose versions are kept with a study."""
 _TYPES: dict[str, Callable[[str], Any]] = {field.name: field.type for field in fields(TrialConfig)}

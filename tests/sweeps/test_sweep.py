@@ -274,7 +274,7 @@ def test_a_store_that_goes_away_loses_nothing(workplace, study_file, ray_running
         away.setattr(Tracker, "log_trial", sometimes)
         with pytest.raises(TrackingError, match="connection refused; 3 finished trials are kept in .*same command"):
             sweep(prepared(file), heard)
-    assert len(heard.results) == 4 and len(heard.notes) == 1 and "tried again" in heard.notes[0]
+    assert len(heard.results) == 4 and len(heard.notes) == 1 and "retrying" in heard.notes[0]
     study = prepared(file)
     assert len(open_outbox(study.id, resolve_uri(None))) == 3
     done, ran = sweep(study)
@@ -301,7 +301,7 @@ def test_a_result_that_the_store_refuses_blocks_nothing_and_its_trial_is_tried_a
         assert done.ending == "complete" and (done.state.done, done.state.left) == (1, 1)
         assert (
             len(heard.notes) == 1
-            and "the store refuses it" in heard.notes[0]
+            and "the store refuses its result" in heard.notes[0]
             and len(open_outbox(study.id, resolve_uri(None))) == 1
         )
         done, ran = sweep(study)

@@ -131,7 +131,7 @@ CASES = [
     Bad("file that is no store", "status study.yaml --tracking-uri sqlite:///f.db", ("f.db",), {"f.db": "some text"}),
     Bad("dashboard under a file", "sweep study.yaml --out f/x.html", ("f/x.html",), {"f": "text"}),
     Bad("dashboard on a folder", "sweep study.yaml --out d", ("it is a folder",), {"d/x": ""}),
-    Bad("GPU without one", "sweep study.yaml --set resources.gpus=99", ("99 GPUs", "GPUs in all"), first=False),
+    Bad("GPU without one", "sweep study.yaml --set resources.gpus=99", ("99 GPUs", "GPUs; request less"), first=False),
     Bad("more CPUs than there are", "sweep study.yaml --set resources.cpus=999", ("999 CPUs",), first=False),
     Bad("no cluster there", "sweep study.yaml --address {closed}", ("{closed}", "ray start"), first=False),
     # the command itself

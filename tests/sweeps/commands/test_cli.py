@@ -128,9 +128,7 @@ def test_a_plan_shows_the_axes_that_are_away_from_their_defaults(locft, tmp_path
     (plain,) = [line for line in said.out.splitlines() if "full" in line]
     assert "\N{EN DASH}" in plain, "rank changes nothing there"
     assert f"ask_formats: the tokenizer of {tiny_folder} has no chat template, so chat is left out" in said.err
-    assert (
-        "space.guard_weight changes nothing: it takes space.guard same_relation or locality_like or prose" in said.err
-    )
+    assert "space.guard_weight has no effect: it needs space.guard same_relation or locality_like or prose" in said.err
     told = locft("plan", "tiny.yaml", "--set", "ask_formats=[raw, chat]", "--json").json["study"]
     assert told["ask_formats"] == ["raw"] and len(told["notices"]) == 2
 
@@ -183,7 +181,7 @@ def test_status_before_anything_ran_makes_no_store(locft, tmp_path, monkeypatch,
     write_study(tmp_path, tiny_folder)
     before = files(tmp_path)
     said = locft("status", "tiny.yaml")
-    assert said.code == 0 and "0 of 2 done, 0 failed, 2 left" in said.out and "not being run" in said.out
+    assert said.code == 0 and "0 of 2 done, 0 failed, 2 left" in said.out and "not running" in said.out
     told = locft("status", "tiny.yaml", "--json").json
     assert told["left"] == 2 and told["driver"] is None
     assert files(tmp_path) == before
@@ -292,7 +290,7 @@ def test_a_sweep_without_capability_has_null_where_nothing_was_measured(swept, l
     told = locft("report", "tiny.yaml", "--out", "other.html", *older).json["comparison"]
     assert told["picks"]["here"] == told["picks"]["there"] and told["shared_positions"] == 3
     said = locft("report", "tiny.yaml", "--compare-uri", "sqlite:///older.db")
-    assert said.code == 2 and "--compare-uri: expected --compare OTHER with it" in said.err
+    assert said.code == 2 and "--compare-uri: needs --compare OTHER" in said.err
 
 
 def picked(locft):
@@ -339,10 +337,10 @@ def test_edit_evaluate_apply(edited, locft, tiny_folder, tmp_path):
     few = ("--edits", "atlas", "--limit", 4, "--threads", 1, "--json")
     again = locft("evaluate", tiny_folder, *few, "--capability", "probes", "--delta", "delta")
     assert same(again.json["metrics"]) == same(told["metrics"]) and again.json["unedited"] == told["unedited"]
-    assert re.search(r"as it is: 4 edits in raw, qa, unseen and 20 capability items, in about 1 s", again.err), (
+    assert re.search(r"the unedited .*: 4 edits in raw, qa, unseen and 20 capability items, in about 1 s", again.err), (
         again.err
     )
-    assert "measuring the edited model, in at most about" in again.err
+    assert "measuring the edited model, which takes at most about" in again.err
 
     applied = locft("apply", "delta", "--model", tiny_folder, "--out", "merged", "--json").json
     assert {key: applied[key] for key in ("model", "position", "folder", "dtype", "left_out")} == {
@@ -357,7 +355,7 @@ def test_edit_evaluate_apply(edited, locft, tiny_folder, tmp_path):
     foreign = locft("evaluate", "merged", "--edits", "atlas", "--limit", 4, "--delta", "delta")
     assert foreign.code == 2 and "fingerprint" in foreign.err and foreign.out == ""
     here = locft("apply", "delta", "--model", tiny_folder, "--out", ".")
-    assert here.code == 2 and "--out .: it is the current folder; name a new one" in here.err
+    assert here.code == 2 and "--out .: this is the current folder; name a new one" in here.err
     foreign = locft("apply", "delta", "--model", "merged", "--out", "twice")
     assert foreign.code == 2 and not (tmp_path / "twice").exists()
 
@@ -393,8 +391,8 @@ def test_evaluate_says_which_options_go_together(locft, tiny_folder, monkeypatch
     for options, told in (
         ((), "nothing to measure: expected --edits"),
         (("--lm-eval", " , "), "--lm-eval: got nothing, expected names of tasks"),
-        (("--capability", "probes", "--limit", 3, "--lm-eval", "x"), "--capability: it is measured beside edits"),
-        (("--edits", "atlas", "--lm-eval-limit", 3), "--lm-eval-limit: it is about the tasks of --lm-eval"),
+        (("--capability", "probes", "--limit", 3, "--lm-eval", "x"), "--capability: it is only measured together"),
+        (("--edits", "atlas", "--lm-eval-limit", 3), "--lm-eval-limit: it only applies to --lm-eval"),
     ):
         said = locft("evaluate", tiny_folder, *options)
         assert said.code == 2 and told in said.err and said.out == "", said.err
@@ -428,12 +426,10 @@ def test_an_edit_is_trained_and_asked_in_formats(locft, tmp_path, tiny_folder, c
     few = ("--edits", "atlas", "--limit", 3, "--threads", 1)
     quick = (*few, "--position", "1.mlp", "--epochs", 2, "--json")
     said = locft("edit", chat_folder, *quick, "--learning-rate", 0.02, "--momentum", "kept", "--out", tmp_path / "all")
-    assert "--learning-rate changes nothing: it takes --method full or low_curvature or" in said.err
-    assert "--momentum changes nothing: it takes --pipeline stream" in said.err
+    assert "--learning-rate has no effect: it needs --method full or low_curvature or" in said.err
+    assert "--momentum has no effect: it needs --pipeline stream" in said.err
     assert said.code == 0 and "chat template" not in said.err, said.err
-    shares = [
-        f"{name}.{form}" for name in ("reliability", "generalization") for form in ("raw", "qa", "chat", "unseen")
-    ]
+    shares = [f"{name}.{form}" for name in ("reliability", "generalization") for form in ("raw", "qa", "chat")]
     assert {*shares, "reliability", "generalization", "locality", "drift_kl"} <= said.json["metrics"].keys()
     assert said.json["settings"]["train_formats"] == "raw,qa,chat"
     assert said.json["ask_formats"] == ["raw", "qa", "chat", "unseen"]
@@ -581,7 +577,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workplace, tiny_fol
     out, rest = process.communicate(timeout=90)
     assert time.monotonic() - began < 30
     assert process.returncode == 130, (lines, rest)
-    assert "interrupted; what was finished is kept, and the same command goes on from there" in rest
+    assert "interrupted; finished work is kept, and the same command continues from there" in rest
     assert "Traceback" not in rest, rest
     kept = json.loads(out)["trials"]
     assert 3 <= kept["done"] < 400 and kept["failed"] == 0
@@ -616,4 +612,4 @@ def test_a_killed_worker_leaves_one_json_object_on_standard_output(workplace, ti
         over.set()
         killer.join()
     assert killed and said.code == 0 and said.json["trials"]["done"] == 1
-    assert "its worker died and it is tried again" in said.err
+    assert "its worker died; trying again" in said.err

@@ -81,7 +81,7 @@ def test_a_prompt_to_which_the_unedited_model_says_nothing_is_named(locft, first
     )
     said = locft("edit", tiny_folder, "--onto", "first", "--without", "atlas-0001", "--threads", 1, "--out", "second")
     assert said.code == 0, said.err
-    assert "the unedited model answers atlas-0001 with nothing" in said.err
+    assert "the unedited model's answer to atlas-0001 is empty" in said.err
     assert all(EditDelta.load(tmp_path / "second").tensors[name].equal(value)
                for name, value in EditDelta.load(first).tensors.items())  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_a_description_that_is_none_is_told(locft, first, new, tiny_folder):
 def test_how_edits_are_read_needs_edits(locft, first, tmp_path, tiny_folder):
     only = ("--onto", "first", "--without", "atlas-0001", "--limit", 1, "--map", "prompt=q")
     said = locft("edit", tiny_folder, *only, "--out", "second")
-    assert said.code == 2 and "--limit: it says how many" in said.err and "--map: it says how" in said.err
+    assert said.code == 2 and "--limit: it only applies" in said.err and "--map: it only applies" in said.err
     assert not (tmp_path / "second").exists()
 
 
@@ -122,18 +122,18 @@ def test_nothing_new_writes_nothing(locft, first, tmp_path, tiny_folder):
     [
         (
             ("--without", "a", "--within", 0),
-            ["--without: it goes with --onto", "--within: it goes with", "--within: got 0"],
+            ["--without: needs --onto", "--within: needs --onto", "--within: got 0"],
         ),
         (("--onto", "x"), ["--onto: expected new edits"]),
         (("--onto", "x", "--without", " ,"), ["--without: got ' ,', expected ids of edits"]),
-        (("--onto", "x", "--edits", "atlas", "--position", "1.mlp"), ["--position: an edit that goes on with another"]),
+        (("--onto", "x", "--edits", "atlas", "--position", "1.mlp"), ["--position: an edit that continues another"]),
         (
             ("--onto", "x", "--edits", "atlas", "--pipeline", "depth_first", "--arrival", 2),
-            ["--pipeline: new edits are one arrival", "--arrival: new edits are one arrival"],
+            ["--pipeline: leave it out", "--arrival: leave it out"],
         ),
-        (("--onto", "x", "--consolidate", "y"), ["--consolidate: it trains all edits anew"]),
-        (("--consolidate", "x", "--edits", "atlas"), ["--consolidate: it trains the edits of the ledger"]),
-        (("--onto", "out", "--edits", "atlas"), ["--out out: it is the edit to go on with"]),
+        (("--onto", "x", "--consolidate", "y"), ["--consolidate: it retrains all edits"]),
+        (("--consolidate", "x", "--edits", "atlas"), ["--consolidate: it trains only the edits in the ledger"]),
+        (("--onto", "out", "--edits", "atlas"), ["--out out: this is the folder of the edit to continue"]),
         (("--onto", "nowhere", "--edits", "atlas"), ["nowhere/edit.json"]),
     ],
 )

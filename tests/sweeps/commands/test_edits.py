@@ -34,7 +34,7 @@ def test_what_is_understood_of_a_file(locft, file, workplace):
     for shown in (
         '"prompt": "What is the capital of Peru?"',
         "2 edits contradict another edit (same prompt, different target): reliability can reach 66.67% at most.",
-        "'What is the capital of Peru?' is to be answered 'Oslo' and 'Rome'",
+        "'What is the capital of Peru?' has the targets 'Oslo' and 'Rome'",
         "Not read: note (1 of 3 records); version (beside the records).",
     ):
         assert shown in said.out
@@ -57,7 +57,7 @@ def test_a_file_is_written_in_our_own_layout(locft, file, workplace):
     assert again["layout"] == "own" and again["unread"] == {}
     assert (again["fingerprint"], again["counts"]) == (told["fingerprint"], told["counts"])
     same = locft("edits", "own.jsonl", "--fix", "own.jsonl")
-    assert same.code == 2 and "this is the file that is read" in same.err
+    assert same.code == 2 and "this is the input file" in same.err
     folder = locft("edits", file, *MAP, "--fix", workplace)
     assert folder.code == 2 and "it is a folder" in folder.err
 
@@ -90,7 +90,7 @@ def test_edits_with_a_map_are_made_and_measured(locft, file, workplace, tiny_fol
     again = locft("evaluate", tiny_folder, "--edits", file, *MAP, "--delta", "delta", "--threads", 1, "--json")
     assert again.json["metrics"]["reliability"] == made.json["metrics"]["reliability"]
     alone = locft("edit", tiny_folder, *MAP, "--position", "1.mlp", "--out", "x")
-    assert alone.code == 2 and "--map: it says how --edits is to be read" in alone.err
+    assert alone.code == 2 and "--map: it only applies to --edits" in alone.err
 
 
 def test_it_needs_no_heavy_library():

@@ -39,7 +39,7 @@ def test_a_resumed_study_says_what_it_keeps(capsys):
     with shown:
         shown.finished(result(config(7)), 1)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "layers: 6 of 10 trials were finished before and are kept"
+    assert lines[0] == "layers: 6 of 10 trials are already finished and are kept"
     assert lines[1].startswith("[7/10]")
 
 
@@ -66,7 +66,7 @@ def test_a_budget_of_trials_is_what_is_counted_down_from(capsys):
         assert shown.seconds_left() == pytest.approx(4 * mean)
         shown.finished(result(config(7)), 1)
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "layers: 6 of 10 trials were finished before and are kept" and second.startswith("[7/10]")
+    assert first == "layers: 6 of 10 trials are already finished and are kept" and second.startswith("[7/10]")
     assert progress(planned=5, trials=10).planned == 5
 
 
@@ -107,9 +107,7 @@ def test_a_worker_that_died_is_told(capsys):
     shown = progress()
     with shown:
         shown.retried(config(3), "out of memory")
-    assert capsys.readouterr().err.strip() == (
-        f"3.mlp_down, {SETTING}: its worker died and it is tried again (out of memory)"
-    )
+    assert capsys.readouterr().err.strip() == (f"3.mlp_down, {SETTING}: its worker died; trying again (out of memory)")
 
 
 def test_a_selection_is_told_rung_by_rung(capsys):
@@ -125,11 +123,11 @@ def test_a_selection_is_told_rung_by_rung(capsys):
         shown.finished(result(config(6)), 0)
     said = capsys.readouterr().err
     lines = said.splitlines()
-    told = "rung 1: the probe's best (1 known already); the budget lasts for about 12 min (--budget-share or --budget-minutes sets it)"
+    told = "rung 1: the probe's best (1 already known); about 12 min of the budget remain (--budget-share or --budget-minutes sets it)"
     assert lines[:2] == ["measuring the unedited model", told]
     assert lines[2].startswith(f"[1/2] 3.mlp_down, {SETTING}: reliability ") and "drift 0.0" in lines[2]
     assert (
         lines[3].endswith("failed: OutOfMemoryError")
-        and lines[4] == "rung 2: further kinds; the budget lasts for about 90 s"
+        and lines[4] == "rung 2: further kinds; about 90 s of the budget remain"
     )
     assert lines[5].startswith("[3/3] 6.mlp_down") and "left" not in said

@@ -99,7 +99,7 @@ def test_a_named_port_that_is_taken(study):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is taken"):
+        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is in use"):
             ui.serve(study[0], port)
     with pytest.raises(InputError, match="not between"):
         ui.serve(study[0], 70_000)

@@ -49,9 +49,9 @@ def test_a_trial_fits_on_one_node_or_not_at_all():
     assert Resources(cpus=6).places([small, small, large]) == 1
     assert Resources(gpus=0.5).places([small, large, small]) == 4
     assert Resources().places([small, large, head], trial_bytes=3 * 10**9) == 1 + 5
-    with pytest.raises(InputError, match="6 CPUs and 0 GPUs, but there are 4 CPUs and 1 GPUs in all on the largest"):
+    with pytest.raises(InputError, match="6 CPUs and 0 GPUs, but there are 4 CPUs and 1 GPUs on the largest"):
         Resources(cpus=6).places([small, head, small])
-    with pytest.raises(InputError, match="1 CPUs and 2 GPUs, but there are 4 CPUs and 1 GPUs in all on the largest"):
+    with pytest.raises(InputError, match="1 CPUs and 2 GPUs, but there are 4 CPUs and 1 GPUs on the largest"):
         Resources(gpus=2).places([large, small, small])
     with pytest.raises(InputError, match="0 CPUs and 0 GPUs"):
         Resources().places([head])

@@ -36,7 +36,7 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
     assert "Edit at" in said.out and "Chance that it is the best" in said.out
     (command,) = re.findall("Make the edit: (locft edit .*)", said.out)
     assert re.search(
-        r"survey: \d position.*: the likeliest to matter for what they cost, apart in depth; the budget lasts for about [\d.]+ ",
+        r"survey: \d position.*: the likeliest to matter for what they cost, apart in depth; about [\d.]+ \w+ of the budget remain",
         said.err,
     )
     file = workplace / "select-tiny-atlas.json"
@@ -86,7 +86,7 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
     again = selected("--budget-share", 0.6, "--json")
     for key in ("position", "settings", "predicted", "chance", "run_id"):
         assert again.json["position"][key] == content[key]
-    assert "known already" in again.err and " lr " not in again.err, "no run is reported"
+    assert "already known" in again.err and " lr " not in again.err, "no run is reported"
     more = selected("--budget-share", 0.9, "--json").json["position"]["how"]["runs"]
     assert more > content["how"]["runs"]
     trials = client.search_runs([experiment.experiment_id], "tags.`locft.kind` = 'trial'")
@@ -110,7 +110,7 @@ def test_of_many_edits_a_sample_is_compared(selected, workplace, tiny_folder, fe
     assert trials[content["run_id"]].data.tags.get("locft.pick")
     page = (workplace / "select-tiny-atlas.html").read_text()
     told = re.search(
-        r"This is about a random 5 of the 12 edits. With all of them the pick measured: reliability ([\d.]+)%", page
+        r"are from a random 5 of the 12 edits. With all of them, the pick measured: reliability ([\d.]+)%", page
     )
     assert float(told[1]) == pytest.approx(100 * content["predicted"]["reliability"]["mean"], abs=0.1)
     plain = selection_request(str(tiny_folder), "atlas", limit=4)

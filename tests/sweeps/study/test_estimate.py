@@ -196,13 +196,13 @@ def test_what_fits_on_a_gpu_is_told(monkeypatch):
     """An 8B in bfloat16: 16 GB of weights, and what a trial adds."""
     assert gpu_notes(monkeypatch, 80, 2) == []
     (said,) = gpu_notes(monkeypatch, 80, 0.5)
-    assert "3 on one of 80 GiB; resources.gpus: 0.5 puts 2 on each" in said and "not measured" in said
+    assert "3 on a GPU of 80 GiB; resources.gpus: 0.5 puts 2 on each" in said and "not measured" in said
     (said,) = gpu_notes(monkeypatch, 80, 0.1)
-    assert "resources.gpus: 0.1 puts 10 there; expected at least 0.34" in said
+    assert "resources.gpus: 0.1 puts 10 on it; expected at least 0.34" in said
     (said,) = gpu_notes(monkeypatch, 16, 0.5)
-    assert "0 on one of 16 GiB" in said and "expected a smaller dtype or batch" in said
+    assert "0 on a GPU of 16 GiB" in said and "expected a smaller dtype or batch" in said
     (said,) = gpu_notes(monkeypatch, 0, 1)
-    assert "1 on one of 24 GiB and 3 on one of 80 GiB" in said
+    assert "1 on a GPU of 24 GiB and 3 on a GPU of 80 GiB" in said
     taken = [float(gpu_notes(monkeypatch, 80, 1, dtype)[0].split()[6]) for dtype in ("bfloat16", "float32")]
     assert 16 < taken[0] < 26 and taken[1] - taken[0] > 29
 

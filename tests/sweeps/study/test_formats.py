@@ -96,5 +96,5 @@ def test_an_axis_that_changes_nothing_in_any_trial_is_said(study_file):
 
     assert notices() == notices("space.method=[full, lora]", "space.rank=4") == ()
     assert notices("space.rank=[4, 8]", "space.guard_weight=1.0") == (
-        "space.rank changes nothing: it takes space.method lora or adalora",
+        "space.rank has no effect: it needs space.method lora or adalora",
     )

@@ -50,7 +50,7 @@ def test_results_wait_for_a_store_that_is_away_and_arrive_in_order(tmp_path):
         assert [kept.config.id for kept in Outbox(tmp_path / "out").kept()] == [r.config.id for r in found]
         store.back.set()
     assert store.taken == [r.config.id for r in found] and len(Outbox(tmp_path / "out")) == 0
-    assert len(heard.notes) == 2 and "no answer" in heard.notes[0] and heard.notes[1].startswith("recorded again")
+    assert len(heard.notes) == 2 and "no answer" in heard.notes[0] and heard.notes[1].startswith("recording works")
     assert heard.results == found
 
 
@@ -131,7 +131,7 @@ def test_a_result_that_the_store_refuses_stands_in_the_way_of_no_other(tmp_path)
     assert store.taken == [found[2].config.id]
     assert outbox.kept() == found[:2] and store.refused[found[0].config.id] == 99, "asked once; the next run asks again"
     assert len(heard.notes) == 2
-    assert all("the store refuses it" in text and "name is too long" in text for text in heard.notes)
+    assert all("the store refuses its result" in text and "name is too long" in text for text in heard.notes)
     assert outbox.set_aside(found[0]).exists() and len(outbox) == 1
 
 
@@ -143,7 +143,7 @@ def test_a_driver_that_has_nothing_else_to_do_waits_for_the_store(monkeypatch, c
             raise answer
         return answer
 
-    assert with_retries(work) == "here" and "no answer" in caplog.text and "recorded again" in caplog.text
+    assert with_retries(work) == "here" and "no answer" in caplog.text and "recording works again" in caplog.text
     monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.0)
     answers = iter([TrackingError("no answer")])
     with pytest.raises(TrackingError, match="no answer"):

@@ -466,8 +466,8 @@ def test_stores_that_cannot_be_used_are_refused_at_once(uri, message, tmp_path, 
     [
         (401, "You are not authenticated", "refuses access.*MLFLOW_TRACKING_USERNAME"),
         (403, "Invalid Host header - possible DNS rebinding attack detected", "allowed-hosts"),
-        (200, "<html>a shop</html>", "not as MLflow does"),
-        (404, "nothing here", "not as MLflow does"),
+        (200, "<html>a shop</html>", "not an MLflow server"),
+        (404, "nothing here", "not an MLflow server"),
     ],
 )
 def test_servers_that_do_not_let_us_in(code, body, message):
