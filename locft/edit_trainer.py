@@ -60,6 +60,8 @@ class EditTrainer:
     """The fast forward; None if everything is computed with the full model."""
     asked: str = ""
     """A key of all that a stream may be asked on its way."""
+    prose: tuple[TokenRow, ...] = ()
+    """What curvature is measured on; without it the background rows, made when first needed."""
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def train(
@@ -113,7 +115,7 @@ class EditTrainer:
         last = self._kept.get("curvature")
         if last is None or last[0] != names:
             layer, together = self._measured_together(position)
-            found = measured_once(self.loaded, layer, together, self._background(), names)
+            found = measured_once(self.loaded, layer, together, self.prose or self._background(), names)
             self._kept["curvature"] = last = names, {name: found[name].damped() for name in names}
         return last[1]
 

@@ -33,8 +33,8 @@ TRIALS = 200
 """Earlier trials to look at, the latest."""
 ENOUGH = 3
 """Use the earlier trials if there are at least this many."""
-TIMED_EDITS, TIMED_STEPS = 16, 3
-"""Edits of a timed step at most, and steps at each of the three layers."""
+TIMED_EDITS, TIMED_STEPS, TIMED_PROSE = 16, 3, 64
+"""Edits of a timed step at most, steps at each of the three layers, and tokens of the prose whose curvature they use."""
 ROUGH = "rough rates, nothing measured here"
 
 _PREFIX_TOKENS = 10
@@ -309,6 +309,7 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
     from locft.model.models import load_model
     from locft.model.positions import TuningPosition
     from locft.train.pipelines import TrainingSettings
+    from locft.train.token_rows import TokenRow
     from locft.workbench import Baseline, Workbench, in_memory
 
     study, facts, sample = prepared.study, prepared.facts, prepared.plan.sample
@@ -322,6 +323,8 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
     bench = Workbench.prepare(
         loaded, edits, None, baseline=Baseline((), None), engine=partial(in_memory, layers=layers)
     )
+    # a step takes as long whatever prose its curvature is of, and real prose takes a minute to read
+    trainer = replace(bench.trainer, prose=(TokenRow(tuple(range(TIMED_PROSE)), 1),))
     trials, clock, processor = [], 0.0, 0.0
     for layer in layers:
         there = facts.modules_by_layer[layer]
@@ -330,9 +333,9 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
         module = sorted(sizes)[len(sizes) // 2][1]
         config = replace(sample[0], layer=layer, module=module, batch_size=size, epochs=TIMED_STEPS)
         settings = TrainingSettings(**config.training | {"skip_below": 0.0, "stop_below": 0.0})
-        bench.train(TuningPosition(layer, module), settings)  # warms up: one-time work must not count
+        trainer.train(TuningPosition(layer, module), settings)  # warms up: one-time work must not count
         began = time.perf_counter(), time.process_time()
-        training = bench.train(TuningPosition(layer, module), settings)
+        training = trainer.train(TuningPosition(layer, module), settings)
         clock += time.perf_counter() - began[0]
         processor += time.process_time() - began[1]
         found = {"n_edits": float(size), "steps": float(training.steps), "train_seconds": training.seconds}
