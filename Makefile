@@ -16,7 +16,7 @@ UNFINISHED := .venv/.unfinished
 .PHONY: help setup demo check test test-gpu clean
 
 help:
-	@echo "make demo    set up, run the study 'quickstart' on a real model, write its dashboard (about 6 minutes)"
+	@echo "make demo    set up, run the study 'quickstart' on a real model, write its dashboard (6 to 9 minutes)"
 	@echo "make test    set up, check the code and run the tests; ARGS='...' goes to pytest and leaves the check out"
 	@echo "make test-gpu  the tests of everything that computes, on this machine's GPU; skipped with the reason without one"
 	@echo "make check   format, lint and types (ruff, mypy)"
