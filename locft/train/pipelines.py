@@ -79,7 +79,7 @@ class TrainingSettings(MethodSettings):
     guard: Guard = "none"
     """Prompts whose answers are held to the unedited model's (`locft.train.guards`)."""
     guard_weight: float = 1.0
-    """Price of drift on guards: nats of edit loss per nat."""
+    """Penalty on drift on guards: nats of edit loss per nat of drift."""
     guards_per_step: int = 4
     """Guards in each optimiser step."""
     noise: float = 0.0

@@ -324,7 +324,7 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
         loaded, edits, None, baseline=Baseline((), None), engine=partial(in_memory, layers=layers)
     )
     # a step takes as long whatever prose its curvature is of, and real prose takes a minute to read
-    trainer = replace(bench.trainer, prose=(TokenRow(tuple(range(TIMED_PROSE)), 1),))
+    trainer = replace(bench.trainer, prose=(TokenRow(tuple(range(min(TIMED_PROSE, facts.vocabulary))), 1),))
     trials, clock, processor = [], 0.0, 0.0
     for layer in layers:
         there = facts.modules_by_layer[layer]

@@ -127,7 +127,7 @@ def test_a_configuration_with_the_settings_of_a_position_file(locft, tiny_folder
     assert "position.json" in text and "method low_curvature" in text
     (tmp_path / "position.json").write_text(json.dumps(position | {"settings": {"method": "natural_gradient"}}))
     guessed = locft(*call, "--out", tmp_path / "guessed.yaml", "--json").json["notes"]
-    assert any("learning rate is a guess: natural_gradient" in note for note in guessed)
+    assert any("learning rate is a guess" in note and "natural_gradient" in note for note in guessed)
     records = [json.loads(line) for line in (tmp_path / "train-edits.jsonl").read_text().splitlines()]
     assert records[0]["segments"] == [
         {"label": False, "text": "The capital of France is"},
