@@ -196,33 +196,39 @@ def measure_curvature(
 
 def measured_once(
     loaded: LoadedModel,
+    layers: Mapping[int, Sequence[str]],
     layer: int,
-    together: Sequence[str],
     windows: Sequence[TokenRow],
     names: Collection[str] | None = None,
 ) -> dict[str, Curvature]:
-    """The same, kept in a file for other processes and later calls, as are the gradients that all layers begin with.
+    """The same of one layer, kept in a file for other processes and later calls, as are the gradients that all layers begin with.
 
-    together: parameters that are measured in one pass. names: those of them that are wanted, None for all.
+    layers: parameters of this layer, and of others that the same pass measures and keeps if it has to be made. names: those of
+    this layer that are wanted, None for all.
     """
+    measured: dict[str, Curvature] = {}
 
     def gradients() -> torch.Tensor:
         size = 4 * sum(len(row.target_ids) for row in windows) * loaded.model.get_input_embeddings().weight.shape[1]
         return _kept(loaded, windows, [], size, lambda: {GRADIENTS: output_gradients(loaded, windows)})[GRADIENTS]
 
-    def measured() -> dict[str, torch.Tensor]:
-        curvature = measure_curvature(loaded, layer, together, windows, gradients)
-        return {f"{part}/{name}": value for name, one in curvature.items() for part, value in one.parts.items()}
+    def made(part: Sequence[str]) -> dict[str, torch.Tensor]:
+        if not measured:
+            together = [name for one in layers.values() for name in one]
+            measured.update(measure_curvature(loaded, min(layers), together, windows, gradients))
+        return {f"{piece}/{name}": value for name in part for piece, value in measured[name].parts.items()}
 
-    def is_wanted(key: str) -> bool:
-        return names is None or key.partition("/")[2] in names
+    def kept(part: Sequence[str], is_wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        return _kept(loaded, windows, part, curvature_size(loaded.model, part), partial(made, part), is_wanted)
 
-    size = sum(factor_bytes(loaded.model.get_parameter(name).shape) for name in together)
+    stored = kept(layers[layer], lambda key: names is None or key.partition("/")[2] in names)
+    for other in layers if measured else ():  # only now: a process that waits for another's lock holds none itself
+        kept(layers[other], lambda _key: False)
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in _kept(loaded, windows, together, size, measured, is_wanted).items():
-        part, _, name = key.partition("/")
-        found.setdefault(name, {})[part] = value
-    return {name: Curvature(**parts) for name, parts in found.items()}
+    for key, value in stored.items():
+        piece, _, name = key.partition("/")
+        found.setdefault(name, {})[piece] = value
+    return {name: Curvature(**pieces) for name, pieces in found.items()}
 
 
 def _kept(
@@ -257,6 +263,11 @@ def factor_bytes(shape: torch.Size) -> int:
     if len(shape) < 2:
         return 4 * shape.numel()
     return 4 * shape[:-2].numel() * (shape[-1] ** 2 + shape[-2] ** 2)
+
+
+def curvature_size(model: PreTrainedModel, names: Sequence[str]) -> int:
+    """Bytes of the curvature of these parameters."""
+    return sum(factor_bytes(model.get_parameter(name).shape) for name in names)
 
 
 def _in_no_product(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from locft.background import background_rows, prefix_texts
-from locft.curvature import factor_bytes, measured_once
+from locft.curvature import curvature_size, measured_once
 from locft.data.edit_request import EditRequest
 from locft.data.requests import load_edits
 from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
@@ -114,29 +114,28 @@ class EditTrainer:
         names = parameter_names(self.loaded.model, position)
         last = self._kept.get("curvature")
         if last is None or last[0] != names:
-            layer, together = self._measured_together(position)
-            found = measured_once(self.loaded, layer, together, self.prose or self._background(), names)
+            layers = self._measured_together(position)
+            found = measured_once(self.loaded, layers, position.layer, self.prose or self._background(), names)
             self._kept["curvature"] = last = names, {name: found[name].damped() for name in names}
         return last[1]
 
-    def _measured_together(self, position: TuningPosition) -> tuple[int, list[str]]:
-        """The lowest layer of those measured in one pass with a position's, and the parameters of all. The position alone where
-        its layer's curvature is too large."""
+    def _measured_together(self, position: TuningPosition) -> dict[int, list[str]]:
+        """The parameters whose curvature is measured in one pass with a position's, by layer. The position's alone where its
+        layer's curvature is too large."""
         model = self.loaded.model
         layers = self.engine.layers if self.engine and position.layer in self.engine.layers else (position.layer,)
         prefixes = {layer: layer_prefix(model, layer) for layer in layers}
         every = [name for name, _ in model.named_parameters()]
         named = {layer: [name for name in every if name.startswith(prefix)] for layer, prefix in prefixes.items()}
-        sizes = {layer: sum(factor_bytes(model.get_parameter(n).shape) for n in named[layer]) for layer in layers}
+        sizes = {layer: curvature_size(model, names) for layer, names in named.items()}
         if sizes[position.layer] > CURVATURE_BYTES:
-            return position.layer, list(parameter_names(model, position))
+            return {position.layer: list(parameter_names(model, position))}
         groups: list[list[int]] = [[]]
         for layer in layers:
             if groups[-1] and sum(sizes[one] for one in (*groups[-1], layer)) > TOGETHER_BYTES:
                 groups.append([])
             groups[-1].append(layer)
-        group = next(group for group in groups if position.layer in group)
-        return group[0], [name for layer in group for name in named[layer]]
+        return {layer: named[layer] for layer in next(group for group in groups if position.layer in group)}
 
     def _kept_state(self, position: TuningPosition, settings: TrainingSettings) -> KeptState | None:
         """Where this training is kept; None for states with noise, whose draws are not."""

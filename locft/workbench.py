@@ -164,9 +164,10 @@ class Workbench:
     @cached_property
     def trainer(self) -> EditTrainer:
         """The trainer of these edits, with everything that it keeps from one training to the next."""
-        asked = [[question.row.token_ids for question in self.questions], self.suite and self.suite.fingerprint]
-        prose = [row.token_ids for row in self.suite.prose] if self.suite else []
-        return EditTrainer(self.loaded, self.requests, self.rows, self.engine, content_key([*asked, prose]))
+        asked: list[Any] = [row.token_ids for row in question_rows(self.questions)]
+        if self.suite:
+            asked += [self.suite.fingerprint, [row.token_ids for row in self.suite.prose]]
+        return EditTrainer(self.loaded, self.requests, self.rows, self.engine, content_key(asked))
 
     def train(self, position: TuningPosition, settings: TrainingSettings, watch: Watch | None = None) -> Training:
         """Train the edits at a position. The model stays as it is. watch: called on the way through a stream."""

@@ -148,7 +148,7 @@ def test_what_all_layers_begin_with_is_computed_once_and_kept(tmp_path, monkeypa
     )
     for layer in (0, LAYER):
         name = f"model.layers.{layer}.mlp.down_proj.weight"
-        (found,) = measured_once(loaded, layer, [name], WINDOWS).values()
+        (found,) = measured_once(loaded, {layer: [name]}, layer, WINDOWS).values()
         alone = measure_curvature(loaded, layer, [name], WINDOWS)[name]
         assert torch.equal(found.rows, alone.rows) and torch.equal(found.columns, alone.columns)
     assert len(calls) == 3, "once for both layers, and for each alone"
@@ -161,9 +161,8 @@ def test_layers_measured_together_are_as_each_alone(tmp_path, monkeypatch):
         module, "measure_curvature", lambda *given: passes.append(given[1]) or measure_curvature(*given)
     )
     names = {layer: parameter_names(loaded.model, TuningPosition(layer, "layer")) for layer in (0, 1, 2)}
-    together = [name for one in names.values() for name in one]
     for layer, own in names.items():
-        found = measured_once(loaded, 0, together, WINDOWS, own)
+        found = measured_once(loaded, names, layer, WINDOWS, own)
         alone = measure_curvature(loaded, layer, own, WINDOWS)
         assert found.keys() == set(own)
         for name in own:
@@ -171,6 +170,7 @@ def test_layers_measured_together_are_as_each_alone(tmp_path, monkeypatch):
                 torch.testing.assert_close(
                     found[name].parts[part], value, rtol=1e-5, atol=1e-6 * float(value.abs().max())
                 )
+        assert measured_once(loaded, {layer: own}, layer, WINDOWS).keys() == set(own), "as one that asks for it alone"
     assert passes == [0]
 
 

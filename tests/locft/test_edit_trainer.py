@@ -217,9 +217,9 @@ def test_the_layers_that_are_trained_here_share_passes_over_prose(loaded, reques
     def measured(layer):
         position = TuningPosition(layer, "mlp_down")
         (name,) = trainer.curvature(position)
-        _, lowest, together, _, (wanted,) = asked[-1]
-        assert name == wanted == f"model.layers.{layer}.mlp.down_proj.weight"
-        return lowest, {int(one.split(".")[2]) for one in together}, len(together) > 1
+        _, together, here, _, (wanted,) = asked[-1]
+        assert name == wanted == f"model.layers.{layer}.mlp.down_proj.weight" and here == layer
+        return min(together), {*together}, len(together[layer]) > 1
 
     assert measured(2) == measured(0) == (0, {0, 2}, True)
     assert measured(1) == (1, {1}, True), "not known beforehand"
