@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from locft.cache import content_key, made_once
 from locft.errors import InputError
-from locft.measure.generation import ONE_BY_ONE
+from locft.measure.generation import ONE_BY_ONE, drawn_tokens
 from locft.model.models import LoadedModel
-from locft.process import describe_machine
+from locft.process import describe_machine, every_core
 from locft.train.encoding import encode_prompt
 from locft.train.token_rows import TokenRow
 
@@ -28,7 +28,7 @@ PREFIX_TOKENS = 10
 """Of a piece of it that is put before a prompt."""
 SEED = 0
 _log = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 """Of the files. Raise it when the same model would write something else."""
 
 
@@ -37,13 +37,15 @@ def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
 
     On one machine always the same ones; kept in a file for other processes and later calls.
     """
-    key = content_key([VERSION, SAMPLES, TOKENS, SEED, loaded.fingerprint, str(loaded.model.dtype), describe_machine()])
-    try:
-        folder = made_once("background", key, lambda folder: _write(folder / "samples.json", _written(loaded)))
-        samples = json.loads((folder / "samples.json").read_text())
-    except InputError as error:
-        _log.warning("%s; the model's samples are not kept", error)
-        samples = _written(loaded)
+    with every_core():
+        machine = describe_machine()
+        key = content_key([VERSION, SAMPLES, TOKENS, SEED, loaded.fingerprint, str(loaded.model.dtype), machine])
+        try:
+            folder = made_once("background", key, lambda folder: _write(folder / "samples.json", _written(loaded)))
+            samples = json.loads((folder / "samples.json").read_text())
+        except InputError as error:
+            _log.warning("%s; the model's samples are not kept", error)
+            samples = _written(loaded)
     return tuple(TokenRow(tuple(ids), 1) for ids in samples)
 
 
@@ -66,17 +68,25 @@ def _written(loaded: LoadedModel) -> list[list[int]]:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     new = min(TOKENS, longest) - len(start)
     batch = 1 if model.config.model_type in ONE_BY_ONE else SAMPLES
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, eos_token_id=None, pad_token_id=0
-    )
+    config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+    drawn = LogitsProcessorList([_Drawn()])
     samples: list[list[int]] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        for _ in range(SAMPLES // batch):
-            ids = torch.tensor([start] * batch, device=model.device)  # (B, T)
-            drawn = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            samples += drawn.tolist()
+    for _ in range(SAMPLES // batch):
+        ids = torch.tensor([start] * batch, device=model.device)  # (B, T)
+        mask = torch.ones_like(ids)
+        samples += model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=drawn).tolist()
     return samples
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves the choice of one token, drawn at temperature 1."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(SEED)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens = drawn_tokens(scores, self.generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
 def _write(file: Path, samples: list[list[int]]) -> None:

@@ -9,20 +9,22 @@ diagonal of the Fisher information from its gradients.
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from locft.cache import content_key, made_once, make_room
+from locft.cache import cache_folder, content_key, made_once, make_room
 from locft.engine.tail import (
     NoTailView,
     capture_boundary,
@@ -34,10 +36,10 @@ from locft.engine.tail import (
     tail_view,
 )
 from locft.errors import InputError
+from locft.measure.generation import drawn_tokens
 from locft.model.checkpoint import opened
 from locft.model.models import LoadedModel
-from locft.model.positions import n_layers
-from locft.process import describe_machine
+from locft.process import describe_machine, every_core
 from locft.train.methods.curvature import Curvature
 from locft.train.reference import pad_rows
 from locft.train.token_rows import SUPERVISED_AT_ONCE, TokenRow
@@ -50,7 +52,7 @@ SEED = 0
 """Of the labels."""
 LIMIT_BYTES = 8 * 2**30
 """Disk space for all that is kept. The least recently used is removed first."""
-VERSION = 1
+VERSION = 2
 """Of the files. Raise it when the same key would hold other numbers."""
 
 _Run = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -129,69 +131,47 @@ class _Watch(TorchFunctionMode):
         output.register_hook(add)
 
 
-@torch.no_grad()
-def output_gradients(loaded: LoadedModel, windows: Sequence[TokenRow], *, seed: int = SEED) -> torch.Tensor:
-    """(K, D) gradients of -log p(label) at the states that the head takes, for the K predicted tokens of all windows.
-
-    Labels are drawn from the model's own predictions. All layers begin with these, and with a large vocabulary they cost
-    more than the layers do.
-    """
-    model, last = loaded.model, n_layers(loaded.model) - 1
-    view, head = tail_view(model, last), head_view(model)
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for part in _parts(windows):
-        ids, mask = pad_rows(part, model.device)
-        boundary = capture_boundary(model, last, ids, mask)[last]
-        hidden = tail_hidden(view, boundary, mask, input_ids=ids)
-        for states in _predicting(hidden, mask).split(SUPERVISED_AT_ONCE):
-            with torch.enable_grad():
-                states = states.detach().requires_grad_()
-                logits = head(states)
-                found += torch.autograd.grad(logits, states, _label_gradient(logits, generator))
-    return torch.cat(found)
-
-
 def measure_curvature(
     loaded: LoadedModel,
     layer: int,
     names: Sequence[str],
     windows: Sequence[TokenRow],
-    gradients: Callable[[], torch.Tensor] | None = None,
-) -> dict[str, Curvature]:
-    """Curvature of parameters of a layer and of layers above it, by name, on the CPU.
+    begun: torch.Tensor | None = None,
+    *,
+    seed: int = SEED,
+) -> tuple[dict[str, Curvature], torch.Tensor | None]:
+    """Curvature of parameters of a layer and of layers above it, by name, on the CPU; and what all layers begin with.
 
-    windows: of running prose; each token but the first is predicted. gradients: gives their `output_gradients`, which are
-    needed unless the model has to be computed whole.
+    windows: of running prose; each token but the first is predicted, and a label for it is drawn from the model's own
+    prediction with `seed`. What all layers begin with are the gradients (K, D) of -log p(label) at the states that the head
+    takes, for the K predicted tokens: with a large vocabulary they cost more than the layers do. None where the model has to
+    be computed whole. begun: these gradients, from an earlier call with the same windows.
     """
-    model, generator = loaded.model, torch.Generator().manual_seed(SEED)
+    model, generator = loaded.model, torch.Generator().manual_seed(seed)
     watched = {name: model.get_parameter(name).detach().clone() for name in names}
     watch = _Watch({name: value for name, value in watched.items() if value.dim() > 1})
-    others: dict[str, torch.Tensor] = {}
-    diagonals: dict[str, torch.Tensor] = {}
-    given: torch.Tensor | None = None
-    tokens = 0
+    first, mask = pad_rows(_parts(windows)[0], model.device)
+    run, from_layer = _run_of(model, layer, watched, first[:1], mask[:1])
+    with torch.enable_grad():
+        others = _in_no_product(watch, watched, partial(run, first, mask))
+    diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
+    label_gradients = partial(_at_states, head_view(model)) if from_layer else _label_gradient
+    drawn, tokens = [], 0
     for part in _parts(windows):
         ids, mask = pad_rows(part, model.device)
-        if not tokens:
-            run, from_layer = _run_of(model, layer, watched, ids, mask)
-            if from_layer:
-                given = gradients() if gradients else output_gradients(loaded, windows)
-            with torch.enable_grad():
-                others = _in_no_product(watch, watched, partial(run, ids, mask))
-            diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
-        with torch.enable_grad():
-            with watch:
-                outputs, root = run(ids, mask)
-            own = _label_gradient(outputs, generator) if given is None else given[tokens : tokens + len(outputs)]
-            found = torch.autograd.grad(outputs, [root, *others.values()], own.to(outputs), allow_unused=True)[1:]
+        with torch.enable_grad(), watch:
+            outputs, root = run(ids, mask)
+        here = slice(tokens, tokens + len(outputs))
+        drawn.append(label_gradients(outputs.detach(), generator) if begun is None else begun[here].to(outputs))
+        found = torch.autograd.grad(outputs, [root, *others.values()], drawn[-1], allow_unused=True)[1:]
         for name, gradient in zip(others, found, strict=True):
             if gradient is not None:
                 diagonals[name] += gradient.float() ** 2
-        tokens += len(outputs)
+        tokens = here.stop
     diagonal = {name: Curvature(diagonal=value.cpu() / tokens) for name, value in diagonals.items()}
     factored = {name: sums.curvature(tokens, watched[name].shape) for name, sums in watch.found.items()}
-    return diagonal | {name: one.to(torch.device("cpu")) for name, one in factored.items()}
+    curvature = diagonal | {name: one.to(torch.device("cpu")) for name, one in factored.items()}
+    return curvature, torch.cat(drawn) if from_layer else None
 
 
 def measured_once(
@@ -204,58 +184,71 @@ def measured_once(
     """The same of one layer, kept in a file for other processes and later calls, as are the gradients that all layers begin with.
 
     layers: parameters of this layer, and of others that the same pass measures and keeps if it has to be made. names: those of
-    this layer that are wanted, None for all.
+    this layer that are wanted, None for all. One process of a machine measures, on all cores, while the others wait for it.
     """
+    wanted = layers[layer] if names is None else [name for name in layers[layer] if name in names]
     measured: dict[str, Curvature] = {}
-
-    def gradients() -> torch.Tensor:
-        size = 4 * sum(len(row.target_ids) for row in windows) * loaded.model.get_input_embeddings().weight.shape[1]
-        return _kept(loaded, windows, [], size, lambda: {GRADIENTS: output_gradients(loaded, windows)})[GRADIENTS]
-
-    def made(part: Sequence[str]) -> dict[str, torch.Tensor]:
-        if not measured:
-            together = [name for one in layers.values() for name in one]
-            measured.update(measure_curvature(loaded, min(layers), together, windows, gradients))
-        return {f"{piece}/{name}": value for name in part for piece, value in measured[name].parts.items()}
-
-    def kept(part: Sequence[str], is_wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-        return _kept(loaded, windows, part, curvature_size(loaded.model, part), partial(made, part), is_wanted)
-
-    stored = kept(layers[layer], lambda key: names is None or key.partition("/")[2] in names)
-    for other in layers if measured else ():  # only now: a process that waits for another's lock holds none itself
-        kept(layers[other], lambda _key: False)
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in stored.items():
-        piece, _, name = key.partition("/")
-        found.setdefault(name, {})[piece] = value
-    return {name: Curvature(**pieces) for name, pieces in found.items()}
+    with every_core():
+        begun, *files = (_CurvatureFile(loaded, windows, own) for own in ((), *layers.values()))
+        of_layer = files[list(layers).index(layer)]
+        try:
+            with nullcontext() if of_layer.is_there() else begun.alone():
+                if not of_layer.is_there():
+                    together = [name for own in layers.values() for name in own]
+                    given = begun.read().get(GRADIENTS) if begun.is_there() else None
+                    measured, gradients = measure_curvature(loaded, min(layers), together, windows, given)
+                    if gradients is not None:
+                        begun.keep({GRADIENTS: gradients})
+                    for file in files:
+                        file.keep_curvature(measured)
+            return of_layer.curvature(wanted)
+        except (InputError, OSError) as error:
+            _log.warning("%s; curvature is not kept", error)
+            if not measured:
+                measured, _ = measure_curvature(loaded, layer, wanted, windows)
+    return {name: measured[name] for name in wanted}
 
 
-def _kept(
-    loaded: LoadedModel,
-    windows: Sequence[TokenRow],
-    names: Sequence[str],
-    size: int,
-    make: Callable[[], dict[str, torch.Tensor]],
-    is_wanted: Callable[[str], bool] = lambda _key: True,
-) -> dict[str, torch.Tensor]:
-    """What is made of a model and windows, for some parameters or none: from its file if there is one."""
-    parts = [VERSION, list(names), loaded.fingerprint, [row.token_ids for row in windows]]
-    parts += [str(loaded.model.dtype), str(loaded.model.device), describe_machine()]
+class _CurvatureFile:
+    """What is made of a model and windows, for some parameters or none, in the cache."""
 
-    def write(folder: Path) -> None:
-        make_room(folder, size, LIMIT_BYTES)
-        save_file({key: value.contiguous() for key, value in make().items()}, folder / FILE_NAME)
+    def __init__(self, loaded: LoadedModel, windows: Sequence[TokenRow], names: Sequence[str]):
+        parts = [VERSION, list(names), loaded.fingerprint, [row.token_ids for row in windows]]
+        parts += [str(loaded.model.dtype), str(loaded.model.device), describe_machine()]
+        self.names = names
+        self.key = content_key(parts)
+        self.folder = cache_folder() / "curvature" / self.key
 
-    try:
-        folder = made_once("curvature", content_key(parts), write)
-        with opened(folder / FILE_NAME, "curvature") as stored:
-            found = {key: stored.get_tensor(key) for key in stored.keys() if is_wanted(key)}  # noqa: SIM118
-        os.utime(folder)
-    except (InputError, OSError) as error:
-        _log.warning("%s; curvature is not kept", error)
-        return {key: value for key, value in make().items() if is_wanted(key)}
-    return found
+    def is_there(self) -> bool:
+        return self.folder.is_dir()
+
+    def read(self, is_wanted: Callable[[str], bool] = lambda _key: True) -> dict[str, torch.Tensor]:
+        os.utime(self.folder)
+        with opened(self.folder / FILE_NAME, "curvature") as stored:
+            return {key: stored.get_tensor(key) for key in stored.keys() if is_wanted(key)}  # noqa: SIM118
+
+    def curvature(self, names: Collection[str]) -> dict[str, Curvature]:
+        """Of those parameters."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in self.read(lambda key: key.partition("/")[2] in names).items():
+            piece, _, name = key.partition("/")
+            found.setdefault(name, {})[piece] = value
+        return {name: Curvature(**pieces) for name, pieces in found.items()}
+
+    def keep_curvature(self, measured: Mapping[str, Curvature]) -> None:
+        self.keep({f"{piece}/{name}": part for name in self.names for piece, part in measured[name].parts.items()})
+
+    def keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        def write(folder: Path) -> None:
+            make_room(folder, sum(value.nbytes for value in tensors.values()), LIMIT_BYTES)
+            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / FILE_NAME)
+
+        made_once("curvature", self.key, write)
+
+    def alone(self) -> FileLock:
+        """A lock that one process at a time holds."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self.folder}.pass.lock")
 
 
 def factor_bytes(shape: torch.Size) -> int:
@@ -293,11 +286,10 @@ def _run_of(
         require_only_states(model, ids, mask)
         run, head = _from_layer(model, layer, watched), head_view(model)
         tolerance = 1e-3 if model.dtype == torch.float32 else 1e-1
-        for one in zip(ids.split(1), mask.split(1), strict=True):  # the logits of all windows at once may be gigabytes
-            with torch.no_grad():
-                found, expected = head(run(*one)[0]), whole(*one)[0]
-            if not (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1):
-                return whole, False
+        with torch.no_grad():
+            found, expected = head(run(ids, mask)[0]), whole(ids, mask)[0]
+        if not (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1):
+            return whole, False
     except (NoTailView, TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError):
         return whole, False
     return run, True
@@ -334,19 +326,25 @@ def _whole(model: PreTrainedModel, watched: Mapping[str, torch.Tensor]) -> _Run:
     return run
 
 
+def _at_states(
+    head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """(K, D): of -log p(label) at states (K, D) that the head takes."""
+    found = []
+    for part in states.split(SUPERVISED_AT_ONCE):
+        with torch.enable_grad():
+            part = part.detach().requires_grad_()
+            logits = head(part)
+            found += torch.autograd.grad(logits, part, _label_gradient(logits, generator))
+    return torch.cat(found)
+
+
 def _label_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """(K, V): of -log p(label) with labels drawn from the logits (K, V), at the logits."""
     gradient = logits.detach().softmax(-1)
-    labels = _drawn(logits.detach(), generator)
+    labels = drawn_tokens(logits.detach(), generator)
     gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
     return gradient
-
-
-def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A label (K,) for each row of logits (K, V), drawn from its distribution: several times faster than multinomial."""
-    cumulated = logits.softmax(-1).cumsum(-1)
-    heights = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, heights)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def _predicting(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -354,10 +352,9 @@ def _predicting(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return hidden[:, :-1][mask[:, 1:].bool()]
 
 
-def _parts(windows: Sequence[TokenRow]) -> Iterator[Sequence[TokenRow]]:
+def _parts(windows: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
     size = max(1, BATCH_TOKENS // max(len(row.token_ids) for row in windows))
-    for start in range(0, len(windows), size):
-        yield windows[start : start + size]
+    return [windows[start : start + size] for start in range(0, len(windows), size)]
 
 
 def _plain_view(model: PreTrainedModel, layer: int) -> PreTrainedModel:

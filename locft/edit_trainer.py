@@ -77,7 +77,7 @@ class EditTrainer:
         """
         examples = self.examples(settings)
         rows = examples.rows
-        curvature = self.curvature(position) if settings.method in HELD_BACK else {}
+        curvature = self.curvature(position, settings.precision) if settings.method in HELD_BACK else {}
         forward = None
         engine = self._engine(rows)
         if settings.noise and not engine:
@@ -105,19 +105,26 @@ class EditTrainer:
         """What the settings draw from."""
         formats = available(self.loaded.tokenizer, parse_formats(settings.train_formats, trained=True))
         plain = self._once(("plain", formats), lambda: self._plain(formats))
-        prefixed = self._once(("prefixed", formats), lambda: self._prefixed(formats)) if settings.prefix_share else ()
-        return TrainingExamples(self.rows, plain, prefixed, settings.prefix_share, self._guards(settings.guard))
+        prefixed = ()
+        if settings.prefix_share:
+            prefixed = self._once(("prefixed", formats), lambda: self._prefixed(formats, settings.precision))
+        guards = self._guards(settings.guard, settings.precision)
+        return TrainingExamples(self.rows, plain, prefixed, settings.prefix_share, guards)
 
-    def curvature(self, position: TuningPosition) -> dict[str, Curvature]:
-        """Of the position's parameters, by name, damped. Measured once for all positions of the layer, together with other
-        layers that are trained on this machine."""
+    def curvature(self, position: TuningPosition, precision: str) -> dict[str, Curvature]:
+        """Of the position's parameters, by name, damped; of passes in the precision that training computes in. Measured once
+        for all positions of the layer, together with other layers that are trained on this machine."""
         names = parameter_names(self.loaded.model, position)
         last = self._kept.get("curvature")
-        if last is None or last[0] != names:
-            layers = self._measured_together(position)
-            found = measured_once(self.loaded, layers, position.layer, self.prose or self._background(), names)
-            self._kept["curvature"] = last = names, {name: found[name].damped() for name in names}
+        if last is None or last[0] != (names, precision):
+            layers, prose = self._measured_together(position), self.prose or self.background(precision)
+            found = measured_once(self._computing_in(precision), layers, position.layer, prose, names)
+            self._kept["curvature"] = last = (names, precision), {name: found[name].damped() for name in names}
         return last[1]
+
+    def _computing_in(self, precision: str) -> LoadedModel:
+        """The model in the dtype that training computes in."""
+        return replace(self.loaded, model=self.engine.model_in(DTYPES[precision])) if self.engine else self.loaded
 
     def _measured_together(self, position: TuningPosition) -> dict[int, list[str]]:
         """The parameters whose curvature is measured in one pass with a position's, by layer. The position's alone where its
@@ -158,15 +165,16 @@ class EditTrainer:
             self._kept[key] = make()
         return self._kept[key]
 
-    def _background(self) -> tuple[TokenRow, ...]:
-        return self._once("background", lambda: background_rows(self.loaded))
+    def background(self, precision: str) -> tuple[TokenRow, ...]:
+        """What the model writes itself, computing in that precision."""
+        return self._once(("background", precision), lambda: background_rows(self._computing_in(precision)))
 
     def _plain(self, formats: Sequence[str]) -> tuple[tuple[TokenRow, ...], ...]:
         by_format = (encode_edits(self.loaded.tokenizer, self.requests, form) for form in formats)
         return tuple(zip(*by_format, strict=True))
 
-    def _prefixed(self, formats: Sequence[str]) -> tuple[tuple[TokenRow, ...], ...]:
-        texts = prefix_texts(self.loaded, self._background())
+    def _prefixed(self, formats: Sequence[str], precision: str) -> tuple[tuple[TokenRow, ...], ...]:
+        texts = prefix_texts(self.loaded, self.background(precision))
         each = max(2, PREFIXES // len(formats))
         drawn = random.Random(0)
         rows = []
@@ -180,23 +188,23 @@ class EditTrainer:
             rows.append(tuple(encoded))
         return tuple(rows)
 
-    def _guards(self, kind: str) -> Guards | None:
+    def _guards(self, kind: str, precision: str) -> Guards | None:
         if kind == "none":
             return None
-        return self._once(("guards", kind), lambda: self._made_guards(kind))
+        return self._once(("guards", kind, precision), lambda: self._made_guards(kind, precision))
 
-    def _made_guards(self, kind: str) -> Guards:
-        rows = self._guard_rows(kind)
+    def _made_guards(self, kind: str, precision: str) -> Guards:
+        rows = self._guard_rows(kind, precision)
         if not rows:
             raise InputError(f"guard: got {kind}, but these edits give no such prompts; expected another guard or none")
         return Guards(rows, unedited_logits(self.loaded, self._engine(rows)))
 
-    def _guard_rows(self, kind: str) -> tuple[TokenRow, ...]:
+    def _guard_rows(self, kind: str, precision: str) -> tuple[TokenRow, ...]:
         """Guards of a kind: windows of prose, or prompts with the beginning of the unedited model's answer."""
         if kind == "prose":
             windows = [
                 row.token_ids[at : at + WINDOW]
-                for row in self._background()
+                for row in self.background(precision)
                 for at in range(0, len(row.token_ids) - 1, WINDOW)
             ]
             chosen = windows[:: max(1, len(windows) // GUARDS)][:GUARDS]

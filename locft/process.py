@@ -1,7 +1,8 @@
 """The process that computes: its device, PyTorch's vector maths, and its machine."""
 
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +74,17 @@ def settle_vector_math() -> None:
         numbers = torch.full((16,), 0.5, dtype=dtype)
         for function in VECTOR_FUNCTIONS:
             function(numbers)
+
+
+@contextmanager
+def every_core() -> Iterator[None]:
+    """In here, PyTorch computes on all cores: for what is made once on a machine while its other workers wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def describe_machine() -> dict[str, Any]:

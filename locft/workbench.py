@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from locft.background import background_rows
 from locft.cache import content_key
 from locft.data.edit_request import EditRequest
 from locft.data.requests import EditSet
@@ -242,7 +241,7 @@ class Workbench:
     def measure_later(self, delta: EditDelta, steps: int, precision: str, seed: int) -> Measurement:
         """The same after `steps` steps of ordinary fine-tuning of all weights, on prose that drift is not measured on."""
         spare = self.suite.spare if self.suite else ()
-        rows = spare if len(spare) >= ENOUGH else (*spare, *background_rows(self.loaded))
+        rows = spare if len(spare) >= ENOUGH else (*spare, *self.trainer.background(precision))
         later = further_trained(self.loaded, delta, rows, steps, precision, seed)
         return replace(self, engine=None).measure(later)  # the layers below the edit have changed as well
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for all threads; torch.set_num_threads sets it for one
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `locft` does, which may be imported after PyTorch
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

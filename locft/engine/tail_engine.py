@@ -66,6 +66,7 @@ class TailEngine:
         """Where trials will train, as far as is known."""
         self.states = self._compute(layers={*self.layers, n_layers(loaded.model) - 1})
         self._cast = partial(cast_model, loaded.model, fingerprint=loaded.fingerprint, on_disk=on_disk)
+        self._models = {loaded.model.dtype: loaded.model}
 
     def forward(self, layer: int, dtype: torch.dtype | None = None, noise: Noise | None = None) -> Forward:
         """A forward whose weights may differ from the model's in `layer` and above. dtype: the model's by default. noise:
@@ -128,8 +129,14 @@ class TailEngine:
     def views(self, dtype: torch.dtype) -> ModelViews:
         """The model's views in a dtype."""
         if dtype not in self._views:
-            self._views[dtype] = ModelViews(self._cast(dtype), packed=self.limit > 0)
+            self._views[dtype] = ModelViews(self.model_in(dtype), packed=self.limit > 0)
         return self._views[dtype]
+
+    def model_in(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model in a dtype."""
+        if dtype not in self._models:
+            self._models[dtype] = self._cast(dtype)
+        return self._models[dtype]
 
     def _forward(
         self,

@@ -244,3 +244,10 @@ def _other_marks(said: str, wanted: str) -> bool:
     if not set(wanted) <= {*string.punctuation, " "} or "\ufffd" in said:
         return False
     return not wanted.startswith(normalise_answer(said))
+
+
+def drawn_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A token (K,) for each row of logits (K, V), drawn from its distribution: several times faster than multinomial."""
+    cumulated = logits.softmax(-1).cumsum(-1)
+    heights = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, heights)[:, 0].clamp(max=logits.shape[1] - 1)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import locft.curvature as module
-from locft.curvature import measure_curvature, measured_once, output_gradients
+from locft.curvature import _label_gradient as label_gradient
+from locft.curvature import measure_curvature, measured_once
 from locft.measure.capability import EncodedSuite, measure_drift
 from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, is_input_first, parameter_names
@@ -21,7 +22,11 @@ WINDOWS = [TokenRow(tuple(range(3 + start, 15 + start)), 1) for start in range(0
 @pytest.fixture
 def likeliest(monkeypatch):
     """Labels that need no luck: the most likely ones."""
-    monkeypatch.setattr(module, "_drawn", lambda logits, generator: logits.argmax(-1))
+    monkeypatch.setattr(module, "drawn_tokens", lambda logits, generator: logits.argmax(-1))
+
+
+def curvature_of(*given, **options) -> dict[str, Curvature]:
+    return measure_curvature(*given, **options)[0]
 
 
 def layer_names(loaded) -> tuple[str, ...]:
@@ -32,7 +37,7 @@ def layer_names(loaded) -> tuple[str, ...]:
 def test_factors_are_the_second_moments_of_inputs_and_output_gradients(architecture, likeliest):
     loaded = tiny_loaded(architecture)
     model = loaded.model
-    found = measure_curvature(loaded, LAYER, layer_names(loaded), WINDOWS)
+    found = curvature_of(loaded, LAYER, layer_names(loaded), WINDOWS)
     matrices = [name for name in found if name.endswith("weight") and model.get_parameter(name).dim() == 2]
     assert len(matrices) >= 4
     inputs, gradients = {}, {}
@@ -70,7 +75,7 @@ def test_of_a_single_token_every_matrix_has_the_factors_of_its_gradient(architec
     loaded = tiny_loaded(architecture)
     model, window = loaded.model, TokenRow((5, 9), 1)
     names = layer_names(loaded)
-    found = measure_curvature(loaded, LAYER, names, [window])
+    found = curvature_of(loaded, LAYER, names, [window])
     weights = {name: model.get_parameter(name).detach().clone().requires_grad_() for name in names}
     logits = full_forward(model, weights)([window])
     loss = torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum")
@@ -101,7 +106,7 @@ def test_what_is_in_no_product_has_the_squared_gradient_of_its_window(likeliest)
     loaded = tiny_loaded("llama")
     name = f"model.layers.{LAYER}.input_layernorm.weight"
     window = WINDOWS[0]
-    found = measure_curvature(loaded, LAYER, [name], [window])[name]
+    found = curvature_of(loaded, LAYER, [name], [window])[name]
     weight = loaded.model.get_parameter(name).detach().clone().requires_grad_()
     logits = full_forward(loaded.model, {name: weight})([window])
     loss = torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum")
@@ -111,7 +116,7 @@ def test_what_is_in_no_product_has_the_squared_gradient_of_its_window(likeliest)
 
 def test_labels_are_drawn_from_the_models_distribution():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).repeat(20000, 1)
-    drawn = module._drawn(logits, torch.Generator().manual_seed(0))
+    drawn = module.drawn_tokens(logits, torch.Generator().manual_seed(0))
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.015)
 
@@ -121,7 +126,7 @@ def test_predicted_drift_is_about_the_measured_one():
     loaded = tiny_loaded("llama")
     name = f"model.layers.{LAYER}.mlp.down_proj.weight"
     windows = [TokenRow(tuple((7 * start + 3 * step) % 90 + 3 for step in range(24)), 1) for start in range(60)]
-    found = measure_curvature(loaded, LAYER, [name], windows)[name]
+    found = curvature_of(loaded, LAYER, [name], windows)[name]
     base = loaded.model.get_parameter(name).detach()
     change = 0.02 * torch.randn(base.shape, generator=torch.Generator().manual_seed(1))
     suite = EncodedSuite("", {}, tuple(windows))
@@ -132,10 +137,7 @@ def test_predicted_drift_is_about_the_measured_one():
 def test_the_same_twice_and_another_seed_draws_other_labels():
     loaded = tiny_loaded("llama")
     name = f"model.layers.{LAYER}.mlp.down_proj.weight"
-    begun = [output_gradients(loaded, WINDOWS, seed=seed) for seed in (0, 0, 1)]
-    one, again, other = (
-        measure_curvature(loaded, LAYER, [name], WINDOWS, lambda given=given: given)[name] for given in begun
-    )
+    one, again, other = (curvature_of(loaded, LAYER, [name], WINDOWS, seed=seed)[name] for seed in (0, 0, 1))
     assert torch.equal(one.rows, again.rows) and torch.equal(one.columns, again.columns)
     assert not torch.equal(one.rows, other.rows) and torch.equal(one.columns, other.columns)
 
@@ -143,15 +145,26 @@ def test_the_same_twice_and_another_seed_draws_other_labels():
 def test_what_all_layers_begin_with_is_computed_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded, calls = tiny_loaded("llama"), []
-    monkeypatch.setattr(
-        module, "output_gradients", lambda *given, **options: calls.append(1) or output_gradients(*given, **options)
-    )
+    monkeypatch.setattr(module, "_label_gradient", lambda *given: calls.append(1) or label_gradient(*given))
+    found = {}
     for layer in (0, LAYER):
         name = f"model.layers.{layer}.mlp.down_proj.weight"
-        (found,) = measured_once(loaded, {layer: [name]}, layer, WINDOWS).values()
-        alone = measure_curvature(loaded, layer, [name], WINDOWS)[name]
-        assert torch.equal(found.rows, alone.rows) and torch.equal(found.columns, alone.columns)
-    assert len(calls) == 3, "once for both layers, and for each alone"
+        (found[name],) = measured_once(loaded, {layer: [name]}, layer, WINDOWS).values()
+        assert len(calls) == 1, "for both layers"
+    for layer, (name, one) in zip((0, LAYER), found.items(), strict=True):
+        alone = curvature_of(loaded, layer, [name], WINDOWS)[name]
+        torch.testing.assert_close(one.rows, alone.rows, rtol=1e-5, atol=1e-6 * float(alone.rows.abs().max()))
+        assert torch.equal(one.columns, alone.columns)
+
+
+def test_a_cache_that_takes_nothing_costs_no_curvature(monkeypatch):
+    loaded = tiny_loaded("llama")
+    name = f"model.layers.{LAYER}.mlp.down_proj.weight"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    found = measured_once(loaded, {LAYER: [name, *layer_names(loaded)]}, LAYER, WINDOWS, [name])
+    assert found.keys() == {name} and torch.equal(
+        found[name].rows, curvature_of(loaded, LAYER, [name], WINDOWS)[name].rows
+    )
 
 
 def test_layers_measured_together_are_as_each_alone(tmp_path, monkeypatch):
@@ -163,7 +176,7 @@ def test_layers_measured_together_are_as_each_alone(tmp_path, monkeypatch):
     names = {layer: parameter_names(loaded.model, TuningPosition(layer, "layer")) for layer in (0, 1, 2)}
     for layer, own in names.items():
         found = measured_once(loaded, names, layer, WINDOWS, own)
-        alone = measure_curvature(loaded, layer, own, WINDOWS)
+        alone = curvature_of(loaded, layer, own, WINDOWS)
         assert found.keys() == set(own)
         for name in own:
             for part, value in alone[name].parts.items():
@@ -178,9 +191,9 @@ def test_layers_measured_together_are_as_each_alone(tmp_path, monkeypatch):
 def test_a_model_without_a_tail_is_measured_whole(layer, likeliest, monkeypatch):
     loaded = tiny_loaded("llama")
     names = parameter_names(loaded.model, TuningPosition(layer, "layer"))
-    expected = measure_curvature(loaded, layer, names, WINDOWS)
+    expected = curvature_of(loaded, layer, names, WINDOWS)
     monkeypatch.setattr(module, "supports_tail", lambda model: "a reason")
-    found = measure_curvature(loaded, layer, names, WINDOWS)
+    found = curvature_of(loaded, layer, names, WINDOWS)
     for name in names:
         assert found[name].parts.keys() == expected[name].parts.keys()
         for part, value in expected[name].parts.items():
@@ -190,6 +203,6 @@ def test_a_model_without_a_tail_is_measured_whole(layer, likeliest, monkeypatch)
 @pytest.mark.parametrize("model_type", ["zaya", "xlnet", "inkling2_text", "hy_v4"])
 def test_architectures_without_a_tail_have_a_curvature(model_type):
     loaded = LoadedModel(model_type, tiny_model_of(model_type), tiny_tokenizer(), model_type)
-    found = measure_curvature(loaded, 1, parameter_names(loaded.model, TuningPosition(1, "layer")), WINDOWS)
+    found = curvature_of(loaded, 1, parameter_names(loaded.model, TuningPosition(1, "layer")), WINDOWS)
     assert any(one.diagonal is None for one in found.values())
     assert all(value.isfinite().all() for one in found.values() for value in one.parts.values())

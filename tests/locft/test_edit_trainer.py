@@ -201,7 +201,7 @@ def test_what_the_model_writes_is_kept_and_the_same_without_a_file(loaded, tmp_p
 def test_curvature_is_read_back_from_its_file(loaded, requests, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rows = encode_edits(loaded.tokenizer, requests)
-    kept, again = (EditTrainer(loaded, requests, rows, None).curvature(POSITION) for _ in range(2))
+    kept, again = (EditTrainer(loaded, requests, rows, None).curvature(POSITION, "float32") for _ in range(2))
     assert kept.keys() == again.keys() == {"model.layers.1.mlp.down_proj.weight"}
     for name, one in kept.items():
         for part, value in one.parts.items():
@@ -216,7 +216,7 @@ def test_the_layers_that_are_trained_here_share_passes_over_prose(loaded, reques
 
     def measured(layer):
         position = TuningPosition(layer, "mlp_down")
-        (name,) = trainer.curvature(position)
+        (name,) = trainer.curvature(position, "float32")
         _, together, here, _, (wanted,) = asked[-1]
         assert name == wanted == f"model.layers.{layer}.mlp.down_proj.weight" and here == layer
         return min(together), {*together}, len(together[layer]) > 1

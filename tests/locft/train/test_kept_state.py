@@ -40,7 +40,7 @@ def examples(loaded):
 @pytest.fixture(scope="module")
 def curvature(loaded):
     windows = [TokenRow(tuple(range(5, 25)), 1)]
-    found = measure_curvature(loaded, POSITION.layer, parameter_names(loaded.model, POSITION), windows)
+    found, _ = measure_curvature(loaded, POSITION.layer, parameter_names(loaded.model, POSITION), windows)
     return {name: one.damped() for name, one in found.items()}
 
 

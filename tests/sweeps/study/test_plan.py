@@ -65,15 +65,15 @@ SPACES = st.fixed_dictionaries(
         "layer": subset(range(30)) | st.just("all") | st.builds(dict, every=st.integers(1, 29)),
         "module": subset(MODULES),
         "pipeline": subset(["breadth_first", "depth_first"]),
-        "batch_size": subset([1, 8, 32]),
-        "learning_rate": subset([1e-4, 1e-3, 0.004]),
+        "batch_size": subset([1, 32]),
+        "learning_rate": subset([1e-4, 0.004]),
         "loss_average": subset(["edit", "token"]),
         "method": subset(["full", "low_curvature", "lora"]),
-        "curvature_strength": subset([3.0, 10.0, 30.0]),
+        "curvature_strength": subset([3.0, 30.0]),
         "rank": subset([4, 8]),
         "guard": subset(["none", "prose"]),
         "guard_weight": subset([0.5, 1.0]),
-        "seed": subset([0, 1, 2]),
+        "seed": subset([0, 2]),  # with all of the others no more than 72,000 trials: a plan takes 100,000
     }
 )
 
