@@ -30,8 +30,8 @@ MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
 """Tried where the model has them; a model with none of them tries all it has."""
 DEFAULT_SHARE = 0.1
 COMPARED_ON = 40
-"""Edits on which positions are compared where there are twice as many or more: a random sample. The tables on which the
-survey was judged are of so many."""
+"""Edits on which positions are compared where there are at least twice as many: a random sample. The tables on which the
+survey was judged have 40 edits."""
 ASKED = 200
 """Edits that the run with all of them is measured on, at most: a random sample as well."""
 METHOD = "survey"
@@ -215,7 +215,7 @@ def _told(compared_on: int, edits: int) -> tuple[str, ...]:
 
 
 def steps_of(study: Study, edits: int) -> int:
-    """Optimiser steps of a training of so many edits that takes all its epochs."""
+    """Optimiser steps of a training that takes all its epochs, by its number of edits."""
     return study.epochs * math.ceil(edits / study.space.batch_size[0])
 
 

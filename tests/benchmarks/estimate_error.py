@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.estimate_error quickstart "pipeline-check edits.limit=40" [--folder DIR]
 
-Each argument is a study with overrides as of `--set`, run for real by the command, all in one fresh store. Before it runs,
+Each argument is a study with overrides in the form of `--set`, run for real by the command, all in one fresh store. Before it runs,
 it is estimated twice: from timed steps with an empty store, and from the earlier trials where the studies before it left
 some. The clock runs from when the command says what it expects to its end; memory is the proportional set size of the
 command and all that it starts, at its highest; disk is what the cache (hidden states, weights) and the store grew by. The

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MATRIX_ROWS, GPU_MATRIX_ROWS = 256, 8192
-"""Rows of the measured products: on a CPU about as many as in a training step with ten edits; on a GPU so many that all of it
-has work."""
+"""Rows of the measured products: on a CPU about as many as in a training step with ten edits; on a GPU enough to keep all of
+it busy."""
 SHOWN = 15
 """Kernels or operations of a step that are named."""
 _CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ SECONDS = 0.05
 
 
 def run_some(study: str, baseline: dict[str, Any], first: int, step: int, count: int) -> None:
-    """The work of one worker: so many trials of the study."""
+    """The work of one worker: a number of trials of the study."""
     from locft.workbench import Baseline
     from sweeps.run.trial import resident_workbench, run_trial
     from sweeps.study.reader import load_study

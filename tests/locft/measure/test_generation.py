@@ -40,7 +40,7 @@ def plain_greedy(loaded: LoadedModel, prompt: str, tokens: int = NEW_TOKENS) -> 
 
 
 def greedy(loaded: LoadedModel, full_stops: list[int], limits: list[int], prompts=None) -> list[ModelAnswer]:
-    """Answers that may hold so many full stops and have at most so many tokens."""
+    """Answers with a number of full stops allowed in each, and a limit on its tokens."""
     prompts = prompts or ["Q"] * len(limits)
     decoder = GreedyDecoder(loaded)
     ids = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts]

@@ -210,7 +210,7 @@ def test_divergence_is_reported_and_weights_stay_finite(loaded, rows):
 
 
 class Scarce:
-    """A forward on a machine that holds so many rows at once."""
+    """A forward on a machine that can only take `most` rows at once."""
 
     def __init__(self, loaded, most):
         self.loaded, self.most, self.asked = loaded, most, []

@@ -8,7 +8,7 @@ TRIALS = [config(seed=seed) for seed in range(6)]
 
 
 class Space:
-    """Room for so many."""
+    """Room for a number of trials."""
 
     def __init__(self, trials):
         self.most = trials

@@ -103,7 +103,7 @@ class Command:
         return len(FINISHED.findall(self.text))
 
     def wait_for(self, finished: int) -> bool:
-        """Until so many trials finished here; False when the command ended before."""
+        """Wait until `finished` trials have finished here; False when the command ended before."""
         return self.until(lambda: self.finished >= finished)
 
     def until(self, holds) -> bool:
@@ -276,7 +276,7 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
 
 
 def check(study, uri: str, said: str, compared: int) -> None:
-    """Everything recorded once; so many trials, drawn, are compared with the same run here, undisturbed."""
+    """Everything is recorded once; a few trials, drawn at random, are compared with the same run here, undisturbed."""
     state = read_state(study, find_tracker(uri, study.study.name, study.id))
     assert (state.done, state.failed, state.left) == (len(study.plan.trials), 0, 0)
     assert len(open_outbox(study.id, uri)) == 0

@@ -109,7 +109,7 @@ def test_a_kept_result_survives_a_power_failure(tmp_path, monkeypatch):
 
 
 class Picky(Away):
-    """A store that refuses some results, so many times, and takes the others."""
+    """A store that refuses some results `times` times and takes the others."""
 
     def __init__(self, refused, times):
         super().__init__()
