@@ -17,6 +17,7 @@ import numpy as np
 
 from analysis.stats.axes import STAGES
 from locft.errors import InputError
+from locft.machine import usable_cores
 from sweeps.study.plan import PreparedStudy, selected_layers
 from sweeps.study.trial_types import TrialConfig, TrialResult, asked_places
 
@@ -35,8 +36,11 @@ _resident: dict[tuple, "Workbench"] = {}
 """The workbench of this process by the key of its study; one at most."""
 
 
-def resident_workbench(inputs: PreparedStudy, baseline: "Baseline | None" = None) -> "Workbench":
-    """The process's workbench for a study; made on first use, in place of the one for another study.
+def resident_workbench(
+    inputs: PreparedStudy, baseline: "Baseline | None" = None, threads: int | None = None
+) -> "Workbench":
+    """The process's workbench for a study; made on first use, in place of the one for another study. threads: a trial's by
+    default.
 
     Raises InputError when the weights on this machine are others than those of the plan.
     """
@@ -46,7 +50,7 @@ def resident_workbench(inputs: PreparedStudy, baseline: "Baseline | None" = None
     from locft.workbench import Workbench
 
     study, key = inputs.study, inputs.workbench_key
-    torch.set_num_threads(study.resources.cpus)
+    torch.set_num_threads(threads or study.resources.cpus)
     if key not in _resident:
         _resident.clear()
         _resident[key] = Workbench.prepare(
@@ -78,8 +82,8 @@ def planned_model(inputs: PreparedStudy) -> "LoadedModel":
 
 
 def measure_baseline(inputs: PreparedStudy) -> "Baseline":
-    """Measure the unedited model, and give the memory back: in a driver, trials are what needs it next."""
-    baseline = resident_workbench(inputs).baseline
+    """Measure the unedited model on all cores, since trials wait for it, and give the memory back that they need next."""
+    baseline = resident_workbench(inputs, threads=usable_cores()).baseline
     _resident.clear()
     gc.collect()
     return baseline

@@ -21,7 +21,7 @@ from typing import Literal
 
 import psutil
 
-from analysis.stats.axes import STAGES
+from analysis.stats.axes import AXIS, STAGES
 from locft.errors import InputError
 from locft.machine import usable_cores
 from sweeps.study.footprint import BYTES, depth_sentence, disk_range, gpu_sentence, memory_range, places
@@ -43,6 +43,8 @@ _SUPERVISED_SHARE = 0.3
 """Share of the tokens read whose logits are computed."""
 _GENERATED_SHARE = 0.3
 """Share of the evaluation's tokens that are read again, through all layers, to generate undecided answers."""
+_CURVATURE_TOKENS = 4 * 64 * 128
+"""What writing the text, and measuring curvature on it, take in tokens read, on all cores (`locft.background`)."""
 _FURTHER_TOKENS = 8 * 64
 """Of a step of ordinary fine-tuning (`locft.further`)."""
 _START_SECONDS = 40.0
@@ -83,10 +85,13 @@ class Costs:
         """On this machine."""
         return self.source != ROUGH
 
-    def unedited(self, facts: StudyFacts) -> float:
-        """Seconds of measuring the unedited model, once a study."""
+    def unedited(self, facts: StudyFacts, trials: Sequence[TrialConfig]) -> float:
+        """Seconds of measuring the unedited model and the curvature that these trials need, once a study."""
         read = facts.evaluation_tokens + facts.capability_tokens + facts.generated_tokens
-        return self.capability * reading_seconds(read, facts.parameters, facts.precision, self.cpus)
+        seconds = reading_seconds(read, facts.parameters, facts.precision, self.cpus)
+        if any(AXIS["curvature_strength"].counts({"method": trial.method}) for trial in trials):
+            seconds += reading_seconds(_CURVATURE_TOKENS, facts.parameters, facts.precision, usable_cores())
+        return self.capability * seconds
 
 
 def _batch(trial: TrialConfig) -> int:
@@ -164,7 +169,9 @@ class Forecast:
             return seconds if plan.trials or not seconds else [statistics.fmean(seconds)] * affordable
 
         def ends(share: float | None) -> list[float]:
-            return [_START_SECONDS + costs.unedited(facts) + end for end in _ends(each(share), self.concurrent)]
+            return [
+                _START_SECONDS + costs.unedited(facts, plan.sample) + end for end in _ends(each(share), self.concurrent)
+            ]
 
         def total(share: float | None) -> float:
             return max(ends(share), default=0.0)
