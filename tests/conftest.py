@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # no test writes to the store of whoever runs it
 os.environ.pop("RAY_ADDRESS", None)
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor to their state folder
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor to their state folder: `pytest_unconfigure`
 
 import pytest
 import yaml
@@ -28,6 +28,10 @@ LONGEST = "test_faults.py"
 def pytest_collection_modifyitems(items) -> None:
     """Begins with the longest tests: at the end each would keep a single core busy."""
     items.sort(key=lambda item: item.path.name != LONGEST)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
