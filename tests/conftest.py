@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # no test writes to the store of whoever runs it
 os.environ.pop("RAY_ADDRESS", None)
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor to their state folder: `pytest_unconfigure`
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor to their state folder
 
 import pytest
 import yaml
