@@ -10,7 +10,7 @@ diagonal of the Fisher information from its gradients.
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,8 +162,10 @@ def measure_curvature(
         with torch.enable_grad(), watch:
             outputs, root = run(ids, mask)
         here = slice(tokens, tokens + len(outputs))
-        drawn.append(label_gradients(outputs.detach(), generator) if begun is None else begun[here].to(outputs))
-        found = torch.autograd.grad(outputs, [root, *others.values()], drawn[-1], allow_unused=True)[1:]
+        own = label_gradients(outputs.detach(), generator) if begun is None else begun[here].to(outputs)
+        if from_layer:  # of a whole model they are as wide as the vocabulary
+            drawn.append(own)
+        found = torch.autograd.grad(outputs, [root, *others.values()], own, allow_unused=True)[1:]
         for name, gradient in zip(others, found, strict=True):
             if gradient is not None:
                 diagonals[name] += gradient.float() ** 2
@@ -223,7 +225,8 @@ class _CurvatureFile:
         return self.folder.is_dir()
 
     def read(self, is_wanted: Callable[[str], bool] = lambda _key: True) -> dict[str, torch.Tensor]:
-        os.utime(self.folder)
+        with suppress(OSError):  # a cache that can only be read
+            os.utime(self.folder)
         with opened(self.folder / FILE_NAME, "curvature") as stored:
             return {key: stored.get_tensor(key) for key in stored.keys() if is_wanted(key)}  # noqa: SIM118
 

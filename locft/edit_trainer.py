@@ -107,7 +107,8 @@ class EditTrainer:
         plain = self._once(("plain", formats), lambda: self._plain(formats))
         prefixed = ()
         if settings.prefix_share:
-            prefixed = self._once(("prefixed", formats), lambda: self._prefixed(formats, settings.precision))
+            key = "prefixed", formats, settings.precision
+            prefixed = self._once(key, lambda: self._prefixed(formats, settings.precision))
         guards = self._guards(settings.guard, settings.precision)
         return TrainingExamples(self.rows, plain, prefixed, settings.prefix_share, guards)
 
