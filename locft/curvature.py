@@ -191,8 +191,8 @@ def measured_once(
     wanted = layers[layer] if names is None else [name for name in layers[layer] if name in names]
     measured: dict[str, Curvature] = {}
     with every_core():
-        begun, *files = (_CurvatureFile(loaded, windows, own) for own in ((), *layers.values()))
-        of_layer = files[list(layers).index(layer)]
+        file = partial(_CurvatureFile, _measured_on(loaded, windows))
+        of_layer, begun = file(layers[layer]), file(())
         try:
             with nullcontext() if of_layer.is_there() else begun.alone():
                 if not of_layer.is_there():
@@ -201,8 +201,8 @@ def measured_once(
                     measured, gradients = measure_curvature(loaded, min(layers), together, windows, given)
                     if gradients is not None:
                         begun.keep({GRADIENTS: gradients})
-                    for file in files:
-                        file.keep_curvature(measured)
+                    for own in layers.values():
+                        file(own).keep_curvature(measured)
             return of_layer.curvature(wanted)
         except (InputError, OSError) as error:
             _log.warning("%s; curvature is not kept", error)
@@ -211,14 +211,18 @@ def measured_once(
     return {name: measured[name] for name in wanted}
 
 
+def _measured_on(loaded: LoadedModel, windows: Sequence[TokenRow]) -> str:
+    """A key of the model, as it computes here, and the prose."""
+    model, prose = loaded.model, [row.token_ids for row in windows]
+    return content_key([loaded.fingerprint, str(model.dtype), str(model.device), describe_machine(), prose])
+
+
 class _CurvatureFile:
     """What is made of a model and windows, for some parameters or none, in the cache."""
 
-    def __init__(self, loaded: LoadedModel, windows: Sequence[TokenRow], names: Sequence[str]):
-        parts = [VERSION, list(names), loaded.fingerprint, [row.token_ids for row in windows]]
-        parts += [str(loaded.model.dtype), str(loaded.model.device), describe_machine()]
+    def __init__(self, measured_on: str, names: Sequence[str]):
         self.names = names
-        self.key = content_key(parts)
+        self.key = content_key([VERSION, measured_on, list(names)])
         self.folder = cache_folder() / "curvature" / self.key
 
     def is_there(self) -> bool:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import locft.curvature as module
-from locft.curvature import _label_gradient as label_gradient
 from locft.curvature import measure_curvature, measured_once
 from locft.measure.capability import EncodedSuite, measure_drift
 from locft.model.models import LoadedModel
@@ -144,14 +143,17 @@ def test_the_same_twice_and_another_seed_draws_other_labels():
 
 def test_what_all_layers_begin_with_is_computed_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    loaded, calls = tiny_loaded("llama"), []
-    monkeypatch.setattr(module, "_label_gradient", lambda *given: calls.append(1) or label_gradient(*given))
+    loaded, calls, computed = tiny_loaded("llama"), [], module._label_gradient
+    monkeypatch.setattr(module, "_label_gradient", lambda *given: calls.append(1) or computed(*given))
     found = {}
     for layer in (0, LAYER):
         name = f"model.layers.{layer}.mlp.down_proj.weight"
         (found[name],) = measured_once(loaded, {layer: [name]}, layer, WINDOWS).values()
         assert len(calls) == 1, "for both layers"
+    begun = None
     for layer, (name, one) in zip((0, LAYER), found.items(), strict=True):
+        same, begun = measure_curvature(loaded, layer, [name], WINDOWS, begun)
+        assert torch.equal(one.rows, same[name].rows) and torch.equal(one.columns, same[name].columns)
         alone = curvature_of(loaded, layer, [name], WINDOWS)[name]
         torch.testing.assert_close(one.rows, alone.rows, rtol=1e-5, atol=1e-6 * float(alone.rows.abs().max()))
         assert torch.equal(one.columns, alone.columns)

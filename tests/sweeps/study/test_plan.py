@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from analysis.stats.axes import AXES
 from locft.errors import InputError
 from sweeps.study.plan import (
+    MAX_TRIALS,
     POINT,
     make_plan,
     optuna_space,
@@ -65,17 +66,17 @@ SPACES = st.fixed_dictionaries(
         "layer": subset(range(30)) | st.just("all") | st.builds(dict, every=st.integers(1, 29)),
         "module": subset(MODULES),
         "pipeline": subset(["breadth_first", "depth_first"]),
-        "batch_size": subset([1, 32]),
-        "learning_rate": subset([1e-4, 0.004]),
+        "batch_size": subset([1, 8, 32]),
+        "learning_rate": subset([1e-4, 1e-3, 0.004]),
         "loss_average": subset(["edit", "token"]),
         "method": subset(["full", "low_curvature", "lora"]),
-        "curvature_strength": subset([3.0, 30.0]),
+        "curvature_strength": subset([3.0, 10.0, 30.0]),
         "rank": subset([4, 8]),
         "guard": subset(["none", "prose"]),
         "guard_weight": subset([0.5, 1.0]),
-        "seed": subset([0, 2]),  # with all of the others no more than 72,000 trials: a plan takes 100,000
+        "seed": subset([0, 1, 2]),
     }
-)
+).filter(lambda space: 30 * math.prod(len(values) for axis, values in space.items() if axis != "layer") <= MAX_TRIALS)
 
 
 def told_apart(point):
