@@ -94,6 +94,14 @@ def ray_running():
     ray.shutdown()
 
 
+@pytest.fixture
+def trials_here(monkeypatch):
+    """Trials run in this process, without Ray: a worker takes many times as long to start as one of these trials."""
+    from tests.trials_here import in_this_process
+
+    in_this_process(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory) -> Path:
     """An SQLite store with empty tables, to be copied; MLflow takes seconds to create the tables."""

@@ -96,7 +96,7 @@ def place(workplace, tiny_folder):
     return workplace
 
 
-def test_every_command_of_the_readme_runs(place, locft, ray_running, few_probes):
+def test_every_command_of_the_readme_runs(place, locft, trials_here, few_probes):
     """In the order of the page, on a tiny model: studies are made small, and `locft ui` is asked for its help alone (its own
     tests start it)."""
     small = [word for change in ("model=./ORG/MODEL", *SMALL) for word in ("--set", change)]

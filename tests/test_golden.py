@@ -112,7 +112,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def swept(workplace, model, ray_running):
+def swept(workplace, model, trials_here):
     """The folder of a study that has run."""
     file, heard = produce.study_file(workplace, model), Heard()
     assert produce.sweep_study(file, heard).ending == "complete" and len(heard.results) == 6
@@ -131,7 +131,7 @@ def test_commands_and_runs(swept, model, locft):
     check("commands", produce.commands(call, swept, model), TOLERANCE)
 
 
-def test_an_old_store_is_gone_on_with(workplace, model, ray_running):
+def test_an_old_store_is_gone_on_with(workplace, model, trials_here):
     """A study that an earlier version left unfinished: what it finished is not run again."""
     if WRITING and not produce.OLD_STORE.exists():
         return produce.make_old_store(workplace, model)

@@ -13,7 +13,7 @@ from sweeps.tracking.address import resolve_uri
 from tests.heard import Heard
 
 
-def test_a_study_runs_its_results_are_drawn_and_tell_what_more_trials_will_take(workplace, study_file, ray_running):
+def test_a_study_runs_its_results_are_drawn_and_tell_what_more_trials_will_take(workplace, study_file, trials_here):
     file, heard = study_file(), Heard()
     assert sweeps.load_results(file).empty
     done = sweeps.run_study(file, {"space.module": ["mlp_down", "attn"]}, reporter=heard)

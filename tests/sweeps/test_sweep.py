@@ -29,6 +29,7 @@ from sweeps.tracking.study_run import Tracker, find_tracker
 from tests.conftest import write_study
 from tests.heard import TIMINGS, Heard
 from tests.mlflow_store import result as stored_result
+from tests.trials_here import in_this_process
 
 
 def prepared(file, *overrides):
@@ -159,7 +160,7 @@ def test_other_edits_are_another_study(grid):
     assert read_state(other, find_tracker(resolve_uri(None), "tiny", other.id)).left == 4
 
 
-def test_when_every_trial_fails_the_study_stops_early_and_says_why(workplace, study_file, tiny_folder, ray_running):
+def test_when_every_trial_fails_the_study_stops_early_and_says_why(workplace, study_file, tiny_folder, trials_here):
     """The weights vanish after the study was planned."""
     model = workplace / "model"
     shutil.copytree(tiny_folder, model)
@@ -174,7 +175,7 @@ def test_when_every_trial_fails_the_study_stops_early_and_says_why(workplace, st
     assert done.answer.recommendation is None and "safetensors" in done.answer.report_html
 
 
-def test_when_the_unedited_model_cannot_be_measured_nothing_is_run(workplace, study_file, tiny_folder, ray_running):
+def test_when_the_unedited_model_cannot_be_measured_nothing_is_run(workplace, study_file, tiny_folder, trials_here):
     model = workplace / "model"
     shutil.copytree(tiny_folder, model)
     study = prepared(study_file(model=str(model)))
@@ -185,7 +186,7 @@ def test_when_the_unedited_model_cannot_be_measured_nothing_is_run(workplace, st
     assert trial_runs() == [] and trial_runs(kind="study")[0].data.tags["locft.status"] == "stopped"
 
 
-def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(workplace, study_file, ray_running):
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(workplace, study_file, ray_running, monkeypatch):
     """A random search without capability tasks; more trials go on from the same beginning."""
     file = study_file(
         capability__suite=None,
@@ -200,13 +201,14 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(workplace, s
     assert (done.state.done, done.state.failed, done.state.left) == (2, 0, 3)
     assert trial_runs(kind="study")[0].data.tags["locft.status"] == "stopped"
     more = prepared(file, "search.trials=7")
+    in_this_process(monkeypatch)  # what ran on Ray goes on without
     done, second = sweep(more)
     assert done.ending == "complete" and done.state.left == 0
     assert [*first, *second] == [trial.id for trial in more.plan.trials] and len(trial_runs()) == 7
     assert done.answer.recommendation is not None and "capability" not in done.answer.recommendation.metrics
 
 
-def test_optuna_proposes_no_trial_twice_and_learns_from_earlier_runs(workplace, study_file, ray_running, monkeypatch):
+def test_optuna_proposes_no_trial_twice_and_learns_from_earlier_runs(workplace, study_file, trials_here, monkeypatch):
     told = []
     monkeypatch.setattr("sweeps.run.search.OptunaSearch", lambda *args: told.append(args[-1]) or OptunaSearch(*args))
     changes = {"space__layer": "all", "space__learning_rate": {"log_uniform": [0.001, 0.1]}}
@@ -233,12 +235,12 @@ def instant_trials(source, work, *, reporter, **_):
 
 
 @pytest.fixture
-def instant(monkeypatch):
-    """Trials take no time and no worker."""
+def instant(trials_here, monkeypatch):
+    """Trials take no time."""
     monkeypatch.setattr("sweeps.run.runner.run_trials", instant_trials)
 
 
-def test_a_budget_of_trials_counts_those_of_earlier_runs(workplace, study_file, ray_running, instant):
+def test_a_budget_of_trials_counts_those_of_earlier_runs(workplace, study_file, instant):
     file = study_file(space__layer="all", space__seed=[0, 1], budget={"trials": 2})
     done, first = sweep(prepared(file))
     assert len(first) == 2 and (done.state.done, done.state.left) == (2, 4) and done.ending == "complete"
@@ -257,7 +259,7 @@ def test_a_budget_of_minutes_ends_a_study_cleanly(workplace, study_file, ray_run
     assert trial_runs() == [] and trial_runs(kind="study")[0].info.status == "KILLED"
 
 
-def test_a_store_that_goes_away_loses_nothing(workplace, study_file, ray_running, instant, monkeypatch):
+def test_a_store_that_goes_away_loses_nothing(workplace, study_file, instant, monkeypatch):
     """It takes the first trial and then nothing; later the same command records what was kept, and runs nothing again."""
     monkeypatch.setattr("sweeps.tracking.outbox.PAUSES", (0.05,))
     monkeypatch.setattr("sweeps.tracking.outbox.PATIENCE_SECONDS", 0.3)
@@ -285,7 +287,7 @@ def test_a_store_that_goes_away_loses_nothing(workplace, study_file, ray_running
 
 
 def test_a_result_that_the_store_refuses_blocks_nothing_and_its_trial_is_tried_again(
-    workplace, study_file, ray_running, instant, monkeypatch, caplog
+    workplace, study_file, instant, monkeypatch, caplog
 ):
     real, study, heard = Tracker.log_trial, prepared(study_file()), Heard()
     bad = study.plan.trials[0]
@@ -360,7 +362,7 @@ def test_only_an_experiment_that_is_not_there_means_that_nothing_is(grid, monkey
         find_tracker(resolve_uri(None), "tiny", "tiny")
 
 
-def test_why_trials_were_tried_again_is_kept(workplace, study_file, ray_running, monkeypatch):
+def test_why_trials_were_tried_again_is_kept(workplace, study_file, trials_here, monkeypatch):
     study = prepared(study_file())
     one, other = study.plan.trials
 

@@ -3,7 +3,7 @@
 from tests.conftest import write_study
 
 
-def test_a_study_of_several_numbers_of_edits(locft, workplace, tiny_folder, ray_running):
+def test_a_study_of_several_numbers_of_edits(locft, workplace, tiny_folder, trials_here):
     edits = {"source": "fictitious", "limit": 5, "asked": 3}
     file = write_study(workplace, tiny_folder, edits=edits, space__layer=[0], space__edit_count=[2, 0])
     done = locft("sweep", file, "--no-register", "--out", "out.html", "--json")

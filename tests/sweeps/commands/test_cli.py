@@ -40,7 +40,7 @@ def here(place, monkeypatch):
 
 
 @pytest.fixture
-def swept(here, locft, ray_running):
+def swept(here, locft, trials_here):
     """The folder after `locft sweep` has run in it (the first test to ask for it waits)."""
     if not (here / "tiny.html").exists():
         said = locft("sweep", "tiny.yaml")
@@ -563,7 +563,7 @@ def test_exit_codes_of_a_real_process(tmp_path, tiny_folder):
     assert bad.returncode == 2 and out == "" and err.startswith("error: ") and "nothing.yaml" in err
 
 
-def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workplace, tiny_folder, locft, ray_running):
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workplace, tiny_folder, locft, trials_here):
     """SIGINT to a sweep and everything it started, as a terminal sends it; the same command then finishes the rest."""
     write_study(workplace, tiny_folder, space__seed=list(range(200)), epochs=60, resources={"concurrent": 1})
     process = start("sweep", "tiny.yaml", "--json", cwd=workplace, start_new_session=True)

@@ -176,7 +176,7 @@ def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeyp
     store.write_bytes(empty_store.read_bytes())
     write_study(
         tmp_path, tiny_folder, space__layer="all", space__module=["mlp_down", "attn"],
-        space__seed=list(range(30 if EVERYTHING else 2)), epochs=200, skip_below=0.0, stop_below=0.0,
+        space__seed=list(range(30 if EVERYTHING else 2)), epochs=200 if EVERYTHING else 100, skip_below=0.0, stop_below=0.0,
     )  # fmt: skip
     # its node gone, a driver can go on for half a minute with the workers it has: 180 trials leave enough for the other faults
     study = prepare(load_study("tiny.yaml"))
@@ -221,7 +221,7 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
     store.write_bytes(empty_store.read_bytes())
     write_study(
         tmp_path, tiny_folder, space__layer="all", space__module=["mlp_down", "attn"],
-        space__seed=list(range(12 if EVERYTHING else 2)), resources__concurrent="auto", epochs=300 if EVERYTHING else 200,
+        space__seed=list(range(12 if EVERYTHING else 2)), resources__concurrent="auto", epochs=300 if EVERYTHING else 100,
         skip_below=0.0, stop_below=0.0,
     )  # fmt: skip
     study, uri = prepare(load_study("tiny.yaml")), f"sqlite:///{store}"

@@ -19,13 +19,19 @@ SMALL = ("--set", "capability.limit=5", "--set", "capability.prose_tokens=64", "
 
 
 @pytest.fixture
-def selected(locft, workplace, tiny_folder, ray_running):
+def selected_on_ray(locft, workplace, tiny_folder, ray_running):
     """Runs a selection of the tiny model; further arguments after the usual ones."""
 
     def run(*arguments):
         return locft("select", tiny_folder, "--edits", "atlas", "--limit", 12, *SMALL, *arguments)
 
     return run
+
+
+@pytest.fixture
+def selected(selected_on_ray, trials_here):
+    """The same in this process."""
+    return selected_on_ray
 
 
 def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_what_is_new(

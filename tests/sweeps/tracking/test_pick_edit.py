@@ -29,6 +29,7 @@ from tests.conftest import write_study
 from tests.heard import Heard
 from tests.mlflow_store import STUDY, config, result
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.trials_here import in_this_process
 
 
 def run(file, *overrides):
@@ -41,7 +42,7 @@ def run(file, *overrides):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, empty_store, tiny_folder, ray_running):
+def study(tmp_path_factory, empty_store, tiny_folder):
     """A finished study in the working directory: folder, file, and what two runs of it left. At the end of the first its pick
     could not be registered."""
 
@@ -52,6 +53,7 @@ def study(tmp_path_factory, empty_store, tiny_folder, ray_running):
     shutil.copy(empty_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
+        in_this_process(here)
         file = write_study(folder, tiny_folder, name="my.study", space__layer=[1])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sweep_module, "_register_pick", other_hardware)
@@ -136,7 +138,7 @@ def test_a_registered_edit_answers_prompts(study, tiny_folder, locft):
     assert {file.suffix for file in folder.iterdir()} <= {".safetensors", ".json", "", ".yaml"}, "nothing is pickled"
 
 
-def test_ctrl_c_or_the_budget_ends_the_registering_and_not_the_answer(workplace, study_file, ray_running, monkeypatch):
+def test_ctrl_c_or_the_budget_ends_the_registering_and_not_the_answer(workplace, study_file, trials_here, monkeypatch):
     def half_a_minute_each(source, work, *, reporter, **_):
         for trial in source:
             found = result(trial)
