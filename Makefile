@@ -41,7 +41,7 @@ check: $(READY)
 # one process, which starts sooner and can be debugged.
 test: $(READY) $(if $(ARGS),,check)
 ifeq ($(ARGS),)
-	@.venv/bin/python -m pytest --quiet -m clock
+	@.venv/bin/python -m pytest --quiet -m clock `grep -rl 'pytest.mark.clock' tests --include='test_*.py'`
 	@.venv/bin/python -m pytest -m 'not clock' -n logical --maxprocesses 4 --dist worksteal
 else
 	@.venv/bin/python -m pytest $(ARGS)

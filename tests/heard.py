@@ -1,10 +1,12 @@
-"""What several tests need around running trials: a reporter that remembers, workers by their processes, results without timings."""
+"""What several tests need around running trials: a reporter that remembers, results without timings, work without training."""
 
-import psutil
+import time
 
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 TIMINGS = ("seconds", "seconds_per_edit", "train_seconds", "evaluate_seconds", "capability_seconds")
+ENDLESS = 10**7
+"""Epochs."""
 
 
 class Heard:
@@ -43,13 +45,8 @@ def comparable(result):
     return result.status, metrics, result.epoch_losses, result.outcomes
 
 
-def trial_workers():
-    """Processes of this test's Ray that run trials."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "TrialWorker.train" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            pass
-    return found
+def sleep_or_finish(config):
+    """Work of a trial that takes no time, or all of it: a worker for it starts without PyTorch, in half the time."""
+    while config.epochs == ENDLESS:
+        time.sleep(1)
+    return TrialResult(config, "done", None, {"reliability": 1.0})

@@ -111,9 +111,10 @@ class RecordFields:
     def __post_init__(self) -> None:
         """Any key may carry the user's own notes, but one that is nearly a known key is that key, misspelt."""
         for key in self.value if self.strict else ():
-            near = get_close_matches(key.lower(), self.known, n=1, cutoff=0.85)
-            known = any(fnmatchcase(key, one) for one in self.known)
-            if not known and near and near[0] not in self.value:
+            if any(fnmatchcase(key, one) for one in self.known):
+                continue
+            near = get_close_matches(key.lower(), self.known, n=1, cutoff=0.85)  # slow
+            if near and near[0] not in self.value:
                 self.tell(_listed([key]), f"unknown key, did you mean {near[0]!r}?")
 
     def find(self, path: str, expected: str) -> Any:

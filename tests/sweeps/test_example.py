@@ -7,6 +7,7 @@ from nbclient import NotebookClient
 
 from tests.conftest import write_study
 
+WITHOUT_RAY = "import pytest, tests.trials_here as here; here.in_this_process(pytest.MonkeyPatch())\n"
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "docs" / "example.ipynb"
 
@@ -31,7 +32,7 @@ def test_the_example_runs(workplace, tiny_folder, monkeypatch):
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     notebook = nbformat.read(FILE, 4)
     (given,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    given.source = f"STUDY, CHANGES = {str(write_study(workplace, tiny_folder))!r}, {{}}"
+    given.source = WITHOUT_RAY + f"STUDY, CHANGES = {str(write_study(workplace, tiny_folder))!r}, {{}}"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(workplace)}}).execute()
     text = "".join(output.text for output in outputs(notebook, "stream"))
     assert "complete 2 trials done, 0 failed" in text and "mlp_down" in text

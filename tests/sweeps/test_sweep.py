@@ -126,7 +126,9 @@ def test_a_wider_space_runs_only_what_is_new_and_a_failing_trial_stops_nothing(g
     """One of the new trials cannot be trained: its cause is recorded, and only it is open afterwards."""
     file, study, done = grid
     monkeypatch.setattr(sweep_module, "measure_baseline", lambda *_: pytest.fail("it is stored with the study"))
-    wider = prepared(file, "space.layer=[0, 1, 2]")
+    wider = prepared(
+        file, "space.layer=[0, 1, 2]", "resources.concurrent=1"
+    )  # another worker would take longer to start
     impossible = dataclasses.replace(study.plan.trials[0], layer=99)
     trials = (impossible, *wider.plan.trials)
     wider = dataclasses.replace(wider, plan=dataclasses.replace(wider.plan, trials=trials, count=len(trials)))
@@ -251,7 +253,14 @@ def test_a_budget_of_trials_counts_those_of_earlier_runs(workplace, study_file, 
 
 
 def test_a_budget_of_minutes_ends_a_study_cleanly(workplace, study_file, ray_running):
-    file = study_file(space__seed=[0, 1, 2], budget={"minutes": 0.12}, epochs=10**6, skip_below=0.0, stop_below=0.0)
+    file = study_file(
+        space__seed=[0, 1, 2],
+        budget={"minutes": 0.12},
+        resources={"concurrent": 1},
+        epochs=10**6,
+        skip_below=0.0,
+        stop_below=0.0,
+    )
     began = time.monotonic()
     done, ran = sweep(prepared(file))
     assert 7 < time.monotonic() - began < 120

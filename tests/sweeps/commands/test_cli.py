@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -589,27 +588,3 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workplace, tiny_fol
     assert done.code == 0 and done.json["trials"]["done"] == done.json["trials"]["planned"] == before["planned"]
     after = locft("status", "tiny.yaml", "--json").json
     assert after["done"] == kept["done"] + before["left"], "nothing was run twice"
-
-
-def test_a_killed_worker_leaves_one_json_object_on_standard_output(workplace, tiny_folder, locft, ray_running):
-    """Ray announces a death on standard output; there it may not be."""
-    from tests.heard import trial_workers
-
-    over, killed = threading.Event(), []
-
-    def kill_once():
-        while not killed and not over.wait(0.05):
-            killed.extend(trial_workers())
-        for worker in killed:
-            worker.kill()
-
-    write_study(workplace, tiny_folder, space__layer=[1], epochs=300, skip_below=0.0, stop_below=0.0)
-    killer = threading.Thread(target=kill_once)
-    killer.start()
-    try:
-        said = locft("sweep", "tiny.yaml", "--no-register", "--json")
-    finally:
-        over.set()
-        killer.join()
-    assert killed and said.code == 0 and said.json["trials"]["done"] == 1
-    assert "its worker died; trying again" in said.err

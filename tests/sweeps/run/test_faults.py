@@ -4,6 +4,7 @@ Whatever dies, the same command goes on: every trial finished once, one run of e
 number that of an undisturbed study.
 """
 
+import json
 import os
 import random
 import re
@@ -11,10 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 
+import pandas as pd
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -24,10 +27,11 @@ from sweeps.commands import ui
 from sweeps.run.trial import resident_workbench, run_trial
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
+from sweeps.sweep import run_sweep
 from sweeps.tracking.outbox import open_outbox
 from sweeps.tracking.study_run import find_tracker
 from tests.conftest import write_study
-from tests.heard import TIMINGS
+from tests.heard import TIMINGS, Heard
 from tests.links import Links, possible
 from tests.ray_nodes import TOKEN, Nodes
 
@@ -73,12 +77,13 @@ class Command:
     def __init__(self, folder, uri, *more, beside=(), **environment):
         """beside: what the command begins with, to run in another place."""
         command = [*beside, sys.executable, "-c", "from sweeps.commands.cli import main; main()", "sweep", "tiny.yaml"]
-        arguments = [*command, "--no-register", "--tracking-uri", uri, *more]
+        arguments = [*command, "--no-register", "--json", "--tracking-uri", uri, *more]
+        self._out = tempfile.TemporaryFile("w+")  # noqa: SIM115 it is read when the process has ended
         self.process = subprocess.Popen(
             arguments,
             cwd=folder,
             text=True,
-            stdout=subprocess.DEVNULL,
+            stdout=self._out,
             stderr=subprocess.PIPE,
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -96,6 +101,14 @@ class Command:
         code = self.process.wait(seconds)
         self._reader.join(10)
         return code
+
+    @property
+    def answer(self) -> dict:
+        """What it printed: one JSON object, and nothing else."""
+        self._out.seek(0)
+        out = self._out.read()
+        assert out.count("\n") == 1 and out.endswith("\n"), out
+        return json.loads(out)
 
     @property
     def finished(self) -> int:
@@ -202,6 +215,7 @@ def test_a_study_survives_everything(tmp_path, tiny_folder, empty_store, monkeyp
         code = command.wait()
         texts.append(command.text)
         assert code == 0, command.text
+        assert command.answer["trials"]["left"] == 0
         for thread in threads:
             thread.join()
         check(study, server.address, "".join(texts), compared=60 if EVERYTHING else 6)
@@ -267,6 +281,10 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
                 assert first[0].wait(60) != 0, "it is told that the others gave it up, and ends"
                 happened.append(f"{how} and came back")
             assert command.wait() == 0, command.text
+            assert "its worker died; trying again" in command.text
+            assert command.answer["trials"]["left"] == 0, (
+                "Ray announces a death on standard output; there it may not be"
+            )
         finally:
             command.end()
             record_property(
@@ -276,7 +294,8 @@ def test_a_cluster_loses_and_gains_nodes(tmp_path, tiny_folder, empty_store, mon
 
 
 def check(study, uri: str, said: str, compared: int) -> None:
-    """Everything is recorded once; a few trials, drawn at random, are compared with the same run here, undisturbed."""
+    """Everything is recorded once; trials that lost a worker, and a few drawn at random, are compared with the same run here,
+    undisturbed."""
     state = read_state(study, find_tracker(uri, study.study.name, study.id))
     assert (state.done, state.failed, state.left) == (len(study.plan.trials), 0, 0)
     assert len(open_outbox(study.id, uri)) == 0
@@ -289,7 +308,9 @@ def check(study, uri: str, said: str, compared: int) -> None:
     assert sorted(trials) == sorted(trial.id for trial in study.plan.trials), "one run a trial"
     assert {run.info.status for run in runs} == {"FINISHED"}
     bench = resident_workbench(study.inputs)
-    for row in state.results.sample(compared, random_state=SEED).to_dict("records"):
+    drawn_rows = state.results.sample(compared, random_state=SEED)
+    retried = state.results[state.results["retried"].fillna("") != ""]
+    for row in pd.concat([drawn_rows, retried]).drop_duplicates("trial_id").to_dict("records"):
         trial = next(trial for trial in study.plan.trials if trial.id == row["trial_id"])
         expected = run_trial(bench, trial)
         for name, value in expected.metrics.items():
@@ -298,7 +319,7 @@ def check(study, uri: str, said: str, compared: int) -> None:
         assert tuple(row["epoch_losses"]) == expected.epoch_losses
 
 
-def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder):
+def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder, trials_here):
     """A file system of a few hundred kilobytes holds the store; it is filled while the study runs."""
     if os.geteuid() != 0 or sys.platform != "linux":
         pytest.skip("mounting a small file system needs root on Linux")
@@ -307,25 +328,26 @@ def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    filler = disk / "filler"
+
+    def fill(result):
+        """With the first result, and for good: what is written next does not fit."""
+        with suppress(OSError), open(filler, "ab", buffering=0) as file:
+            while not heard.notes:
+                file.write(b"0" * 4096)
+
+    class Freeing(Heard):
+        def note(self, text):
+            super().note(text)
+            filler.unlink(missing_ok=True)
+
+    heard = Freeing(then=fill)
     try:
-        write_study(tmp_path, tiny_folder, space__layer="all", epochs=300, skip_below=0.0, stop_below=0.0)
         uri = f"sqlite:///{disk}/mlflow.db"
-        command = Command(tmp_path, uri)
-        assert command.wait_for(1), command.text
-        filler = disk / "filler"
-        with open(filler, "wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(b"0" * 4096)
-            except OSError:
-                pass
-        until = time.monotonic() + 120
-        while "not recorded yet" not in command.text and command.process.poll() is None:
-            assert time.monotonic() < until, command.text
-            time.sleep(0.2)
-        filler.unlink()
-        assert command.wait() == 0, command.text
-        study = prepare(load_study(str(tmp_path / "tiny.yaml")))
+        study = prepare(load_study(str(write_study(tmp_path, tiny_folder, space__layer="all"))))
+        run_sweep(study, uri, show=lambda _: nullcontext(heard))
+        assert "not recorded yet" in heard.notes[0] and "disk is full" in heard.notes[0]
+        assert "recording works again" in heard.notes[-1]
         state = read_state(study, find_tracker(uri, study.study.name, study.id))
         assert (state.done, state.left) == (3, 0)
     finally:

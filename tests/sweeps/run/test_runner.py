@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import signal
-import threading
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -22,12 +21,9 @@ from sweeps.study.resolve import prepare
 from sweeps.study.schema import Resources
 from sweeps.study.trial_types import TrialResult, pack_result, unpack_result
 from tests.conftest import write_study
-from tests.heard import Heard, comparable, trial_workers
+from tests.heard import ENDLESS, Heard, comparable, sleep_or_finish
 from tests.mlflow_store import config
 from tests.tiny import tiny_model, tiny_tokenizer
-
-ENDLESS = 10**7
-"""Epochs."""
 
 
 @pytest.fixture(scope="module")
@@ -99,42 +95,8 @@ def test_a_training_that_diverges_is_a_result_with_finite_metrics(study, baselin
     assert after.metrics["diverged"] == 0 and after.metrics["reliability"] <= 1
 
 
-def sleep_or_finish(config):
-    """Work of a trial that takes no time, or all of it: a worker for it starts in half the time of one that trains."""
-    while config.epochs == ENDLESS:
-        time.sleep(1)
-    return TrialResult(config, "done", None, {"reliability": 1.0})
-
-
 def endless(study, seed=0):
     return dataclasses.replace(study.plan.trials[0], epochs=ENDLESS, seed=seed)
-
-
-def test_a_killed_worker_costs_nothing_but_time(study, baseline):
-    """kill -9 in the middle of a long trial: tried again, finished once, and the same result."""
-    long = dataclasses.replace(study.plan.trials[0], epochs=300, skip_below=0.0, stop_below=0.0)
-    short = study.plan.trials[1]
-    heard, killed, over = Heard(), [], threading.Event()
-
-    def kill_the_survivor():
-        while not killed and not over.wait(0.05):
-            if heard.results and (workers := trial_workers()):  # the short one is done, the long one has begun
-                over.wait(0.2)
-                killed.extend(worker.pid for worker in workers)
-                for worker in workers:
-                    worker.send_signal(signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_the_survivor)
-    killer.start()
-    try:
-        assert run([long, short], training(study, baseline), heard) == "complete"
-    finally:
-        over.set()
-        killer.join()
-    assert killed and heard.deaths == [long]
-    assert heard.by_id[long.id].status == "done" and heard.by_id[short.id].status == "done"
-    expected = run_trial(resident_workbench(study.inputs, baseline), long)
-    assert comparable(heard.by_id[long.id]) == comparable(expected)
 
 
 def test_a_trial_whose_worker_always_dies_is_a_failure(study, ray_running, tmp_path):

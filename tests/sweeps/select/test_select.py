@@ -14,6 +14,7 @@ from sweeps.select.policy import Candidate, Run
 from sweeps.select.request import selection_request
 from sweeps.study.schema import Study
 from sweeps.tracking.store import TrackingError
+from tests.trials_here import in_this_process
 
 SMALL = ("--set", "capability.limit=5", "--set", "capability.prose_tokens=64", "--set", "epochs=6")
 
@@ -35,9 +36,11 @@ def selected(selected_on_ray, trials_here):
 
 
 def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_what_is_new(
-    selected, locft, workplace, tiny_folder, few_probes
+    selected_on_ray, locft, workplace, tiny_folder, few_probes, monkeypatch
 ):
-    said = selected("--budget-share", 0.6)
+    said = selected_on_ray("--budget-share", 0.6)
+    in_this_process(monkeypatch)
+    selected = selected_on_ray
     assert said.code == 0, said.err
     assert "Edit at" in said.out and "Chance that it is the best" in said.out
     (command,) = re.findall("Make the edit: (locft edit .*)", said.out)
@@ -129,8 +132,8 @@ def test_of_many_edits_a_sample_is_compared(selected, workplace, tiny_folder, fe
 
 
 @pytest.mark.clock
-def test_a_budget_in_minutes_is_kept_by_the_clock(selected):
-    said = selected("--budget-minutes", 0.4, "--json")
+def test_a_budget_in_minutes_is_kept_by_the_clock(selected_on_ray):
+    said = selected_on_ray("--budget-minutes", 0.4, "--json")
     assert said.code == 0, said.err
     assert said.json["position"]["how"]["budget"] == {"minutes": 0.4}
     assert said.json["position"]["how"]["wall_seconds"] < 36
