@@ -1,5 +1,6 @@
 """Fixtures that test files share: a tiny model in a folder, one Ray for all, copies of an MLflow store, the command."""
 
+import gc
 import json
 import os
 import shutil
@@ -21,6 +22,10 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor to
 import pytest
 import yaml
 
+gc.set_threshold(
+    50_000, 20, 20
+)  # PyTorch, MLflow and Ray are millions of objects that stay: looking through them took a tenth
+
 LONGEST = "test_faults.py"
 """Its tests take up to two minutes each, most of it waiting."""
 
@@ -28,6 +33,11 @@ LONGEST = "test_faults.py"
 def pytest_collection_modifyitems(items) -> None:
     """Begins with the longest tests: at the end each would keep a single core busy."""
     items.sort(key=lambda item: item.path.name != LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -100,19 +100,18 @@ def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
     if limit == 0:
         alone = [(index, np.arange(len(path))) for index, path in enumerate(paths)]
         return _pack(tree, rows, [path.tolist() for path in paths], alone, None)
-    groups = _prefix_groups(paths)
-    total = sum(len(group.nodes) for group in groups)
-    sequences: list[list[int]] = [[] for _ in range(max(1, round(total / limit)))]
+    groups = sorted(_prefix_groups(paths), key=lambda group: -len(group.nodes))
+    sequences: list[list[int]] = []
     where = [(0, paths[0])] * len(rows)
     seen: list[tuple[int, np.ndarray, int]] = []  # sequence, places of a row's tokens, how many of them are shared
-    for group in sorted(groups, key=lambda b: -len(b.nodes)):
-        number = min(range(len(sequences)), key=lambda n: len(sequences[n]))
-        start = len(sequences[number])
-        sequences[number].extend(group.nodes)
-        for index, places, shared in group.rows:
-            where[index] = (number, places + start)
-            seen.append((number, places + start, shared))
-    sequences = [sequence for sequence in sequences if sequence]
+    for number, together in enumerate(_evenly([len(group.nodes) for group in groups], limit)):
+        sequences.append([])
+        for group in (groups[place] for place in together):
+            start = len(sequences[-1])
+            sequences[-1].extend(group.nodes)
+            for index, places, shared in group.rows:
+                where[index] = (number, places + start)
+                seen.append((number, places + start, shared))
     longest = _rounded(max(map(len, sequences)))
     visible = np.zeros((len(sequences), longest, longest), dtype=bool)
     for number, line, shared in seen:
@@ -121,6 +120,31 @@ def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
         ends = np.arange(len(sequence), longest)
         visible[number, ends, ends] = True  # a token that sees nothing would give NaN
     return _pack(tree, rows, sequences, where, visible[:, None])
+
+
+def _evenly(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Places of these sizes, from the largest, in sequences of about `limit` tokens. Next to a larger one most of the others
+    would be padding: then there are as few and wide ones as cost least."""
+    total, wide = sum(sizes), max(limit, *sizes)
+    counts = range(max(1, round(total / wide)), max(1, round(total / limit)) + 1)
+    return min((_filled(sizes, count) for count in counts), key=lambda found: _cost(found, sizes))
+
+
+def _filled(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Each goes into the sequence that is the shortest so far."""
+    sequences: list[list[int]] = [[] for _ in range(count)]
+    lengths = [0] * count
+    for place, size in enumerate(sizes):
+        number = lengths.index(min(lengths))
+        sequences[number].append(place)
+        lengths[number] += size
+    return [sequence for sequence in sequences if sequence]
+
+
+def _cost(sequences: Sequence[Sequence[int]], sizes: Sequence[int]) -> int:
+    """In attention scores, of a layer."""
+    width = _rounded(max(sum(sizes[place] for place in sequence) for sequence in sequences))
+    return len(sequences) * width * (width + TOKEN_COST)
 
 
 def _rounded(width: int) -> int:

@@ -91,6 +91,13 @@ def test_a_short_beginning_shared_by_many_is_computed_more_than_once():
     assert (pack.nodes >= 0).sum() < 1.25 * (25 + 64 * 16)
 
 
+def test_a_long_row_makes_no_padding_of_the_others():
+    short = [TokenRow(tuple(range(100 * n, 100 * n + 10)), 5) for n in range(1, 41)]
+    rows = [*short, TokenRow(tuple(range(9000, 9200)), 199)]
+    pack = pack_rows(PrefixTree(rows), rows, 96)
+    assert pack.nodes.shape == (3, 200) and (pack.nodes >= 0).all()
+
+
 def test_batches_of_similar_length_have_the_same_shape():
     lengths = range(65, 73)
     rows = [TokenRow((length, *range(1000, 999 + length)), length - 2) for length in lengths]
