@@ -1,4 +1,5 @@
-"""A study from end to end, with real Ray workers and a real MLflow store, on a model that trains in milliseconds."""
+"""A study from end to end, with a real MLflow store and, where it is interrupted or out of time, real Ray workers, on a model
+that trains in milliseconds. `tests/sweeps/run` has more of Ray."""
 
 import contextlib
 import dataclasses
@@ -75,11 +76,13 @@ def place(tmp_path_factory, empty_store):
 
 
 @pytest.fixture(scope="module")
-def grid(place, tiny_folder, ray_running):
+def grid(place, tiny_folder):
     """A finished grid study of four trials."""
     file = write_study(place, tiny_folder, space__module=["mlp_down", "attn"])
     study = prepared(file)
-    done, ran = sweep(study)
+    with pytest.MonkeyPatch.context() as patch:
+        in_this_process(patch)
+        done, ran = sweep(study)
     assert len(ran) == 4
     return file, study, done
 
@@ -122,13 +125,11 @@ def test_the_same_command_again_runs_nothing_and_says_the_same(grid, monkeypatch
     assert again.answer.recommendation == done.answer.recommendation and again.answer.front == done.answer.front
 
 
-def test_a_wider_space_runs_only_what_is_new_and_a_failing_trial_stops_nothing(grid, monkeypatch):
+def test_a_wider_space_runs_only_what_is_new_and_a_failing_trial_stops_nothing(grid, trials_here, monkeypatch):
     """One of the new trials cannot be trained: its cause is recorded, and only it is open afterwards."""
     file, study, done = grid
     monkeypatch.setattr(sweep_module, "measure_baseline", lambda *_: pytest.fail("it is stored with the study"))
-    wider = prepared(
-        file, "space.layer=[0, 1, 2]", "resources.concurrent=1"
-    )  # another worker would take longer to start
+    wider = prepared(file, "space.layer=[0, 1, 2]")
     impossible = dataclasses.replace(study.plan.trials[0], layer=99)
     trials = (impossible, *wider.plan.trials)
     wider = dataclasses.replace(wider, plan=dataclasses.replace(wider.plan, trials=trials, count=len(trials)))

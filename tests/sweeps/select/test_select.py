@@ -14,7 +14,6 @@ from sweeps.select.policy import Candidate, Run
 from sweeps.select.request import selection_request
 from sweeps.study.schema import Study
 from sweeps.tracking.store import TrackingError
-from tests.trials_here import in_this_process
 
 SMALL = ("--set", "capability.limit=5", "--set", "capability.prose_tokens=64", "--set", "epochs=6")
 
@@ -36,11 +35,9 @@ def selected(selected_on_ray, trials_here):
 
 
 def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_what_is_new(
-    selected_on_ray, locft, workplace, tiny_folder, few_probes, monkeypatch
+    selected, locft, workplace, tiny_folder, few_probes
 ):
-    said = selected_on_ray("--budget-share", 0.6)
-    in_this_process(monkeypatch)
-    selected = selected_on_ray
+    said = selected("--budget-share", 0.6)
     assert said.code == 0, said.err
     assert "Edit at" in said.out and "Chance that it is the best" in said.out
     (command,) = re.findall("Make the edit: (locft edit .*)", said.out)
