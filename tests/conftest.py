@@ -22,9 +22,8 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor to
 import pytest
 import yaml
 
-gc.set_threshold(
-    50_000, 20, 20
-)  # PyTorch, MLflow and Ray are millions of objects that stay: looking through them took a tenth
+# PyTorch, MLflow and Ray are millions of objects that stay: looking through them again and again took a tenth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 LONGEST = "test_faults.py"
 """Its tests take up to two minutes each, most of it waiting."""
