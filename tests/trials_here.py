@@ -5,34 +5,30 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from sweeps.run.dispatch import ListedTrials, Room
-from sweeps.run.runner import SAME_FAILURES, failed_trial
-from sweeps.study.trial_types import pack_result, unpack_result
+from sweeps.run.dispatch import Dispatch, ListedTrials, Room
+from sweeps.run.runner import TrialListener, TrialWorker
+
+ONE = "one"
+"""The key of the trial that runs."""
 
 
-def run_trials(source, work, *, reporter, deadline=math.inf, **_):
-    """`sweeps.run.runner.run_trials`, one trial after the other."""
-    search = ListedTrials(source) if isinstance(source, Sequence) else source
-    errors = []
+def run_trials(source, work, *, room, reporter, deadline=math.inf, **_):
+    """`sweeps.run.runner.run_trials`, one trial after the other: what a worker does and what the driver hears are its own."""
+    dispatch = Dispatch(ListedTrials(source) if isinstance(source, Sequence) else source, room)
+    listener = TrialListener(dispatch, room, reporter, deadline, patience=lambda _: math.inf)
     while time.monotonic() < deadline:
-        key = str(len(errors))
-        config = search.propose(key)
+        config = dispatch.next(ONE)
         if config is None:
             return "complete"
         reporter.started(1)
-        try:
-            result = work(config)
-        except Exception as error:
-            result = failed_trial(config, error)
-        result = unpack_result(pack_result(result))
-        search.learn(key, result)
-        errors.append(result.error)
-        reporter.finished(result, 0)
-        if len(errors) == SAME_FAILURES and errors[0] and len(set(errors)) == 1:
-            return "same_failure"
+        result = TrialWorker.step(SimpleNamespace(config={"trial": config.to_dict()}, _work=work))
+        listener.on_trial_result(0, [], SimpleNamespace(trial_id=ONE), result)
+        if listener.ending != "complete":
+            return listener.ending
     return "out_of_time"
 
 

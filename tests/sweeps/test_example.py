@@ -27,7 +27,7 @@ def test_the_example_is_executed_small_and_free_of_errors():
 
 
 def test_the_example_runs(workplace, tiny_folder, monkeypatch):
-    """As it stands, on a study of two trials."""
+    """As it stands, on a study of two trials, which run in the process of the notebook."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     notebook = nbformat.read(FILE, 4)

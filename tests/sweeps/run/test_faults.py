@@ -321,7 +321,7 @@ def check(study, uri: str, said: str, compared: int) -> None:
 
 
 def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder, trials_here):
-    """A file system of a few hundred kilobytes holds the store; it is filled while the study runs."""
+    """A file system of six megabytes holds the store; it is filled while the study runs."""
     if os.geteuid() != 0 or sys.platform != "linux":
         pytest.skip("mounting a small file system needs root on Linux")
     disk = tmp_path / "disk"
