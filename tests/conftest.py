@@ -22,8 +22,7 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="locft-state-")  # nor to
 import pytest
 import yaml
 
-# PyTorch, MLflow and Ray are millions of objects that stay: looking through them again and again took a tenth of the time.
-gc.set_threshold(50_000, 20, 20)
+import sweeps  # noqa: F401  also sets how often garbage is collected, in tests of the other packages too
 
 LONGEST = "test_faults.py"
 """Its tests take up to two minutes each, most of it waiting."""

@@ -312,7 +312,10 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     names = [name for name in (*METRICS, *part_columns(results)) if name in finished.columns]
     finished[names] = finished[names].where(np.isfinite(finished[names].astype("float64")))
     keys = list(SETTING_AXES)
-    groups = finished.groupby(keys, dropna=False, sort=False)
+    of_setting = finished.groupby(
+        keys, dropna=False, sort=False
+    ).ngroup()  # many keys take time in everything that follows
+    groups = finished.groupby(of_setting.to_numpy(), sort=False)
     table = finished.loc[~finished.duplicated(keys)].reset_index(drop=True)  # in the order of the groups
     if table.empty:
         absent = dict.fromkeys((*SPREADS, "reliability_se"), 0.0)
@@ -320,7 +323,7 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     table[names] = groups[names].mean().reset_index(drop=True)
     table["diverged"] = groups["diverged"].max().fillna(0.0).to_numpy()
     trials: list[list[tuple]] = [[] for _ in range(len(table))]
-    for group, *trial in zip(groups.ngroup(), *(finished[name] for name in ("trial_id", "seed", "right")), strict=True):
+    for group, *trial in zip(of_setting, *(finished[name] for name in ("trial_id", "seed", "right")), strict=True):
         trials[group].append(tuple(trial))
     of_group = {
         "trial_ids": [tuple(trial for trial, _, _ in group) for group in trials],
@@ -335,7 +338,8 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     several = (groups["drift_kl"].count() > 1).to_numpy()
     table["drift_kl_low"] = np.where(several, groups["drift_kl"].min(), np.nan)
     table["drift_kl_high"] = np.where(several, groups["drift_kl"].max(), np.nan)
-    table["reliability_se"] = [standard_error(row, "reliability") for row in table.to_dict("records")]
+    known = table[["reliability", "n_edits", "n_seeds", "reliability_sd"]].to_dict("records")
+    table["reliability_se"] = [standard_error(row, "reliability") for row in known]
     lost = Counter(_settings_of(failed(results)))
     table["n_failed"] = [lost[setting] for setting in _settings_of(table)]
     return table

@@ -5,14 +5,16 @@ its position, its neighbours and its kind of module, and of how far the probe ca
 (`sweeps.select.belief`). The next runs are those most likely to matter for what they cost. `tests/benchmarks/replay.py`
 compares this with other policies.
 
-A policy is a generator: it yields rungs of runs and is sent the scores of all runs finished so far. It knows nothing of
-Ray, files or clocks (what a run cost is part of its score), so the same code selects live, resumes from stored scores, and
-is replayed in milliseconds against a table of known results.
+A policy is a generator: it yields rungs of runs and is sent the scores of all runs so far, those that are still running
+included. So a free worker need not wait for the others. A policy knows nothing of Ray, files or clocks (what a run cost is
+part of its score), so the same code selects live, resumes from stored scores, and is replayed in milliseconds against a
+table of known results.
 """
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -68,9 +70,18 @@ class Score:
     """The result of a run."""
 
     row: Mapping[str, Any]
-    """Of the results table (`TrialResult.to_row`)."""
+    """Of the results table (`TrialResult.to_row`); of a run that is not over, its status alone."""
     seconds: float
     """What it cost, in seconds of one worker."""
+
+    @classmethod
+    def still_running(cls, seconds: float) -> "Score":
+        """seconds: what the run is expected to cost."""
+        return cls({"status": "running"}, seconds)
+
+    @property
+    def is_running(self) -> bool:
+        return self.row["status"] == "running"
 
     @property
     def comparable(self) -> bool:
@@ -131,10 +142,13 @@ class Rung:
 
 
 Scores = Mapping[Run, Score]
-Policy = Callable[[SelectionTask], Generator[Rung, Scores, None]]
+Rungs = Generator[Rung | None, Scores, Scores]
+"""Yields None to be sent the scores again when a run that is still going is over."""
+Policy = Callable[[SelectionTask, Scores], Rungs]
+"""From what is to be selected, and the scores of an earlier call."""
 
 
-def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
+def survey(task: SelectionTask, known: Scores = MappingProxyType({})) -> Rungs:
     """Spends each second where it is most likely to matter: at positions that may be the pick or on the front, by what the
     runs so far let one expect (`sweeps.select.belief`).
 
@@ -142,38 +156,53 @@ def survey(task: SelectionTask) -> Generator[Rung, Scores, None]:
     budget a little is kept to confirm the leader, if that pays for a run at all. The survey ends early when
     nothing left is likely to be the pick.
     """
-    scores: Scores = {}
-    served = [nearest(task, depth, module) for depth, module in task.priors]
+    scores = known
     while any(first_run(task, candidate) not in scores for candidate in task.candidates):
-        expected = expectations(task, scores)
-        if scores and _elsewhere(task, scores, expected) < UNLIKELY:
+        rung = _next_positions(task, scores)
+        if rung is None and not running(scores):
             break
-        telling, why = _most_telling(task, expected, len(scores)), "the likeliest to matter for what they cost"
-        if len(scores) < FIRST:
-            telling, why = _apart(task, telling, scores), f"{why}, apart in depth"
-        asked = [run for run in dict.fromkeys(first_run(task, c) for c in (*served, *telling)) if run not in scores]
-        kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
-        rest = budget_left(task, scores)
-        payable = [run for run in asked if affordable(task, scores, [*kept, run], rest)[len(kept) :]]
-        fit = affordable(task, scores, [*kept, *payable], rest)[len(kept) :]
-        most = len(fit) // RUNGS
-        if len(scores) < FIRST:
-            most = min(most, FIRST - len(scores))
-        runs = fit[: max(task.concurrent, most)] or ([] if scores else asked[:1])
-        if not runs:
-            break
-        runs = sorted(runs, key=task.seconds, reverse=True)  # the longest first, so that workers end together
-        scores = yield Rung("survey", tuple(runs), f"{len(runs)} positions: {why}")
+        scores = yield rung
     scores = yield from confirm(task, scores)
     if runs := with_all_edits(task, scores):
-        yield Rung("all edits", tuple(runs), "the leader with all edits, to know what to expect of it")
+        scores = yield Rung("all edits", tuple(runs), "the leader with all edits, to know what to expect of it")
+    return scores
+
+
+def _next_positions(task: SelectionTask, scores: Scores) -> Rung | None:
+    """None where nothing that is left is affordable, or likely to be the pick."""
+    expected = expectations(task, scores)
+    if scores and _elsewhere(task, scores, expected) < UNLIKELY:
+        return None
+    telling, why = _most_telling(task, expected, len(scores)), "the likeliest to matter for what they cost"
+    if len(scores) < FIRST:
+        telling, why = _apart(task, telling, scores), f"{why}, apart in depth"
+    served = [nearest(task, depth, module) for depth, module in task.priors]
+    asked = [run for run in dict.fromkeys(first_run(task, c) for c in (*served, *telling)) if run not in scores]
+    kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
+    rest = budget_left(task, scores)
+    payable = [run for run in asked if affordable(task, scores, [*kept, run], rest)[len(kept) :]]
+    fit = affordable(task, scores, [*kept, *payable], rest)[len(kept) :]
+    most = len(fit) // RUNGS
+    if len(scores) < FIRST:
+        most = min(most, FIRST - len(scores))
+    runs = fit[: max(task.concurrent, most)] or ([] if scores else asked[:1])
+    if not runs:
+        return None
+    runs = sorted(runs, key=task.seconds, reverse=True)  # the longest first, so that workers end together
+    return Rung("survey", tuple(runs), f"{len(runs)} positions: {why}")
+
+
+def running(scores: Scores) -> list[Run]:
+    """The runs that are not over."""
+    return [run for run, score in scores.items() if score.is_running]
 
 
 def expectations(task: SelectionTask, scores: Scores) -> Chances:
     """The chances of the candidates at their starting rates, in their order."""
     measured: dict[Run, list[Score]] = {}
     for run, score in scores.items():
-        measured.setdefault(replace(run, seed=0), []).append(score)
+        if not score.is_running:
+            measured.setdefault(replace(run, seed=0), []).append(score)
     places = []
     for candidate in task.candidates:
         run = first_run(task, candidate)
@@ -214,14 +243,20 @@ def _most_telling(task: SelectionTask, expected: Chances, runs: int) -> list[Can
     return sorted(task.candidates, key=lambda c: (-worth[c], c.disturbance, c.layer, c.module))
 
 
-def confirm(task: SelectionTask, scores: Scores) -> Generator[Rung, Scores, Scores]:
-    """Run what could still change the answer, the most telling first. The budget need not be used up. Returns all scores."""
+def confirm(task: SelectionTask, scores: Scores) -> Rungs:
+    """Run what could still change the answer, the most telling first, once the runs before are over. The budget need not be
+    used up. Returns all scores."""
+    while running(scores):
+        scores = yield None
     while True:
         wanted = confirmations(task, scores)
         runs = affordable(task, scores, wanted[: task.concurrent], budget_left(task, scores))
-        if not runs:
+        if runs:
+            scores = yield Rung("confirm", tuple(runs), "; ".join(intent(run, scores) for run in runs))
+        elif running(scores):
+            scores = yield None
+        else:
             return scores
-        scores = yield Rung("confirm", tuple(runs), "; ".join(intent(run, scores) for run in runs))
 
 
 def with_all_edits(task: SelectionTask, scores: Scores) -> list[Run]:
@@ -306,9 +341,10 @@ def spent(scores: Scores) -> float:
 
 
 def slowness(task: SelectionTask, scores: Scores) -> float:
-    """What the runs cost, by what was expected of them."""
-    predicted = sum(task.seconds(run) for run in scores)
-    return spent(scores) / predicted if predicted else 1.0
+    """What the runs that are over cost, by what was expected of them."""
+    over = {run: score for run, score in scores.items() if not score.is_running}
+    predicted = sum(map(task.seconds, over))
+    return spent(over) / predicted if predicted else 1.0
 
 
 def affordable(task: SelectionTask, scores: Scores, runs: Sequence[Run], seconds: float) -> list[Run]:

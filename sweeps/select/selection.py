@@ -7,7 +7,7 @@ are runs of one MLflow study, so the same command resumes, and nothing runs twic
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -32,6 +32,7 @@ from sweeps.select.policy import (
     Policy,
     Run,
     Rung,
+    Rungs,
     Score,
     Scores,
     SelectionTask,
@@ -55,6 +56,7 @@ FINISHING_SECONDS = 10.0
 BUSY = 0.95
 """Share of a budget in minutes that workers spend in trials."""
 PROBE_FILE = "probe.json"
+EARLIER = "the runs of an earlier call of this command"
 
 
 class SelectionReporter(Reporter, Protocol):
@@ -114,10 +116,10 @@ def _select(
         return Score(row, row.get("seconds", 0.0) if share is None else task.seconds(run))
 
     def tell(rung: Rung, open_runs: int) -> None:
-        reporter.rung(rung, open_runs, min(deadline - time.monotonic(), _seconds_left(task, search.scores)))
+        reporter.rung(rung, open_runs, min(deadline - time.monotonic(), _seconds_left(task, search.so_far)))
 
     known = {run: score(run, row) for run, row in _finished(request, tracker.load_results(curves=False))}
-    search = PolicySearch(policy(task), request.config, score, known, tell)
+    search = PolicySearch(policy(task, known), request.config, score, task.seconds, known, tell)
     ending = session.run_trials(search, baseline, reporter, deadline)
     results = tracker.load_results()
     own = np.array([request.run(config_of_row(row)) is not None for row in results.to_dict("records")], dtype=bool)
@@ -156,39 +158,45 @@ def _finished(request: SelectionRequest, results: pd.DataFrame) -> list[tuple[Ru
 
 
 class PolicySearch:
-    """A policy as a `sweeps.run.dispatch.Search`: the runs of a rung side by side, the next rung when all are in.
-
-    What is known is not run again, so a stopped selection resumes.
-    """
+    """A policy as a `sweeps.run.dispatch.Search`. What is known is not run again, so a stopped selection resumes."""
 
     def __init__(
         self,
-        policy: Generator[Rung, Scores, None],
+        policy: Rungs,
         to_config: Callable[[Run], TrialConfig],
         to_score: Callable[[Run, dict[str, Any]], Score],
+        seconds: Callable[[Run], float],
         known: Scores,
         tell: Callable[[Rung, int], None],
     ):
-        """to_score: from a row of the results table. known: scores of earlier runs. tell: hears of every rung, and how many
-        of its runs are not known yet."""
-        self.rungs: list[Rung] = []
-        self.scores: dict[Run, Score] = {}
-        """Of the runs that the rungs asked for."""
-        self._policy, self._known = policy, known
-        self._to_config, self._to_score, self._tell = to_config, to_score, tell
+        """to_score: from a row of the results table. seconds: expected cost of a run. known: scores of an earlier call, with
+        which the policy began. tell: hears of every rung, and how many of its runs are not known yet."""
+        self.rungs: list[Rung] = [Rung("earlier", tuple(known), EARLIER)] if known else []
+        self.scores = dict(known)
+        """Of all runs that are over."""
+        self._policy, self._begun = policy, False
+        self._to_config, self._to_score, self._seconds, self._tell = to_config, to_score, seconds, tell
         self._queue: list[Run] = []
         self._running: dict[str, Run] = {}
 
+    @property
+    def so_far(self) -> Scores:
+        """Of all runs that have begun."""
+        return self.scores | {run: Score.still_running(self._seconds(run)) for run in self._running.values()}
+
     def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
+        if not self._begun and self.rungs:
+            self._tell(self.rungs[0], 0)
         while not self._queue:
-            if self._running:
-                return "wait"
             try:
-                rung = self._policy.send(dict(self.scores) if self.rungs else None)
+                rung = self._policy.send(self.so_far if self._begun else None)
             except StopIteration:
                 return None
+            finally:
+                self._begun = True
+            if rung is None:
+                return "wait"
             self.rungs.append(rung)
-            self.scores |= {run: self._known[run] for run in rung.runs if run in self._known}
             self._queue = [run for run in rung.runs if run not in self.scores]
             self._tell(rung, len(self._queue))
         run = self._queue.pop(0)

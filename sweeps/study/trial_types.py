@@ -19,6 +19,8 @@ from locft.train.formats import UNSEEN, parse_formats
 
 METHOD_VERSION = 1
 """Raised whenever the same configuration would give another result, so that old results are not taken for new ones."""
+METHOD_VERSIONS = {"natural_gradient": 2}
+"""The same of single values of the axis `method`, where only their results are others."""
 
 
 class _TrialConfigMethods:

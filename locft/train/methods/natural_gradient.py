@@ -3,8 +3,8 @@
 Minimised is what `low_curvature` minimises: the loss f of the edits plus a penalty on predicted drift. With its gradient g + p H,
 where H is the gradient of the drift, a step is -a P(g + p H). P(g) = (R + r)^-1 g (K + k)^-1 turns a gradient by the factors
 of `locft.train.methods.curvature`: of all changes for which the linear forecast of the loss falls by the same amount, this
-one has the least predicted drift (natural gradient with K-FAC, arXiv 1503.05671). The length a makes the forecast of f fall by
-`SHARE` of it (Polyak's step size), so there is no learning rate to find, for any model or position.
+one has the least predicted drift (natural gradient with K-FAC, arXiv 1503.05671). The length a makes the forecast of f fall to 0
+(Polyak's step size), so there is no learning rate to find, for any model or position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,6 @@ from locft.train.methods.curvature import Curvature
 from locft.train.methods.low_curvature import LowCurvature
 from locft.train.methods.method import MethodSettings, Parameter
 
-SHARE = 0.7
-"""Of the loss, by which a step makes its linear forecast fall."""
 DAMPING = 0.3
 """Share of a factor's mean eigenvalue that is added to all of them: how far directions that prose hardly uses are trusted to be
 free."""
@@ -50,7 +48,7 @@ class NaturalGradient(LowCurvature):
         turned = [self.inverse[name].gradient(own) for name, own in zip(self.base, gradients, strict=True)]
         slopes = [(own * one).sum().double() for own, one in zip(gradients, turned, strict=True)]
         slope = torch.stack(slopes).sum().clamp(min=LEAST_SLOPE)
-        length = torch.minimum(SHARE * (loss + beside) / slope, (2 * MOST_DRIFT / slope).sqrt())
+        length = torch.minimum((loss + beside) / slope, (2 * MOST_DRIFT / slope).sqrt())
         price = self.price(loss)
         for (name, weight), one in zip(self.weights.items(), turned, strict=True):
             weight.grad = one.add_(price * self.drift_gradient(name)).mul_(length)

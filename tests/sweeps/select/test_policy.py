@@ -274,30 +274,57 @@ def config_of(run):
     )
 
 
-def test_a_search_waits_for_the_rung_and_goes_on_from_what_is_known():
-    world, told = World(), []
+def searched(world, share=0.1):
+    """A search over the world, by what is known; and what it told of its rungs."""
+    told, task = [], world.task(share)
 
     def search(known):
-        task = world.task(0.1)
-        return PolicySearch(
-            survey(task), config_of, lambda run, _: world.score(run), known, lambda r, n: told.append(n)
-        )
+        scored = lambda run, _: world.score(run)  # noqa: E731
+        return PolicySearch(survey(task, known), config_of, scored, task.seconds, known, lambda r, n: told.append(n))
 
-    found, started = search({}), 0
+    return search, told
+
+
+def finish(search, running=()):
+    """Runs all that a search proposes, one after the other, beside what is running; returns the configurations."""
+    found, running = [], dict(running)
+    while (config := search.propose(key := f"x{len(found)}")) is not None:
+        if config == "wait":
+            key, config = running.popitem()
+        else:
+            found.append(config)
+        search.learn(key, TrialResult(config, "done"))
+    return found
+
+
+def test_a_search_goes_on_from_what_is_known():
+    search, told = searched(World())
+    found = search({})
     first = found.propose("a")
     assert found.propose("b") not in ("wait", None)
     found.learn("a", TrialResult(first, "done"))
     found.learn("b", None)  # its worker was killed
-    while (config := found.propose("x")) is not None:
-        assert config != "wait"
-        found.learn("x", TrialResult(config, "done"))
-        started += 1
-    assert started == sum(told) - 2 and len(found.scores) == sum(told) - 1
-    lost = found.rungs[0].runs[1]
-    again = search({run: score for run, score in found.scores.items() if run != lost})
-    missing = again.propose("x")
-    assert missing == config_of(lost) and again.propose("y") == "wait", "only the lost run is open in the first rung"
-    again.learn("x", TrialResult(missing, "done"))
-    while (config := again.propose("x")) is not None:
-        again.learn("x", TrialResult(config, "done"))
-    assert set(again.rungs[0].runs) <= set(again.scores) and {rung.name for rung in again.rungs[:2]} == {"survey"}
+    started = 1 + len(finish(found))
+    assert started == sum(told) - 1 == len(found.scores), "what is lost may be asked for again"
+    again = search(found.scores)
+    assert finish(again) == [] and again.scores == found.scores
+    assert [rung.name for rung in again.rungs] == ["earlier"] and set(again.rungs[0].runs) == set(found.scores)
+    half = dict(list(found.scores.items())[: len(found.scores) // 2])
+    resumed = search(half)
+    assert finish(resumed) and set(half) < set(resumed.scores) and resumed.rungs[1].name == "survey"
+
+
+def test_a_free_worker_does_not_wait_for_a_slow_one():
+    search, _ = searched(World(), 0.2)
+    found = search({})
+    slow = found.propose("slow")
+    beside = []
+    while (config := found.propose("quick")) not in ("wait", None):
+        assert config != slow
+        beside.append(config)
+        found.learn("quick", TrialResult(config, "done"))
+    assert config == "wait" and {rung.name for rung in found.rungs} == {"survey"}, "the leader is known at the end only"
+    assert len(beside) > 4 and len(set(beside)) == len(beside)
+    assert spent(found.so_far) <= World().task(0.2).budget
+    rest = finish(found, {"slow": slow})
+    assert rest and {rung.name for rung in found.rungs[-2:]} == {"confirm"} and found.propose("x") is None
