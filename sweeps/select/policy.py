@@ -22,6 +22,7 @@ import pandas as pd
 
 from analysis.stats.pick import evidence_of, judge
 from analysis.stats.table import mean_right
+from analysis.stats.wording import plural
 from sweeps.select.belief import REACH, SCALES, Chances, Place, chances
 
 STEP_GAIN = 1.0
@@ -189,7 +190,7 @@ def _next_positions(task: SelectionTask, scores: Scores) -> Rung | None:
     if not runs:
         return None
     runs = sorted(runs, key=task.seconds, reverse=True)  # the longest first, so that workers end together
-    return Rung("survey", tuple(runs), f"{len(runs)} positions: {why}")
+    return Rung("survey", tuple(runs), f"{plural(len(runs), 'position')}: {why}")
 
 
 def running(scores: Scores) -> list[Run]:

@@ -21,7 +21,7 @@ from sweeps.study.plan import (
 )
 from sweeps.study.reader import load_study, ready_studies
 from sweeps.study.schema import Study
-from sweeps.study.trial_types import METHOD_VERSION, StudyFacts
+from sweeps.study.trial_types import METHOD_VERSION, METHOD_VERSIONS, StudyFacts
 
 MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
 
@@ -190,6 +190,14 @@ def test_a_trial_carries_everything_that_decides_its_result():
         "dtype": "bfloat16",
         "precision": "float32",
         "method_version": METHOD_VERSION,
+    }
+
+
+def test_a_method_with_other_results_than_before_has_trials_of_its_own():
+    plan = make_plan(make_study({"method": ["full", "natural_gradient"]}), FACTS)
+    assert {trial.method: trial.method_version for trial in plan.trials} == {
+        "full": METHOD_VERSION,
+        "natural_gradient": METHOD_VERSIONS["natural_gradient"],
     }
 
 
