@@ -312,9 +312,7 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     names = [name for name in (*METRICS, *part_columns(results)) if name in finished.columns]
     finished[names] = finished[names].where(np.isfinite(finished[names].astype("float64")))
     keys = list(SETTING_AXES)
-    of_setting = finished.groupby(
-        keys, dropna=False, sort=False
-    ).ngroup()  # many keys take time in everything that follows
+    of_setting = finished.groupby(keys, dropna=False, sort=False).ngroup()  # one key takes less time than many
     groups = finished.groupby(of_setting.to_numpy(), sort=False)
     table = finished.loc[~finished.duplicated(keys)].reset_index(drop=True)  # in the order of the groups
     if table.empty:

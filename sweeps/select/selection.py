@@ -178,6 +178,8 @@ class PolicySearch:
         self._to_config, self._to_score, self._seconds, self._tell = to_config, to_score, seconds, tell
         self._queue: list[Run] = []
         self._running: dict[str, Run] = {}
+        self._waits = False
+        """The policy wants to know how a running run ends: it is not asked again before one does."""
 
     @property
     def so_far(self) -> Scores:
@@ -187,6 +189,8 @@ class PolicySearch:
     def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
         if not self._begun and self.rungs:
             self._tell(self.rungs[0], 0)
+        if self._waits:
+            return "wait"
         while not self._queue:
             try:
                 rung = self._policy.send(self.so_far if self._begun else None)
@@ -195,6 +199,7 @@ class PolicySearch:
             finally:
                 self._begun = True
             if rung is None:
+                self._waits = True
                 return "wait"
             self.rungs.append(rung)
             self._queue = [run for run in rung.runs if run not in self.scores]
@@ -206,6 +211,7 @@ class PolicySearch:
     def learn(self, key: str, result: TrialResult | None) -> None:
         """A run that brought no result stays unknown, and the policy goes on without it."""
         run = self._running.pop(key)
+        self._waits = False
         if result is not None:
             self.scores[run] = self._to_score(run, result.to_row())
 

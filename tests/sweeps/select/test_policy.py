@@ -274,13 +274,25 @@ def config_of(run):
     )
 
 
-def searched(world, share=0.1):
+def recorded(policy, sent):
+    """The policy, while what it is sent is kept."""
+    answer = next(policy)
+    while True:
+        sent.append((yield answer))
+        try:
+            answer = policy.send(sent[-1])
+        except StopIteration:
+            return
+
+
+def searched(world, share=0.1, wrapped=lambda policy: policy):
     """A search over the world, by what is known; and what it told of its rungs."""
     told, task = [], world.task(share)
 
     def search(known):
         scored = lambda run, _: world.score(run)  # noqa: E731
-        return PolicySearch(survey(task, known), config_of, scored, task.seconds, known, lambda r, n: told.append(n))
+        policy = wrapped(survey(task, known))
+        return PolicySearch(policy, config_of, scored, task.seconds, known, lambda r, n: told.append(n))
 
     return search, told
 
@@ -315,7 +327,8 @@ def test_a_search_goes_on_from_what_is_known():
 
 
 def test_a_free_worker_does_not_wait_for_a_slow_one():
-    search, _ = searched(World(), 0.2)
+    sent = []
+    search, _ = searched(World(), 0.2, lambda policy: recorded(policy, sent))
     found = search({})
     slow = found.propose("slow")
     beside = []
@@ -326,5 +339,7 @@ def test_a_free_worker_does_not_wait_for_a_slow_one():
     assert config == "wait" and {rung.name for rung in found.rungs} == {"survey"}, "the leader is known at the end only"
     assert len(beside) > 4 and len(set(beside)) == len(beside)
     assert spent(found.so_far) <= World().task(0.2).budget
+    before = len(sent)
+    assert found.propose("quick") == "wait" and len(sent) == before, "nothing is over that the policy does not know of"
     rest = finish(found, {"slow": slow})
     assert rest and {rung.name for rung in found.rungs[-2:]} == {"confirm"} and found.propose("x") is None
