@@ -50,7 +50,7 @@ class Progress:
 
     def rung(self, rung: "Rung", open_runs: int, left: float) -> None:
         """A rung of a selection begins, of which `open_runs` are not done yet. left: seconds that the rest of the budget takes."""
-        self.planned = self.done + self.failed + open_runs
+        self.planned += open_runs
         known = len(rung.runs) - open_runs
         text = f"{rung.name}: {rung.why}" + (f" ({known} already known)" if known else "")
         if open_runs:

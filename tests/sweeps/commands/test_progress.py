@@ -120,7 +120,9 @@ def test_a_selection_is_told_rung_by_rung(capsys):
         shown.finished(result(config(3)), 1)
         shown.finished(failure(config(4), "OutOfMemoryError"), 0)
         shown.rung(Rung("rung 2", (replace(run, layer=6),), "further kinds"), 1, 90.0)
-        shown.finished(result(config(6)), 0)
+        shown.rung(Rung("rung 3", (replace(run, layer=7),), "beside a run that is not over"), 1, 60.0)
+        shown.finished(result(config(6)), 1)
+        shown.finished(result(config(7)), 0)
     said = capsys.readouterr().err
     lines = said.splitlines()
     told = "rung 1: the probe's best (1 already known); about 12 min of the budget remain (--budget-share or --budget-minutes sets it)"
@@ -130,4 +132,4 @@ def test_a_selection_is_told_rung_by_rung(capsys):
         lines[3].endswith("failed: OutOfMemoryError")
         and lines[4] == "rung 2: further kinds; about 90 s of the budget remain"
     )
-    assert lines[5].startswith("[3/3] 6.mlp_down") and "left" not in said
+    assert lines[6].startswith("[3/4] 6.mlp_down") and lines[7].startswith("[4/4] 7.mlp_down") and "left" not in said
