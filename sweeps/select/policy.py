@@ -13,8 +13,7 @@ table of known results.
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +129,8 @@ class SelectionTask:
     """Whether the leader may be tried at another than its starting rate as well."""
     priors: tuple[tuple[float, str], ...] = ()
     """Relative depth and module of positions that served in other models; they are tried early."""
+    known: Mapping[Run, Score] = field(default_factory=dict)
+    """Of the runs of an earlier call."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,12 @@ class Rung:
 
 
 Scores = Mapping[Run, Score]
-Rungs = Generator[Rung | None, Scores, Scores]
+Rungs = Generator[Rung | None, Scores, None]
 """Yields None to be sent the scores again when a run that is still going is over."""
-Policy = Callable[[SelectionTask, Scores], Rungs]
-"""From what is to be selected, and the scores of an earlier call."""
+Policy = Callable[[SelectionTask], Rungs]
 
 
-def survey(task: SelectionTask, known: Scores = MappingProxyType({})) -> Rungs:
+def survey(task: SelectionTask) -> Rungs:
     """Spends each second where it is most likely to matter: at positions that may be the pick or on the front, by what the
     runs so far let one expect (`sweeps.select.belief`).
 
@@ -157,7 +157,9 @@ def survey(task: SelectionTask, known: Scores = MappingProxyType({})) -> Rungs:
     budget a little is kept to confirm the leader, if that pays for a run at all. The survey ends early when
     nothing left is likely to be the pick.
     """
-    scores = known
+    scores: Scores = task.known
+    if scores:
+        scores = yield Rung("earlier", tuple(scores), "the runs of an earlier call of this command")
     while any(first_run(task, candidate) not in scores for candidate in task.candidates):
         rung = _next_positions(task, scores)
         if rung is None and not running(scores):
@@ -165,8 +167,7 @@ def survey(task: SelectionTask, known: Scores = MappingProxyType({})) -> Rungs:
         scores = yield rung
     scores = yield from confirm(task, scores)
     if runs := with_all_edits(task, scores):
-        scores = yield Rung("all edits", tuple(runs), "the leader with all edits, to know what to expect of it")
-    return scores
+        yield Rung("all edits", tuple(runs), "the leader with all edits, to know what to expect of it")
 
 
 def _next_positions(task: SelectionTask, scores: Scores) -> Rung | None:
@@ -196,6 +197,13 @@ def _next_positions(task: SelectionTask, scores: Scores) -> Rung | None:
 def running(scores: Scores) -> list[Run]:
     """The runs that are not over."""
     return [run for run, score in scores.items() if score.is_running]
+
+
+def all_over(scores: Scores) -> Generator[None, Scores, Scores]:
+    """Wait for the runs that are still going. Returns all scores."""
+    while running(scores):
+        scores = yield None
+    return scores
 
 
 def expectations(task: SelectionTask, scores: Scores) -> Chances:
@@ -244,11 +252,10 @@ def _most_telling(task: SelectionTask, expected: Chances, runs: int) -> list[Can
     return sorted(task.candidates, key=lambda c: (-worth[c], c.disturbance, c.layer, c.module))
 
 
-def confirm(task: SelectionTask, scores: Scores) -> Rungs:
+def confirm(task: SelectionTask, scores: Scores) -> Generator[Rung | None, Scores, Scores]:
     """Run what could still change the answer, the most telling first, once the runs before are over. The budget need not be
     used up. Returns all scores."""
-    while running(scores):
-        scores = yield None
+    scores = yield from all_over(scores)
     while True:
         wanted = confirmations(task, scores)
         runs = affordable(task, scores, wanted[: task.concurrent], budget_left(task, scores))

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -56,7 +56,6 @@ FINISHING_SECONDS = 10.0
 BUSY = 0.95
 """Share of a budget in minutes that workers spend in trials."""
 PROBE_FILE = "probe.json"
-EARLIER = "the runs of an earlier call of this command"
 
 
 class SelectionReporter(Reporter, Protocol):
@@ -119,7 +118,7 @@ def _select(
         reporter.rung(rung, open_runs, min(deadline - time.monotonic(), _seconds_left(task, search.so_far)))
 
     known = {run: score(run, row) for run, row in _finished(request, tracker.load_results(curves=False))}
-    search = PolicySearch(policy(task, known), request.config, score, task.seconds, known, tell)
+    search = PolicySearch(policy(replace(task, known=known)), request.config, score, task.seconds, known, tell)
     ending = session.run_trials(search, baseline, reporter, deadline)
     results = tracker.load_results()
     own = np.array([request.run(config_of_row(row)) is not None for row in results.to_dict("records")], dtype=bool)
@@ -169,13 +168,13 @@ class PolicySearch:
         known: Scores,
         tell: Callable[[Rung, int], None],
     ):
-        """to_score: from a row of the results table. seconds: expected cost of a run. known: scores of an earlier call, with
-        which the policy began. tell: hears of every rung, and how many of its runs are not known yet."""
-        self.rungs: list[Rung] = [Rung("earlier", tuple(known), EARLIER)] if known else []
+        """to_score: from a row of the results table. seconds: expected cost of a run. known: scores of an earlier call.
+        tell: hears of every rung, and how many of its runs are not known yet."""
+        self.rungs: list[Rung] = []
         self.scores = dict(known)
         """Of all runs that are over."""
-        self._policy, self._begun = policy, False
-        self._to_config, self._to_score, self._seconds, self._tell = to_config, to_score, seconds, tell
+        self._policy, self._seconds = policy, seconds
+        self._to_config, self._to_score, self._tell = to_config, to_score, tell
         self._queue: list[Run] = []
         self._running: dict[str, Run] = {}
         self._waits = False
@@ -187,17 +186,13 @@ class PolicySearch:
         return self.scores | {run: Score.still_running(self._seconds(run)) for run in self._running.values()}
 
     def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
-        if not self._begun and self.rungs:
-            self._tell(self.rungs[0], 0)
         if self._waits:
             return "wait"
         while not self._queue:
             try:
-                rung = self._policy.send(self.so_far if self._begun else None)
+                rung = self._policy.send(self.so_far if self.rungs else None)
             except StopIteration:
                 return None
-            finally:
-                self._begun = True
             if rung is None:
                 self._waits = True
                 return "wait"

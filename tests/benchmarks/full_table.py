@@ -10,7 +10,6 @@ when it ends, or is interrupted, what is done goes to tables/NAME.csv, the probe
 
 import argparse
 import json
-from collections.abc import Generator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from analysis.stats.table import done
 from locft.model.models import load_structure
 from locft.model.positions import n_layers
 from sweeps.commands.progress import Progress
-from sweeps.select.policy import Rung, Scores, SelectionTask, first_run
+from sweeps.select.policy import Rung, Rungs, SelectionTask, all_over, first_run
 from sweeps.select.request import Selection, selection_request
 from sweeps.select.selection import run_selection
 from sweeps.tracking.address import resolve_uri
@@ -36,10 +35,10 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def everything(task: SelectionTask) -> Generator[Rung, Scores, None]:
+def everything(task: SelectionTask) -> Rungs:
     """All positions at their starting rates, halving the distance between layers, then a second seed along the front."""
     runs = sorted((first_run(task, c) for c in task.candidates), key=lambda run: (scattered(run.layer), run.module))
-    scores = yield Rung("table", tuple(runs), f"all {len(runs)} positions")
+    scores = yield from all_over((yield Rung("table", tuple(runs), f"all {len(runs)} positions")))
     known = [run for run in runs if run in scores and scores[run].comparable]
     if known:
         rows = [scores[run].row for run in known]

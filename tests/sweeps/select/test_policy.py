@@ -25,6 +25,7 @@ from sweeps.select.policy import (
 )
 from sweeps.select.selection import PolicySearch
 from sweeps.study.trial_types import TrialConfig, TrialResult
+from tests.benchmarks.full_table import everything
 from tests.benchmarks.policies import replayed
 
 MODULES = ("mlp_down", "mlp", "attn")
@@ -291,7 +292,7 @@ def searched(world, share=0.1, wrapped=lambda policy: policy):
 
     def search(known):
         scored = lambda run, _: world.score(run)  # noqa: E731
-        policy = wrapped(survey(task, known))
+        policy = wrapped(survey(replace(task, known=known)))
         return PolicySearch(policy, config_of, scored, task.seconds, known, lambda r, n: told.append(n))
 
     return search, told
@@ -343,3 +344,13 @@ def test_a_free_worker_does_not_wait_for_a_slow_one():
     assert found.propose("quick") == "wait" and len(sent) == before, "nothing is over that the policy does not know of"
     rest = finish(found, {"slow": slow})
     assert rest and {rung.name for rung in found.rungs[-2:]} == {"confirm"} and found.propose("x") is None
+
+
+def test_a_full_table_has_every_position_before_its_front_is_known():
+    world = World()
+    policy = everything(world.task(1.0))
+    scores = {run: world.score(run) for run in next(policy).runs}
+    slow = next(iter(scores))
+    assert policy.send(scores | {slow: Score.still_running(world.seconds(slow))}) is None
+    front = policy.send(scores)
+    assert front.name == "front" and {run.seed for run in front.runs} == {1}
