@@ -45,7 +45,8 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the rule looks at: arrays of shape (S,), one value a setting; NaN for what was not measured."""
+    """What the rule looks at: arrays of shape (..., S), one value a setting, for one table or for many at once; NaN for what
+    was not measured."""
 
     reliability: np.ndarray
     """Never NaN."""
@@ -61,14 +62,15 @@ class Evidence:
     edits: np.ndarray
     """Number of edits that reliability is a fraction of."""
     right: np.ndarray
-    """(S, E): the share of seeds and formats that got each edit right; rows of NaN where the answers are not known."""
+    """(S, E): the share of seeds and formats that got each edit right; rows of NaN where the answers are not known. Of many
+    tables (S, 0)."""
     counts: np.ndarray
     """(E,): how often each edit counts: once, or as often as a bootstrap drew it."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rule says of every setting: masks of shape (S,), each a part of the one before, and the order of use."""
+    """What the rule says of every setting: masks of shape (..., S), each a part of the one before, and the order of use."""
 
     reliable: np.ndarray
     able: np.ndarray
@@ -129,16 +131,16 @@ def judge(evidence: Evidence, floor: float | None = None) -> Verdict:
     drift = np.nan_to_num(evidence.drift, nan=math.inf)
     reliable = _reliable(evidence, drift) if floor is None else evidence.reliability >= floor - SAME
     able = _able(evidence, reliable)
-    gentle = able & (drift <= drift[able].min(initial=math.inf) + DRIFT_MARGIN + SAME)
-    rank = np.empty(len(drift))
-    rank[preference(evidence)] = np.arange(len(drift))
+    least = np.where(able, drift, math.inf).min(axis=-1, keepdims=True)
+    gentle = able & (drift <= least + DRIFT_MARGIN + SAME)
+    rank = preference(evidence).argsort(axis=-1)
     last = np.select([gentle, reliable], [rank, drift], -evidence.reliability).round(9)
     steps = reliable.astype(int) + able + gentle
     return Verdict(reliable, able, gentle, np.lexsort((rank, last, -steps)))
 
 
 def preference(evidence: Evidence) -> np.ndarray:
-    """(S,) indices in the order of the last step: the highest generalization, then the lower cost, then the lower drift."""
+    """(..., S) indices in the order of the last step: the highest generalization, then the lower cost, then the lower drift."""
     generalization = np.nan_to_num(evidence.generalization, nan=-1.0)
     cost, drift = (np.nan_to_num(found, nan=math.inf) for found in (evidence.cost, evidence.drift))
     keys = (-evidence.reliability, drift, cost, -generalization)
@@ -201,26 +203,26 @@ def capability_text(row: Mapping[str, Any]) -> str:
 
 
 def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:
-    """(S,): whether the setting is not shown to be less reliable than the best. Of equally reliable ones the best is the
+    """(..., S): whether the setting is not shown to be less reliable than the best. Of equally reliable ones the best is the
     one that drifts least.
 
     Where the answers to single edits are not known, the two are taken to differ on as few edits as their reliability
     allows. That is exact where the best got all of them right, and strict elsewhere.
     """
     reliability, edits = evidence.reliability, np.nan_to_num(evidence.edits)
-    best = np.lexsort((drift, -reliability.round(9)))[0]
-    gap = reliability[best] - reliability
+    best = np.lexsort((drift, -reliability.round(9)))[..., :1]
+    gap = np.take_along_axis(reliability, best, axis=-1) - reliability
     margin = np.where(edits > 0, np.maximum(RELIABILITY_MARGIN, 1 / np.maximum(edits, 1)), 0.0)
-    near = np.flatnonzero(gap <= margin + SAME)
-    worse, better = np.round(gap[near] * edits[near]), np.zeros(len(near))
+    near = gap <= margin + SAME
+    worse, better = np.round(gap * edits), np.zeros(gap.shape)
     if evidence.right.shape[1]:
-        difference = evidence.right[near] - evidence.right[best]  # (near, E)
+        difference = evidence.right - evidence.right[best]  # (S, E)
         paired = ~np.isnan(difference).any(axis=1)
         worse[paired] = ((difference < -SAME) @ evidence.counts)[paired]
         better[paired] = ((difference > SAME) @ evidence.counts)[paired]
-    reliable = np.zeros(len(gap), dtype=bool)
+    reliable = np.zeros(gap.shape, dtype=bool)
     # the chance of so few better ones among those that differ
-    reliable[near] = bdtr(better, worse + better, 0.5) >= LEVEL
+    reliable[near] = bdtr(better[near], (worse + better)[near], 0.5) >= LEVEL
     return reliable
 
 
@@ -228,9 +230,9 @@ def _able(evidence: Evidence, reliable: np.ndarray) -> np.ndarray:
     """Reliable, and no loss of capability is shown; where all show one, none that is shown to exceed the least loss."""
     high = np.nan_to_num(evidence.change_high, nan=math.inf)
     able = reliable & (high >= -SAME)
-    if able.any() or not reliable.any():
-        return able
-    return reliable & (high >= evidence.change[reliable].max() - SAME)
+    some = able.any(axis=-1, keepdims=True) | ~reliable.any(axis=-1, keepdims=True)
+    least_loss = np.where(reliable, evidence.change, -math.inf).max(axis=-1, keepdims=True)
+    return np.where(some, able, reliable & (high >= least_loss - SAME))
 
 
 def _aligned(right: Iterable[np.ndarray | None]) -> np.ndarray:

@@ -98,25 +98,24 @@ def chances(places: Sequence[Place], n_edits: int = 100, seed: int = 0) -> Chanc
     cost, size = np.array([place.cost for place in places]), len(places)
     barred = np.array([_barred(place) for place in places])
     reliability = np.where(barred, -1.0, reliability)
-    pick, front = np.zeros(size), np.zeros(size)
-    for draw in range(DRAWS):
-        evidence = Evidence(
-            reliability[draw],
-            generalization[draw],
-            change[draw],
-            change[draw] + CAPABILITY_ERROR,
-            drift[draw],
-            cost,
-            edits=np.full(size, float(n_edits)),
-            right=np.empty((size, 0)),
-            counts=np.empty(0),
-        )
-        pick[judge(evidence).order[0]] += 1
-        right = np.nan_to_num(generalization[draw]) * reliability[draw]
-        order = np.lexsort((right, np.nan_to_num(drift[draw], nan=math.inf)))
-        best = np.maximum.accumulate(np.concatenate([[-1.0], right[order][:-1]]))
-        front[order] += right[order] > best
-    return Chances(pick / DRAWS, np.where(barred, 0.0, front / DRAWS))
+    evidence = Evidence(
+        reliability,
+        generalization,
+        change,
+        change + CAPABILITY_ERROR,
+        drift,
+        np.broadcast_to(cost, drift.shape),
+        edits=np.full(size, float(n_edits)),
+        right=np.empty((size, 0)),
+        counts=np.empty(0),
+    )
+    picked = judge(evidence).order[:, 0]
+    right = np.nan_to_num(generalization) * reliability
+    order = np.lexsort((right, np.nan_to_num(drift, nan=math.inf)))
+    sorted_right = np.take_along_axis(right, order, axis=1)
+    before = np.maximum.accumulate(np.pad(sorted_right[:, :-1], ((0, 0), (1, 0)), constant_values=-1.0), axis=1)
+    front = np.bincount(order[sorted_right > before], minlength=size) / DRAWS
+    return Chances(np.bincount(picked, minlength=size) / DRAWS, np.where(barred, 0.0, front))
 
 
 def _barred(place: Place) -> bool:
