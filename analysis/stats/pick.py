@@ -220,9 +220,11 @@ def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:
         paired = ~np.isnan(difference).any(axis=1)
         worse[paired] = ((difference < -SAME) @ evidence.counts)[paired]
         better[paired] = ((difference > SAME) @ evidence.counts)[paired]
-    reliable = np.zeros(gap.shape, dtype=bool)
+    differ = worse + better
+    telling = near & (differ > -math.log2(LEVEL))  # fewer that differ show nothing, even if the best has all of them right
+    reliable = near.copy()
     # the chance of so few better ones among those that differ
-    reliable[near] = bdtr(better[near], (worse + better)[near], 0.5) >= LEVEL
+    reliable[telling] = bdtr(better[telling], differ[telling], 0.5) >= LEVEL
     return reliable
 
 
