@@ -7,7 +7,9 @@ Legend: B samples, T tokens.
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,20 +17,23 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from locft.cache import content_key, made_once
 from locft.errors import InputError
-from locft.measure.generation import ONE_BY_ONE, drawn_tokens
+from locft.measure.generation import ONE_BY_ONE, drawn_tokens, end_tokens
 from locft.model.models import LoadedModel
 from locft.process import describe_machine, every_core
-from locft.train.encoding import encode_prompt
 from locft.train.token_rows import TokenRow
 
 SAMPLES = 64
 TOKENS = 128
-"""Of each sample."""
+"""Of each sample, at most."""
+MOST = 4
+"""Times `SAMPLES`, at most, of a model that ends them sooner."""
+DRAWN = 4
+"""First tokens that are drawn for each that is used: some are no text."""
 PREFIX_TOKENS = 10
 """Of a piece of it that is put before a prompt."""
 SEED = 0
 _log = logging.getLogger(__name__)
-VERSION = 2
+VERSION = 3
 """Of the files. Raise it when the same model would write something else."""
 
 
@@ -64,18 +69,45 @@ def prefix_texts(loaded: LoadedModel, rows: Sequence[TokenRow]) -> tuple[str, ..
 @torch.no_grad()
 def _written(loaded: LoadedModel) -> list[list[int]]:
     model = loaded.model
-    start = encode_prompt(loaded.tokenizer, "")
+    first = _first_tokens(loaded)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
-    new = min(TOKENS, longest) - len(start)
-    batch = 1 if model.config.model_type in ONE_BY_ONE else SAMPLES
-    config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+    width = min(TOKENS, longest)
+    ends = end_tokens(loaded)
+    config = GenerationConfig(do_sample=False, max_new_tokens=width - len(first[0]), eos_token_id=ends, pad_token_id=0)
     drawn = LogitsProcessorList([_Drawn()])
     samples: list[list[int]] = []
-    for _ in range(SAMPLES // batch):
-        ids = torch.tensor([start] * batch, device=model.device)  # (B, T)
+    missing, length = SAMPLES * width, float(width)
+    while missing > 0 and len(samples) < len(first):
+        batch = 1 if model.config.model_type in ONE_BY_ONE else min(SAMPLES, math.ceil(missing / length))
+        ids = torch.tensor(first[len(samples) : len(samples) + batch], device=model.device)  # (B, T)
         mask = torch.ones_like(ids)
-        samples += model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=drawn).tolist()
+        found = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=drawn).tolist()
+        written = [_to_its_end(sample, len(first[0]), ends) for sample in found]
+        samples += written
+        missing -= sum(map(len, written))
+        length = sum(map(len, samples)) / len(samples)
     return samples
+
+
+def _first_tokens(loaded: LoadedModel) -> list[list[int]]:
+    """What samples begin with: the start token, where the tokenizer puts one before a text, and a drawn token of text, so that
+    they differ from their first words on, as texts and prompts do. A chat model's start token alone leads to conversations."""
+    tokenizer = loaded.tokenizer
+    start = tokenizer("")["input_ids"][:1]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    known = min(len(tokenizer), loaded.model.config.get_text_config().vocab_size)
+    drawn = torch.randint(known, (DRAWN * MOST * SAMPLES,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    tokens = (token for token in drawn if token not in special and _is_text(tokenizer.decode([token])))
+    return [[*start, token] for token in islice(tokens, MOST * SAMPLES)]
+
+
+def _is_text(text: str) -> bool:
+    return bool(text.strip()) and "\ufffd" not in text
+
+
+def _to_its_end(sample: list[int], start: int, ends: Collection[int]) -> list[int]:
+    """Without the padding behind the token that ends it."""
+    return sample[: next((at + 1 for at in range(start, len(sample)) if sample[at] in ends), len(sample))]
 
 
 class _Drawn(LogitsProcessor):

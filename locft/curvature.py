@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ SEED = 0
 """Of the labels."""
 LIMIT_BYTES = 8 * 2**30
 """Disk space for all that is kept. The least recently used is removed first."""
-VERSION = 2
+VERSION = 3
 """Of the files. Raise it when the same key would hold other numbers."""
 
 _Run = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -69,11 +70,11 @@ class _Products:
     input_first: bool
     inputs: torch.Tensor  # (E, I, I)
     outputs: torch.Tensor  # (E, O, O)
-    counts: torch.Tensor  # (E,) rows seen
+    weight: torch.Tensor  # (E,) squared output gradients, by which the inputs are weighted
 
     def curvature(self, tokens: int, shape: torch.Size) -> Curvature:
-        inputs = self.inputs / self.counts.clamp(min=1)[:, None, None]
-        outputs = self.outputs / tokens
+        weight = torch.where(self.weight > 0, self.weight, 1)[:, None, None]
+        inputs, outputs = self.inputs / weight, self.outputs / tokens
         rows, columns = (inputs, outputs) if self.input_first else (outputs, inputs)
         if len(shape) == 2:
             rows, columns = rows[0], columns[0]
@@ -81,10 +82,20 @@ class _Products:
 
 
 class _Watch(TorchFunctionMode):
-    """While active, sums up second moments of the inputs and output gradients of every product with a watched tensor."""
+    """While active, sums up second moments of the inputs and output gradients of every product with a watched tensor.
+
+    The inputs of a window count together: with X (T, I) and G (T, O) of a window, the sum is that of X'GG'X, so that its trace
+    is that of the squared gradients G'X. Where a product's outputs reach several tokens, as keys and values do, their
+    gradients agree, and a direction that many inputs share costs far more than all of them by themselves (arXiv 2311.00636
+    has both extremes). Elsewhere the gradients of different tokens have nothing in common, and what is left is the sum over
+    single inputs, weighted by their squared gradients. Rows that are not those of the batch, such as an expert's, count by
+    themselves.
+    """
 
     def __init__(self, watched: Mapping[str, torch.Tensor]):
         super().__init__()
+        self.batch = (1, 1)
+        """Windows and tokens of each, of what is computed now."""
         self.names = {tensor.untyped_storage().data_ptr(): name for name, tensor in watched.items()}
         self.shapes = {name: tensor.shape for name, tensor in watched.items()}
         self.found: dict[str, _Products] = {}
@@ -120,13 +131,17 @@ class _Watch(TorchFunctionMode):
             )
         sums = self.found[name]
         part = slice(first, first + here)
-        x = inputs.detach().float().reshape(here, -1, width_in)
-        sums.inputs[part].baddbmm_(x.mT, x)
-        sums.counts[part] += x.shape[1]
+        given = inputs.detach()  # still needed when the gradient comes; as it is, since float32 takes twice the memory
 
         def add(gradient: torch.Tensor) -> None:
-            g = gradient.detach().float().reshape(here, -1, width_out)
+            x = given.float().reshape(here, -1, width_in)  # (E, N, I)
+            windows, tokens = self.batch if here == 1 and x.shape[1] == prod(self.batch) else (x.shape[1], 1)
+            g = gradient.detach().float().reshape(here, -1, width_out)  # (E, N, O)
             sums.outputs[part].baddbmm_(g.mT, g)
+            sums.weight[part] += g.square().sum((1, 2))
+            of_window = g.reshape(here, windows, tokens, width_out)
+            together = of_window @ of_window.mT @ x.reshape(here, windows, tokens, width_in)
+            sums.inputs[part].baddbmm_(x.mT, together.reshape(x.shape))
 
         output.register_hook(add)
 
@@ -159,6 +174,7 @@ def measure_curvature(
     drawn, tokens = [], 0
     for part in _parts(windows):
         ids, mask = pad_rows(part, model.device)
+        watch.batch = ids.shape
         with torch.enable_grad(), watch:
             outputs, root = run(ids, mask)
         here = slice(tokens, tokens + len(outputs))

@@ -76,6 +76,14 @@ def complete_answers(loaded: LoadedModel, answers: Sequence[OpenAnswer]) -> list
     return [decoder.text(answer) for answer in decoder.complete(answers)]
 
 
+def end_tokens(loaded: LoadedModel) -> list[int]:
+    """The tokens with which a model ends what it says."""
+    own = loaded.model.generation_config.eos_token_id
+    others = own if isinstance(own, list) else [own] if own is not None else []
+    said = (answer_end(loaded.tokenizer, form) for form in (RAW, CHAT))
+    return list(dict.fromkeys([*said, *others]))
+
+
 class GreedyDecoder:
     """Generates answers in batches with a KV cache, prompts padded on the left.
 
@@ -84,10 +92,7 @@ class GreedyDecoder:
 
     def __init__(self, loaded: LoadedModel):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        own = self.model.generation_config.eos_token_id
-        others = own if isinstance(own, list) else [own] if own is not None else []
-        said = (answer_end(loaded.tokenizer, form) for form in (RAW, CHAT))
-        self.ends = list(dict.fromkeys([*said, *others]))
+        self.ends = end_tokens(loaded)
 
     def complete(self, answers: Sequence[OpenAnswer]) -> list[OpenAnswer]:
         """Continue each answer until it is done.

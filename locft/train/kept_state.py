@@ -19,7 +19,7 @@ from locft.cache import cache_folder, content_key, make_room
 from locft.errors import InputError
 from locft.model.checkpoint import opened, write_tensors
 
-VERSION = 6
+VERSION = 7
 """Of the files. Raise it when the same training would take other steps, or keep other things."""
 EVERY_SECONDS = 120.0
 """Between two writings."""

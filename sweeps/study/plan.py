@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from analysis.stats.axes import AXES, AXIS, SWEPT
 from locft.errors import InputError
 from sweeps.study.schema import MAX_TRIALS, EveryLayer, LogUniform, Study, nearest
-from sweeps.study.trial_types import METHOD_VERSION, METHOD_VERSIONS, StudyFacts, TrialConfig, every_asked_place
+from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, every_asked_place, method_version
 
 if TYPE_CHECKING:
     from locft.data.requests import EditSet
@@ -183,7 +183,7 @@ def trial_config(study: Study, facts: StudyFacts, point: Mapping[str, Any]) -> T
         model_fingerprint=facts.model_fingerprint,
         data_fingerprint=facts.data_fingerprint,
         layers=facts.n_layers,
-        method_version=METHOD_VERSIONS.get(values.get("method", AXIS["method"].default), METHOD_VERSION),
+        method_version=method_version(values),
         **values,
     )
 

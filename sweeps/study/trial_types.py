@@ -13,14 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
-from analysis.stats.axes import AXES
+from analysis.stats.axes import AXES, AXIS
 from analysis.stats.table import pack_right
 from locft.train.formats import UNSEEN, parse_formats
 
 METHOD_VERSION = 1
 """Raised whenever the same configuration would give another result, so that old results are not taken for new ones."""
-METHOD_VERSIONS = {"natural_gradient": 2}
+METHOD_VERSIONS = {"natural_gradient": 3, "low_curvature": 2}
 """The same of single values of the axis `method`, where only their results are others."""
+OWN_TEXT_VERSION = 2
+"""The same, at least, where the text that the model writes stands before prompts or is held to."""
+
+
+def method_version(values: Mapping[str, Any]) -> int:
+    """Of a trial with these values on its axes; those that are not there are at their defaults."""
+    version = METHOD_VERSIONS.get(values.get("method", AXIS["method"].default), METHOD_VERSION)
+    own_text = values.get("prefix_share") or values.get("guard") == "prose"
+    return max(version, OWN_TEXT_VERSION) if own_text else version
 
 
 class _TrialConfigMethods:

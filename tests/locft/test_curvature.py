@@ -33,13 +33,14 @@ def layer_names(loaded) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma2"])
-def test_factors_are_the_second_moments_of_inputs_and_output_gradients(architecture, likeliest):
+def test_factors_are_second_moments_of_output_gradients_and_of_inputs_weighted_by_them(architecture, likeliest):
+    """With the gradient G'X of a window as autograd has it, the traces are those of its square."""
     loaded = tiny_loaded(architecture)
     model = loaded.model
     found = curvature_of(loaded, LAYER, layer_names(loaded), WINDOWS)
     matrices = [name for name in found if name.endswith("weight") and model.get_parameter(name).dim() == 2]
     assert len(matrices) >= 4
-    inputs, gradients = {}, {}
+    inputs, gradients, squared = {}, {}, {}
     hooks = []
     for name in matrices:
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -54,18 +55,40 @@ def test_factors_are_the_second_moments_of_inputs_and_output_gradients(architect
     for window in WINDOWS:
         logits = model(torch.tensor([window.token_ids])).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum").backward()
+        for name in matrices:
+            squared[name] = squared.get(name, 0.0) + float(model.get_parameter(name).grad.square().sum())
+        model.zero_grad()
     for hook in hooks:
         hook.remove()
-    model.zero_grad()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     predicted = sum(len(window.target_ids) for window in WINDOWS)
     for name in matrices:
-        x, g = torch.cat(inputs[name]), torch.cat(gradients[name])
-        first, second = (x.T @ x) / len(x), (g.T @ g) / predicted
+        g = torch.cat(gradients[name])
+        together = [g.T @ x for x, g in zip(inputs[name], gradients[name], strict=True)]
+        first = sum(gradient.T @ gradient for gradient in together) / g.square().sum()
+        second = (g.T @ g) / predicted
         rows, columns = (first, second) if is_input_first(model, name) else (second, first)
         torch.testing.assert_close(found[name].rows, rows, rtol=1e-3, atol=1e-5 * float(rows.abs().max()))
         torch.testing.assert_close(found[name].columns, columns, rtol=1e-3, atol=1e-5 * float(columns.abs().max()))
+        traces = float(found[name].rows.trace() * found[name].columns.trace())
+        assert traces == pytest.approx(squared[name] / predicted, rel=1e-3)
+
+
+def test_what_many_tokens_share_costs_as_much_as_it_does():
+    """Attention averages values: what tells them apart averages out, what they share does not."""
+    loaded = tiny_loaded("llama")
+    name = f"model.layers.{LAYER}.self_attn.v_proj.weight"
+    windows = [TokenRow(tuple((7 * start + 3 * step) % 90 + 3 for step in range(24)), 1) for start in range(60)]
+    found = curvature_of(loaded, LAYER, [name], windows)[name]
+    base = loaded.model.get_parameter(name).detach()
+    shared = torch.linalg.eigh(found.columns).eigenvectors[:, -1]
+    suite = EncodedSuite("", {}, tuple(windows))
+    drawn = torch.Generator().manual_seed(1)
+    change = torch.outer(torch.randn(len(base), generator=drawn), shared)
+    change *= 0.1 * base.norm() / change.norm()
+    measured = measure_drift(full_forward(loaded.model, {name: base + change}), full_forward(loaded.model), suite).kl
+    assert found.drift(change) == pytest.approx(measured, rel=0.5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "bloom", "mamba"])
@@ -138,7 +161,7 @@ def test_the_same_twice_and_another_seed_draws_other_labels():
     name = f"model.layers.{LAYER}.mlp.down_proj.weight"
     one, again, other = (curvature_of(loaded, LAYER, [name], WINDOWS, seed=seed)[name] for seed in (0, 0, 1))
     assert torch.equal(one.rows, again.rows) and torch.equal(one.columns, again.columns)
-    assert not torch.equal(one.rows, other.rows) and torch.equal(one.columns, other.columns)
+    assert not torch.equal(one.rows, other.rows) and not torch.equal(one.columns, other.columns)
 
 
 def test_what_all_layers_begin_with_is_computed_once_and_kept(tmp_path, monkeypatch):

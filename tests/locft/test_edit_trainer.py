@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from locft import background
 from locft import edit_trainer as module
-from locft.background import SAMPLES, background_rows, prefix_texts
+from locft.background import MOST, SAMPLES, TOKENS, background_rows, prefix_texts
 from locft.curvature import measured_once
 from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.data.requests import load_edits
@@ -191,11 +192,28 @@ def test_what_the_model_writes_is_kept_and_the_same_without_a_file(loaded, tmp_p
     torch.manual_seed(123)
     rows = background_rows(loaded)
     assert torch.equal(torch.rand(2), drawn), "nobody else's draws are touched"
-    assert len(rows) == SAMPLES and len({row.token_ids for row in rows}) > SAMPLES // 2
+    assert len(rows) >= SAMPLES and len({row.token_ids for row in rows}) > SAMPLES // 2
     assert background_rows(loaded) == rows
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert background_rows(loaded) == rows
     assert all(text.endswith(".") for text in prefix_texts(loaded, rows))
+
+
+@pytest.mark.parametrize("ends", ["never", "soon"])
+def test_what_the_model_writes_has_no_padding_and_begins_in_many_ways(ends, loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    likely = [loaded.tokenizer.eos_token_id, *range(100, 180)] if ends == "soon" else [10**6]
+    monkeypatch.setattr(background, "end_tokens", lambda loaded: likely)
+    texts = [row.token_ids for row in background_rows(loaded)]
+    ended = [text for text in texts if text[-1] in likely]
+    assert not any(set(text[1:-1]) & set(likely) for text in texts), "nothing behind an end"
+    assert all(len(text) == TOKENS for text in texts if text not in ended)
+    assert len({text[0] for text in texts}) > SAMPLES // 2
+    assert not {text[0] for text in texts} & set(loaded.tokenizer.all_special_ids)
+    if ends == "soon":
+        assert SAMPLES < len(texts) == len(ended) == MOST * SAMPLES
+    else:
+        assert len(texts) == SAMPLES and not ended
 
 
 def test_curvature_is_read_back_from_its_file(loaded, requests, tmp_path, monkeypatch):

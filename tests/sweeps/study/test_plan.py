@@ -199,6 +199,11 @@ def test_a_method_with_other_results_than_before_has_trials_of_its_own():
         "full": METHOD_VERSION,
         "natural_gradient": METHOD_VERSIONS["natural_gradient"],
     }
+    space = {"method": ["full", "natural_gradient"], "prefix_share": [0, 0.5], "guard": ["none", "prose"]}
+    trials = make_plan(make_study(space), FACTS).trials
+    assert {trial.method_version for trial in trials if trial.method == "natural_gradient"} == {3}
+    plain = {(trial.prefix_share, trial.guard): trial.method_version for trial in trials if trial.method == "full"}
+    assert plain == {(0, "none"): 1, (0, "prose"): 2, (0.5, "none"): 2, (0.5, "prose"): 2}
 
 
 def test_the_study_id_stays_when_the_space_is_widened_and_changes_with_what_is_compared():
