@@ -190,7 +190,7 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
                 say(f"  Reliability by how the edits are asked: {by_format_text(position['formats'])}")
             if sentence := measured_sentence(position["measured_on"]):
                 say(f"  {sentence}")
-            elsewhere = f"; that an unmeasured one is better: {percent(round(position['chance_elsewhere'], 3))}"
+            elsewhere = f"; that an unmeasured one is clearly better: {percent(round(position['chance_elsewhere'], 3))}"
             say(f"  Chance that it is the best position measured: {percent(round(position['chance'], 3))}{elsewhere}")
             if other := position["runner_up"]:
                 rate = "" if other["learning_rate"] is None else f" at rate {number(other['learning_rate'])}"

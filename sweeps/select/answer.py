@@ -199,7 +199,7 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
         facts=(
             ("Budget", budget + ended),
             ("Cost", f"{cost}; the grid of {positions} would take about {grid}"),
-            ("Not run", f"{not_run} positions; the chance that one of them would be the pick is {chance}"),
+            ("Not run", f"{not_run} positions; the chance that one of them is clearly better is {chance}"),
             *_sample_fact(selection),
             ("Method", f"{METHOD}, seed {request.seed}"),
         ),

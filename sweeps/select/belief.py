@@ -11,11 +11,11 @@ what was measured.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.stats.pick import Evidence, judge
+from analysis.stats.pick import DRIFT_MARGIN, Evidence, Verdict, judge
 
 DRAWS = 512
 REACH = 0.25
@@ -26,6 +26,10 @@ ALONE = 0.3
 """What is a position's own, as a share of what changes with depth."""
 LEAST_RELIABILITY = 0.5
 """A run that learnt less tells others no more than one that learnt this."""
+GENERALIZATION_MARGIN = 0.03
+"""Of generalization, that is worth another run."""
+DRAWN = ("reliability", "generalization", "change", "change_high", "drift", "cost")
+"""Fields of `Evidence` that have a row for each draw."""
 CAPABILITY_ERROR = 0.02
 """Half the interval of a change of capability that was not measured."""
 
@@ -87,6 +91,9 @@ class Chances:
     """In which the rule picks the place."""
     front: np.ndarray
     """In which no other place both drifts less and gives more right answers to rephrased prompts."""
+    better: np.ndarray
+    """In which the rule picks the place and it is clearly better than the best of those measured: that one fails a step of the
+    rule, drifts more by more than `DRIFT_MARGIN`, or generalizes less by more than `GENERALIZATION_MARGIN`."""
 
 
 def chances(places: Sequence[Place], n_edits: int = 100, seed: int = 0) -> Chances:
@@ -109,13 +116,30 @@ def chances(places: Sequence[Place], n_edits: int = 100, seed: int = 0) -> Chanc
         right=np.empty((size, 0)),
         counts=np.empty(0),
     )
-    picked = judge(evidence).order[:, 0]
+    verdict = judge(evidence)
+    best = verdict.order[:, 0]
+    measured = np.flatnonzero([place.measured is not None for place in places] & ~barred)
+    clear = _clearly_better(evidence, verdict, measured) if len(measured) else np.ones(DRAWS, dtype=bool)
     right = np.nan_to_num(generalization) * reliability
     order = np.lexsort((right, np.nan_to_num(drift, nan=math.inf)))
     sorted_right = np.take_along_axis(right, order, axis=1)
     before = np.maximum.accumulate(np.pad(sorted_right[:, :-1], ((0, 0), (1, 0)), constant_values=-1.0), axis=1)
     front = np.bincount(order[sorted_right > before], minlength=size) / DRAWS
-    return Chances(np.bincount(picked, minlength=size) / DRAWS, np.where(barred, 0.0, front))
+    pick, better = (np.bincount(some, minlength=size) / DRAWS for some in (best, best[clear]))
+    return Chances(pick, np.where(barred, 0.0, front), better)
+
+
+def _clearly_better(evidence: Evidence, verdict: Verdict, measured: np.ndarray) -> np.ndarray:
+    """(S,): whether the best of a draw is clearly better than the best of the measured places, which are the same in all."""
+    known = {name: getattr(evidence, name)[0, measured] for name in DRAWN}
+    of_known = replace(evidence, **known, edits=evidence.edits[measured], right=evidence.right[measured])
+    leader, best = measured[judge(of_known).order[0]], verdict.order[:, :1]
+
+    def gain(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, best, axis=1)[:, 0] - values[:, leader]
+
+    more = gain(evidence.generalization) > GENERALIZATION_MARGIN
+    return ~verdict.able[:, leader] | (gain(-evidence.drift) > DRIFT_MARGIN) | more
 
 
 def _barred(place: Place) -> bool:

@@ -46,7 +46,7 @@ FIRST = 2
 SETTLED = 8
 """After this many runs the chance to be on the front counts half as much as the chance to be the pick."""
 UNLIKELY = 0.05
-"""The survey ends when the chance that the pick is among what was not run falls below this."""
+"""The survey ends when the chance that something not run is clearly better than the pick falls below this."""
 
 
 @dataclass(frozen=True, order=True)
@@ -155,7 +155,7 @@ def survey(task: SelectionTask) -> Rungs:
 
     It begins with two runs at depths apart. Rungs are small, since each corrects what is expected and what runs cost. Of the
     budget a little is kept to confirm the leader, if that pays for a run at all. The survey ends early when
-    nothing left is likely to be the pick.
+    nothing left is likely to be clearly better.
     """
     scores: Scores = task.known
     if scores:
@@ -171,7 +171,7 @@ def survey(task: SelectionTask) -> Rungs:
 
 
 def _next_positions(task: SelectionTask, scores: Scores) -> Rung | None:
-    """None where nothing that is left is affordable, or likely to be the pick."""
+    """None where nothing that is left is affordable, or likely to be clearly better than the pick."""
     expected = expectations(task, scores)
     if scores and _elsewhere(task, scores, expected) < UNLIKELY:
         return None
@@ -181,9 +181,9 @@ def _next_positions(task: SelectionTask, scores: Scores) -> Rung | None:
     served = [nearest(task, depth, module) for depth, module in task.priors]
     asked = [run for run in dict.fromkeys(first_run(task, c) for c in (*served, *telling)) if run not in scores]
     kept = affordable(task, scores, confirmations(task, scores)[:2], CONFIRMED * task.budget)
-    rest = budget_left(task, scores)
-    payable = [run for run in asked if affordable(task, scores, [*kept, run], rest)[len(kept) :]]
-    fit = affordable(task, scores, [*kept, *payable], rest)[len(kept) :]
+    slow = slowness(task, scores)
+    rest = budget_left(task, scores) - slow * sum(map(task.seconds, kept))
+    fit = affordable(task, scores, [run for run in asked if slow * task.seconds(run) <= rest], rest)
     most = len(fit) // RUNGS
     if len(scores) < FIRST:
         most = min(most, FIRST - len(scores))
@@ -224,13 +224,14 @@ def expectations(task: SelectionTask, scores: Scores) -> Chances:
 
 
 def chance_elsewhere(task: SelectionTask, scores: Scores) -> float:
-    """That the rule would pick a position which was not run at its starting rate."""
+    """That a position which was not run at its starting rate is clearly better than the best of those that were (see
+    `Chances.better`)."""
     return _elsewhere(task, scores, expectations(task, scores))
 
 
 def _elsewhere(task: SelectionTask, scores: Scores, expected: Chances) -> float:
     left = [first_run(task, candidate) not in scores for candidate in task.candidates]
-    return float(expected.pick[left].sum())
+    return float(expected.better[left].sum())
 
 
 def _apart(task: SelectionTask, order: Sequence[Candidate], scores: Scores) -> list[Candidate]:

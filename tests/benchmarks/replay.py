@@ -33,9 +33,9 @@ from plotly.subplots import make_subplots
 
 from analysis.figures.front import SYMBOLS
 from analysis.figures.style import ACCENT, GRID, MUTED, styled_figure
-from analysis.stats.pick import ranked
+from analysis.stats.pick import DRIFT_MARGIN, ranked
 from analysis.stats.table import by_setting, results_frame, wilson_interval
-from sweeps.select.belief import SCALES, Place, features
+from sweeps.select.belief import GENERALIZATION_MARGIN, SCALES, Place, features
 from sweeps.select.policy import Candidate, Run, Score, chance_elsewhere, leading
 
 HERE = Path(__file__).parent
@@ -199,6 +199,12 @@ def regrets(world: World, pick: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def clearly_better(best: Mapping[str, Any], pick: Mapping[str, Any]) -> bool:
+    """As `sweeps.select.belief.Chances.better` has it, of rows of `World.truth`."""
+    more = best["generalization"] - pick["generalization"] > GENERALIZATION_MARGIN
+    return not pick["able"] or pick["drift_kl"] - best["drift_kl"] > DRIFT_MARGIN or more
+
+
 def replays(name: str, replayed_in: Sequence[World]) -> pd.DataFrame:
     rows = []
     for policy, share, (seed, world) in itertools.product(POLICIES, SHARES, enumerate(replayed_in)):
@@ -214,7 +220,8 @@ def replays(name: str, replayed_in: Sequence[World]) -> pd.DataFrame:
         if policy == OURS:
             best = world.best()
             run = {(r.layer, r.module) for r in scores}
-            found |= {"stated": chance_elsewhere(task, scores), "elsewhere": (best["layer"], best["module"]) not in run}
+            elsewhere = (best["layer"], best["module"]) not in run and clearly_better(best, pick)
+            found |= {"stated": chance_elsewhere(task, scores), "elsewhere": elsewhere}
         rows.append(
             {"table": name, "policy": policy, "share": share, "seed": seed, "position": place.position, **found}
         )
@@ -227,8 +234,8 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def calibration(found: pd.DataFrame) -> tuple[pd.DataFrame, float, float]:
-    """How often the rule's pick of everything was elsewhere, by the chance that the survey stated; the Brier score of the
-    stated chances, and that of the base rate, the mean over all."""
+    """How often the rule's pick of everything was elsewhere and clearly better, by the chance that the survey stated; the Brier
+    score of the stated chances, and that of the base rate, the mean over all."""
     ours = found[found.policy == OURS]
     stated, came = ours.stated.astype(float), ours.elsewhere.astype(float)
     bins = pd.cut(stated, BINS, include_lowest=True)
@@ -286,7 +293,9 @@ def diagram(found: pd.DataFrame) -> go.Figure:
         name=f"came true (Brier score {brier:.3f}, of the base rate {base:.3f})",
     )
     drawn.update_layout(width=620, margin={"l": 10, "r": 10, "t": 40, "b": 60})
-    drawn.update_xaxes(title="stated chance that the pick is a position not run", tickformat=".0%", range=[-0.02, 1.02])
+    drawn.update_xaxes(
+        title="stated chance that a position not run is clearly better", tickformat=".0%", range=[-0.02, 1.02]
+    )
     drawn.update_yaxes(title="share of the replays", tickformat=".0%", range=[-0.02, 1.02], gridcolor=GRID)
     return drawn
 
@@ -331,7 +340,9 @@ def main() -> None:
             print("\nmean over the tables")
             print(summary(found))
         table, brier, base = calibration(found)
-        print(f"\nstated chance that the pick is elsewhere: Brier score {brier:.3f}, of the base rate {base:.3f}")
+        print(
+            f"\nstated chance that a position not run is clearly better: Brier score {brier:.3f}, of the base rate {base:.3f}"
+        )
         print(table)
     if options.figure:
         figure(found).write_html(options.figure, config=PLAIN)

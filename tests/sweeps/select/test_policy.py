@@ -8,6 +8,7 @@ import pytest
 
 from analysis.stats.pick import ranked
 from analysis.stats.table import by_setting, pack_right, results_frame
+from sweeps.select.belief import Place, chances
 from sweeps.select.policy import (
     Candidate,
     Run,
@@ -91,7 +92,21 @@ def test_a_probe_that_is_wrong_is_found_out():
     assert run.module != "attn" and drift_of(run.layer, run.module) <= 0.05
 
 
-def test_it_ends_when_nothing_left_is_likely_to_be_the_pick():
+def test_clearly_better_is_what_may_be_the_pick_and_gains_more_than_a_margin():
+    depths = [0.1, 0.3, 0.6, 0.9]
+    measured = {"reliability": 1.0, "generalization": 0.6, "drift_kl": 0.02, "capability_change": 0.0}
+    unknown = [Place(depth, "mlp", 1.0, 10.0) for depth in depths]
+    first = chances(unknown)
+    assert (first.better == first.pick).all(), "whatever is run first is better than nothing"
+    one = chances([replace(unknown[0], measured=measured), *unknown[1:]])
+    assert one.better[0] == 0 and (one.better <= one.pick).all() and 0 < one.better.sum() < one.pick[1:].sum()
+    failed = {name: math.nan for name in measured}
+    assert chances([replace(unknown[0], measured=failed), *unknown[1:]]).better.sum() == pytest.approx(1.0)
+    twins = [replace(place, measured=measured | {"generalization": 0.6 + 0.01 * i}) for i, place in enumerate(unknown)]
+    assert chances(twins).better.sum() == 0 and chances(twins).pick[3] == 1
+
+
+def test_it_ends_when_nothing_left_is_likely_to_be_clearly_better():
     world = World(noise=0.0, probe_noise=0.0)
     task = world.task(1.0)
     rungs, scores = replayed(survey, task, world.score)
@@ -99,7 +114,7 @@ def test_it_ends_when_nothing_left_is_likely_to_be_the_pick():
     expected = expectations(task, scores)
     assert (
         left
-        and sum(expected.pick[task.candidates.index(c)] for c in task.candidates if first_run(task, c) in left) < 0.05
+        and sum(expected.better[task.candidates.index(c)] for c in task.candidates if first_run(task, c) in left) < 0.05
     )
     assert spent(scores) < 0.9 * world.grid and rungs[-1].name == "confirm"
 
