@@ -8,8 +8,8 @@ Legend: B samples, T tokens.
 import json
 import logging
 import math
+import random
 from collections.abc import Collection, Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from locft.errors import InputError
 from locft.measure.generation import ONE_BY_ONE, drawn_tokens, end_tokens
 from locft.model.models import LoadedModel
 from locft.process import describe_machine, every_core
+from locft.train.encoding import encode_prompt
 from locft.train.token_rows import TokenRow
 
 SAMPLES = 64
@@ -27,18 +28,22 @@ TOKENS = 128
 """Of each sample, at most."""
 MOST = 4
 """Times `SAMPLES`, at most, of a model that ends them sooner."""
-DRAWN = 4
-"""First tokens that are drawn for each that is used: some are no text."""
+MOST_CUT = 32
+"""Tokens, at most, that a text lacks at its beginning."""
 PREFIX_TOKENS = 10
 """Of a piece of it that is put before a prompt."""
 SEED = 0
 _log = logging.getLogger(__name__)
-VERSION = 3
+VERSION = 4
 """Of the files. Raise it when the same model would write something else."""
 
 
 def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
-    """`SAMPLES` texts of up to `TOKENS` tokens, drawn from the model at temperature 1 behind its start token.
+    """Texts of up to `TOKENS` tokens, drawn from the model at temperature 1 behind its start token: `SAMPLES` of them, or more
+    where the model ends some before.
+
+    They are cut at the beginning, as running text is, so that they begin in as many ways as texts and prompts do. All that
+    begins with the same token hardly shows what the first tokens of a text do to the others.
 
     On one machine always the same ones; kept in a file for other processes and later calls.
     """
@@ -68,41 +73,33 @@ def prefix_texts(loaded: LoadedModel, rows: Sequence[TokenRow]) -> tuple[str, ..
 
 @torch.no_grad()
 def _written(loaded: LoadedModel) -> list[list[int]]:
-    model = loaded.model
-    first = _first_tokens(loaded)
+    model, ends = loaded.model, end_tokens(loaded)
+    start, before_text = encode_prompt(loaded.tokenizer, ""), loaded.tokenizer("")["input_ids"][:1]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     width = min(TOKENS, longest)
-    ends = end_tokens(loaded)
-    config = GenerationConfig(do_sample=False, max_new_tokens=width - len(first[0]), eos_token_id=ends, pad_token_id=0)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=min(TOKENS + MOST_CUT, longest) - len(start),
+        eos_token_id=ends,
+        pad_token_id=0,
+    )
     drawn = LogitsProcessorList([_Drawn()])
+    cuts = random.Random(SEED)
     samples: list[list[int]] = []
-    missing, length = SAMPLES * width, float(width)
-    while missing > 0 and len(samples) < len(first):
+    made, missing, length = 0, SAMPLES * width, float(width)
+    while missing > 0 and made < MOST * SAMPLES:
         batch = 1 if model.config.model_type in ONE_BY_ONE else min(SAMPLES, math.ceil(missing / length))
-        ids = torch.tensor(first[len(samples) : len(samples) + batch], device=model.device)  # (B, T)
+        ids = torch.tensor([start] * batch, device=model.device)  # (B, T)
         mask = torch.ones_like(ids)
         found = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=drawn).tolist()
-        written = [_to_its_end(sample, len(first[0]), ends) for sample in found]
-        samples += written
-        missing -= sum(map(len, written))
-        length = sum(map(len, samples)) / len(samples)
+        for text in (_to_its_end(sample, len(start), ends) for sample in found):
+            cut = len(start) + cuts.randrange(max(1, min(MOST_CUT, len(text) // 2)))
+            if len(text) - cut > 1:
+                samples.append([*before_text, *text[cut:]][:width])
+        made += batch
+        missing = SAMPLES * width - sum(map(len, samples))
+        length = max(1, sum(map(len, samples))) / made
     return samples
-
-
-def _first_tokens(loaded: LoadedModel) -> list[list[int]]:
-    """What samples begin with: the start token, where the tokenizer puts one before a text, and a drawn token of text, so that
-    they differ from their first words on, as texts and prompts do. A chat model's start token alone leads to conversations."""
-    tokenizer = loaded.tokenizer
-    start = tokenizer("")["input_ids"][:1]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    known = min(len(tokenizer), loaded.model.config.get_text_config().vocab_size)
-    drawn = torch.randint(known, (DRAWN * MOST * SAMPLES,), generator=torch.Generator().manual_seed(SEED)).tolist()
-    tokens = (token for token in drawn if token not in special and _is_text(tokenizer.decode([token])))
-    return [[*start, token] for token in islice(tokens, MOST * SAMPLES)]
-
-
-def _is_text(text: str) -> bool:
-    return bool(text.strip()) and "\ufffd" not in text
 
 
 def _to_its_end(sample: list[int], start: int, ends: Collection[int]) -> list[int]:
