@@ -42,8 +42,8 @@ def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
     """Texts of up to `TOKENS` tokens, drawn from the model at temperature 1 behind its start token: `SAMPLES` of them, or more
     where the model ends some before.
 
-    They are cut at the beginning, as running text is, so that they begin in as many ways as texts and prompts do. All that
-    begins with the same token hardly shows what the first tokens of a text do to the others.
+    They are cut at the beginning, as running text is, so that they begin in as many ways as texts and prompts do: texts that
+    all begin with one token hardly show what the first tokens of a text do to the rest of it.
 
     On one machine always the same ones; kept in a file for other processes and later calls.
     """

@@ -221,9 +221,8 @@ def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:
         worse[paired] = ((difference < -SAME) @ evidence.counts)[paired]
         better[paired] = ((difference > SAME) @ evidence.counts)[paired]
     differ = worse + better
-    telling = near & (
-        differ > -math.log2(LEVEL)
-    )  # fewer that differ show nothing, even if the best has all of them right
+    # fewer that differ show nothing, even if the best has all of them right
+    telling = near & (differ > -math.log2(LEVEL))
     reliable = near.copy()
     # the chance of so few better ones among those that differ
     reliable[telling] = bdtr(better[telling], differ[telling], 0.5) >= LEVEL
