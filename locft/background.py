@@ -74,7 +74,8 @@ def prefix_texts(loaded: LoadedModel, rows: Sequence[TokenRow]) -> tuple[str, ..
 @torch.no_grad()
 def _written(loaded: LoadedModel) -> list[list[int]]:
     model, ends = loaded.model, end_tokens(loaded)
-    start, before_text = encode_prompt(loaded.tokenizer, ""), loaded.tokenizer("")["input_ids"][:1]
+    start = encode_prompt(loaded.tokenizer, "")
+    before_text = start if encode_prompt(loaded.tokenizer, "a")[: len(start)] == start else ()
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     width = min(TOKENS, longest)
     config = GenerationConfig(
@@ -86,8 +87,9 @@ def _written(loaded: LoadedModel) -> list[list[int]]:
     drawn = LogitsProcessorList([_Drawn()])
     cuts = random.Random(SEED)
     samples: list[list[int]] = []
-    made, missing, length = 0, SAMPLES * width, float(width)
-    while missing > 0 and made < MOST * SAMPLES:
+    made = 0
+    while (missing := SAMPLES * width - sum(map(len, samples))) > 0 and made < MOST * SAMPLES:
+        length = max(1, SAMPLES * width - missing) / made if made else width  # of what a sample brings
         batch = 1 if model.config.model_type in ONE_BY_ONE else min(SAMPLES, math.ceil(missing / length))
         ids = torch.tensor([start] * batch, device=model.device)  # (B, T)
         mask = torch.ones_like(ids)
@@ -97,8 +99,6 @@ def _written(loaded: LoadedModel) -> list[list[int]]:
             if len(text) - cut > 1:
                 samples.append([*before_text, *text[cut:]][:width])
         made += batch
-        missing = SAMPLES * width - sum(map(len, samples))
-        length = max(1, sum(map(len, samples))) / made
     return samples
 
 

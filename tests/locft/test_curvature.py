@@ -75,22 +75,6 @@ def test_factors_are_second_moments_of_output_gradients_and_of_inputs_weighted_b
         assert traces == pytest.approx(squared[name] / predicted, rel=1e-3)
 
 
-def test_what_many_tokens_share_costs_as_much_as_it_does():
-    """Attention averages values: what tells them apart averages out, what they share does not."""
-    loaded = tiny_loaded("llama")
-    name = f"model.layers.{LAYER}.self_attn.v_proj.weight"
-    windows = [TokenRow(tuple((7 * start + 3 * step) % 90 + 3 for step in range(24)), 1) for start in range(60)]
-    found = curvature_of(loaded, LAYER, [name], windows)[name]
-    base = loaded.model.get_parameter(name).detach()
-    shared = torch.linalg.eigh(found.columns).eigenvectors[:, -1]
-    suite = EncodedSuite("", {}, tuple(windows))
-    drawn = torch.Generator().manual_seed(1)
-    change = torch.outer(torch.randn(len(base), generator=drawn), shared)
-    change *= 0.1 * base.norm() / change.norm()
-    measured = measure_drift(full_forward(loaded.model, {name: base + change}), full_forward(loaded.model), suite).kl
-    assert found.drift(change) == pytest.approx(measured, rel=0.5)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "bloom", "mamba"])
 def test_of_a_single_token_every_matrix_has_the_factors_of_its_gradient(architecture, likeliest):
     """Then the gradient of a matrix is one outer product, whichever module, expert or layout the matrix is in."""
@@ -143,17 +127,36 @@ def test_labels_are_drawn_from_the_models_distribution():
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.015)
 
 
-def test_predicted_drift_is_about_the_measured_one():
-    """The model is small and random, so the Kronecker product is a rough picture; its scale must be right."""
+def drift_of(part, changed) -> tuple[float, float]:
+    """Predicted and measured. changed: from the parameter and its curvature to a change of it."""
     loaded = tiny_loaded("llama")
-    name = f"model.layers.{LAYER}.mlp.down_proj.weight"
+    name = f"model.layers.{LAYER}.{part}.weight"
     windows = [TokenRow(tuple((7 * start + 3 * step) % 90 + 3 for step in range(24)), 1) for start in range(60)]
     found = curvature_of(loaded, LAYER, [name], windows)[name]
     base = loaded.model.get_parameter(name).detach()
-    change = 0.02 * torch.randn(base.shape, generator=torch.Generator().manual_seed(1))
+    change = changed(base, found)
     suite = EncodedSuite("", {}, tuple(windows))
     measured = measure_drift(full_forward(loaded.model, {name: base + change}), full_forward(loaded.model), suite).kl
-    assert found.drift(change) == pytest.approx(measured, rel=0.5)
+    return found.drift(change), measured
+
+
+def test_predicted_drift_is_about_the_measured_one():
+    """The model is small and random, so the Kronecker product is a rough picture; its scale must be right."""
+    drawn = torch.Generator().manual_seed(1)
+    predicted, measured = drift_of("mlp.down_proj", lambda base, _: 0.02 * torch.randn(base.shape, generator=drawn))
+    assert predicted == pytest.approx(measured, rel=0.5)
+
+
+def test_what_many_tokens_share_costs_as_much_as_it_does():
+    """Attention averages values: what tells them apart averages out, what they share does not."""
+
+    def shared(base, found):
+        along = torch.linalg.eigh(found.columns).eigenvectors[:, -1]
+        change = torch.outer(torch.randn(len(base), generator=torch.Generator().manual_seed(1)), along)
+        return change * (0.1 * base.norm() / change.norm())
+
+    predicted, measured = drift_of("self_attn.v_proj", shared)
+    assert predicted == pytest.approx(measured, rel=0.5)
 
 
 def test_the_same_twice_and_another_seed_draws_other_labels():

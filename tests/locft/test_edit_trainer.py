@@ -7,7 +7,7 @@ import torch
 
 from locft import background
 from locft import edit_trainer as module
-from locft.background import MOST, MOST_CUT, SAMPLES, TOKENS, background_rows, prefix_texts
+from locft.background import MOST, SAMPLES, TOKENS, background_rows, prefix_texts
 from locft.curvature import measured_once
 from locft.data.edit_request import EditRequest, LocalityPrompt
 from locft.data.requests import load_edits
@@ -192,7 +192,8 @@ def test_what_the_model_writes_is_kept_and_the_same_without_a_file(loaded, tmp_p
     torch.manual_seed(123)
     rows = background_rows(loaded)
     assert torch.equal(torch.rand(2), drawn), "nobody else's draws are touched"
-    assert len(rows) >= SAMPLES and len({row.token_ids for row in rows}) > SAMPLES // 2
+    assert SAMPLES <= len(rows) <= MOST * SAMPLES and len({row.token_ids for row in rows}) > SAMPLES // 2
+    assert sum(len(row.token_ids) for row in rows) >= SAMPLES * TOKENS
     assert background_rows(loaded) == rows
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert background_rows(loaded) == rows
@@ -207,7 +208,7 @@ def test_what_the_model_writes_has_no_padding_and_begins_in_many_ways(ends, load
     texts = [row.token_ids for row in background_rows(loaded)]
     ended = [text for text in texts if text[-1] in likely]
     assert not any(set(text[1:-1]) & set(likely) for text in texts), "nothing behind an end"
-    assert all(TOKENS - MOST_CUT < len(text) <= TOKENS for text in texts if text not in ended)
+    assert all(len(text) == TOKENS for text in texts if text not in ended)
     assert len({text[0] for text in texts}) > SAMPLES // 2
     assert not {text[0] for text in texts} & set(loaded.tokenizer.all_special_ids)
     if ends == "soon":
