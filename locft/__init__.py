@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that wait for each other give their core back. Otherwise they spin, and where another process wants the cores too,
+# Threads that wait for each other yield their core. Otherwise they spin, and if another process wants the cores too,
 # small products take 30 times as long. OpenMP reads this when PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,4 +1,4 @@
-"""Text that the model writes itself: what curvature is measured on, what stands before prompts, what guards can hold.
+"""Text that the model writes itself, used to measure curvature, as prefixes to prompts and for guards.
 
 It needs no data, is in the model's own languages and styles, and is never the prose that drift is measured on.
 
@@ -25,27 +25,27 @@ from locft.train.token_rows import TokenRow
 
 SAMPLES = 64
 TOKENS = 128
-"""Of each sample, at most."""
+"""Maximum number of tokens in a sample."""
 MOST = 4
-"""Times `SAMPLES`, at most, of a model that ends them sooner."""
+"""Limit on the samples drawn from a model that ends them early, as a multiple of `SAMPLES`."""
 MOST_CUT = 32
-"""Tokens, at most, that a text lacks at its beginning."""
+"""Upper limit on the tokens cut off at the beginning of a text."""
 PREFIX_TOKENS = 10
-"""Of a piece of it that is put before a prompt."""
+"""Maximum number of tokens of a sample that are put before a prompt."""
 SEED = 0
 _log = logging.getLogger(__name__)
 VERSION = 4
-"""Of the files. Raise it when the same model would write something else."""
+"""Version of the files. Raise it when the same model would write something else."""
 
 
 def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
-    """Texts of up to `TOKENS` tokens, drawn from the model at temperature 1 behind its start token: `SAMPLES` of them, or more
-    where the model ends some before.
+    """Texts of up to `TOKENS` tokens, sampled from the model at temperature 1 after its start token: `SAMPLES` of them, or more
+    if the model ends some of them early.
 
-    They are cut at the beginning, as running text is, so that they begin in as many ways as texts and prompts do: texts that
-    all begin with one token hardly show what the first tokens of a text do to the rest of it.
+    Their beginnings are cut off, as those of windows of running text are, so that they start in as many ways as texts and prompts
+    do: texts that all begin with the same token hardly show what the first tokens of a text do to the rest of it.
 
-    On one machine always the same ones; kept in a file for other processes and later calls.
+    They are always the same on one machine, and are kept in a file for other processes and later calls.
     """
     with every_core():
         machine = describe_machine()
@@ -60,7 +60,7 @@ def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
 
 
 def prefix_texts(loaded: LoadedModel, rows: Sequence[TokenRow]) -> tuple[str, ...]:
-    """The beginnings of the samples as text, each ended like a sentence."""
+    """The beginnings of the samples as text, each ending in a full stop."""
     special = set(loaded.tokenizer.all_special_ids)
     texts = []
     for row in rows:
@@ -89,7 +89,7 @@ def _written(loaded: LoadedModel) -> list[list[int]]:
     samples: list[list[int]] = []
     made = 0
     while (missing := SAMPLES * width - sum(map(len, samples))) > 0 and made < MOST * SAMPLES:
-        length = max(1, SAMPLES * width - missing) / made if made else width  # of what a sample brings
+        length = max(1, SAMPLES * width - missing) / made if made else width  # mean tokens kept per sample so far
         batch = 1 if model.config.model_type in ONE_BY_ONE else min(SAMPLES, math.ceil(missing / length))
         ids = torch.tensor([start] * batch, device=model.device)  # (B, T)
         mask = torch.ones_like(ids)
@@ -103,12 +103,12 @@ def _written(loaded: LoadedModel) -> list[list[int]]:
 
 
 def _to_its_end(sample: list[int], start: int, ends: Collection[int]) -> list[int]:
-    """Without the padding behind the token that ends it."""
+    """The sample without the padding after its end token."""
     return sample[: next((at + 1 for at in range(start, len(sample)) if sample[at] in ends), len(sample))]
 
 
 class _Drawn(LogitsProcessor):
-    """Leaves the choice of one token, drawn at temperature 1."""
+    """Leaves only one token to choose, drawn at temperature 1."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(SEED)

@@ -30,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def remembered(kind: str, key: str, find: Callable[[], str]) -> str:
-    """A word that takes time to find, kept in the cache for other processes; without a cache each finds it anew."""
+    """A string that takes time to compute, kept in the cache for other processes; without a cache, each computes it again."""
     note = cache_folder() / kind / f"{digest(key)}.txt"
     with suppress(OSError, ValueError):
         return note.read_text(encoding="utf-8")
@@ -41,12 +41,12 @@ def remembered(kind: str, key: str, find: Callable[[], str]) -> str:
 
 
 def digest(text: str) -> str:
-    """16 hexadecimal digits."""
+    """SHA-256 of the text, cut to 16 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def content_key(parts: Any) -> str:
-    """20 hexadecimal digits of JSON-able values, for the name of what is made of them; of others their text counts."""
+    """A hash (20 hexadecimal digits) of JSON-able values, to name what is made from them; other values are hashed as `str`."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
@@ -63,7 +63,7 @@ def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock_of(folder)):
             if not folder.is_dir():
-                for dead in folder.parent.glob(f"{key}.partial-*"):  # a killed process's: we hold the lock
+                for dead in folder.parent.glob(f"{key}.partial-*"):  # left by a killed process: we hold the lock
                     shutil.rmtree(dead, ignore_errors=True)
                 partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}.partial-"))
                 try:
@@ -77,13 +77,13 @@ def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
 
 
 def lock_of(folder: Path) -> str:
-    """The lock that whoever fills or removes a folder of the cache holds."""
+    """Path of the lock that is held while a folder of the cache is filled or removed."""
     return f"{folder}.lock"
 
 
 def make_room(keep: Path, needed: int, limit: int) -> None:
-    """Remove the least recently used neighbours of the folder `keep`, but none in use, until `needed` more bytes fit into
-    the `limit` for all of them. Raises OSError."""
+    """Remove the least recently used neighbours of the folder `keep`, except those whose lock is held, until `needed` more
+    bytes fit into the `limit` for all of them together. Raises OSError."""
     keep.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(keep.parent / "room.lock"):
         folders = sorted(

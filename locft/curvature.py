@@ -3,7 +3,7 @@
 Legend: B windows of a batch, T tokens of each, I inputs and O outputs of a matrix, N rows of its input.
 
 The matrices are found where they are used: while a layer computes, every product with a watched parameter, or with one
-expert's part of it, is seen, whatever module it is in. A parameter in no product (a norm, a bias, a convolution) gets the
+expert's part of it, is intercepted, whichever module it is in. A parameter in no product (a norm, a bias, a convolution) gets the
 diagonal of the Fisher information from its gradients.
 """
 
@@ -46,26 +46,26 @@ from locft.train.reference import pad_rows
 from locft.train.token_rows import SUPERVISED_AT_ONCE, TokenRow
 
 BATCH_TOKENS = 1024
-"""Tokens of one pass."""
+"""Tokens per batch."""
 FILE_NAME = "curvature.safetensors"
 GRADIENTS = "gradients"
 SEED = 0
-"""Of the labels."""
+"""Seed for sampling the labels."""
 LIMIT_BYTES = 8 * 2**30
-"""Disk space for all that is kept. The least recently used is removed first."""
+"""Disk space for all kept files. The least recently used are removed first."""
 VERSION = 3
-"""Of the files. Raise it when the same key would hold other numbers."""
+"""Version of the files. Raise it when the same key would hold other numbers."""
 
 _Run = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""From token ids and mask (B, T) to what predicts the tokens, states for the head (K, D) or, of a whole model, logits (K, V),
-and a tensor below to which gradients flow."""
+"""Maps token ids and mask (B, T) to what predicts the tokens (the states (K, D) that the head takes or, for a whole model, logits
+(K, V)), and to a tensor further down that gradients flow back to."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Products:
-    """Sums over the products with one parameter. Experts stack theirs: (E, ...), single matrices have E = 1."""
+    """Sums over the products with one parameter, stacked by expert: (E, ...). A single matrix has E = 1."""
 
     input_first: bool
     inputs: torch.Tensor  # (E, I, I)
@@ -82,20 +82,20 @@ class _Products:
 
 
 class _Watch(TorchFunctionMode):
-    """While active, sums up second moments of the inputs and output gradients of every product with a watched tensor.
+    """While active, accumulates second moments of the inputs and output gradients of every product with a watched tensor.
 
-    The inputs of a window count together: with X (T, I) and G (T, O) of a window, the sum is that of X'GG'X, so that its trace
-    is that of the squared gradients G'X. Where a product's outputs reach several tokens, as keys and values do, their
-    gradients agree, and a direction that many inputs share costs far more than all of them by themselves (arXiv 2311.00636
-    has both extremes). Elsewhere the gradients of different tokens have nothing in common, and what is left is the sum over
-    single inputs, weighted by their squared gradients. Rows that are not those of the batch, such as an expert's, count by
-    themselves.
+    The inputs of a window are taken together: with X (T, I) and G (T, O) of a window, X'GG'X is summed, so that the trace is
+    the sum of the squared norms of the gradients G'X. Where a product's outputs reach several tokens, as keys and values do,
+    their gradients agree, and a direction that many inputs share costs far more than these inputs would one by one
+    (arXiv 2311.00636 has both extremes). Elsewhere the gradients of different tokens have nothing in common, which leaves the
+    sum over single inputs, weighted by their squared gradients. Rows that do not match the batch, such as an expert's, are
+    counted one by one.
     """
 
     def __init__(self, watched: Mapping[str, torch.Tensor]):
         super().__init__()
         self.batch = (1, 1)
-        """Windows and tokens of each, of what is computed now."""
+        """Windows in the current batch, and tokens in each."""
         self.names = {tensor.untyped_storage().data_ptr(): name for name, tensor in watched.items()}
         self.shapes = {name: tensor.shape for name, tensor in watched.items()}
         self.found: dict[str, _Products] = {}
@@ -131,7 +131,7 @@ class _Watch(TorchFunctionMode):
             )
         sums = self.found[name]
         part = slice(first, first + here)
-        given = inputs.detach()  # still needed when the gradient comes; as it is, since float32 takes twice the memory
+        given = inputs.detach()  # needed when the gradient arrives; not cast, since float32 takes twice the memory
 
         def add(gradient: torch.Tensor) -> None:
             x = given.float().reshape(here, -1, width_in)  # (E, N, I)
@@ -155,12 +155,12 @@ def measure_curvature(
     *,
     seed: int = SEED,
 ) -> tuple[dict[str, Curvature], torch.Tensor | None]:
-    """Curvature of parameters of a layer and of layers above it, by name, on the CPU; and what all layers begin with.
+    """Curvature of parameters of a layer and of layers above it, by name, on the CPU; and the label gradients that all start from.
 
     windows: of running prose; each token but the first is predicted, and a label for it is drawn from the model's own
-    prediction with `seed`. What all layers begin with are the gradients (K, D) of -log p(label) at the states that the head
-    takes, for the K predicted tokens: with a large vocabulary they cost more than the layers do. None where the model has to
-    be computed whole. begun: these gradients, from an earlier call with the same windows.
+    prediction with `seed`. The label gradients (K, D) are those of -log p(label) at the states that the head takes, for the
+    K predicted tokens: with a large vocabulary they cost more than the layers do. None if the model has to
+    be computed as a whole. begun: these label gradients, from an earlier call with the same windows.
     """
     model, generator = loaded.model, torch.Generator().manual_seed(seed)
     watched = {name: model.get_parameter(name).detach().clone() for name in names}
@@ -179,7 +179,7 @@ def measure_curvature(
             outputs, root = run(ids, mask)
         here = slice(tokens, tokens + len(outputs))
         own = label_gradients(outputs.detach(), generator) if begun is None else begun[here].to(outputs)
-        if from_layer:  # of a whole model they are as wide as the vocabulary
+        if from_layer:  # for a whole model they are as wide as the vocabulary
             drawn.append(own)
         found = torch.autograd.grad(outputs, [root, *others.values()], own, allow_unused=True)[1:]
         for name, gradient in zip(others, found, strict=True):
@@ -199,10 +199,10 @@ def measured_once(
     windows: Sequence[TokenRow],
     names: Collection[str] | None = None,
 ) -> dict[str, Curvature]:
-    """The same of one layer, kept in a file for other processes and later calls, as are the gradients that all layers begin with.
+    """`measure_curvature` of one layer, kept in a file for other processes and later calls; so are the label gradients.
 
-    layers: parameters of this layer, and of others that the same pass measures and keeps if it has to be made. names: those of
-    this layer that are wanted, None for all. One process of a machine measures, on all cores, while the others wait for it.
+    layers: parameters of this layer, and of others that are measured and kept in the same pass if one is needed. names: the
+    parameters of this layer that are wanted, None for all. One process of a machine measures, on all cores; the others wait.
     """
     wanted = layers[layer] if names is None else [name for name in layers[layer] if name in names]
     measured: dict[str, Curvature] = {}
@@ -228,13 +228,13 @@ def measured_once(
 
 
 def _measured_on(loaded: LoadedModel, windows: Sequence[TokenRow]) -> str:
-    """A key of the model, as it computes here, and the prose."""
+    """A key for the model, as it computes on this machine, and the prose."""
     model, prose = loaded.model, [row.token_ids for row in windows]
     return content_key([loaded.fingerprint, str(model.dtype), str(model.device), describe_machine(), prose])
 
 
 class _CurvatureFile:
-    """What is made of a model and windows, for some parameters or none, in the cache."""
+    """A file in the cache, for one model and windows: the curvature of some parameters or, for none, the label gradients."""
 
     def __init__(self, measured_on: str, names: Sequence[str]):
         self.names = names
@@ -245,13 +245,13 @@ class _CurvatureFile:
         return self.folder.is_dir()
 
     def read(self, is_wanted: Callable[[str], bool] = lambda _key: True) -> dict[str, torch.Tensor]:
-        with suppress(OSError):  # a cache that can only be read
+        with suppress(OSError):  # the cache may be read-only
             os.utime(self.folder)
         with opened(self.folder / FILE_NAME, "curvature") as stored:
             return {key: stored.get_tensor(key) for key in stored.keys() if is_wanted(key)}  # noqa: SIM118
 
     def curvature(self, names: Collection[str]) -> dict[str, Curvature]:
-        """Of those parameters."""
+        """The curvature of these parameters."""
         found: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in self.read(lambda key: key.partition("/")[2] in names).items():
             piece, _, name = key.partition("/")
@@ -300,8 +300,8 @@ def _in_no_product(
 def _run_of(
     model: PreTrainedModel, layer: int, watched: Mapping[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor
 ) -> tuple[_Run, bool]:
-    """The run from the layer upwards, and True; that of the whole model where that, tried on these tokens, gives something
-    else."""
+    """The run from the layer upwards and True; or the run of the whole model and False, if the former is not possible or gives
+    something else on these tokens."""
     whole = _whole(model, watched)
     try:
         if supports_tail(model) is not None:
@@ -352,7 +352,7 @@ def _whole(model: PreTrainedModel, watched: Mapping[str, torch.Tensor]) -> _Run:
 def _at_states(
     head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """(K, D): of -log p(label) at states (K, D) that the head takes."""
+    """Gradients (K, D) of -log p(label) at the states (K, D) that the head takes."""
     found = []
     for part in states.split(SUPERVISED_AT_ONCE):
         with torch.enable_grad():
@@ -363,7 +363,7 @@ def _at_states(
 
 
 def _label_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(K, V): of -log p(label) with labels drawn from the logits (K, V), at the logits."""
+    """Gradients (K, V) of -log p(label) at the logits (K, V), with labels drawn from these logits."""
     gradient = logits.detach().softmax(-1)
     labels = drawn_tokens(logits.detach(), generator)
     gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
@@ -371,7 +371,7 @@ def _label_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.T
 
 
 def _predicting(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(K, ...): of (B, T, ...) what belongs to tokens that another follows."""
+    """The entries (K, ...) of (B, T, ...) at tokens that are followed by another."""
     return hidden[:, :-1][mask[:, 1:].bool()]
 
 
@@ -381,7 +381,7 @@ def _parts(windows: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
 
 
 def _plain_view(model: PreTrainedModel, layer: int) -> PreTrainedModel:
-    """The tail from a layer, whose experts are computed one by one, so that their products can be told apart."""
+    """The tail from a layer, with experts computed one by one, so that their products can be told apart."""
     view = tail_view(model, layer)
     reconfigure(view, _experts_implementation="eager")
     return view

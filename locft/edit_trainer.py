@@ -1,6 +1,6 @@
 """Training as trials call it: a position and settings in, a delta out.
 
-What several trainings share is made when first needed and kept: rows in other formats, prefixes, guards, curvature.
+What several training runs share (rows in other formats, prefixes, guards, curvature) is made when first needed and kept.
 """
 
 import itertools
@@ -34,34 +34,34 @@ from locft.train.pipelines import Beside, Earlier, Training, TrainingSettings, W
 from locft.train.token_rows import TokenRow
 
 PREFIXES = 5
-"""Different texts before each prompt, as in the paper's appendix A.4, shared out among the formats but two for each."""
+"""Different prefixes for each prompt, as in the paper's appendix A.4, divided among the formats, with at least two for each."""
 GUARDS = 64
-"""Prompts of a kind, at most."""
+"""Maximum number of guards of a kind."""
 GUARD_TOKENS = 8
-"""Of the unedited model's answer that a guard holds to, at most."""
+"""Maximum number of tokens of the unedited model's answer that a guard covers."""
 WINDOW = 32
-"""Tokens of a guard of prose."""
+"""Maximum number of tokens in a guard that is prose."""
 SCALES = tuple(step / 20 for step in range(19, 9, -1))
-"""Of a change that is shrunk: 0.95 down to 0.5."""
+"""Factors tried when a change is shrunk: 0.95 down to 0.5."""
 CURVATURE_BYTES, TOGETHER_BYTES = 2**30, 2**28
-"""Up to the first size the curvature of a whole layer is measured at once; beyond it, that of the trained position alone. Several
-layers are measured at once, up to the second."""
+"""Up to the first size, the curvature of a whole layer is measured at once; above it, only that of the trained position. Several
+layers are measured at once up to the second size."""
 
 
 @dataclass(frozen=True)
 class EditTrainer:
-    """Trains one set of edits on one model, at any position, in any way. The model stays as it is."""
+    """Trains one set of edits on one model, at any position and with any settings. The model is left unchanged."""
 
     loaded: LoadedModel
     requests: tuple[EditRequest, ...]
     rows: tuple[TokenRow, ...]
-    """Of the edits as raw prompts."""
+    """Token rows of the edits as raw prompts."""
     engine: TailEngine | None
-    """The fast forward; None if everything is computed with the full model."""
+    """The fast forward pass; None if everything is computed with the full model."""
     asked: str = ""
-    """A key of all that a stream may be asked on its way."""
+    """A hash of everything that a stream may be measured on along the way."""
     prose: tuple[TokenRow, ...] = ()
-    """What curvature is measured on; without it the background rows, made when first needed."""
+    """Rows that curvature is measured on; if empty, the background rows, made when first needed."""
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def train(
@@ -71,9 +71,9 @@ class EditTrainer:
         earlier: Earlier | None = None,
         watch: Watch | None = None,
     ) -> Training:
-        """Train the edits at a position. earlier: what a stream goes on with. watch: called on the way through a stream.
+        """Train the edits at a position. earlier: the edits that a stream continues. watch: called after each arrival of a stream.
 
-        Raises InputError for settings that this model or these edits cannot serve.
+        Raises InputError for settings that this model or these edits do not support.
         """
         examples = self.examples(settings)
         rows = examples.rows
@@ -102,7 +102,7 @@ class EditTrainer:
         return training
 
     def examples(self, settings: TrainingSettings) -> TrainingExamples:
-        """What the settings draw from."""
+        """The examples that training with these settings draws from."""
         formats = available(self.loaded.tokenizer, parse_formats(settings.train_formats, trained=True))
         plain = self._once(("plain", formats), lambda: self._plain(formats))
         prefixed = ()
@@ -113,8 +113,8 @@ class EditTrainer:
         return TrainingExamples(self.rows, plain, prefixed, settings.prefix_share, guards)
 
     def curvature(self, position: TuningPosition, precision: str) -> dict[str, Curvature]:
-        """Of the position's parameters, by name, damped; of passes in the precision that training computes in. Measured once
-        for all positions of the layer, together with other layers that are trained on this machine."""
+        """Damped curvature of the position's parameters, by name, from passes in the precision that training computes in. Measured
+        once for all positions of the layer, together with other layers that are trained on this machine."""
         names = parameter_names(self.loaded.model, position)
         last = self._kept.get("curvature")
         if last is None or last[0] != (names, precision):
@@ -128,8 +128,8 @@ class EditTrainer:
         return replace(self.loaded, model=self.engine.model_in(DTYPES[precision])) if self.engine else self.loaded
 
     def _measured_together(self, position: TuningPosition) -> dict[int, list[str]]:
-        """The parameters whose curvature is measured in one pass with a position's, by layer. The position's alone where its
-        layer's curvature is too large."""
+        """The parameters, by layer, whose curvature is measured in the same pass as a position's. The position's alone if the
+        curvature of its layer is too large."""
         model = self.loaded.model
         layers = self.engine.layers if self.engine and position.layer in self.engine.layers else (position.layer,)
         prefixes = {layer: layer_prefix(model, layer) for layer in layers}
@@ -146,7 +146,7 @@ class EditTrainer:
         return {layer: named[layer] for layer in next(group for group in groups if position.layer in group)}
 
     def _kept_state(self, position: TuningPosition, settings: TrainingSettings) -> KeptState | None:
-        """Where this training is kept; None for states with noise, whose draws are not."""
+        """Where the state of this training is kept; None with noise, because the state of its generator is not kept."""
         if settings.noise:
             return None
         model = self.loaded.model
@@ -167,7 +167,7 @@ class EditTrainer:
         return self._kept[key]
 
     def background(self, precision: str) -> tuple[TokenRow, ...]:
-        """What the model writes itself, computing in that precision."""
+        """Text that the model writes itself, computing in that precision."""
         return self._once(("background", precision), lambda: background_rows(self._computing_in(precision)))
 
     def _plain(self, formats: Sequence[str]) -> tuple[tuple[TokenRow, ...], ...]:
@@ -225,7 +225,7 @@ class EditTrainer:
         return self._once(("engine", tuple(rows)), lambda: self.engine.over(rows))
 
     def _shrunk(self, training: Training, position: TuningPosition) -> Training:
-        """The change scaled down as long as all edits that hold at full size still do, as raw prompts."""
+        """The change scaled down for as long as no fewer edits hold, as raw prompts, than at full size."""
 
         def learnt(scale: float) -> int:
             weights = training.delta.scaled(scale).weights(self.loaded.model)
@@ -241,7 +241,7 @@ class EditTrainer:
 
 
 def _gaussian(share: float, seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Adds noise with `share` of each feature's standard deviation, drawn anew in each call."""
+    """Adds Gaussian noise with `share` of each feature's standard deviation, freshly drawn in each call."""
     draws = torch.Generator().manual_seed(seed)
 
     def noisy(states: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,7 @@ def _gaussian(share: float, seed: int) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def _same_relation(requests: Sequence[EditRequest]) -> list[str]:
-    """Prompts of the edits with another edit's subject in place of their own; none that an edit is about."""
+    """Prompts of the edits with another edit's subject in place of their own, except those that are an edit's own prompt."""
     own = {request.prompt for request in requests}
     known = [request for request in requests if request.subject and request.subject in request.prompt]
     found = []

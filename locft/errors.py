@@ -1,4 +1,4 @@
-"""Errors that get an answer: input that the user can correct, and memory that runs out."""
+"""Errors that are handled: bad input, which the user can correct, and running out of memory."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 class InputError(Exception):
     """Bad input from the user: a file, a setting, a name, an address.
 
-    Carries every problem found, so that a file is corrected in one go. Each problem says what was got, what was
+    Carries every problem found, so that a file can be corrected in one go. Each problem says what was given, what was
     expected and where. The command line prints them without a traceback and exits with code 2.
     """
 
@@ -37,7 +37,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message in one line of at most 300 characters (some list every architecture there is)."""
+    """The error's message in one line of at most 300 characters (some messages list every supported architecture)."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} …"
 

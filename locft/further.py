@@ -16,11 +16,11 @@ from locft.model.models import DTYPES, LoadedModel
 from locft.train.token_rows import TokenRow
 
 WINDOWS, TOKENS = 8, 64
-"""B and T."""
+"""B and T of the legend."""
 RATE, CLIP = 5e-5, 1.0
-"""Of AdamW, falling to 0 in a straight line, and of the gradient's norm; with B the defaults of transformers' `Trainer`."""
+"""AdamW's learning rate, decaying linearly to 0, and the gradient norm's limit; like B, defaults of transformers' `Trainer`."""
 ENOUGH = 64
-"""Windows of prose; where there are fewer, texts that the model writes itself join them."""
+"""Windows of prose that suffice; if there are fewer, texts that the model writes itself are added."""
 
 
 def further_trained(
@@ -28,8 +28,8 @@ def further_trained(
 ) -> EditDelta:
     """Difference of all weights from the unedited model after the edit and `steps` steps of fine-tuning on text.
 
-    rows: of running text, cut into windows of T tokens, which are drawn anew for each step. precision: of the products;
-    weights and optimiser are float32. The model stays as it is. Raises InputError if no row is that long.
+    rows: of running text, cut into windows of T tokens; each step draws its own. precision: that of the products; weights
+    and optimiser are float32. The model is left unchanged. Raises InputError if no row is that long.
     """
     windows = [row.token_ids[at : at + TOKENS] for row in rows for at in range(0, len(row.token_ids), TOKENS)]
     windows = [window for window in windows if len(window) == TOKENS]

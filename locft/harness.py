@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness on an edited model in memory, paired item by item with the unedited one.
 
 The harness builds the requests and scores the answers; the answers are computed here. Both models share the layers below
-the edited one, so the log-likelihoods of both come from one pass through them (`locft.engine`).
+the edited layer, so the log-likelihoods of both come from one pass through those (`locft.engine`).
 Needs the extra `harness`: import this module only where it is used.
 """
 
@@ -41,7 +41,7 @@ class TaskScore:
 
     task: str
     metric: str
-    """With its filter, if the task has several."""
+    """Its name, with its filter if the task has several."""
     items: int
     unedited: float
     edited: float | None
@@ -141,7 +141,7 @@ class _Progress:
 
 
 class PairedModel(TemplateLM):
-    """A model and an edit of it, as the harness asks them: texts in, scores and texts out."""
+    """A model and an edit of it behind the harness's interface: texts in, scores and texts out."""
 
     def __init__(self, loaded: LoadedModel, delta: EditDelta | None, tell: Callable[[str], None]):
         super().__init__()
@@ -172,10 +172,10 @@ class PairedModel(TemplateLM):
         return self.tokenizer.encode(string, verbose=False, **special)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Scores]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # without a bar between our lines
+        return super().loglikelihood(requests, disable_tqdm=True)  # no progress bar between our lines
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[Scores]:
-        """requests: what the texts were, context tokens, continuation tokens."""
+        """requests: the original texts, context tokens, continuation tokens."""
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         self._compute([row for row in dict.fromkeys(rows) if row not in self._known])
         return [self._known[row][self.edited] for row in rows]
@@ -190,7 +190,7 @@ class PairedModel(TemplateLM):
         return [sum(self._known[row][self.edited][0] for row in own) for own in rows]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers with the weights that the model has now."""
+        """Greedy answers with the model's current weights."""
         open_answers = []
         for request in requests:
             context, given = request.args

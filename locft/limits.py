@@ -1,4 +1,4 @@
-"""What a model cannot compute, found before anything is computed: tokens without an embedding, places without a position."""
+"""Inputs that a model cannot compute, found beforehand: tokens without an embedding, texts with more tokens than positions."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,16 +8,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from locft.errors import InputError, listed
 
 SHOWN = 3
-"""Texts named in a message."""
+"""Number of texts quoted in a message."""
 
 
 def check_limits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, texts: Iterable[tuple[Sequence[int], int]]
 ) -> None:
-    """Raise InputError if the model has no embedding for a token of a text, or learned no position for one.
+    """Raise InputError if the model has no embedding for a token of a text, or learned no position for it.
 
-    name: of the model, for the message. texts: the tokens of each, and how many may be generated behind them. Rotary
-    positions and recurrent states have no end, so they set no limit.
+    name: of the model, for the message. texts: the tokens of each, and how many may be generated after them. Rotary
+    positions and recurrent states are unbounded, so they set no limit.
     """
     rows, places = model.get_input_embeddings().weight.shape[0], _positions(model)
     unknown: dict[str, None] = {}

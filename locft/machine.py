@@ -1,10 +1,10 @@
-"""How much of this machine is ours."""
+"""How much of this machine this process may use."""
 
 import os
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on: fewer than there are where taskset or a batch system bound it to some."""
+    """CPU cores that this process may run on: fewer than the machine has if taskset or a batch system restricts it."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows

@@ -23,7 +23,7 @@ VECTOR_FUNCTIONS = (
 def torch_device(device: str) -> torch.device:
     """The device that a setting names; `auto` is the first GPU, or the CPU if there is none.
 
-    Raises InputError for a name that torch does not know or a device that does not compute here.
+    Raises InputError for a name that torch does not know or a device that does not work here.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,7 +32,7 @@ def torch_device(device: str) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from error
     try:
-        if torch.zeros(1, device=target).item() != 0:  # torch knows names of devices that are not there
+        if torch.zeros(1, device=target).item() != 0:  # torch accepts names of devices that are not there
             raise RuntimeError("it does not compute")
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         count = torch.cuda.device_count()
@@ -44,21 +44,19 @@ def torch_device(device: str) -> torch.device:
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether this process only queues work there and goes on.
+    """Whether this process only queues work for the device and goes on.
 
-    Where it does, whoever asks for a number waits until all that was queued is done, and the device then waits for the
-    next work. So what a step decides there is decided on the device (`locft.train.pipelines`).
+    If so, reading a number back waits until everything that was queued is done, and the device then idles until more work
+    arrives. So whatever a training step decides is decided on the device (`locft.train.pipelines`).
     """
     return device.type == "cuda"
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device; on the CPU itself the same one. Nothing waits for a copy to a GPU."""
+    """A CPU tensor moved to a device; the same tensor if that is the CPU. Nothing waits for a copy to a GPU."""
     if not runs_ahead(device):
         return tensor.to(device)
-    return tensor.pin_memory().to(
-        device, non_blocking=True
-    )  # from memory that is not pinned the copy would be waited for
+    return tensor.pin_memory().to(device, non_blocking=True)  # a copy from memory that is not pinned would block
 
 
 @cache
@@ -67,7 +65,7 @@ def settle_vector_math() -> None:
 
     On CPUs PyTorch computes cos, exp and the like with MKL's vector functions, and MKL chooses a kernel for each of
     them in its first call. If that call runs on several threads, one of them can get a kernel of lower accuracy (errors
-    of 1e-4) for its part; in one process of ten, the first forward pass then differs from all later ones
+    of 1e-4) for its part; in one process in ten, the first forward pass then differs from all later ones
     (pytorch/pytorch issue 188792). So each function is called once here, on so few numbers that one thread does it.
     """
     for dtype in (torch.float32, torch.float64):
@@ -78,7 +76,7 @@ def settle_vector_math() -> None:
 
 @contextmanager
 def every_core() -> Iterator[None]:
-    """In here, PyTorch computes on all cores: for what is made once on a machine while its other workers wait for it."""
+    """Inside the block, PyTorch computes on all cores: for what is made once on a machine while its other workers wait for it."""
     before = torch.get_num_threads()
     torch.set_num_threads(usable_cores())
     try:

@@ -105,13 +105,13 @@ class Workbench:
     rows: tuple[TokenRow, ...]
     """Token rows of the edits as raw prompts, one each."""
     questions: tuple[EditQuestion, ...]
-    """About the edits, or a sample of them."""
+    """Questions about the edits, or about a sample of them."""
     suite: EncodedSuite | None
     baseline: Baseline
     engine: TailEngine | None
-    """The fast forward; None if everything is computed with the full model."""
+    """The fast forward pass; None if everything is computed with the full model."""
     whole: "Workbench | None" = None
-    """The larger workbench whose first edits these are (`first`)."""
+    """The larger workbench of which this one holds the first edits (`first`)."""
     _firsts: dict[Any, "Workbench"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -129,11 +129,11 @@ class Workbench:
     ) -> "Workbench":
         """Tokenize everything, and measure the unedited model unless its `baseline` is given.
 
-        ask_formats: those that edits and rephrases are measured in (`locft.train.formats`); `chat` is left out, with a
-        notice, if the tokenizer has no template, and `unseen` joins any other than raw. engine: makes the fast forward
-        over all rows; None computes everything with the full model, which also happens, with a warning, if the model
-        has no tail view. asked_places: places of the edits to ask about, None for all; a given baseline must be of the
-        same ones.
+        ask_formats: the formats that edits and rephrases are measured in (`locft.train.formats`); `chat` is left out, with a
+        notice, if the tokenizer has no template, and `unseen` is added to any other than raw. engine: makes the fast forward
+        pass over all rows; None computes everything with the full model, which also happens, with a warning, if the model
+        has no tail view. asked_places: indices of the edits to ask about, None for all; a given baseline must have been
+        measured on the same ones.
         """
         formats = asked(loaded.tokenizer, parse_formats(ask_formats))
         if CHAT in ask_formats and CHAT not in formats:
@@ -169,13 +169,13 @@ class Workbench:
         return EditTrainer(self.loaded, self.requests, self.rows, self.engine, content_key(asked))
 
     def train(self, position: TuningPosition, settings: TrainingSettings, watch: Watch | None = None) -> Training:
-        """Train the edits at a position. The model stays as it is. watch: called on the way through a stream."""
+        """Train the edits at a position. The model is left unchanged. watch: called after each arrival of a stream."""
         return self.trainer.train(position, settings, watch=watch)
 
     def first(self, count: int, asked_places: Collection[int] | None = None) -> "Workbench":
-        """The workbench of the first `count` edits, 0 for all, which shares everything else. asked_places: places of the
-        edits to ask about, None for all that this one asks about. The baseline stays that of all. The same call returns the
-        same object, with everything that its trainer keeps."""
+        """The workbench of the first `count` edits, 0 for all, which shares everything else. asked_places: indices of the
+        edits to ask about, None for all that this one asks about. The baseline stays that of all edits. The same call returns
+        the same object, with everything that its trainer keeps."""
         if asked_places is None and count in (0, len(self.requests)):
             return self
         key = count, None if asked_places is None else tuple(asked_places)
@@ -201,7 +201,7 @@ class Workbench:
     def measure(self, delta: EditDelta, *, whole_answers: bool = False) -> Measurement:
         """All metrics of the edited model, computed in the model's own dtype, by their names in the results table.
 
-        whole_answers: also generate wrong answers in full, for people to read. It changes no metric.
+        whole_answers: also generate wrong answers in full, for a human reader. This changes no metric.
         """
         delta.require_base(self.loaded.name, self.loaded.fingerprint)
         started = time.perf_counter()
@@ -239,7 +239,7 @@ class Workbench:
         return Measurement({name: value for name, value in metrics.items() if math.isfinite(value)}, outcomes)
 
     def measure_later(self, delta: EditDelta, steps: int, precision: str, seed: int) -> Measurement:
-        """The same after `steps` steps of ordinary fine-tuning of all weights, on prose that drift is not measured on."""
+        """`measure` after `steps` steps of ordinary fine-tuning of all weights, on prose that drift is not measured on."""
         spare = self.suite.spare if self.suite else ()
         rows = spare if len(spare) >= ENOUGH else (*spare, *self.trainer.background(precision))
         later = further_trained(self.loaded, delta, rows, steps, precision, seed)
@@ -259,7 +259,7 @@ class Workbench:
 
 
 def row_bits(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> np.ndarray:
-    """(E,) -log2 of the probability of each row's supervised tokens but the last, its end."""
+    """(E,) -log2 of the probability of each row's supervised tokens but the last, the end token."""
     scores = scores_by_row(logits, rows, lambda row: len(row.token_ids), most=BATCH)
     return np.array([-float(one.log_likelihood[:-1].sum()) / math.log(2) for one in scores])
 

@@ -1,13 +1,13 @@
 """Studies of where to edit a language model: planning, running on Ray, recording in MLflow.
 
-For notebooks: `run_study`, `load_results`, `figures` (`sweeps.notebook`), imported when they are first asked for.
+For notebooks: `run_study`, `load_results`, `figures` (`sweeps.notebook`), imported on first use.
 """
 
 import gc
 from typing import Any
 
-# PyTorch, transformers, MLflow and Ray are millions of objects that stay. With Python's usual threshold, looking through them
-# again and again takes a fifth of the time that a command or a worker needs to start.
+# PyTorch, transformers, MLflow and Ray create millions of objects that stay alive. With Python's default threshold, scanning
+# them repeatedly for garbage takes a fifth of the time that a command or a worker needs to start.
 gc.set_threshold(50_000, 20, 20)
 
 __all__ = ["figures", "load_results", "run_study"]

@@ -1,4 +1,4 @@
-"""What the tracking store holds of a study, and what that says: front, pick, and the report of everything finished so far."""
+"""What the tracking store holds for a study, and the answer it gives: front, pick, and a report on everything finished so far."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from analysis.page.report import HowFound
 
 BASELINE_FILE = "baseline.json"
-"""File of the study's run: measurements of the unedited model."""
+"""File in the study's run with the measurements of the unedited model."""
 MOST_READ = 60
-"""Largest number of trials whose answers are all read for the report's lists of wrong answers; of more trials, only those of
-the pick and of the front as the report lists it are."""
+"""Up to this many trials, the report's lists of wrong answers read the answers of every trial; beyond it, only those of the
+pick and of the part of the front that the report lists."""
 
 
 @dataclass(frozen=True)
 class StudyState:
-    """What the tracking store holds of a study, measured against its plan."""
+    """What the tracking store holds for a study, compared with its plan."""
 
     prepared: PreparedStudy
     results: pd.DataFrame
@@ -53,7 +53,7 @@ class StudyState:
 
     @property
     def retried(self) -> dict[str, int]:
-        """Why attempts at trials were lost (they were tried again), with how often each happened."""
+        """Why attempts at trials were lost (and retried): cause -> how often it happened."""
         return causes(self.results, "retried")
 
     @property
@@ -66,7 +66,7 @@ class StudyState:
 def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool = True) -> StudyState:
     """Everything recorded so far. tracker: None when nothing of the study is in the store yet.
 
-    curves: also read the loss curves, which takes one request for each trial while the study is not finished.
+    curves: also read the loss curves, which takes one request per trial while the study is unfinished.
     """
     if tracker is None:
         return StudyState(prepared, results_frame([]), {})
@@ -91,22 +91,22 @@ def foresee(prepared: PreparedStudy, store: str, *, timed: bool = True) -> Forec
 
 @dataclass(frozen=True)
 class StudyAnswer:
-    """What a study says."""
+    """The answer that a study gives."""
 
     front: ParetoFront
     recommendation: Recommendation | None
     report_html: str = field(repr=False)
     remedies: tuple[Remedy, ...] = ()
     comparison: Comparison | None = None
-    """With another study, if one was named."""
+    """Comparison with another study, if one was named."""
 
 
 def answer_of(
     state: StudyState, tracker: Tracker | None, other: Measured | None = None, found: "HowFound | None" = None
 ) -> StudyAnswer:
-    """Front, pick and report of the trials finished so far. tracker: None leaves out what only the store has, the answers to
-    single prompts. other: a study to compare with in the report. found: how a selection found its answer."""
-    from analysis.page.report import MAX_MISSES, render_report  # with plotly, which takes a second
+    """Front, pick and report of the trials finished so far. tracker: None leaves out the answers to single prompts,
+    which only the store has. other: a study to compare with in the report. found: how a selection found its answer."""
+    from analysis.page.report import MAX_MISSES, render_report  # imports plotly, which takes a second
 
     own = measured(state, tracker)
     settings, pick = by_setting(state.results), recommend(state.results)
@@ -139,7 +139,7 @@ def _outcomes(results: pd.DataFrame, trials: list[str], tracker: Tracker) -> pd.
 
 
 def measured(state: StudyState, tracker: Tracker | None) -> Measured:
-    """A study and its results as the report takes them. Without a tracker, when it ran is left out."""
+    """A study and its results in the form the report takes. Without a tracker, its start is left out and its end is now."""
     prepared, study = state.prepared, state.prepared.study
     started, finished = tracker.times() if tracker else (None, None)
     about = {

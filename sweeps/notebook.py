@@ -46,8 +46,8 @@ def run_study(
 ) -> Sweep:
     """Run the open trials of a study, as `locft sweep` does; the same call again runs only those that are not done.
 
-    study: a ready study's name or a study file. changes: dotted field -> value, laid over it. reporter: is told
-    of trials, in place of lines on standard error. register: put the pick's delta into the model registry. The result holds state
+    study: a ready study's name or a study file. changes: dotted field -> value, overriding the study's own. reporter: notified
+    of trials, instead of lines on standard error. register: put the pick's delta into the model registry. The result holds state
     (with the results table), answer (front, recommendation, report_html), how it ended, and the address of that delta.
     Raises InputError at once if anything is wrong with the input.
     """

@@ -1,7 +1,7 @@
-"""A study while this process runs it: the lock, what an earlier driver could not deliver, Ray, and the study's run in MLflow.
+"""A study while this process runs it: its lock, results that an earlier driver could not deliver, Ray, and its run in MLflow.
 
 A driver is the process that runs a study. The lock refuses a second one on this machine. A second driver on another machine
-would only repeat work, since a trial is known by its content. `locft status` reads the driver from a tag of the study's run.
+would only repeat work, since trials are identified by content. `locft status` reads the driver from a tag of the study's run.
 """
 
 import json
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DRIVER_TAG = "locft.driver"
-"""Tag of a study's run that names its driver while one is at work."""
+"""Tag of a study's run that names the driver while one is running."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Driver:
 
 
 def driver_of(tracker: Tracker | None) -> Driver | None:
-    """Who runs a study, as its run says; None when nobody does. tracker: None when nothing of the study is recorded yet.
+    """The driver of a study according to its run; None when there is none. tracker: None when nothing of the study is recorded yet.
 
     A driver of this machine whose process is gone counts as none. A killed driver of another machine keeps its tag until the
     next driver ends.
@@ -74,14 +74,14 @@ def driver_of(tracker: Tracker | None) -> Driver | None:
             created = psutil.Process(driver.process).create_time()
         except psutil.NoSuchProcess:
             return None
-        if created > datetime.fromisoformat(driver.began).timestamp() + 2:  # a later process has the number
+        if created > datetime.fromisoformat(driver.began).timestamp() + 2:  # a later process has the same id
             return None
     return driver
 
 
 @contextmanager
 def study_lock(folder: Path, name: str) -> Iterator[None]:
-    """Hold the study against other drivers on this machine; the lock of a killed process ends with it.
+    """Lock the study against other drivers on this machine; the lock of a killed process ends with the process.
 
     folder: `sweeps.tracking.outbox.study_folder`. name: of the study. Raises InputError when another process holds the lock,
     or when the folder cannot be written.
@@ -107,11 +107,11 @@ def study_lock(folder: Path, name: str) -> Iterator[None]:
 def study_session(
     prepared: PreparedStudy, store: str, description: str, *, address: str | None = None
 ) -> Iterator["StudySession"]:
-    """Hold a study's lock and deliver what an earlier driver could not; in the end close the study's run, however it ends.
+    """Hold a study's lock and deliver what an earlier driver could not; at the end, close the study's run whatever happened.
 
     store: address of the tracking store, resolved. description: of the study's run, in markdown. address: of a Ray cluster; None
-    runs on this machine. Raises InputError before anything is written when another driver
-    of this machine runs the study, or when the store cannot be used; TrackingError when the store does not take what was kept.
+    runs on this machine. Raises InputError before anything is written when another driver on this machine runs the study, or
+    when the store cannot be used; TrackingError when the store does not take an undelivered result.
     """
     with ExitStack() as stack:
         stack.enter_context(study_lock(study_folder(prepared.id, store), prepared.study.name))
@@ -123,10 +123,10 @@ def study_session(
 
 
 class StudySession:
-    """What a study needs while it runs. Call `start_ray` before `open_run`: what cannot run writes nothing."""
+    """What a study needs while it runs. Call `start_ray` before `open_run`, so that a study that cannot run writes nothing."""
 
     def __init__(self, prepared: PreparedStudy, store: str, description: str, address: str | None, stack: ExitStack):
-        """As for `study_session`. stack: what has to be undone at the end."""
+        """As for `study_session`. stack: collects what has to be undone at the end."""
         self.prepared, self.store = prepared, store
         self.tracker = find_tracker(store, prepared.study.name, prepared.id)
         """None until the study's experiment exists (`open_run` creates it)."""
@@ -134,7 +134,7 @@ class StudySession:
         """How many trials run at a time; None before `start_ray`."""
         self.outbox = open_outbox(prepared.id, store)
         self.runs_here = address is None and not prepared.study.resources.gpus
-        """Trials run on this machine's CPUs alone: this process can then do what a worker could, and sooner."""
+        """Trials run only on this machine's CPUs: this process can then do what a worker could, and sooner."""
         self._description, self._address, self._stack = description, address, stack
         self._run_is_open = False
 
@@ -145,12 +145,12 @@ class StudySession:
         return self.room
 
     def run_alone(self, work: Callable[[], T]) -> T:
-        """Run a function while no trial runs: in this process if trials run on its CPUs, which saves starting a worker, else on a
-        worker."""
+        """Run a function while no trial runs: in this process if trials run on its CPUs, which saves starting a worker;
+        otherwise on a worker."""
         return work() if self.runs_here else on_workers([work], self.prepared.study.resources)[0]
 
     def open_run(self) -> Tracker:
-        """Open the study's run in the tracking store, and the store where it is new; a second call does nothing.
+        """Open the study's run in the tracking store, which is created if missing; a second call does nothing.
 
         Raises InputError when the store cannot be used, TrackingError when it does not take the run.
         """
@@ -169,7 +169,7 @@ class StudySession:
         return tracker
 
     def _close_run(self) -> None:
-        """Nothing fails here: the store may be away."""
+        """Close the study's run; does nothing when the store is unreachable."""
         self.tracker.abandon()  # unless it was finished
         with suppress(TrackingError):
             self.tracker.set_tag(DRIVER_TAG, None)
@@ -181,12 +181,12 @@ class StudySession:
     def run_trials(
         self, source: Sequence[TrialConfig] | Search, baseline: "Baseline", reporter: Reporter, deadline: float
     ) -> Ending:
-        """Run trials on Ray, which `start_ray` started, and record them in the study's open run; returns why no further one runs.
+        """Run trials on Ray, which `start_ray` started, and record them in the study's open run; returns why no further trial runs.
 
         source, deadline: as for `sweeps.run.runner.run_trials`. baseline: the unedited model's measurements. Raises TrackingError
-        when the store stayed away; finished trials are then in the outbox.
+        when the store stayed unreachable; finished trials are then in the outbox.
         """
-        from sweeps.run.runner import run_trials  # with Ray, which takes seconds
+        from sweeps.run.runner import run_trials  # imports Ray, which takes seconds
 
         prepared, resources = self.prepared, self.prepared.study.resources
         with self.recorder(reporter) as recorder:
@@ -201,9 +201,9 @@ class StudySession:
             )
 
     def deliver_kept(self) -> None:
-        """Record in the study's open run what an earlier driver could not. Raises TrackingError.
+        """Record in the study's open run the results that an earlier driver could not deliver. Raises TrackingError.
 
-        What the store refuses, though it has just taken the study, is set aside: its trial counts as not done.
+        A result that the store refuses, although it has just taken the study, is set aside, and its trial counts as not done.
         """
         if kept := self.outbox.kept():
             inputs = self._inputs()

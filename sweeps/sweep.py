@@ -1,7 +1,7 @@
-"""A whole study: run what is open, record it, draw the answer from everything recorded, register the edit of the pick.
+"""A whole study: run the open trials, record them, draw the answer from everything recorded, and register the pick's edit.
 
 Ray, torch and Optuna take seconds to import. They are imported where they are needed, so that a study with nothing
-left to run answers soon.
+left to run answers quickly.
 """
 
 import json
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from sweeps.run.search import OptunaSearch
 
 NORM_TOLERANCE = 1e-3
-"""Relative difference allowed between the norm of the pick's delta, trained again, and the trial's: other hardware sums in
-another order."""
+"""Relative difference allowed between the norms of the pick's delta when trained again and in the trial: other hardware sums
+in a different order."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a run of a study leaves."""
+    """The outcome of running a study."""
 
     state: StudyState
     answer: StudyAnswer
@@ -52,7 +52,7 @@ class Sweep:
     registered: str | None = None
     """Address of the pick's edit in the model registry, models:/NAME@ALIAS."""
     not_registered: str | None = None
-    """Why the pick's edit is not in the registry, when that was asked for."""
+    """Why the pick's edit is not in the registry, if registering it was requested."""
 
 
 def run_sweep(
@@ -63,15 +63,15 @@ def run_sweep(
     show: Callable[[StudyState], AbstractContextManager[Reporter]],
     register: bool = False,
 ) -> Sweep:
-    """Run what is open of a study and return everything known then. The same call again runs only what is not done.
+    """Run a study's open trials and return everything known afterwards. The same call again runs only what is not done.
 
     store: address of the tracking store, resolved. address: of a Ray cluster. show: gets the state at the start; returns a
-    context manager whose value hears of every trial. register: train the pick once more at the end and put its delta into the
+    context manager that yields the reporter. register: train the pick once more at the end and put its delta into the
     model registry, unless it is there.
 
     Raises InputError before anything is written when the store or the cluster cannot be used, its resources do not suffice, or
-    another driver of this machine runs the study; TrackingError when the store stayed away. Finished trials are then kept on
-    this machine. In a store that answers, the study's run is closed however this ends.
+    another driver on this machine runs the study; TrackingError when the store stayed unreachable. Finished trials are then kept
+    on this machine. As long as the store answers, the study's run is closed however this ends.
     """
     study, began = prepared.study, time.monotonic()
     deadline = began + 60 * (study.budget.minutes or math.inf)
@@ -89,7 +89,7 @@ def run_sweep(
                     ending = session.run_trials(_open_trials(prepared, state), baseline, reporter, deadline)
         except TrackingError:  # nothing can be written now
             raise
-        except BaseException:  # the study's run shall show what is finished
+        except BaseException:  # the study's run should show what is finished
             with suppress(TrackingError):
                 _conclude(prepared, tracker, "complete", call)
             raise
@@ -171,7 +171,7 @@ def _summary(state: StudyState, answer: StudyAnswer) -> dict[str, float]:
 
 
 def _unregistered_pick(state: StudyState, store: str) -> dict[str, Any] | None:
-    """The row of the study's pick; None when there is no pick, or its edit is the study's registered one."""
+    """The row of the study's pick; None when there is no pick, or when its edit is already the study's registered one."""
     pick, study = recommend(state.results), state.prepared.study
     if pick is None:
         return None
@@ -180,7 +180,7 @@ def _unregistered_pick(state: StudyState, store: str) -> dict[str, Any] | None:
 
 
 def _with_registered(done: Sweep, session: StudySession, deadline: float) -> Sweep:
-    """The sweep with its pick registered. Whatever goes wrong here, Ctrl-C included, the study is finished and recorded.
+    """The sweep with its pick registered. Whatever goes wrong here, Ctrl-C included, the study is already finished and recorded.
 
     deadline: on the `time.monotonic()` clock.
     """
@@ -207,9 +207,9 @@ def _with_registered(done: Sweep, session: StudySession, deadline: float) -> Swe
 
 
 def _register_pick(session: StudySession, row: dict[str, Any]) -> None:
-    """Train a trial once more and register its delta. Trials leave no weights behind, and the same numbers give the same delta.
+    """Train a trial once more and register its delta. Trials keep no weights, and the same settings give the same delta.
 
-    row: of the results table. Raises RuntimeError when another delta comes out, InputError when the store does not take it.
+    row: of the results table. Raises RuntimeError when the delta comes out different, InputError when the store does not take it.
     """
     study, run_id, config = session.prepared.study, row["run_id"], config_of_row(row)
     metrics = {name: row[name] for name in (*METRICS, "delta_norm") if math.isfinite(row.get(name, math.nan))}

@@ -1,1 +1,1 @@
-"""Figures, each in two steps: what is shown, then how."""
+"""Figures, most of them in two steps: what is shown, then how."""

@@ -1,8 +1,8 @@
-"""Plots of how settings came to their results: loss curves, what a stream retains, how many edits fit, breadth-first
+"""Plots of how settings arrived at their results: loss curves, what a stream retains, how many edits fit, breadth-first
 against depth-first, and parallel coordinates.
 
-Most in two steps: `*_info` from the results table, `*_figure` from that. Marks and lines carry their trial's
-id as `customdata`, by which the page filters them.
+Most are made in two steps: `*_info` reads the results table, `*_figure` draws the info. Marks and lines carry their
+trial's id as `customdata`, by which the page filters them.
 """
 
 import json
@@ -33,12 +33,12 @@ from analysis.stats.table import (
 from analysis.stats.wording import escaped
 
 MAX_CURVES = 150
-"""Loss curves drawn at most; the info says how many were left out."""
+"""Maximum number of loss curves drawn; the info says how many were left out."""
 PALETTE = qualitative.Safe
 MAX_PAIRS = 200
-"""Pairs of pipelines drawn at most; the mean difference is that of all."""
+"""Maximum number of pairs of pipelines drawn; the mean difference is over all pairs."""
 MAX_LINES = 1000
-"""Settings in the parallel coordinates at most."""
+"""Maximum number of settings in the parallel coordinates."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LossCurve:
     label: str
     depth: float
     losses: tuple[float | None, ...]
-    """By epoch (breadth-first) or batch (depth-first); None where the loss was not finite and positive."""
+    """By epoch (breadth-first), batch (depth-first) or arrival (stream); None where the loss was not finite and positive."""
     highlight: str
     """pick, front or other."""
 
@@ -56,12 +56,12 @@ class LossCurve:
 class LossInfo:
     curves: tuple[LossCurve, ...]
     pipeline: str | None
-    """Whose curves these are: breadth-first ones where there are any, since the two have different x axes."""
+    """The one whose curves these are, breadth-first if it was run: pipelines have different x axes."""
     left_out: int
 
 
 def loss_info(results: pd.DataFrame, *, front: Sequence[str] = (), pick: str | None = None) -> LossInfo:
-    """Training loss of the finished trials. The trials of `front` and the `pick` stand out, and are never left out."""
+    """Training loss of the finished trials. The trials of `front` and the `pick` stand out, and are left out last."""
     rows = done(results)
     rows = rows[rows["epoch_losses"].map(len).gt(0).astype(bool)]
     pipelines = set(rows["pipeline"])
@@ -114,10 +114,10 @@ def loss_figure(info: LossInfo) -> go.Figure:
 
 def retention_figure(results: pd.DataFrame) -> go.Figure | None:
     """A line per setting: reliability at the end of each tenth of the edits, in the order of their arrival, as a mean over
-    seeds and formats; where stages were measured, dotted, that of the first tenth while more arrived, of the lowest seed.
+    seeds and formats; where stages were measured, a dotted line for the first tenth as more arrived, for the lowest seed.
 
-    None for a study without streams. Settings that train everything together are there for comparison: age means nothing
-    to them.
+    None for a study without streams. Settings that train everything together are there for comparison: to them the order
+    of arrival means nothing.
     """
     rows = by_setting(results)
     if "stream" not in set(rows.get("pipeline", ())):
@@ -147,8 +147,8 @@ def retention_figure(results: pd.DataFrame) -> go.Figure | None:
 
 
 def latency_figure(results: pd.DataFrame) -> go.Figure | None:
-    """Seconds from arrival to live of each setting that has them: the median, and a bar to the 95th percentile. None where
-    no setting has."""
+    """Seconds from arrival to live of each setting that has them: the median, and a bar to the 95th percentile. None if
+    no setting has them."""
     rows = by_setting(results)
     names, timed = setting_names(rows), rows[np.isfinite(rows["arrival_seconds"])][:MAX_CURVES]
     if timed.empty:
@@ -171,7 +171,7 @@ def latency_figure(results: pd.DataFrame) -> go.Figure | None:
 
 def capacity_figure(found: Sequence[Filling], law: Law | None) -> go.Figure:
     """Reliability against bits per trained parameter: a line per position and setting with 95% intervals, a mark where it
-    breaks, and a band for the law of these marks."""
+    breaks, and a band for the law over these marks."""
     figure = styled_figure(
         height=440,
         xaxis={"title": {"text": "bits per trained parameter"}, "type": "log", "dtick": "D2"},
@@ -219,9 +219,9 @@ class PipelinePair:
 class PipelineInfo:
     metric: str
     pairs: tuple[PipelinePair, ...]
-    """By batch size. Empty when the study has not both pipelines on any setting."""
+    """Sorted by batch size. Empty when no setting was run with both pipelines."""
     mean_difference: tuple[tuple[int, float, int], ...]
-    """(batch size, mean of breadth_first - depth_first, number of pairs) of all pairs."""
+    """(batch size, mean of breadth_first - depth_first, number of pairs) over all pairs."""
     left_out: int
     """Pairs that are not drawn because there are too many."""
 
@@ -258,7 +258,7 @@ def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> Pipelin
 
 def pipeline_figure(info: PipelineInfo) -> go.Figure:
     """A line per pair from depth-first to breadth-first, grouped by batch size."""
-    counts, where = Counter(pair.batch_size for pair in info.pairs), []  # pairs come by batch size
+    counts, where = Counter(pair.batch_size for pair in info.pairs), []  # pairs are sorted by batch size
     for column, count in enumerate(counts.values()):
         where += [column + (0.6 * (rank / (count - 1) - 0.5) if count > 1 else 0) for rank in range(count)]
     title = TITLES.get(info.metric, info.metric)
@@ -299,9 +299,9 @@ class ParallelAxis:
     name: str
     label: str
     values: tuple[float, ...]
-    """One per setting, positions along the axis (logarithms for a rate, ranks for words)."""
+    """One per setting, positions along the axis (logarithms for a rate, ranks for text)."""
     ticks: tuple[tuple[float, str], ...]
-    """(position, text); empty for plotly's own."""
+    """(position, text); empty to use plotly's own ticks."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ class ParallelInfo:
 def parallel_info(results: pd.DataFrame, *, keep: Collection[str] = ()) -> ParallelInfo:
     """Settings (seeds averaged) as lines over every axis that varies and every metric that all of them have.
 
-    keep: settings to draw however many there are."""
+    keep: settings that are always drawn."""
     known = comparable(by_setting(results), ("reliability",))
     rows = known[known["trial_id"].isin(thinned(list(known["trial_id"]), keep, MAX_LINES))]
     axes = [
@@ -340,7 +340,7 @@ _METRICS = {name: (name, 1) for name in FRACTIONS} | {
 
 
 def _axis(name: str, values: pd.Series) -> ParallelAxis:
-    """Numbers at their place, on a logarithmic scale without a zero at that of their logarithm; words in their order."""
+    """Numbers at their value, or its logarithm on a logarithmic axis if all are positive; text by rank in the axis's order."""
     axis = AXIS[name]
     label = axis.short.strip() or axis.title
     log = axis.log and values.min() > 0

@@ -1,7 +1,7 @@
-"""The figure of the front, in two steps like all figures: `front_info` reads the results table into a frozen record of
-what is to be seen, `front_figure` draws that record with plotly. Tests look at the info; the drawing has no logic of its own.
+"""The figure of the front, in two steps like most figures: `front_info` reads the results table into a frozen record of
+what to show, `front_figure` draws that record with plotly. Tests look at the info; the drawing has no logic of its own.
 
-Every mark's hover names its trial. User text is escaped, since plotly reads some HTML.
+Every mark's hover text names its trial. User text is escaped, since plotly interprets some HTML.
 """
 
 import math
@@ -23,9 +23,9 @@ SYMBOLS = (
 STUDY_COLOURS = (BLUE, "#009e73")
 """Colours of two studies in one figure, both different from the pick's."""
 MAX_MARKS = 1000
-"""Settings in the figure of the front at most; the info says how many were left out."""
+"""Maximum number of settings in the figure of the front; the info says how many were left out."""
 MAX_BARS = 24
-"""Settings on the front up to which each has the bars of its intervals; of more only the pick has."""
+"""Up to this many settings on the front, each has the bars of its intervals; with more, only the pick has."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class FrontInfo:
 
     @property
     def n_barred(self) -> int:
-        """Settings with bars."""
+        """Number of settings with bars."""
         return sum(bool(_ends(mark, 0) or _ends(mark, 1)) for mark in self.points)
 
 
@@ -76,7 +76,7 @@ def front_info(
     """The trade-off of two objectives over the settings (seeds averaged); diverged and unfinished ones are left out.
 
     chances: trial_id -> how likely it is on the front (`analysis.stats.bootstrap`), for the hover texts.
-    keep: settings to draw however many there are, beside front and pick.
+    keep: settings that are always drawn, like the front and the pick.
     """
     x, y = objectives
     settings = by_setting(results)
@@ -113,7 +113,7 @@ def front_info(
 
 
 def front_step(front: ParetoFront, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Corners of the line of a front of two objectives, from the left end of these points and down to their bottom."""
+    """Corners of the line of a front of two objectives, from the left edge of these points down to their bottom edge."""
     corners: list[tuple[float, float]] = []
     for x, y in sorted(set(front.points)):
         if corners:
@@ -198,7 +198,7 @@ def _scatter(figure: go.Figure, name: str, marks: Sequence[FrontPoint], symbol: 
 
 
 def _ring(figure: go.Figure, info: FrontInfo, name: str, colour: str) -> None:
-    """Around the pick, with its position beside it. The page's script moves the trace and the note that are named "pick"."""
+    """Ring the pick and label it with its position. The page's script moves the trace and the annotation that are named "pick"."""
     for mark in (mark for mark in info.points if mark.trial_id == info.pick):
         add_ring(figure, *mark.values, name, colour)
         left = mark.values[0] > sum(corner[0] for corner in info.step[:1] + info.step[-1:]) / 2
@@ -227,7 +227,7 @@ def _bars(marks: Sequence[FrontPoint], axis: int) -> dict[str, Any]:
 
 
 def _padded(values: Sequence[float], least: float) -> list[float]:
-    """The range of an axis: all values, and 7% or at least `least` on both sides."""
+    """The range of an axis: all values, plus 7% but at least `least` on both sides."""
     if not values:
         return [0.0, 1.0]
     pad = max(0.07 * (max(values) - min(values)), least)

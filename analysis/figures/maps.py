@@ -84,7 +84,7 @@ def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: st
 
 
 def heatmap_figure(info: HeatmapInfo) -> go.Figure:
-    """Layers from left to right, a row per module; a colour centred on 0 for a change."""
+    """Layers from left to right, a row per module; for a change, the colour scale is centred on 0."""
     change = info.metric == "capability_change"
     form = "+.1~f" if change else ".2~f" if "drift" in info.metric else ".0%"
     low, high = info.limits
@@ -111,7 +111,7 @@ def heatmap_figure(info: HeatmapInfo) -> go.Figure:
         colorbar={"thickness": 10, "outlinewidth": 0, "tickformat": form, "nticks": 5},
     )  # fmt: skip
     figure.update_layout(plot_bgcolor="#eceef1")
-    row, column = info.pick or (0, 0)  # the page moves the frame where the pick moves
+    row, column = info.pick or (0, 0)  # the page's script moves the frame when the pick changes
     figure.add_shape(
         type="rect", name="pick", visible=info.pick is not None, line={"color": ACCENT, "width": 3},
         x0=column - 0.5, x1=column + 0.5, y0=row - 0.5, y1=row + 0.5,

@@ -1,5 +1,5 @@
 """What all figures share: colours, the hover text of a trial, which marks are drawn, the ring of the pick, and an
-empty figure in our look.
+empty figure in the project's style.
 
 Colours are safe for colour-blind readers: perceptually uniform scales (cividis, viridis) for quantities, blue against
 orange for signs and pairs.
@@ -21,8 +21,8 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-ser
 
 
 def hover_text(row: Mapping[str, Any], chance: float | None = None) -> str:
-    """What hovering over a trial (or a setting) says: id, position, settings, metrics, and the chance that it is on the
-    front where there is one. Escaped."""
+    """The hover text of a trial (or a setting), escaped: id, position, settings, metrics, and the chance that it is on the
+    front if that is given."""
     seeds = [str(seed) for seed in (row["seeds"] if "seeds" in row else (row["seed"],)) if not pd.isna(seed)]
     named = [f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"] if seeds else []
     lines = [f"<b>{row['layer']}.{escaped(row['module'])}</b>  {escaped(row['trial_id'])}"]
@@ -40,7 +40,7 @@ def hover_text(row: Mapping[str, Any], chance: float | None = None) -> str:
 
 
 def styled_figure(height: int, **layout) -> go.Figure:
-    """An empty figure in the project's look. Sizes are for the report's column; the width follows the page."""
+    """An empty figure in the project's style. Sizes are for the report's column; the width follows the page."""
     figure = go.Figure()
     font = {"family": FONT, "size": 13, "color": INK}
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "ticks": "", "automargin": True}
@@ -76,8 +76,8 @@ def add_ring(figure: go.Figure, x: float, y: float, name: str = "pick", colour: 
 
 
 def thinned(ids: Sequence[str], keep: Collection[str], most: int) -> frozenset[str]:
-    """At most `most` of these ids: those to keep, however many they are, then a random sample of the rest. A random one,
-    as every tenth setting of a grid would be the same learning rate; always the same one for the same ids."""
+    """All of the ids to keep, filled up to `most` with a random sample of the rest. Random, since every tenth setting of a
+    grid would have the same learning rate; always the same sample for the same ids."""
     kept = [one for one in ids if one in keep]
     rest = [one for one in ids if one not in keep]
     room = max(0, most - len(kept))

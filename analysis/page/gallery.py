@@ -39,7 +39,7 @@ class Plot:
     """The figure as JSON, safe inside a script element."""
     height: int
     wide: bool = True
-    """Across the page; otherwise two share a row where there is room."""
+    """Spans the page; otherwise two share a row where there is room."""
     scrolls: bool = False
     """Needs more width than a phone has: scrolls inside its frame."""
     trials: frozenset[str] = frozenset()
@@ -54,8 +54,8 @@ def gallery(
     chances: Mapping[str, float],
     keep: Collection[str] = (),
 ) -> Iterator[Plot]:
-    """The figures that these results can fill, in reading order. chances: of being on the front, by trial_id. keep:
-    settings to draw if there are too many to draw all, beside front and pick."""
+    """The figures that these results can fill, in reading order. chances: trial_id -> chance of being on the front.
+    keep: settings to draw, besides the front and the pick, if there are too many to draw all."""
     shown = front_info(results, objectives=front.objectives, baseline=baseline, pick=pick, chances=chances, keep=keep)
     if shown.points:
         yield _front_plot(shown)
@@ -143,7 +143,7 @@ def _front_plot(info: FrontInfo) -> Plot:
 
 
 def comparison_plot(found: Comparison) -> Plot | None:
-    """Both fronts in one figure, a colour each; None where one of the studies has no such settings."""
+    """Both fronts in one figure, a colour each; None if one of the studies has no settings with both metrics."""
     y = "capability_change" if found.capability else "generalization"
     if not all(len(comparable(study.results, ("reliability", y))) for study in found.studies):
         return None
@@ -174,14 +174,14 @@ def probe_plot(results: pd.DataFrame, probe: Sequence[tuple[int, str, float]], p
 
 
 def _left_out(count: int, what: str, but: str) -> str:
-    """What a caption says of marks that are not drawn."""
+    """What a caption says about marks that are not drawn."""
     return f" {count:,} more {what} are not drawn (chosen at random); {but}." if count else ""
 
 
 def page_plot(id: str, title: str, figure: go.Figure, caption: str, description: str, **shape: bool) -> Plot:
     """A figure for a page. shape: fields of `Plot`."""
     found = [trace.customdata for trace in figure.data if trace.customdata is not None]
-    rows = [item if isinstance(item, list | tuple) else [item] for items in found for item in items]  # lists in maps
+    rows = [item if isinstance(item, list | tuple) else [item] for items in found for item in items]  # maps hold lists
     trials = frozenset(trial for row in rows for trial in row if trial is not None)
     data = script_json(figure.to_plotly_json())
     return Plot(id, title, caption, description, data, int(figure.layout.height), trials=trials, **shape)

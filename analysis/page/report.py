@@ -1,8 +1,8 @@
 """The report of a study: one self-contained HTML file that answers its owner's questions and works offline.
 
-Here the answers are put together as plain values; `report.html` lays them out (jinja2 with autoescape, so whatever a
-user wrote is text), and the figures ride along as JSON that a small script draws with the plotly.js in the file. The same
-report compares two studies and tells how a selection found its position: each adds a section.
+This module assembles the answers as plain values; `report.html` lays them out (jinja2 with autoescape, so that whatever a
+user wrote stays text), and the figures are embedded as JSON that a small script draws with the plotly.js in the file. The
+same report can compare two studies and explain how a selection found its position: each adds a section.
 """
 
 import math
@@ -26,9 +26,9 @@ from analysis.stats.table import TITLES, by_setting, causes, done, failed, has_v
 from analysis.stats.wording import number, percent
 
 MAX_MISSES = 40
-"""Settings whose wrong answers are listed at most: the pick, the front, then others in the order of the rule."""
+"""Maximum number of settings whose wrong answers are listed: the pick, the front, then others in the order of the rule."""
 KEPT = 200
-"""Settings that are drawn however many there are: those that the rule would use first, and the front."""
+"""Number of settings, the first in the order of the rule, that are always drawn in addition to the front."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class HowFound:
     """How a selection found its answer: what its report shows in addition to the results of the study."""
 
     how: str
-    """In sentences."""
+    """The explanation, in sentences."""
     command: str
-    """That makes the edit, from the position file."""
+    """The command that makes the edit, from the position file."""
     facts: tuple[tuple[str, str], ...]
-    """(name, value) of what was asked and what it cost, such as ("Budget", "40 minutes"); they follow those of the study."""
+    """(name, value) of what was asked and what it cost, such as ("Budget", "40 minutes"); shown after those of the study."""
     probe: tuple[tuple[int, str, float], ...]
     """(layer, module, disturbance) of every position; a low disturbance is good."""
     rungs: tuple[tuple[str, str, Sequence[Mapping[str, Any]]], ...]
-    """(name, why, runs) of what was started together: why in a sentence, a run as trial_id, position, learning_rate, seed."""
+    """(name, why, runs) of each group started together: why is a sentence, a run has trial_id, position, learning_rate, seed."""
     unmeasured: str | None = None
     """Where no run finished in time: what the probe alone recommends, in sentences."""
 
@@ -66,7 +66,7 @@ def render_report(
     outcomes: per prompt trial_id, edit_id, kind, prompt, expected, got, correct, of the trials whose wrong answers are to be
     listed. compared: with another study. found: how a selection found its answer.
     """
-    if found:  # the grid was never to be run in full
+    if found:  # the grid was never meant to be run in full
         study = {**study, "trials_planned": None}
     about = Measured(study, results, baseline)
     settings, pick = by_setting(results), recommend(results)
@@ -115,11 +115,11 @@ _PAGES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-"""The page's files: the template, and the script and styles that it takes in."""
+"""The page's files: the template, and the script and styles that it includes."""
 
 
 def _asked(about: Measured, found: HowFound | None) -> dict[str, Any]:
-    """What the page says of the study itself."""
+    """What the page says about the study itself."""
     study = about.study
     return {
         "name": str(study["name"]),
@@ -134,7 +134,7 @@ def _asked(about: Measured, found: HowFound | None) -> dict[str, Any]:
 def _answer(
     about: Measured, pick: Recommendation | None, settings: pd.DataFrame, again: MeasuredAgain, found: HowFound | None
 ) -> dict[str, Any]:
-    """What the page says of the pick."""
+    """What the page says about the pick."""
     if pick is None:
         absent: dict[str, Any] = {"headline": None, "formats": [], "command": None, "cost": [], "certainty": []}
         return {"pick": None, "remedies": remedies(about, None), **absent}
@@ -156,7 +156,7 @@ def _front(
     pick: Recommendation | None,
     wrong: Mapping[str, tuple[int, WrongAnswers]],
 ) -> dict[str, Any]:
-    """The table of the front, and what stands above it. wrong: as for `tables.trial_table`."""
+    """The table of the front, and the values for the text above it. wrong: as for `tables.trial_table`."""
     rows = settings[settings["trial_id"].isin(front.trial_ids)]
     rows = rows.assign(on_front=rows["trial_id"].map(again.chances))
     return {
@@ -171,7 +171,7 @@ def _front(
 def _everything(
     results: pd.DataFrame, settings: pd.DataFrame, chances: Mapping[str, float], compared: Comparison | None
 ) -> pd.DataFrame:
-    """All trials, with the chance of their setting to be on the front; those of another study below, with `study`."""
+    """All trials, with the chance that their setting is on the front; then those of another study, told apart by `study`."""
     seeds = zip(settings["trial_id"], settings["trial_ids"], strict=True)
     of_trial = {trial: chances.get(setting, math.nan) for setting, trials in seeds for trial in trials}
     own = results.assign(on_front=results["trial_id"].map(of_trial))
@@ -182,7 +182,7 @@ def _everything(
 
 
 def _command(study: Mapping[str, Any], pick: Recommendation, settings: pd.DataFrame) -> str:
-    """What to type to repeat the pick, quoted for a shell. The run knows its edits, with limit and sample."""
+    """The command that repeats the pick, shell-quoted. The run records its edits, with limit and sample."""
     model, (run,) = str(study["model"]), settings.loc[settings["trial_id"] == pick.trial_id, "run_id"]
     out = f"{model.rstrip('/').split('/')[-1]}-{pick.position}"
     return f"locft edit {shlex.quote(model)} --from-run {run or pick.trial_id} --out {shlex.quote(out)}"
@@ -198,7 +198,7 @@ def _failures(results: pd.DataFrame) -> dict[str, Any]:
 
 
 def _found(found: HowFound, results: pd.DataFrame, pick: Recommendation | None) -> dict[str, Any]:
-    """What the page says of how a selection found its answer."""
+    """What the page says about how a selection found its answer."""
     picked = pick.trial_ids if pick else ()
     known = {row["trial_id"]: row for row in results.to_dict("records")}
     rungs = [
@@ -215,7 +215,7 @@ def _found(found: HowFound, results: pd.DataFrame, pick: Recommendation | None) 
 
 
 def _run_row(run: Mapping[str, Any], row: Mapping[str, Any], picked: Sequence[str]) -> dict[str, Any]:
-    """A run of a selection: its values as text, `kept` for those of the pick, and `fate`. row: of the results, if it finished."""
+    """A run of a selection: its values as text, `kept` if it belongs to the pick, and `fate`. row: its result, or empty."""
     kept = run["trial_id"] in picked
     fate = "the pick" if kept else ""
     if row.get("status") != "done":
@@ -228,7 +228,7 @@ def _run_row(run: Mapping[str, Any], row: Mapping[str, Any], picked: Sequence[st
 
 
 def _compared(found: Comparison) -> dict[str, Any]:
-    """What the page says of two studies."""
+    """What the page says about two studies."""
     return {
         "names": found.names,
         "differing": sentences.differing(found),

@@ -68,7 +68,7 @@ def differing(found: Comparison) -> list[tuple[str, str, str]]:
 
 
 def headline(pick: Recommendation) -> dict[str, Any]:
-    """The answer: `position`, `settings` in words, and `figures`, a list of (name, value, note) to read next to it."""
+    """The answer: `position`, `settings` as text, and `figures`, a list of (name, value, note) to show next to it."""
     metrics = pick.metrics
     figures = [
         (name, percent(metrics[name]), share_interval(*interval(metrics, name)))
@@ -84,7 +84,7 @@ def headline(pick: Recommendation) -> dict[str, Any]:
 
 
 def cost(pick: Recommendation, about: Measured) -> list[tuple[str, str]]:
-    """(name, sentence) pairs of what the edit at the pick costs the model, and the machine."""
+    """(name, sentence) pairs on what the edit at the pick costs the model and the machine."""
     metrics, baseline, said = pick.metrics, about.baseline, []
     if "capability_change" in metrics:
         scored = f" The unedited model scores {percent(baseline['capability'])}." if "capability" in baseline else ""
@@ -101,7 +101,7 @@ def cost(pick: Recommendation, about: Measured) -> list[tuple[str, str]]:
     if "locality" in metrics:
         text = f"{with_interval(metrics, 'locality')} of the tokens of answers to unrelated prompts are still the most likely ones"
         said.append(("Locality", f"{text}{_more_of_locality(metrics)}."))
-    elif "locality_exact" in metrics:  # of a study that an earlier version ran
+    elif "locality_exact" in metrics:  # in a study run by an earlier version
         said.append(("Locality", f"{percent(metrics['locality_exact'])} of unrelated prompts are answered as before."))
     if "drift_kl" in metrics:
         text = f"{drift_text(metrics)} on plain text"

@@ -1,4 +1,4 @@
-"""The tables of the report: which rows and columns, and how each cell reads; and the settings that its controls choose from."""
+"""The tables of the report (their rows and columns, and how each cell reads), and the settings that its controls choose from."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -36,9 +36,9 @@ from analysis.stats.wording import (
 )
 
 MAX_ROWS = 500
-"""Trials listed at most, which keeps the file under 6 MB; the page says what is left out."""
+"""Maximum number of trials listed, which keeps the file under 6 MB; the page says what is left out."""
 MAX_SHARED = 300
-"""Shared positions of two studies listed at most."""
+"""Maximum number of shared positions of two studies listed."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TableColumn:
     unit: str
     write: Callable[[Any], str]
     words: bool = False
-    """Aligned to the left."""
+    """The column holds text, aligned to the left."""
 
 
 def _axis_column(name: str) -> TableColumn:
@@ -71,16 +71,16 @@ _COLUMNS = (
     TableColumn("seconds", "time", "", seconds),
 )
 _VARIED = tuple(axis.name for axis in SWEPT if axis.name not in ("layer", "module"))
-"""Axes that are columns only where they vary; their one value stands above the table otherwise."""
+"""Axes that are columns only if they vary; otherwise their one value is given above the table."""
 
 
 @dataclass(frozen=True)
 class TrialTable:
     columns: tuple[TableColumn, ...]
     common: str
-    """The axes that do not vary, in words."""
+    """The axes that do not vary, with their values, as text."""
     left_out: str
-    """Which trials are listed, in a sentence; empty when all are."""
+    """A sentence on which trials are listed; empty when all are."""
     rows: tuple[dict[str, Any], ...]
     """trial_id, status, pick, wrong, cells: (key, text, interval) per column."""
 
@@ -100,8 +100,8 @@ def trial_table(
 ) -> TrialTable:
     """Trials or settings, the most reliable first, failed ones last.
 
-    results: with `on_front`, the chance to be on the front, and for several studies `study`. wrong: by trial_id the number of
-    a list of wrong answers, and the list, for a link.
+    results: with `on_front`, the chance of being on the front, and for several studies `study`. wrong: trial_id -> (number of
+    its list of wrong answers, the list), for a link.
     """
     columns = tuple(
         column
@@ -132,7 +132,7 @@ def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Co
         value = row[column.name]
         axis = AXIS.get(column.name)
         absent = value is None or pd.isna(value) or (axis is not None and not axis.counts(row))
-        # what the page sorts by: the text, the number it reads from the text, or one it cannot read there
+        # the page's sort key: the text, None to read a number from the cell, or a number that cannot be read there
         key: str | float | None = value if isinstance(value, str) else None
         if column.name == "seconds" and not absent:
             key = float(f"{value:.4g}")
@@ -147,7 +147,7 @@ def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Co
 
 
 def format_rows(pick: Recommendation) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(format in words, [(share, interval) of reliability and generalization]) where edits were asked in several."""
+    """(format title, [(share, interval) of reliability and generalization]); empty unless edits were asked in several formats."""
     names = ("reliability", "generalization")
     found = {name: by_format(pick.metrics, name) for name in names}
 
@@ -174,8 +174,8 @@ def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
 
 
 def shared_rows(found: Comparison) -> list[dict[str, Any]]:
-    """The shared positions of two studies, the picks first: position, trial_id (here), picks (whether it is here's and
-    there's) and cells (here, there) per metric."""
+    """The shared positions of two studies, the picks first: position, trial_id (here), picks (whether it is the pick
+    here, and there) and cells (here, there) per metric."""
     rows, special = [], {"drift_kl": number, "capability_change": points}
     writers = {item.metric: special.get(item.metric, percent) for item in found.agreements}
     for pair in found.shared:
@@ -200,7 +200,7 @@ def _signed(value: float, digits: int = 2) -> str:
 FIELDS = (
     "ids", "layer", "module", "run", "misses", "reliable", "reliability", "generalization", "change", "high", "drift",
 )  # fmt: skip
-"""Of a setting in `explorer`."""
+"""The fields of a setting in `explorer`."""
 
 
 def explorer(
@@ -209,14 +209,14 @@ def explorer(
     """What the controls above the figures need; None if fewer than two settings can be picked.
 
     The script (`explore.js`) applies the last steps of the rule to the settings that the controls leave: enough reliability, no
-    loss of capability, drift within the margin, then the first in the order of generalization. With a floor of reliability that
-    gives `analysis.stats.pick.recommend` of these settings; without one, reliable is what is so in the whole study.
+    loss of capability, drift within the margin, then the first in the order of generalization. With a floor of reliability this
+    gives `analysis.stats.pick.recommend` of these settings; without one, a setting is reliable if it is so in the whole study.
 
     misses: trial_id -> number of the list of its wrong answers. shown: the trials that figures and tables show.
 
     Returns modules and layers; floor (the least reliability among the reliable settings), best (reliability), margin (of
-    drift) and same (what counts as a tie); fields, and settings with a list of these each: the trial ids, the module by
-    its index, the number of the list of its wrong answers or None, in the order of the rule's last step; others: what else
+    drift) and same (what counts as a tie); fields, and settings, each a list of these fields (the trial ids, the module as an
+    index, the number of the list of its wrong answers or None), in the order of the rule's last step; others: what else
     is shown (failed and diverged trials, those of another study), each as id, layer and index of the module.
     """
     rows = ranked(settings)

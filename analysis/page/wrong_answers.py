@@ -1,4 +1,4 @@
-"""Which edits fail: per setting the prompts that it answers wrong, and what the model says instead."""
+"""Which edits fail: for each setting, the prompts that it answers wrongly, and what the model says instead."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.stats.table import setting_names
 
 TOP_WRONG = 12
-"""Prompts of a kind listed at most for a setting; the count of all is given."""
+"""Maximum number of prompts of one kind listed for a setting; their total is given."""
 PICK_WRONG = 100
 """The same for the first setting, the pick."""
 
@@ -23,11 +23,11 @@ class WrongOfKind:
     words: tuple[str, str, str]
     """From `KINDS`."""
     wrong: int
-    """With at least one of the seeds."""
+    """Number of prompts that at least one seed gets wrong."""
     total: int
     shown: tuple[dict[str, Any], ...]
-    """Those that the most seeds get wrong first, at most `TOP_WRONG`; of unrelated prompts those that changed in substance.
-    Each as prompt, format, expected, got (what each seed says instead, where that differs) and seeds (that get it wrong)."""
+    """At most `TOP_WRONG` (`PICK_WRONG`), those that most seeds get wrong first; for locality, changes in substance come first.
+    Each has prompt, format, expected, got (the different wrong answers of its seeds) and seeds (how many get it wrong)."""
 
 
 KINDS = {
@@ -55,11 +55,11 @@ class WrongAnswers:
 
     trial_id: str
     name: str
-    """`analysis.stats.table.setting_names`."""
+    """Its name in `analysis.stats.table.setting_names`."""
     seeds: tuple[str, ...]
-    """Those whose answers are known."""
+    """The seeds whose answers are known."""
     n_seeds: int
-    """Those that it was run with."""
+    """Number of seeds that finished."""
     groups: tuple[WrongOfKind, ...]
 
 
@@ -67,7 +67,7 @@ def wrong_answers(
     outcomes: pd.DataFrame | None, settings: pd.DataFrame, trial_ids: Sequence[str], most: int
 ) -> list[WrongAnswers]:
     """What these settings (trial_ids of rows of `settings`) get wrong, over all seeds whose outcomes are given; at most
-    `most` of them, without those of which none are. The first is listed at greater length."""
+    `most` settings, skipping those with no outcomes. The first is listed at greater length."""
     if outcomes is None or outcomes.empty:
         return []
     places, names = settings.set_index("trial_id"), setting_names(settings)
@@ -117,7 +117,7 @@ def _by_kind(rows: pd.DataFrame, most: int) -> tuple[WrongOfKind, ...]:
 
 def _told_apart(rows: pd.DataFrame) -> pd.DataFrame:
     """Outcomes with their kind as in `KINDS`; with `format` and `kept`, which earlier versions did not record; and with
-    `nth`, the place among equal prompts: with edit, text and format it tells which prompt it is in another seed."""
+    `nth`, the place among equal prompts: together with edit, text and format it identifies the same prompt in another seed."""
     absent = pd.Series(index=rows.index, dtype=object)
     form = rows.get("format", absent).fillna("raw").astype(str)
     kept = rows.get("kept", absent).astype("float64")

@@ -1,10 +1,10 @@
 """The axes of a study, each declared once: its name, type, default, check, title, and how it is drawn and sorted.
 
-Everything else derives from here: the fields of a trial's configuration and what of them its id hashes, the `space` of a
+Everything else derives from here: the fields of a trial's configuration and which of them its id hashes, the `space` of a
 study file and its checks, the options of `locft edit`, the settings of a position file, the columns of the results table,
 MLflow's parameters, and the names and scales in figures. To add an axis, declare it here and use it where trials train.
 
-The declarations lie in `analysis` because figures and tables need them, and `analysis` imports nothing from `sweeps`.
+The declarations are in `analysis` because figures and tables need them, and `analysis` imports nothing from `sweeps`.
 """
 
 import math
@@ -22,20 +22,20 @@ class Axis:
     """int, float or str."""
     default: Any
     title: str
-    """In figures and tables."""
+    """Name in figures and tables."""
     doc: str
-    """What it is, for the study file's reference and the columns of the results table."""
+    """What the axis is, for the study file's reference and the columns of the results table."""
     choices: tuple[str, ...] = ()
-    """The valid texts, in the order in which they are sorted and drawn; empty allows any."""
+    """The valid values of a text axis, in the order in which they are sorted and drawn; empty allows any."""
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
     log: bool = False
     """Drawn on a logarithmic scale."""
     short: str = ""
-    """Written before a value where settings are told apart ("rate 0.004"); a text value may stand alone."""
+    """Prefix of a value when a setting is written as text ("rate 0.004"); a text value may go without."""
     swept: bool = True
-    """In `space`, where it takes a list; otherwise a field of the study itself."""
+    """Set in `space`, where it takes a list; otherwise a field of the study itself."""
     trained: bool = True
     """A field of `locft.train.TrainingSettings`."""
     only: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -46,19 +46,19 @@ class Axis:
     old results stay valid."""
 
     def counts(self, values: Mapping[str, Any]) -> bool:
-        """True if this axis changes anything beside these values of the others; an absent one is at its default."""
+        """True if this axis has an effect given these values of the others; an absent one is taken to be at its default."""
         others = [(AXIS[name], where) for name, where in self.only]
         return all(values.get(other.name, other.default) in where and other.counts(values) for other, where in others)
 
     def unmet(self, tried: Mapping[str, Collection[Any]]) -> Iterator[tuple[str, str]]:
-        """Each other axis that has none of the values that this one needs to have an effect, and those values in words. tried:
-        the values of every axis."""
+        """Yields each other axis that is at none of the values that this one needs to have an effect, with those values as
+        text. tried: axis -> the values given."""
         for name, where in self.only:
             if not set(tried[name]) & set(where):
                 yield name, " or ".join(where)
 
     def expected(self) -> str:
-        """What a valid value is, in words."""
+        """A description of the valid values."""
         if self.choices:
             *others, last = self.choices
             return f"{', '.join(others)} or {last}" if others else last
@@ -84,7 +84,7 @@ class Axis:
 
 
 ADAMS = ("full", "low_curvature", "lora", "adalora", "norm_bounded")
-"""The methods that step with Adam."""
+"""The methods that use Adam."""
 
 AXES: tuple[Axis, ...] = (
     Axis("layer", int, None, "layer", "trained layer, 0 is the first", at_least=0, trained=False, in_first_ids=True),
@@ -214,20 +214,20 @@ AXES: tuple[Axis, ...] = (
         choices=("float32", "bfloat16"), swept=False, in_first_ids=True,
     ),
 )  # fmt: skip
-"""In the order of columns and tables. Layer and module make the position; seeds are averaged."""
+"""In the order of columns and tables. Layer and module form the position; results are averaged over seeds."""
 
 AXIS = {axis.name: axis for axis in AXES}
 RETIRED = {"curvature_share": 0.0, "adam_basis": "weights"}
 """Removed axes, each with the value at which it had no effect: earlier records with that value can still be read."""
 SWEPT = tuple(axis for axis in AXES if axis.swept)
 SETTING = tuple(axis.name for axis in AXES if axis.name != "seed")
-"""What tells settings apart: every axis but the seed."""
+"""The axes that tell settings apart: all but the seed."""
 STAGES = 10
-"""Equal parts of a stream, after each of which it is measured."""
+"""Number of equal parts of a stream; it is measured after each."""
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values without those of axes that are gone, where they changed nothing; a value may stand in a list."""
+    """The values without those of removed axes that had no effect; a value may be wrapped in a list."""
     return {
         name: value
         for name, value in values.items()
@@ -236,8 +236,8 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_axes(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The swept axes that these trials are described by, apart from their position: the first ones, and of the newer ones
-    those that are not at their default in all of them."""
+    """The swept axes that describe these trials, apart from their position: all of the original ones, and those of the newer
+    ones that are not at their default in every trial."""
     newer = [axis for axis in SWEPT if not axis.in_first_ids]
     away = {axis.name for row in rows for axis in newer if row.get(axis.name, axis.default) != axis.default}
     names = (axis.name for axis in SWEPT if axis.in_first_ids or axis.name in away)

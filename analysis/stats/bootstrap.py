@@ -1,13 +1,13 @@
-"""How much of front and pick is chance: what would be on the front, and what the rule would pick, if everything were
-measured again.
+"""How much of the front and the pick is chance: what would be on the front, and what the rule would pick, if everything
+were measured again.
 
-Every draw gives each setting other values:
+Each draw gives every setting new values:
 
-- reliability: the edits are drawn again with replacement, the same ones for every setting, which keeps what the settings
-  share; a setting whose answers by edit are not known varies by its own standard error instead;
+- reliability: the edits are drawn again with replacement, the same ones for every setting, which preserves what settings have
+  in common; a setting whose answers by edit are not known varies by its own standard error instead;
 - generalization, locality, drift and the change of capability: by their standard errors, setting by setting. The settings
-  were measured on the same prompts and items, so this takes too much for chance: it errs towards doubt;
-- between seeds: by their spread over the root of their number, for what is a fraction of prompts;
+  were measured on the same prompts and items, so this attributes too much to chance: it errs towards doubt;
+- between seeds: by their standard deviation over the square root of their number, for fractions of prompts;
 - what has no interval (a single task's accuracy, an unknown number of edits) is taken as exact.
 """
 
@@ -22,12 +22,12 @@ from analysis.stats.pick import evidence_of, judge, ranked
 from analysis.stats.table import seed_error, standard_error
 
 DRAWS, FEWEST = 1000, 200
-"""Draws for up to a thousand settings; for more, fewer, so that the time does not grow with the study."""
+"""Number of draws for up to a thousand settings, and the fewest for more settings: fewer draws keep the time from growing."""
 
 
 @dataclass(frozen=True)
 class MeasuredAgain:
-    """Front and pick over many measurements."""
+    """Front and pick over many simulated measurements."""
 
     chances: dict[str, float]
     """trial_id of each setting that has both objectives -> how often it is on the front."""

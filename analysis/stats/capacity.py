@@ -1,7 +1,7 @@
-"""How many edits a position holds: reliability by bits per trained parameter, where it breaks, and the law of these points.
+"""How many edits a position holds: reliability by bits per trained parameter, where it breaks, and the law over these breaks.
 
 The bits of an edit are what its target tells the unedited model, -log2 p(target | prompt) (`bits_per_parameter` of the
-results table). A position breaks where reliability falls under 95% as edits are added, all else equal.
+results table). A position breaks where reliability falls below 95% as edits are added, all else equal.
 """
 
 import math
@@ -16,21 +16,21 @@ from analysis.stats.table import SETTING_AXES, by_setting, interval, setting_nam
 from analysis.stats.wording import number, percent, plural
 
 LEVEL = 0.95
-"""Reliability under which a position counts as overfull."""
+"""Reliability below which a position counts as overfull."""
 
 
 @dataclass(frozen=True)
 class Filling:
-    """One position and setting with more and more edits; seeds are averaged. Tuples by number of edits, ascending."""
+    """One position and setting with increasing numbers of edits, seeds averaged. Tuples are in ascending order of bits."""
 
     position: str
     """Such as "22.mlp_down"."""
     label: str
-    """With what tells its setting from others of the position."""
+    """The position, with what tells the setting apart from others there."""
     trial_ids: tuple[str, ...]
     edits: tuple[int, ...]
     bits: tuple[float, ...]
-    """Per trained parameter."""
+    """Bits per trained parameter."""
     reliability: tuple[float, ...]
     low: tuple[float, ...]
     """Lower end of the 95% interval of reliability."""
@@ -38,19 +38,19 @@ class Filling:
 
     @property
     def breaks_at(self) -> float:
-        """Bits per parameter at which reliability falls under the level; NaN where it is under it from the start, or
-        never falls."""
+        """Bits per parameter at which reliability falls below the level; NaN where it is below the level from the start, or
+        never falls below it."""
         found = _crossing(self.bits, self.reliability)
         return found if 0 < found < math.inf else math.nan
 
     @property
     def breaks_between(self) -> tuple[float, float]:
-        """The same of both ends of the interval: 0 where the lower end is under the level from the start, infinite where
-        the upper end never falls."""
+        """The same for both ends of the interval: 0 where an end is below the level from the start, infinite where it never
+        falls below it."""
         return _crossing(self.bits, self.low), _crossing(self.bits, self.high)
 
     def sentence(self) -> str:
-        """Where it breaks, in words."""
+        """A statement of where it breaks, without a full stop."""
         if math.isnan(self.breaks_at):
             whole = self.reliability[0] >= LEVEL
             end = "holds the most edits tried" if whole else "is overfull with the fewest edits tried"
@@ -65,7 +65,7 @@ class Filling:
 
 @dataclass(frozen=True)
 class Law:
-    """Bits per parameter at which positions break: the geometric mean, and by what factor a position differs from it."""
+    """Bits per parameter at which positions break: the geometric mean, and by what factor positions differ from it."""
 
     bits: float
     spread: float
@@ -111,8 +111,8 @@ def fillings(results: pd.DataFrame) -> tuple[Filling, ...]:
 
 
 def law_of(found: Iterable[Filling]) -> Law | None:
-    """Of the best setting of each position. Positions that hold all edits tried, or not even the fewest, do not count; None
-    where no others are left."""
+    """The law over the best setting of each position. Positions that hold all edits tried, or not even the fewest, do not
+    count; None if no others are left."""
     best: dict[str, float] = {}
     for one in found:
         best[one.position] = max(best.get(one.position, 0.0), _crossing(one.bits, one.reliability))
@@ -124,8 +124,8 @@ def law_of(found: Iterable[Filling]) -> Law | None:
 
 
 def _crossing(bits: Sequence[float], values: Sequence[float]) -> float:
-    """Where the values first fall under the level, linear in the logarithm of bits; 0 where they begin under it, infinite
-    where they never fall under it."""
+    """Bits at which the values first fall below the level, interpolated linearly in the logarithm of bits; 0 if they start
+    below it, infinite if they never fall below it."""
     below = [value < LEVEL for value in values]
     if below[0]:
         return 0.0

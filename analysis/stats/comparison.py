@@ -1,8 +1,8 @@
-"""Two studies in one report: whether the pick moved, how alike they rank the positions they share, what does not compare.
+"""Two studies in one report: whether the pick moved, how alike they rank the positions they share, and what is not comparable.
 
 Each position is compared at the setting that the rule would use first there (`analysis.stats.pick.best_by_position`). Models
-with the same number of layers share positions by layer and module, others by module and relative depth, each the other's
-nearest. Differences are there minus here.
+with the same number of layers share positions by layer and module, others by module and relative depth, as mutual nearest
+neighbours. Differences are there minus here.
 """
 
 import math
@@ -38,7 +38,7 @@ class Agreement:
 
     metric: str
     rank: tuple[float, float, float]
-    """Spearman's correlation with its 95% interval; NaN where it is not defined (the interval takes five positions)."""
+    """Spearman's correlation with its 95% interval; NaN where it is not defined (the interval needs at least five positions)."""
     difference: tuple[float, float, float]
     """Mean of there - here, with its 95% interval over positions (NaN for fewer than three)."""
 
@@ -46,25 +46,25 @@ class Agreement:
 @dataclass(frozen=True)
 class Comparison:
     studies: tuple[Measured, Measured]
-    """Here and there; there each trial id has the study's name in front."""
+    """Here and there; in the second, each trial id is prefixed with the study's name."""
     names: tuple[str, str]
-    """Different ones, to tell the two apart."""
+    """Distinct names, to tell the two apart."""
     shared: tuple[tuple[Row, Row], ...]
-    """The setting that stands for each shared position, here and there, by module and layer."""
+    """The setting that represents each shared position, here and there, sorted by module and layer."""
     by_depth: bool
     """Positions are matched by relative depth."""
     capability: bool
-    """The same items were asked, so that changes of capability compare."""
+    """The same items were asked, so changes of capability are comparable."""
     agreements: tuple[Agreement, ...]
     picks: tuple[Recommendation | None, Recommendation | None]
 
 
 def compare(here: Measured, there: Measured) -> Comparison:
-    """Never fails for studies with nothing in common: what does not compare is empty, and `cautions` says why."""
+    """Never fails for studies with nothing in common: what is not comparable is left empty, and `cautions` says why."""
     names = (str(here.study["name"]), str(there.study["name"]))
     if names[0] == names[1]:
         names = (names[0], f"{names[1]} (other run)")
-    ids = [f"{names[1]}: {trial}" for trial in there.results["trial_id"]]  # two runs of a study have the same ones
+    ids = [f"{names[1]}: {trial}" for trial in there.results["trial_id"]]  # two runs of a study have the same ids
     studies = (here, replace(there, results=there.results.assign(trial_id=ids)))
     best = [best_by_position(by_setting(study.results)) for study in studies]
     layers = [study.results["layers"].max() for study in studies]
@@ -88,7 +88,7 @@ def compare(here: Measured, there: Measured) -> Comparison:
 def _shared(
     here: Mapping[Position, Row], there: Mapping[Position, Row], reach: float | None
 ) -> tuple[tuple[Row, Row], ...]:
-    """reach: difference of relative depth up to which positions are matched; None matches layers."""
+    """reach: largest difference in relative depth at which positions are matched; None matches by layer."""
 
     def nearest(row: Row, others: Mapping[Position, Row]) -> Row | None:
         if reach is None:
@@ -118,7 +118,7 @@ def _agreement(metric: str, shared: Sequence[tuple[Row, Row]]) -> Agreement | No
 
 
 def cautions(found: Comparison) -> list[str]:
-    """What does not compare, and why: sentences."""
+    """Sentences on what is not comparable, and why."""
     said = []
     if not found.capability:
         a, b = (str(study.study.get("capability_source") or "none") for study in found.studies)

@@ -1,9 +1,9 @@
-"""Which of the axes that a study varied matter, by PED-ANOVA (Watanabe et al., 2023, as Optuna has it).
+"""Which of the axes that a study varied matter, by PED-ANOVA (Watanabe et al., 2023, as implemented in Optuna).
 
-It asks how differently an axis is spread among the best quarter of the trials and among all: an axis whose values are the
-same in both does not decide what is among the best. Each axis is looked at by itself, so axes that were varied together
-(a rate of its own for each module) share what they explain. With few trials an axis of many values looks important by
-chance; so the same is computed with the results shuffled among the trials, and what does not exceed that is called chance.
+It measures how much an axis's distribution among the best quarter of the trials differs from that among all: an axis whose
+values are distributed alike in both does not decide which trials are best. Each axis is looked at by itself, so axes that were
+varied together (a separate rate for each module) share what they explain. With few trials an axis with many values looks
+important by chance; so the same is computed with the results shuffled among the trials; what does not exceed that is chance.
 """
 
 import math
@@ -25,11 +25,11 @@ from analysis.stats.wording import plural
 BEST = 0.25
 """Share of the trials that count as the best."""
 FEWEST = 12
-"""Trials below which nothing is said."""
+"""Minimum number of trials for importance to be reported."""
 SHUFFLES = 40
-"""Times that the results are shuffled; fewer where trials are many, which makes chance small and shuffling slow."""
+"""How often the results are shuffled; less often for many trials, which make chance small and shuffling slow."""
 DECISIVE = 10
-"""More distinct numbers than these are a range, fewer are a choice."""
+"""A numeric axis with more distinct values than this is treated as a range, otherwise as a choice (layers are always a range)."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Importance:
 class WhatMatters:
     found: tuple[Importance, ...]
     not_shown: tuple[str, ...]
-    """Why the other metrics, or all, have none: sentences."""
+    """Sentences on why other metrics, or all of them, have no importance."""
 
 
 def what_matters(results: pd.DataFrame, *, seed: int = 0) -> WhatMatters:
-    """Importance of every axis that varies, for reliability, generalization, capability and drift as far as measured.
+    """Importance of every axis that varies, for whichever of reliability, generalization, capability and drift were measured.
 
-    A trial that diverged counts as not among the best.
+    A trial that diverged does not count among the best.
     """
     rows = done(results)
     axes = [axis.name for axis in AXES if rows[axis.name].notna().all() and rows[axis.name].nunique() > 1]
@@ -108,7 +108,7 @@ def _importance(
             return float(losses[trial.number])
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a target is minimised, which is meant
+            warnings.simplefilter("ignore")  # about the target being minimised, which is intended
             found = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, params=list(axes), target=target, normalize=False
             )
@@ -123,7 +123,7 @@ def _importance(
 
 
 def _study(rows: pd.DataFrame, axes: Sequence[str]) -> optuna.Study:
-    """The trials as Optuna knows them; their values are looked up by number."""
+    """The trials as an Optuna study; their losses are looked up by trial number."""
     space: dict[str, BaseDistribution] = {}
     plain = {name: AXIS[name].type for name in axes}
     for name, kind in plain.items():
@@ -148,7 +148,7 @@ def _study(rows: pd.DataFrame, axes: Sequence[str]) -> optuna.Study:
 
 
 def importance_sentences(weighed: WhatMatters) -> list[tuple[str, str]]:
-    """(metric, what decides it) in words."""
+    """(metric, sentence on what decides it) pairs."""
     said = []
     for item in weighed.found:
         matters = [(AXIS[axis].title, share) for axis, share, _ in item.shares if axis in item.matters]

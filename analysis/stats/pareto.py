@@ -12,12 +12,12 @@ import pandas as pd
 
 DEFAULT_OBJECTIVES = ("reliability", "capability")
 SAME = 1e-9
-"""Values closer than this are ties: means over seeds differ in their last bits for no reason."""
+"""Values closer than this are ties: means over seeds differ in their last bits by rounding alone."""
 
 
 @dataclass(frozen=True)
 class ParetoFront:
-    """The trials that no other trial beats in one objective without losing in another (equal trials are all in)."""
+    """The trials that no other trial beats in one objective without losing in another (equal trials are all included)."""
 
     trial_ids: tuple[str, ...]
     """From the highest first objective to the lowest."""
@@ -27,13 +27,13 @@ class ParetoFront:
     hypervolume: float
     """Volume between the front and `reference`; 0.0 for an empty front."""
     reference: tuple[float, ...]
-    """The worst values possible (0, or -1 for capability_change), so that hypervolumes of several studies compare."""
+    """The worst values possible (0, or -1 for capability_change), so that hypervolumes of several studies are comparable."""
 
 
 def pareto_front(results: pd.DataFrame, objectives: Sequence[str] = DEFAULT_OBJECTIVES) -> ParetoFront:
     """The front of a results table, trial by trial. Give it `by_setting(results)` for the front of seed averages.
 
-    objectives: two or more metrics that are better when higher, or parts of such (capability.TASK, reliability.FORMAT).
+    objectives: two or more metrics that are better when higher, or parts of such metrics (capability.TASK, reliability.FORMAT).
     """
     names = tuple(objectives)
     reference = tuple(-1.0 if name == "capability_change" else 0.0 for name in names)

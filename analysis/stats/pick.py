@@ -1,14 +1,14 @@
-"""The pick: which of several measured settings to use. Sweep, report, status, registry and select follow this one rule.
+"""The pick: which of several measured settings to use. Sweep, report, status, registry and select all follow this rule.
 
 1. Reliable: not shown to be less reliable than the best. Both answered the same edits, so an exact sign test compares them
-   on the edits that only one of them got right (one-sided, 5%); a difference of one edit says nothing. A small study shows
-   little, so more than 5 points below the best fails as well, unless that is a single edit.
-2. Harmless: no loss of capability that the items show (zero is not above the 95% interval of the paired change), and drift
-   within 0.01 nats per token of the least. A gain in capability is no aim: an edit that shakes a model enough raises some
+   on the edits that only one of them got right (one-sided, 5%); a difference of one edit says nothing. A small study can show
+   little, so a setting more than 5 points below the best fails as well, unless that is a single edit.
+2. Harmless: the items show no loss of capability (zero is not above the 95% interval of the paired change), and drift is
+   within 0.01 nats per token of the least. A gain in capability is not a goal: an edit that shakes a model enough raises some
    accuracies by chance.
 3. The highest generalization. Ties go to the lower cost (seconds per edit), then to the lower drift.
 
-Where no setting passes a step, those that come closest go on. Capability that was not measured counts as no loss;
+If no setting passes a step, those that come closest go on. Capability that was not measured counts as no loss;
 generalization, drift or cost that was not measured loses against one that was.
 """
 
@@ -34,18 +34,18 @@ _RULE = (
 RULE = _RULE.format(
     "about as reliable as the best (at most 5 points below it, and not significantly worse on the same edits)"
 )
-"""The rule in two sentences, the same ones everywhere."""
+"""The rule in two sentences, worded the same everywhere."""
 DRIFT_MARGIN = 0.01
 """Nats per token that are not worth losing generalization for: about one per cent of perplexity."""
 RELIABILITY_MARGIN = 0.05
-"""How far a reliable setting may lie below the best, where that is more than one edit."""
+"""How far below the best a reliable setting may be, where that is more than one edit."""
 LEVEL = 0.05
-"""One-sided error of the sign test."""
+"""One-sided significance level of the sign test."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the rule looks at: arrays of shape (..., S), one value a setting, for one table or for many at once; NaN for what
+    """What the rule looks at: arrays of shape (..., S), one value per setting, for one table or for many at once; NaN for what
     was not measured."""
 
     reliability: np.ndarray
@@ -62,15 +62,15 @@ class Evidence:
     edits: np.ndarray
     """Number of edits that reliability is a fraction of."""
     right: np.ndarray
-    """(S, E): the share of seeds and formats that got each edit right; rows of NaN where the answers are not known. Of many
-    tables (S, 0)."""
+    """(S, E): the share of seeds and formats that got each edit right; rows of NaN where the answers are not known. For
+    many tables at once (S, 0)."""
     counts: np.ndarray
     """(E,): how often each edit counts: once, or as often as a bootstrap drew it."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rule says of every setting: masks of shape (..., S), each a part of the one before, and the order of use."""
+    """What the rule says about every setting: masks of shape (..., S), each a subset of the one before, and the order of use."""
 
     reliable: np.ndarray
     able: np.ndarray
@@ -91,9 +91,9 @@ class Recommendation:
     settings: dict[str, Any]
     """The value on every axis, and `seeds`."""
     metrics: dict[str, float]
-    """Means over the seeds, finite ones only; with `reliability_se`, `SPREADS` (several seeds), `n_seeds`."""
+    """Means over the seeds, finite ones only; also `reliability_se`, `SPREADS` (for several seeds) and `n_seeds`."""
     rule: str
-    """How it was chosen, in the words to show next to it."""
+    """The rule by which it was chosen, as text to show next to it."""
     runner_up: str | None
     """trial_id of the setting that the rule puts second, None when there is only one."""
     reasons: tuple[str, ...]
@@ -102,7 +102,7 @@ class Recommendation:
 
 
 def evidence_of(settings: pd.DataFrame) -> Evidence:
-    """From rows of `by_setting(results)`."""
+    """The evidence in rows of `by_setting(results)`."""
 
     def column(name: str) -> np.ndarray:
         found = settings[name].to_numpy("float64")
@@ -126,7 +126,7 @@ def evidence_of(settings: pd.DataFrame) -> Evidence:
 def judge(evidence: Evidence, floor: float | None = None) -> Verdict:
     """Apply the rule. floor: the reliability asked for, in place of the comparison with the best.
 
-    Ties that the rule leaves open go by the order of the settings.
+    Ties that the rule leaves open are broken by the order of the settings.
     """
     drift = np.nan_to_num(evidence.drift, nan=math.inf)
     reliable = _reliable(evidence, drift) if floor is None else evidence.reliability >= floor - SAME
@@ -168,7 +168,7 @@ def recommend(results: pd.DataFrame, floor: float | None = None) -> Recommendati
     """The pick of a results table, over settings (`by_setting`: seeds are averaged).
 
     floor: the reliability asked for, in place of the comparison with the best. None when no trial is done with a finite
-    reliability, or none has as much as the floor asks for.
+    reliability, or none reaches the floor.
     """
     rows = ranked(by_setting(results), floor)
     if rows.empty or not rows["reliable"].any():
@@ -189,7 +189,7 @@ def recommend(results: pd.DataFrame, floor: float | None = None) -> Recommendati
 
 
 def by_format_text(shares: Mapping[str, float]) -> str:
-    """The shares of `by_format` in words: "98.0% raw, 95.0% Q/A"."""
+    """The shares of `by_format` as text: "98.0% raw, 95.0% Q/A"."""
     return ", ".join(f"{percent(share)} {format_title(name)}" for name, share in shares.items())
 
 
@@ -203,8 +203,8 @@ def capability_text(row: Mapping[str, Any]) -> str:
 
 
 def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:
-    """(..., S): whether the setting is not shown to be less reliable than the best. Of equally reliable ones the best is the
-    one that drifts least.
+    """(..., S): whether the setting is not shown to be less reliable than the best. Among equally reliable ones, the best
+    is the one that drifts least.
 
     Where the answers to single edits are not known, the two are taken to differ on as few edits as their reliability
     allows. That is exact where the best got all of them right, and strict elsewhere.
@@ -221,16 +221,16 @@ def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:
         worse[paired] = ((difference < -SAME) @ evidence.counts)[paired]
         better[paired] = ((difference > SAME) @ evidence.counts)[paired]
     differ = worse + better
-    # fewer that differ show nothing, even if the best has all of them right
+    # if fewer edits differ, the test shows nothing, even if the best got all of them right
     telling = near & (differ > -math.log2(LEVEL))
     reliable = near.copy()
-    # the chance of so few better ones among those that differ
+    # the probability of this few or fewer better ones among those that differ
     reliable[telling] = bdtr(better[telling], differ[telling], 0.5) >= LEVEL
     return reliable
 
 
 def _able(evidence: Evidence, reliable: np.ndarray) -> np.ndarray:
-    """Reliable, and no loss of capability is shown; where all show one, none that is shown to exceed the least loss."""
+    """Reliable, and no loss of capability is shown; if all show one, those whose loss is not shown to exceed the least."""
     high = np.nan_to_num(evidence.change_high, nan=math.inf)
     able = reliable & (high >= -SAME)
     some = able.any(axis=-1, keepdims=True) | ~reliable.any(axis=-1, keepdims=True)
@@ -239,7 +239,7 @@ def _able(evidence: Evidence, reliable: np.ndarray) -> np.ndarray:
 
 
 def _aligned(right: Iterable[np.ndarray | None]) -> np.ndarray:
-    """(S, E) of the answers by edit; NaN for settings without answers, or with answers to fewer edits than others."""
+    """(S, E): the answers by edit; NaN for settings without answers, or with answers to fewer edits than others."""
     known = [row if isinstance(row, np.ndarray) else np.empty(0) for row in right]
     edits = max((len(row) for row in known), default=0)
     rows = [row if len(row) == edits else np.full(edits, math.nan) for row in known]
@@ -247,7 +247,7 @@ def _aligned(right: Iterable[np.ndarray | None]) -> np.ndarray:
 
 
 def _reasons(rows: pd.DataFrame, floor: float | None) -> tuple[str, ...]:
-    """rows: as `ranked` gives them, the pick first."""
+    """rows: as `ranked` returns them, the pick first."""
     pick, reasons = rows.iloc[0], ["It is the only setting with a result."]
     if len(rows) > 1:
         reliable, able, gentle = (int(rows[name].sum()) for name in ("reliable", "able", "gentle"))

@@ -1,5 +1,5 @@
-"""Failure signatures: what goes wrong at the pick of a study, the likeliest cause by its own numbers, and the one setting to
-change: first one that is not in use yet (another pipeline, method, format), then more of what is."""
+"""Failure signatures: what goes wrong at the pick of a study, the likeliest cause going by its own numbers, and the one setting
+to change: first something that is not in use yet (another pipeline, method, format), then more of what is."""
 
 import json
 import math
@@ -22,22 +22,22 @@ from analysis.stats.table import by_setting, done, value_text
 from analysis.stats.wording import number, percent, plural
 
 CAPABILITY_FALL = 0.10
-"""As a share of the unedited model's capability."""
+"""Largest fall that is not reported, as a share of the unedited model's capability."""
 RELIABLE = 0.80
 GENERAL = 0.5
-"""As a share of reliability."""
+"""Generalization below this counts as low, as a share of reliability."""
 FORMAT_GAP = 0.20
 LOCAL = 0.5
 LEARNT = 0.1
-"""Nats per token: a mean loss below it is low enough to give the answers."""
+"""Nats per token: a mean loss below this is low enough for the model to give the answers."""
 FEWEST = 3
-"""Settings that must agree before an edit counts as wrong in all."""
+"""Minimum number of settings before an edit can count as wrong in all of them."""
 ALL = ",".join(FORMATS)
 STEADIER = "With more than {} edits in a step, its gradient is less noisy."
 WORDING = "Answer briefly: {prompt}"
-"""One more format to train, where the three above do not reach a wording."""
+"""One more format to train, where the three above do not carry over to another wording."""
 CORRECTED = "edits-without-contradictions.jsonl"
-"""Stands for the file that the user makes."""
+"""Placeholder for the file that the user makes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Signature:
     seen: str
     """The numbers, in a sentence."""
     cause: str
-    """What they make likely, in a sentence."""
+    """The cause that they make likely, in a sentence."""
     setting: str
     """The one to change: an axis, or another field of the study file."""
     value: Any
@@ -61,23 +61,23 @@ class Signature:
         return f"{self.name.capitalize()}: {self.seen} {self.cause}"
 
     def command(self, words: Sequence[str]) -> str:
-        """The change as a command: what comes last holds. words: those that run the study, such as locft sweep quickstart."""
+        """The change as a command; the last --set wins. words: the command that runs the study, such as locft sweep quickstart."""
         axis = AXIS.get(self.setting)
         place = f"space.{self.setting}=" if axis and axis.swept else f"{self.setting}="
         return shlex.join([*words, "--set", f"{place}{_yaml(self.value)}"])
 
     def edit_command(self, words: Sequence[str]) -> str:
-        """The same for one edit, which has an option for each axis. words: such as locft edit MODEL --edits FILE."""
+        """The same for the command of one edit, which has an option per axis. words: such as locft edit MODEL --edits FILE."""
         option = "--edits" if self.setting == "edits.source" else f"--{self.setting.replace('_', '-')}"
         return shlex.join([*words, option, str(self.value)])
 
     def to_dict(self, command: str) -> dict[str, Any]:
-        """JSON-able, with the command."""
+        """A JSON-serialisable dict that includes the command."""
         return {**asdict(self), "command": command}
 
 
 def _yaml(value: Any) -> str:
-    """As a study file's reader takes it after "=": text with YAML's own signs in it is quoted."""
+    """The value as the study file's reader expects it after "=": text that contains YAML's special characters is quoted."""
     return value if isinstance(value, str) and not re.search(r"[:#{}\[\]]", value) else json.dumps(value)
 
 
@@ -107,7 +107,7 @@ class _Case:
 
     @property
     def untrained(self) -> list[str]:
-        """The asked formats that are not trained, but for the wording that is kept for measuring."""
+        """The formats that are asked but not trained, except the wording held out for measuring."""
         trained = self.value("train_formats").split(",")
         return [name for name in self.formats if name in FORMATS and name not in trained]
 
@@ -129,9 +129,9 @@ def signatures(
     findings: Mapping[str, float] = MappingProxyType({}),
     fixed: Collection[str] = (),
 ) -> tuple[Signature, ...]:
-    """The signatures of a results table, the gravest first; none where nothing went wrong.
+    """The signatures of a results table, the most serious first; empty if nothing went wrong.
 
-    pick: of these results. baseline: metrics of the unedited model. findings: of the edits, by the names of
+    pick: that of these results. baseline: metrics of the unedited model. findings: numbers about the edits, named as in
     `locft.data.requests.EditFindings`. fixed: axes that the user cannot set, since the command chooses them.
     """
     found = list(_diverged(results, fixed))
@@ -149,7 +149,7 @@ Remedy = tuple[Signature, str]
 
 
 def remedies(about: Measured, pick: Recommendation | None) -> tuple[Remedy, ...]:
-    """The signatures of a study with their commands. pick: of its results."""
+    """The signatures of a study with their commands. pick: that of its results."""
     study = about.study
     found = signatures(
         about.results,
@@ -177,7 +177,7 @@ def _diverged(results: pd.DataFrame, fixed: Collection[str]) -> Iterator[Signatu
     cause = f"The learning rate is too high for some positions, from {number(least)} on."
     if gentle < least:
         value, cause = gentle, f"All of them had a learning rate of at least {number(least)}, the others less."
-    if "learning_rate" in fixed:  # a selection takes it from the probe
+    if "learning_rate" in fixed:  # a selection takes the rate from the probe
         setting, value = "batch_size", 2 * size
         cause += " " + STEADIER.format(size)
     yield Signature("training diverged", seen, cause, setting, value)
@@ -201,7 +201,7 @@ def _locality(case: _Case) -> Iterator[Signature]:
 
 
 def _held_back(case: _Case, unguarded: bool = False) -> tuple[str, str, Any]:
-    """Cause, setting and value where the edit changes more than it should. unguarded: guards are not in use yet."""
+    """Cause, setting and value where the edit changes more than it should. unguarded: no guard is in use yet."""
     method, strength = case.value("method"), case.value("curvature_strength")
     drift = case.metric("drift_kl")
     so_far = f"; predictions on plain text moved by {number(drift)} nats per token" if math.isfinite(drift) else ""
@@ -223,7 +223,7 @@ def _reliability(case: _Case) -> Iterator[Signature]:
 
 
 def _not_learnt(case: _Case) -> tuple[str, str, Any]:
-    """Cause, setting and value where edits are answered wrong."""
+    """Cause, setting and value where edits are answered wrongly."""
     losses, epochs = case.losses, case.value("epochs")
     trained, merged = case.metric("trained_loss"), case.metric("merged_loss")
     trained = losses[-1] if math.isnan(trained) and losses else trained
@@ -262,7 +262,7 @@ _HELD_BACK: dict[str, tuple[str, Any, str]] = {
     "lora": ("rank", 4, "A change of rank {} is too small"),
     "adalora": ("rank", 4, "A change of rank {} is too small"),
 }
-"""What keeps a method from learning: the axis, the factor that loosens it, and the cause."""
+"""What keeps a method from learning: the axis, the factor on its value that loosens it, and the cause."""
 
 
 def _one_format(case: _Case) -> Iterator[Signature]:
@@ -340,7 +340,7 @@ def _one_after_the_other(case: _Case) -> tuple[str, str, Any]:
 
 
 def _always_wrong(case: _Case) -> tuple[int, int, int] | None:
-    """How many edits no setting gets right, of how many, and in how many settings; None unless they are few."""
+    """The numbers of edits that no setting gets right, of edits and of settings; None if unknown, or unless the first is small."""
     rows = comparable(case.settings, ("reliability",))
     answers = [right for right in rows["right_by_edit"] if isinstance(right, np.ndarray)]
     if len(answers) < max(FEWEST, len(rows)) or len({len(right) for right in answers}) > 1:
@@ -350,5 +350,5 @@ def _always_wrong(case: _Case) -> tuple[int, int, int] | None:
 
 
 def _digits(value: float) -> float:
-    """Two significant digits."""
+    """Rounded to two significant digits."""
     return float(f"{value:.2g}")

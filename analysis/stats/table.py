@@ -1,14 +1,14 @@
-"""The results table: one row a trial, its documented columns, how settings are named, and how far a number can be trusted.
+"""The results table: one row per trial, its documented columns, how settings are named, and how far a number can be trusted.
 
 Everything in `analysis` is a pure function of this table. `results_frame` makes it; `by_setting` averages the seeds of a
-setting into one row, of which fronts and picks are made. Errors and 95% intervals of such a row:
+setting into one row, and fronts and picks are made from these rows. Errors and 95% intervals of such a row:
 
 - reliability, generalization and locality are means over edits: Wilson's interval with an edit as one item, since the prompts
-  of an edit, in all formats, stand and fall together. With several seeds the error of their mean is added to each side, in
+  of an edit, in all formats, stand or fall together. With several seeds the error of their mean is added to each side, in
   quadrature.
 - capability and its change: the bootstrap interval of the change, paired by item.
-- drift: its spread over the text is not recorded, so `interval` has none; of several seeds the lowest and highest are known. If
-  a guess beats silence, the standard error of a single seed is taken to be `DRIFT_ERROR` of the drift.
+- drift: its spread over the text is not recorded, so `interval` has none; with several seeds the lowest and highest are known.
+  Where a guess is better than nothing, the standard error of a single seed is taken to be `DRIFT_ERROR` times the drift.
 """
 
 import base64
@@ -27,14 +27,14 @@ from analysis.stats.formats import FORMATS
 from analysis.stats.wording import number, percent, seed_span, share_interval
 
 Z95 = 1.959964
-"""Standard errors on each side of a 95% interval."""
+"""Half-width of a 95% interval, in standard errors."""
 TEXT, INTEGER, NUMBER, LIST = "text", "integer", "number", "list"
 _DTYPES = {TEXT: object, INTEGER: "Int64", NUMBER: "float64", LIST: object}
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the results table. Text that is absent is None, an integer pd.NA, a number NaN, a list []."""
+    """One column of the results table. Absent values are None for text, pd.NA for integers, NaN for numbers, [] for lists."""
 
     kind: str
     doc: str
@@ -57,7 +57,7 @@ _MEASURED = {
     "bits_per_parameter": Column(
         NUMBER, "what the edits hold for the unedited model, -log2 p(target | prompt), by the trained parameters"
     ),
-    # what they changed beside that: unrelated prompts, asked raw, against the unedited model
+    # what else they changed: unrelated prompts, asked raw, compared with the unedited model
     "locality": Column(NUMBER, "tokens of a reference answer whose most likely token is unchanged, fraction in [0, 1]"),
     "locality_first": Column(NUMBER, "the same of the answer's first token alone"),
     "locality_kl": Column(NUMBER, "mean KL(unedited || edited) at the answer's first token, nats"),
@@ -106,9 +106,9 @@ COLUMNS: dict[str, Column] = {
     "run_id": Column(TEXT, "MLflow run of the trial, None when it was not tracked"),
     **_MEASURED,
 }
-"""The documented columns, in order. After them come the parts of some: accuracy by task (`capability.TASK`), reliability,
-generalization and portability by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is in no mean.
-Where targets are long, `OF_LONG` are there, too."""
+"""The documented columns, in order. After them come the parts of some metrics: accuracy by task (`capability.TASK`), and
+reliability, generalization and portability by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is
+left out of every mean. Where targets are long, the columns in `OF_LONG` are present as well."""
 
 OF_LONG = {
     "reliability_f1": "F1 of the words of answer and target, over the edits with targets of more than 8 words",
@@ -116,13 +116,13 @@ OF_LONG = {
     "generalization_f1": "the same F1 of rephrased prompts",
     "generalization_contains": "rephrased prompts whose answers hold the target",
 }
-"""Fractions in [0, 1] that stand beside exact match."""
+"""Fractions in [0, 1] that are reported in addition to exact match."""
 
 MAX_PACKED = 5000
-"""Characters of a packed `right`."""
+"""Maximum length of a packed `right`, in characters."""
 
 SETTING_AXES = ("layers", "depth", *SETTING, "model_fingerprint", "data_fingerprint", "method_version")
-"""What makes a setting: every axis but the seed."""
+"""What identifies a setting: every axis but the seed, and the model, data and method version it was run with."""
 
 METRICS = tuple(
     name for name, column in _MEASURED.items() if column.kind == NUMBER and name not in ("batch_pieces", "diverged")
@@ -130,12 +130,12 @@ METRICS = tuple(
 """The columns that are averaged over seeds (besides the `part_columns`)."""
 
 FRACTIONS = ("reliability", "generalization", "locality")
-"""The metrics that say how an edit did: means over edits, in [0, 1]."""
+"""The metrics of how well the edits did: means over edits, in [0, 1]."""
 
 MORE_FRACTIONS = (
     "reliability_tf", "generalization_tf", "portability", "portability_tf", "locality_first", "locality_exact",
 )  # fmt: skip
-"""What stands beside them, in [0, 1], too."""
+"""Further metrics of this kind, also in [0, 1]."""
 
 TITLES = {
     **{name: name for name in (*FRACTIONS, "capability")},
@@ -153,16 +153,16 @@ TITLES = {
 _PARTED = ("reliability", "generalization", "portability", "capability")
 
 DRIFT_ERROR = 0.1
-"""Standard error of a single seed's drift as a share of it: about how much seeds differ with the built-in model."""
+"""Standard error of a single seed's drift, as a share of that drift: about as much as seeds differ with the built-in model."""
 
 SPREADS = (*(f"{name}_sd" for name in FRACTIONS), "drift_kl_low", "drift_kl_high")
-"""What `by_setting` says of the seeds of a setting."""
+"""The columns in which `by_setting` reports the spread over the seeds of a setting."""
 
 
 def results_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The results table of these rows (`TrialResult.to_row()`, or what a tracking server kept of it: numbers may come
-    as text). Every documented column is there with its dtype, also for no rows at all; the parts of some follow
-    (`is_part`); anything else is kept at the end as it came.
+    as text). Every documented column is there with its dtype, even if there are no rows; the parts of metrics follow
+    (`is_part`); anything else is kept at the end unchanged.
     """
     rows = [_with_todays_locality(row) for row in rows]
     seen = list(dict.fromkeys(name for row in rows for name in row))
@@ -181,7 +181,7 @@ def results_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _with_todays_locality(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`locality` was what is `locality_exact` now while there was `locality_tf`."""
+    """In rows that have `locality_tf`, `locality` is what is called `locality_exact` now: renames it and drops `locality_tf`."""
     if "locality_tf" not in row:
         return row
     kept = {name: value for name, value in row.items() if name not in ("locality", "locality_tf")}
@@ -189,7 +189,7 @@ def _with_todays_locality(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _place_of_part(name: str) -> tuple:
-    """Sorts parts: by metric, tasks by name, formats in their order."""
+    """Sort key for parts: by metric, then tasks by name and formats in their order."""
     if name in OF_LONG:
         return len(_PARTED), list(OF_LONG).index(name)
     metric, _, part = name.partition(".")
@@ -221,7 +221,7 @@ def pack_right(right: Sequence[bool] | Sequence[Sequence[bool]]) -> str | None:
 
 
 def unpack_right(text: str) -> np.ndarray:
-    """(E,) float64: the share of formats in which each edit was answered right. The inverse of `pack_right`, but for the formats."""
+    """(E,) float64: the share of formats in which each edit was answered right. Undoes `pack_right`, averaging over formats."""
     shape, _, packed = text.partition(":")
     edits, _, formats = shape.partition("x")
     bits = np.frombuffer(zlib.decompress(base64.b85decode(packed)), dtype=np.uint8)
@@ -294,13 +294,13 @@ def wilson_interval(fraction: float, n: float) -> tuple[float, float]:
 
 
 def by_setting(results: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting: the finished trials that differ in their seed only are averaged. Same columns, where
+    """One row per setting: the finished trials that differ only in their seed are averaged. The columns are the same, where
 
     - a metric is the mean over the seeds that have it (the ends of an interval too, which errs on the wide side: the
       seeds share their items); an infinite value counts as absent;
-    - `trial_id`, `run_id`, `seed`, `epoch_losses` and `stages` are those of the lowest seed, which stands for the group;
+    - `trial_id`, `run_id`, `seed`, `epoch_losses` and `stages` are those of the lowest seed, which represents the group;
     - `diverged` is 1 when any seed diverged;
-    - new columns: `trial_ids` and `seeds` (tuples, by seed), `n_seeds`, `n_failed` (seeds of it that failed),
+    - new columns: `trial_ids` and `seeds` (tuples, by seed), `n_seeds`, `n_failed` (seeds of the setting that failed),
       `right_by_edit` ((E,) array, the share of seeds and formats that got each edit right; None where not known),
       `reliability_sd`, `generalization_sd`, `locality_sd` (between seeds, NaN for one), `drift_kl_low`, `drift_kl_high`
       (lowest and highest of the seeds, NaN for one), and `reliability_se`.
@@ -345,7 +345,7 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_right(packed: Sequence[str | None]) -> np.ndarray | None:
-    """(E,) over the seeds of a setting; None unless it is known for each of them, on as many edits."""
+    """(E,): `unpack_right` averaged over the seeds of a setting; None unless all seeds have it, for the same number of edits."""
     if any(text is None for text in packed):
         return None
     known = [unpack_right(text) for text in packed if text is not None]
@@ -359,19 +359,19 @@ def _settings_of(frame: pd.DataFrame) -> list[tuple]:
 
 
 def value_text(name: str, value: Any) -> str:
-    """A value on an axis in words: "0.004", "breadth-first"."""
+    """A value on an axis as text: "0.004", "breadth-first"."""
     return value.replace("_", "-") if AXIS[name].choices and isinstance(value, str) else number(value)
 
 
 def axis_text(name: str, value: Any) -> str:
-    """The same with what tells it from other numbers: "rate 0.004"."""
+    """The same, prefixed with what it is if the value alone does not show that: "rate 0.004"."""
     axis = AXIS[name]
     return (axis.short or ("" if axis.type is str else f"{axis.title} ")) + value_text(name, value)
 
 
 def setting_text(row: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
     """A setting without its position and seed: "breadth-first, batch 32, rate 0.004, loss by edit". By default its
-    `named_axes`; what is absent, or changes nothing there, is left out."""
+    `named_axes`; an axis that is absent, or has no effect there, is left out."""
     if names is None:
         names = named_axes([row])
     known = (name for name in names if name not in ("layer", "module", "seed") and not _absent(row.get(name)))
@@ -379,7 +379,7 @@ def setting_text(row: Mapping[str, Any], names: Iterable[str] | None = None) -> 
 
 
 def setting_names(settings: pd.DataFrame) -> dict[str, str]:
-    """trial_id -> the setting in words: its position, "22.mlp_down", and where more were tried there what tells them
+    """trial_id -> the name of the setting: its position, "22.mlp_down", and, if several were tried there, what tells them
     apart: "22.mlp_down at rate 0.002". settings: `by_setting(results)`."""
     names = {}
     for (layer, module), group in settings.groupby(["layer", "module"], sort=False):
@@ -409,7 +409,7 @@ def standard_error(row: Mapping[str, Any], name: str) -> float:
 
 
 def interval(row: Mapping[str, Any], name: str) -> tuple[float, float]:
-    """95% interval of a metric; (NaN, NaN) where it is not known. That of capability is the one of its change, moved."""
+    """95% interval of a metric; (NaN, NaN) where it is not known. For capability it is that of the change, shifted."""
     value = row.get(name, math.nan)
     if is_fraction(name):
         low, high = wilson_interval(value, row.get("n_edits", math.nan))
@@ -424,7 +424,7 @@ def interval(row: Mapping[str, Any], name: str) -> tuple[float, float]:
 
 
 def expected(row: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Metric -> (value, low, high): what to expect of such an edit, with 95% intervals, as far as it was measured."""
+    """Metric -> (value, low, high): what to expect of an edit at this setting, with 95% intervals, for the metrics measured."""
     found = {name: (row[name], *interval(row, name)) for name in ("reliability", "generalization", "capability_change")}
     drift, more = row["drift_kl"], Z95 * standard_error(row, "drift_kl")
     found["drift_kl"] = (drift, max(0.0, drift - more), drift + more)
@@ -433,11 +433,11 @@ def expected(row: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
 
 
 def with_interval(row: Mapping[str, Any], name: str) -> str:
-    """A fraction in words: "98.0% [93.0, 99.4]"."""
+    """A fraction as text, with its interval: "98.0% [93.0, 99.4]"."""
     return " ".join(filter(None, (percent(row[name]), share_interval(*interval(row, name)))))
 
 
 def drift_text(row: Mapping[str, Any]) -> str:
-    """Drift in words: "0.0125 nats per token", and what it was over the seeds where there are several."""
+    """Drift as text: "0.0125 nats per token", with its range over the seeds where there are several."""
     span = seed_span(row.get("drift_kl_low", math.nan), row.get("drift_kl_high", math.nan))
     return f"{number(row['drift_kl'])} nats per token" + (f" ({span} over the seeds)" if span else "")

@@ -1,4 +1,4 @@
-"""Numbers and user text as people read them, for the report and the hover texts of the figures."""
+"""Human-readable numbers, and user text escaped for display, for the report and the hover texts of the figures."""
 
 import html
 import math
@@ -43,18 +43,18 @@ def points_interval(low: float, high: float) -> str:
 
 
 def share_interval(low: float, high: float) -> str:
-    """The interval of a fraction, to stand behind its percentage: "[93.0, 99.4]"; empty when absent."""
+    """The interval of a fraction, to follow its percentage: "[93.0, 99.4]"; empty when absent."""
     known = math.isfinite(low) and math.isfinite(high)
     return f"[{percent(low)}, {percent(high)}]".replace("%", "") if known else ""
 
 
 def seed_span(low: float, high: float) -> str:
-    """What a number is over the seeds: "0.011 to 0.014"; empty for a single seed."""
+    """The range of a number over the seeds: "0.011 to 0.014"; empty for a single seed."""
     return f"{number(low)} to {number(high)}" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def number(value: Any) -> str:
-    """A setting or a measurement with few digits: 0.004, 1e-05, 12.3, 1,200; text as it is; a dash when absent."""
+    """A setting or a measurement with few digits: 0.004, 1e-05, 12.3, 1,200; text unchanged; a dash when absent."""
     if value is None or isinstance(value, str):
         return ABSENT if value is None else value
     if isinstance(value, tuple | list):
@@ -79,7 +79,7 @@ def seconds(value: float) -> str:
 
 
 def when(moment: Any) -> str:
-    """A moment to the minute: "2026-03-02 09:14"; text as it is; empty when absent."""
+    """A date and time to the minute: "2026-03-02 09:14"; text unchanged; empty when absent."""
     return moment.strftime("%Y-%m-%d %H:%M") if isinstance(moment, datetime) else str(moment or "")
 
 
@@ -89,5 +89,5 @@ def plural(count: int, noun: str) -> str:
 
 
 def escaped(text: Any) -> str:
-    """User text for plotly's texts, which read a subset of HTML."""
+    """User text escaped for plotly, which interprets a subset of HTML in its texts."""
     return html.escape(str(text), quote=False)

@@ -1,7 +1,7 @@
 """When two answers are the same, and where an answer ends.
 
-Both go by Unicode's categories instead of lists of ASCII marks, and leave the value of a number alone: the point in
-"1.2 million" is neither punctuation nor the end of a sentence.
+Neither is limited to ASCII marks, and both leave the value of a number alone: the point in "1.2 million" is neither
+punctuation nor the end of a sentence.
 """
 
 import re
@@ -19,7 +19,7 @@ def _is_mark(char: str) -> bool:
 
 
 def _one_space(between: str) -> str:
-    """Several characters between two digits with a space in place of the marks among them; the first's percent sign stays."""
+    """The characters between two digits, with one space in place of the marks among them; a leading percent sign stays."""
     rest = "".join(char for char in between if not _is_mark(char))
     return between if rest == between else f"{'%' * between.startswith('%')} {rest}"
 
@@ -27,10 +27,10 @@ def _one_space(between: str) -> str:
 _ONE_FORM = {
     **dict.fromkeys(
         map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"), ""
-    ),  # invisible: soft hyphens, marks of direction
+    ),  # invisible characters: soft hyphens, direction marks
     **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width forms of ASCII
     **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-"),
-    **{0x066A: "%", 0x066B: ".", 0x066C: ","},  # Arabic marks of numbers
+    **{0x066A: "%", 0x066B: ".", 0x066C: ","},  # Arabic percent sign and separators
 }
 _NUMBERS = (
     (re.compile(r"\d"), lambda digit: str(unicodedata.decimal(digit[0]))),
@@ -48,32 +48,32 @@ _NUMBERS = (
     (re.compile(r"(?<!\d)(?<!\d[.,'’])(\d+),(\d+)(?![.,'’]?\d)"), r"\1.\2"),
     # .5 is 0.5
     (re.compile(r"(?<![\w.])(-?[$€£¥]?)\.(?=\d)"), r" \g<1>0."),
-    # a sign stands apart from what precedes it, a percent sign does not
+    # a minus sign is set apart from what precedes it, a percent sign is not
     (re.compile(r"(?<!\w)-(?=[$€£¥]?\d)"), " -"),
     (re.compile(r"(?<=\d)\s%"), "%"),
     # no two numbers become one
     (re.compile(r"(?<=\d)(?:[^\w\s]|_){2,}(?=\d)"), lambda marks: _one_space(marks[0])),
 )
-"""How numbers get one form: patterns and what replaces them, in this order."""
+"""Patterns and replacements that give numbers one form, applied in this order."""
 _KEPT = re.compile(r"(?<=\d)(?:[^\w\s]|_)(?=\d)|(?<!\S)-(?=[$€£¥]?\d)|(?<=\d)%|(?<=[^\W\d_])[+#]+")
 """The marks that are kept: one between two digits, a sign, a percent sign, and what tells C++ and C# from C."""
 _GROUPS = re.compile(r"(?<!\S)(-?[$€£¥]?[1-9]\d{0,2}(?: \d{3})+)(?=(?:\.\d+)?%?(?!\S))")
-"""Digits in groups of three between spaces: one number, written as most of Europe writes it."""
+"""Digits in groups of three separated by spaces: one number, as most of Europe writes it."""
 
 _SENTENCE_END = re.compile(r"[。｡！？؟۔।॥։።။។៕།]|(?<!\d)[.．]|[.．](?!\d)")
-"""A full stop, but not between two digits; in scripts that have marks of their own, those that end a sentence."""
+"""A full stop, but not between two digits; in scripts with marks of their own, the marks that end a sentence."""
 _PERHAPS_A_POINT = re.compile(r"\d[.．]\Z")
 
 
 def normalise_answer(text: str) -> str:
     """The form in which two answers are compared, as in SQuAD: lower case, no punctuation, no articles, single spaces.
 
-    Punctuation is what Unicode says it is, and ASCII's symbols. Numbers keep their value: sign, decimal point and percent
-    sign stay, thousands separators go ("550,000" and "550 000" are "550000"), and no two other numbers become one. What follows a
-    letter in C++ and C# stays. Unicode is composed first
-    (one é), full-width forms and decimal digits of other scripts become ASCII, and ё is е, as Russian writes it.
+    Punctuation is what Unicode classifies as such, plus ASCII's symbols. Numbers keep their value: sign, decimal point and
+    percent sign stay, thousands separators go ("550,000" and "550 000" are "550000"), and no two other numbers become one.
+    The marks after the letter in C++ and C# stay. Unicode is composed first (one é), full-width forms and decimal digits of
+    other scripts become ASCII, and ё becomes е, as in ordinary Russian spelling.
 
-    A step that would leave nothing is not taken, so "A" (the letter), "The The" or "!" stay distinct answers instead of
+    A step that would leave nothing is skipped, so "A" (the letter), "The The" or "!" stay distinct answers instead of
     equalling an empty one. Applying it twice changes nothing.
     """
     whole = _composed(text.translate(_ONE_FORM).lower())
@@ -88,7 +88,7 @@ def normalise_answer(text: str) -> str:
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Where sentences end: the places of full stops, and of what stands for one in other scripts."""
+    """Indices at which sentences end: those of full stops and of their equivalents in other scripts."""
     return [match.start() for match in _SENTENCE_END.finditer(text)]
 
 
@@ -98,6 +98,6 @@ def may_go_on(text: str) -> bool:
 
 
 def _composed(text: str) -> str:
-    """Accents composed with their letters, ё without its dots."""
+    """The text with accents composed with their letters, and ё without its dots."""
     apart = unicodedata.normalize("NFD", text)
     return unicodedata.normalize("NFC", re.sub("е[\u0300-\u036f]+", lambda yo: yo[0].replace("\u0308", ""), apart))

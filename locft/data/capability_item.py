@@ -11,16 +11,16 @@ Rule = Literal["sum", "mean", "exact", "generated"]
 
 @dataclass(frozen=True)
 class Generation:
-    """How an answer is generated and who scores it, where none is given: a task of lm-evaluation-harness."""
+    """How an answer is generated, where no choices are given, and scored: by a task of lm-evaluation-harness."""
 
     until: tuple[str, ...]
-    """Texts that end an answer, beside the end of the turn."""
+    """Texts that end an answer, in addition to the end of the turn."""
     tokens: int
-    """Length limit."""
+    """Length limit of the answer, in tokens."""
     metric: str
-    """Of the task, from 0 to 1."""
+    """The metric of the task that scores the answer, from 0 to 1."""
     folder: str | None = None
-    """With the task's file, if it is none of the harness's own."""
+    """Folder with the task's file, if the task is not one of the harness's own."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class CapabilityItem:
     context: str
     """What precedes every choice; empty if whole sentences are compared."""
     choices: tuple[str, ...]
-    """With their leading space."""
+    """Each with its leading space."""
     answer: int
     """Index of the right choice."""
     rule: Rule
-    """How a choice is scored. sum: log-likelihood of its tokens. mean: that divided by its characters (without the
+    """How a choice is scored. sum: log-likelihood of its tokens. mean: the same per character (without the
     leading space), for choices of uneven length. exact: there is one choice, which is right if each of its tokens is
-    the most likely one given the true tokens before it. generated: the model answers freely, and its task scores that."""
+    the most likely one given the true tokens before it. generated: the model answers freely, and the task scores its answer."""
     contexts: tuple[str, ...] = ()
     """What precedes each choice, where that differs; `context` is empty then."""
     generation: Generation | None = None
-    """For the rule "generated", whose one choice is the expected answer, as far as the task words it."""
+    """For the rule "generated", whose one choice is the expected answer, as far as the task spells it out."""
 
     @property
     def texts(self) -> list[tuple[str, str]]:

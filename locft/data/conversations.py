@@ -1,6 +1,6 @@
-"""Conversations as chat models are trained on: lists of turns, each with who speaks and what.
+"""Conversations like those that chat models are trained on: lists of turns, each with its speaker and what is said.
 
-One question of the user and its answer are an edit; of a longer conversation nobody can say which answer is one.
+One user question and its answer are an edit; in a longer conversation nobody can say which answer is the edit.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ _ROLES = {
 
 
 def turns_of(value: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
-    """(role, text) of the turns of a record; None if it is no conversation. Roles are user, assistant and system, or
-    what the file calls them."""
+    """(role, text) of each turn of a record; None if it is not a conversation. Roles are user, assistant and system, or
+    else as the file names them."""
     turns: list[Any] = next((value[key] for key in _LISTS if isinstance(value.get(key), list) and value[key]), [])
     found = [(_first(turn, _SPEAKER), _first(turn, _SAID)) for turn in turns if isinstance(turn, Mapping)]
     if not found or len(found) < len(turns) or any(not isinstance(role, str) for role, _ in found):
@@ -29,8 +29,8 @@ def turns_of(value: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
 
 
 def question_and_answer(record: FileRecord, source: str) -> FileRecord | str:
-    """The record; of a conversation with the question as `instruction`, the answer as `output` and a system prompt as
-    `system`, or what is wrong with it if it has more than these."""
+    """The record, with a conversation's question as `instruction`, its answer as `output` and its system prompt as `system`;
+    or, if it is a conversation with anything else in it, a message that says so."""
     turns = turns_of(record.value)
     if turns is None:
         return record
@@ -50,7 +50,7 @@ def _first(turn: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def _text(said: Any) -> Any:
-    """What is said as one text, where it is written as a list of parts; anything else but texts as it is."""
+    """What is said: a list of text parts as one text, one part per line; anything else as it is."""
     parts = [part.get("text") if isinstance(part, Mapping) else part for part in said] if isinstance(said, list) else []
     texts = [part for part in parts if isinstance(part, str)]
     return "\n".join(texts) if texts and len(texts) == len(parts) else said

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and those that its library wrote into a folder."""
+"""Data sets on the Hugging Face hub, and those that its library saved to a folder."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,22 +9,22 @@ from locft.data.record_files import FileRecord
 from locft.errors import InputError, one_line
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
-"""Files that `save_to_disk` writes into the folder of a data set, and of one with splits, which are folders in it."""
+"""Files that `save_to_disk` writes into the folder of a data set, and into that of one whose splits are subfolders."""
 
 
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` of the library `datasets` wrote this folder."""
-    return any(os.path.isfile(folder / name) for name in (_SAVED, _SAVED_SPLITS))  # pathlib's fails on names too long
+    return any(os.path.isfile(folder / name) for name in (_SAVED, _SAVED_SPLITS))  # pathlib's fails on overlong names
 
 
 def saved_records(folder: Path, preferred: Sequence[str] = ()) -> list[FileRecord]:
-    """The rows of a data set in a folder that `save_to_disk` wrote; of several splits the first of the preferred ones, or
-    the only one. Raises InputError."""
+    """The rows of a data set that `save_to_disk` wrote to a folder; if it has splits, those of the first preferred one that
+    it has, or of the only one. Raises InputError."""
     try:
         import datasets  # here, because it takes a second and few need it
 
         loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # the libraries beneath raise many unrelated types for a folder that is not whole
+    except Exception as error:  # the libraries beneath raise many unrelated types for an incomplete folder
         raise InputError(f"{folder}: not readable as a saved data set: {one_line(error)}") from None
     if isinstance(loaded, datasets.DatasetDict):
         loaded = _one_split(str(folder), loaded, preferred, str(folder / "{}"))
@@ -36,14 +36,14 @@ def hub_records(
 ) -> list[FileRecord]:
     """The rows of the data set `name` on the Hugging Face hub; `source` is what the user wrote.
 
-    Without a split it is the first of the preferred ones that the data set has, or its only one. Raises InputError with
-    what was tried and what to do offline.
+    Without a split, the first of the preferred ones that the data set has is read, or its only one. Raises InputError,
+    which says what was tried and what to do offline.
     """
     try:
         import datasets  # here, because it takes a second and only this needs it
 
         loaded = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the libraries beneath have a class each for "no such data set" and "no network"
+    except Exception as error:  # the libraries beneath have separate classes for "no such data set" and "no network"
         raise InputError(
             f"{source}: no such file here, and the hub gave no data set {name!r} (config {config or 'default'}, split "
             f"{split or 'not named'}): {type(error).__name__}: {one_line(error)}. Without a network, name a local "
@@ -55,7 +55,7 @@ def hub_records(
 
 
 def _one_split(source: str, splits: Mapping[str, Any], preferred: Sequence[str], written: str) -> Any:
-    """The first of the preferred splits that is there, or the only one. written: how a split is named. Raises InputError."""
+    """The first preferred split that exists, or the only one. written: how a user names a split. Raises InputError."""
     found = [name for name in preferred if name in splits] or (list(splits) if len(splits) == 1 else [])
     if not found:
         choices = ", ".join(map(written.format, splits))

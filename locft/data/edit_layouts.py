@@ -1,8 +1,8 @@
 """Layouts of edit files: records of any published layout become the same edit requests.
 
-What a layout alone decides is where its prompt and its target are: an entry of `LAYOUTS`. Everything else (subject, true
-answers, rephrases, questions for locality and portability) goes by the names that data sets use for it, whichever the
-layout, and in whichever form: one text or a list, pairs of keys, lists of objects, groups of these.
+A layout is an entry of `LAYOUTS`, which says where prompt and target are. Everything else (subject, true answers,
+rephrases, questions for locality and portability) is found under the names that data sets commonly use for it, whatever
+the layout, and in any form: one text or a list, pairs of keys, lists of objects, groups of these.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,27 +38,27 @@ ID_KEYS = ("id", "case_id", "fact_id")
 
 @dataclass(frozen=True)
 class QuestionKeys:
-    """Keys of questions and their answers: a text or a list each."""
+    """Keys of questions and of their answers, each of which holds a text or a list."""
 
     prompt: str
     answers: tuple[str, ...] = ()
-    """One answer, or one for each prompt ("a|b" if it goes by several keys); then other names of it. Empty: the questions
-    are objects that hold both, in any lists and groups."""
+    """Key of the one answer, or of one for each prompt ("a|b": the first of these that is there), then keys of its other
+    names. Empty: the questions are objects that hold both prompt and answer, in any lists and groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditLayout(RecordLayout):
-    """Paths of an edit's fields in a record. Where there are several, the first that is filled counts, of rephrases and
-    questions all."""
+    """Paths of an edit's fields in a record. Where a field has several, the first that is filled counts; for true
+    answers, rephrases and questions, all do."""
 
     prompt: str = "prompt"
     target: str = "target"
     more_prompt: str = ""
     """Text that follows the prompt on a line of its own."""
     edits: str = ""
-    """The object, or list of objects, in which the edits of a record are; the rest of the record is about all of them."""
+    """Path of the object, or list of objects, with the edits of a record; the rest of the record is about all of them."""
     marked: bool = False
-    """Every prompt has a {} in whose place its subject goes. In other layouts but our own a prompt may."""
+    """Every prompt has a {} that its subject replaces. In other layouts except our own, a prompt may have one."""
     id: tuple[str, ...] = ID_KEYS
     subject: tuple[str, ...] = ("subject", "concept")
     truths: tuple[str, ...] = ("ground_truth", "target_true", "target_old", "true_answer", "old_answer")
@@ -102,8 +102,8 @@ class EditLayout(RecordLayout):
 
 
 # fmt: off
-LAYOUTS = (  # the first that recognises a record has it
-    EditLayout(  # `loc` keeps its "nq question: ", with which the published numbers were made
+LAYOUTS = (  # the first that recognises a record counts
+    EditLayout(  # `loc` keeps its "nq question: ", which the published numbers were measured with
         name="zsre", signs=("src",), prompt="src", target="alt", truths=("answers",),
     ),
     EditLayout(  # CounterFact, and MQuAKE with a list of edits in each record
@@ -122,7 +122,7 @@ LAYOUTS = (  # the first that recognises a record has it
     EditLayout(
         name="wikibigedit", never="target", target="target_new", signs=("target_new rephrase_prompt",),
     ),
-    EditLayout(  # and what is written like it
+    EditLayout(  # and data sets written like it
         name="knowedit", never="target", target="target_new", signs=("prompt target_new",),
     ),
     EditLayout(name="qaedit", signs=("target rephrase source", "target rephrase locality[].loc")),
@@ -165,7 +165,7 @@ def _stripped(value: Any) -> str | None:
 
 
 def _one_line(value: Any) -> str | None:
-    """Generation stops at a newline, so no answer of several lines could be produced."""
+    """The text on one line: generation stops at a newline, so an answer of several lines could not be produced."""
     text = TEXT.read(value)
     return text and " ".join(part.strip() for part in text.splitlines() if part.strip())
 
@@ -178,9 +178,9 @@ def read_edits(
     records: Sequence[FileRecord], source: str, earlier_problems: Sequence[str] = (), fields: FieldMap | None = None
 ) -> tuple[ReadRecords, list[EditRequest], list[tuple[str, ...]]]:
     """(what was read, edits, true answers of each edit) of a file's records. Ids are the file's own, "" if it has none;
-    the edits of one record share theirs.
+    the edits of one record share its id.
 
-    Raises InputError with every problem; `earlier_problems` are those found before.
+    Raises InputError with every problem, the `earlier_problems` included.
     """
     layouts = edit_layouts(fields)
     for name, keys in (fields or {}).items():
@@ -199,7 +199,7 @@ def read_edits(
 
 
 def edit_layouts(fields: FieldMap | None = None) -> tuple[EditLayout, ...]:
-    """The layouts with the fields of a map where it says; one alone if it says where prompt or target is."""
+    """The layouts, with the paths of a field map in place of theirs; a single one if the map says where prompt or target is."""
     if not fields:
         return LAYOUTS
     changes: dict[str, Any] = {}
@@ -219,7 +219,7 @@ def edit_layouts(fields: FieldMap | None = None) -> tuple[EditLayout, ...]:
 
 
 def _advice(record: Mapping[str, Any], source: str) -> str:
-    """How a map would read records like this one, as far as its keys tell."""
+    """Suggests a field map for records like this one, as far as it can be guessed from their keys."""
     texts = [key for key, value in record.items() if isinstance(value, str) and value.strip()]
     texts += [
         f"{key}.{inner}"
@@ -244,7 +244,7 @@ def _advice(record: Mapping[str, Any], source: str) -> str:
 
 
 def _read_record(layout: EditLayout, fields: RecordFields) -> list[tuple[EditRequest, tuple[str, ...]]]:
-    """The edits of a record, each with its true answers. What the record says about all of them is the first one's."""
+    """The edits of a record, each with its true answers. Rephrases and questions for the whole record go to the first."""
     if not layout.edits:
         return [_read_edit(layout, fields, fields, (fields,))]
     value = fields.look(layout.edits)
@@ -263,7 +263,7 @@ def _read_record(layout: EditLayout, fields: RecordFields) -> list[tuple[EditReq
 def _read_edit(
     layout: EditLayout, fields: RecordFields, record: RecordFields, holders: Sequence[RecordFields]
 ) -> tuple[EditRequest, tuple[str, ...]]:
-    """fields: the object with the edit. holders: those that hold rephrases and questions for it."""
+    """fields: the object with the edit. holders: the objects with rephrases and questions for it."""
     truths = tuple(text for name in layout.truths for text in _answers(fields, name, fields.look(name)))
     subject = _first(layout.subject, fields, _STRIPPED)
 
@@ -303,7 +303,7 @@ def _prompt(layout: EditLayout, fields: RecordFields, subject: str) -> str:
 
 
 def _target(path: str, fields: RecordFields) -> str:
-    """A text, an object with the text as "str", or in the layouts of others a list of one."""
+    """The target: a text, an object with the text under "str", or, except in our own layout, a list of one text."""
     value = fields.look(path)
     if isinstance(value, list) and len(value) == 1 and not fields.strict:
         path, value = f"{path}[0]", value[0]
@@ -312,12 +312,12 @@ def _target(path: str, fields: RecordFields) -> str:
     if isinstance(value, str) and "\n" in value.strip():
         fields.leave_out(path, "(its line breaks, which end an answer)")
     if value is None and not path.endswith("]"):
-        return fields.text(path, _LINE)  # which tells null from no such field
+        return fields.text(path, _LINE)  # which distinguishes null from a missing field
     return fields.checked(path, _digits(fields, value), _LINE)
 
 
 def _digits(fields: RecordFields, value: Any) -> Any:
-    """In the layouts of others, the digits of a whole number, as a table has them in a column of years; else the value."""
+    """Except in our own layout, a whole number as its digits, such as a year in a table; anything else as it is."""
     whole = type(value) in (int, float) and not fields.strict and value == value // 1
     return str(int(value)) if whole else value
 
@@ -329,7 +329,7 @@ def _rephrases(layout: EditLayout, fields: RecordFields) -> Iterator[str]:
 
 
 def _questions(fields: RecordFields, keys: QuestionKeys, scored: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Prompts and their answers. scored: a question without an answer is of no use, and stays unread."""
+    """Prompts and their answers. scored: a question without an answer is of no use and is left out."""
     value = fields.look(keys.prompt)
     if not keys.answers:
         yield from _in_objects(fields, keys.prompt, value, scored)
@@ -356,7 +356,7 @@ def _questions(fields: RecordFields, keys: QuestionKeys, scored: bool) -> Iterat
 
 
 def _in_objects(fields: RecordFields, at: str, value: Any, scored: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The questions in objects, in lists and groups of objects, or in texts."""
+    """The questions in a value: objects, lists and groups of objects, or texts."""
     if isinstance(value, list):
         for index, item in enumerate(value):
             yield from _in_objects(fields, f"{at}[{index}]", item, scored)
@@ -378,8 +378,8 @@ def _in_objects(fields: RecordFields, at: str, value: Any, scored: bool) -> Iter
 
 
 def _texts(fields: RecordFields, path: str, value: Any, kind: FieldType = _STRIPPED) -> list[str]:
-    """The texts in a value: a text, an object with the text as "str", or lists of these. In the layouts of others blank
-    texts are absent, and answers may be whole numbers."""
+    """The texts in a value: a text, an object with the text under "str", or lists of these. Except in our own layout,
+    blank texts count as absent, and answers may be whole numbers."""
     if isinstance(value, list):
         return [text for index, item in enumerate(value) for text in _texts(fields, f"{path}[{index}]", item, kind)]
     if isinstance(value, Mapping) and "str" in value:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class LocalityPrompt:
     """A prompt that the edit must not touch.
 
-    `answer` is the data set's, None if it gives none. Locality asks what the edit changes along it, not whether a model
-    gives it.
+    `answer` comes from the data set, None if it gives none. Locality measures what the edit changes along this answer, not
+    whether a model gives it.
     """
 
     prompt: str
@@ -26,7 +26,7 @@ class PortabilityPrompt:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One fact to write into a model. Texts have no whitespace around them; target and answers are one line."""
+    """One fact to write into a model. Texts have no surrounding whitespace; target and answers are single lines."""
 
     id: str
     """The file's own id or case_id, otherwise layout-N for the file's N-th edit, counted from 1."""

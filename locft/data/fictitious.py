@@ -1,12 +1,12 @@
-"""Fictitious facts: any number of edits about subjects that do not exist, each of a known information.
+"""Fictitious facts: any number of edits about subjects that do not exist, each of known information content.
 
-A target is drawn uniformly from the set that its relation states, so an edit holds exactly log2 of the number of choices
-in bits: what no model can know beforehand and every editor has to store. No two edits are alike. Each seed is one endless
-sequence, so the first n edits of a longer set are the same edits, and edits are made one at a time.
+A target is drawn uniformly from its relation's set of choices, so an edit holds exactly log2 of their number in bits:
+information that no model can have beforehand and every editor has to store. No two edits are alike. Each seed gives one
+endless sequence, so the first n edits of a longer set are the same edits, and edits are made one at a time.
 
-The locality prompt of an edit puts its relation to another fictitious subject, one that no edit of any seed is about. So
-it asks whether an edit is bound to its subject or has become the relation's answer, it never runs out, and it is never
-an edit itself, however many there are. What edits do to what a model knows, capability and drift show.
+The locality prompt of an edit asks its relation of another fictitious subject, one that no edit of any seed is about. It
+thus tests whether an edit is bound to its subject or has become the relation's answer. Such prompts never run out, and
+none is itself an edit, whatever the number of edits. Capability and drift show what edits do to a model's knowledge.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from typing import NamedTuple
 from locft.data.edit_request import EditRequest, LocalityPrompt
 
 NAME = "fictitious"
-"""The source, as studies and commands name it; also the beginning of every edit's id."""
+"""Name of the source in studies and commands; also the prefix of every edit's id."""
 
 
 class Fact(NamedTuple):
-    """An edit and what it holds."""
+    """An edit and the information that it holds."""
 
     request: EditRequest
     bits: float
@@ -34,7 +34,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Relation:
-    """What is asked of a subject, and what may be the answer: every combination of one text from each part."""
+    """What is asked about a subject, and the possible answers: every combination of one text from each part."""
 
     prompts: tuple[str, ...]
     """The edit's own wording and two rephrases, each with {} for the subject."""
@@ -42,11 +42,11 @@ class Relation:
 
     @cached_property
     def choices(self) -> int:
-        """Different targets."""
+        """Number of different targets."""
         return math.prod(map(len, self.parts))
 
     def target(self, number: int) -> str:
-        """One of them. number: 0 to choices - 1."""
+        """The target of a number from 0 to choices - 1."""
         texts = []
         for part in self.parts:
             number, index = divmod(number, len(part))
@@ -120,19 +120,19 @@ RELATIONS: tuple[Relation, ...] = tuple(
     )
     for prompts in [tuple(wordings)]
 )  # fmt: skip
-"""From 5 bits (a city) to 16 (a date), asked in turn."""
+"""Relations of 5 bits (a city) to 16 (a date), used in turn."""
 
 _CONSONANTS, _VOWELS = "bdfghjklmnprstvz", "aeiou"
 _ENDINGS, _STRANGERS = ("n", "l", "rs", "sk", "th", "m"), ("x", "ck")
-"""How family names end: those of edits, and those of subjects that no edit is about."""
+"""Endings of family names: those of edits, and those of subjects that no edit is about."""
 _STEMS = (len(_CONSONANTS) * len(_VOWELS)) ** 2
 _WORDS = _STEMS * len(_ENDINGS)
 SUBJECTS = _WORDS**2
-"""Different subjects: 1.5 billion."""
+"""Number of different subjects: 1.5 billion."""
 
 
 def fictitious_facts(seed: int = 0) -> Iterator[Fact]:
-    """The facts of a seed, one after the other, up to `SUBJECTS` of them."""
+    """The facts of a seed, one after another, up to `SUBJECTS` of them."""
     drawn = random.Random(seed)
     for index, relation in zip(range(SUBJECTS), itertools.cycle(RELATIONS)):
         given, family = _shuffled(index, seed)
@@ -146,8 +146,8 @@ def fictitious_facts(seed: int = 0) -> Iterator[Fact]:
 
 
 def _shuffled(index: int, seed: int) -> tuple[int, int]:
-    """Two words for each index below `SUBJECTS`, each pair once: a Feistel network, which is a permutation whatever its
-    rounds compute."""
+    """Numbers of two words for an index below `SUBJECTS`, a different pair for each: a Feistel network, which is a
+    permutation whatever its rounds compute."""
     left, right = divmod(index, _WORDS)
     for step in range(4):
         digest = hashlib.blake2b(f"{seed} {step} {right}".encode(), digest_size=8).digest()
@@ -156,7 +156,7 @@ def _shuffled(index: int, seed: int) -> tuple[int, int]:
 
 
 def _word(number: int, endings: tuple[str, ...]) -> str:
-    """Two syllables and an ending, capitalised; another one for each number below stems x endings."""
+    """Two syllables and an ending, capitalised; a different word for each number below stems x endings."""
     number, end = divmod(number, len(endings))
     letters = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""A map says where a file has the fields of an edit that no layout knows: {prompt: question, rephrases: [q1, q2]}."""
+"""A field map says where a file has fields of an edit that no layout finds: {prompt: question, rephrases: [q1, q2]}."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ MAPPED = (
 
 
 def read_field_map(value: Any) -> FieldMap:
-    """A map as a study file or an option writes it: text or a list of texts for each field, or for locality and
-    portability prompt and answer. Raises InputError with every problem."""
+    """A field map from a study file or an option: a key or a list of keys for each field, or, for locality and
+    portability, for their prompt and answer. Raises InputError with every problem."""
     problems: list[str] = []
     found: dict[str, tuple[str, ...]] = {}
     if not isinstance(value, Mapping):
@@ -47,7 +47,7 @@ def read_field_map(value: Any) -> FieldMap:
 
 
 def _unpaired(name: str, given: Mapping[str, Any], found: FieldMap) -> Iterator[str]:
-    """What is wrong between the prompts and the answers of locality or portability."""
+    """Mismatches between the prompts and the answers of locality or portability."""
     prompts, answers = found.get(f"{name}.prompt", found.get(name, ())), found.get(f"{name}.answer", ())
     if name in given and f"{name}.prompt" in given:
         yield f"got both {name} and {name}.prompt, expected one of them"

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness: found by name, and read as capability items.
 
-Needs the extra `harness`; `locft.data.suites.harness_tasks` imports this module and says so where it is missing.
+Needs the extra `harness`; `locft.data.suites.harness_tasks` imports this module and says so if the extra is missing.
 """
 
 import itertools
@@ -22,23 +22,23 @@ from locft.errors import InputError, did_you_mean, one_line
 PAPER = {"paper": ("mmlu", "nq_open", "sst2", "wmt16-de-en", "gsm8k")}
 """The tasks whose mean arXiv 2509.22072 calls capability, under one name."""
 SEED = 1234
-"""For the choice of few-shot examples; the harness's default."""
+"""Seed for the choice of few-shot examples; the harness's default."""
 NEW_TOKENS = 256
 """Length limit of an answer where the task sets none, as in the harness."""
 IN_HUNDREDTHS = ("bleu", "chrf")
-"""Metrics of a whole text that are of use for one sentence, from 0 to 100."""
+"""Corpus-level metrics, from 0 to 100, that are also meaningful for a single sentence."""
 
 
 def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[str, dict[str, Any]]:
     """The tasks under each name: a task, a group or a tag of the harness, or "paper" for the paper's five.
 
-    folder: more task files. Raises InputError with every name that is unknown or cannot be loaded or run.
+    folder: where more task files are. Raises InputError with every name that is unknown or cannot be loaded or run.
     """
     folder = None if folder is None else Path(folder).expanduser()
     if folder is not None and not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected one with task files of lm-evaluation-harness (YAML)")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    random.seed(0)  # for tasks that draw while they are loaded, as in the harness's own command
+    random.seed(0)  # for tasks that draw random numbers while loading, as in the harness's own command
     np.random.seed(SEED)
     manager, problems = TaskManager(include_path=folder), []
     wanted = dict.fromkeys(one for name in names for one in PAPER.get(name, (name,)))
@@ -50,7 +50,7 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[s
     for name in wanted if not problems else ():
         try:
             found[name] = manager.load([name])["tasks"]
-        except Exception as error:  # of the data set, the network, or the task file's own code
+        except Exception as error:  # from the data set, the network, or the task file's own code
             problems.append(f"task {name!r}: could not be loaded: {type(error).__name__}: {one_line(error)}")
             continue
         for own, task in found[name].items():
@@ -66,11 +66,11 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[s
 def read_tasks(
     names: Sequence[str], folder: str | Path | None = None, limit: int | None = None
 ) -> dict[str, list[CapabilityItem]]:
-    """Items of the tasks under each name. Given answers are right by the metric `acc`, as the harness counts it; generated
+    """Items of the tasks under each name. Given answers are judged by the metric `acc`, as the harness counts it; generated
     ones are scored by the task's first metric that is a mean of values from 0 to 1, else by BLEU or chrF of each sentence.
 
-    limit: the most items of each name, evenly spaced over all. Raises InputError with every task that scores answers in
-    another way.
+    limit: maximum number of items per name, evenly spaced over all. Raises InputError with every task that scores answers
+    in another way.
     """
     problems: list[str] = []
     read: dict[str, list[CapabilityItem]] = {}
@@ -88,14 +88,14 @@ def read_tasks(
 
 
 def asked_generation(given: dict[str, Any]) -> tuple[tuple[str, ...], int, bool]:
-    """What a request says of its answer: texts that end it, the most tokens, and whether it should be sampled."""
+    """What a request says about its answer: texts that end it, its token limit, and whether it should be sampled."""
     asked = normalize_gen_kwargs(given, NEW_TOKENS)
     until = tuple(stop for stop in asked["until"] if stop)
     return until, int(asked["max_gen_toks"]), bool(asked.get("do_sample"))
 
 
 def score_answer(item: CapabilityItem, text: str) -> float:
-    """What the item's task gives for a generated answer, from 0 to 1. The task is loaded once a process."""
+    """Score of a generated answer by the item's task, from 0 to 1. The task is loaded once per process."""
     assert item.generation
     own, place = item.id.rsplit("#", 1)
     task = _loaded(item.task, item.generation.folder)[own]
@@ -108,7 +108,7 @@ def _loaded(name: str, folder: str | None) -> dict[str, Any]:
 
 
 def _scored(task: Any, doc: Any, metric: str, text: str) -> float:
-    """A metric of what the first of the task's filters finds in an answer."""
+    """A metric of what the first of the task's filters extracts from an answer."""
     said = Instance("generate_until", doc, ("", {}), 0, resps=[text] * (task.get_config("repeats") or 1))
     task._filters[0].apply([said])
     (found,) = said.filtered_resps.values()
@@ -117,7 +117,7 @@ def _scored(task: Any, doc: Any, metric: str, text: str) -> float:
 
 
 def _metric_of_answers(task: Any) -> str | None:
-    """The metric that scores single answers of a task from 0 to 1, the more the better; None if it has none."""
+    """The metric of a task that scores single answers from 0 to 1, higher being better; None if it has none."""
     better = {name for name, higher in task.higher_is_better().items() if higher}
     kinds = {name: getattr(combine, "__name__", "") for name, combine in task.aggregation().items() if name in better}
     means = [name for name, kind in kinds.items() if kind in ("mean", "nanmean")]
@@ -127,7 +127,7 @@ def _metric_of_answers(task: Any) -> str | None:
 def _generated_item(
     task: Any, name: str, place: int, request: Instance, metric: str, folder: str | None
 ) -> CapabilityItem:
-    """Raises InputError where the metric does not score it from 0 to 1."""
+    """Raises InputError if the metric does not score it from 0 to 1."""
     (context, given), doc, own = request.args, request.doc, task.config.task
     expected = str(task.doc_to_target(doc))
     ends = [_scored(task, doc, metric, text) for text in ("", expected)]
@@ -155,14 +155,14 @@ def _items(task: Any, name: str, places: Sequence[int], folder: str | None) -> I
         raise InputError(f"task {own!r}: got {got}; {_expected(own)}")
     task.set_fewshot_seed(seed=SEED)
     task.build_all_requests(samples=list(places))
-    by_document = itertools.groupby(task.instances, lambda request: request.doc_id)  # its place among those chosen
+    by_document = itertools.groupby(task.instances, lambda request: request.doc_id)  # its index among those chosen
     for place, requests in zip(places, (list(own) for _, own in by_document), strict=True):
         doc, several, count = requests[0].doc, [request.args for request in requests], len(requests)
         if metric is not None:
             yield _generated_item(task, name, place, requests[0], metric, folder)
             continue
         if task.OUTPUT_TYPE == "multiple_choice":
-            count = len(task.doc_to_choice(doc))  # more requests are for other metrics
+            count = len(task.doc_to_choice(doc))  # further requests are for other metrics
             right = [at for at in range(count) if _counts(task, doc, [_sure(at == one) for one in range(len(several))])]
         else:
             right = [0] if _counts(task, doc, [_sure(True)]) else []
@@ -177,7 +177,7 @@ def _items(task: Any, name: str, places: Sequence[int], folder: str | None) -> I
 
 
 def _sure(said: bool) -> tuple[float, bool]:
-    """What the harness calls a result: log-likelihood, and whether greedy decoding gives it."""
+    """A result as the harness represents it: log-likelihood, and whether greedy decoding gives the answer."""
     return (0.0, True) if said else (-1e4, False)
 
 

@@ -1,7 +1,7 @@
 """The ledger of an edit: every edit that was ever made into one delta, when it arrived, and what became of it.
 
-It lies beside the delta as JSON Lines in the project's own layout, with keys of its own, so it is an edit file like any
-other. A delta is cumulative: it is of all active edits together, against the untouched base.
+It is stored alongside the delta as JSON Lines in the project's own layout, with some extra keys, so it is an edit file
+like any other. A delta is cumulative: it holds all active edits together, relative to the untouched base.
 """
 
 import json
@@ -25,11 +25,11 @@ class LedgerEntry:
 
     request: EditRequest
     arrived: str
-    """When, ISO 8601 in UTC."""
+    """Time of arrival, ISO 8601 in UTC."""
     superseded_by: str | None = None
     """The id of the later edit that gives its prompt another answer."""
     retracted: str | None = None
-    """When it was taken back."""
+    """Time at which it was taken back."""
 
     @property
     def active(self) -> bool:
@@ -42,11 +42,11 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What new edits and retractions make of a ledger."""
+    """The result of adding new edits and retractions to a ledger."""
 
     ledger: "Ledger"
     new: tuple[EditRequest, ...]
-    """To be trained: those that are not in the ledger already."""
+    """Edits to train: those that are not in the ledger already."""
     retracted: tuple[EditRequest, ...]
     sentences: tuple[str, ...]
     """What a user should know, in one sentence each."""
@@ -54,7 +54,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Ledger:
-    """In the order of arrival. Ids are unique."""
+    """All entries in order of arrival. Ids are unique."""
 
     entries: tuple[LedgerEntry, ...] = ()
 
@@ -65,7 +65,7 @@ class Ledger:
 
     @classmethod
     def of(cls, requests: Sequence[EditRequest], when: str) -> "Ledger":
-        """Edits that came all at once, as they are: what contradicts itself is found by `EditFindings`."""
+        """The ledger of edits that all arrived at once, as they are: contradictions are found by `EditFindings`."""
         return cls(tuple(LedgerEntry(request, when) for request in requests))
 
     def add(
@@ -73,10 +73,10 @@ class Ledger:
     ) -> Arrival:
         """The ledger after an arrival.
 
-        A new edit supersedes an active one that asks the same: the same prompt, or one of its rephrases. One that is active
-        already is left out. An id that is taken gets "#2", "#3". without: ids of active edits to take back; they go before the
-        new ones come. marked: ids or prompts of edits that a file marks as taken back; of these, what is not active is told.
-        Raises InputError with every id of `without` that is not there.
+        A new edit supersedes an active one that has its prompt, either as prompt or as a rephrase. One that is already active
+        is left out. An id that is taken gets "#2", "#3". without: ids of active edits to take back, before the new ones are
+        added. marked: ids or prompts of edits that a file marks as taken back; those that are not active are reported.
+        Raises InputError with every id of `without` that is not in the ledger or not active.
         """
         entries = list(self.entries)
         gone = self._retracted(without)
@@ -85,7 +85,7 @@ class Ledger:
         stale = [name for name in marked if name not in active]
         entries = [replace(entry, retracted=when) if entry.request.id in gone else entry for entry in entries]
         taken = {entry.request.id for entry in entries}
-        asking: defaultdict[str, list[int]] = defaultdict(list)  # prompt or rephrase -> places of the edits it asks
+        asking: defaultdict[str, list[int]] = defaultdict(list)  # prompt or rephrase -> indices of its edits
         for at, entry in enumerate(entries):
             for text in _asked_as(entry.request):
                 asking[text].append(at)
@@ -137,7 +137,7 @@ class Ledger:
 
     @classmethod
     def load(cls, folder: Path) -> "Ledger":
-        """Raises InputError where there is none, or it is damaged."""
+        """Raises InputError if there is none, or if it is damaged."""
         path = folder / FILE_NAME
         if not path.is_file():
             raise InputError(
@@ -146,7 +146,7 @@ class Ledger:
             )
         records, problems = read_json_records(
             path, is_record=lambda value: True
-        )  # the only one may hold lists of objects
+        )  # a lone record may hold lists of objects
         requests = edit_set(records, str(path), problems).requests
         entries = []
         for request, record in zip(requests, records, strict=True):

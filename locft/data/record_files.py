@@ -1,7 +1,7 @@
 """Records from JSON, JSON Lines, parquet and CSV files.
 
-Every problem of a file is told at once. A JSON list and JSON Lines often come under the other one's ending, so the
-content decides: a text that begins with "[" is a list of records, anything else is one record after the other.
+All problems of a file are reported at once. JSON lists and JSON Lines often come with each other's file extension, so
+the content decides: a text that begins with "[" is a list of records, anything else is one record after another.
 """
 
 import ast
@@ -22,12 +22,12 @@ from typing import Any
 from locft.errors import InputError, one_line
 
 MAX_PROBLEMS = 20
-"""Problems of one file that are told one by one; a file whose every line is wrong needs no 3000 messages."""
+"""Problems of one file that are reported one by one; a file whose every line is wrong does not need 3000 messages."""
 
 _BLANK = " \t\r\n"
 
 RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-"""How files of records are named."""
+"""Extensions of files of records."""
 _COMPRESSED = "a compressed file; unpack it"
 _PICKLE = "a pickle, which may run code when it is read; save it as JSON Lines or parquet"
 _NO_TEXT = {
@@ -42,11 +42,11 @@ _NO_TEXT = {
     b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
     **dict.fromkeys((b"<!doctype", b"<!DOCTYPE", b"<html"), "a web page; download the file itself"),
 }
-"""How files begin that hold no records as text, and what to do about them."""
+"""First bytes of files that do not hold records as text, with what they are and what to do about them."""
 _MARKED = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-"""Byte order marks of other encodings than UTF-8, as Excel's Unicode text has one. UTF-32's begins with UTF-16's."""
+"""Byte order marks of encodings other than UTF-8, as in Excel's Unicode text. UTF-32 first: its mark begins with UTF-16's."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class FileRecord:
     """Counted from 1."""
     value: dict[str, Any]
     line: int | None = None
-    """Line of the file, counted from 1; None for formats that do not tell it."""
+    """Line of the file, counted from 1; None for formats that do not say."""
     beside: tuple[str, ...] = ()
-    """Keys of the file that stand beside the list of records."""
+    """Keys of the file alongside the list of records."""
     key: str | None = None
-    """Its own, in a file that is one object of records."""
+    """Key of the record, in a file that is one object of records."""
 
     @property
     def place(self) -> str:
-        """For messages, such as "record 17 (line 30)"."""
+        """Where the record is, for messages, such as "record 17 (line 30)"."""
         return f"record {self.number}" + (f" (line {self.line})" if self.line else "")
 
 
@@ -76,7 +76,7 @@ def file_records(
     is_record: Callable[[Mapping[str, Any]], bool] = lambda value: False,
     no_header: Callable[[Sequence[str]], Sequence[str] | None] = lambda row: None,
 ) -> tuple[list[FileRecord], list[str]]:
-    """(records, problems with single ones) of a file: parquet, CSV (.csv, .tsv), else JSON. The options are those of
+    """(records, problems with individual ones) of a file: parquet, CSV (.csv, .tsv), else JSON. The options are those of
     `csv_records` and `read_json_records`. Raises InputError for a file that cannot be read."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -92,9 +92,9 @@ def read_json_records(
     """(records, problems) of a JSON list or JSON Lines file; blank lines and a byte order mark are skipped.
 
     A file that is one object is unwrapped: its records are its only list of objects, or the objects under its keys.
-    is_record: whether such an object is a record itself.
+    is_record: whether an object is a record itself.
 
-    Problems are broken JSON (line and column), records that are no objects or no Unicode, and a file without records.
+    Problems are broken JSON (line and column), records that are not objects or not valid Unicode, and a file without records.
     Raises InputError if the file cannot be read as text.
     """
     text = read_text(path)
@@ -135,7 +135,7 @@ def read_json_records(
 
 
 def _lines(path: Path, text: str) -> tuple[list[FileRecord], list[str]]:
-    """(records, problems) of a text with one JSON value a line, or several lines each, as jq prints them."""
+    """(records, problems) of a text with one JSON value per line, or over several lines each, as jq prints them."""
     found: list[FileRecord] = []
     problems: list[str] = []
     # Split at "\n" alone: str.splitlines also splits at characters that JSON strings may hold (U+2028).
@@ -154,7 +154,7 @@ def _lines(path: Path, text: str) -> tuple[list[FileRecord], list[str]]:
 
 
 def _one_after_another(text: str) -> list[FileRecord]:
-    """Each JSON value of a text that holds nothing else; none if it does."""
+    """The JSON values of a text that holds nothing else; none if it does."""
     decoder, blank, found, end, line = json.JSONDecoder(), re.compile(f"[{_BLANK}]*"), list[FileRecord](), 0, 1
     with suppress(ValueError, RecursionError):
         while (begin := blank.match(text, end).end()) < len(text):  # type: ignore[union-attr]  # it matches ""
@@ -167,7 +167,7 @@ def _one_after_another(text: str) -> list[FileRecord]:
 
 
 def _is_wrapper(path: Path, text: str, whole: Mapping[str, Any]) -> bool:
-    """Whether one object is a file of records instead of the only line of one."""
+    """Whether one object is a whole file of records instead of the only line of JSON Lines."""
     return path.suffix.lower() == ".json" or bool(_lists(whole)) or "\n" in text.strip(_BLANK)
 
 
@@ -202,7 +202,7 @@ def _unwrapped(path: Path, whole: dict[str, Any], is_record: Callable[[Mapping[s
 
 
 def _rows(whole: Mapping[str, Any], is_record: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
-    """The records of a table whose columns are lists, or objects as pandas writes them by default; [] if it is none."""
+    """The records of a table whose columns are lists, or objects as pandas writes them by default; [] if it is not one."""
     columns = list(whole.values())
     places: Collection[Any] = ()
     if len(columns) > 1 and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
@@ -233,10 +233,10 @@ def csv_records(
     *,
     no_header: Callable[[Sequence[str]], Sequence[str] | None] = lambda row: None,
 ) -> list[FileRecord]:
-    """The rows of a CSV file, whose first line names the columns. Cells are separated by commas, semicolons, tabs or bars.
+    """The rows of a CSV file, whose first line names the columns. Cells are separated by commas, semicolons, tabs or vertical bars.
 
     lists: columns whose cells may hold a list or an object, as JSON or as Python writes it; all other cells are texts.
-    no_header: given the first row, the names of the columns if that is a record itself, else None.
+    no_header: given the first row, returns the names of the columns if that row is itself a record, else None.
 
     Raises InputError with every row that has too few or too many cells.
     """
@@ -275,7 +275,7 @@ def csv_records(
 
 
 def _regular(text: str, delimiter: str) -> tuple[bool, int]:
-    """How well a delimiter fits: whether the first rows have equally many cells, more than one, and how many the first has."""
+    """How well a delimiter fits: whether the first rows all have equally many cells, two or more, and how many the first has."""
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
         counts = [len(row) for row in itertools.islice(reader, 20) if row]
@@ -285,10 +285,10 @@ def _regular(text: str, delimiter: str) -> tuple[bool, int]:
 
 
 def read_text(path: Path) -> str:
-    """A file's text without its byte order mark: UTF-8, or what the mark says.
+    """A file's text without its byte order mark, decoded as UTF-8 unless the mark says otherwise.
 
     Raises InputError if the path does not exist (with the nearest name that does), is a folder, or holds bytes that are
-    no text (with line and offset).
+    not text (with line and offset).
     """
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file{_one_inside(path)}")
@@ -316,7 +316,7 @@ def read_text(path: Path) -> str:
 
 
 def missing_path(path: Path) -> str:
-    """The problem that a path does not exist, with the nearest name that does."""
+    """The message that a path does not exist, with the nearest name that does."""
     missing, folder = path, path.parent
     while not folder.is_dir() and folder != missing:
         missing, folder = folder, folder.parent
@@ -347,7 +347,7 @@ def describe(value: Any) -> str:
     if isinstance(value, str) and not value.strip():
         return "only whitespace" if value else "an empty text"
     shown = json.dumps(value, ensure_ascii=False, default=str)
-    if not shown.isprintable():  # half a surrogate pair, marks of direction
+    if not shown.isprintable():  # half a surrogate pair, direction marks
         shown = json.dumps(value, default=str)
     return f"{kinds.get(type(value), type(value).__name__)} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
@@ -360,15 +360,15 @@ def shortened(problems: Sequence[str]) -> tuple[str, ...]:
 
 
 def _broken(path: Path, error: Exception, line: int | None = None) -> str:
-    """What json says of a text that it cannot read; `line` if the text is that line of the file."""
+    """The message for a text that json cannot read; `line` if the text is that line of the file."""
     if isinstance(error, json.JSONDecodeError):
         return f"{path}, line {line or error.lineno}, column {error.colno}: broken JSON: {error.msg}"
     place = f"{path}, line {line}" if line else str(path)
-    return f"{place}: unreadable JSON: {error}"  # nested without end; a number of thousands of digits
+    return f"{place}: unreadable JSON: {error}"  # nested too deeply, or a number with thousands of digits
 
 
 def _one_object(text: str) -> dict[str, Any] | None:
-    """The object that a whole text is."""
+    """The JSON object that makes up the whole text; None if it is anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -377,7 +377,7 @@ def _one_object(text: str) -> dict[str, Any] | None:
 
 
 def _parsed(cell: str) -> Any:
-    """The list or object in a cell, or its text if there is none: the readers of fields say what was expected."""
+    """The list or object in a cell, or its text if there is none: the readers of fields report what was expected."""
     for parse in (json.loads, ast.literal_eval) if cell.lstrip()[:1] in ("[", "{") else ():
         try:
             return parse(cell)

@@ -1,8 +1,8 @@
-"""Layouts of records: which one a file has, and how the fields of its records are read, with every problem told.
+"""Layouts of records: which one a file has, and how the fields of its records are read, with every problem reported.
 
-A layout is an entry of data: its name, the keys that give it away, and where its fields are. A field is named by a path
+A layout is declared as data: its name, the keys that identify it, and where its fields are. A field is named by a path
 into the record, such as "requested_rewrite.target_new.str"; "[]" stands for the elements of a list ("locality[].loc").
-What nobody reads is counted by its path, so that a reader can say what it leaves out.
+Whatever is not read is counted by its path, so that a reader can report what it leaves out.
 """
 
 import re
@@ -22,10 +22,10 @@ Layout = TypeVar("Layout", bound="RecordLayout")
 
 
 class FieldType(NamedTuple):
-    """What a text field holds."""
+    """What a text field may hold."""
 
     read: Callable[[Any], str | None]
-    """The text of a value; None where the value is wrong."""
+    """Returns the text of a value, or None if the value is wrong."""
     expected: str = "text"
 
 
@@ -42,17 +42,17 @@ class RecordLayout(ABC):
     """A published way to write records, and how to recognise it."""
 
     name: str
-    """Layouts of the same name are variants of one."""
+    """Layouts of the same name are variants of one layout."""
     signs: tuple[str, ...]
     """Each is one or more paths, separated by spaces: a record in which all of them are filled is of this layout. They
-    are fewer than the required fields, so that a record that lacks one is told which."""
+    are fewer than the required fields, so that the message for a record that lacks one can say which."""
     never: str = ""
     """A key that no record of this layout has."""
     only: str = ""
     """Keys, separated by spaces; a record with others is not of this layout. Empty: others are ignored."""
     strict: bool = False
-    """For this project's own layouts: misspelt keys are told, ids must differ, and a blank text is wrong. In the others
-    a blank text in an optional field means that the field is absent."""
+    """For this project's own layouts: misspelt keys are reported, ids must be unique, and a blank text is wrong. In the
+    others a blank text in an optional field means that the field is absent."""
 
     @property
     @abstractmethod
@@ -85,18 +85,18 @@ class FieldProblem(NamedTuple):
     """What is wrong with a field of a record."""
 
     place: str
-    """Of the record, for messages."""
+    """Where the record is, for messages."""
     path: str
     text: str
 
 
 @dataclass
 class RecordFields:
-    """One object of a record while it is read: returns usable values and collects what is wrong with them."""
+    """One object of a record while it is being read: returns usable values and collects the problems with the others."""
 
     value: Mapping[str, Any]
     place: str
-    """Of the record, for messages."""
+    """Where the record is, for messages."""
     problems: dict[FieldProblem, None]
     known: Collection[str]
     """Keys that the layout knows, or patterns of them ("para_question*")."""
@@ -106,10 +106,10 @@ class RecordFields:
     used: set[str] = field(default_factory=set)
     """Paths of the record that were read, without indices. Shared by the objects of a record."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Paths at which something was left out, and what. Shared, too."""
+    """Paths at which something was left out, and what. Also shared."""
 
     def __post_init__(self) -> None:
-        """Any key may carry the user's own notes, but one that is nearly a known key is that key, misspelt."""
+        """Any key may carry the user's own notes, but one that nearly matches a known key is taken for that key, misspelt."""
         for key in self.value if self.strict else ():
             if any(fnmatchcase(key, one) for one in self.known):
                 continue
@@ -118,7 +118,7 @@ class RecordFields:
                 self.tell(_listed([key]), f"unknown key, did you mean {near[0]!r}?")
 
     def find(self, path: str, expected: str) -> Any:
-        """What is in a field that must be there; ... where it is absent, which is told."""
+        """The value of a required field; ... (Ellipsis) if it is absent, which is reported."""
         holder: Any = self.value
         at = ""
         for part in path.split("."):
@@ -136,12 +136,12 @@ class RecordFields:
         return holder
 
     def text(self, path: str, kind: FieldType = TEXT) -> str:
-        """The text of a field that must be there; "" where it is absent or wrong, which is told."""
+        """The text of a required field; "" if it is absent or wrong, which is reported."""
         value = self.find(path, kind.expected)
         return "" if value is ... else self.checked(path, value, kind)
 
     def texts(self, path: str, fewest: int) -> tuple[str, ...]:
-        """The texts of a list that must be there; () where it is absent or wrong, which is told."""
+        """The texts of a required list; () if it is absent or wrong, which is reported."""
         value = self.find(path, expected := f"a list of {fewest} or more texts")
         wrong = [index for index, one in enumerate(value) if _filled(one) is None] if isinstance(value, list) else []
         for index in wrong:
@@ -154,20 +154,20 @@ class RecordFields:
         return tuple(value)
 
     def optional(self, path: str, kind: FieldType = TEXT) -> str | None:
-        """The text of a field that may be absent; None too if the layout has no such field (path "")."""
+        """The text of an optional field, or None; None also if the layout has no such field (path "")."""
         value = self.look(path)
         return None if self.is_absent(value) else self.checked(path, value, kind)
 
     def is_absent(self, value: Any) -> bool:
-        """True of null, of NaN, which pandas writes for it, and in the layouts of others of a blank text."""
+        """True for null, for NaN, which pandas writes for null, and, except in our own layouts, for a blank text."""
         return value is None or value != value or (not self.strict and isinstance(value, str) and not value.strip())
 
     def look(self, path: str) -> Any:
-        """What is at the path, None if nothing is; a list if the path goes through one. It still counts as unread."""
+        """The value at the path, None if there is none; a list if the path goes through one. It still counts as unread."""
         return value_at(self.value, path) if path else None
 
     def inside(self, path: str, value: Mapping[str, Any], known: Collection[str]) -> "RecordFields":
-        """An object of the record, to be read in turn; `known` are its keys."""
+        """An object within the record, to be read in turn; `known` are the keys that it may have."""
         prefix = f"{self.prefix}{path}."
         return RecordFields(value, self.place, self.problems, known, self.strict, prefix, self.used, self.left_out)
 
@@ -177,12 +177,12 @@ class RecordFields:
         self.used |= {place, place.removesuffix("[]")} if "[]." in place else {place}
 
     def unread(self) -> list[str]:
-        """Paths of the record at which something is that nobody has read, each once, and what was left out."""
+        """Paths of the record that hold something nobody has read, each once, and what was left out."""
         left_out = (f"{path} {what}" for path, what in self.left_out.items() if path in self.used)
         return list(dict.fromkeys((*_unread(self.value, "", self.used), *left_out)))
 
     def leave_out(self, path: str, what: str) -> None:
-        """Say that something at the path is not used, while the rest of it, or others like it, are."""
+        """Record that something at the path is not used, although the rest of it, or others like it, are."""
         self.left_out[_without_indices(self.prefix + path)] = what
 
     def wrong(self, path: str, expected: str, got: Any) -> None:
@@ -192,7 +192,7 @@ class RecordFields:
         self.problems[FieldProblem(self.place, self.prefix + path, problem)] = None
 
     def checked(self, path: str, value: Any, kind: FieldType = TEXT) -> str:
-        """The value as text; "" where it is wrong, which is told."""
+        """The value as text; "" if it is wrong, which is reported."""
         self.use(path)
         if (text := kind.read(value)) is None:
             self.wrong(path, kind.expected, value)
@@ -201,12 +201,12 @@ class RecordFields:
 
 @dataclass(frozen=True)
 class ReadRecords(Generic[Layout, Value]):
-    """What was made of the records of a file."""
+    """The result of reading the records of a file."""
 
     layout: Layout
-    """Of most records."""
+    """The layout of most records."""
     values: list[Value]
-    """One a record, in order."""
+    """One value per record, in order."""
     unread: dict[str, int]
     """Paths that no field was read from, and the number of records that have something there."""
 
@@ -219,23 +219,23 @@ def read_with_layout(
     earlier_problems: Sequence[str] = (),
     advice: Callable[[FileRecord], str] = lambda record: "",
 ) -> ReadRecords[Layout, Value]:
-    """What `read` makes of each record, each with the first of the layouts that recognises it.
+    """What `read` makes of each record, with the layout that most records have (the variant that recognises it, if any).
 
     advice: what to do about records like this one if their required fields are not found. Raises InputError with every
     problem: those found earlier, and each wrong field with its place, what was expected and what was got; a problem that
-    all records share is one.
+    all records share is reported once.
     """
     problems = list(earlier_problems)
     recognised = [next((one for one in layouts if one.recognises(record.value)), None) for record in records]
     votes = Counter(one for one in recognised if one is not None)
-    if records and not votes:  # one message for all records: they are of a kind
+    if records and not votes:  # one message for all records: they are alike
         where = records[0].place if len(records) == 1 else f"all {len(records):,} records"
         got, known = _listed(records[0].value), "; ".join(dict.fromkeys(map(str, layouts)))
         told = f"{source}, {where}: unknown layout, got the keys {got}; expected one of: {known}"
         problems.append(told + advice(records[0]))
     if not votes:
         raise InputError(shortened(problems))
-    layout = votes.most_common(1)[0][0]  # of equally frequent ones, the first in the file
+    layout = votes.most_common(1)[0][0]  # in a tie, the first in the file
     known_keys = top_level((*layout.required, *layout.optional))
     found: dict[FieldProblem, None] = {}
     values, places, unread = [], dict[str, str](), Counter[str]()
@@ -263,7 +263,7 @@ def _told(
     source: str,
     advice: Callable[[FileRecord], str],
 ) -> Iterator[str]:
-    """The problems as they are told: what is wrong in the same way in every one of several records is one."""
+    """The problems as messages: what is wrong in the same way in every one of several records is reported once."""
     alike: dict[tuple[str, str], list[FieldProblem]] = {}
     for problem in problems:
         kind = _without_indices(problem.path), problem.text.partition(", got ")[0]
@@ -278,7 +278,7 @@ def _told(
 
 
 def _stranger(record: Mapping[str, Any], own: RecordLayout | None, layout: RecordLayout) -> str | None:
-    """Says that a record is of another layout than its file; None if it only lacks a field of the file's."""
+    """The message that a record has a different layout from its file; None if it only lacks some of the file's fields."""
     required = top_level(layout.required)
     lacks = [key for key in required if key not in record]
     if not lacks or (own is None and len(lacks) < len(required)):
@@ -288,7 +288,7 @@ def _stranger(record: Mapping[str, Any], own: RecordLayout | None, layout: Recor
 
 
 def value_at(value: Any, path: str) -> Any:
-    """What is at a path, None if nothing is. For a path with "[]" a list, with None for the elements that lack it."""
+    """The value at a path, None if there is none. For a path with "[]" a list, with None for the elements that lack it."""
     list_path, is_list, inside = path.partition("[].")
     for part in list_path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -298,7 +298,7 @@ def value_at(value: Any, path: str) -> Any:
 
 
 def _is_filled(value: Any, path: str) -> bool:
-    """Whether something that is not null is at the path; for a path with "[]", in at least one element of the list."""
+    """Whether the path holds something other than null; for a path with "[]", in at least one element of the list."""
     found = value_at(value, path)
     return any(element is not None for element in found) if found is not None and "[]." in path else found is not None
 
@@ -308,7 +308,7 @@ def _without_indices(path: str) -> str:
 
 
 def _unread(value: Any, at: str, used: Collection[str]) -> Iterator[str]:
-    """The paths in a value at `at` of which no part was read, those that hold nothing left out."""
+    """The paths in a value at `at` of which no part was read, except those that hold nothing."""
     if at in used or value is None or value != value or value in ("", [], {}):
         return
     partly = not at or any(path.startswith((f"{at}.", f"{at}[]")) for path in used)

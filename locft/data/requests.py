@@ -1,8 +1,8 @@
 """Edit sets: the edits of a file, a hub data set or the project's own, checked and selected.
 
-A source is read whole and all its problems are told at once, because a user corrects a file, not a line. Edits that are
-right in form can still be impossible (two give one prompt different targets) or pointless (the target is already true):
-`EditFindings` counts them, nothing is dropped.
+A source is read whole and all its problems are reported at once, because a user corrects a file, not a line. Well-formed
+edits can still be impossible (two give one prompt different targets) or pointless (the target is already true):
+`EditFindings` counts them; none is dropped.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from locft.data.record_layouts import value_at
 from locft.errors import InputError, listed
 
 BUILT_IN = ("atlas", FICTITIOUS)
-"""Names of the edit sets that come with the project. A file of such a name is reached as ./atlas."""
+"""Names of the edit sets that come with the project. A file of that name is reached as ./atlas."""
 
 SHOWN = 8
-"""Ids named in a sentence."""
+"""Maximum number of ids named in a sentence."""
 FATES = ("retracted", "superseded_by")
-"""Keys that mark a record of a ledger as an edit that holds no more."""
+"""Keys that mark a record of a ledger as an edit that is no longer active."""
 UNMARKED = ("", "false", "no", "0")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
@@ -47,8 +47,8 @@ _TABLES = (".csv", ".tsv", ".parquet")
 class EditFindings:
     """Edits of a set that cannot all hold, that change nothing, or that overlap.
 
-    Two prompts are the same only if their texts are: to a model, another capital letter is another question, and so the
-    ceiling is one that no editor can exceed. Two targets are the same if `normalise_answer` makes them equal, because
+    Two prompts are the same only if their texts are: to a model, a different capital letter makes a different question. So
+    `reachable` is a ceiling that no editor can exceed. Two targets are the same if `normalise_answer` makes them equal, because
     that is how an answer is judged.
     """
 
@@ -57,14 +57,14 @@ class EditFindings:
     contradictions: int
     """Edits whose prompt another edit gives a different target."""
     already_true: int
-    """Edits whose target is one of the true answers that the file knows."""
+    """Edits whose target is one of the true answers that the file gives."""
     repeated_subjects: int
     """Edits about a subject that an earlier edit is about (case and spacing ignored)."""
     reachable: float
     """Highest possible reliability, in [0, 1]: of each prompt's targets only the most frequent one can hold."""
 
     def sentences(self) -> tuple[str, ...]:
-        """The findings in one sentence each; none if there is nothing to say."""
+        """One sentence per finding; none if there is nothing to say."""
         lines = []
         if self.contradictions:
             percent = f"{100 * self.reachable:.2f}%" if self.reachable < 0.9999 else f"{100 * self.reachable:.5f}%"
@@ -92,20 +92,20 @@ class EditSet:
     source: str
     layout: str
     fingerprint: str
-    """16 hexadecimal digits of the content without the ids: the same edits in another file or layout have the same."""
+    """Hash of the content without the ids, 16 hexadecimal digits: the same in any file or layout with the same edits."""
     findings: EditFindings
-    """Of the selected edits."""
+    """Findings for the selected edits."""
     truths: tuple[tuple[str, ...], ...] = ()
-    """All true answers that the source knows, of each edit."""
+    """All true answers that the source gives, for each edit."""
     unread: Mapping[str, int] = field(default_factory=dict)
-    """Paths of keys in the source that no field of an edit is read from, and in how many records; 0 for a key that stands
-    beside the list of records."""
+    """Paths of keys in the source that no field of an edit is read from, and in how many records they occur; 0 for a
+    key alongside the list of records."""
     records: int = 0
-    """Of the whole source."""
+    """Number of records in the whole source."""
     retracted: tuple[str, ...] = ()
-    """Ids, or prompts where there are none, of records that the source marks as taken back. They are no requests."""
+    """Ids, or prompts where there are none, of records that the source marks as taken back. They are not in `requests`."""
     superseded: tuple[str, ...] = ()
-    """The same of those whose `superseded_by` names a later edit."""
+    """The same for records whose `superseded_by` names a later edit."""
 
     def sentences(self) -> tuple[str, ...]:
         """The findings and what was not read, in one sentence each; none if there is nothing to say."""
@@ -124,19 +124,19 @@ class EditSet:
         )
 
     def contradictions(self) -> dict[str, tuple[str, ...]]:
-        """Prompts that get more than one target, and these."""
+        """Prompts that get more than one target, with their targets."""
         targets: dict[str, dict[str, str]] = {}
         for request in self.requests:
             targets.setdefault(request.prompt, {}).setdefault(normalise_answer(request.target), request.target)
         return {prompt: tuple(found.values()) for prompt, found in targets.items() if len(found) > 1}
 
     def of(self, requests: Sequence[EditRequest]) -> "EditSet":
-        """These edits in place of the set's own."""
+        """The set with these edits in place of its own."""
         made = EditSet.made(requests, self.source)
         return replace(self, requests=made.requests, fingerprint=made.fingerprint, findings=made.findings)
 
     def sample(self, count: int, seed: int) -> "EditSet":
-        """A random sample of `count` of these edits, the same on every machine, in their order."""
+        """A random sample of `count` of these edits, the same on every machine, in their original order."""
         return self._at(drawn_places(len(self.requests), count, seed))
 
     def first(self, count: int) -> "EditSet":
@@ -157,7 +157,7 @@ class EditSet:
 
     @classmethod
     def made(cls, requests: Sequence[EditRequest], source: str) -> "EditSet":
-        """Edits that were read before. source: where."""
+        """A set of edits that are already read or made. source: where they are from."""
         truths = ((),) * len(requests)
         findings = _findings(requests, truths)
         return cls(tuple(requests), source, "own", _fingerprint(requests), findings, truths, records=len(requests))
@@ -175,11 +175,11 @@ def load_edits(
 
     `source` is a built-in name ("atlas", or "fictitious": the first `limit` facts that are made with the seed
     `sample_seed`, 0 by default; `locft.data.fictitious`), a file (JSON, JSON Lines, CSV or parquet), or a hub id ("owner/name" or
-    "owner/name:split"). `fields` says under which keys its records have what no layout knows
-    (`locft.data.field_map`). `limit` None takes all edits, as does a limit above their number;
-    otherwise it takes the first ones, or with `sample_seed` a random sample, the same on every machine and in the order of
-    the file. Records that are marked as `retracted`, or `superseded_by` another, as in a ledger, are no edits. only_marked: the
-    source may hold nothing but these.
+    "owner/name:split"). `fields` says under which keys its records have what no layout finds (`locft.data.field_map`).
+    `limit` None takes all edits, as does a limit above their number; otherwise it takes the first ones, or with
+    `sample_seed` a random sample, the same on every machine and in the order of the file. Records that are marked as
+    `retracted`, or `superseded_by` another, as in a ledger, are not taken as edits. only_marked: accept a source that holds
+    nothing but these.
 
     Raises `InputError` with every problem of the source (at most 20 are spelled out).
     """
@@ -210,7 +210,7 @@ def load_edits(
 def edit_set(
     records: Sequence[FileRecord], source: str, problems: Sequence[str] = (), fields: FieldMap | None = None
 ) -> EditSet:
-    """All edits of these records. problems: those found before. Raises InputError with every problem."""
+    """All edits of these records. problems: those found earlier. Raises InputError with every problem."""
     read, edits, truths = read_edits(records, source, problems, fields)
     requests = tuple(_with_ids(edits, read.layout.name))
     unread = dict.fromkeys(records[0].beside, 0) | read.unread if source not in BUILT_IN else {}
@@ -221,7 +221,7 @@ def edit_set(
 
 
 def _by_fate(records: Sequence[FileRecord]) -> tuple[list[FileRecord], list[FileRecord], list[FileRecord]]:
-    """Records as a ledger marks them: active ones, without empty marks, those that were taken back, those superseded."""
+    """Records by how a ledger marks them: active (with empty marks removed), taken back, superseded."""
     active: list[FileRecord] = []
     retracted: list[FileRecord] = []
     superseded: list[FileRecord] = []
@@ -234,7 +234,7 @@ def _by_fate(records: Sequence[FileRecord]) -> tuple[list[FileRecord], list[File
 
 
 def _name(record: FileRecord, fields: FieldMap | None) -> str:
-    """Of an edit that is not read: its id, its prompt, or where it stands."""
+    """Name of an edit that is not read: its id, its prompt, or its place in the file."""
     paths = [*((fields or {}).get("id") or ID_KEYS), *((fields or {}).get("prompt") or ("prompt",))]
     found = (value_at(record.value, path) for path in paths)
     return next((str(name) for name in found if name is not None), record.place)
@@ -254,7 +254,7 @@ def _fictitious(count: int | None, seed: int, fields: FieldMap | None) -> EditSe
 
 
 def own_record(request: EditRequest, truths: Sequence[str] = ()) -> dict[str, Any]:
-    """The request as a record of the project's own layout, fields that are empty left out."""
+    """The request as a record of the project's own layout, without empty fields."""
     known = list(truths) or request.ground_truth
     record = {
         "id": request.id,
@@ -308,7 +308,7 @@ def _findings(requests: Sequence[EditRequest], truths: Sequence[tuple[str, ...]]
 
 
 def _fingerprint(requests: Sequence[EditRequest]) -> str:
-    """Portability counts only where there is some: so the first fingerprints stay."""
+    """Portability is included only where there is some, so that fingerprints older than portability stay the same."""
     content = [
         (r.subject, r.prompt, r.target, r.ground_truth, r.rephrases, [(p.prompt, p.answer) for p in r.locality])
         + (([(p.prompt, p.answers) for p in r.portability],) if r.portability else ())
@@ -343,7 +343,7 @@ def _with_ids(edits: Sequence[EditRequest], layout: str) -> list[EditRequest]:
 
 
 def _records(source: str, fields: FieldMap | None) -> tuple[list[FileRecord], list[str]]:
-    """(records, problems with single ones) of a whole source."""
+    """(records, problems with individual ones) of a whole source."""
     if source in BUILT_IN:
         with importlib.resources.as_file(importlib.resources.files("locft.data") / f"{source}.jsonl") as path:
             return _file_records(path, fields)
@@ -370,7 +370,7 @@ def _records(source: str, fields: FieldMap | None) -> tuple[list[FileRecord], li
 
 
 def _file_records(path: Path, fields: FieldMap | None) -> tuple[list[FileRecord], list[str]]:
-    """An empty cell of a table is a field that is absent."""
+    """(records, problems with individual ones) of a file. An empty cell of a table is an absent field."""
     layouts = edit_layouts(fields)
     lists = LIST_KEYS | {
         key for name, keys in (fields or {}).items() if name not in ("prompt", "target") for key in keys
@@ -378,7 +378,7 @@ def _file_records(path: Path, fields: FieldMap | None) -> tuple[list[FileRecord]
     texts = {name for layout in layouts for name in (layout.prompt, layout.target)}
 
     def is_record(value: Mapping[str, Any]) -> bool:
-        """Also of one that lacks something, whose list of questions is not to be taken for the records."""
+        """True also of an incomplete edit, whose list of questions must not be taken for the records."""
         known = any(layout.recognises(value) for layout in layouts) or turns_of(value) is not None
         return known or any(isinstance(value.get(name), str) for name in texts)
 
@@ -399,5 +399,5 @@ def _file_records(path: Path, fields: FieldMap | None) -> tuple[list[FileRecord]
 
 
 def _cell(value: Any) -> Any:
-    """Of a table: a whole number as CSV has it."""
+    """A cell of a table, a whole number as text, as CSV has it."""
     return str(value) if type(value) is int else value

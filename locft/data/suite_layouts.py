@@ -16,7 +16,7 @@ from locft.data.record_layouts import TEXT, VERBATIM, RecordFields, RecordLayout
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NO_ANSWERS = (-1, "-1", "", None)
-"""What stands for the right choice in splits that are published without answers."""
+"""Placeholders for the right choice in splits that are published without answers."""
 
 
 def _spaced(choice: str) -> str:
@@ -30,19 +30,19 @@ class BenchmarkLayout(RecordLayout):
     texts: tuple[str, ...] = ()
     """Keys of the texts that make up the context."""
     optional_texts: tuple[str, ...] = ()
-    """More of them, "" if absent."""
+    """Keys of further texts, "" if absent."""
     context: str | Callable[[Mapping[str, str]], str] = ""
     """A template over the texts, or a function of them."""
     choices: str | tuple[str, ...] = ()
-    """Path of the list of choices, or the keys of one choice each. Without any, the model gives the last word."""
+    """Path of the list of choices, or one key per choice. If empty, the model gives the last word of the context."""
     more_choices: bool = False
-    """Choices may go on under the letters that follow."""
+    """Further choices may come under the letters that follow."""
     answer: str | int = 0
-    """Path of the right choice's number from 0, or the number itself."""
+    """Path of the right choice's number, counted from 0, or the number itself."""
     labels: str = ""
     """Path of the choices' labels, if the answer is one of these instead of a number."""
     lettered: bool = False
-    """The choices get letters, which are what the model chooses among; the answer may be a letter too."""
+    """The choices are given letters, among which the model chooses; the answer may be a letter too."""
     shown: Callable[[str], str] = _spaced
     """The form in which a choice follows the context."""
     rule: Rule = "sum"
@@ -58,7 +58,7 @@ class BenchmarkLayout(RecordLayout):
 
 
 def _without_wikihow_marks(text: str) -> str:
-    """HellaSwag's WikiHow half keeps marks of its pages such as [header], [title] and [step]."""
+    """Without the markup that HellaSwag's WikiHow half keeps from its pages, such as [header], [title] and [step]."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ").strip()
 
@@ -74,7 +74,7 @@ def _hellaswag_ending(ending: str) -> str:
 
 
 # fmt: off
-_COLUMNS = BenchmarkLayout(  # an option a column, as in tables of MMLU and CMMLU
+_COLUMNS = BenchmarkLayout(  # one option per column, as in tables of MMLU and CMMLU
     name="MMLU", signs=("question A B answer",), texts=("question",), context="{question}", choices=("A", "B"),
     more_choices=True, answer="answer", lettered=True,
 )
@@ -88,7 +88,7 @@ _ARC = BenchmarkLayout(
     choices="choices.text", labels="choices.label", answer="answerKey",
 )
 
-LAYOUTS = (  # the first that recognises a record has it
+LAYOUTS = (  # the first that recognises a record counts
     # This project's own. A single choice must be predicted exactly (a last word); choices have their leading space.
     BenchmarkLayout(
         name="own", strict=True, signs=("context choices answer",), texts=("context",), context="{context}",
@@ -128,7 +128,7 @@ LAYOUTS = (  # the first that recognises a record has it
     ),
     BenchmarkLayout(
         name="LAMBADA", signs=("text",), texts=("text",), context="{text}", shown=str,
-        only="text domain id idx",  # any table of texts has a column "text": beside "label", say, it is no cloze
+        only="text domain id idx",  # any table of texts has a column "text": alongside "label", say, it is no cloze
     ),
 )
 # fmt: on
@@ -146,7 +146,7 @@ def read_items(
 
 
 def _advice(record: FileRecord) -> str:
-    """For records without an answer, and tables whose first line is probably none of names."""
+    """Advice for records without an answer, and for tables whose first line is probably not a header."""
     if empty := [key for key in ("answer", "answerKey", "label") if record.value.get(key, "") is None]:
         return f"; {empty[0]} is null, and a split without answers cannot be scored"
     named = all(re.fullmatch(r"[A-Za-z_][\w .-]{0,30}", str(key)) for key in record.value)
@@ -156,8 +156,8 @@ def _advice(record: FileRecord) -> str:
 
 
 def columns_without_header(row: Sequence[str]) -> tuple[str, ...] | None:
-    """The columns of a table whose first row is a question already, as MMLU is published: question, options, letter of
-    the right one, perhaps behind a number. None if the row is a header."""
+    """The columns of a table whose first row is already a question, as MMLU is published: question, options, letter of
+    the right one, perhaps with a number first. None if the row is a header."""
     number = ("",) if row[0].strip().isdecimal() else ()
     options = LETTERS[: len(row) - len(number) - 2]
     named = (
@@ -207,7 +207,7 @@ def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: 
         elif labels and value not in labels:
             fields.wrong(path, f"one of {', '.join(labels)}", value)
         return labels.index(value) if value in labels else 0
-    index = int(value) if type(value) is float and value == value // 1 else value  # of a column that lacks some
+    index = int(value) if type(value) is float and value == value // 1 else value  # from a column with missing values
     letters = LETTERS[: len(choices)] if layout.lettered else ""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}", value):
         index = int(value)
@@ -234,6 +234,6 @@ def _split_last_word(key: str, text: str, fields: RecordFields) -> tuple[str, st
         if text:
             fields.wrong(key, "two or more words, the last of which is asked for", text)
         return "", text
-    # A last word on a line of its own is asked for behind the line break, not together with it.
+    # A last word on a line of its own is predicted after the line break, not together with it.
     before, gap, word = split.groups()
     return (before, " " + word) if gap == " " else (before + gap, word)

@@ -1,6 +1,6 @@
 """Capability suites: the built-in probes, and real benchmarks from files or the Hugging Face hub.
 
-Nothing here knows a model: a suite is text, the same for every model, with a fingerprint.
+Nothing here depends on a model: a suite is text, the same for every model, with a fingerprint.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from locft.errors import InputError, did_you_mean
 DATA_FOLDER = Path(__file__).parent
 SUITES = ("probes",)
 MAX_PROSE_CHARACTERS = 1_000_000
-"""Of a longer text, only this much is used; no measurement takes more."""
+"""Only this much of a longer text is used; no measurement takes more."""
 PREFERRED_SPLITS = ("test", "validation", "train")
 
 _TABLES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
@@ -59,7 +59,7 @@ class Suite:
     prose: tuple[str, ...]
     """Running text for drift and perplexity."""
     fingerprint: str
-    """16 hexadecimal digits over all items and the prose; where they were read from does not matter."""
+    """Hash of all items and the prose, 16 hexadecimal digits; where they were read from does not matter."""
 
 
 def load_suite(
@@ -76,9 +76,9 @@ def load_suite(
     suite: "probes", or None for the named tasks alone.
     tasks: name -> file (.jsonl, .json, .parquet, .csv), folder of such files (one task), or hub data set
         "owner/name[:config[:split]]" (without a split: test, else validation, else train).
-    limit: the most items of each task, evenly spaced over it (so that a sorted or grouped file is sampled fairly) and
+    limit: maximum number of items per task, evenly spaced over it (so that a sorted or grouped file is sampled fairly) and
         always the same ones.
-    lm_eval: tasks or groups of lm-evaluation-harness, one task each here (`harness_tasks.read_tasks`).
+    lm_eval: tasks or groups of lm-evaluation-harness, each one task here (`harness_tasks.read_tasks`).
     lm_eval_path: folder with more of its task files.
     prose: plain text file, or records with the field "text" (file or hub data set); None takes the built-in prose.
 
@@ -183,7 +183,7 @@ def _read_prose(source: str) -> str:
 
 
 def _files(what: str, source: str) -> tuple[str, ...]:
-    """The sources that a task is read from: itself, or the files of the folder it names."""
+    """The sources that a task is read from: the source itself, or the files of the folder that it names."""
     if not isinstance(source, str) or not source.strip():
         raise InputError(f"{what}: got {source!r}, expected a file, a folder or a hub data set")
     path = Path(source).expanduser()
@@ -198,7 +198,7 @@ def _files(what: str, source: str) -> tuple[str, ...]:
 
 
 def _records(source: str) -> tuple[str, list[FileRecord], list[str]]:
-    """(where they came from, records, problems with single ones) of a file or hub data set. Raises InputError."""
+    """(where they came from, records, problems with individual ones) of a file or hub data set. Raises InputError."""
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     hub = _HUB_ID.fullmatch(source)
@@ -223,8 +223,8 @@ def _is_record(value: Mapping[str, Any]) -> bool:
 
 
 def _content(item: CapabilityItem) -> dict[str, Any]:
-    """What makes an item. Its id and its task's folder say where it is from; some fields came later than the first
-    fingerprints."""
+    """What identifies an item: not its id and its task's folder, which say where it is from, nor empty fields that were
+    added after the first fingerprints."""
     content = {key: value for key, value in asdict(item).items() if value or key not in ("contexts", "generation")}
     if item.generation:
         content["generation"] = asdict(item.generation) | {"folder": None}

@@ -2,9 +2,9 @@
 
 Legend: U unique tokens (nodes of the prefix tree), D hidden, G sequences of a pack, N tokens of each.
 
-The states are kept in files that every worker of a machine maps into memory: they are in memory once, however many
-workers read them, and the operating system drops and rereads pages as memory allows. Another machine computes its own,
-since one forward pass is cheaper than shipping gigabytes.
+The states are kept in files that every worker on a machine maps into memory: they take up memory only once, no matter how
+many workers read them, and the operating system drops and rereads pages as memory allows. Each machine computes its own
+states, since one forward pass is cheaper than shipping gigabytes.
 """
 
 import logging
@@ -28,15 +28,15 @@ from locft.process import describe_machine, moved, runs_ahead
 from locft.train.token_rows import TokenRow, batches
 
 VERSION = 3
-"""Version of the files. Raise it when the same key would hold other numbers."""
+"""Version of the files. Raise it when the same key would hold different numbers."""
 TOKENS_AT_ONCE = 2048
-"""Tokens of one forward pass while states are computed."""
+"""Tokens per forward pass when states are computed."""
 NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-"""Configuration entries that change no hidden state."""
+"""Configuration entries that do not affect hidden states."""
 LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
 """Disk space for all stored states together. The least recently used are removed first."""
 KEPT_NEAR, NEAR_SHARE = 2, 0.1
-"""Number of layers whose states are also kept on a GPU (a trial's and the last one), each up to this share of its free memory."""
+"""Number of layers whose states are also kept on a GPU (a trial's and the last), and the share of its free memory for each."""
 
 _STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bfloat16
 _log = logging.getLogger(__name__)
@@ -52,15 +52,15 @@ class BoundaryStates:
     _near: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def below(self, layer: int) -> int:
-        """The layer whose states a trial at `layer` starts from: itself, or the next one below that may be kept.
+        """The layer whose states a trial at `layer` starts from: `layer` itself, or the nearest one below it that may be kept.
 
-        This must not depend on what else is stored, since a trial's last bits depend on it.
+        This must not depend on what else is stored, since the last bits of a trial's results depend on it.
         """
         return layer // self.stride * self.stride
 
     def near(self, layer: int, device: torch.device) -> torch.Tensor:
         """States (U, D) entering a stored layer, on the device that computes on them. Copies to a GPU are kept for the
-        `KEPT_NEAR` layers used last; states that take more than `NEAR_SHARE` of its free memory stay where they are."""
+        `KEPT_NEAR` most recently used layers; states that take more than `NEAR_SHARE` of its free memory stay where they are."""
         states = self.layers[layer]
         if states.device == device:
             return states
@@ -69,7 +69,7 @@ class BoundaryStates:
             while len(self._near) >= KEPT_NEAR:
                 del self._near[next(iter(self._near))]
             self._near[layer] = states.to(device) if fits else states
-        self._near[layer] = self._near.pop(layer)  # the last one
+        self._near[layer] = self._near.pop(layer)  # now the most recently used
         return self._near[layer]
 
     def gather(self, layer: int, nodes: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -146,7 +146,7 @@ def _key(model: PreTrainedModel, fingerprint: str, rows: list[TokenRow], limit: 
 def _computed(
     model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int, folder: Path | None
 ) -> dict[int, torch.Tensor]:
-    """States (U, D) per layer, in memory or in files, which appear when they are complete. Raises OSError."""
+    """States (U, D) per layer, in memory or in files, which appear only once they are complete. Raises OSError."""
     states: dict[int, torch.Tensor] = {}
     files: dict[int, np.memmap] = {}
     for nodes, captured in _passes(model, tree, rows, layers, limit):

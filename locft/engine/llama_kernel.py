@@ -1,17 +1,16 @@
 """A layer of a frozen Llama-like model as one operation with a hand-written gradient.
 
-With a few hundred tokens, most of a step is not matrix products but what lies between them: casts, transposed and
-repeated heads, and autograd's record of each. Here a layer is some thirty operations forward and as many backward, and
-the products that take the same input (queries, keys and values; gate and up) are one. The arithmetic is that of Hugging
-Face's eager code, rounding included. On a GPU it is as many kernels; how fast they are there has not been measured. A layer
-is recognised by its parts and by its numbers, not by a name; one that is not recognised, or that is being trained, computes as
-it always does.
+With a few hundred tokens, most of a step is spent not on matrix products but on what lies between them: casts, transposing
+and repeating heads, and autograd's record of each. Here a layer is some thirty operations forward and as many backward, and
+products that take the same input (queries, keys and values; gate and up) share one buffer for their outputs. The arithmetic is
+that of Hugging Face's eager code, rounding included. On a GPU the number of kernels is the same; how fast they are there has not
+been measured. A layer is recognised by its parts and by what it computes, not by its name; one that is not recognised, or that
+is being trained, runs its own code.
 
-Without a gradient, a layer in bfloat16 also takes hidden states in float32 and adds to them in float32: rounding the
-sum of all layers again and again is most of what bfloat16 loses.
+Without a gradient, a layer in bfloat16 also takes hidden states in float32 and adds to them in float32: most of what bfloat16
+loses comes from rounding the sum over all layers again and again.
 
-Legend: G sequences, N tokens of each, D width, H heads, K of them with keys of their own, W width of a head, F inner
-width.
+Legend: G sequences, N tokens of each, D width, H query heads, K key and value heads, W width of a head, F inner width.
 """
 
 import itertools
@@ -30,8 +29,8 @@ def fuse_layers(model: PreTrainedModel) -> None:
     """Give the recognised layers of a module tree their fused forward. Parameters stay shared and keep their names.
 
     The tree must be the caller's own (a view) and take masks of shape (G, 1, N, N) that are added to the scores. If any layer
-    is recognised, the norms outside of the fused operation (in a layer that is being trained, and behind the last layer) get a
-    hand-written gradient, too.
+    is recognised, the norms outside of the fused operation (in a layer that is being trained, and after the last layer) get a
+    hand-written gradient too.
     """
     norms = set()
     layer: Any
@@ -53,7 +52,7 @@ def fuse_layers(model: PreTrainedModel) -> None:
 
 
 class FusedLayer(nn.Module):
-    """Mixin that is put before the class of a layer."""
+    """Mixin that is placed before the class of a layer in its bases."""
 
     fused_parts: "LayerParts"
 
@@ -65,7 +64,7 @@ class FusedLayer(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:  # (G, N, D) -> (G, N, D)
         parts = self.fused_parts
-        wider = hidden_states.dtype != parts.dtype  # only the forward pass can do that
+        wider = hidden_states.dtype != parts.dtype  # supported only without a gradient
         ours = not (wider and torch.is_grad_enabled()) and parts.unchanged(self)
         if attention_mask is not None and attention_mask.ndim == 4 and position_embeddings is not None and ours:
             rotary = MaskAndRotary.of(attention_mask, *position_embeddings, parts.dtype)
@@ -76,7 +75,7 @@ class FusedLayer(nn.Module):
 
 
 def _agrees(layer: Any) -> bool:
-    """True if, on random numbers, output and gradient are those of the layer's own forward."""
+    """True if, on random inputs, output and gradient agree with those of the layer's own forward."""
     parts: LayerParts = layer.fused_parts
     kind: Any = type(layer).__mro__[2]
     weight = parts.first.weight
@@ -105,7 +104,7 @@ def _agrees(layer: Any) -> bool:
 
 
 class LayerParts:
-    """What the fused operation needs of a layer."""
+    """The parts of a layer that the fused operation needs."""
 
     def __init__(self, layer: Any):  # its parts are those of a Llama layer
         attention, mlp = layer.self_attn, layer.mlp
@@ -123,7 +122,7 @@ class LayerParts:
 
     @classmethod
     def of(cls, layer: Any) -> "LayerParts | None":
-        """None for a layer that lacks a part, or has one more."""
+        """None for a layer that lacks a part or has additional parameters."""
         try:
             parts = cls(layer)
         except AttributeError:
@@ -159,13 +158,13 @@ class FrozenNorm:
 
 
 class FrozenRMSNorm(nn.Module):
-    """weight * x / rms(x) as a module, rounded exactly as the one it stands for."""
+    """weight * x / rms(x) as a module, rounded exactly like the norm that it replaces."""
 
     def __init__(self, norm: Any):
         super().__init__()
         self.weight: torch.Tensor = norm.weight
         self.epsilon = _epsilon(norm)
-        self._frozen, self._plain = (norm.weight,), (norm,)  # in tuples: no parameters or modules of this one
+        self._frozen, self._plain = (norm.weight,), (norm,)  # in tuples, so not registered as parameters or modules
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # (..., D) -> (..., D)
         if self.weight is self._frozen[0]:
@@ -199,7 +198,7 @@ class JoinedLinears:
 
 
 class MaskAndRotary:
-    """Mask and rotary angles as the operation needs them. All layers of a pass share them: the last ones are kept."""
+    """Mask and rotary angles as the operation needs them. All layers of a pass share them, so the last ones are kept."""
 
     _last: "MaskAndRotary | None" = None
 
@@ -209,7 +208,7 @@ class MaskAndRotary:
         self.mask = mask.float()[:, :, None]  # (G, 1, 1, N, N)
         half = sin.shape[-1] // 2
         self.cos = cos.to(dtype)[:, :, None]  # (G, N, 1, W)
-        self.sin = torch.cat((-sin[..., :half], sin[..., half:]), -1).to(dtype)[:, :, None]  # as `rotate_half` turns
+        self.sin = torch.cat((-sin[..., :half], sin[..., half:]), -1).to(dtype)[:, :, None]  # signs as in `rotate_half`
         self.back = -self.sin
 
     @classmethod
@@ -288,12 +287,12 @@ class _RMSNormFunction(torch.autograd.Function):
 
 
 def _epsilon(norm: Any) -> float:
-    """AttributeError for a module that has none."""
+    """The epsilon of a norm. Raises AttributeError for a module that has none."""
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 def _plus(product: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-    """In place where the product is of the stream's type."""
+    """The sum, in place if the product has the dtype of the stream."""
     return product.add_(stream) if product.dtype == stream.dtype else stream + product
 
 
@@ -304,14 +303,14 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 
 def _by_head(heads: torch.Tensor, shared: int) -> torch.Tensor:
-    """(G, N, H, W) -> (G * K, H/K * N, W), heads that share a key one behind the other."""
+    """(G, N, H, W) -> (G * K, H/K * N, W), with the heads that share a key one after the other."""
     groups, _, count, width = heads.shape
     apart = heads.unflatten(2, (shared, count // shared)).permute(0, 2, 3, 1, 4)
     return apart.reshape(groups * shared, -1, width)
 
 
 def _by_token(rows: torch.Tensor, groups: int, tokens: int) -> torch.Tensor:
-    """The reverse, (G * K, H/K * N, W) -> (G, N, K, H/K, W)."""
+    """The reverse of `_by_head`, (G * K, H/K * N, W) -> (G, N, K, H/K, W)."""
     apart = rows.view(groups, rows.shape[0] // groups, -1, tokens, rows.shape[-1])
     return apart.permute(0, 3, 1, 2, 4).contiguous()
 

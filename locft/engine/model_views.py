@@ -1,4 +1,4 @@
-"""The pieces of a model that trials run, in one dtype.
+"""The parts of a model that trials run, in one dtype.
 
 Legend: G sequences of a pack, N tokens of each, D hidden, F width of a matrix's input, K supervised tokens, V
 vocabulary.
@@ -19,7 +19,7 @@ from locft.process import moved
 
 
 class ModelViews:
-    """Tails from any layer and the head, made when first used and kept."""
+    """The head, and tails from any layer, which are made on first use and kept."""
 
     def __init__(self, model: PreTrainedModel, packed: bool):
         """packed: rows come in packs with our own masks, not one sequence per row."""
@@ -64,8 +64,8 @@ class ModelViews:
         return self.head(hidden[moved(pack.sequence, hidden.device), moved(pack.place, hidden.device)])
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(K, D) after the last layer -> (K, D) as the head takes them."""
-        if self.packed:  # a model asks a mask of ones whether it is all ones
+        """(K, D) after the last layer -> (K, D) as the head expects them."""
+        if self.packed:  # given a mask of ones, a model would check whether it is all ones
             mask = hidden.new_zeros(len(hidden), 1, 1, 1)
         else:
             mask = torch.ones(len(hidden), 1, dtype=torch.long, device=hidden.device)
@@ -75,9 +75,9 @@ class ModelViews:
     def through_layer(
         self, start: int, layer: int, name: str, boundary: torch.Tensor, pack: Pack, weights: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states leaving `layer` (G, N, D), and those entering the module of parameter `name` in it (G, N, F).
+        """Hidden states leaving `layer` (G, N, D), and those entering the module in it that owns parameter `name` (G, N, F).
 
-        boundary: hidden states (G, N, D) entering layer `start`. weights: by the model's names, in place of its own.
+        boundary: hidden states (G, N, D) entering layer `start`. weights: by parameter name, in place of the model's own.
         """
         view = self.tail(start)
         entering: list[torch.Tensor] = []

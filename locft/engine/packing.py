@@ -1,11 +1,11 @@
-"""Rows of different lengths as few dense sequences, computing every shared prefix once.
+"""Packing of rows of different lengths into few dense sequences, so that every shared prefix is computed once.
 
 Legend: U unique tokens, G sequences of a pack, N tokens of a sequence, K supervised tokens.
 
 A hidden state depends only on the tokens up to its own. So rows with a common prefix (the choices of one question, the
 two sentences of a minimal pair) share its states: the rows form a tree, a node is a token after a particular prefix,
-and a row is a path. A pack lays paths side by side into sequences of bounded length. Its mask lets a token see its own
-path only, so nothing is padded but the ends of the sequences.
+and a row is a path. A pack lays paths side by side into sequences of bounded length. Its mask lets a token see only
+its own path, so only the ends of the sequences are padded.
 """
 
 import math
@@ -20,11 +20,11 @@ from locft.train.token_rows import TokenRow
 
 _CPU = torch.device("cpu")
 STEP = 8
-"""The width of a sequence is a multiple of this. For every new shape of a product oneDNN compiles a kernel, which takes
-as long as ten such products; with rounding, a training's batches come in about ten shapes instead of 150."""
+"""The width of a sequence is a multiple of this. For every new product shape, oneDNN compiles a kernel, which takes as long
+as ten such products; with rounding, the batches of a training come in about ten shapes instead of 150."""
 TOKEN_COST = 1000
-"""A token through a layer costs about as much as this many scores of its attention: on CPUs 400 (bfloat16) to 1000
-(float32) at a width of 576, in proportion to the width."""
+"""Passing a token through a layer costs about as much as this many attention scores: on CPUs 400 (bfloat16) to 1000
+(float32) at a width of 576, proportional to the width."""
 
 
 class PrefixTree:
@@ -70,19 +70,19 @@ class PrefixTree:
 class Pack:
     """Rows laid into dense sequences, on the CPU."""
 
-    nodes: torch.Tensor  # (G, N) int64, -1 behind a sequence's end
+    nodes: torch.Tensor  # (G, N) int64, -1 past a sequence's end
     token_ids: torch.Tensor  # (G, N) int64
     position_ids: torch.Tensor  # (G, N) int64
     visible: torch.Tensor | None  # (G, 1, N, N) bool: may the token of this line see the token of this column?
-    """None if every row has a sequence of its own, where the model's own causal mask holds."""
-    sequence: torch.Tensor  # (K,) int64, for each supervised token, rows in the order given:
-    place: torch.Tensor  # (K,) int64, sequence and place of the token before it, which predicts it
+    """None if every row has a sequence of its own: the model's own causal mask then applies."""
+    sequence: torch.Tensor  # (K,) int64, for each supervised token, rows in the order given: sequence
+    place: torch.Tensor  # (K,) int64, and place in it of the token before, which predicts it
 
     def attention_mask(self, dtype: torch.dtype, device: torch.device = _CPU) -> torch.Tensor:
-        """(G, 1, N, N), 0 where visible and the dtype's lowest number elsewhere. For single rows (G, N) of 1 and 0."""
+        """(G, 1, N, N), 0 where visible and the dtype's lowest number elsewhere. For single rows, (G, N) of 1 and 0."""
         if self.visible is None:
             return moved((self.nodes >= 0).long(), device)
-        visible = moved(self.visible, device)  # a byte each, so the mask is made where it is needed
+        visible = moved(self.visible, device)  # one byte per entry: copying this is cheaper than copying the mask
         return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
 
     def ids(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,15 +123,15 @@ def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
 
 
 def _evenly(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Places of these sizes, from the largest, in sequences of about `limit` tokens. Next to a larger one most of the others
-    would be padding: then there are as few and wide ones as cost least."""
+    """Distribute groups of these sizes, largest first, over sequences of about `limit` tokens; returns their indices. If one is
+    larger than that, the other sequences would be mostly padding: then there are fewer and wider ones, as costs least."""
     total, wide = sum(sizes), max(limit, *sizes)
     counts = range(max(1, round(total / wide)), max(1, round(total / limit)) + 1)
     return min((_filled(sizes, count) for count in counts), key=lambda found: _cost(found, sizes))
 
 
 def _filled(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Each goes into the sequence that is the shortest so far."""
+    """Put each group into the sequence that is the shortest so far."""
     sequences: list[list[int]] = [[] for _ in range(count)]
     lengths = [0] * count
     for place, size in enumerate(sizes):
@@ -142,7 +142,7 @@ def _filled(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 
 def _cost(sequences: Sequence[Sequence[int]], sizes: Sequence[int]) -> int:
-    """In attention scores, of a layer."""
+    """Cost of a layer, in attention scores."""
     width = _rounded(max(sum(sizes[place] for place in sequence) for sequence in sequences))
     return len(sequences) * width * (width + TOKEN_COST)
 
@@ -153,7 +153,7 @@ def _rounded(width: int) -> int:
 
 @dataclass
 class _PrefixGroup:
-    """Rows with a common prefix: the nodes of all; for each row its index, its places, how many are shared."""
+    """Rows with a common prefix: the nodes of all; for each row its index, its places, and how many of these are shared."""
 
     nodes: list[int]
     rows: list[tuple[int, np.ndarray, int]]
@@ -163,7 +163,7 @@ def _prefix_groups(paths: Sequence[np.ndarray]) -> list[_PrefixGroup]:
     """Rows in the order of their paths, split where two neighbours share less than half of the shorter one, and where a
     group is full.
 
-    A token sees every place of its sequence, its own path or not. So n tokens after a prefix of p cost n * (p + n) attention
+    A token's scores cover its whole sequence, its own path or not. So n tokens after a prefix of p cost n * (p + n) attention
     scores, and the prefix costs p * `TOKEN_COST` once per group: the sum per token is least at n = sqrt(p * TOKEN_COST).
     """
     groups: list[_PrefixGroup] = []

@@ -11,9 +11,9 @@ Each part runs the model's own Hugging Face code and knows nothing of attention,
 A view is a copy of the module tree but not of the weights: every module object is new, every parameter and buffer is
 the model's own. So nothing done to a view (substituted weights, hooks, fewer layers) reaches the model.
 
-Beside the hidden states, some models give their layers other things made of the tokens (an embedding per layer, the
-first hidden states). So a tail is given the tokens too and computes all that comes before the first block; only the
-hidden states that enter the block are replaced by the boundary.
+Besides the hidden states, some models give their layers other inputs derived from the tokens (an embedding per layer, the
+first hidden states). So a tail is also given the tokens and computes everything that comes before the first block; only
+the hidden states that enter the block are replaced by the boundary.
 """
 
 import copy
@@ -61,7 +61,7 @@ def supports_tail(model: PreTrainedModel) -> str | None:
 def tail_view(model: PreTrainedModel, layer: int) -> PreTrainedModel:
     """The causal LM in which only `layer` and those above it compute, for `tail_hidden`.
 
-    It shares every parameter of them with `model`, under the same names, and has none of the layers below. If `layer` is
+    It shares all their parameters with `model`, under the same names, and has none of the layers below. If `layer` is
     the number of layers, only the final norm and the head are left. Raises InputError if there is no such layer.
     """
     if layer != n_layers(model):
@@ -84,10 +84,10 @@ def tail_hidden(
 ) -> torch.Tensor:
     """Final hidden states (B, T, D), after the final norm: what the head takes.
 
-    boundary: from `capture_boundary`, (B, T, D). attention_mask: (B, T), or another form that the model takes.
+    boundary: from `capture_boundary`, (B, T, D). attention_mask: (B, T), or another form that the model accepts.
     position_ids: (B, T), by default the model's own; ignored by architectures without positions (bloom, state spaces).
     weights: parameter name -> tensor of the parameter's shape and dtype that stands in for it; gradients flow to them.
-    input_ids: (B, T), for models whose layers see more of the tokens than the boundary holds.
+    input_ids: (B, T), for models whose layers use more of the tokens than the boundary holds.
     """
     path = _base_path(tail)
     base = tail.get_submodule(path)
@@ -152,8 +152,8 @@ def capture_boundary(
     """Hidden states entering the given layers, layer -> (B, T, D), from one forward of the unedited model.
 
     The forward ends at the highest of them. For layer 0 it is the input of the first block, which includes whatever
-    the model adds to the embeddings. input_ids, attention_mask: (B, T). Where a token has several states, D is that of
-    all together. Raises InputError if there is no such layer, NoTailView if what enters a layer has another form.
+    the model adds to the embeddings. input_ids, attention_mask: (B, T). If a token has several states, D covers all
+    of them. Raises InputError if there is no such layer, NoTailView if what enters a layer has another form.
     """
     wanted = {layers} if isinstance(layers, int) else set(layers)
     for layer in wanted:
@@ -170,7 +170,7 @@ def capture_boundary(
             if layer == max(wanted):
                 raise _Done
 
-        decoder_layers(view)[layer].register_forward_pre_hook(keep, with_kwargs=True)  # the view's: the model has none
+        decoder_layers(view)[layer].register_forward_pre_hook(keep, with_kwargs=True)  # on the view, not on the model
     base = view.get_submodule(_base_path(view))
     with suppress(_Done):
         base(input_ids=input_ids, **_inputs(base, attention_mask, position_ids))
@@ -186,13 +186,13 @@ def require_only_states(
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor | None = None,
 ) -> None:
-    """Raise NoTailView if a layer takes more from those below it than hidden states: a tail would not have it.
+    """Raise NoTailView if a layer takes more than hidden states from the layers below it: a tail would lack the rest.
 
-    That is the case if one of their other outputs is among its arguments and affects what it computes, or if they leave
-    something in a container that it is given. Arguments as for `capture_boundary`.
+    That is the case if another of their outputs is among its arguments and affects what it computes, or if they leave
+    something in a container that is passed to it. Arguments as for `capture_boundary`.
     """
     view = tail_view(model, 0)
-    outputs: list[torch.Tensor] = []  # kept, so that no other tensor takes their identity
+    outputs: list[torch.Tensor] = []  # kept alive, so that no other tensor reuses their ids
     sizes: dict[int, int] = {}
 
     def entering(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -218,7 +218,7 @@ def require_only_states(
 
 
 def _ignores(module: nn.Module, args: tuple, kwargs: dict, taken: Collection[int]) -> bool:
-    """Whether a layer computes the same when these of its arguments (by identity) are others, or absent."""
+    """Whether a layer computes the same if the arguments with these ids are replaced by others, or absent."""
 
     def states(other: Callable[[torch.Tensor], torch.Tensor | None]) -> torch.Tensor:
         swapped = [other(value) if id(value) in taken else value for value in args]
@@ -236,7 +236,7 @@ def _ignores(module: nn.Module, args: tuple, kwargs: dict, taken: Collection[int
 
 @torch.no_grad()
 def run_until(layer: nn.Module, run: Callable[[], object]) -> torch.Tensor:
-    """The hidden states that leave a layer of a view, in a run that ends there."""
+    """The hidden states that leave a layer of a view, from a forward pass that is ended there."""
     found: list[torch.Tensor] = []
 
     def keep(_module: nn.Module, _args: tuple, output: Any) -> None:
@@ -267,7 +267,7 @@ def _name_of_states(kwargs: Mapping[str, Any]) -> str:
 
 
 def _base_path(model: PreTrainedModel) -> str:
-    """Path of all but the head: the outermost module around the blocks that is no causal LM itself."""
+    """Path of the model without its head: the outermost module around the blocks that is not itself a causal LM."""
     for path in itertools.accumulate(blocks_path(model).split(".")[:-1], "{}.{}".format):
         module = model.get_submodule(path)
         if not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
@@ -303,7 +303,7 @@ class _Unchanged(nn.Module):
     """Stands in for a layer: returns the hidden states that enter it, in the form in which the layer returns its own."""
 
     def __init__(self, layer: nn.Module, forms: dict[type, int]):
-        """forms: kind of layer -> length of the tuple it returns, 0 for a tensor; learnt from one of each."""
+        """forms: class of layer -> length of the tuple it returns, 0 for a tensor; found by running one layer of each class."""
         super().__init__()
         self._layer = [layer]  # no submodule: the view has none of its parameters
         self._forms = forms
@@ -320,7 +320,7 @@ class _Unchanged(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # the model may ask of which kind its layer is
+        except AttributeError:  # the model may look up what kind of layer this is
             return getattr(self.__dict__["_layer"][0], name)
 
 

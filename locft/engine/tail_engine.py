@@ -1,6 +1,6 @@
-"""The fast forward: from the stored states at the trained layer upwards, and logits only where a token is supervised.
+"""The fast forward pass: from the stored states at the trained layer upwards, with logits only where a token is supervised.
 
-It equals `locft.train.reference.full_forward` up to rounding; the tests hold it to that on every architecture, and
+It equals `locft.train.reference.full_forward` up to rounding; the tests check this on every architecture, and
 `locft bench` measures both side by side.
 
 Legend: U nodes, D hidden, F width of a matrix's input, G sequences of a pack, N tokens of each, K supervised tokens.
@@ -30,28 +30,28 @@ from locft.train.reference import full_forward
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow, batches
 
 SEQUENCE_TOKENS = 96
-"""Tokens of a packed sequence: attention costs their square, and the ends of shorter ones are padding. Matrix products
-take all sequences of a pack together."""
+"""Tokens per packed sequence: the cost of attention grows with their square, and shorter sequences are padded at the end.
+Matrix products take all sequences of a pack together."""
 _WINDOWS = (
     "sliding_window", "window_size", "sliding_window_size", "attention_chunk_size", "index_topk", "indexer_budget",
 )  # fmt: skip
-"""What configurations call the number of earlier tokens that a token attends to."""
+"""Names that configurations use for the number of earlier tokens that a token attends to."""
 _SAMPLE = 4
-"""Rows on which an engine is tried before it is used."""
+"""Number of rows on which an engine is checked before it is used."""
 Noise = Callable[[torch.Tensor], torch.Tensor]
 
 
 class TailEngine:
-    """Forwards that begin at a layer, over a fixed set of rows."""
+    """Forward passes that begin at a layer, over a fixed set of rows."""
 
     def __init__(
         self, loaded: LoadedModel, rows: Sequence[TokenRow], layers: Iterable[int] = (), *, on_disk: bool = True
     ):
-        """rows: all that will ever be computed. layers: where trials will train, to compute their states in one pass;
+        """rows: all rows that will ever be computed. layers: where trials will train, to compute their states in one pass;
         others are computed when needed. on_disk: as for `boundary_states`.
 
-        Raises NoTailView for a model that has none, or whose views, tried on some of the rows, do not compute what it
-        does.
+        Raises NoTailView for a model that has no tail views, or whose views, tried on some of the rows, do not compute what
+        the model does.
         """
         if reason := supports_tail(loaded.model):
             raise NoTailView(reason)
@@ -63,7 +63,7 @@ class TailEngine:
             boundary_states, loaded.model, loaded.fingerprint, self.tree, rows, limit=self.limit, on_disk=on_disk
         )
         self.layers = tuple(sorted({*layers}))
-        """Where trials will train, as far as is known."""
+        """The layers where trials will train, as far as known."""
         self.states = self._compute(layers={*self.layers, n_layers(loaded.model) - 1})
         self._cast = partial(cast_model, loaded.model, fingerprint=loaded.fingerprint, on_disk=on_disk)
         self._models = {loaded.model.dtype: loaded.model}
@@ -91,7 +91,7 @@ class TailEngine:
     ) -> Forward:
         """A forward for training one position on these rows. noise: changes the states that each step begins with.
 
-        A matrix whose product is simply added to the layer's output (`mlp_down` without a norm behind it) needs nothing
+        A matrix whose product is simply added to the layer's output (`mlp_down` without a norm after it) needs nothing
         of its layer but its own inputs, which are as constant as the states below. Steps then begin above the layer.
         """
         names = parameter_names(self.model, position)
@@ -102,7 +102,7 @@ class TailEngine:
         """`forward` with bfloat16 products, for decisions that are not close (`locft.measure.token_scores.retake`).
 
         Fused layers above `layer` (`locft.engine.llama_kernel`) are computed in bfloat16 and added up in float32. None
-        if the hardware would not be faster.
+        if this would not be faster on the hardware.
         """
         if not coarse_pays(self.model):
             return None
@@ -225,7 +225,7 @@ class TailEngine:
         return found
 
     def _start(self, layer: int) -> int:
-        """The layer whose stored states a tail for `layer` begins with: itself if the disk has space for all."""
+        """The layer whose stored states a tail for `layer` begins with: `layer` itself if the disk has space for all."""
         start = self.states.below(layer)
         if start not in self.states.layers:
             self.states = replace(self.states, layers={**self.states.layers, **self._compute(layers={start}).layers})
@@ -239,23 +239,23 @@ class TailEngine:
 def logits_with(
     loaded: LoadedModel, engine: TailEngine | None, layer: int, weights: Mapping[str, torch.Tensor]
 ) -> SupervisedLogits:
-    """The model with weights in `layer` and above that stand in for its own; computed whole where there is no engine."""
+    """The model with weights in `layer` and above that stand in for its own; a full forward pass if there is no engine."""
     return engine.forward(layer)(weights) if engine else full_forward(loaded.model, weights)
 
 
 def unedited_logits(loaded: LoadedModel, engine: TailEngine | None) -> SupervisedLogits:
-    """The model as it is; computed whole where there is no engine."""
+    """The model as it is; a full forward pass if there is no engine."""
     return engine.unedited() if engine else full_forward(loaded.model)
 
 
 def coarse_pays(model: PreTrainedModel) -> bool:
-    """True if bfloat16 products of this model's numbers would be faster here than exact ones."""
+    """True if bfloat16 products for this model would be faster on this machine than exact ones."""
     return model.dtype == torch.float32 and training_precision(model.device.type) == "bfloat16"
 
 
 @contextmanager
 def coarse_products() -> Iterator[None]:
-    """In here, products of float32 matrices round their factors to bfloat16."""
+    """Within this context, products of float32 matrices round their factors to bfloat16."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -268,9 +268,9 @@ def coarse_products() -> Iterator[None]:
 def _try_views(model: PreTrainedModel, rows: Sequence[TokenRow]) -> tuple[int, ModelViews]:
     """The limit for packs, and views that compute what the model does: tried on a few of the rows, through all layers.
 
-    Some models do not compute rows packed into one sequence as they compute them alone: those with a recurrent state,
-    with position biases made from a two-dimensional mask, or with a window shorter than a row. Their rows get a
-    sequence each.
+    Some models do not compute the same for rows packed into one sequence as for single rows: those with a recurrent state,
+    with position biases made from a two-dimensional mask, or with a window shorter than a row. Each of their rows gets a
+    sequence of its own.
     """
     sample = list({row.token_ids: row for row in rows}.values())[:_SAMPLE]
     expected = torch.cat([full_forward(model)([row]) for row in sample])
@@ -294,7 +294,7 @@ def _may_be_packed(model: PreTrainedModel, rows: Sequence[TokenRow]) -> bool:
 def _agree(
     views: ModelViews, model: PreTrainedModel, sample: Sequence[TokenRow], limit: int, expected: torch.Tensor
 ) -> bool:
-    """Tails from the first, a middle and the last layer: what a layer takes from those below it shows in the upper ones."""
+    """Whether tails from the first, a middle and the last layer give `expected`: a dependence on lower ones shows in upper ones."""
     count = n_layers(model)
     pack = pack_rows(PrefixTree(sample), sample, limit and sum(len(row.token_ids) for row in sample))
     position_ids, token_ids = pack.ids(model.device)

@@ -1,1 +1,1 @@
-"""What an edit did: answers to its questions, and what the model could do before."""
+"""What an edit did: answers to its questions, and its effect on what the model could do before."""

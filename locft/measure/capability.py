@@ -2,7 +2,7 @@
 
 Legend: K supervised tokens of a batch, V vocabulary.
 
-A model is given as `SupervisedLogits` (rows in, logits out), so that the full forward and anything faster are measured
+A model is given as `SupervisedLogits` (rows in, logits out), so that the full forward pass and anything faster are measured
 by the same code.
 """
 
@@ -24,11 +24,11 @@ from locft.train.encoding import encode_continuation, encode_prompt
 from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 PROSE_WINDOW = 128
-"""Tokens of one row of prose."""
+"""Tokens per row of prose."""
 PROSE_TOKENS = 2000
-"""Tokens of prose that are measured, approximately."""
+"""Approximate number of tokens of prose that are measured."""
 BATCH_TOKENS = 2048
-"""Tokens of a batch with its padding. On a CPU 1024 and 4096 take the same time, but the logits of a full forward
+"""Tokens per batch, padding included. On a CPU, 1024 and 4096 take the same time, but the logits of a full forward pass
 grow."""
 
 
@@ -46,7 +46,7 @@ class EncodedSuite:
     """A suite in the tokens of one model."""
 
     fingerprint: str
-    """Of the suite."""
+    """Fingerprint of the suite."""
     tasks: dict[str, tuple[EncodedItem, ...]]
     prose: tuple[TokenRow, ...]
     """Windows of running text; every token but the first is supervised."""
@@ -59,10 +59,10 @@ class SuiteScores:
     """Which items a model answers right."""
 
     fingerprint: str
-    """The suite's: scores of different suites are not compared."""
+    """Fingerprint of the suite: scores of different suites are not compared."""
     correct: dict[str, tuple[float, ...]]
-    """Task -> one entry per item, in the suite's order: 1 (True) if it is right, less where an answer is right in part, as
-    BLEU says of a translation."""
+    """Task -> one entry per item, in the suite's order: 1 (True) if it is right, less where an answer is partly right,
+    such as a translation scored by BLEU."""
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -94,7 +94,7 @@ class Drift:
     kl: float
     """Mean KL(unedited || edited) per supervised token, in nats."""
     perplexity: float
-    """Of the edited model."""
+    """Perplexity of the edited model."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def encode_suite(
     """Rows of all choices, and windows of prose of `prose_window` tokens.
 
     Prose of more than `prose_tokens` tokens gives `prose_tokens // prose_window` whole windows, evenly spaced over it.
-    Rows longer than the tokenizer says its model can read lose tokens at their beginning; generated answers get at most half
-    of that.
+    Rows longer than the tokenizer's `model_max_length` lose tokens at their beginning; generated answers get at most half of
+    that length.
     """
 
     def encoded(item: CapabilityItem) -> EncodedItem:
@@ -142,11 +142,11 @@ def score_suite(
     coarse: SupervisedLogits | None = None,
     complete: Callable[[Sequence[OpenAnswer]], list[str]] | None = None,
 ) -> SuiteScores:
-    """Right or wrong for every item. A batch has at most `batch_tokens` tokens with its padding.
+    """Right or wrong for every item. A batch has at most `batch_tokens` tokens, padding included.
 
-    An item is right if the right choice scores above every other one. A tie is wrong, wherever the right choice stands,
+    An item is right if the right choice scores above every other one. A tie is wrong, wherever the right choice is listed,
     and so is a score that is not a number. coarse: the same model computed coarsely, which decides the items that are
-    not close (`retake`). complete: the same model's texts of generated answers, for suites that ask for some.
+    not close (`retake`). complete: generates the same model's answers, for suites that ask for some.
     """
     every = [encoded for task in suite.tasks.values() for encoded in task]
     items = [encoded for encoded in every if encoded.rows]
@@ -279,7 +279,7 @@ def _prose_rows(
     tokenizer: PreTrainedTokenizerBase, prose: Sequence[str], prose_tokens: int, window: int
 ) -> tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]]:
     """Windows that are measured, and the others."""
-    # A model trained with a start token reads badly without it; then that is the token without a predecessor.
+    # A model trained with a start token does badly without it; the start token is then the one without a predecessor.
     starts = tokenizer("a")["input_ids"][:1]
     prefix = (tokenizer.bos_token_id,) if starts == [tokenizer.bos_token_id] else ()
     step = window - len(prefix)
@@ -299,7 +299,7 @@ def _prose_rows(
 
 
 def _longest_context_first(row: TokenRow) -> tuple:
-    """Sorts rows so that those of a batch have about one length, memory runs out at once if ever, and the choices of
+    """Sort key for rows: those of a batch have similar lengths, memory runs out at the start if at all, and the choices of
     one question, which can share its states, stay together."""
     return -row.start, row.token_ids[: row.start], -len(row.token_ids), row.token_ids
 

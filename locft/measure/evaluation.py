@@ -1,9 +1,9 @@
 """Did the edit take, and what else did it change? Reliability, generalization, portability and locality.
 
-An edit is asked in every format, by greedy generation. An answer is right if it equals the expected one after
-SQuAD-style normalisation. Teacher-forced exactness is reported beside it, never instead: teacher forcing hides the
-errors that follow the first one. Locality is the other way round: whether a free-form answer is literally the same says
-little, so it counts the tokens of a reference answer whose most likely token is unchanged (as EasyEdit does).
+An edit is asked about in every format, by greedy generation. An answer is right if it equals the expected one after
+SQuAD-style normalisation. Teacher-forced exactness is reported alongside it, never in its place: teacher forcing hides
+the errors that follow the first one. Locality works the other way round: whether a free-form answer is literally the same
+says little, so it counts the tokens of a reference answer at which the most likely token is unchanged (as EasyEdit does).
 
 Legend: K supervised tokens of a batch, V vocabulary.
 """
@@ -32,9 +32,9 @@ EditMetric = Literal["reliability", "generalization", "portability", "locality"]
 LOCALITY_FIELDS = {
     "locality": "kept", "locality_first": "first_kept", "locality_kl": "kl", "locality_exact": "correct",
 }  # fmt: skip
-"""Metrics of locality and the fields of an outcome that they are means of."""
+"""Locality metrics and the fields of an outcome whose means they are."""
 LONG_WORDS = 8
-"""A target of more words is long: it is scored by F1 and containment as well as by exact match."""
+"""A target of more words than this is long: it is scored by F1 and containment as well as by exact match."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EditQuestion:
     row: TokenRow
     """Prompt and expected answer with its end, for teacher forcing. For locality, the answer is the unedited model's."""
     format: str = RAW
-    """How the prompt is put, by the format's `label`."""
+    """Format in which the prompt is put, by its `label`."""
     also_right: tuple[str, ...] = ()
     """Other names of the expected answer."""
     reference: TokenRow | None = None
@@ -60,7 +60,7 @@ class EditQuestion:
         return self.expected, *self.also_right
 
     def full_stops(self, name: str) -> int:
-        """Ends of sentences that belong to an answer of this name."""
+        """Number of sentence ends that belong to an answer of this name."""
         return 0 if self.kind == "locality" else len(sentence_ends(name))
 
     def outcome(self, got: str, correct: bool, correct_tf: bool, **change: Any) -> "EditOutcome":
@@ -110,7 +110,7 @@ class ReferenceChange:
     kept: float
     """Share of its tokens whose most likely token is unchanged."""
     first_kept: bool
-    """The same of its first token."""
+    """The same for its first token."""
     kl: float | None
     """KL(unedited || edited) at its first token, in nats; None if it is not finite."""
 
@@ -124,7 +124,7 @@ class Following:
     instead: int | None
     """The most likely token at the place of the next one; None if all are matched."""
     loss: float
-    """Mean over the row's supervised tokens, in nats."""
+    """Mean loss over the row's supervised tokens, in nats."""
 
 
 def is_long(target: str) -> bool:
@@ -139,8 +139,8 @@ def edit_questions(
 ) -> tuple[EditQuestion, ...]:
     """All questions about the edits. unedited: the base model's answers to the `locality_prompts`, in order.
 
-    formats: those that edit prompts, rephrases and questions that follow from an edit are asked in, `unseen` for edit
-    prompts alone; unrelated prompts are asked raw. Raises ValueError unless there is exactly one answer per unrelated prompt.
+    formats: those in which edit prompts, rephrases and portability questions are asked, `unseen` for edit prompts
+    alone; unrelated prompts are asked raw. Raises ValueError unless there is exactly one answer per unrelated prompt.
     """
     if len(unedited) != (prompts := len(locality_prompts(requests))):
         raise ValueError(
@@ -167,7 +167,7 @@ def edit_questions(
 
 
 def question_rows(questions: Sequence[EditQuestion]) -> list[TokenRow]:
-    """Every row that measuring them needs."""
+    """Every row that is needed to measure the questions."""
     return [row for question in questions for row in (question.row, question.reference) if row]
 
 
@@ -188,11 +188,11 @@ def ask(
 ) -> tuple[EditOutcome, ...]:
     """Put the questions to the edited model, given as a model and as a function of rows (`logits`).
 
-    One teacher-forced pass over the rows that are not in `followed` tells how far greedy generation follows the
-    expected answer. If it follows to the end, stopping token included, the answer is right. Otherwise generation goes
-    on from there, only until the answer is decided: a wrong answer to a short target is left unfinished ("Lisb…"). changes: of the
-    questions' references, as far as locality is measured. coarse: as for `follow`. generate_all: generate every answer
-    in full instead.
+    One teacher-forced pass over the rows that are not in `followed` shows how far greedy generation follows the expected
+    answer. If it follows to the end, stopping token included, the answer is right. Otherwise generation continues from
+    there, only until the answer is decided: a wrong answer to a short target is left unfinished ("Lisb…"). changes: those of
+    the questions' references, if locality is measured. coarse: as for `follow`. generate_all: generate every answer in full
+    instead.
     """
     rest = list(dict.fromkeys(question.row for question in questions if question.row not in followed))
     known = {**followed, **dict(zip(rest, follow(logits, rest, coarse), strict=True))}
@@ -217,9 +217,9 @@ def edit_metrics(outcomes: Sequence[EditOutcome]) -> dict[str, float]:
     """The metrics of these outcomes by their names in the results table, each the mean over the edits.
 
     An edit with several prompts of a kind counts once, with their mean. `reliability`, `generalization` and `portability`
-    (and their teacher-forced twins, `_tf`) are means over the formats without `unseen`; of each format and of `unseen`
-    there is `reliability.FORMAT`. Of long targets there are `reliability_f1` and `reliability_contains`, and the same of
-    generalization. What was not asked, or has no finite value, is absent.
+    (and their teacher-forced twins, `_tf`) are means over the formats except `unseen`; each format, `unseen` too, has
+    its own, such as `reliability.FORMAT`. For long targets there are `reliability_f1` and `reliability_contains`, and the
+    same for generalization. What was not asked, or has no finite value, is absent.
     """
     values: dict[str, list[tuple[str, float | None]]] = {}
     for outcome in outcomes:
@@ -238,7 +238,7 @@ def edit_metrics(outcomes: Sequence[EditOutcome]) -> dict[str, float]:
 
 
 def _mean_over_edits(marks: Sequence[tuple[str, float | None]]) -> float | None:
-    """Mean of the means of each edit, by its id; None if one value is not known."""
+    """Mean of the means of each edit, by its id; None if any value is unknown."""
     by_edit: dict[str, list[float]] = {}
     for edit_id, value in marks:
         if value is None:
@@ -280,7 +280,7 @@ def follow(
     if coarse:
 
         def exactly(indices: list[int]) -> np.ndarray:
-            """A margin has shifted by its change or, where the row is followed otherwise, by both margins together."""
+            """A margin's shift is its change or, if the row is now followed differently, the sum of both margins."""
             again, exact = _followings(logits, [rows[index] for index in indices])
             shifts = np.abs(exact - margins[indices])
             for place, (index, following) in enumerate(zip(indices, again, strict=True)):
@@ -294,8 +294,8 @@ def follow(
 
 
 def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[list[Following], np.ndarray]:
-    """The same without coarse scores, and how far each row is from being followed otherwise: the least gap up to its
-    first miss, in nats, float64 (rows,)."""
+    """As `follow` without `coarse`, and how far each row is from being followed differently: the smallest gap up
+    to its first miss, in nats, float64 (rows,)."""
     found, margins = [], []
     for row, scores in zip(rows, scores_by_row(logits, rows, lambda row: len(row.token_ids), most=BATCH), strict=True):
         best = scores.best.tolist()
@@ -307,7 +307,7 @@ def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[lis
 
 
 def _said(decoder: GreedyDecoder, answer: OpenAnswer, question: EditQuestion) -> str:
-    """The text of an answer, ended as the name that it equals ends; as the expected answer does if it equals none."""
+    """The text of an answer, ended like the name that it equals, or like the expected answer if it equals none."""
     texts = {name: decoder.text(replace(answer, full_stops=question.full_stops(name))) for name in question.names}
     equal = (text for name, text in texts.items() if normalise_answer(text) == normalise_answer(name))
     return next(equal, texts[question.expected])

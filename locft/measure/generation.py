@@ -22,7 +22,7 @@ NEW_TOKENS = 32
 """Length limit of an answer, in tokens."""
 BATCH = 64
 ROUND = 4
-"""New tokens after which answers that are decided leave their batch."""
+"""Number of new tokens after which answers that are decided leave their batch."""
 ONE_BY_ONE = ("rwkv",)
 """Model types that transformers 5 decodes wrongly in batches: RWKV's one-token step mixes the states of the rows."""
 
@@ -44,13 +44,13 @@ class OpenAnswer:
     token_ids: tuple[int, ...] = ()
     """The answer so far."""
     full_stops: int = 0
-    """Ends of sentences that belong to the answer: "St. Louis" has one inside, "1.2 million" none."""
+    """Number of sentence ends that belong to the answer: "St. Louis" has one inside, "1.2 million" none."""
     limit: int = NEW_TOKENS
     """Maximum number of tokens."""
     expected: str | None = None
     """If given, generation may stop once the answer can no longer equal this."""
     until: tuple[str, ...] | None = None
-    """If given, the answer ends before the first of these, and not with its line or sentence."""
+    """If given, the answer ends before the first of these, instead of at the end of its line or sentence."""
 
 
 def greedy_answers(loaded: LoadedModel, prompts: Sequence[str]) -> list[ModelAnswer]:
@@ -77,7 +77,7 @@ def complete_answers(loaded: LoadedModel, answers: Sequence[OpenAnswer]) -> list
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
-    """The tokens with which a model ends what it says."""
+    """The tokens with which a model ends an answer."""
     own = loaded.model.generation_config.eos_token_id
     others = own if isinstance(own, list) else [own] if own is not None else []
     said = (answer_end(loaded.tokenizer, form) for form in (RAW, CHAT))
@@ -150,7 +150,7 @@ class GreedyDecoder:
         return said if answer.until is not None else said.lstrip()
 
     def _batches(self, answers: Sequence[OpenAnswer], rest: Sequence[int]) -> list[list[int]]:
-        """Indices of answers of about one length, of exactly one for models with a recurrent state."""
+        """Batches of indices of answers of similar length, of exactly equal length for models with a recurrent state."""
         size = 1 if self.model.config.model_type in ONE_BY_ONE else BATCH
         equal_lengths = getattr(self.model, "_is_stateful", False)
         batches: list[list[int]] = []
@@ -205,7 +205,7 @@ class _StopWhenDone(StoppingCriteria):
     """Tells `generate` which answers are done, and keeps each as it was when it became done."""
 
     def __init__(self, decoder: GreedyDecoder, answers: Sequence[OpenAnswer], start: int):
-        """start: place of the first new token."""
+        """start: index of the first new token."""
         self.decoder, self.begun, self.start = decoder, answers, start
         self.answers = list(answers)
         self.done = [False] * len(answers)
@@ -237,7 +237,7 @@ def cannot_become(said: str, expected: str) -> bool:
     if words != wanted[: len(words)]:
         at = next(at for at, word in enumerate(words) if [word] != wanted[at : at + 1])
         number = len(words) == at + 1 and words[at].isdigit() and "".join(wanted[at : at + 1]).startswith(words[at])
-        return not number  # which more groups of digits may go on
+        return not number  # which further groups of digits may continue
     partial = normalise_answer(last) if last.isascii() and last.isalnum() else ""
     if not partial or any(article.startswith(partial) for article in ARTICLES):
         return False

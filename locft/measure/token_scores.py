@@ -1,8 +1,8 @@
 """What logits say about the expected tokens: how likely each was, and which would have come instead.
 
-Where the hardware multiplies bfloat16 natively, such products take half the time or less. They shift a margin by some
+Where the hardware multiplies bfloat16 natively, bfloat16 products take half the time or less. They shift a margin by some
 hundredths of a nat, while most margins are several nats wide. So decisions (is the right choice the likeliest?) are made
-coarsely first, and those whose margin is not far larger than the shifts seen are made again exactly (`retake`).
+coarsely first, and those whose margin is not far larger than the shifts seen are repeated exactly (`retake`).
 
 Legend: K supervised tokens of a batch, V vocabulary.
 """
@@ -19,12 +19,12 @@ from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 _TOKENS_AT_ONCE, _ELSEWHERE = 8, 256
 """Supervised tokens whose probabilities are computed at once, on a CPU and on a GPU. Slices that stay in the processor's
-cache take half the time of large ones, and nothing but the logits themselves has size (K, V); a GPU wants work."""
+cache take half the time of large ones, and nothing but the logits themselves has size (K, V); a GPU needs more work at once."""
 
 SAFETY = 8.0
 """A coarse decision stands if its margin is more than this many times the root mean square of the shifts seen."""
 FEWEST, SHARE = 16, 0.05
-"""At least this many decisions, and this share of all, the closest ones, are always made exactly: they show the shifts."""
+"""The closest decisions, at least this many and this share of all, are always made exactly: they show the shifts."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 def slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """A few tokens at a time of tensors (K, ...), on the first one's device."""
+    """Slices of a few tokens each of tensors (K, ...), on the first tensor's device."""
     there = [tensor.to(tensors[0].device) for tensor in tensors]
     size = _TOKENS_AT_ONCE if tensors[0].device.type == "cpu" else _ELSEWHERE
     for at in range(0, len(there[0]), size):

@@ -1,6 +1,6 @@
-"""An edit as a LoRA adapter in PEFT's files: the change of each matrix, cut to its largest singular values.
+"""An edit as a LoRA adapter in PEFT's file format: the change of each matrix, cut to its largest singular values.
 
-By the theorem of Eckart and Young no other change of that rank is nearer to the edit's. PEFT is not needed to write it; its
+By the Eckart-Young theorem, no other change of that rank is nearer to the edit's. PEFT is not needed to write it; the
 file format is that of `PeftModel.save_pretrained` (peft/utils/save_and_load.py).
 
 Legend: O outputs of a matrix, I inputs, R rank.
@@ -29,16 +29,16 @@ class MatrixChange:
     """The change of the weight of one linear layer, as the product `up @ down`."""
 
     path: str
-    """Of the layer inside the model."""
+    """Path of the layer inside the model."""
     up: torch.Tensor
-    """(O, R) in float32, by falling singular values."""
+    """(O, R) in float32, in order of falling singular values."""
     down: torch.Tensor
     """(R, I) in float32."""
     input_first: bool
     """The weight is stored (I, O), as in GPT-2."""
 
     def at(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both factors at a rank; above the matrix's own they are filled up with zeros."""
+        """Both factors cut to a rank, or padded with zeros if it is above the matrix's own."""
         more = max(0, rank - self.up.shape[1])
         up, down = self.up[:, :rank], self.down[:rank]
         return nn.functional.pad(up, (0, more)), nn.functional.pad(down, (0, 0, 0, more))
@@ -57,8 +57,8 @@ class LowRank:
     def of(cls, model: PreTrainedModel, delta: EditDelta) -> "LowRank":
         """The singular value decomposition of each matrix's change.
 
-        model: the base or its structure on the meta device. Raises InputError, with their names, where the edit changes
-        stacked experts or other tensors of no linear layer, no matrix, or nothing at all.
+        model: the base or its structure on the meta device. Raises InputError, with names, if the edit changes stacked
+        experts or other tensors that are not of a linear layer, changes no matrix, or changes nothing at all.
         """
         changed = {name: change for name, change in delta.tensors.items() if change.any()}
         if not changed:
@@ -90,7 +90,7 @@ class LowRank:
 
     @property
     def full_rank(self) -> int:
-        """The rank that leaves nothing of any matrix out."""
+        """The rank at which every matrix's change is kept whole."""
         return max(matrix.up.shape[1] for matrix in self.matrices)
 
     def sentences(self) -> Iterator[str]:
@@ -100,7 +100,7 @@ class LowRank:
             yield f"a LoRA adapter cannot hold norms and biases: {listed(self.left_out, 4)} stay unedited ({share:.2g}% of the change's norm)"
 
     def at(self, rank: int) -> EditDelta:
-        """The edit as an adapter of this rank makes it."""
+        """The edit as an adapter of this rank reproduces it."""
         tensors = {}
         for matrix in self.matrices:
             up, down = matrix.at(rank)
@@ -122,7 +122,7 @@ class LowRank:
         """Write adapter_model.safetensors and adapter_config.json into a folder that does not exist or is empty; returns it.
 
         base: where PEFT finds the model, by `base_address`. The scale (lora_alpha / r) is 1. The target modules are whole
-        paths, which PEFT compares with the paths in the model, so that layer 1 is not layer 10 or 11. Raises InputError
+        paths, which PEFT compares with the paths in the model, so that layer 1 does not match layer 10 or 11. Raises InputError
         if the folder cannot be written.
         """
         tensors = {}

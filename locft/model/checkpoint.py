@@ -1,4 +1,4 @@
-"""What a model's folder holds, told from its configuration and the headers of its weights, before any of them is loaded."""
+"""What a model's folder holds, found from its configuration and the headers of its weights, before any weights are loaded."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -19,14 +19,14 @@ DELTA, FORMAT = "delta.safetensors", "locft-delta-1"
 QUANTIZED_BY = ("quantization_config", "compression_config", "quantization")
 """Keys of a configuration that say how its weights are quantized: transformers', compressed-tensors' and MLX's."""
 QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Where AutoGPTQ, AutoAWQ and ModelOpt say the same, in a file of its own."""
+"""Separate files in which AutoGPTQ, AutoAWQ and ModelOpt say the same."""
 _POINTER = b"version https://git-lfs"
 CODES = ("weight", "qweight", "packed", "blocks", "codes")
-"""How the names of matrices end that are stored as integer codes; other integers are masks and positions."""
+"""Endings of the names of matrices that are stored as integer codes; other integer tensors are masks and positions."""
 
 
 def require_model(name: str, folder: Path) -> None:
-    """Raise InputError unless the folder holds a model of dense weights, as far as names and configuration tell."""
+    """Raise InputError unless the folder holds a model of dense weights, as far as file names and configuration show."""
     if (folder / ADAPTER_CONFIG).is_file():
         if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
             raise InputError(
@@ -50,7 +50,7 @@ def require_model(name: str, folder: Path) -> None:
 
 
 def require_dense_weights(name: str, files: tuple[Path, ...]) -> None:
-    """Raise InputError if weights are stored as float8 or as integer codes, which their configuration may not say."""
+    """Raise InputError if weights are stored as float8 or as integer codes, which the configuration may fail to mention."""
     for file in files:
         for key, dtype, _ in headers(file):
             codes = dtype[0] in "IU" and key.rpartition(".")[2].endswith(CODES)
@@ -81,7 +81,7 @@ def opened(file: Path, what: str = "model file") -> Iterator[Any]:
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, about: dict[str, str]) -> None:
-    """Write a safetensors file that whoever may read other new files may read: the library lets its owner alone."""
+    """Write a safetensors file with the permissions of any other new file: the library would let only its owner read it."""
     file.touch()
     readable = file.stat().st_mode
     save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata=about)
@@ -89,7 +89,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, about: dict[s
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that transformers loads from a folder; others (a delta, a copy) play no part."""
+    """The safetensors files that transformers loads from a folder; others (a delta, a copy) are ignored."""
     if (whole := folder / WHOLE).is_file():
         return (whole,)
     index = folder / INDEX
@@ -109,7 +109,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises InputError if it is no JSON object."""
+    """The folder's config.json. Raises InputError if it is not a JSON object."""
     file = folder / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -121,9 +121,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def no_delta(path: Path, names: Collection[str] = ()) -> str | None:
-    """What lies at a path where a delta is expected, in words for the user, when it is an adapter or a model.
+    """A message for the user if an adapter or a model lies at a path where a delta is expected, else None.
 
-    names: of the tensors of a file.
+    names: those of the tensors, if the path is a file.
     """
     folder = path if path.is_dir() else path.parent
     if (path / ADAPTER_CONFIG).is_file() or path.name == ADAPTER_WEIGHTS or any(".lora_" in name for name in names):

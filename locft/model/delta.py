@@ -1,7 +1,7 @@
 """The change that an edit makes, kept apart from the model: save, load, apply, revert.
 
 Training never touches the model; it returns the float32 difference of the trained parameters. Every evaluation adds
-this difference to the base, so a delta read back from a file gives the same metrics to the bit.
+this difference to the base, so a delta read back from a file gives bitwise the same metrics.
 """
 
 import json
@@ -31,11 +31,11 @@ class EditDelta:
     position: str
     """The tuning position, such as "22.mlp_down"."""
     base_fingerprint: str
-    """Of the model it was trained on; the delta fits no other."""
+    """Fingerprint of the model it was trained on; the delta fits no other."""
     tensors: Mapping[str, torch.Tensor]
     """Parameter name -> float32 difference on the CPU, of the parameter's shape."""
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """How it was trained; for people, not needed to apply it."""
+    """How it was trained: for human readers, not needed to apply it."""
 
     @property
     def norm(self) -> float:
@@ -57,8 +57,8 @@ class EditDelta:
         return replace(self, tensors={name: factor * change for name, change in self.tensors.items()})
 
     def save(self, path: Path) -> Path:
-        """Write one safetensors file (with `FILE_NAME` in it when `path` is a folder); returns the file, which is there as a
-        whole or not at all. Raises InputError if it cannot be written, as on a full disk."""
+        """Write one safetensors file (`FILE_NAME` in `path` when that is a folder) and return its path. It appears whole or not
+        at all. Raises InputError if it cannot be written, as on a full disk."""
         if path.suffix != ".safetensors":
             path = path / FILE_NAME
         about = {
@@ -101,7 +101,7 @@ class EditDelta:
 def require_base(what: str, wanted: str, name: str, found: str) -> None:
     """Raise InputError unless a model has the fingerprint of the one that something was made on.
 
-    what: was made, for the message. name, found: of the model that is given.
+    what: the thing made, for the message. wanted: the fingerprint it needs. name, found: name and fingerprint of the given model.
     """
     if found != wanted:
         raise InputError(
@@ -111,9 +111,9 @@ def require_base(what: str, wanted: str, name: str, found: str) -> None:
 
 
 def apply_delta(loaded: LoadedModel, delta: EditDelta) -> dict[str, torch.Tensor]:
-    """Edit the model in place; returns the original values, which `revert` puts back to the bit.
+    """Edit the model in place; returns the original values, which `revert` restores bit for bit.
 
-    Parameters get other tensors instead of other values: the model's own may lie in a file that many processes map, and
+    Parameters get new tensors instead of new values: the model's own may lie in a file that many processes map, and
     a page that was written to is no longer shared.
     """
     delta.require_base(loaded.name, loaded.fingerprint)
@@ -123,7 +123,7 @@ def apply_delta(loaded: LoadedModel, delta: EditDelta) -> dict[str, torch.Tensor
 
 
 def revert(loaded: LoadedModel, originals: Mapping[str, torch.Tensor]) -> None:
-    """Put the given values in the place of the model's parameters."""
+    """Put the given values in place of the model's parameters."""
     for name, value in originals.items():
         loaded.model.get_parameter(name).data = value
 

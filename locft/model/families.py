@@ -1,4 +1,4 @@
-"""The names of modules, and the architectures whose parts are listed because their structure does not tell them.
+"""The names of modules, and the architectures whose parts are listed because their structure does not show them.
 
 The parts of a block are derived by `structure.py`. A row here overrides what is derived. A part is a path inside the
 block: a submodule ("mlp.down_proj": its weight and, if it has one, its bias) or a parameter ("mlp.experts.down_proj").
@@ -51,12 +51,12 @@ STANDS_IN: Mapping[str, tuple[str, ...]] = {
     "mixer_out": ("attn_o",),
     "mixer": ("attn",),
 }
-"""What to offer to somebody who asks for a module that an architecture does not have, nearest first."""
+"""Modules to suggest in place of one that an architecture does not have, nearest first."""
 
 
 FAMILIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    # Time mixing stands for attention: receptance asks as a query does. Channel mixing stands for the MLP: receptance
-    # gates its output, key leads to the inner size and value back.
+    # Time mixing takes the place of attention, with receptance as the query. Channel mixing takes the place of the MLP:
+    # receptance gates its output, key leads to the inner size and value back.
     "rwkv": {
         "mlp": ("feed_forward",),
         "mlp_down": ("feed_forward.value",),
@@ -69,6 +69,6 @@ FAMILIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "attn_o": ("attention.output",),
     },
 }
-"""`config.model_type` (of the text half, where there is one) -> module -> paths inside a block whose parameters it
-consists of, for the models whose parts structure and names do not tell, or tell wrongly. "layer" is always there and not
+"""`config.model_type` (of the whole model or of its text half) -> module -> paths inside a block whose parameters make it up,
+for models whose structure and names do not show their parts, or show them wrongly. "layer" always exists and is not
 listed."""

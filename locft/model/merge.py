@@ -1,7 +1,7 @@
 """The edited model as a folder: the base's own files, in which only the edited tensors differ.
 
-The model is not loaded. The change of a parameter is taken to the names under which the base stores it (a prefix of its
-own, a tensor for each expert), added to the stored value and rounded to the stored dtype, at its place in a copy of the
+The model is not loaded. The change of a parameter is mapped to the names under which the base stores it (another prefix,
+a tensor for each expert), added to the stored value, rounded to the stored dtype and written to its place in a copy of the
 file. So names, dtypes, shards, tied weights and every other byte are the base's.
 """
 
@@ -29,9 +29,9 @@ OTHER_WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
     ".index.json",
 )  # fmt: skip
-"""How files end that hold, or list, weights of another format: copied, they would be the unedited model."""
+"""Endings of files that hold, or list, other weights: if copied, they would still be those of the unedited model."""
 ROUNDED = 0.01
-"""Rounding error, as a share of the change, above which the user is told."""
+"""Rounding error, as a share of the change, above which the user gets a notice."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Merged:
     tensors: tuple[str, ...]
     """The tensors that were edited, by their names in the base's files."""
     dtype: str
-    """In which they are stored, as in the base; several are separated by commas."""
+    """The dtype they are stored in, as in the base; several are separated by commas."""
     kept: float
-    """Share of the edit's change that is left after rounding to that dtype: its part along the change, 1 for all."""
+    """Share of the edit's change that is left after rounding to that dtype: the component along the change, 1 for all."""
     error: float
     """Rounding error: the norm of the difference from the change, as a share of the change's norm."""
     left_out: tuple[str, ...]
     """Files of the base that hold other, unedited weights."""
     converted: bool
-    """True where the base is a GGUF file, the built-in model among them: its dense form is written."""
+    """True if the base is a GGUF file, as the built-in model is: its dense form is written."""
 
     def sentences(self) -> list[str]:
         """Notices for the user."""
@@ -70,9 +70,9 @@ class Merged:
 
 
 def merge(name: str, delta: EditDelta, folder: Path, *, trust_remote_code: bool = False) -> Merged:
-    """Write the edited model to `folder`, which must not exist or be empty; it appears when it is complete.
+    """Write the edited model to `folder`, which must be empty or not exist yet; it appears when it is complete.
 
-    name: of the base, as for `load_model`. Raises InputError if the base is not the delta's, does not store what the delta
+    name: that of the base, as for `load_model`. Raises InputError if the base is not the delta's, does not store what the delta
     changes, cannot hold the edited values, or if the folder cannot be written.
     """
     base = model_folder(name, trust_remote_code=trust_remote_code).absolute()
@@ -108,7 +108,7 @@ def merge(name: str, delta: EditDelta, folder: Path, *, trust_remote_code: bool 
 def stored_changes(
     model: PreTrainedModel, stored: Sequence[str], changes: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The changes by the names under which a checkpoint stores what they change, in float32.
+    """The changes in float32, by the names under which a checkpoint stores the changed tensors.
 
     model: its structure, on the meta device. stored: all names of the checkpoint. changes: by the model's own names. Where
     transformers joins or splits stored tensors while loading, the same tables, reversed, split or join the changes; what
@@ -118,10 +118,10 @@ def stored_changes(
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    for name in stored:  # an entry of the table learns by it that it is used
+    for name in stored:  # this marks the entries of the table that are used
         rename_source_key(name, renamings, converters, model.base_model_prefix, there)
     model._weight_conversions = [entry for entry in transforms if entry.was_used()]  # type: ignore[assignment]
-    # A stored tensor may be made of several parameters: the others of the block take part, unchanged.
+    # A stored tensor may be made of several parameters, so the others of the block are passed along unchanged.
     unchanged = {
         name: torch.zeros(()).expand(there[name].shape)
         for block in {_block_of(name) for name in changes}
@@ -152,7 +152,7 @@ def _block_of(name: str) -> str:
 
 
 def _edited(key: str, stored: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """The stored tensor with the change added, in its dtype. Raises InputError if the dtype does not hold the values."""
+    """The stored tensor with the change added, in its dtype. Raises InputError if the dtype cannot hold the values."""
     if stored.shape != change.shape:
         raise InputError(f"the base stores {key} as {tuple(stored.shape)}, the delta changes {tuple(change.shape)}")
     value = (stored.to(torch.promote_types(stored.dtype, torch.float32)) + change).to(stored.dtype)
@@ -162,7 +162,7 @@ def _edited(key: str, stored: torch.Tensor, change: torch.Tensor) -> torch.Tenso
 
 
 def _overwrite(file: Path, key: str, value: torch.Tensor) -> None:
-    """Put a tensor of the same dtype and shape in the place of one in a safetensors file."""
+    """Overwrite a tensor in a safetensors file with one of the same dtype and shape."""
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         begin, end = json.loads(stream.read(size))[key]["data_offsets"]
@@ -173,7 +173,7 @@ def _overwrite(file: Path, key: str, value: torch.Tensor) -> None:
 
 
 def _other_files(base: Path, files: Sequence[Path], folder: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """What is copied beside the weights, and what is left out because it holds others; paths inside the base."""
+    """Files copied in addition to the weights, and files left out because they hold other weights; paths inside the base."""
     copied, left_out = [], []
     for place, folders, names in os.walk(base):
         folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name) != folder]
@@ -200,8 +200,8 @@ def _require_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def appears_whole(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place at the end of the block; nothing is left of it when the block fails."""
-    folder = folder.resolve()  # a link would not give way to a folder
+    """A folder next to `folder` that takes its place at the end of the block; nothing is left of it if the block fails."""
+    folder = folder.resolve()  # a folder cannot replace a link
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

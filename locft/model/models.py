@@ -56,7 +56,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 HUB_DUPLICATES = ["consolidated*", "*/*"]
 """Second copies of the weights in other formats, which some repositories carry and nothing here reads."""
 TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken", "qwen.")
-"""How the names of files with a tokenizer begin."""
+"""Beginnings of the names of tokenizer files."""
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 """What transformers and the libraries below it raise for a folder that does not hold what it should."""
 
@@ -70,7 +70,7 @@ class WheelModel:
     member: str
     """Path of the GGUF file in the wheel."""
     sha256: str
-    """Of that file."""
+    """Hash of that file."""
 
 
 BUILT_IN = {
@@ -105,7 +105,7 @@ def load_model(
     dtype: one of `DTYPES`. device: a torch device; `auto` is the first GPU, or the CPU if there is none. spread: divide
     the layers among all GPUs that this process sees; such a model has no tail view, so every step computes all of it.
 
-    Raises InputError if the model cannot be had (with what was tried and what to do offline) or does not fit into the
+    Raises InputError if the model cannot be obtained (with what was tried and what to do offline) or does not fit into the
     GPUs.
     """
     if dtype not in DTYPES:
@@ -121,7 +121,7 @@ def load_model(
         options["device_map"] = "auto"
     try:
         loader = model_class(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
-        loaded: Any = loader.from_pretrained(  # a pair, which transformers' hints do not say
+        loaded: Any = loader.from_pretrained(  # a pair, contrary to transformers' type hints
             folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except LOAD_ERRORS as error:
@@ -152,7 +152,7 @@ def load_model(
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The class that makes a model of this configuration: a causal LM, or a vision-language model whole. Raises ValueError
+    """The class that makes a model of this configuration: a causal LM, or a whole vision-language model. Raises ValueError
     for other kinds of models."""
     causal, whole = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     whole = whole and not causal
@@ -220,7 +220,7 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits over the weights that a folder's model is loaded from, whatever their sharding.
+    """A hash (16 hexadecimal digits) of the weights that a folder's model is loaded from, whatever their sharding.
 
     Remembered in the cache by the files' paths, sizes, times and inodes. Raises InputError for weights that are not dense.
     """
@@ -239,7 +239,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """16 hexadecimal digits over the weights of a model in memory (for models that come from no folder)."""
+    """A hash (16 hexadecimal digits) of the weights of a model in memory (for models that come from no folder)."""
     return digest(json.dumps({key: tensor_digest(value) for key, value in sorted(model.state_dict().items())}))
 
 
@@ -288,8 +288,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """In here a GGUF file is parsed once. transformers parses it for the configuration, the weights and the tokenizer, and
-    each time a large vocabulary takes longer than the weights."""
+    """Inside the block, a GGUF file is parsed only once. transformers parses it for the configuration, the weights and the
+    tokenizer, and each time a large vocabulary takes longer than the weights."""
     import gguf  # here, because few models are such files
 
     reader = gguf.GGUFReader
@@ -301,7 +301,7 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _hub_config(name: str, trust_remote_code: bool) -> Path:
-    """The hub's folder with a model's configuration, before its weights are fetched: those may not be editable."""
+    """Folder with a model's configuration from the hub, checked before the weights are fetched: they may not be editable."""
     folder = _from_hub(name, [CONFIG, ADAPTER_CONFIG], trust_remote_code)
     require_model(name, folder)
     return folder

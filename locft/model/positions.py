@@ -26,7 +26,7 @@ from locft.model.structure import parts_of
 _DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")
 """What configurations call the number of blocks."""
 _BY_FAR = 1.25
-"""The list of blocks holds most of the weights of all lists of its length."""
+"""Limit on the weights of all candidate lists together, as a multiple of the largest, which is taken as the list of blocks."""
 
 
 @dataclass(frozen=True, order=True)
@@ -64,7 +64,7 @@ class PositionInfo:
     names: tuple[str, ...]
     """Parameter names as in `model.named_parameters()`, in that order."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of each parameter."""
+    """Shape of each parameter."""
 
     @property
     def size(self) -> int:
@@ -74,7 +74,7 @@ class PositionInfo:
 
 @dataclass
 class _Layout:
-    """What is known of a model, found once."""
+    """Where a model has its blocks and modules, found once."""
 
     blocks: str
     """Path of the list of blocks."""
@@ -88,7 +88,7 @@ _LAYOUTS: WeakKeyDictionary[PreTrainedModel, _Layout] = WeakKeyDictionary()
 def blocks_path(model: PreTrainedModel) -> str:
     """Path of the model's list of blocks, "model.layers"; of a vision-language model, that of its text half.
 
-    Raises InputError where it is not plain to see.
+    Raises InputError if it cannot be determined.
     """
     if model not in _LAYOUTS:
         _LAYOUTS[model] = _Layout(_find_blocks(model), {})
@@ -96,7 +96,7 @@ def blocks_path(model: PreTrainedModel) -> str:
 
 
 def same_blocks(view: PreTrainedModel, model: PreTrainedModel) -> None:
-    """A view has its blocks where its model has them, however few are left."""
+    """Record that a view has its blocks under the same path as its model, however few are left."""
     _LAYOUTS[view] = _Layout(blocks_path(model), {})
 
 
@@ -165,7 +165,7 @@ def has_parts(model: PreTrainedModel) -> bool:
 
 
 def no_row(model: PreTrainedModel) -> str:
-    """Why there are no parts, and what is needed to write a row for this model: what is in a block, how a row looks."""
+    """Why no parts are known, and what is needed to write a row for this model: the contents of a block, an example of a row."""
     size, path = max(_block_lists(model), default=(0, ""))
     model_type = model.config.get_text_config().model_type
     lines = [f"the structure of {model_type!r} ({type(model).__name__}) does not tell its attention and MLP"]
@@ -226,14 +226,14 @@ def _text_half(model: PreTrainedModel) -> str:
 
 
 def _owner_type(model: PreTrainedModel, path: str) -> str | None:
-    """Model type by which the owner of a list of modules is configured."""
+    """Model type in the configuration of the module that owns a list of modules."""
     return getattr(getattr(model.get_submodule(path.rpartition(".")[0]), "config", None), "model_type", None)
 
 
 def _find_blocks(model: PreTrainedModel) -> str:
     """The list of modules in the text half that is highest in the tree and holds by far the most weights.
 
-    Lists as long as the configuration says come first, the others only where there is none.
+    Lists of the length that the configuration gives are preferred; others are considered only if there are none.
     """
     text, half = model.config.get_text_config(), _text_half(model)
     lists = {path: size for size, path in _block_lists(model) if path.startswith(half)}

@@ -1,7 +1,7 @@
 """The precision in which training computes: what is faster here, and a copy of the frozen model in it.
 
 Training in bfloat16 reads a bfloat16 copy of a float32 model. The copy lies in a file that every worker of a machine
-maps into memory: it is there once however many workers train, and the operating system drops and rereads its pages.
+maps into memory: all workers share one copy, and the operating system drops and rereads its pages.
 """
 
 import copy
@@ -27,7 +27,7 @@ def training_precision(device: str) -> str:
     """The faster precision at equal quality: bfloat16 on GPUs that have it and on CPUs that multiply it faster, else
     float32. (With AMX bfloat16 is 3 to 6 times faster; with Intel's AVX512-BF16 alone it takes twice as long.)
 
-    device: as for `torch_device`. A GPU of another machine, asked for on one without, is taken to have bfloat16.
+    device: as for `torch_device`. If it names a GPU and this machine has none, that GPU is assumed to have bfloat16.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         return "bfloat16"
@@ -39,15 +39,15 @@ def training_precision(device: str) -> str:
 @cache
 def _faster_in_bfloat16() -> bool:
     """Measured once for every kind of CPU and kept in the cache folder, because the precision is part of a trial's
-    identity: a measurement with another outcome would make a study start anew."""
+    identity: a measurement with another outcome would make a study start over."""
     machine = describe_machine()
     kind = [machine["cpu"], machine["instructions"], machine["versions"]["torch"]]
     return remembered("precision", json.dumps(kind), _faster_precision) == "bfloat16"
 
 
 def _faster_precision() -> str:
-    """Takes some hundredths of a second. The two precisions take turns, so that other work on the machine slows both;
-    the ratios that hardware has (a half, or two and more) are far from the bound of 1.2."""
+    """Takes a few hundredths of a second. The two precisions take turns, so that other work on the machine slows both;
+    the ratios that hardware shows (a half, or two and more) are far from the threshold of 1.2."""
     factors = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     seconds = dict.fromkeys(factors, math.inf)
     for _ in range(6):
@@ -78,7 +78,7 @@ def cast_model(model: PreTrainedModel, dtype: torch.dtype, fingerprint: str, *, 
     twin = copy.deepcopy(model, memo)
     nn.Module.to(twin, dtype)
     for name, value in model.named_buffers():
-        if name.endswith(_ROTARY_ANGLES):  # rounding would turn distant tokens elsewhere; they are computed in float32
+        if name.endswith(_ROTARY_ANGLES):  # rounding would give distant tokens other angles; float32 is kept
             owner, _, last = name.rpartition(".")
             setattr(twin.get_submodule(owner), last, value)
     return twin

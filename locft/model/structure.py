@@ -1,8 +1,8 @@
-"""The parts of a block, told from its structure: attention, MLP or experts, mixer, and the matrices of each.
+"""The parts of a block, inferred from its structure: attention, MLP or experts, mixer, and the matrices of each.
 
-Which matrices read the hidden size and which write it is told by their shapes; names only tell what shapes cannot:
-queries from keys from values, gate from up, the direction of a square matrix. Nothing is computed, so a model on the
-meta device will do. What structure and names leave open, or tell differently, is left out: a missing position is better
+Shapes show which matrices read the hidden size and which write it; names are used only for what shapes cannot show:
+queries versus keys versus values, gate versus up, the direction of a square matrix. Nothing is computed, so a model on
+the meta device will do. What structure and names leave open, or disagree on, is left out: a missing position is better
 than a wrong one.
 
 Legend: D hidden size, F inner size of an MLP.
@@ -20,7 +20,7 @@ Parts = Mapping[str, tuple[str, ...]]
 
 _ATTENTION = {"attn", "att", "attention"}
 _NO_PART = {"cross", "crossattention", "encoder", "adapter", "adapters", "lora"}
-"""Attention to another model's states, which a causal LM skips, and what was added to a model."""
+"""Words for attention to another model's states, which a causal LM skips, and for what was added to a model."""
 _MLP_WORDS = {"mlp", "mlps", "ffn", "ff", "ffw", "feed", "feedforward", "moe", "expert", "experts", "fc", "channel"}
 _RECURRENT = re.compile(
     r"mamba\d*|\w?lstm|ssm|recurrent|recurrence|(rg)?lru|rwkv\d*|delta(net)?|(short)?conv(olution)?(\dd)?|retention|hyena|"
@@ -28,20 +28,20 @@ _RECURRENT = re.compile(
 )
 """A word that names a state space, a linear attention or a convolution."""
 _STATES = {"A_log", "dt_bias", "time_decay", "D"}
-"""Parameters that only a recurrent state has."""
+"""Names of parameters that only recurrent blocks have."""
 _LETTERS = {
     word: letter
     for letter, words in (("q", "q query queries"), ("k", "k key keys"), ("v", "v value values"))
     for word in words.split()
 }
 _ASIDE = {"pos", "position", "rel", "relative", "index", "indexer"}
-"""Words of projections that attention has beside those of queries, keys and values."""
+"""Words for projections that attention has in addition to those of queries, keys and values."""
 _GENERIC = {"linear", "dense", "proj", "weight", "base", "layer"}
-"""Last names that say nothing: the name before them does."""
+"""Words of last path components that say nothing: the component before them is used."""
 _DOWN = {"down", "out", "output", "o", "w2", "fc2", "lin2", "linear2"}
 _UP = {"up", "in", "input", "intermediate", "wi", "fc1", "lin1", "linear1"}
 _GATED_PAIRS = (("w1", "w3"), ("w1", "v1"), ("wi_0", "wi_1"), ("w_0", "w_1"))
-"""Last names of gate and up where neither word occurs: LLaMA's, DBRX's, T5's and CPM-Ant's."""
+"""Last path components of gate and up where neither word occurs: LLaMA's, DBRX's, T5's and CPM-Ant's."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class _Matrix:
     """A matrix, or a stack of one matrix per expert."""
 
     path: str
-    """Inside the block: of its module, or of the parameter where a module has several."""
+    """Inside the block: that of its module, or that of the parameter if it is not called "weight"."""
     out: int
     inputs: int
     stacked: bool
-    """Only its name is sure to tell its direction."""
+    """True for a stack, whose direction only its name reliably shows."""
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ class _Matrix:
 
     @property
     def letters(self) -> str:
-        """Which of q, k, v its name speaks of: "", "q", "kv", ..."""
+        """Which of q, k, v its name refers to: "", "q", "kv", ..."""
         return _letters(self.name)
 
     def below(self, path: str) -> bool:
@@ -90,7 +90,7 @@ class _Component:
 
 
 def parts_of(block: nn.Module, hidden: int, layer_type: str = "") -> Parts:
-    """The parts of a block that its structure tells. hidden: D. layer_type: as the configuration calls this layer."""
+    """The parts of a block that its structure shows. hidden: D. layer_type: the configuration's name for this kind of layer."""
     parts: dict[str, list[str]] = {}
     components = _components(block, hidden, layer_type)
     found = [(c, {"attn": _attention, "mlp": _mlp, "mixer": _mixer}[c.kind](c, hidden)) for c in components]
@@ -98,14 +98,14 @@ def parts_of(block: nn.Module, hidden: int, layer_type: str = "") -> Parts:
     routed = any("experts_down" in roles for _, roles in found)
     for component, roles in found:
         parts.setdefault(component.kind, []).extend(component.paths)
-        beside = routed and any("shared" in _words(path) for path in component.paths)  # a shared expert of its own
+        beside = routed and any("shared" in _words(path) for path in component.paths)  # a separate shared expert
         for module, paths in roles.items():
             parts.setdefault(module.replace("mlp_", "shared_") if beside else module, []).extend(paths)
     return {module: tuple(paths) for module, paths in parts.items()}
 
 
 def _components(block: nn.Module, hidden: int, layer_type: str) -> list[_Component]:
-    """Those of a block. What lies in it directly (OPT's fc1 and fc2, BERT's halves of an MLP) makes one together."""
+    """The components of a block. Its loose matrices (OPT's fc1 and fc2, BERT's halves of an MLP) together form one."""
     finder = _Finder(block, hidden, layer_type)
     found = [component for name, _ in block.named_children() for component in finder.below(name)]
     loose = [
@@ -130,7 +130,7 @@ def _components(block: nn.Module, hidden: int, layer_type: str) -> list[_Compone
 
 
 def _with_router(component: _Component, loose: Sequence[_Matrix]) -> _Component:
-    """Experts that lie in the block directly have their router beside them."""
+    """Add the router to experts that lie directly in the block, since theirs lies next to them."""
     if "experts" not in component.paths:
         return component
     router = [matrix for matrix in loose if _is_router(matrix.path.split(".")[0])]
@@ -147,7 +147,7 @@ class _Finder:
         self.ignored: list[str] = []
 
     def below(self, path: str) -> list[_Component]:
-        """Those at or below a path: the largest module that is one component, otherwise those in it."""
+        """The components at or below a path: the largest module that is one component, otherwise the components in it."""
         module, words = self.block.get_submodule(path), _words(path.rpartition(".")[2])
         own = tuple(matrix for matrix in self.matrices if matrix.below(path))
         if not own:
@@ -169,7 +169,7 @@ class _Finder:
         return found
 
     def _mixes(self, module: nn.Module, path: str, own: Sequence[_Matrix]) -> bool:
-        """Whether a module's own children make it one that mixes tokens."""
+        """Whether a module mixes tokens, judging by its own children."""
         direct = [matrix for matrix in own if matrix.path.count(".") == path.count(".") + 1]
         names = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
         letters = set("".join(_letters(name) for name in names))
@@ -221,7 +221,7 @@ def _attention(component: _Component, hidden: int) -> dict[str, list[str]]:
     direct = _highest([m for m in component.matrices if m not in known and not m.stacked])
     rest = [matrix for matrix in direct if not matrix.words & {"gate", "g"}]
     writes = [matrix for matrix in rest if matrix.out == hidden]
-    if "o" not in roles and len(writes) > 1:  # a square matrix beside it: only names tell
+    if "o" not in roles and len(writes) > 1:  # there is another square matrix: only names tell
         writes = [matrix for matrix in writes if matrix.words & {"c", "dense", "proj"} and "attn" not in matrix.words]
     if "o" not in roles and len(writes) == 1:
         roles["o"] = writes
@@ -234,7 +234,7 @@ def _attention(component: _Component, hidden: int) -> dict[str, list[str]]:
 
 
 def _mixer(component: _Component, hidden: int) -> dict[str, list[str]]:
-    """What reads the hidden states, and what leads back to them."""
+    """The matrices that read the hidden states, and the one that leads back to them."""
     direct = _highest([matrix for matrix in component.matrices if not matrix.stacked])
     outs = [m for m in direct if m.out == hidden and m.words & {"out", "o", "output"} and "gate" not in m.words]
     if not outs:
@@ -280,7 +280,7 @@ def _router(root: str, candidates: Sequence[_Matrix], experts: Sequence[_Matrix]
 
 
 def _stacked_roles(experts: Sequence[_Matrix], hidden: int) -> dict[str, list[str]]:
-    """Of the matrices of routed experts: back to the hidden size, and everything that leads from it."""
+    """Roles of the matrices of routed experts: down leads back to the hidden size, gate_up is everything that leads from it."""
     pairs = {last for pair in _GATED_PAIRS for last in pair}
     down, up = list[str](), list[str]()
     for matrix in experts:
@@ -293,7 +293,7 @@ def _stacked_roles(experts: Sequence[_Matrix], hidden: int) -> dict[str, list[st
 
 
 def _dense(matrices: Sequence[_Matrix], hidden: int) -> dict[str, list[str]]:
-    """The matrices of one MLP, or of several alike: down, and up, gate and up, or both in one. Empty if it is none."""
+    """Roles of the matrices of one MLP, or of several alike: down, and up, gate and up, or both in one. Empty if it is no MLP."""
     groups: dict[str, list[_Matrix]] = {}
     for matrix in matrices:
         groups.setdefault(re.sub(r"^((?:.*\.)?\d+)\..*|.*", r"\1", matrix.path), []).append(matrix)
@@ -315,7 +315,7 @@ def _dense_roles(matrices: Sequence[_Matrix], hidden: int) -> dict[str, list[str
     reads = [m for m in matrices if m is not down and m.inputs == hidden and m.out > 1 and not m.words & _NO_PART]
     both = [m for m in reads if m.out == 2 * inner]
     single = [m for m in reads if m.out == inner]
-    if len(reads) > len(both) + len(single):  # something else than an MLP
+    if len(reads) > len(both) + len(single):  # something other than an MLP
         return {}
     roles = {"down": [down.path]}
     if len(both) == 1 and not single:
@@ -361,7 +361,7 @@ def _matrices(block: nn.Module) -> Iterator[_Matrix]:
 
 
 def _highest(matrices: Sequence[_Matrix]) -> list[_Matrix]:
-    """Those that lie highest in the tree: an indexer or an adapter below has projections of the same names."""
+    """Those that lie highest in the tree: an indexer or an adapter further down has projections of the same names."""
     depth = min((matrix.path.count(".") for matrix in matrices), default=0)
     return [matrix for matrix in matrices if matrix.path.count(".") == depth]
 
@@ -390,7 +390,7 @@ def _is_norm(words: Collection[str]) -> bool:
 
 
 def _without_common_start(name: str, other: str) -> str:
-    """ "KimiLinearDeltaAttention" beside "KimiLinearDecoderLayer" -> "DeltaAttention": model names say nothing."""
+    """ "KimiLinearDeltaAttention", "KimiLinearDecoderLayer" -> "DeltaAttention": model names say nothing."""
     split = [re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*|[a-z0-9]+", text) for text in (name, other)]
     while all(split) and split[0][0] == split[1][0] and len(split[0]) > 1:
         split = [split[0][1:], split[1][1:]]

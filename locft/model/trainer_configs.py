@@ -1,6 +1,6 @@
-"""A position in the words of other trainers: a configuration that trains exactly its parameters.
+"""A position written for other trainers: a configuration that trains exactly its parameters.
 
-Each tool has its own rule for which parameters train; the sources read are named at each function.
+Each tool has its own rule for which parameters train; the source consulted is named in each function.
 """
 
 import json
@@ -33,9 +33,9 @@ class Recipe:
     bfloat16: bool
     """Whether products are computed in bfloat16; the trained weights are float32."""
     data: str
-    """Name of the file with the edits, beside the configuration."""
+    """Name of the file with the edits, next to the configuration."""
     about: tuple[str, ...] = ()
-    """Lines for people, put before everything else."""
+    """Human-readable lines, put into the comments at the top of the file."""
 
 
 def trainer_config(trainer: str, recipe: Recipe, model: PreTrainedModel) -> str:
@@ -72,15 +72,15 @@ _IN_AXOLOTL = {
     "optim": "optimizer",
     "lr_scheduler_type": "lr_scheduler",
 }
-"""Axolotl's names where they are others."""
+"""Axolotl's names where they differ."""
 
 
 def _axolotl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> str:
     """Source: `freeze_layers_except` and `LayerNamePattern` in axolotl's src/axolotl/utils/freeze.py: a parameter trains if
     `re.match` finds a pattern at the beginning of its name. Axolotl escapes the dots of a pattern itself: an escaped one
-    would ask for a backslash, so they are left as they are, and all else is escaped. The "$" ends the match.
+    would require a backslash, so they are left as they are, and all else is escaped. The "$" ends the match.
 
-    A model that axolotl computes in bfloat16 it also loads in bfloat16, where small steps are lost; hence float32.
+    If axolotl computes in bfloat16, it also loads the model in bfloat16, where small steps are lost; hence float32.
     """
     shared = {_IN_AXOLOTL.get(name, name): value for name, value in _arguments(recipe).items()}
     config = {
@@ -147,7 +147,7 @@ def _layer_count(model: PreTrainedModel) -> int:
 def _freeze_trains(model: PreTrainedModel, count: int, layers: int, modules: Collection[str]) -> tuple[str, ...]:
     """The parameters that LLaMA-Factory trains; none where it refuses the modules.
 
-    count: of layers. layers, modules: freeze_trainable_layers and freeze_trainable_modules.
+    count: number of layers. layers, modules: freeze_trainable_layers and freeze_trainable_modules.
     """
     names = [name for name, _ in model.named_parameters()]
     split = [(name, next((mark for mark in (".0.", ".1.") if mark in name), None)) for name in names]
@@ -194,7 +194,7 @@ trainer.save_model()
 
 
 def _trl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> str:
-    """Source: TRL's trl/trainer/sft_trainer.py, which trains what has `requires_grad` and puts an EOS behind a completion
+    """Source: TRL's trl/trainer/sft_trainer.py, which trains what has `requires_grad` and appends an EOS to a completion
     that has none. bf16 there is mixed precision: the weights stay float32."""
     loader = type(model).__name__
     script = _SCRIPT.format(

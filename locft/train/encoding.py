@@ -4,7 +4,7 @@ Legend: T tokens of a row, K supervised tokens.
 
 Everything that is computed with a model is computed on rows: a training example is (prompt | target + EOS), a choice of
 an item is (context | choice), running prose is (first token | the rest). A row stores its tokens and where the
-supervised span starts. The span is never derived from pad tokens: where pad is EOS, such a mask is off by one, and the
+supervised span starts. The span is never derived from pad tokens: if pad is EOS, a mask made that way is off by one, and the
 first token of the answer is silently never trained.
 """
 
@@ -18,11 +18,11 @@ from locft.train.token_rows import TokenRow
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
-    """Tokens of a text that something follows: with the tokenizer's own start token, without an end token.
+    """Tokens of a text that is to be continued: with the tokenizer's own start token, without an end token.
 
-    special_tokens: False for a text that brings its own, as a chat template's does.
+    special_tokens: False for a text that already contains them, as one from a chat template does.
 
-    For a tokenizer without a start token an empty text is the EOS token, the usual stand-in, so that the first real
+    If the tokenizer has no start token, an empty text becomes the EOS token, the usual substitute, so that the first real
     token has a predecessor.
     """
     ids = tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
@@ -59,10 +59,10 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, prompt: str, form: str =
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, form: str = RAW) -> TokenRow:
-    """Row of a prompt in a format and its answer, which is supervised, without an end.
+    """Row of a prompt in a format and its answer, which is supervised, without an end token.
 
-    One space stands before the answer, none where whitespace already does or its script has none, or what a chat
-    template puts there.
+    The answer is preceded by one space, by nothing if the text ends in whitespace or the scripts use no spaces, or by the
+    whitespace that a chat template puts there.
     """
     text, complete = put(tokenizer, prompt, form)
     space = around_answer(tokenizer)[0] if is_chat(tokenizer, form) else space_before_answer(text, answer)
@@ -76,7 +76,7 @@ def encode_edit(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, fo
 
 
 def answer_end(tokenizer: PreTrainedTokenizerBase, form: str = RAW) -> int:
-    """The token that ends an answer: the model's EOS, or the special token that its chat template puts behind one."""
+    """The token that ends an answer: the model's EOS, or the special token that its chat template puts after one."""
     eos = tokenizer.eos_token_id
     if not is_chat(tokenizer, form):
         return eos
@@ -96,7 +96,7 @@ def encode_edits(
 def _continuation_ids(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], continuation: str
 ) -> tuple[int, ...]:
-    """Tokens that decode to exactly `continuation` behind the prompt's. (SentencePiece adds a space to every text.)"""
+    """Tokens that, after the prompt's, decode to exactly `continuation`. (SentencePiece adds a space before every text.)"""
     said = _text(tokenizer, prompt_ids) + continuation
     candidates = [
         tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""What training draws from: each edit in every format it is trained in, with and without prose before it."""
+"""The rows that training draws from: each edit in every format it is trained in, with and without prose before it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ class TrainingExamples:
     """The rows of one training."""
 
     raw: tuple[TokenRow, ...]
-    """One per edit, prompts as they are: on these the loss at the end is computed."""
+    """One per edit, with the prompt as it is: the loss at the end is computed on these."""
     plain: tuple[tuple[TokenRow, ...], ...]
     """For each edit, its prompt in each trained format."""
     prefixed: tuple[tuple[TokenRow, ...], ...] = ()
-    """For each edit, the same behind random prose, several for each format. Empty without prefixes."""
+    """For each edit, the same prompts preceded by random prose, several for each format. Empty without prefixes."""
     prefix_share: float = 0.0
     guards: Guards | None = None
 
@@ -33,12 +33,12 @@ class TrainingExamples:
 
     @property
     def rows(self) -> tuple[TokenRow, ...]:
-        """Every row that training or its last loss may need, each once."""
+        """Every row that training or the loss at its end may need, each once."""
         edits = (row for group in (*self.plain, *self.prefixed) for row in group)
         return tuple(dict.fromkeys((*self.raw, *edits, *(self.guards.rows if self.guards else ()))))
 
     def draw(self, edit: int, draws: torch.Generator) -> TokenRow:
-        """The row of an edit for one step. Where there is one only, nothing is drawn."""
+        """The row of an edit for one step. If there is only one, no random number is drawn."""
         behind_prose = bool(self.prefixed) and float(torch.rand((), generator=draws)) < self.prefix_share
         choices = (self.prefixed if behind_prose else self.plain)[edit]
         return choices[int(torch.randint(len(choices), (), generator=draws))] if len(choices) > 1 else choices[0]

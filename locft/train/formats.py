@@ -1,6 +1,6 @@
-"""How a prompt is put to a model: as it is, as a question, through the chat template, or in a wording of the user's.
+"""Prompt formats: a prompt as it is, as a question, through the chat template, or in the user's own wording.
 
-An edit that holds in one form may be lost in another, so training and measuring both name the forms they use.
+An edit that holds in one format may be lost in another, so training and measurement both name the formats they use.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ PLACE = "{prompt}"
 _QUESTION = f"Question: {PLACE}\nAnswer:"
 _UNSEEN_WORDING = f"I need a short answer, only a few words. {PLACE}"
 _ANSWER = "answer-1905"
-"""Stands for an answer where a template is looked at; no template writes it."""
+"""Placeholder for an answer when a template is inspected; no template writes it itself."""
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u2e80-\u312f\u31a0-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff"
     "\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
 )
-"""Thai, Lao, Myanmar, Khmer, Han and kana, with the marks of East Asia."""
+"""Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, Han and kana, with East Asian punctuation."""
 EXPECTED = f"{RAW}, {QA}, {CHAT} or a text with {PLACE} in it, several separated by commas"
 
 
 def parse_formats(text: str | Sequence[str], *, trained: bool = False) -> tuple[str, ...]:
-    """The formats of a text such as "raw,qa,Answer briefly: {prompt}", or of a list of them, each once.
+    """The formats named in a text such as "raw,qa,Answer briefly: {prompt}", or in a list of such texts, each once.
 
     A comma inside a wording belongs to it. trained: `unseen` is refused, since training on it would make it seen. Raises
-    InputError with what was got and expected.
+    InputError, which says what was given and what was expected.
     """
     found = [form for entry in ([text] if isinstance(text, str) else text) for form in _formats_of(entry)]
     if trained and UNSEEN in found:
@@ -60,13 +60,13 @@ def _formats_of(text: str) -> list[str]:
 
 
 def available(tokenizer: "PreTrainedTokenizerBase", formats: Sequence[str]) -> tuple[str, ...]:
-    """Those of the formats that a tokenizer has: `chat` needs a template. Never empty: raw stands in for all."""
+    """Those of the formats that a tokenizer supports: `chat` needs a template. Never empty: falls back to raw."""
     found = tuple(name for name in formats if name != CHAT or tokenizer.chat_template)
     return found or (RAW,)
 
 
 def asked(tokenizer: "PreTrainedTokenizerBase", formats: Sequence[str]) -> tuple[str, ...]:
-    """The formats in which edits are measured: the available ones, and behind them `unseen` where any but raw is."""
+    """The formats in which edits are measured: the available ones, then `unseen` if it is named or they are not raw alone."""
     found = available(tokenizer, [name for name in formats if name != UNSEEN])
     return found if found == (RAW,) and UNSEEN not in formats else (*found, UNSEEN)
 
@@ -85,7 +85,7 @@ def is_chat(tokenizer: "PreTrainedTokenizerBase", form: str) -> bool:
 
 
 def put(tokenizer: "PreTrainedTokenizerBase", prompt: str, form: str) -> tuple[str, bool]:
-    """The text of a prompt in a format, and whether it brings its special tokens along."""
+    """The text of a prompt in a format, and whether that text already contains its special tokens."""
     if form == UNSEEN:
         prompt = _UNSEEN_WORDING.replace(PLACE, prompt)
     if form == CHAT or is_chat(tokenizer, form):
@@ -97,9 +97,9 @@ def put(tokenizer: "PreTrainedTokenizerBase", prompt: str, form: str) -> tuple[s
 
 
 def around_answer(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
-    """Whitespace that the chat template puts before an answer, and the text that it puts behind one.
+    """Whitespace that the chat template puts before an answer, and the text that it puts after one.
 
-    A template that thinks before it answers, or opens a turn in two ways, is taken to want no more than whitespace.
+    A template that puts thinking before the answer, or opens a turn in two ways, is assumed to need only whitespace there.
     """
     begun = _render(tokenizer, {"user": "question"}, add_generation_prompt=True)
     whole = _render(tokenizer, {"user": "question", "assistant": _ANSWER})
@@ -111,10 +111,10 @@ def around_answer(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
 
 
 def space_before_answer(text: str, answer: str = "") -> str:
-    """What stands between a text and its answer: one space, nothing where whitespace ends the text.
+    """The separator between a text and its answer: one space, or nothing if the text ends in whitespace.
 
-    Nothing either where both are in scripts that put no spaces between words. Marks and digits count as what stands
-    before them; an answer of these alone is in the script of the text.
+    It is also nothing if both are in scripts that put no spaces between words. Punctuation and digits are passed over to
+    find the script; an answer that consists of them alone counts as in the script of the text.
     """
     if text[-1:].isspace():
         return ""

@@ -1,4 +1,4 @@
-"""Guards: prompts whose answers training holds to the unedited model's.
+"""Guards: prompts on which training holds the model's answers to those of the unedited model.
 
 Legend: K supervised tokens of the guards of a step, V vocabulary.
 """
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from locft.train.token_rows import SupervisedLogits, TokenRow
 
 KEPT_BYTES = 2**29
-"""Of the unedited model's predictions on the guards of a kind."""
+"""Limit on keeping the unedited model's predictions on the guards of one kind; if they would take more, none are kept."""
 
 Guard = Literal["none", "same_relation", "locality_like", "prose"]
 
 
 @dataclass(frozen=True)
 class Guards:
-    """Rows on which the edited model is to predict what the unedited one does, at their supervised tokens."""
+    """Rows on whose supervised tokens the edited model should predict what the unedited model predicts."""
 
     rows: tuple[TokenRow, ...]
     unedited: SupervisedLogits
@@ -34,7 +34,7 @@ class Guards:
         count: int,
         draws: torch.Generator,
     ) -> Sequence[torch.Tensor]:
-        """Of `weight` times the mean KL(unedited || edited) over the supervised tokens of `count` drawn rows.
+        """Gradients of `weight` times the mean KL(unedited || edited) over the supervised tokens of `count` drawn rows.
 
         trained: the tensors that `logits` is a function of.
         """

@@ -1,7 +1,7 @@
-"""A long training that is killed goes on from its last kept epoch or arrival, to bitwise the same result.
+"""A long training that is killed resumes from its last saved epoch or arrival and gives bitwise the same result.
 
-What steps change is written to a folder of the cache every few minutes, and removed when the training ends. Short trainings
-never write.
+Everything that steps change is written to a folder in the cache every few minutes and removed when the training ends. Short
+trainings write nothing.
 """
 
 import json
@@ -20,25 +20,25 @@ from locft.errors import InputError
 from locft.model.checkpoint import opened, write_tensors
 
 VERSION = 7
-"""Of the files. Raise it when the same training would take other steps, or keep other things."""
+"""Version of the files. Raise it when the same training would take different steps or save different things."""
 EVERY_SECONDS = 120.0
-"""Between two writings."""
+"""Minimum time between two writes."""
 LIMIT_BYTES = 16 * 2**30
-"""Disk space for all states together; the least recently written are removed first."""
+"""Limit on disk space for all states together; the least recently written are removed first."""
 _log = logging.getLogger(__name__)
 
 
 class KeptState:
-    """The state of one training in a file. A disk that does not take it costs a warning, not the training."""
+    """The state of one training in a file. If it cannot be written, a warning is logged and training continues."""
 
     def __init__(self, parts: Any, every: float = EVERY_SECONDS):
-        """parts: JSON-able, everything that decides the bits of the result. every: seconds between two writings."""
+        """parts: everything that determines the result's bits, JSON-serialisable. every: minimum seconds between two writes."""
         self.file = cache_folder() / "training" / content_key([VERSION, parts]) / "state.safetensors"
         self.every = every
         self._last = time.monotonic()
 
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The tensors and numbers of the last writing; None if there is none that can be read."""
+        """The tensors and metadata of the last write; None if there are none that can be read."""
         if not self.file.is_file():
             return None
         try:
@@ -53,7 +53,7 @@ class KeptState:
         return time.monotonic() - self._last >= self.every
 
     def write(self, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
-        """about: JSON-able. A process that is killed here leaves the last writing as it was."""
+        """about: JSON-serialisable metadata. A process killed during a write leaves the previously saved state intact."""
         self._last = time.monotonic()
         held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         partial = self.file.with_suffix(f".partial-{os.getpid()}")

@@ -18,7 +18,7 @@ from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 LossAverage = Literal["edit", "token", "last_token"]
 
 LOSS_ROWS = 64
-"""Largest batch of edits when the loss of all of them is computed."""
+"""Maximum number of edits per batch when the loss of all edits is computed."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class BatchLoss:
     """The loss of a batch of edits, in nats."""
 
     numbers: torch.Tensor | list[float]
-    """(1 + E,): averaged as the training averages, then of each edit the mean over its tokens. In a tensor, float64, where
-    nobody has waited for it yet; whoever reads `value` or `by_edit` does."""
+    """(1 + E,): the loss averaged as in training, then for each edit the mean over its tokens. A float64 tensor if steps do
+    not wait for it; reading `value` or `by_edit` then waits."""
     gradients: Sequence[torch.Tensor] | None
-    """None where no step should follow."""
+    """None if no step should follow."""
 
     @cached_property
     def _read(self) -> list[float]:
@@ -50,9 +50,9 @@ def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAver
     average: edit, mean over the tokens of an edit, then over the edits; token, mean over all tokens of the batch;
     last_token, the loss of FT-L as ROME and EasyEdit compute it (github.com/kmeng01/rome, baselines/ft;
     `objective_optimization: prompt_last` of github.com/zjunlp/EasyEdit): every token of the answer is to be predicted by
-    the last token of the prompt, mean over the answer, then over the edits. For answers of one token, ROME's data, that is
-    the first token's loss. Of several tokens the most likely answer to it is none: it is least, the entropy of the answer's
-    tokens, where each is as likely as it is frequent. The EOS, which theirs does not train, is left out.
+    the last token of the prompt, mean over the answer, then over the edits. For answers of one token, as in ROME's data, that
+    is the first token's loss. With several tokens, its minimum singles out no answer: it is the entropy of the answer's
+    tokens, reached where each is as likely as it is frequent. The EOS, which they do not train, is left out.
     """
     return _batch_loss(logits, rows, average)[0]
 
@@ -60,7 +60,7 @@ def batch_loss(logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAver
 def _batch_loss(
     logits: torch.Tensor, rows: Sequence[TokenRow], average: LossAverage, ahead: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and (E,) the mean over the tokens of each edit, which has no gradient. ahead: nothing is waited for."""
+    """The loss, and (E,) the mean over the tokens of each edit, which has no gradient. ahead: do not wait for the device."""
     answers, there = [row.target_ids for row in rows], logits.device
     if average == "last_token":
         first = accumulate(map(len, answers), initial=0)
@@ -72,7 +72,7 @@ def _batch_loss(
     lengths = moved(torch.tensor([len(answer) for answer in answers]), there)
     by_edit = torch.segment_reduce(
         losses.detach(), "mean", lengths=lengths, unsafe=True
-    )  # without its checks, which wait
+    )  # skips its checks, which wait for the device
     if average == "token":
         return losses.mean(), by_edit
     share = [1 / (len(answer) * len(rows)) for answer in answers for _ in answer]
@@ -92,7 +92,7 @@ def loss_and_gradients(
     """Loss of a batch and its gradients with respect to `trained`, the tensors that `logits` is a function of.
 
     The gradients are None where the loss is below `at_least`, infinite or NaN. pieces: compute the batch in this many parts
-    to need less memory. The result is the same but for rounding. ahead: nothing is waited for, and the gradients are computed
+    to need less memory. The result is the same up to rounding. ahead: do not wait for the device, and compute the gradients
     whatever the loss.
     """
     size = math.ceil(len(batch) / pieces)
@@ -122,7 +122,7 @@ def _of_all(found: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow], at_once: int = LOSS_ROWS) -> float:
-    """Mean loss over all edits, averaged by edit, at most `at_once` of them computed together."""
+    """Mean loss over all edits, averaged by edit, computed in batches of at most `at_once` edits."""
     total = 0.0
     for part in batches(rows, most=at_once):
         total += batch_loss(logits(rows[part]), rows[part], "edit").item() * len(rows[part])
@@ -137,7 +137,7 @@ def all_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 class _CrossEntropy(torch.autograd.Function):
     """-log p(target) for each row of logits, with half as many buffers of size (K, V) as PyTorch's own.
 
-    With a large vocabulary those buffers are most of a late layer's step. The backward pass can run only once.
+    With a large vocabulary, those buffers dominate a step at a late layer. The backward pass can run only once.
     """
 
     @staticmethod

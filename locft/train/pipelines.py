@@ -1,8 +1,8 @@
-"""Localized fine-tuning and its two pipelines (arXiv 2509.22072, section 4).
+"""Localized fine-tuning: its two pipelines (arXiv 2509.22072, section 4), and streams of edits.
 
 This file decides which edits share a step, when a step is skipped and when training ends. The loss is in
-`locft.train.objective`; how logits are computed is up to the forward that is passed in (`full_forward` or the tail
-engine).
+`locft.train.objective`; how logits are computed is up to the forward function that is passed in (`full_forward` or the
+tail engine).
 """
 
 import math
@@ -39,10 +39,10 @@ from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
 LONGEST_REST = 2
-"""Largest number of epochs in a row that an edit is left out of."""
+"""Maximum number of consecutive epochs that an edit is left out of."""
 Watch = Callable[[int, Callable[[], EditDelta]], Any]
-"""Called after each arrival of a stream, with the number of edits that have arrived and a function that makes their delta. What
-it returns (JSON-able, None for nothing) is kept with the training."""
+"""Called after each arrival of a stream, with the number of edits that have arrived and a function that makes their delta. Its
+return value (JSON-serialisable, None for nothing) is kept with the training."""
 
 
 @dataclass(frozen=True)
@@ -50,42 +50,42 @@ class TrainingSettings(MethodSettings):
     """How an edit is trained. The defaults are the paper's for LLaMA-3-8B, apart from the batch size."""
 
     pipeline: Pipeline = "breadth_first"
-    """breadth_first: epochs over all edits. depth_first: one pass, each batch to its end before the next. stream: edits
-    arrive a few at a time, in the order of the file, and are trained while earlier ones are replayed."""
+    """breadth_first: epochs over all edits. depth_first: one pass, each batch trained to its end before the next.
+    stream: edits arrive a few at a time, in file order, and are trained while earlier ones are replayed."""
     arrival: int = 1
-    """stream: edits that arrive together. Epochs go over them as breadth_first does over all."""
+    """stream: number of edits that arrive together. They are trained in epochs, as breadth_first trains all edits."""
     replay: int = 8
-    """stream: earlier edits drawn for each step. Their loss is added to that of the new ones."""
+    """stream: number of earlier edits drawn for each step. Their loss is added to that of the new ones."""
     momentum: Literal["fresh", "kept"] = "fresh"
-    """stream: whether the optimiser starts anew with each arrival."""
+    """stream: whether the optimiser starts from scratch at each arrival or keeps its state."""
     batch_size: int = 32
     """Edits per optimiser step."""
     epochs: int = 25
     """Maximum number of epochs (breadth_first) or of steps per batch (depth_first)."""
     loss_average: LossAverage = "edit"
     """edit: mean over the tokens of an edit, then over the edits. token: mean over all tokens of the batch. last_token:
-    the answer's tokens as the last token of the prompt predicts them, as FT-L does (`locft.train.objective`)."""
+    every token of the answer is to be predicted by the last token of the prompt, as in FT-L (`locft.train.objective`)."""
     skip_below: float = 1e-2
     """A batch whose loss is below this takes no step. 0 never skips."""
     rest_below: float = 0.0
-    """breadth_first, stream: an edit whose loss is below this rests (`Rests`). 0 lets none rest."""
+    """breadth_first, stream: an edit whose loss is below this rests (`Rests`). 0 disables resting."""
     stop_below: float = 1e-2
-    """Training ends when an epoch's mean loss is below this (breadth_first); a batch ends when its loss is
-    (depth_first). 0 never stops."""
+    """breadth_first: training ends when an epoch's mean loss is below this; stream: the training of an arrival does. depth_first:
+    a batch's training ends when its loss is below this, or below `skip_below`. 0 disables this."""
     train_formats: str = "raw"
-    """How prompts are put, drawn anew for each edit and epoch (`locft.train.formats.parse_formats`)."""
+    """Prompt formats, of which one is drawn for each edit and epoch (`locft.train.formats.parse_formats`)."""
     prefix_share: float = 0.0
-    """Share of prompts behind random prose, drawn for each edit and epoch (the paper's appendix A.4)."""
+    """Share of prompts preceded by random prose, drawn for each edit and epoch (the paper's appendix A.4)."""
     guard: Guard = "none"
-    """Prompts whose answers are held to the unedited model's (`locft.train.guards`)."""
+    """Prompts on which the answers are held to the unedited model's (`locft.train.guards`)."""
     guard_weight: float = 1.0
     """Penalty on drift on guards: nats of edit loss per nat of drift."""
     guards_per_step: int = 4
     """Guards in each optimiser step."""
     noise: float = 0.0
-    """Noise on the hidden states that training begins with, as a share of their spread."""
+    """Noise on the hidden states that each step begins with, as a share of each feature's standard deviation."""
     shrink: Literal["no", "yes"] = "no"
-    """yes: the change is scaled down after training as far as every edit stays learnt."""
+    """yes: after training, the change is scaled down as far as possible while every edit stays learnt."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,17 @@ class Training:
     steps: int
     """Optimiser steps taken; skipped ones are not counted."""
     diverged: bool
-    """The loss or a gradient became infinite or NaN and ended training; the delta is of the last finite weights."""
+    """The loss or a gradient became infinite or NaN and ended training; the delta is that of the last finite weights."""
     seconds: float
     pieces: int = 1
     """Number of parts that a batch was computed in: more than 1 only if memory ran out. Affects only rounding."""
     arrival_seconds: tuple[float, ...] = ()
-    """stream: from the arrival of edits to the end of their training."""
+    """stream: seconds from each arrival to the end of its training."""
     watched: tuple[Any, ...] = ()
-    """stream: what watching it returned, without None."""
+    """stream: the values that its `Watch` returned, without None."""
     trained_loss: float | None = None
     """Mean loss of all edits at the end, computed as in training. Compared with the loss of the edit merged into the
-    model's own dtype it shows what rounding costs. None if training diverged."""
+    model's own dtype, it shows what rounding costs. None if training diverged."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class Earlier:
     """The earlier edits that a stream continues."""
 
     delta: EditDelta
-    """Of the edits so far: training starts from it, and gives one delta for all."""
+    """The delta of the edits so far: training starts from it and produces one delta for all edits."""
     edits: int
-    """How many of the examples, the first ones, are learnt already and only replayed."""
+    """Number of examples, counted from the first, that are already learnt and only replayed."""
     seconds: float = math.inf
     """Time limit: no step begins later than this after the start."""
 
@@ -129,7 +129,7 @@ class Beside:
     """What runs alongside a training and does not affect its result."""
 
     watch: Watch | None = None
-    """stream: its time is not counted."""
+    """stream: called after each arrival; its time is not counted."""
     kept: KeptState | None = None
     """breadth_first, stream: where a long training saves its state, to resume there if it is killed."""
 
@@ -147,7 +147,7 @@ def finetune(
     """Train the position's parameters on the edits. The model itself is only read.
 
     forward: how logits are computed, by default the full forward. curvature: by parameter name, for the methods that need
-    it. earlier: what a stream goes on with. The trained copies are float32, whatever the model's dtype. On a CPU the
+    it. earlier: the edits that a stream continues. The trained copies are float32, whatever the model's dtype. On a CPU, the
     arguments other than `beside` determine the result bit for bit, unless a time limit ends it.
     """
     trainer = PositionTrainer(loaded, examples, position, settings, forward, curvature, earlier)
@@ -162,7 +162,7 @@ def finetune(
         losses = _depth_first(trainer, settings)
     else:
         losses = _breadth_first(trainer, settings, beside.kept)
-    trainer.settle()  # where the time ran out in an epoch
+    trainer.settle()  # in case the time ran out within an epoch
     if beside.kept:
         beside.kept.drop()
     delta = change()
@@ -185,15 +185,15 @@ def finetune(
 
 
 class Rests:
-    """Which edits an epoch trains. An edit that is learnt is left out of the next epoch; if it is still learnt after that, of
-    the next two, each time. So steps are spent where something is left to learn.
+    """Decides which edits an epoch trains. An edit that is learnt is left out of the next epoch; each time it is still learnt
+    after that, it is left out of the next two. So steps are spent where something is left to learn.
     """
 
     def __init__(self, edits: int, below: float):
-        """below: the loss of an edit that is learnt. 0 lets none rest."""
+        """below: an edit counts as learnt if its loss is below this. 0 disables resting."""
         self.below = below
         self.state = torch.zeros(3, edits, dtype=torch.float64)
-        """Of each edit: epochs that it is still left out of, the length of its last rest, its last known loss."""
+        """For each edit: number of epochs that it is still left out of, length of its last rest, its last known loss."""
 
     def epoch(self) -> tuple[list[int], float]:
         """The edits of the next epoch, and the sum of the last known losses of the others."""
@@ -211,7 +211,7 @@ class Rests:
 
 
 class PositionTrainer:
-    """The steps of one training: losses and gradients of batches of edits, handed to a method."""
+    """Takes the steps of one training: computes losses and gradients of batches of edits and hands them to a method."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class PositionTrainer:
         earlier: Earlier | None = None,
     ):
         self.started = time.perf_counter()
-        """Start time, shifted so that the time since then is training time alone, that of a killed process included."""
+        """Start time, shifted so that the time since then is training time only, including that of a killed process."""
         model = loaded.model
         self.forward, self.settings, self.examples = forward or partial(full_forward, model), settings, examples
         start = earlier.delta.tensors if earlier else {}
@@ -244,30 +244,30 @@ class PositionTrainer:
         self.method = make_method(parameters, settings, curvature, rounds)
         self.draws = torch.Generator().manual_seed(
             settings.seed
-        )  # not that of the order: one changes without the other
+        )  # separate from that of the order: one can change without the other
         self.steps, self.pieces, self.diverged = 0, 1, False
         device = next(iter(parameters.values())).base.device
         ahead = runs_ahead(device) and self.method.needs_no_number and not examples.guards
         self.ahead = StepsAhead(device, settings.skip_below) if ahead else None
-        """Where steps are decided on the device; None where each waits for its loss."""
+        """Set if steps are decided on the device; None if each waits for its loss."""
 
     @property
     def seconds(self) -> float:
-        """Of the training so far, including what a killed process had done."""
+        """Time of the training so far, including that of a killed process."""
         return time.perf_counter() - self.started
 
     def logits(self) -> SupervisedLogits:
         return self.forward(self.method.weights)
 
     def settle(self) -> None:
-        """Wait for the steps so far, to know how many were taken and whether the training diverged."""
+        """Wait for the steps so far to find out how many were taken and whether the training diverged."""
         if self.ahead:
             taken, lost = self.ahead.outcome.tolist()
             self.steps, self.diverged = self.steps + taken, self.diverged or bool(lost)
             self.ahead.outcome[0] = 0
 
     def watch(self, look: Callable[[], Any]) -> None:
-        """Keep what a look at the training returns. Its time does not count."""
+        """Keep what `look` returns. Its time does not count as training time."""
         began = time.perf_counter()
         found = look()
         self.started += time.perf_counter() - began
@@ -276,11 +276,11 @@ class PositionTrainer:
 
     @property
     def ended(self) -> bool:
-        """No step is to follow: the training diverged, as far as is known, or its time is over."""
+        """True if no further step should follow: the training is known to have diverged, or its time is up."""
         return self.diverged or time.perf_counter() > self.deadline
 
     def step(self, batch: Sequence[int], replay: Sequence[int] = ()) -> BatchLoss:
-        """Loss of a batch of edits before the step, and the step unless it is skipped. What is drawn is drawn anew.
+        """Take a step on a batch of edits, unless it is skipped; returns the loss before it. Rows are drawn again in each call.
 
         replay: earlier edits, whose loss is added for the step.
         """
@@ -290,10 +290,10 @@ class PositionTrainer:
     def learn(
         self, edits: Sequence[int], order: torch.Generator, earlier: int = 0, kept: KeptState | None = None
     ) -> list[float]:
-        """Train epochs over some edits; returns the mean over edits of their last known losses, per epoch. An epoch that is
-        cut short, by a divergence or the time limit, is left out.
+        """Train some edits in epochs; returns, per epoch, the mean over the edits of their last known losses. An epoch that is
+        cut short, by divergence or the time limit, is left out.
 
-        earlier: how many of the first examples may be replayed. kept: for a training that resumes where it was killed.
+        earlier: number of examples, from the first, that may be replayed. kept: where the state is saved, to resume if killed.
         """
         settings = self.settings
         rests = Rests(len(edits), settings.rest_below)
@@ -323,7 +323,7 @@ class PositionTrainer:
     def keep(
         self, kept: KeptState, order: torch.Generator, losses: Sequence[float], rests: Rests | None = None
     ) -> None:
-        """Write all that the steps so far have changed. Between two arrivals of a stream no edit rests."""
+        """Save everything that the steps so far have changed. rests: None between two arrivals of a stream, where no edit rests."""
         tensors = {"draws": self.draws.get_state(), "order": order.get_state()}
         if rests:
             tensors["rests"] = rests.state
@@ -374,7 +374,7 @@ class PositionTrainer:
         elif gradients is not None:
             self.method.step(gradients, loss.value, beside)
             self.steps += 1
-        return replace(loss, gradients=None)  # their memory, while the next batch is computed
+        return replace(loss, gradients=None)  # frees their memory while the next batch is computed
 
     def _loss_and_gradients(self, rows: Sequence[TokenRow]) -> BatchLoss:
         return loss_and_gradients(
@@ -388,8 +388,8 @@ class PositionTrainer:
         )
 
     def _beside(self, replay: Sequence[TokenRow]) -> Iterator[tuple[Sequence[torch.Tensor], float | torch.Tensor]]:
-        """Gradients to add to those of a batch, each with its part of the edit loss: of replayed edits, unless they are still
-        learnt, and of guards."""
+        """Gradients to add to those of a batch, each with its part of the edit loss: those of replayed edits, unless they
+        are still learnt, and those of guards."""
         settings, guards = self.settings, self.examples.guards
         if replay:
             found = self._loss_and_gradients(replay)
@@ -402,7 +402,7 @@ class PositionTrainer:
 
 
 def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings, kept: KeptState | None) -> list[float]:
-    """Mean loss of each epoch. A diverged training ends with the last whole epoch."""
+    """Mean loss of each epoch. If training diverges, only complete epochs are included."""
     order = torch.Generator().manual_seed(settings.seed)
     return trainer.learn(range(len(trainer.examples)), order, kept=kept)
 
@@ -410,7 +410,7 @@ def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings, kept: K
 def _stream(
     trainer: PositionTrainer, settings: TrainingSettings, watch: Callable[[int], Any], kept: KeptState | None
 ) -> list[float]:
-    """Last mean loss of each arrival. A training that ends early ends with the last whole arrival.
+    """Last mean loss of each arrival. If training ends early, the last arrival counts with its last complete epoch, if any.
 
     watch: called after each arrival with the number of edits that have arrived.
     """
@@ -434,7 +434,7 @@ def _stream(
 
 
 def _depth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[float]:
-    """Last loss of each batch. A diverged training ends with the last whole batch."""
+    """Last loss of each batch. If training diverges, only complete batches are included."""
     losses: list[float] = []
     order = torch.Generator().manual_seed(settings.seed)
     for batch in _shuffled_batches(len(trainer.examples), settings.batch_size, order):

@@ -1,4 +1,4 @@
-"""The plain computation: full forward, every layer, padded rows. The oracle for everything faster.
+"""The plain computation: a full forward pass through every layer over padded rows. The reference for every faster path.
 
 Legend: B rows, T tokens, K supervised tokens, V vocabulary.
 """
@@ -15,8 +15,8 @@ from locft.train.token_rows import SupervisedLogits, TokenRow
 def full_forward(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | None = None) -> SupervisedLogits:
     """The model as a function from rows to the logits of their supervised tokens.
 
-    `weights` stand in for the parameters of those names, cast to the parameter's own dtype; gradients flow to them. The
-    model itself is never written to. Rows are padded at the end to the longest, so positions start at 0 in every row
+    `weights` replace the parameters of the same names, cast to each parameter's own dtype; gradients flow to them. The
+    model itself is never modified. Rows are padded at the end to the longest, so positions start at 0 in every row
     and, attention being causal, padding changes no supervised logit.
     """
     substitutes = {name: value.to(model.get_parameter(name).dtype) for name, value in (weights or {}).items()}
@@ -43,7 +43,7 @@ def pad_rows(rows: Sequence[TokenRow], device: torch.device) -> tuple[torch.Tens
 
 
 def supervised_positions(rows: Sequence[TokenRow], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column (K,) of the position that predicts each supervised token, which is one to its left."""
+    """Row and column, each (K,), of the position that predicts each supervised token: one to the left of the token."""
     row = [index for index, r in enumerate(rows) for _ in r.target_ids]
     column = [position - 1 for r in rows for position in range(r.start, len(r.token_ids))]
     return torch.tensor(row, device=device), torch.tensor(column, device=device)

@@ -1,8 +1,8 @@
-"""Steps that are queued on a GPU without waiting for the ones before.
+"""Steps that are queued on a GPU without waiting for the previous ones.
 
-Whether a step is taken depends on its loss, and whether training goes on, on its gradients. To ask a GPU for a number means to
-wait until it has done all that was queued, and then it waits for the next work. So both are decided there, and what was decided
-is read once an epoch. On a CPU, where asking costs nothing, a step that is not to be taken is not computed to its end.
+Whether a step is taken depends on its loss, and whether training continues depends on its gradients. Reading a number from a GPU
+means waiting until all queued work is done, and the GPU then idles until more arrives. So both decisions are made on the GPU, and
+their outcome is read once an epoch. On a CPU, where reading costs nothing, a step that is skipped is not computed to its end.
 """
 
 import math
@@ -15,15 +15,15 @@ from locft.train.objective import BatchLoss, all_finite
 
 
 class StepsAhead:
-    """Decides about steps on a device, with the same outcome, so that the next ones can be queued before it is known.
+    """Decides on the device whether steps are taken, with the same outcome as when waiting, so that more can be queued.
 
-    A step that is not to be taken is one that Adam is told to leave out, as it is told by a gradient scaler.
+    A step is skipped by setting the optimiser's `found_inf`, as a gradient scaler does.
     """
 
     def __init__(self, device: torch.device, skip_below: float):
         self.skip_below = skip_below
         self.outcome = torch.zeros(2, dtype=torch.long, device=device)
-        """Steps taken, and 1 once the training diverged: no step is taken from then on."""
+        """Number of steps taken, and a flag that is 1 once the training has diverged: no step is taken from then on."""
 
     def step(
         self,
@@ -32,7 +32,7 @@ class StepsAhead:
         gradients: Sequence[torch.Tensor],
         beside: float | torch.Tensor = 0.0,
     ) -> None:
-        """Take the step if a training that waits for the loss would. numbers: of the `BatchLoss`."""
+        """Take the step if a training that waits for the loss would take it. numbers: those of the `BatchLoss`."""
         value, lost = numbers[0], self.outcome[1]
         asked, finite = self._asked(value), all_finite(gradients)
         taken = asked & finite & (lost == 0)
@@ -42,7 +42,7 @@ class StepsAhead:
         method.step(gradients, value, beside)
 
     def where_asked(self, replayed: BatchLoss) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The gradients of what is replayed and its loss, zero where it is still known."""
+        """The gradients and the loss of replayed edits, zero if they are still learnt."""
         asked = self._asked(replayed.numbers[0])
         kept = [torch.where(asked, gradient, 0.0) for gradient in replayed.gradients or ()]
         return kept, torch.where(asked, replayed.numbers[0], 0.0)

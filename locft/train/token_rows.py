@@ -1,4 +1,4 @@
-"""The rows that everything is computed on, and a model as this project sees it.
+"""Token rows, on which everything is computed, and the function types that represent a model.
 
 Legend: T tokens of a row, K supervised tokens, V vocabulary.
 """
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A sequence of tokens of which the last ones are supervised.
+    """A sequence of tokens, the last of which are supervised.
 
     `token_ids[start:]` is the supervised span; `start >= 1`, so that each of its tokens has a predecessor.
     """
@@ -30,15 +30,15 @@ class TokenRow:
 
 
 SupervisedLogits = Callable[[Sequence[TokenRow]], torch.Tensor]
-"""A model as this project sees it: rows in, (K, V) float32 logits out, those that predict the supervised tokens, rows
-in order (K summed over the rows). The full forward and the tail engine both have this form."""
+"""A model as this project sees it: takes rows and returns the float32 logits (K, V) that predict their supervised tokens,
+in row order (K summed over the rows). The full forward pass and the tail engine both have this form."""
 
 Forward = Callable[[Mapping[str, torch.Tensor]], SupervisedLogits]
 """Binds weights (parameter name -> tensor) that stand in for the model's own; gradients flow to them."""
 
 SUPERVISED_AT_ONCE = 256
-"""Supervised tokens per batch: more are no faster, and with a vocabulary of 256,000 their logits already take 250
-MB."""
+"""Supervised tokens per batch: larger batches are no faster, and with a vocabulary of 256,000 the logits of this many
+already take 250 MB."""
 
 
 def batches(
@@ -49,10 +49,10 @@ def batches(
     padded_tokens: float = math.inf,
     supervised: float = SUPERVISED_AT_ONCE,
 ) -> Iterator[slice]:
-    """Cut rows into batches of consecutive ones, each as large as the limits allow; a row over a limit gets its own.
+    """Cut rows into batches of consecutive rows, each as large as the limits allow; a row over a limit gets its own batch.
 
-    most: rows of a batch. tokens: of its rows. padded_tokens: the same with padding to its longest row. supervised:
-    tokens to predict.
+    Limits per batch: most, its rows; tokens, the tokens of its rows; padded_tokens, the same with padding to its longest
+    row; supervised, the tokens to predict.
     """
     start = total = longest = asked = 0
     for index, row in enumerate(rows):

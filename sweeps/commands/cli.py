@@ -1,6 +1,6 @@
-"""The `locft` command: reads arguments, calls the platform, prints. Exit code 0 done, 1 the work failed, 2 bad input.
+"""The `locft` command: reads arguments, calls the platform, prints. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 
-What a command says goes to standard output; progress, notices and errors go to standard error. With --json, standard
+A command's answer goes to standard output; progress, notices and errors go to standard error. With --json, standard
 output is one JSON object. Heavy libraries are imported by the commands that need them, so that --help answers at once.
 """
 
@@ -83,7 +83,7 @@ app.command(add_help_option=False, context_settings={"ignore_unknown_options": T
 
 def _unexpected(error: Exception) -> Literal[1, 2]:
     """Typer's own errors are bad input; anything else is failed work, reported in one line."""
-    if hasattr(error, "format_message"):  # click's exceptions, which typer carries its copy of
+    if hasattr(error, "format_message"):  # click exceptions; typer has its own copy of click
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
             return 2
@@ -92,7 +92,7 @@ def _unexpected(error: Exception) -> Literal[1, 2]:
         complain([f"{error.format_message().rstrip('.')} (see `{command} --help`)"])
         return 2
     lines = str(error).strip().splitlines() or [""]
-    said = lines[-1 if lines[0].startswith("Traceback") else 0]  # Ray's errors quote those of other processes whole
+    said = lines[-1 if lines[0].startswith("Traceback") else 0]  # Ray quotes another process's whole traceback
     complain([f"{type(error).__name__}: {said}"])
     if os.environ.get("LOCFT_DEBUG"):
         raise error

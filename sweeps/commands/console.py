@@ -24,7 +24,7 @@ _silent: list[threading.Timer] = []
 
 
 def break_silence(after: float = SILENCE_SECONDS) -> None:
-    """Say on a terminal that libraries are being loaded, unless something else is said before."""
+    """On a terminal, say that libraries are being loaded, unless something else is printed first."""
     if _err.is_terminal:
         timer = threading.Timer(after, notice, ["loading PyTorch and the other libraries this command needs ..."])
         timer.daemon = True
@@ -73,7 +73,7 @@ def print_json(value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON types: numpy and pandas scalars become numbers, NaN, infinities and NA null, anything else text."""
+    """The value in JSON types: numpy and pandas scalars become numbers; NaN, infinities and NA null; anything else text."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -106,9 +106,9 @@ def new_folder(folder: Path, file: str) -> Path:
 
 
 def write(file: Path, text: str) -> None:
-    """Write a file that appears whole or not at all. Raises InputError, as on a full disk."""
+    """Write a file that appears whole or not at all. Raises InputError, for example on a full disk."""
     special = file.exists() and not file.is_file()  # /dev/stdout, a pipe
-    place = file.resolve()  # a link stays one
+    place = file.resolve()  # a link stays a link
     partial = place if special else place.with_name(f"{place.name}.partial-{os.getpid()}")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 MOST_SHOWN = 5
-"""Contradictory prompts that are spelled out; --json has all of them."""
+"""Number of contradictory prompts that are spelled out; --json has all of them."""
 
 
 def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_code: RemoteCodeOption = False) -> None:
@@ -131,7 +131,7 @@ def edit(
 
 
 def _tell_idle(given: TrainingOptions, chosen: "TrainingSettings") -> None:
-    """Name the options that are given and change nothing."""
+    """Report the options that are given but have no effect."""
     from sweeps.commands.settings import idle_options
 
     for sentence in idle_options(asdict(given), chosen):
@@ -286,7 +286,7 @@ def apply(
 
 
 def bench(context: typer.Context) -> None:
-    """Compare the engine with the plain full forward on this machine. Needs a checkout of the repository."""
+    """Compare the engine with the plain full forward pass on this machine. Needs a checkout of the repository."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "tests" / "benchmarks" / "bench.py").is_file():
         raise InputError("locft bench needs a checkout of the repository (tests/benchmarks/), not an installed package")

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from sweeps.commands.settings import EditSettings
 
 EARLIER_MEASURED = 100
-"""Size of the sample of earlier edits that is measured after new ones were trained."""
+"""Number of earlier edits that are sampled and measured after new ones are trained."""
 
 
 @dataclass(frozen=True)
 class SourceOptions(EditsOptions):
-    """What to edit where: options, a position file, or the trial to repeat."""
+    """What to edit and where: options, a position file, or the trial to repeat."""
 
     ask_formats: FormatsOption = None
     position: Annotated[
@@ -50,7 +50,7 @@ class SourceOptions(EditsOptions):
     tracking_uri: UriOption = None
 
     def settings(self, training: TrainingOptions, dtype: str | None, tracking_uri: str | None) -> "EditSettings":
-        """Everything that an edit needs. Raises InputError with every bad option."""
+        """All settings of an edit. Raises InputError with every bad option."""
         from sweeps.commands.settings import edit_settings
 
         edits = self.named_edits()
@@ -109,7 +109,7 @@ class ContinueOptions:
         return EarlierEdit.load(named) if named else None
 
     def _unfit(self) -> Iterator[str]:
-        """What does not go together among these options."""
+        """Problems with these options: combinations that conflict, and invalid values."""
         if self.onto and self.consolidate:
             yield "--consolidate: it retrains all edits from the unedited model, so it does not go with --onto"
         for name, value in (("--without", self.without), ("--within", self.within)):
@@ -121,7 +121,7 @@ class ContinueOptions:
             yield f"--within: got {self.within:g}, expected a number of seconds above 0"
 
     def batch(self, earlier: "EarlierEdit | None", source: SourceOptions, chosen: "EditSettings") -> "Batch":
-        """The edits to train, and what becomes of the ledger."""
+        """The edits to train, and the resulting ledger. Raises InputError when no edit is new or none would be left."""
         from locft.data.ledger import FILE_NAME, Ledger
         from locft.data.requests import EditSet
 
@@ -154,7 +154,7 @@ class EarlierEdit:
     delta: "EditDelta"
     ledger: "Ledger"
     about: Mapping[str, Any]
-    """Its edit.json."""
+    """Content of its edit.json."""
 
     @classmethod
     def load(cls, folder: Path) -> "EarlierEdit":
@@ -171,7 +171,7 @@ class EarlierEdit:
         return cls(folder, EditDelta.load(folder), Ledger.load(folder), described)
 
     def settings(self, training: Any, dtype: str | None, source: SourceOptions) -> "EditSettings":
-        """Those of the earlier edit, but for the options that are given."""
+        """The settings of the earlier edit, overridden by the options that are given."""
         from sweeps.commands.settings import continued_settings
 
         chosen = continued_settings(self.delta, self.about, asdict(training), dtype, source.ask_formats)
@@ -181,32 +181,32 @@ class EarlierEdit:
 
 @dataclass(frozen=True)
 class Batch:
-    """Edits to train, alone or onto earlier ones."""
+    """Edits to train, alone or on top of earlier ones."""
 
     measured: "EditSet"
-    """What is asked at the end: the new edits, and a sample of the earlier ones."""
+    """Edits that are asked at the end: the new ones and a sample of the earlier ones."""
     ledger: "Ledger"
-    """With the new edits."""
+    """Includes the new edits."""
     new: tuple["EditRequest", ...]
     kept: tuple["EditRequest", ...] = ()
-    """The earlier edits that still hold."""
+    """The earlier edits that are still active."""
     retracted: tuple["EditRequest", ...] = ()
     delta: "EditDelta | None" = None
-    """The earlier edits' delta; None if training starts at the base."""
+    """The earlier edits' delta; None if training starts from the unedited model."""
     seconds: float = math.inf
-    """At most, for training."""
+    """Time limit for training."""
 
     @classmethod
     def onto(cls, earlier: EarlierEdit, arrival: "Arrival", edits: "EditSet", seconds: float) -> "Batch":
         fresh = {request.id for request in arrival.new}
         kept = tuple(request for request in arrival.ledger.active if request.id not in fresh)
         sample = random.Random(0).sample(kept, min(EARLIER_MEASURED, len(kept)))
-        measured = replace(edits.of((*arrival.new, *sample)), retracted=())  # the arrival has reported those
+        measured = replace(edits.of((*arrival.new, *sample)), retracted=())  # the arrival has reported these
         return cls(measured, arrival.ledger, arrival.new, kept, arrival.retracted, earlier.delta, seconds)
 
     def train(self, bench: "Workbench", position: "TuningPosition", settings: "TrainingSettings") -> "Training":
-        """Train new edits alone as the settings say, or onto earlier ones, which are replayed. A retracted edit is trained
-        back to what the unedited model says."""
+        """Train new edits alone as the settings say, or on top of earlier ones, which are replayed. A retracted edit is trained
+        back to the unedited model's answer."""
         from locft.edit_trainer import EditTrainer
         from locft.measure.generation import greedy_answers
         from locft.train.encoding import encode_edits
@@ -228,14 +228,14 @@ class Batch:
         return trainer.train(position, settings, Earlier(self.delta, len(self.kept), self.seconds))
 
     def counted(self) -> str:
-        """The edits in words."""
+        """The numbers of edits as text: new, earlier and taken back."""
         if self.delta is None:
             return plural(len(self.new), "edit")
         back = f", {len(self.retracted):,} taken back" if self.retracted else ""
         return f"{plural(len(self.new), 'new edit')} onto {len(self.kept):,}{back}"
 
     def told(self, found: Mapping[str, Any]) -> Iterator[str]:
-        """`came_of_it` in sentences."""
+        """The result of `came_of_it` as sentences."""
         for name in ("new", "earlier"):
             if name in found:
                 yield f"Reliability of {name} edits: {percent(found[name]['reliability'])}"
@@ -243,8 +243,8 @@ class Batch:
             yield f"Not yet right in every format: {', '.join(missing)}"
 
     def came_of_it(self, measured: "Measurement") -> dict[str, Any]:
-        """For an edit that goes on with another: reliability of new and of sampled earlier edits, and the ids of new ones that
-        are not right in every asked format."""
+        """For an edit that continues another: reliability of the new and of the sampled earlier edits, and the ids of new ones
+        that are not right in every asked format."""
         if self.delta is None:
             return {}
         fresh = {request.id for request in self.new}
@@ -259,7 +259,7 @@ class Batch:
 
 
 def now() -> str:
-    """In UTC, to the second, ISO 8601."""
+    """The current time in UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

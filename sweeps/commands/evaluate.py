@@ -35,7 +35,7 @@ PROBES = "probes"
 
 @dataclass(frozen=True)
 class Measured(EditsOptions):
-    """What is measured: the edits, and what else is asked for."""
+    """What to measure: edits, capability, and tasks of lm-evaluation-harness."""
 
     ask_formats: FormatsOption = None
     capability: Annotated[
@@ -66,7 +66,7 @@ class Measured(EditsOptions):
     ] = None
 
     def named(self) -> "Edits | None":
-        """The edits, if any. Raises InputError with every option that lacks another."""
+        """The edits, if any. Raises InputError with every option that lacks one it needs, or if there is nothing to measure."""
         problems = []
         if self.edits is None and self.capability:
             problems.append("--capability: it is only measured together with edits; give --edits as well")
@@ -147,7 +147,7 @@ def _print_scores(scores: "Sequence[TaskScore]") -> None:
 
 
 def capability_of(items: Sequence[str]) -> "Capability":
-    """The tasks that --capability names, a file by its name without the ending. Raises InputError for one given twice."""
+    """The tasks that --capability names; a file gives its name without the extension. Raises InputError for a repeated name."""
     from sweeps.study.schema import Capability
 
     tasks = {Path(source).stem if Path(source).exists() else source.replace("/", "-").replace(":", "-"): source
@@ -197,8 +197,8 @@ def ask(
 
 
 def _answers(loaded: "LoadedModel", prompts: list[str], tokens: int, label: str) -> list[dict[str, str]]:
-    """prompt, format and answer (under `label`), for every format of the tokenizer. Raises InputError for prompts that do not
-    fit."""
+    """prompt, format and answer (under `label`), for every prompt and every format that the tokenizer has. Raises InputError
+    for prompts that do not fit."""
     from locft.measure.generation import line_answers
     from locft.train.formats import CHAT, RAW, available
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sweeps.commands.settings import EditSettings
 
     Measure = Callable[[EditDelta], tuple[dict[str, float], set[tuple[str, str]]]]
-    """Takes a delta; returns its metrics, and which edits are right in which format."""
+    """Takes a delta; returns its metrics, and the (edit id, format) pairs that are right."""
 
 PEFT, FORMATS = "peft", ("peft", "axolotl", "trl", "llamafactory")
 DRIFT = 1.1
@@ -41,12 +41,12 @@ DRIFT = 1.1
 KEPT = 0.99
 """Share of the change's norm that an adapter has to keep where no edits are asked."""
 TOLD = ("learning_rate", "batch_size", "epochs", "seed", "precision")
-"""The settings of an edit that every trainer has."""
+"""Settings of an edit that every trainer supports."""
 
 
 @dataclass(frozen=True)
 class ExportOptions(EditsOptions):
-    """What the command needs besides an edit or a position and its model."""
+    """What the command takes in addition to an edit or a position and its model."""
 
     rank: Annotated[
         str | None,
@@ -68,17 +68,17 @@ class ExportOptions(EditsOptions):
 
 @dataclass(frozen=True)
 class Row:
-    """The edit at a rank."""
+    """Measurements of the edit at one rank."""
 
     rank: int | None
-    """None for the edit as it is."""
+    """None for the edit itself."""
     size: int
     """Number of values."""
     kept: float
-    """Norm of the change, as a share of the edit's."""
+    """Norm of the change that is kept, as a share of the edit's."""
     metrics: dict[str, float]
     lost: int | None
-    """Edits that are wrong in a format in which the edit itself gets them right; None if none are asked or none were right."""
+    """Number of edits that are wrong in a format in which the edit itself has them right; None if none are asked or were right."""
 
     def holds(self, own: "Row") -> bool:
         """True if this is as good as the edit itself."""
@@ -155,7 +155,7 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
 
 
 def _ranks(text: str | None) -> list[int]:
-    """In rising order. Raises InputError."""
+    """The ranks to try, in ascending order. Raises InputError."""
     words = [word.strip() for word in (text or "").split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise InputError(f"--rank: got {text or 'nothing'}, expected whole numbers above 0, such as 16 or 16,64,256")
@@ -163,7 +163,7 @@ def _ranks(text: str | None) -> list[int]:
 
 
 def _rows(low_rank: "LowRank", ranks: list[int], measure: "Measure") -> Iterator[Row]:
-    """The edit itself, then each rank."""
+    """Measurements of the edit itself, then of each rank."""
     own, right = measure(low_rank.delta)
     size = sum(change.numel() for change in low_rank.delta.tensors.values())
     yield Row(None, size, 1.0, own, 0 if right else None)
@@ -177,11 +177,11 @@ def _rows(low_rank: "LowRank", ranks: list[int], measure: "Measure") -> Iterator
 def _on_edits(
     model: str, change: "EditDelta", edits: "EditSet", formats: tuple[str, ...], load: LoadOptions
 ) -> "Measure":
-    """Measures deltas by the edits' questions, and by drift on the built-in prose."""
+    """A function that measures a delta on the edits' questions, and its drift on the built-in prose."""
     from locft.train.formats import UNSEEN
     from sweeps.study.schema import Capability
 
-    few = Capability(limit=1)  # for its prose
+    few = Capability(limit=1)  # only its prose is used
     bench = workbench(model, load, edits, few, formats, fingerprint=change.base_fingerprint)
 
     def measure(delta: "EditDelta") -> tuple[dict[str, float], set[tuple[str, str]]]:
@@ -196,7 +196,7 @@ def _on_edits(
 
 
 def _on_prose(model: str, load: LoadOptions) -> "Measure":
-    """Measures deltas by drift on the built-in prose alone."""
+    """A function that measures only the drift of a delta, on the built-in prose."""
     from locft.data.suites import load_suite
     from locft.engine.tail_engine import logits_with, unedited_logits
     from locft.measure.capability import encode_suite, measure_drift
@@ -279,7 +279,7 @@ def _configuration(
 
 
 def _about(chosen: "EditSettings", what: str) -> Iterator[str]:
-    """Where the settings come from, and which of them the trainers lack."""
+    """Where the settings come from, and which of them the trainer lacks."""
     values = asdict(chosen.training)
     source = f"those of {what}" if chosen.model_fingerprint else "the defaults of `locft edit`"
     yield f"Learning rate {values['learning_rate']:g}, batch size {values['batch_size']}, epochs {values['epochs']}: {source}."
@@ -293,7 +293,7 @@ def _about(chosen: "EditSettings", what: str) -> Iterator[str]:
 
 
 def _records(edits: "EditSet", form: str, tokenizer: Any) -> str:
-    """The edits as lines of JSON that a trainer reads: prompt, and target with its space and the EOS."""
+    """The edits as JSON lines for a trainer: the prompt, and the target with its leading space and the EOS token."""
     from locft.train.formats import space_before_answer
 
     starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -301,7 +301,7 @@ def _records(edits: "EditSet", form: str, tokenizer: Any) -> str:
     for request in edits.requests:
         answer = space_before_answer(request.prompt, request.target) + request.target + tokenizer.eos_token
         record: dict[str, Any] = {"prompt": request.prompt, "completion": answer}
-        if form == "axolotl":  # takes every text as it is
+        if form == "axolotl":  # uses texts as they are, without adding BOS
             prompt = (tokenizer.bos_token if starts else "") + request.prompt
             record = {"segments": [{"label": False, "text": prompt}, {"label": True, "text": answer}]}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")

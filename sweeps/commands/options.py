@@ -1,4 +1,4 @@
-"""Arguments and options that several commands of `locft` share, and options grouped into one value."""
+"""Arguments and options that several commands of `locft` share, and the grouping of options into dataclasses."""
 
 import inspect
 import sys
@@ -68,7 +68,7 @@ RemoteCodeOption = Annotated[
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the model is loaded and where it computes; None where an option is not given."""
+    """How the model is loaded and where it runs; None where an option is not given."""
 
     dtype: Annotated[
         str | None, typer.Option(help="Data type of the frozen weights: float32 (default), bfloat16 or float16.")
@@ -78,7 +78,7 @@ class LoadOptions:
     trust_remote_code: RemoteCodeOption = False
 
     def load(self, model: str) -> "LoadedModel":
-        """The model; its computations take the threads that are asked for. Raises InputError as `load_model`."""
+        """Load the model, and let PyTorch use the requested number of CPU threads. Raises InputError as `load_model` does."""
         import torch
 
         from locft.model.models import load_model
@@ -115,7 +115,7 @@ def prepared_study(study: str, overrides: list[str] | None) -> "PreparedStudy":
 
 
 def read_map(options: Sequence[str] | None) -> dict[str, list[str]]:
-    """What --map says, field by field. Raises InputError."""
+    """The keys that --map gives for each field. Raises InputError."""
     found: dict[str, list[str]] = {}
     for option in options or ():
         name, equals, keys = option.partition("=")
@@ -153,7 +153,7 @@ class EditsOptions:
     field_map: MapOption = None
 
     def named_edits(self) -> "Edits | None":
-        """None without --edits. Raises InputError for the other options without it, too."""
+        """The edits; None without --edits. Raises InputError as `edits_of`, and for other options given without --edits."""
         if self.edits is not None:
             return edits_of(self.edits, self.limit, self.sample_seed, self.field_map)
         told = {
@@ -173,7 +173,7 @@ DEFAULTS = {"learning_rate": 0.0005, "precision": "whichever is faster here", **
 def _training_option(axis: Axis) -> tuple[str, Any, None]:
     """Name, type and default of the field for an axis."""
     text, valid = axis.doc, f"{axis.expected()}; "
-    if axis.choices and text.startswith(axis.choices):  # it explains them
+    if axis.choices and text.startswith(axis.choices):  # the text already explains the choices
         valid = ""
     else:
         text = text[0].upper() + text[1:]

@@ -20,12 +20,12 @@ BUDGET = " (--budget-share or --budget-minutes sets it)"
 
 
 class Progress:
-    """Reports every trial and every rung of a selection in a line: a reporter (`sweeps.run.dispatch`) and a context
+    """Reports every trial and every rung of a selection in one line. It is a reporter (`sweeps.run.dispatch`) and a context
     manager."""
 
     def __init__(self, name: str, forecast: "Forecast | None" = None, earlier: Collection[str] = ()):
-        """name: of the study. forecast: of a sweep, for the number of trials and the time left; a selection plans rung
-        by rung and has none. earlier: ids of the trials that are done already."""
+        """name: the study's name. forecast: that of a sweep, for the number of trials and the time left; a selection plans
+        rung by rung and has none. earlier: ids of the trials that are already done."""
         self.name = name
         self.running = 0
         self.failed_ids: set[str] = set()
@@ -49,7 +49,7 @@ class Progress:
         notice(text)
 
     def rung(self, rung: "Rung", open_runs: int, left: float) -> None:
-        """A rung of a selection begins, of which `open_runs` are not done yet. left: seconds that the rest of the budget takes."""
+        """A rung of a selection begins; `open_runs` of its runs are not done yet. left: seconds that the budget still lasts."""
         self.planned += open_runs
         known = len(rung.runs) - open_runs
         text = f"{rung.name}: {rung.why}" + (f" ({known} already known)" if known else "")
@@ -85,7 +85,7 @@ class Progress:
         return len(self.failed_ids)
 
     def seconds_left(self) -> float | None:
-        """At the pace of this run's trials, and no longer than the budget allows; None after the last trial."""
+        """Time left at the pace of this run's trials, capped by the budget; None after the last trial or without a forecast."""
         left = self.pace and self.pace.seconds_left(self.planned - self.done - self.failed, self.running)
         return left and min(left, max(0.0, self._deadline - time.monotonic()))
 
@@ -94,12 +94,12 @@ class Pace:
     """Time left: the expected seconds of the open trials, scaled by how long finished ones took against their forecast."""
 
     def __init__(self, forecast: "Forecast", done: Collection[str], most: int):
-        """done: ids of the trials that are not open. most: of the open ones, how many will be run."""
+        """done: ids of the trials that are not open. most: how many of the open ones will be run."""
         self._forecast = forecast
         trials = [trial for trial in forecast.prepared.plan.trials if trial.id not in done]
         self._open = {trial.id: forecast.seconds(trial) for trial in trials[:most]}
         self._at_once = 1
-        # The forecast counts like one finished trial: a worker's first trial warms it up and is slow.
+        # The forecast counts as one finished trial, because a worker's first trial warms it up and is slow.
         self._taken = self._expected = forecast.estimate.seconds_per_trial
 
     def finished(self, result: TrialResult) -> None:
@@ -109,7 +109,7 @@ class Pace:
             self._expected += expected
 
     def seconds_left(self, open_trials: int, running: int) -> float | None:
-        """For `open_trials`, of which those running count as half done. None when nothing is open."""
+        """Time left for `open_trials`, of which the `running` ones count as half done. None when none are open."""
         if open_trials <= 0:
             return None
         self._at_once = max(self._at_once, running)

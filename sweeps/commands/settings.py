@@ -20,7 +20,7 @@ from sweeps.study.schema import Capability, Edits, read_formats, read_value
 from sweeps.tracking.study_run import find_trial
 
 EDIT_ITEMS = 50
-"""Of each built-in task: enough to see a model that broke, in a fifth of the time that a few edits take otherwise."""
+"""Items of each built-in task: enough to reveal a broken model, in a fifth of the time that a few edits otherwise take."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EditSettings:
     threads: int | None = None
     """CPU threads; None takes all cores. Another number can change the last digits of a result."""
     edit_count: int = 0
-    """Number of edits to make, the first ones; 0 for all."""
+    """Number of edits to make, counted from the first; 0 for all."""
 
 
 def edit_settings(
@@ -55,9 +55,9 @@ def edit_settings(
 ) -> EditSettings:
     """Where and how to edit.
 
-    position: LAYER.MODULE or a position file. given: values by the name of an axis, None where an option is not given.
-    edits, ask_formats: None takes those of the trial. from_run: the MLflow run of a trial to repeat. Raises InputError
-    with every bad option, or when neither a run nor both a position and edits are given.
+    position: LAYER.MODULE or a position file. given: values by axis name, None where an option is not given. edits: None takes
+    those of the trial. ask_formats: None takes those of the trial or position file, else the default. from_run: the MLflow run of a
+    trial to repeat. Raises InputError with every bad option, or when neither a run nor both a position and edits are given.
     """
     options, problems = _checked({**given, "ask_formats": ask_formats})
     asked, found = options.pop("ask_formats", None), None
@@ -97,8 +97,8 @@ def edit_settings(
 def continued_settings(
     delta: EditDelta, about: Mapping[str, Any], given: Mapping[str, Any], dtype: str | None, ask_formats: str | None
 ) -> EditSettings:
-    """The settings of an earlier edit, but for the options that are given. about: its edit.json. No capability is measured: a
-    new edit is to be live soon. Raises InputError."""
+    """The settings of an earlier edit, overridden by the options that are given. about: its edit.json. Capability is not
+    measured, so that a new edit can go live soon. Raises InputError."""
     options, problems = _checked({**given, "ask_formats": ask_formats})
     if problems:
         raise InputError(problems)
@@ -118,7 +118,7 @@ def continued_settings(
 
 
 def idle_options(given: Mapping[str, Any], training: TrainingSettings) -> Iterator[str]:
-    """A sentence for each option that is given and changes nothing beside the settings. given: as for `edit_settings`."""
+    """A sentence for each option that is given but has no effect with these settings. given: as for `edit_settings`."""
     chosen = {name: (value,) for name, value in asdict(training).items()}
     for name, value in given.items():
         for other, values in AXIS[name].unmet(chosen) if value is not None else ():
@@ -126,7 +126,7 @@ def idle_options(given: Mapping[str, Any], training: TrainingSettings) -> Iterat
 
 
 def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The values of the options that are given, and what is wrong with them."""
+    """The parsed values of the options that are given, and the problems with them."""
     options: dict[str, Any] = {}
     problems = []
     for name, value in given.items():
@@ -147,7 +147,7 @@ def _repeated(
     uri: str,
     asked: tuple[str, ...] | None,
 ) -> EditSettings:
-    """The settings of a trial, but for the options that are given."""
+    """The settings of a trial, overridden by the options that are given. Raises InputError."""
     config, study_yaml = find_trial(run_id, uri)
     if study_yaml is None and edits is None:
         raise InputError(f"run {run_id!r}: its study's run is gone, so its edits are not known; give --edits")

@@ -298,7 +298,7 @@ def _warn(forecast: "Forecast") -> None:
 
 
 def _seconds_left(prepared: "PreparedStudy", tracking_uri: str) -> float | None:
-    """Time left of a study that is running, from its trials in the store, since timing steps would slow it down."""
+    """Time left in a running study, estimated from its trials in the store, since timing steps would slow it down."""
     from sweeps.answer import foresee
     from sweeps.commands.progress import Pace
 
@@ -310,7 +310,7 @@ def _seconds_left(prepared: "PreparedStudy", tracking_uri: str) -> float | None:
 
 
 def _recorded(prepared: "PreparedStudy", name: str, tracking_uri: str) -> "tuple[StudyState, Tracker]":
-    """What the store holds of a study. name: how the user named it. Raises InputError when nothing is finished."""
+    """What the store holds of a study. name: the study as the user named it. Raises InputError when nothing is finished."""
     from sweeps.answer import read_state
     from sweeps.tracking.study_run import find_tracker
 

@@ -39,7 +39,7 @@ def about(prepared: "PreparedStudy") -> dict[str, Any]:
 
 
 def introduce(prepared: "PreparedStudy") -> None:
-    """Say on standard error what the study is about, and what of its file has no effect."""
+    """Say on standard error what the study is about, and which parts of its file have no effect."""
     study, edits = prepared.study, prepared.edits
     notice(f"{study.name}: {study.model}, {len(edits.requests)} edits of {study.edits.source}")
     notice(f"capability: {prepared.capability_source}")
@@ -48,7 +48,7 @@ def introduce(prepared: "PreparedStudy") -> None:
 
 
 def expectation(forecast: "Forecast", where: str = "on this machine") -> str:
-    """The trials that are left of a study, and the time, memory and disk space they will take."""
+    """The remaining trials of a study, and the time, memory and disk space they will take."""
     expected, budget, planned = forecast.estimate, forecast.prepared.study.budget, forecast.prepared.plan.count
     trials = plural(expected.trials, "trial")
     if expected.ended_by:
@@ -77,7 +77,7 @@ def print_answer(
 ) -> None:
     """Print a study's front and pick, and how to repeat or apply the pick.
 
-    ending: how the sweep ended that led here. registered: address of the pick's edit in the model registry.
+    ending: how the sweep ended; None if none ran. registered: address of the pick's edit in the model registry.
     """
     from analysis.stats.table import causes
     from sweeps.tracking.pages import SHOWN_METRICS
@@ -122,8 +122,8 @@ def print_answer(
 
 
 def print_remedies(remedies: "Iterable[Remedy]", tracking_uri: str | None = None, *, failed: bool = False) -> None:
-    """Print what went wrong and the one setting to change. tracking_uri: of the study, which the commands take where it is
-    not the default. failed: on standard error, since there is no answer."""
+    """Print what went wrong and the one setting to change. tracking_uri: the study's store, which is added to the commands
+    unless it is the default. failed: print on standard error, since there is no answer."""
     store = _store_option(tracking_uri)
     for signature, command in remedies:
         (notice if failed else say)(f"{signature.sentences}\n  Change one thing: {command}{store}")
@@ -148,7 +148,7 @@ def _print_front(front: list[dict[str, Any]], pick: "Recommendation | None") -> 
 
 
 def _compared(comparison: "Comparison") -> dict[str, Any]:
-    """Two studies side by side for JSON. Differences are there - here, as [value, low, high] of a 95% interval."""
+    """Two studies side by side for JSON. Differences are `there - here`, as [value, low, high] with a 95% interval."""
     from analysis.page.sentences import differing
     from analysis.stats.comparison import cautions, moved
 
@@ -204,7 +204,7 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
 
 
 def _traded(trades: Mapping[str, float]) -> str:
-    """How a runner-up differs from the pick, on the edits that positions are compared on."""
+    """How a runner-up differs from the pick, measured on the edits that positions are compared on."""
     drift = trades.get("drift_kl")
     shares = (f"{name.replace('_', ' ')} {points(trades[name])} points" for name in trades if name != "drift_kl")
     return ", ".join([*shares, *([f"drift {drift:+.4f} nats".replace("-", "−")] if drift is not None else [])])
@@ -222,7 +222,7 @@ def expectations(predicted: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 
 
 def print_metrics(metrics: Mapping[str, float], unedited: Mapping[str, float]) -> None:
-    """Print the metrics of an edited model beside those of the unedited one; times are left out."""
+    """Print the metrics of an edited model alongside those of the unedited one; times are left out."""
     shown = [name for name in metrics if not name.endswith("_seconds")]
     rows = [[name, number(metrics[name]), number(unedited[name]) if name in unedited else ""] for name in shown]
     print_table(("metric", "edited", "unedited"), rows)

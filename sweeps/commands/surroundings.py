@@ -18,22 +18,22 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"
 
 
 def settle() -> list[str]:
-    """Supply what is missing in the environment; returns what the user should know. Raises InputError if that is impossible."""
+    """Supply what the environment lacks; returns notices for the user. Raises InputError if there is no place for a home."""
     _have_a_name()
     _reach_this_machine()
     return _have_a_home()
 
 
 def _have_a_name() -> None:
-    """`getpass.getuser`, which MLflow, Ray and PyTorch call, fails where a user's number has no entry."""
+    """`getpass.getuser`, which MLflow, Ray and PyTorch call, fails if the user id has no passwd entry."""
     try:
         getpass.getuser()
     except (KeyError, OSError):
-        os.environ["LOGNAME"] = "unknown"  # the first variable that it reads
+        os.environ["LOGNAME"] = "unknown"  # the first variable that `getuser` reads
 
 
 def _reach_this_machine() -> None:
-    """Exempt this machine from the proxies. A library that finds one of the two names does not read the other."""
+    """Exempt this machine from the proxies, in both variables: a library that finds one of them does not read the other."""
     if any(os.environ.get(name) for name in PROXIES):
         small, capital = os.environ.get("no_proxy", ""), os.environ.get("NO_PROXY", "")
         for name, listed in (("no_proxy", small or capital), ("NO_PROXY", capital or small)):
@@ -43,11 +43,11 @@ def _reach_this_machine() -> None:
 
 
 def _have_a_home() -> list[str]:
-    """Let a folder for temporary files stand in for a home that does not exist or cannot be written."""
+    """Use a folder under the temporary directory as home if the real one does not exist or cannot be written."""
     given = os.environ.get("XDG_CACHE_HOME")
     home = Path(os.path.expanduser("~"))
     if home.is_absolute():
-        if not given and cache_folder().is_dir():  # it may be one that others have filled
+        if not given and cache_folder().is_dir():  # possibly a cache that others have filled
             return []
         try:
             check_writable(home, "the cache")

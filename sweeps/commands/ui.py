@@ -18,17 +18,17 @@ from sweeps.tracking.address import check_reachable, mlflow_address, redact, sql
 
 HOST = "127.0.0.1"
 PORT = 5000
-"""Tried first when the user names none."""
+"""Port that is tried first when the user names none."""
 START_SECONDS = 120
-"""The first start of a server on a small machine takes half a minute."""
+"""Time limit for the server to answer; its first start on a small machine takes half a minute."""
 _STOP_SECONDS = 10
 
 
 def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = print) -> None:
     """Serve the pages of a store until Ctrl-C, or SIGTERM, which `locft` treats the same.
 
-    uri: resolved. announce: called once with the address of the server, when it answers; for a store that is a server
-    itself nothing else happens. Raises InputError when the named port is taken, or when the server does not start.
+    uri: a resolved address. announce: called once with the address of the server, when it answers; if the store is itself
+    a server, nothing else happens. Raises InputError when the named port is taken, or when the server does not start.
     """
     uri = take_credentials(uri)
     check_reachable(uri)
@@ -41,10 +41,10 @@ def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = p
 
 @contextmanager
 def running(uri: str, port: int | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server for a resolved sqlite or database address while the block runs: its address and its process.
+    """Run a server for a resolved sqlite or database address during the block; yields its address and its process.
 
-    port: None takes 5000 or any free one. Raises InputError when the named port is taken, or with the server's last lines
-    when it does not start.
+    port: None takes 5000 or any free one. Raises InputError when the named port is taken, or with the server's last lines of
+    output when it does not start.
     """
     port = _free_port(port)
     address = f"http://{HOST}:{port}"
@@ -53,7 +53,7 @@ def running(uri: str, port: int | None = None) -> Iterator[tuple[str, subprocess
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     environment = {
         **os.environ,
-        "MLFLOW_BACKEND_STORE_URI": mlflow_address(uri, where),  # on the command line everybody could read its password
+        "MLFLOW_BACKEND_STORE_URI": mlflow_address(uri, where),  # on the command line anyone could read its password
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its processes would outlive the server
     }
@@ -78,23 +78,23 @@ def running(uri: str, port: int | None = None) -> Iterator[tuple[str, subprocess
 
 
 def _free_port(named: int | None) -> int:
-    """The port that the user named; without one PORT, or any free one."""
+    """The port that the user named; otherwise PORT, or any free one. Raises InputError if the named port is unusable."""
     if named is not None and not 1 <= named <= 65535:
         raise InputError(f"port {named} is not between 1 and 65535")
     for port in (PORT, 0) if named is None else (named,):
         with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended leaves it waiting
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last server may leave it in TIME_WAIT
             probe.bind((HOST, port))
             return probe.getsockname()[1]
     raise InputError(f"port {named} of {HOST} is in use; name another one, or leave out --port to use a free one")
 
 
 def _wait_until_healthy(address: str, process: subprocess.Popen, log: BinaryIO) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach this machine
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine
     until = time.monotonic() + START_SECONDS
     while True:
         time.sleep(0.2)
-        with suppress(OSError):  # not yet
+        with suppress(OSError):  # not up yet
             return opener.open(f"{address}/health", timeout=5).close()
         why = f"did not start (exit code {process.returncode})" if process.poll() is not None else None
         if time.monotonic() > until:

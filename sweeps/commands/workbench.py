@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sweeps.study.schema import Capability
 
 BYTES = 4
-"""Usual length of a token in UTF-8."""
+"""Typical length of a token in UTF-8."""
 
 
 def workbench(
@@ -29,7 +29,7 @@ def workbench(
     *,
     fingerprint: str | None,
 ) -> "Workbench":
-    """Load everything and measure the unedited model. A notice says where formats are left out.
+    """Load everything and measure the unedited model. A notice says if a format is left out.
 
     fingerprint: the one the model must have; None accepts any. Raises InputError for another model.
     """
@@ -54,7 +54,7 @@ def workbench(
 
 
 def note_left_out(option: str, model: str, given: Sequence[str], found: Sequence[str]) -> None:
-    """Say that a format of an option is left out, if it is."""
+    """Tell the user if the chat format, where the option names it, is left out."""
     from locft.train.formats import CHAT
     from sweeps.study.resolve import no_chat
 
@@ -63,7 +63,7 @@ def note_left_out(option: str, model: str, given: Sequence[str], found: Sequence
 
 
 def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int, suite: "Suite | None") -> str:
-    """How long it will take, as the end of a sentence; empty on GPUs, where no rate is known."""
+    """How long the measurement will take, as the end of a sentence; empty on GPUs, where no rate is known."""
     import torch
 
     from locft.measure.generation import NEW_TOKENS
@@ -84,7 +84,7 @@ def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int
 
 
 def asked_formats(given: str | None) -> tuple[str, ...]:
-    """The formats that --ask-formats names, or the usual ones. Raises InputError."""
+    """The formats that --ask-formats names, or the default ones. Raises InputError."""
     from sweeps.study.schema import read_formats
 
     try:

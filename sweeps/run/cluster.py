@@ -1,4 +1,4 @@
-"""The Ray that a study runs on: this machine's or a cluster, reached within seconds or told why not.
+"""Connects to the Ray that a study runs on, this machine's or a cluster's: within seconds, or else an error says why not.
 
 Ray takes seconds to import; `locft status` and a study with nothing left to run do without it.
 """
@@ -23,7 +23,7 @@ CONNECT_SECONDS = 5
 NODE_SECONDS = 120
 """How long a node may take to start a process and look for the model."""
 _SOCKET_BYTES = 103
-"""Length that the path of a socket may have on every system."""
+"""Longest path of a socket, in bytes, that every system accepts."""
 _SOCKET = "/ray/session_2026-11-28_12-00-00_123456_1234567/sockets/plasma_store.1"
 """The longest of Ray's paths below the temporary folder."""
 _SHORT = "/tmp"
@@ -38,14 +38,14 @@ def ray_cluster(
 ) -> Iterator[Room]:
     """Connect to the cluster at `address` ("auto" finds one), or start Ray on this machine and stop it afterwards.
 
-    A Ray that already runs in this process is used and left alone. trial_bytes: predicted memory of a trial. model: must be
+    If Ray already runs in this process, it is used and left running. trial_bytes: predicted memory of a trial. model: must be
     visible to every node of a cluster. Raises InputError when the cluster does not answer, refuses our token, cannot hold a
     single trial, or has a node that lacks this package or the model.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_task_oom_retries", str(WORKER_RESTARTS))  # Ray's own number has no end
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a relative name of a model means the same folder in workers
+    os.environ.setdefault("RAY_task_oom_retries", str(WORKER_RESTARTS))  # by default Ray retries without end
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a model's relative path means the same folder in workers
     if address is not None:
         _check_reachable(address)
     import ray
@@ -56,7 +56,7 @@ def ray_cluster(
     if ray.is_initialized():
         yield Room(trials_that_fit)
         return
-    if address is None:  # told at once, not after Ray's seconds
+    if address is None:  # fails at once, not after the seconds that Ray needs to start
         import torch
 
         resources.places([{"CPU": usable_cores(), "GPU": torch.cuda.device_count()}])
@@ -75,7 +75,7 @@ def _start(address: str | None) -> None:
 
     own = {} if address is not None else {"include_dashboard": False, **_short_folder()}
     if address is None and usable_cores() < (os.cpu_count() or 1):
-        own["num_cpus"] = usable_cores()  # Ray would count them all
+        own["num_cpus"] = usable_cores()  # Ray would count all cores of the machine
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except ray.exceptions.AuthenticationError as error:
@@ -88,7 +88,7 @@ def _start(address: str | None) -> None:
 
 
 def _short_folder() -> dict[str, str]:
-    """A folder for Ray's sockets, where the usual one's path is too long for them. Raises InputError if there is none."""
+    """Ray's option for a short folder, where the usual path is too long for its sockets. Raises InputError if there is none."""
     usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(os.fsencode(usual)) + len(_SOCKET) <= _SOCKET_BYTES:
         return {}
@@ -104,8 +104,8 @@ def _short_folder() -> dict[str, str]:
 
 
 def _check_reachable(address: str) -> None:
-    """InputError unless something listens at the address: Ray itself would try for minutes, or for ever."""
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt; what does not answer it is not Ray
+    """Raises InputError unless something listens at the address: Ray itself would try for minutes, or for ever."""
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt; if nothing answers it, this is not Ray
     given = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     host, _, port = given.rpartition("://")[2].rpartition(":")
     if not given or not host or not port.isdigit():
@@ -126,9 +126,9 @@ def _no_cluster(address: str | None, cause: str) -> str:
 
 
 def check_nodes(model: str | None) -> None:
-    """InputError unless every node that runs trials can import this package and sees the model's files as this machine does.
+    """Raises InputError unless every node that runs trials can import this package and sees the same model files as this machine.
 
-    model: None, or a name that is no local path, asks for the package alone.
+    model: with None, or a name that is not a local path, only the package is checked.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -162,15 +162,15 @@ def check_nodes(model: str | None) -> None:
 
 
 def _file_sizes(path: Path | None) -> dict[str, int]:
-    """File name -> bytes, of a file or of the files of a folder; empty when there is none."""
+    """File name -> bytes, for a file or for the files in a folder; empty when there is none."""
     files = [] if path is None else [path] if path.is_file() else sorted(path.glob("*"))
     return {file.name: file.stat().st_size for file in files if file.is_file()}
 
 
 def on_workers(works: Sequence[Callable[[], T]], resources: Resources) -> list[T]:
-    """Run functions on workers, side by side where there is room; returns what they return, in their order.
+    """Run functions on workers, in parallel where there is room; returns their results in the same order.
 
-    Raises whatever the first one that fails raises; InputError when Ray ended every attempt because a node ran out of memory.
+    Raises whatever the first one that fails raises; InputError when Ray killed every attempt because a node ran out of memory.
     """
     import ray
 

@@ -1,8 +1,8 @@
-"""Which trial is started next: one that lost its worker, else the search's next one, while there is room.
+"""Which trial to start next, while there is room: one that lost its worker, otherwise the search's next proposal.
 
-Ray Tune would start a lost trial again at once, beside the same neighbours. Here the cause decides: a trial that ran out of
-memory waits until fewer run, and one that ran out of memory alone is not tried again. A trial that keeps losing its worker for
-no known cause has its last try alone, since the kernel kills what takes too much memory without a word.
+Ray Tune would restart a lost trial at once, alongside the same neighbours. Here the cause decides: a trial that ran out of
+memory waits until fewer run, and one that ran out of memory while running alone is not retried. A trial that keeps losing its
+worker for no known cause runs alone on its last attempt, since the kernel silently kills a process that uses too much memory.
 """
 
 import math
@@ -16,16 +16,16 @@ from locft.errors import InputError
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 WORKER_RESTARTS = 2
-"""How often work whose worker process died is tried again."""
+"""How many times work whose worker process died is retried."""
 LOOK_SECONDS = 2.0
-"""How often a cluster is asked what it holds."""
+"""Seconds between checks of how many trials a cluster can hold."""
 
 Ending = Literal["complete", "same_failure", "interrupted", "out_of_time"]
-"""Why no further trial is run: none is left, the first ones all failed with the same error, Ctrl-C, or the deadline."""
+"""Why no further trials run: none is left, the first ones all failed with the same error, Ctrl-C, or the deadline."""
 
 
 class Reporter(Protocol):
-    """Hears what happens to trials; called in the driver, one call at a time (`note` also from another thread)."""
+    """Is notified of what happens to trials; called in the driver, one call at a time (`note` also from another thread)."""
 
     def note(self, text: str) -> None:
         """Something that a waiting user should know."""
@@ -41,14 +41,14 @@ class Search(Protocol):
     """Chooses trials while others run. Called in the driver, one call at a time."""
 
     def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
-        """The next trial; "wait" when that depends on running ones; None when there is no further one."""
+        """The next trial; "wait" when the choice depends on running trials; None when there are no more."""
 
     def learn(self, key: str, result: TrialResult | None) -> None:
         """Take the result of the trial proposed under this key; None if it brought none."""
 
 
 class ListedTrials:
-    """The search over trials that are known beforehand, in their order."""
+    """A search that goes through trials known beforehand, in their order."""
 
     def __init__(self, trials: Iterable[TrialConfig]):
         self._left = deque(trials)
@@ -57,14 +57,14 @@ class ListedTrials:
         return self._left.popleft() if self._left else None
 
     def learn(self, key: str, result: TrialResult | None) -> None:
-        """Nothing depends on results."""
+        """Does nothing, since the order does not depend on results."""
 
 
 class Room:
-    """How many trials run at a time: as many as the nodes that are up hold, fewer once memory ran out."""
+    """How many trials run at a time: as many as the nodes that are up can hold, fewer once memory has run out."""
 
     def __init__(self, look: Callable[[], int]):
-        """look: the number of trials that fit now; raises InputError when not a single one does, as this call then does."""
+        """look: returns the number of trials that fit now; raises InputError if none does, which is passed on here."""
         self.empty = False
         """Every node that could run a trial is gone."""
         self._most = math.inf
@@ -73,7 +73,7 @@ class Room:
         self._looked = time.monotonic()
 
     def trials(self) -> int:
-        """At least one, also while a cluster has no node to run it."""
+        """How many trials may run now: at least one, even while a cluster has no node to run it."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             try:
                 self._fit, self.empty = self._look(), False
@@ -83,7 +83,7 @@ class Room:
         return min(self._fit, self._most)
 
     def narrow(self, running: int) -> None:
-        """Memory ran out while `running` trials ran: from now on at most half of them run."""
+        """Memory ran out while `running` trials ran: from now on at most half that number run."""
         self._most = min(self._most, max(1, running // 2))
 
 
@@ -93,13 +93,13 @@ class _Attempt:
     proposal: str
     """The key under which the search proposed it."""
     alone: bool = False
-    """No other trial could run beside it."""
+    """No other trial could run alongside it."""
     solo: bool = False
-    """It waits until no other trial runs, and none is started beside it."""
+    """It waits until no other trial runs, and none is started alongside it."""
 
 
 class Dispatch:
-    """Hands out trials under the keys of their workers, and takes in how each ended."""
+    """Hands out trials under the keys of their workers, and records how each one ended."""
 
     def __init__(self, search: Search, room: Room):
         self._search, self._room = search, room
@@ -108,7 +108,7 @@ class Dispatch:
         self._deaths: Counter[tuple[str, bool]] = Counter()
 
     def next(self, key: str) -> TrialConfig | Literal["wait"] | None:
-        """The trial to run under this key; "wait" while there may be one later; None when there is no further one."""
+        """The trial to run under this key; "wait" while there may be one later; None when there are no more."""
         room = self._room.trials()
         if len(self._running) >= room or any(attempt.solo for attempt in self._running.values()):
             return "wait"
@@ -118,7 +118,7 @@ class Dispatch:
             attempt = self._again.popleft()
         else:
             config = self._search.propose(key)
-            if config is None and self._running:  # what runs may have to be tried again
+            if config is None and self._running:  # a running trial may have to be retried
                 return "wait"
             if config is None or config == "wait":
                 return config
@@ -131,7 +131,7 @@ class Dispatch:
         return key in self._running
 
     def finished(self, key: str, result: TrialResult) -> None:
-        """A trial's result is there, and its place is free."""
+        """A trial has a result, and its place is free."""
         self._search.learn(self._running.pop(key).proposal, result)
 
     def given_up(self, key: str) -> None:
@@ -139,10 +139,10 @@ class Dispatch:
         self._search.learn(self._running.pop(key).proposal, None)
 
     def died(self, key: str, *, began: bool = True, out_of_memory: bool = False, with_its_node: bool = False) -> bool:
-        """A trial's worker is gone, and its place is free. True if the trial will be tried again; otherwise it is given up.
+        """A trial's worker is gone, and its place is free. True if the trial will be retried; otherwise it is given up.
 
-        began: the worker had begun with it; an idle worker that is gone is noticed when it is given a trial. with_its_node: the
-        worker's whole node is gone, so nothing is known against the trial.
+        began: the worker had begun the trial; the loss of an idle worker is noticed only when it is given one. with_its_node: the
+        worker's whole node is gone, so nothing suggests that the trial is at fault.
         """
         attempt, beside = self._running[key], len(self._running)
         if out_of_memory and not attempt.alone:

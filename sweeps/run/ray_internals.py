@@ -1,5 +1,5 @@
-"""Everything that reaches into Ray where it promises nothing; seen in Ray 2.60. tests/sweeps/run/test_ray_internals.py tells
-when another Ray behaves otherwise."""
+"""Everything that relies on undocumented internals of Ray, written for Ray 2.60. tests/sweeps/run/test_ray_internals.py fails
+if another version of Ray behaves differently."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from locft.errors import out_of_memory
 
 @dataclass(frozen=True)
 class WorkerDeath:
-    """Why a trial's worker is gone."""
+    """Why a trial's worker died."""
 
     cause: str
-    """What Ray says of it, in one line."""
+    """Ray's explanation, in one line."""
     out_of_memory: bool
-    """Ray ended it because its node ran out of memory, or the trial was refused more."""
+    """Ray killed it because its node ran out of memory, or an allocation of the trial failed."""
     with_its_node: bool
     """The whole node is gone."""
 
@@ -34,7 +34,7 @@ def death_of(trial) -> WorkerDeath:
     except Exception:  # there is none, or it cannot be unpickled here
         error = None
     cause = getattr(error, "cause", None)
-    lines = text.partition(" Some common causes")[0].splitlines()  # advice follows there
+    lines = text.partition(" Some common causes")[0].splitlines()  # general advice follows
     line = next((line for line in lines if "low on memory" in line), lines[-1]) if lines else "no cause known"
     return WorkerDeath(line, isinstance(cause, Exception) and out_of_memory(cause), "node has died" in text)
 
@@ -46,10 +46,10 @@ def worker_of(trial):
 
 @contextmanager
 def every_death_is_heard() -> Iterator[None]:
-    """While the block runs, Ray Tune treats every loss of a worker as one.
+    """While the block runs, Ray Tune recognises every loss of a worker as such.
 
-    Ray Tune knows only losses told by a RayActorError. For others it ends the whole run ("Caught unexpected exception", in
-    `RayActorManager._actor_task_failed`), above all for the OutOfMemoryError that tells of a worker killed by its node's memory
+    Ray Tune recognises only losses reported as a RayActorError. On others it ends the whole run ("Caught unexpected exception",
+    in `RayActorManager._actor_task_failed`), above all on the OutOfMemoryError that reports a worker killed by its node's memory
     monitor.
     """
     from ray.air.execution._internal.event_manager import RayEventManager

@@ -1,7 +1,7 @@
 """Run a study's open trials with Ray Tune.
 
 Ray Tune decides when and where a trial runs. The tracking store says which trials are open, not Ray's snapshots, which lag
-behind after a killed driver. Ray takes seconds to import: callers import this module when there is something to run.
+behind after a driver is killed. Ray takes seconds to import: callers import this module only when there is something to run.
 """
 
 import logging
@@ -26,8 +26,8 @@ os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000")  # snapshots grow with every trial, and nothing reads them
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end the run without telling us
-os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # each would be a long traceback; we say it in one line
-os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "64")  # workers that are started side by side
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # each would be a long traceback; we report it in one line
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "64")  # workers that may be starting at the same time
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 import ray
@@ -37,7 +37,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 SAME_FAILURES = 3
-"""The study stops when its first trials, this many, all fail with the same error: the rest would fail with it too."""
+"""How many first trials must all fail with the same error to stop the study: the rest would fail with it too."""
 
 
 def run_trials(
@@ -52,21 +52,21 @@ def run_trials(
 ) -> Ending:
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
-    source: the open trials, or a search that proposes them. work: runs a trial, on a worker. resources: of each trial. room:
-    how many run at a time. deadline: on the `time.monotonic()` clock; trials still running then are cancelled. patience: seconds
-    after which a trial is killed, which makes it a failure.
+    source: the open trials, or a search that proposes them. work: runs a trial, on a worker. resources: for each trial.
+    room: how many run at a time. deadline: on the `time.monotonic()` clock; trials still running then are cancelled. patience:
+    seconds after which a trial is killed and counts as failed.
 
-    A trial that raises is a failed result; one whose worker dies is tried again (`sweeps.run.dispatch`). When the first
-    `SAME_FAILURES` results are failures with the same error, the rest is not started. The first Ctrl-C or SIGTERM cancels the
+    A trial that raises gives a failed result; one whose worker dies is retried (`sweeps.run.dispatch`). When the first
+    `SAME_FAILURES` results are failures with the same error, the rest are not started. The first Ctrl-C or SIGTERM cancels the
     running trials; a second one raises KeyboardInterrupt at once.
     """
-    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # what did not complete, the reporter has heard
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it would list failed trials, already reported
     dispatch = Dispatch(ListedTrials(source) if isinstance(source, Sequence) else source, room)
     listener = TrialListener(dispatch, room, reporter, deadline, patience)
     worker = tune.with_resources(
         tune.with_parameters(TrialWorker, work=work), {"cpu": resources.cpus, "gpu": resources.gpus}
     )
-    worker.__qualname__ = worker.__name__  # what lists of processes show: ray::TrialWorker.train
+    worker.__qualname__ = worker.__name__  # shown in process listings: ray::TrialWorker.train
     with (
         tempfile.TemporaryDirectory(prefix="locft-ray-") as scratch,
         interrupt_calls(listener.interrupt),
@@ -78,7 +78,7 @@ def run_trials(
                 search_alg=DispatchSearcher(dispatch),
                 scheduler=InOrder(),
                 num_samples=-1,  # the search says when it has no more
-                reuse_actors=True,  # a fresh process would load the model anew for every trial
+                reuse_actors=True,  # a fresh process would load the model again for every trial
                 trial_name_creator=lambda trial: trial.trial_id,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
@@ -101,7 +101,7 @@ def failed_trial(config: TrialConfig, error: BaseException) -> TrialResult:
 
 @contextmanager
 def interrupt_calls(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM calls `stop`, the next one does what it did before. Outside the main thread nothing changes."""
+    """The first Ctrl-C or SIGTERM calls `stop`; the next one is handled as before. Outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -121,34 +121,34 @@ def interrupt_calls(stop: Callable[[], None]) -> Iterator[None]:
 
 
 class TrialWorker(tune.Trainable):
-    """What Ray Tune keeps on a worker, and calls there once a trial."""
+    """The object that Ray Tune keeps on a worker and calls once per trial."""
 
     def setup(self, config, work):
         self._work = work
 
     def reset_config(self, new_config) -> bool:
-        return True  # Ray has set it; the process goes on with what it holds
+        return True  # Ray has set the new config; the process keeps what it holds
 
     def step(self):
         trial = TrialConfig(**self.config["trial"])
         try:
             result = self._work(trial)
         except Exception as error:  # whatever a trial raises is that trial's result; the worker and the study go on
-            if out_of_memory(error):  # unless ending this process is what helps
+            if out_of_memory(error):  # unless ending this process is the remedy
                 raise
             result = failed_trial(trial, error)
         return {"done": True, "failed": int(result.status == "failed"), "result": pack_result(result)}
 
 
 class DispatchSearcher(Searcher):
-    """Where Ray Tune asks for the next trial."""
+    """The searcher through which Ray Tune gets its next trial from the dispatch."""
 
     def __init__(self, dispatch: Dispatch):
         super().__init__(metric="failed", mode="min")
         self._dispatch = dispatch
 
     def __reduce__(self):
-        """Ray writes its set-up to disk for a restore that never happens here."""
+        """Ray pickles its configuration to disk for a restore that never happens here."""
         return Searcher, ()
 
     def suggest(self, trial_id: str):
@@ -158,10 +158,10 @@ class DispatchSearcher(Searcher):
         return {"trial": config.to_dict()} if config else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result=None, error: bool = False) -> None:
-        """The listener hears it, with the cause."""
+        """Does nothing, since the listener is notified, with the cause."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: a resumed study tells a new search what the tracking store holds."""
+        """Nothing to save: a resumed study gives a new search what the tracking store holds."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
@@ -170,8 +170,8 @@ class DispatchSearcher(Searcher):
 class InOrder(FIFOScheduler):
     """Trials start in their order.
 
-    Ray's own first-in-first-out hands a free worker to the trial that waits for a new one, and ends that one while it
-    starts: where trials are shorter than the start of a worker, no further worker ever comes up.
+    Ray's own FIFO scheduler hands a free worker to a trial that is waiting for a new one, and ends the new one while it
+    starts: where trials are shorter than the start-up of a worker, no further worker ever comes up.
     """
 
     def choose_trial_to_run(self, tune_controller):
@@ -179,7 +179,7 @@ class InOrder(FIFOScheduler):
 
 
 class TrialListener(tune.Callback):
-    """Turns what Ray Tune tells of trials into calls of the reporter, and knows when and why the study ends."""
+    """Turns Ray Tune's events about trials into calls of the reporter, and knows when and why the study ends."""
 
     def __init__(
         self,
@@ -192,14 +192,14 @@ class TrialListener(tune.Callback):
         self._dispatch, self._room, self._reporter = dispatch, room, reporter
         self._deadline, self._patience = deadline, patience
         self._running: dict[str, tuple[TrialConfig, Any, float]] = {}
-        """By Ray's id of the trial: what it is, its worker, and when it began."""
+        """By Ray's trial id: the configuration, the worker, and when the trial began."""
         self._first_errors: list[str | None] = []
         """Errors of the first `SAME_FAILURES` results; None for a trial that is done."""
         self._given_up: Ending | None = None
         self._told_empty = False
 
     def __reduce__(self):
-        """Ray writes its set-up to disk for a restore that never happens here; screen and client stay out of it."""
+        """Ray pickles its configuration to disk for a restore that never happens here; display and client are left out."""
         return tune.Callback, ()
 
     @property

@@ -1,4 +1,4 @@
-"""Multi-objective search with Optuna, which takes a moment to import and is imported where a study asks for it."""
+"""Multi-objective search with Optuna, which is slow to import and therefore imported only where a study uses it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     import optuna
 
 OBJECTIVES = ("reliability", "capability")
-"""What a search maximises."""
+"""Metrics that a search maximises."""
 SAME_AGAIN = 200
-"""Proposals in a row that may be known trials before the space counts as used up."""
+"""Consecutive proposals of known trials after which the space counts as used up."""
 
 
 class OptunaSearch:
     """Proposes configurations by Optuna's multi-objective TPE, learns from results, repeats none (`sweeps.run.dispatch.Search`).
 
-    The sampler is told at the start what was found earlier, so a resumed search goes on where it was.
+    The sampler is given earlier results at the start, so a resumed search continues where it left off.
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class OptunaSearch:
         seed: int,
         earlier: Mapping[str, tuple[Mapping[str, Any], tuple[float, ...] | None]],
     ):
-        """space: axis -> list of values, or ("log_uniform", low, high). trials: to propose at most. earlier: trial id -> point
-        and objectives (None: it failed)."""
+        """space: axis -> list of values, or ("log_uniform", low, high). trials: most trials to propose. earlier: trial id ->
+        point and objectives (None: the trial failed)."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -40,14 +40,14 @@ class OptunaSearch:
         self._to_config = to_config
         self._known = {trial_id: values for trial_id, (_, values) in earlier.items()}
         self._proposed: dict[str, tuple[optuna.trial.Trial, str]] = {}
-        """By the key of the proposal: it, and the id of its trial."""
+        """Key of the proposal -> the proposal, and the id of its trial."""
         for point, values in earlier.values():
             if values is not None:
                 told = {"params": dict(point), "distributions": self._space, "values": list(values)}
                 self._study.add_trial(optuna.trial.create_trial(**told))
 
     def propose(self, key: str) -> TrialConfig | None:
-        """A configuration that was neither run nor proposed before; None when the space seems used up, or trials are."""
+        """A configuration that was neither run nor proposed before; None when the space seems used up, or `trials` are proposed."""
         for _ in range(SAME_AGAIN if self._left > 0 else 0):
             proposal = self._study.ask(self._space)
             config = self._to_config(proposal.params)
@@ -75,7 +75,7 @@ class OptunaSearch:
 
 
 def objectives(result: TrialResult) -> tuple[float, ...] | None:
-    """What a search maximises; None for a failed trial. A study without a capability suite counts it as 0."""
+    """The values that a search maximises; None for a failed trial. Without a capability suite, capability counts as 0."""
     if result.status == "failed":
         return None
     return tuple(result.metrics.get(name, 0.0) for name in OBJECTIVES)

@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from locft.workbench import Baseline, Measurement, Workbench
 
 STAGE_METRICS = ("reliability", "generalization", "locality", "drift_kl", "capability_change")
-"""Measured on the way through a stream, as at its end."""
+"""Metrics measured on the way through a stream as well as at its end."""
 _resident: dict[tuple, "Workbench"] = {}
-"""The workbench of this process by the key of its study; one at most."""
+"""This process's workbench by the key of its study; at most one."""
 
 
 def resident_workbench(
     inputs: PreparedStudy, baseline: "Baseline | None" = None, threads: int | None = None
 ) -> "Workbench":
-    """The process's workbench for a study; made on first use, in place of the one for another study. threads: a trial's by
-    default.
+    """The process's workbench for a study, made on first use in place of another study's. threads: of PyTorch; by default
+    as many as a trial has CPUs.
 
-    Raises InputError when the weights on this machine are others than those of the plan.
+    Raises InputError when the weights on this machine are not those of the plan.
     """
     import torch
 
@@ -68,7 +68,7 @@ def resident_workbench(
 
 
 def planned_model(inputs: PreparedStudy) -> "LoadedModel":
-    """The study's model, its layers divided among the GPUs of a trial. Raises InputError for other weights than the plan's."""
+    """The study's model, its layers divided among the GPUs of a trial. Raises InputError if the weights are not the plan's."""
     from locft.model.models import load_model
 
     study, planned = inputs.study, inputs.facts.model_fingerprint
@@ -82,7 +82,7 @@ def planned_model(inputs: PreparedStudy) -> "LoadedModel":
 
 
 def measure_baseline(inputs: PreparedStudy) -> "Baseline":
-    """Measure the unedited model on all cores, since trials wait for it, and give the memory back that they need next."""
+    """Measure the unedited model on all cores, since trials wait for it, and free the memory that they need next."""
     baseline = resident_workbench(inputs, threads=usable_cores()).baseline
     _resident.clear()
     gc.collect()
@@ -90,7 +90,7 @@ def measure_baseline(inputs: PreparedStudy) -> "Baseline":
 
 
 def train(bench: "Workbench", config: TrialConfig, watch: "Watch | None" = None) -> "Training":
-    """The training of a trial; on a CPU bitwise the same whenever it is run. watch: called on the way through a stream."""
+    """Train a trial; on a CPU the result is bitwise the same every time. watch: called on the way through a stream."""
     import torch
 
     from locft.train.pipelines import TrainingSettings
@@ -100,24 +100,24 @@ def train(bench: "Workbench", config: TrialConfig, watch: "Watch | None" = None)
 
 
 def where(config: TrialConfig) -> "TuningPosition":
-    """What a trial trains."""
+    """The position that a trial trains."""
     from locft.model.positions import TuningPosition
 
     return TuningPosition(config.layer, config.module)
 
 
 def trained_delta(inputs: PreparedStudy, baseline: "Baseline", config: TrialConfig) -> "EditDelta":
-    """The delta of a trial, trained once more; on a CPU bitwise the one that was measured."""
+    """The delta of a trial, trained once more; on a CPU it is bitwise the one that was measured."""
     return train(_trial_workbench(inputs, baseline, config), config).delta
 
 
 def train_and_measure(config: TrialConfig, inputs: PreparedStudy, baseline: "Baseline") -> TrialResult:
-    """The work of a trial."""
+    """Run a trial on this process's workbench."""
     return run_trial(_trial_workbench(inputs, baseline, config), config)
 
 
 def _trial_workbench(inputs: PreparedStudy, baseline: "Baseline", config: TrialConfig) -> "Workbench":
-    """The process's workbench, as far as a trial takes its edits and asks about them."""
+    """The process's workbench, reduced to the edits that a trial trains and asks about."""
     asked = asked_places(config.edit_count or len(inputs.edits.requests), inputs.study.edits.asked)
     return resident_workbench(inputs, baseline).first(config.edit_count, asked)
 
@@ -130,7 +130,7 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
     started = time.perf_counter()
 
     def watch(arrived: int, change: "Callable[[], EditDelta]") -> dict[str, float] | None:
-        """Measures when another tenth has arrived; what all have left is measured at the end in any case."""
+        """Measures after each further tenth of the edits except the last, since the end is measured in any case."""
         before, now = (STAGES * edits // len(bench.rows) for edits in (arrived - config.arrival, arrived))
         return stage_metrics(bench, arrived, bench.first(arrived).measure(change())) if before < now < STAGES else None
 
@@ -151,15 +151,15 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
 
 
 def measure(bench: "Workbench", config: TrialConfig, delta: "EditDelta") -> "Measurement":
-    """What a trial measures of its edit, at once or after the further steps."""
+    """Measure a trial's edit, at once or after the further steps."""
     if not config.further_steps:
         return bench.measure(delta)
     return bench.measure_later(delta, config.further_steps, config.precision, config.seed)
 
 
 def stage_metrics(bench: "Workbench", arrived: int, measured: "Measurement") -> dict[str, float]:
-    """What is left of the edits of a stream when this many have arrived: reliability of all, of the first tenth of the
-    whole stream and of what arrived in the last, and what the edits cost so far."""
+    """How well a stream's edits hold when `arrived` of them have arrived: the reliability of all, of the first tenth of the
+    whole stream and of the latest tenth to arrive, and what the edits have cost so far."""
     from locft.measure.evaluation import edit_metrics
 
     ids, tenth = [request.id for request in bench.requests], max(1, len(bench.requests) // STAGES)
@@ -167,13 +167,13 @@ def stage_metrics(bench: "Workbench", arrived: int, measured: "Measurement") -> 
     stage = {name: measured.metrics[name] for name in STAGE_METRICS if name in measured.metrics}
     for name, part in parts.items():
         found = edit_metrics([outcome for outcome in measured.outcomes if outcome.edit_id in part])
-        if "reliability" in found:  # of a sample of many edits, none may be among these
+        if "reliability" in found:  # if only a sample of the edits is asked about, it may have none of these
             stage[name] = found["reliability"]
     return {"arrived": float(arrived), **stage}
 
 
 def training_metrics(training: "Training", pipeline: str, edits: int) -> dict[str, float]:
-    """How the training of this many edits went, by names in the results table."""
+    """Metrics of the training itself, by their names in the results table. edits: how many it trained."""
     metrics = {
         "n_edits": float(edits),
         "diverged": float(training.diverged),

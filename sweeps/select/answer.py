@@ -36,7 +36,7 @@ class SelectionAnswer:
     html: str
     """The report."""
     command: str
-    """What to type to make the edit at that position."""
+    """The command line that makes the edit at that position."""
     not_recorded: str | None = None
     """Why MLflow lacks the answer or the registered position."""
 
@@ -44,7 +44,7 @@ class SelectionAnswer:
 def conclude(selection: Selection, tracker: Tracker, position_file: str) -> SelectionAnswer:
     """Work out the answer, write it into the study's run in MLflow, and close that run.
 
-    position_file: its name, for the command shown. If the store stays away, the position is given all the same.
+    position_file: its name, for the command shown. If the store stays unreachable, the position is returned all the same.
     """
     content = _position(selection)
     found = _how_found(selection, content, position_file)
@@ -61,7 +61,7 @@ def conclude(selection: Selection, tracker: Tracker, position_file: str) -> Sele
 
 
 def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | None, answer: StudyAnswer) -> None:
-    """Write the answer into the study's run, and close that."""
+    """Write the answer into the study's run, and close the run."""
     summary = {"runs": selection.done, "grid_share": selection.spent_seconds / selection.grid_seconds}
     pick, text = answer.recommendation, answer_text(answer)
     if content:
@@ -122,7 +122,7 @@ def _run_of(row: Mapping[str, Any]) -> Run:
 
 
 def _measured_on(request: SelectionRequest, row: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How many edits the predictions are from (0 without a row), and on how many the positions were compared."""
+    """How many edits the predictions are based on (0 without a row), and on how many the positions were compared."""
     edits = 0 if row is None else row["edit_count"] or request.facts.n_edits
     of, source = request.facts.n_edits, request.study.edits.source
     return {"edits": int(edits), "compared_on": request.compared_on or of, "of": of, "source": source}
@@ -210,7 +210,7 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
 
 
 def _sample_fact(selection: Selection) -> Iterator[tuple[str, str]]:
-    """Where positions are compared on a sample: that the page is about it, and what the pick did with all edits."""
+    """If positions are compared on a sample: the fact that the page is about it, and what the pick measured with all edits."""
     compared_on, row = selection.request.compared_on, selection.pick
     if not compared_on or row is None:
         return
@@ -228,7 +228,7 @@ def _run(request: SelectionRequest, run: Run) -> dict[str, Any]:
 
 
 def edit_command(study: Study, position_file: str) -> str:
-    """The command that makes the edits of a study at the position of a file."""
+    """The command that makes the edits of a study at the position in a position file."""
     edits = study.edits
     options = {"--limit": edits.limit, "--sample-seed": edits.sample_seed}
     chosen = [word for name, value in options.items() if value is not None for word in (name, str(value))]

@@ -20,11 +20,11 @@ FORMAT = "locft-position/1"
 UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
 """How a position without predicted metrics was found."""
 SETTINGS = tuple(axis.name for axis in AXES if axis.trained)
-"""What of a trial the file repeats besides its position; fields of `TrainingSettings`."""
+"""What the file repeats of a trial's configuration besides the position: the fields of `TrainingSettings`."""
 
 
 def measured_sentence(measured_on: Mapping[str, Any]) -> str | None:
-    """How many edits the predictions of a position file are of; None where positions were compared on all."""
+    """Says how many edits a position file's predictions are based on; None if it has none, or positions were compared on all."""
     edits, compared_on, of = (measured_on[name] for name in ("edits", "compared_on", "of"))
     if not edits or compared_on == of:
         return None
@@ -38,13 +38,13 @@ def _position(value: Any) -> str:
 
 
 def with_rate(position: str, settings: Mapping[str, Any]) -> str:
-    """A position with its learning rate, where the method takes one, for people."""
+    """A position, with its learning rate if the method takes one, in human-readable form."""
     rate = f" with learning rate {settings['learning_rate']:g}" if AXIS["learning_rate"].counts(settings) else ""
     return f"{position}{rate}"
 
 
 class PositionFile(BaseModel):
-    """What `locft edit` needs of a position file."""
+    """What `locft edit` needs from a position file."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 

@@ -52,14 +52,14 @@ from sweeps.tracking.study_run import Tracker
 PROBED_EDITS = 50
 """Most edits that the probe reads: all go through the model at once, with everything a backward pass needs."""
 FINISHING_SECONDS = 10.0
-"""Kept of a budget in minutes for the answer."""
+"""Part of a budget in minutes that is kept for the answer."""
 BUSY = 0.95
 """Share of a budget in minutes that workers spend in trials."""
 PROBE_FILE = "probe.json"
 
 
 class SelectionReporter(Reporter, Protocol):
-    """Hears about rungs as well as about trials."""
+    """A reporter that is notified of rungs as well as of trials."""
 
     def rung(self, rung: Rung, open_runs: int, left: float) -> None: ...
 
@@ -73,7 +73,7 @@ def run_selection(
     progress: AbstractContextManager[SelectionReporter],
     policy: Policy = survey,
 ) -> Iterator[tuple[Selection, Tracker]]:
-    """Probe the positions and run those that the policy asks for; every trial goes to MLflow. The same call again resumes.
+    """Probe the positions and run those that the policy asks for; every trial is recorded in MLflow. Repeating the call resumes.
 
     The study's run stays open while the `with` block runs, so that `sweeps.select.answer.conclude` can write the answer
     into it. Raises InputError before anything is written when the store or the cluster cannot be used.
@@ -111,7 +111,7 @@ def _select(
     )
 
     def score(run: Run, row: dict[str, Any]) -> Score:
-        """A share of the grid is counted in estimated seconds, whatever else the machine does; minutes in real ones."""
+        """A budget in minutes is charged real seconds; a share of the grid estimated ones, whatever else the machine is doing."""
         return Score(row, row.get("seconds", 0.0) if share is None else task.seconds(run))
 
     def tell(rung: Rung, open_runs: int) -> None:
@@ -139,13 +139,13 @@ def _select(
 
 
 def _really(task: SelectionTask, scores: Scores) -> float:
-    """What the runs took, by what was expected of them."""
+    """Ratio of the seconds that the runs took to those expected; 1 without runs."""
     expected = sum(map(task.seconds, scores))
     return sum(score.row.get("seconds", 0.0) for score in scores.values()) / expected if expected else 1.0
 
 
 def _seconds_left(task: SelectionTask, scores: Scores) -> float:
-    """Time in which the rest of the budget is spent and the leader run with all edits, at the speed of the runs so far."""
+    """Time to spend the rest of the budget and to run the leader with all edits, at the speed of the runs so far."""
     left = max(0.0, budget_left(task, scores)) / (slowness(task, scores) or 1.0) / task.concurrent
     return _really(task, scores) * (left + sum(map(task.seconds, with_all_edits(task, scores))))
 
@@ -157,7 +157,7 @@ def _finished(request: SelectionRequest, results: pd.DataFrame) -> list[tuple[Ru
 
 
 class PolicySearch:
-    """A policy as a `sweeps.run.dispatch.Search`. What is known is not run again, so a stopped selection resumes."""
+    """A policy as a `sweeps.run.dispatch.Search`. Runs with a known score are not run again, so a stopped selection resumes."""
 
     def __init__(
         self,
@@ -168,21 +168,21 @@ class PolicySearch:
         known: Scores,
         tell: Callable[[Rung, int], None],
     ):
-        """to_score: from a row of the results table. seconds: expected cost of a run. known: scores of an earlier call.
-        tell: hears of every rung, and how many of its runs are not known yet."""
+        """to_score: from a row of the results table. seconds: expected cost of a run. known: scores from an earlier call.
+        tell: called with every rung and the number of its runs that are not known yet."""
         self.rungs: list[Rung] = []
         self.scores = dict(known)
-        """Of all runs that are over."""
+        """Scores of all runs that are over."""
         self._policy, self._seconds = policy, seconds
         self._to_config, self._to_score, self._tell = to_config, to_score, tell
         self._queue: list[Run] = []
         self._running: dict[str, Run] = {}
         self._waits = False
-        """The policy wants to know how a running run ends: it is not asked again before one does."""
+        """The policy waits for the outcome of a running run: it is not asked again before one ends."""
 
     @property
     def so_far(self) -> Scores:
-        """Of all runs that have begun."""
+        """Scores of all runs that have begun; those still running have their expected cost."""
         return self.scores | {run: Score.still_running(self._seconds(run)) for run in self._running.values()}
 
     def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
@@ -214,7 +214,7 @@ class PolicySearch:
 def _prepared(
     request: SelectionRequest, tracker: Tracker, note: Callable[[str], None]
 ) -> tuple[tuple[Candidate, ...], Baseline]:
-    """The probe's scores and the unedited model's measurements: from the study's run, else made on workers."""
+    """The probe's scores and the unedited model's measurements: read from the study's run, or else made on workers."""
     baseline_file = f"baseline-{request.facts.data_fingerprint}.json"
     positions = [(trial.layer, trial.module) for trial in request.plan.trials]
     works: dict[str, Callable[[], Any]] = {

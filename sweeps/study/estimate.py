@@ -1,8 +1,8 @@
-"""What is left of a study and what it will take: time, memory and disk, each with a range, until its budget ends it.
+"""What is left of a study, and what it will take until it is done or its budget ends it: time, memory and disk, with ranges.
 
 The work of a trial is a fixed part (output projection, optimiser, generation) and a part for each layer from the trained one
-upwards. `rough_seconds` has both as rates of one machine; earlier trials of the model on this machine, or else a few timed steps
-at its first, middle and last layer, scale them. Imports inside functions keep PyTorch out of the start of commands.
+upwards. `rough_seconds` has the rates of one machine for both; they are scaled by earlier trials of the model on this machine, or
+else by a few timed steps at its first, middle and last layer. Imports inside functions keep PyTorch out of the start of commands.
 """
 
 import gc
@@ -30,11 +30,11 @@ from sweeps.study.schema import Resources
 from sweeps.study.trial_types import StudyFacts, TrialConfig, TrialResult
 
 TRIALS = 200
-"""Earlier trials to look at, the latest."""
+"""Number of earlier trials to look at: the latest ones."""
 ENOUGH = 3
 """Use the earlier trials if there are at least this many."""
 TIMED_EDITS, TIMED_STEPS, TIMED_PROSE = 16, 3, 64
-"""Edits of a timed step at most, steps at each of the three layers, and tokens of the prose whose curvature they use."""
+"""Most edits in a timed step, timed steps at each of the three layers, and tokens of the prose whose curvature they use."""
 ROUGH = "rough rates, nothing measured here"
 
 _PREFIX_TOKENS = 10
@@ -44,27 +44,27 @@ _SUPERVISED_SHARE = 0.3
 _GENERATED_SHARE = 0.3
 """Share of the evaluation's tokens that are read again, through all layers, to generate undecided answers."""
 _CURVATURE_TOKENS = 4 * 64 * 128
-"""What writing the text, and measuring curvature on it, take in tokens read, on all cores (`locft.background`)."""
+"""Cost of generating the text and measuring curvature on it, in tokens read, on all cores (`locft.background`)."""
 _FURTHER_TOKENS = 8 * 64
-"""Of a step of ordinary fine-tuning (`locft.further`)."""
+"""Tokens of a step of ordinary fine-tuning (`locft.further`)."""
 _START_SECONDS = 40.0
-"""Once per study: Ray and its workers, the model, the tracking store, the report, and the pick once more."""
+"""Overhead once per study: Ray and its workers, the model, the tracking store, the report, and training the pick again."""
 _MEASURING = 1.7
-"""If only steps were timed: measuring takes this multiple of its rough rate where steps take theirs. Edit metrics and
-capability took 0.9 and 1.3 on one machine with bfloat16 instructions, 2.1 and 2.2 on another."""
+"""If only steps were timed: the scale of measuring is this multiple of the scale of steps, each relative to its rough rate.
+For edit metrics and capability it was 0.9 and 1.3 on one machine with bfloat16 instructions, 2.1 and 2.2 on another."""
 _SHARE_OF_STEPS = {"breadth_first": 0.9, "depth_first": 0.8, "stream": 0.3}
 """Share of the steps allowed by `epochs` that is usually taken before `stop_below` ends the training."""
 _LEAST_STEPS = 0.3
-"""The same if everything is learnt early."""
+"""The same share if everything is learnt early."""
 _HANGS, _PATIENCE_SECONDS = 30.0, 1800.0
-"""A trial counts as hanging after this many times its estimate, but not before this long: its worker may be loading a model."""
+"""A trial counts as hanging after this many times its estimate, but never sooner than this: its worker may be loading a model."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Factors that scale the rough rates (`rough_seconds`) to this machine, and how sure they are."""
+    """Factors that scale the rough rates (`rough_seconds`) to this machine, and how certain they are."""
 
     cpus: int = 2
     """Threads of a trial."""
@@ -72,21 +72,21 @@ class Costs:
     evaluate: float = 1.0
     capability: float = 1.0
     source: str = ROUGH
-    """Where the numbers come from, for people."""
+    """Human-readable source of the numbers."""
     spread: float = 2.0
-    """The true time is expected within this factor either way, besides what early stopping leaves open."""
+    """The true time is expected within this factor either way, apart from what early stopping leaves open."""
     busy: float = 1.0
-    """How much other work on the machine slowed the measured seconds; the range allows for an idle machine."""
+    """Factor by which other work on the machine slowed the timed steps; the low estimate assumes an idle machine."""
     shares: Mapping[str, float] = field(default_factory=_SHARE_OF_STEPS.copy)
-    """By pipeline: of the steps allowed, those that trials take."""
+    """By pipeline: share of the allowed steps that trials take."""
 
     @property
     def measured(self) -> bool:
-        """On this machine."""
+        """Whether the costs were measured on this machine."""
         return self.source != ROUGH
 
     def unedited(self, facts: StudyFacts, trials: Sequence[TrialConfig]) -> float:
-        """Seconds of measuring the unedited model and the curvature that these trials need, once a study."""
+        """Seconds to measure the unedited model and the curvature that these trials need, once per study."""
         read = facts.evaluation_tokens + facts.capability_tokens + facts.generated_tokens
         seconds = reading_seconds(read, facts.parameters, facts.precision, self.cpus)
         if any(AXIS["curvature_strength"].counts({"method": trial.method}) for trial in trials):
@@ -95,20 +95,20 @@ class Costs:
 
 
 def _batch(trial: TrialConfig) -> int:
-    """New edits of a full step."""
+    """New edits in a full step."""
     return min(trial.batch_size, trial.arrival) if trial.pipeline == "stream" else trial.batch_size
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan still takes. Seconds are wall-clock time; memory and disk are of one machine."""
+    """What the rest of a plan takes. Seconds are wall-clock time; memory and disk are those of one machine."""
 
     trials: int
-    """Trials to run: the open ones, or as many of them as the budget allows (for one of minutes, about as many)."""
+    """Trials to run: the open ones, or as many of them as the budget allows (approximate for a budget in minutes)."""
     left: int
-    """Planned and not done."""
+    """Planned trials that are not done."""
     ended_by: Literal["trials", "minutes"] | None
-    """The budget that ends the study before its plan does."""
+    """The budget that ends the study before its plan is complete; None if neither does."""
     concurrent: int
     seconds_low: float
     """If training stops early, on a machine that does nothing else."""
@@ -116,16 +116,16 @@ class Estimate:
     seconds_high: float
     """If every trial takes all its epochs, on a slow machine."""
     seconds_per_trial: float
-    """Mean."""
+    """Mean over the trials to run."""
     memory_bytes_low: int
     """Driver and all workers together: what they hold in any case."""
     memory_bytes_high: int
-    """With everything that may come on top: the largest batches all at once, weights in every layout, stored states in full."""
+    """With everything that may come on top: the largest logits and curvature factors, in all workers at once."""
     disk_bytes_low: int
-    """Hidden states and weights in the cache, the study in the tracking store; without the model itself."""
+    """Weights in the cache and the study in the tracking store, without the model itself; the high value adds hidden states."""
     disk_bytes_high: int
     source: str
-    """What the seconds rest on."""
+    """What the seconds are based on."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,13 @@ class Forecast:
     concurrent: int = 1
     """Trials at a time."""
     made: float = field(default_factory=time.monotonic)
-    """On the `time.monotonic()` clock; the budget's minutes count from then."""
+    """When it was made, on the `time.monotonic()` clock; the budget's minutes count from then."""
 
     def seconds(self, trial: TrialConfig) -> float:
         return trial_seconds(trial, self.prepared.facts, self.costs, None)
 
     def on(self, nodes: Sequence[Mapping[str, float]]) -> "Forecast":
-        """The same on these nodes (Ray's resources of each) instead of this machine."""
+        """The same forecast for these nodes (Ray's resources of each) instead of this machine."""
         prepared = self.prepared
         return replace(self, concurrent=places(prepared.study.resources, prepared.plan.sample, prepared.facts, nodes))
 
@@ -153,7 +153,7 @@ class Forecast:
     def estimate(self) -> Estimate:
         """Time, memory and disk of the open trials, `concurrent` at a time, until the budget ends them.
 
-        The middle time has the usual share of a trial's epochs, the high one all of them, the low one few.
+        The middle time assumes the usual share of a trial's epochs, the high one all of them, the low one few.
         """
         plan, facts, costs = self.prepared.plan, self.prepared.facts, self.costs
         most, minutes = self.prepared.study.budget.trials, self.prepared.study.budget.minutes
@@ -164,7 +164,7 @@ class Forecast:
             sample = sample[:affordable]
 
         def each(share: float | None) -> list[float]:
-            """Seconds of every trial; a trial that a search will choose takes the mean of the sample."""
+            """Seconds of every trial; one that a search has yet to choose is given the mean of the sample."""
             seconds = [trial_seconds(trial, facts, costs, share) for trial in sample]
             return seconds if plan.trials or not seconds else [statistics.fmean(seconds)] * affordable
 
@@ -197,7 +197,7 @@ class Forecast:
 
     @property
     def memory_notes(self) -> list[str]:
-        """What fits where: on a GPU, where trials get one, otherwise by depth."""
+        """How many trials fit on a GPU, if trials get one; otherwise the memory that a trial keeps, by depth."""
         sample, facts, resources = self.prepared.plan.sample, self.prepared.facts, self.prepared.study.resources
         note = gpu_sentence(resources, sample, facts) if resources.gpus else depth_sentence(sample, facts)
         return [note] if note else []
@@ -220,10 +220,10 @@ class Forecast:
 def make_forecast(
     prepared: PreparedStudy, finished: Collection[str] = (), earlier: Sequence[TrialResult] = (), *, timed: bool = True
 ) -> Forecast:
-    """What is left of a study on this machine.
+    """Forecast of what is left of a study on this machine.
 
     finished: ids of the study's finished trials. earlier: finished trials of this model on this machine (`machine`), in any
-    study. timed: time some steps of the real model if there are too few earlier trials, instead of taking rough rates.
+    study. timed: time some steps of the real model if there are too few earlier trials, instead of using rough rates.
     """
     done, facts, resources = frozenset(finished), prepared.facts, prepared.study.resources
     costs = Costs(resources.cpus)
@@ -233,21 +233,21 @@ def make_forecast(
 
 
 def machine(resources: Resources) -> str:
-    """This machine and what a trial has of it; the seconds of trials with the same label are comparable."""
+    """Label of this machine and of a trial's share of it; the seconds of trials with the same label are comparable."""
     name = re.sub(r"[^\w.\-]", "-", platform.node())[:100] or "unknown"
     return f"{name} {resources.cpus} CPU {resources.gpus:g} GPU"
 
 
 def rough_seconds(trial: TrialConfig, facts: StudyFacts, cpus: int, steps: float, edits: float) -> dict[str, float]:
     """Seconds to `train` a trial's position, to `evaluate` it on all edits that any trial asks about, and to measure its
-    `capability`. edits: in all these steps together.
+    `capability`. edits: their number in all these steps together.
 
-    At the rates of two cores with bfloat16 matrix instructions and a model of 135M parameters: a step takes 1.1 ns a parameter
-    (its weights pass through memory) and 9 ps a parameter and token. A GPU is far faster.
+    At the rates of two cores with bfloat16 matrix instructions and a model of 135M parameters: a step takes 1.1 ns per
+    parameter (its weights pass through memory) and 9 ps per parameter and token. A GPU is far faster.
     """
     head, through = facts.head_parameters, layers_passed(trial, facts) * facts.layer_parameters
     asked, read = facts.evaluation_tokens, facts.capability_tokens
-    # in units of edits as raw prompts, which guards are like
+    # in units of an edit as a raw prompt; a guard counts as one of these
     prefix = trial.prefix_share * _PREFIX_TOKENS * facts.n_edits / max(1, facts.edit_tokens)
     replayed = steps * trial.replay if trial.pipeline == "stream" else 0
     guards = trial.guards_per_step if trial.guard != "none" else 0
@@ -266,13 +266,13 @@ def rough_seconds(trial: TrialConfig, facts: StudyFacts, cpus: int, steps: float
 
 
 def reading_seconds(tokens: int, parameters: int, precision: str, cpus: int) -> float:
-    """Rough time in which a whole model reads these tokens, at the same rates."""
+    """Rough time that the whole model takes to read these tokens, at the same rates."""
     return (1.0 if precision == "bfloat16" else 2.0) / cpus * 15e-12 * tokens * parameters
 
 
 def costs_from_trials(earlier: Sequence[TrialResult], prepared: PreparedStudy) -> Costs | None:
-    """The rough costs scaled by what trials of this model took, whatever they trained and were measured on; None for
-    fewer than `ENOUGH`."""
+    """The rough costs scaled by how long trials of this model took, whatever they trained and were measured on; None if
+    there are fewer than `ENOUGH`."""
     measured = (trial for trial in earlier if {"n_edits", "train_seconds"} <= trial.metrics.keys())
     known = [trial for trial in measured if not trial.metrics.get("diverged")]
     if len(known) < ENOUGH:
@@ -300,7 +300,7 @@ def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
     torch.set_num_threads(study.resources.cpus)
     try:
         trials, busy = _timed_steps(prepared)
-    except (InputError, RuntimeError, MemoryError) as reason:  # no estimate is no reason to refuse a plan
+    except (InputError, RuntimeError, MemoryError) as reason:  # a missing estimate is no reason to refuse a plan
         _log.info("no steps were timed: %s", reason)
         return None
     finally:
@@ -311,8 +311,8 @@ def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
 
 
 def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
-    """Steps at the first, middle and last layer, as trials that were not measured; and how much other work slowed them:
-    wall-clock time per processor time of a thread."""
+    """Timed steps at the first, middle and last layer, as trials without measurements, and the factor by which other work
+    slowed them: wall-clock time over processor time per thread."""
     from locft.model.models import load_model
     from locft.model.positions import TuningPosition
     from locft.train.pipelines import TrainingSettings
@@ -330,7 +330,7 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
     bench = Workbench.prepare(
         loaded, edits, None, baseline=Baseline((), None), engine=partial(in_memory, layers=layers)
     )
-    # a step takes as long whatever prose its curvature is of, and real prose takes a minute to read
+    # the time of a step does not depend on the prose its curvature is measured on, and real prose takes a minute to read
     trainer = replace(bench.trainer, prose=(TokenRow(tuple(range(min(TIMED_PROSE, facts.vocabulary))), 1),))
     trials, clock, processor = [], 0.0, 0.0
     for layer in layers:
@@ -351,7 +351,7 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
 
 
 def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
-    """The factors by which what these trials took differs from the rough rates."""
+    """Costs with the ratios of the time that these trials took to their rough estimates."""
     facts, cpus = prepared.facts, prepared.study.resources.cpus
     measured, expected = Counter[str](), Counter[str]()
     for trial in trials:
@@ -376,13 +376,13 @@ def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
 
 
 def _trained(trial: TrialResult) -> float:
-    """Edits that a finished trial trained; those it asked about where it does not say."""
+    """Edits that a finished trial trained, or those it asked about if its metrics do not say."""
     seconds = trial.metrics.get("seconds_per_edit")
     return round(trial.metrics["train_seconds"] / seconds) if seconds else trial.metrics["n_edits"]
 
 
 def _with_edits(facts: StudyFacts, trained: float, asked: float) -> StudyFacts:
-    """The same study with these shares of as many edits of the same kind."""
+    """The facts of a study with the edits trained and the edits asked about scaled by these factors."""
     shares = {"n_edits": trained, "edit_tokens": trained, "evaluation_tokens": asked}
     return replace(facts, **{name: round(share * getattr(facts, name)) for name, share in shares.items()})
 
@@ -390,11 +390,11 @@ def _with_edits(facts: StudyFacts, trained: float, asked: float) -> StudyFacts:
 def trial_seconds(
     trial: TrialConfig, facts: StudyFacts, costs: Costs | None = None, share: float | None = 1.0
 ) -> float:
-    """Seconds of one trial, measurements included. share: of the steps allowed; None: what its pipeline usually takes."""
+    """Seconds of one trial, measurements included. share: of the steps allowed; None: the usual one of its pipeline."""
     costs, edits = costs or Costs(), facts.trained(trial)
     taken = costs.shares[trial.pipeline] if share is None else share
     measured = 1 if trial.pipeline != "stream" else max(1, min(STAGES, math.ceil(edits / trial.arrival)))
-    asked = (measured + 1) / 2  # times that all edits are asked: at each stage those that have arrived
+    asked = (measured + 1) / 2  # how often all edits are asked; each stage asks only those that have arrived
     epoch = rough_seconds(trial, facts, costs.cpus, math.ceil(edits / _batch(trial)), edits)
     return (
         taken * trial.epochs * costs.train * epoch["train"]
@@ -405,14 +405,14 @@ def trial_seconds(
 
 
 def patience_seconds(trial: TrialConfig, facts: StudyFacts, resources: Resources) -> float:
-    """How long a trial may take before it is cancelled: `resources.minutes`, or until it must be hanging."""
+    """How long a trial may take before it is cancelled: `resources.minutes`, or with auto until it is surely hanging."""
     if resources.minutes == "auto":
         return max(_PATIENCE_SECONDS, _HANGS * trial_seconds(trial, facts, Costs(resources.cpus)))
     return math.inf if resources.minutes is None else 60 * resources.minutes
 
 
 def layers_passed(trial: TrialConfig, facts: StudyFacts) -> int:
-    """The trained layer and those above it; all where all weights are trained further."""
+    """Number of layers from the trained one upwards; all of them if all weights are trained further."""
     return facts.n_layers - (0 if trial.further_steps else trial.layer)
 
 

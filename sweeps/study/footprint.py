@@ -1,4 +1,4 @@
-"""Memory and disk that trials take, as far as can be told before they run, and how many trials fit side by side."""
+"""Memory and disk that trials take, as far as predictable before they run, and how many trials fit side by side."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,25 +18,25 @@ DEPTHS = (0.25, 0.5, 0.7, 0.9)
 _FOR_TRIALS = 0.7
 """Share of the free memory that Ray leaves to trials; the rest is for its object store."""
 _TRAINED_BYTES = 4 * 4
-"""For each trained number: weight, gradient and Adam's two moments in float32."""
+"""Bytes per trained parameter: weight, gradient and Adam's two moments in float32."""
 _FACTOR_BYTES = 3 * 4
-"""For each number of the factors of curvature (`locft.curvature`): as measured, damped, and in the precision of training."""
+"""Bytes per element of the curvature factors (`locft.curvature`): as measured, damped, and in the precision of training."""
 _MATRICES = {"mlp": 3, "attn": 4, "layer": 7}
-"""Number of matrices in a module; other modules are a single one."""
+"""Number of matrices in a module; other modules have one."""
 _WIDEST = 6
 """In multiples of the hidden size: a wider matrix is taken for stacked experts, each half as wide as this."""
 _DRIVER_BYTES = 1_050_000_000
-"""The command with Ray, MLflow and its tables, and Ray's own processes."""
+"""Memory of the driver with Ray, MLflow and its tables, and of Ray's own processes."""
 _PROCESS_BYTES = 380_000_000
-"""A worker with its imports, before it loads a model, without the libraries that it shares."""
+"""Memory of a worker with its imports, before it loads a model, without the libraries that it shares."""
 _READ_AT_ONCE = 2048
-"""Tokens of a forward pass of the unedited model, whose logits are all held."""
+"""Tokens in a forward pass of the unedited model, all of whose logits are held."""
 _CONTEXT_BYTES = 600_000_000
 """GPU memory that CUDA and its kernels take in each process."""
 _GPU_SIZES = (24 * 2**30, 80 * 2**30)
-"""Of usual GPUs, in bytes."""
+"""Memory of common GPUs, in bytes."""
 _RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
-"""In MLflow's store: a run with its metrics; a question with its answer; a study's dashboard, tables and files."""
+"""Bytes in MLflow's store for a run with its metrics, a question with its answer, and a study's dashboard, tables and files."""
 
 
 def places(
@@ -45,7 +45,7 @@ def places(
     facts: StudyFacts,
     nodes: Sequence[Mapping[str, float]] | None = None,
 ) -> int:
-    """Trials at a time on nodes with these resources of Ray, None for this machine; one if not even that fits."""
+    """Trials at a time on nodes with these Ray resources, None for this machine; 1 even if not a single one fits."""
     if nodes is None:
         gpus = 0
         if resources.gpus:
@@ -105,10 +105,10 @@ def gpu_sentence(resources: Resources, trials: Sequence[TrialConfig], facts: Stu
 
 
 def depth_bytes(trial: TrialConfig, facts: StudyFacts) -> dict[int, int]:
-    """Layer, at several depths -> memory that such a trial keeps there, in bytes.
+    """Layer, at several depths -> memory that this trial would keep if it trained that layer, in bytes.
 
-    Weights are read from their file where `dtype` is that of the checkpoint, so those below the trained layer are needed once,
-    and need not stay: a model may be larger than memory. Those above it, the head and what is trained are needed in each step.
+    Where `dtype` is that of the checkpoint, weights are read from their file, so those below the trained layer are needed only
+    once and need not stay: a model may be larger than memory. Those above, the head and what is trained are needed in each step.
     """
     found = {}
     for layer in (int(depth * facts.n_layers) for depth in DEPTHS):
@@ -119,7 +119,7 @@ def depth_bytes(trial: TrialConfig, facts: StudyFacts) -> dict[int, int]:
 
 
 def depth_sentence(trials: Sequence[TrialConfig], facts: StudyFacts) -> str | None:
-    """How much memory such a trial keeps, by depth, and how much is free here; None for trials that train all weights."""
+    """How much memory the first trial keeps, by depth, and how much is free here; None for trials that train all weights."""
     if not trials or trials[0].further_steps:
         return None
     found, free = depth_bytes(trials[0], facts), psutil.virtual_memory().available
@@ -136,7 +136,7 @@ def _share(fitting: int) -> str:
 
 
 def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: int) -> tuple[int, int]:
-    """Bytes of the driver and `concurrent` workers: what they hold in any case, and with all that may add."""
+    """Bytes that the driver and `concurrent` workers hold in any case, and with everything that may come on top."""
     if not trials:
         return 0, 0
     at_once, always = min(concurrent, len(trials)), _DRIVER_BYTES + _shared_bytes(trials[0], facts)
@@ -146,12 +146,12 @@ def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: i
 
 
 def _shared_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Files that all workers of a machine map: the frozen weights, and once more in the precision of training."""
+    """Size of the files that all workers of a machine map: the frozen weights, in both dtypes if training has another."""
     return facts.parameters * _weight_bytes(trial)
 
 
 def _weight_bytes(trial: TrialConfig) -> int:
-    """Of each frozen weight, in both dtypes if they differ."""
+    """Bytes per frozen weight, in both dtypes if they differ."""
     return sum(BYTES[name] for name in {trial.dtype, trial.precision})
 
 
@@ -164,13 +164,13 @@ def _hidden(facts: StudyFacts) -> int:
 
 
 def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """What a worker holds as long as it trains: the process, and what is trained."""
+    """What a worker holds while it trains: the process, and the trained parameters with their gradients and moments."""
     further = facts.parameters if trial.further_steps else 0
     return _PROCESS_BYTES + _TRAINED_BYTES * (_trained(trial, facts) + further)
 
 
 def curvature_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """The factors of curvature that a method needs, told from the position's size: two squares for each matrix."""
+    """Bytes of the curvature factors that a method needs, from the position's size: two square matrices per weight matrix."""
     if not AXIS["curvature_strength"].counts({"method": trial.method}):
         return 0
     hidden, count = max(1, _hidden(facts)), _MATRICES.get(trial.module, 1)
@@ -183,7 +183,7 @@ def curvature_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 
 
 def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """What a worker may add to that: the largest logits, and factors of curvature."""
+    """What a worker may add to `_kept_bytes`: the largest logits and the curvature factors."""
     batch_tokens = _batch_tokens(trial, facts)
     reading = min(_READ_AT_ONCE, facts.edit_tokens + facts.evaluation_tokens + facts.capability_tokens)
     return 4 * facts.vocabulary * max(3 * batch_tokens, int(1.5 * reading)) + curvature_bytes(trial, facts)
@@ -195,7 +195,7 @@ def _batch_tokens(trial: TrialConfig, facts: StudyFacts) -> int:
 
 
 def disk_range(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> tuple[int, int]:
-    """Bytes of hidden states entering every trained layer, weights in the precision of training, MLflow's records."""
+    """Bytes of weights in the precision of training and MLflow's records, without and with the hidden states of trained layers."""
     if not trials:
         return 0, 0
     dtype = BYTES[trials[0].dtype]

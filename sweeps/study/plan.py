@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 INNER = tuple(axis.name for axis in SWEPT if axis.name not in ("layer", "module", "seed"))
 POINT = ("layer", "module", *INNER, "seed")
-"""What a point of the space has a value for: every swept axis."""
+"""The axes that a point of the space has values for: every swept one."""
 POSITION = "position"
-"""Stands for layer and module together if not every layer has every module: {"position": "22.mlp_down", ...}."""
+"""Replaces layer and module if not every layer has every module: {"position": "22.mlp_down", ...}."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Plan:
     trials: tuple[TrialConfig, ...]
     """In the order they are started. Empty for optuna, which chooses while running."""
     count: int
-    """Number of trials; an upper limit for optuna; for random fewer than asked for when the space has no more."""
+    """Number of trials; for optuna an upper limit; for random fewer than asked for if the space has no more."""
     sample: tuple[TrialConfig, ...]
     """What the estimate is computed on: the trials, or for optuna a random sample of the space."""
 
 
 @dataclass(frozen=True)
 class PreparedStudy:
-    """A study whose model, edits and items were found (`sweeps.study.resolve.prepare`): it can be run and reported."""
+    """A study whose model, edits and items were resolved (`sweeps.study.resolve.prepare`), ready to be run and reported."""
 
     study: Study
     facts: StudyFacts
@@ -49,7 +49,7 @@ class PreparedStudy:
     notices: tuple[str, ...] = ()
     """What in the study file has no effect here, a sentence each."""
     command: tuple[str, ...] = ()
-    """The words that run it, such as locft sweep quickstart; empty if no command line did."""
+    """The words of the command line that runs it, such as locft sweep quickstart; empty if it is not run from one."""
     chosen_axes: ClassVar[tuple[str, ...]] = ()
     """Axes whose values the command chooses, not the user."""
 
@@ -83,12 +83,12 @@ class PreparedStudy:
 
     @property
     def capability_source(self) -> str:
-        """The tasks with their numbers of items, in words."""
+        """Human-readable list of the tasks with their numbers of items."""
         return ", ".join(f"{task.name} ({len(task.items)})" for task in self.suite.tasks) if self.suite else "none"
 
 
 def selected_layers(study: Study, n_layers: int) -> tuple[int, ...]:
-    """The layers of the space in ascending order. Those that a model of `n_layers` does not have are left in."""
+    """The layers of the space in ascending order. Layers that a model of `n_layers` does not have are not filtered out."""
     layer = study.space.layer
     if isinstance(layer, EveryLayer):
         return tuple(range(0, n_layers, layer.every))
@@ -123,7 +123,7 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 def idle_axes(study: Study) -> tuple[str, ...]:
-    """A sentence for each axis of the space that is given and changes nothing in any trial."""
+    """A sentence for each axis of the space that is set but has no effect in any trial."""
     space = study.space
     return tuple(
         f"space.{axis.name} has no effect: it needs space.{other} {values}"
@@ -168,8 +168,8 @@ def trial_config(study: Study, facts: StudyFacts, point: Mapping[str, Any]) -> T
     """The full configuration at one point of the space.
 
     point: a value for each of `POINT`, or "position" in place of layer and module. A log-uniform learning rate is
-    rounded to three significant digits, so that a trial's id survives being written and read. An axis that changes
-    nothing beside the others is set to its default, so that one trial has one id.
+    rounded to three significant digits, so that a trial's id survives being written and read. An axis without
+    effect, given the values of the others, is set to its default, so that each trial has only one id.
     """
     values = {axis: point[axis] for axis in POINT if axis in point}
     if POSITION in point:
@@ -191,7 +191,7 @@ def trial_config(study: Study, facts: StudyFacts, point: Mapping[str, Any]) -> T
 def optuna_space(study: Study, facts: StudyFacts) -> dict[str, list | tuple]:
     """The space as plain data: axis -> list of values, or ("log_uniform", low, high).
 
-    Where some layer lacks some module, the axes layer and module give way to "position", which has existing ones only.
+    If some layer lacks some module, the axes layer and module are replaced by "position", which has existing ones only.
     """
     positions, space = _positions(study, facts), study.space
     layers = selected_layers(study, facts.n_layers)
@@ -206,9 +206,9 @@ def optuna_space(study: Study, facts: StudyFacts) -> dict[str, list | tuple]:
 
 
 def point_of(study: Study, facts: StudyFacts, config: TrialConfig) -> dict[str, Any] | None:
-    """The point of `optuna_space` at which a configuration lies; None if it is outside, such as after a change of space.
+    """The point of `optuna_space` at which a configuration lies; None if it lies outside, as after a change of space.
 
-    An axis that changes nothing there has the first of its values."""
+    An axis that has no effect there takes the first of its values."""
     space, known = optuna_space(study, facts), config.to_dict() | {POSITION: config.position}
     idle = {axis.name for axis in SWEPT if not axis.counts(known)}
     point = {axis: space[axis][0] if axis in idle else known[axis] for axis in space}
@@ -222,8 +222,8 @@ def point_of(study: Study, facts: StudyFacts, config: TrialConfig) -> dict[str, 
 def grid_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
     """Every combination once. Seeds vary slowest, then layers, then the other axes in the order of `POINT`.
 
-    Layers come in van der Corput order (0, 16, 8, 24, 4, ... of 30): a study that is stopped half way has seen the
-    whole depth with every setting, and the rest only makes it finer. Another seed repeats the whole.
+    Layers come in van der Corput order (0, 16, 8, 24, 4, ... of 30): a study stopped half way has covered the
+    whole depth with every setting, and the rest only refines it. Each further seed repeats the whole grid.
     """
     positions, space = _positions(study, facts), study.space
     layers = tuple(dict.fromkeys(layer for layer, _ in positions))
@@ -235,18 +235,18 @@ def grid_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
 
 
 def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, where an axis that changes nothing beside the others is at its default."""
+    """The values, with every axis that has no effect given the others set to its default."""
     return {**values, **{axis.name: axis.default for axis in SWEPT if not axis.counts(values)}}
 
 
 def _tried(study: Study, name: str, chosen: Mapping[str, Any]) -> Sequence[Any]:
-    """The values of an axis beside those chosen for the axes before it: only the default where it changes nothing."""
+    """The values to try of an axis, given those chosen for the axes before it: only the default if it has no effect."""
     axis = AXIS[name]
     return getattr(study.space, name) if axis.counts(chosen) else (axis.default,)
 
 
 def _settings(study: Study, names: Sequence[str], chosen: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of these axes that differs in what it does; the last axis varies fastest."""
+    """Every combination of these axes, without those that have the same effect; the last axis varies fastest."""
     if not names:
         yield dict(chosen)
         return
@@ -265,7 +265,7 @@ def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
     streams = [_spread(values[axis], random.Random(f"{study.search.seed} {axis}")) for axis in POINT]
     draws = itertools.islice(zip(*streams, strict=False), 20 * wanted + 1000)
     points = (_effective(dict(zip(POINT, draw, strict=True))) for draw in draws if draw[:2] in positions)
-    if not isinstance(space.learning_rate, LogUniform):  # when few points are left: those, in order
+    if not isinstance(space.learning_rate, LogUniform):  # once the draws run out: the rest, in order
         points = itertools.chain(points, grid_points(study, facts))
     seen: set[tuple] = set()
     while len(seen) < wanted and (point := next(points, None)):
@@ -275,14 +275,14 @@ def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
 
 
 def van_der_corput_order(n: int) -> list[int]:
-    """0 to n - 1, each next one far from those before: the indices by their reversed binary digits."""
+    """0 to n - 1, each far from the ones before it: the indices sorted by their reversed binary digits."""
     bits = max(1, (n - 1).bit_length())
     reversed_digits = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(2**bits))
     return [i for i in reversed_digits if i < n]
 
 
 def _spread(values: Sequence[Any] | LogUniform, rng: random.Random) -> Iterator[Any]:
-    """An endless sequence in which every value comes once a round; log-uniform ones evenly over the exponents."""
+    """An endless sequence in which every value comes once per round; log-uniform values spread evenly over the exponents."""
     if isinstance(values, LogUniform):
         low, high = map(math.log, values.log_uniform)
         shift = rng.random()
@@ -299,7 +299,7 @@ def _rounded(rate: float, bounds: LogUniform) -> float:
 
 
 def _positions(study: Study, facts: StudyFacts) -> tuple[tuple[int, str], ...]:
-    """The selected layers and modules that exist together, by ascending layer."""
+    """The selected pairs of layer and module that the model has, by ascending layer."""
     layers = selected_layers(study, facts.n_layers)
     pairs = itertools.product(layers, study.space.module)
     return tuple((layer, module) for layer, module in pairs if module in facts.modules_by_layer.get(layer, ()))

@@ -23,7 +23,7 @@ Place = tuple[str | int, ...]
 """Keys and list indices from the top of the file to a value."""
 
 MAX_BYTES = 1_000_000
-"""A larger file is no study: most likely data or weights were given in its place."""
+"""A larger file is not a study: most likely data or weights were given instead."""
 OVERRIDES = 10**9
 """A line number that sorts overrides after every line of the file."""
 
@@ -49,7 +49,7 @@ _SCALARS = {
     ),
     "str": (None, str),
 }
-"""Plain scalars of YAML 1.2, by the last part of their tag: pattern, and how the text becomes a value."""
+"""Plain scalars of YAML 1.2, by the last part of their tag: pattern, and the function that converts the text to a value."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -85,12 +85,12 @@ class _Draft:
     def __init__(self) -> None:
         self.tree: dict[str, Any] = {}
         self.origins: dict[Place, tuple[int, str]] = {}
-        """For each value: the line to sort by (`OVERRIDES` for overrides), and where it was written, for the user."""
+        """For each value: the line to sort by (`OVERRIDES` for overrides), and a human-readable label of where it was written."""
         self.problems: list[tuple[int, str]] = []
         """Line to sort by, and message."""
 
     def add(self, place: Place, message: str) -> None:
-        """Note a problem at a value, or at the nearest thing around it that was written down."""
+        """Record a problem at a value, or at the nearest enclosing value that was written out."""
         known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in self.origins), None)
         line, label = self.origins[known] if known is not None else (1, "study")
         where = _dotted(place)
@@ -98,7 +98,7 @@ class _Draft:
         self.problems.append((line, f"{label}: {message}" if named else f"{label}: {where}: {message}"))
 
     def read(self, text: str, label: str, *, override: bool = False) -> Any:
-        """The YAML document as plain data; None, with a problem noted, if it cannot be read.
+        """The YAML document as plain data; None, with a problem recorded, if it cannot be read.
 
         label: names the source in messages; a file's line follows it.
         """
@@ -153,9 +153,9 @@ def ready_studies() -> tuple[str, ...]:
 
 
 def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
-    """Read a ready study (by name) or a study file (by path), with overrides laid over it.
+    """Read a ready study (by name) or a study file (by path), with overrides applied to it.
 
-    overrides: "space.layer=[3, 7]": a dotted field, and a value in YAML. A later one wins. Relative paths in a file
+    overrides: each a dotted field and a value in YAML, such as "space.layer=[3, 7]"; later ones win. Relative paths in a file
     are relative to its folder, those in an override to the working directory; in the result they are absolute.
 
     Raises `InputError` with every problem of the file, of the overrides, and of their combination.
@@ -193,10 +193,10 @@ def study_from_yaml(text: str) -> Study:
 
 
 def _validated(draft: _Draft) -> Study | None:
-    """The study; None, with problems noted, if it is not valid.
+    """The study; None, with problems recorded, if it is not valid.
 
-    Contradictions show only once every field is valid, so the rest is checked again without the fields at fault. Contradictions
-    with one of those are left out, since they may go away with the correction.
+    Contradictions are only found once every field is valid, so the rest is checked again without the fields at fault. Those that
+    involve a field at fault are left out, since they may go away with its correction.
     """
     try:
         return Study.model_validate(draft.tree)
@@ -216,7 +216,7 @@ def _validated(draft: _Draft) -> Study | None:
 
 
 def _tell(draft: _Draft, fault: Any, faults: Sequence[Any], wrong: Iterable[Place] = ()) -> None:
-    """Note one of pydantic's errors. faults: all of them. wrong: fields whose contradictions are not told."""
+    """Record one of pydantic's errors. faults: all of them. wrong: fields whose contradictions are not reported."""
     place, kind, context = _place(fault["loc"]), fault["type"], fault.get("ctx", {})
     if kind == "contradictions":
         for fields, message in context["found"]:
@@ -237,7 +237,7 @@ def _tell(draft: _Draft, fault: Any, faults: Sequence[Any], wrong: Iterable[Plac
 
 
 def _nearest_key(place: Place) -> str:
-    """The valid keys of this section, or the section in which the key is valid."""
+    """Hint at the valid keys of this section, or at the section in which the key is valid."""
     section, key = place[:-1], str(place[-1])
     for home, model in _SECTIONS.items():
         if len(home) < 2 and key in model.model_fields:
@@ -246,7 +246,7 @@ def _nearest_key(place: Place) -> str:
 
 
 def _without(tree: dict[str, Any], places: Iterable[Place]) -> dict[str, Any]:
-    """A copy of the tree without the values at these places (a list goes as a whole), and with the required name."""
+    """A copy of the tree without the values at these places (a list is dropped as a whole), and with the required name."""
     copy = json.loads(json.dumps(tree))
     for place in places:
         at = copy
@@ -271,7 +271,7 @@ def _dotted(place: Place) -> str:
 
 
 def _lay_over(draft: _Draft, override: str) -> None:
-    """Lay one "field=value" over the draft."""
+    """Apply one "field=value" to the draft."""
     key, equals, text = override.partition("=")
     keys = tuple(part.strip() for part in key.split("."))
     label = f"--set {key.strip()}"
@@ -323,7 +323,7 @@ def _read(name_or_path: str) -> tuple[str, str, Path]:
 
 
 def _no_such_study(name: str, path: Path) -> str:
-    """Suggests a file with nearly that name first, then a ready study."""
+    """The message, which suggests a file with nearly that name, or else a ready study."""
     files = [file for file in _names(path.parent) if file.endswith((".yaml", ".yml"))]
     near = [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     near += difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.4)
@@ -339,7 +339,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _named_files(tree: dict[str, Any]) -> list[tuple[Place, dict[str, Any]]]:
-    """The texts that may be paths: where they stand, and the mapping that holds them."""
+    """The texts that may be paths: the place of each, and the mapping that holds it."""
 
     def part(of: dict[str, Any], key: str) -> dict[str, Any]:
         return of[key] if isinstance(of.get(key), dict) else {}

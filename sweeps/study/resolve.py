@@ -82,7 +82,7 @@ def prepare(study: Study) -> PreparedStudy:
 
 
 def _with_formats_of(study: Study, tokenizer: "PreTrainedTokenizerBase") -> tuple[Study, tuple[str, ...]]:
-    """The study without the formats that the model's tokenizer lacks, and what was left out, in sentences."""
+    """The study without the formats that the model's tokenizer lacks, and notices of what was left out."""
     given = {
         "space.train_formats": [parse_formats(text) for text in study.space.train_formats],
         "ask_formats": [study.ask_formats],
@@ -97,13 +97,13 @@ def _with_formats_of(study: Study, tokenizer: "PreTrainedTokenizerBase") -> tupl
 
 
 def no_chat(model: str, fields: Sequence[str]) -> tuple[str, ...]:
-    """The notice that a format is left out. fields: the fields or options that name it; if none does, there is no notice."""
+    """The notice that the chat format is left out. fields: the fields or options that name it; if none does, there is no notice."""
     named = " and ".join(fields)
     return (f"{named}: the tokenizer of {model} has no chat template, so {CHAT} is left out",) if fields else ()
 
 
 def _check_counts(study: Study, edits: int) -> None:
-    """Raises InputError where a trial would take more edits than there are."""
+    """Raises InputError if a trial would take more edits than there are."""
     if beyond := [count for count in study.space.edit_count if count > edits]:
         raise InputError(
             f"space.edit_count: got {max(beyond):,}, but {study.edits.source} has {edits:,} edits here; expected no more"
@@ -127,7 +127,7 @@ def _token_counts(
     check: Callable[[list[tuple[list[int], int]]], None],
 ) -> dict[str, Any]:
     """Tokens that training and measuring read, for the estimate. check: takes pairs of a text's tokens and the number of tokens
-    that may be generated behind it."""
+    that may be generated after it."""
     from locft.measure.generation import NEW_TOKENS
 
     def count(texts: list[str], new_tokens: int = 0) -> int:

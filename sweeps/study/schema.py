@@ -44,7 +44,7 @@ MAX_TRIALS = 100_000
 
 
 def read_value(name: str, value: Any) -> Any:
-    """A value for an axis as trials have it. Raises InputError, such as "got 0, expected a whole number of at least 1"."""
+    """A value for an axis in the form that trials hold. Raises InputError ("got 0, expected a whole number of at least 1")."""
     axis = AXIS[name]
     if not axis.accepts(value):
         raise InputError(wrong_value(value, axis.expected(), axis.choices))
@@ -52,14 +52,14 @@ def read_value(name: str, value: Any) -> Any:
 
 
 def _formats_text(text: str) -> str:
-    """Trained formats in one spelling, so that ids do not depend on it: the known ones first, in a fixed order."""
+    """Trained formats in one canonical spelling, so that ids do not depend on it: the known ones first, in a fixed order."""
     given = parse_formats(text, trained=True)
     spellings = (",".join(formats) for formats in (_in_order(given), given))
     return next(one for one in spellings if set(parse_formats(one)) == set(given))
 
 
 def read_formats(value: Any) -> tuple[str, ...]:
-    """The formats to ask in, of a text or a list of texts, in a fixed order. Raises InputError."""
+    """The formats to ask in, from a text or a list of texts, in a fixed order. Raises InputError."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(wrong_value(value, FORMATS_EXPECTED))
@@ -91,7 +91,7 @@ def nearest(got: str, valid: Iterable[str]) -> str:
 
 
 def _did_you_mean(got: str, valid: Iterable[str]) -> str:
-    """As `locft.errors.did_you_mean`, but fp32 is near enough to float32."""
+    """Like `locft.errors.did_you_mean`, but lenient enough to match fp32 to float32."""
     close = difflib.get_close_matches(got.lower(), list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -102,7 +102,7 @@ def _problem(text: str, item: int | None = None) -> PydanticCustomError:
 
 
 def _number(value: Any) -> Any:
-    """A number as float, also one that a YAML 1.1 reader takes for text, such as 1e-4. Anything else as it is."""
+    """A number as float, including one that a YAML 1.1 reader takes for text, such as 1e-4. Anything else is unchanged."""
     try:
         return value if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -110,7 +110,7 @@ def _number(value: Any) -> Any:
 
 
 def read_by(read: Callable[[Any], Any]) -> Any:
-    """The type of a field that a function reads, which raises InputError."""
+    """The type of a field whose value is read by a function that may raise InputError."""
 
     def check(value: Any) -> Any:
         try:
@@ -124,7 +124,7 @@ def read_by(read: Callable[[Any], Any]) -> Any:
 def _checked(
     accepts: Callable[[Any], bool], expected: str, *, number: bool = False, choices: Sequence[str] = ()
 ) -> Any:
-    """The type of a field that takes what a function accepts. number: read as float first."""
+    """The type of a field that takes what the function `accepts` allows. number: convert to float first."""
 
     def read(value: Any) -> Any:
         found = _number(value) if number else value
@@ -146,7 +146,7 @@ def _type_of(axis: Axis) -> Any:
 
 
 def _rule(kind: type, **rule: Any) -> Axis:
-    """A rule for fields that are no axis, in the same terms."""
+    """A rule for fields that are not axes, in the same terms."""
     return Axis("", kind, None, "", "", **rule)
 
 
@@ -194,7 +194,7 @@ Minutes = _checked(
 
 
 class Section(BaseModel):
-    """Every part of the file: immutable once read, and an unknown key is an error."""
+    """Base of every part of the file: immutable once read, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -209,7 +209,7 @@ class Edits(Section):
     sample_seed: Seed | None = None
     """Seed of the sample of `limit` edits, or of fictitious ones; null takes the first ones, or seed 0."""
     order_seed: Seed | None = None
-    """Seed of a random order of the edits; null keeps that of the file. It matters to streams, and to space.edit_count."""
+    """Seed of a random order of the edits; null keeps the order of the file. It matters for streams and space.edit_count."""
     asked: Count | None = 1000
     """Measure at most this many edits, a random sample of them; null measures all."""
     map: read_by(read_field_map) = {}
@@ -227,7 +227,7 @@ class Edits(Section):
 
 
 class Capability(Section):
-    """The tasks that show what the model could do before the edit."""
+    """The tasks that show whether the model can still do what it could before the edit."""
 
     suite: _type_of(_rule(str, choices=("probes",))) | None = "probes"
     """The built-in tasks; null leaves them out."""
@@ -259,7 +259,7 @@ class EveryLayer(Section):
     """Layers 0, every, 2 * every, ..."""
 
     every: Count
-    """Distance between two layers."""
+    """Distance between neighbouring layers."""
 
 
 def _two(value: Any) -> Any:
@@ -275,19 +275,19 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 class LogUniform(Section):
-    """Any value between two bounds, uniform in its logarithm. For search random and optuna."""
+    """Any value between two bounds, uniform in its logarithm. For the search methods random and optuna."""
 
     log_uniform: Annotated[tuple[Positive, Positive], BeforeValidator(_two), AfterValidator(_ordered)]
     """Lowest and highest value."""
 
 
 def _form(value: Any) -> str:
-    """Which way of writing an axis this is; the brackets tell it from a key in an error's location."""
+    """The form in which an axis is written; the brackets distinguish it from a key in an error's location."""
     return "<rule>" if isinstance(value, Mapping | BaseModel) else "<list>"
 
 
 def _forms(axis: str, expected: str, rule: type[Section], word: str | None = None) -> Any:
-    """The type of an axis that takes a list, a rule, or perhaps a word for all values."""
+    """The type of an axis that takes a list, a rule or, optionally, a word for all values."""
     forms = Annotated[_list_of(_type_of(AXIS[axis]), expected), Tag("<list>")] | Annotated[rule, Tag("<rule>")]
     if word is None:
         return Annotated[forms, Discriminator(_form)]
@@ -346,10 +346,10 @@ class Resources(Section):
     machine should need if that is longer, so that only a hanging trial is cancelled; null sets no limit."""
 
     def places(self, nodes: Sequence[Mapping[str, float]], trial_bytes: int = 0) -> int:
-        """Trials at a time that fit on these nodes.
+        """Number of trials that fit on these nodes at a time.
 
         nodes: Ray's resources of each node. Its "memory", in bytes, also limits the number, though to no less than one
-        a node, since `trial_bytes` is a rough prediction; a number of trials that the study names overrides it.
+        per node, since `trial_bytes` is a rough prediction; a number set in the study (`concurrent`) overrides it.
         Raises InputError if no node holds even one.
         """
         fit = 0
@@ -389,7 +389,7 @@ class Limits(Section):
 
 class _Subject(Section):
     name: Name
-    """Names the study everywhere, also its MLflow experiment."""
+    """Name of the study everywhere, including its MLflow experiment."""
     model: Text = "smollm2-135m"
     """A built-in name, a hub id, a local folder, or a GGUF file."""
 
@@ -400,7 +400,7 @@ _Settings: Any = create_model(
 
 
 class Study(_Settings):
-    """A whole study, valid and without contradictions. Its first fields are the axes that have one value a study."""
+    """A whole study, valid and without contradictions. Its first fields are the axes that have one value per study."""
 
     device: Device = "auto"
     """auto: a GPU if trials get one (`resources.gpus`), else cpu."""
@@ -416,7 +416,7 @@ class Study(_Settings):
 
     @property
     def trial_device(self) -> str:
-        """Where trials compute, and the driver for them: on the CPU unless trials get a GPU."""
+        """Where trials, and the driver for them, compute: on `device`; with auto, on the CPU unless trials get a GPU."""
         if self.device != "auto":
             return self.device
         return "cuda" if self.resources.gpus else "cpu"
@@ -430,7 +430,7 @@ class Study(_Settings):
 
 
 def _contradictions(study: Study) -> Iterable[tuple[tuple[str, ...], str]]:
-    """For each: the (dotted) fields that contradict each other, the one to point at first, and what is wrong."""
+    """For each: the (dotted) fields that contradict each other, beginning with the one to point at, and what is wrong."""
     search, gpus, device = study.search, study.resources.gpus, study.device
     if search.method == "grid" and search.trials is not None:
         yield (

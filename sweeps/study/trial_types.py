@@ -1,4 +1,4 @@
-"""The records that flow through a study: what is known of model and data, a trial's configuration, and its result.
+"""The records that flow through a study: facts about the model and the data, a trial's configuration, and its result.
 
 A trial is identified by its content: `TrialConfig.id` hashes everything that can change the result (position, settings, the
 fingerprints of model and data, the version of the method) and nothing else. So finished trials are recognised, and the same
@@ -20,20 +20,20 @@ from locft.train.formats import UNSEEN, parse_formats
 METHOD_VERSION = 1
 """Raised whenever the same configuration would give another result, so that old results are not taken for new ones."""
 METHOD_VERSIONS = {"natural_gradient": 3, "low_curvature": 2}
-"""The same of single values of the axis `method`, where only their results are others."""
+"""The same for single values of the axis `method`, if only their results changed."""
 OWN_TEXT_VERSION = 2
-"""The same, at least, where the text that the model writes stands before prompts or is held to."""
+"""The lowest version of trials that put text written by the model before prompts, or use it as guards."""
 
 
 def method_version(values: Mapping[str, Any]) -> int:
-    """Of a trial with these values on its axes; those that are not there are at their defaults."""
+    """The version of the method for a trial with these values of its axes; absent axes are at their defaults."""
     version = METHOD_VERSIONS.get(values.get("method", AXIS["method"].default), METHOD_VERSION)
     own_text = values.get("prefix_share") or values.get("guard") == "prose"
     return max(version, OWN_TEXT_VERSION) if own_text else version
 
 
 class _TrialConfigMethods:
-    """What derives from the fields of a trial's configuration."""
+    """What is derived from the fields of a trial's configuration."""
 
     @property
     def id(self) -> str:
@@ -69,7 +69,7 @@ TrialConfig = make_dataclass(
     [
         ("model_fingerprint", str),  # hash of the unedited model's weights (`LoadedModel.fingerprint`)
         ("data_fingerprint", str),  # hash of edits and capability items together: all that the metrics are computed on
-        ("layers", int),  # of the model, for the relative depth
+        ("layers", int),  # number of the model's layers, for the relative depth
         *((axis.name, axis.type) for axis in AXES if axis.default is None),
         *((axis.name, axis.type, field(default=axis.default)) for axis in AXES if axis.default is not None),
         ("method_version", int, field(default=METHOD_VERSION)),
@@ -85,7 +85,7 @@ and data, the number of layers, a value for each of `analysis.stats.axes.AXES`, 
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """What a plan has to know about the model and the data. Sizes are numbers of parameters and tokens."""
+    """What a plan has to know about the model and the data. Sizes are counts of parameters or tokens."""
 
     model_fingerprint: str
     data_fingerprint: str
@@ -93,28 +93,28 @@ class StudyFacts:
     modules_by_layer: Mapping[int, Sequence[str]]
     """For each layer the modules that can be trained in it."""
     n_edits: int
-    """Of the study; a trial may take the first of them (`trained`)."""
+    """Number of edits in the study; a trial may train only the first of them (`trained`)."""
     precision: str
-    """In which training computes: float32 or bfloat16."""
+    """Data type in which training computes: float32 or bfloat16."""
     parameters: int
-    """Of the whole model; tied weights count once."""
+    """Size of the whole model; tied weights count once."""
     layer_parameters: int
-    """Mean over the layers."""
+    """Size of a layer, as the mean over the layers."""
     head_parameters: int
-    """Of the output projection: vocabulary x hidden, tied or not."""
+    """Size of the output projection: vocabulary x hidden, tied or not."""
     vocabulary: int
     trained_parameters: Mapping[str, int] = field(default_factory=dict)
-    """By position ("22.mlp_down"); an absent one counts as a whole layer."""
+    """Size by position ("22.mlp_down"); an absent one counts as a whole layer."""
     edit_tokens: int = 0
     """Tokens of one epoch over all edits."""
     evaluation_tokens: int = 0
-    """Tokens read and generated to evaluate once all edits that any trial asks about."""
+    """Tokens read and generated to evaluate all edits that any trial asks about, once each."""
     capability_tokens: int = 0
     """Tokens read to measure capability once, prose included."""
     generated_tokens: int = 0
-    """Tokens of the answers that capability items generate, at most."""
+    """Upper bound on the tokens of the answers generated for capability items."""
     most_asked: int | None = None
-    """Edits that a trial's metrics are measured on at most; None for all."""
+    """Largest number of edits that a trial's metrics are measured on; None for all."""
     n_asked: int = 0
     """Number of edits that `evaluation_tokens` covers; 0 for all."""
     row_sizes: Mapping[str, float] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class StudyFacts:
 
 
 def asked_places(count: int, most: int | None) -> tuple[int, ...] | None:
-    """A random sample of the first `count` edits where they are more than `most`, None otherwise."""
+    """Places of a random sample of `most` of the first `count` edits; None if all of them are asked about."""
     from locft.data.requests import drawn_places
 
     return None if most is None or count <= most else tuple(drawn_places(count, most))
@@ -162,7 +162,7 @@ class TrialResult:
     outcomes: tuple[dict[str, Any], ...] = ()
     """Per question: the fields of `locft.measure.evaluation.EditOutcome`."""
     stages: tuple[dict[str, float], ...] = ()
-    """Metrics on the way through a stream and at its end (`sweeps.run.trial.stage_metrics`)."""
+    """Metrics at stages of a stream and at its end (`sweeps.run.trial.stage_metrics`)."""
     retried: tuple[str, ...] = ()
     """Why earlier attempts at it were lost, each in one line."""
     packed_right: str | None = None

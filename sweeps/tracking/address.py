@@ -49,12 +49,12 @@ def resolve_uri(uri: str | None) -> str:
         return given.rstrip("/")
     if scheme == "sqlite":
         path = given.partition(":///")[2]
-        if not Path(path).expanduser().is_file():  # else the sign is part of its name
+        if not Path(path).expanduser().is_file():  # else the "?" is part of its name
             path = path.partition("?")[0]
         if not path or path == ":memory:":
             raise InputError(f"tracking address {given!r} names no file; expected for example {DEFAULT_URI}")
         file = Path(path).expanduser().absolute()
-        for place in (Path.cwd(), file.parent):  # where commands run, and the server of `locft ui`
+        for place in (Path.cwd(), file.parent):  # working directories of commands and of the server of `locft ui`
             mlflow_address(f"sqlite:///{file}", place)
         return f"sqlite:///{file}"
     if scheme in DATABASES:
@@ -78,8 +78,8 @@ def without_credentials(uri: str) -> str:
 
 
 def take_credentials(uri: str) -> str:
-    """Moves `user:password@` of an http address to MLflow's environment variables, which it reads for every request; returns the
-    address without it, which can be printed."""
+    """Moves `user:password@` from an http address to MLflow's environment variables, which MLflow reads for every request; returns
+    the address without it, which is safe to print."""
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or not parts.username:
         return uri
@@ -96,9 +96,9 @@ def sqlite_path(uri: str) -> Path | None:
 def mlflow_address(uri: str, folder: Path) -> str:
     """A resolved address as MLflow takes it in a process whose working directory is `folder`.
 
-    SQLAlchemy ends the path of an SQLite file at "?", and reads "%" with two digits behind it as an escape, which MLflow,
-    creating the file's folders, does not. A file whose path has them is named relative to the working directory. Raises
-    InputError if they are in what is left of the path.
+    SQLAlchemy ends the path of an SQLite file at "?" and reads "%" followed by two digits as an escape; MLflow, when it creates
+    the file's folders, does not. A file whose path contains either is named relative to the working directory. Raises InputError
+    if the relative path still contains either.
     """
     path = sqlite_path(uri)
     if path is None or not {"?", "%"} & set(str(path)):
@@ -129,7 +129,7 @@ def check_writable(folder: Path, what: str) -> None:
 def check_reachable(uri: str) -> None:
     """Checks that the store at a resolved address answers and lets us in, or that it can be created. Creates nothing.
 
-    Raises InputError: what was tried, what happened, and what to do.
+    Raises InputError, which says what was tried, what happened, and what to do.
     """
     if (path := sqlite_path(uri)) is not None:
         _check_sqlite(path)
@@ -162,7 +162,7 @@ def _check_schema(path: Path) -> None:
             found = [name for (name,) in store.execute(_VERSION)] if "alembic_version" in tables else []
     except sqlite3.Error as error:
         raise InputError(f"tracking store {path} cannot be read: {error}; give another --tracking-uri") from None
-    if tables & {"alembic_version", "experiments"}:  # else it is empty so far, and MLflow makes its tables
+    if tables & {"alembic_version", "experiments"}:  # else it is still empty, and MLflow creates its tables
         upgrade = f"copy the file, then run `mlflow db upgrade 'sqlite:///{path}'`"
         _require_schema(f"tracking store {path}", found, upgrade)
 

@@ -1,4 +1,4 @@
-"""Finished trials on their way to the tracking store: on disk first, and there until the store has them.
+"""Finished trials on their way to the tracking store: written to disk first, and kept there until the store has them.
 
 The study goes on while the store is unreachable or the disk is full, and the next run of the same command delivers what is
 missing. A result that the store refuses does not hold up the others.
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 120.0
-"""How long a driver that has nothing else to do waits for a store that is away."""
+"""How long a driver that has nothing else to do waits for an unreachable store."""
 GRACE_SECONDS = 5.0
-"""How long it waits after an error."""
+"""How long it waits when the study ended with an error."""
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)
 """Seconds between attempts; the last one repeats."""
 
@@ -42,8 +42,8 @@ _log = logging.getLogger(__name__)
 def _retry(call: Callable[[], T], say: Callable[[str], None], give_up: Callable[[float], bool]) -> T:
     """Call a function that needs the store until the store answers; returns what the function does.
 
-    say: called when the store goes away and when it is back. give_up: waits the given seconds; True ends the attempts. Raises
-    TrackingError then, and Refused at once.
+    say: called with a message when the store goes away and when it is back. give_up: waits the given seconds; True ends the
+    attempts with the last TrackingError. Refused is raised at once.
     """
     away_since = None
     for pause in chain(PAUSES, repeat(PAUSES[-1])):
@@ -98,7 +98,7 @@ class Outbox:
         self.folder = folder
 
     def keep(self, result: TrialResult) -> None:
-        """Write a result atomically and so that it survives a power failure. Raises OSError."""
+        """Write a result atomically, and so that it survives a power failure. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=self.folder, suffix=".partial")
         try:
@@ -120,7 +120,7 @@ class Outbox:
         self._file(result).unlink(missing_ok=True)
 
     def set_aside(self, result: TrialResult) -> Path:
-        """Leave out a result that the store refuses for good; it stays in the file that is returned."""
+        """Take out a result that the store refuses for good; returns the file in which it stays."""
         return self._file(result).replace(self._file(result).with_suffix(".refused"))
 
     def kept(self) -> list[TrialResult]:
@@ -129,7 +129,7 @@ class Outbox:
         for file in sorted(self.folder.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):
             try:
                 found.append(unpack_result(file.read_text(encoding="ascii")))
-            except Exception as error:  # zlib, base85, JSON and missing keys raise six kinds
+            except Exception as error:  # zlib, base85, JSON and missing keys raise six kinds of error
                 aside = file.replace(file.with_suffix(".unreadable"))
                 _log.warning("%s is not a readable result: %s", aside, error)
         return found
@@ -142,12 +142,12 @@ class Outbox:
 
 
 class Recorder:
-    """Passes trials on to a reporter, and finished ones to the store, from a thread of its own, in their order.
+    """Passes trials on to a reporter, and finished ones, in their order and from a thread of its own, to the store.
 
-    A reporter itself (`sweeps.run.dispatch.Reporter`), and a context manager. Leaving it waits for what is under way, at most
-    `PATIENCE_SECONDS` (less after an error), and raises TrackingError when the store was away until then. What was not
-    delivered is in the outbox; so is what the store refused, which the next run offers once more, since a passing fault may
-    look like a refusal.
+    A reporter itself (`sweeps.run.dispatch.Reporter`), and a context manager. Leaving it waits for pending results, at most
+    `PATIENCE_SECONDS` (less after an error), and raises TrackingError if the store stayed unreachable until then. Undelivered
+    results stay in the outbox, and so do those that the store refused: the next run offers them once more, since a passing
+    fault may look like a refusal.
     """
 
     def __init__(self, deliver: Callable[[TrialResult], Any], outbox: Outbox, reporter: "Reporter"):
@@ -155,7 +155,7 @@ class Recorder:
         self._deliver, self._outbox, self._reporter = deliver, outbox, reporter
         self._queue: queue.SimpleQueue[TrialResult | None] = queue.SimpleQueue()
         self._open = 0
-        """Results that are neither delivered nor refused."""
+        """Number of results that are neither delivered nor refused."""
         self._lost: dict[str, tuple[str, ...]] = {}
         """Trial id -> why attempts at it were lost."""
         self._cause = ""
@@ -208,7 +208,7 @@ class Recorder:
             self._cause = str(error)
 
     def _pass_on(self, result: TrialResult) -> None:
-        """Raises TrackingError when the store is given up before it answers."""
+        """Deliver one result. Raises TrackingError when the attempts are given up before the store answers."""
         try:
             _retry(partial(self._deliver, result), self.note, self._give_up.wait)
         except Refused as error:

@@ -1,4 +1,4 @@
-"""What people see of a study in MLflow: names, descriptions, links, and a prepared view of the experiment.
+"""What users see of a study in MLflow: names, descriptions, links, and a prepared view of the experiment.
 
 Nothing here makes a request.
 """
@@ -13,11 +13,11 @@ from analysis.stats.wording import number
 from sweeps.study.trial_types import TrialConfig, TrialResult
 
 VIEW = "locft"
-"""Key of the prepared view, part of the links."""
+"""Key of the prepared view; part of the links."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 """Experiment tag from which MLflow's pages take a shared view (columns, order, charts)."""
 MAX_COMPARED = 100
-"""Runs in one comparison: with more, the page gets slow and the address too long."""
+"""Most runs in one comparison: with more, the page gets slow and the address too long."""
 
 _PIPELINES = {"breadth_first": "bf", "depth_first": "df", "stream": "st"}
 SHOWN_METRICS = ("reliability", "generalization", "locality", "capability", "capability_change", "drift_kl")
@@ -48,7 +48,7 @@ def trial_note(result: TrialResult, run_id: str) -> str:
 
 
 def experiment_note(name: str, experiment_id: str, study_run: str) -> str:
-    """The description on the experiment's page, in markdown; the links come first because one line of it is shown."""
+    """The description on the experiment's page, in markdown; the links come first because only one line of it is shown."""
     return (
         f"{_link_line(experiment_id, study_run)}\n\n"
         f"Study **{name}**: at which position does localized fine-tuning edit this model best, and what does it cost"

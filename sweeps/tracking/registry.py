@@ -1,7 +1,7 @@
 """MLflow's model registry: the recommended position of a model, and edits of it, under names with aliases.
 
-Tracking addresses are resolved ones (`sweeps.tracking.address.resolve_uri`). The functions raise InputError when the
-store does not take or return something, except where they say otherwise.
+Tracking addresses are resolved ones (`sweeps.tracking.address.resolve_uri`). The functions raise InputError when a
+request to the store fails, except where they say otherwise.
 """
 
 import json
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 PREFIX = "models:/"
 LOGGED = "edited-model"
-"""Name and type of the logged models of edits: a run has one for each that is registered, since it may be repeated with
-other settings. MLflow takes a model of a run for its artifacts of the same name, so it is not "edit", as folders were before."""
+"""Name and type of the logged models of edits: a run has one for each edit registered from it, since it may be repeated with
+other settings. MLflow takes a run's model for its artifacts of the same name, hence not "edit", once a folder's name."""
 ALIAS = "chosen"
 """The alias of an edit that a user registered. A study's pick has its own (`study_alias`)."""
 
@@ -37,7 +37,7 @@ def registered_name(kind: str, model: str) -> str:
 
 
 def study_alias(study: str) -> str:
-    """The alias of a study's pick: the study's name, as far as MLflow takes it."""
+    """The alias of a study's pick: the study's name, changed where MLflow would not take it."""
     alias = re.sub(r"[^\w-]", "-", study)
     return f"study-{alias}" if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE) else alias
 
@@ -58,15 +58,15 @@ def add_version(
     tags: Mapping[str, str],
     description: str,
 ) -> str:
-    """Adds a version to a registered model, which is created when it is new; returns its address "models:/NAME@ALIAS".
+    """Adds a version to a registered model, which is created if missing; returns its address "models:/NAME@ALIAS".
 
-    about, description: of the registered model and the version. source: address of the artifacts, or of a logged model. alias:
+    about, description: of the registered model and of the version. source: address of the artifacts, or of a logged model. alias:
     will point to the new version. Raises what MLflow raises.
     """
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=about)
     logged = source.removeprefix(PREFIX) if source.startswith(PREFIX) else None
-    if logged:  # by this address MLflow would look for it in its default store, and create that
+    if logged:  # given this address, MLflow would look in its default store, and create that
         source = client.get_logged_model(logged).artifact_location
     made = client.create_model_version(name, source, run_id, tags=dict(tags), description=description, model_id=logged)
     client.set_registered_model_alias(name, alias, made.version)
@@ -76,7 +76,7 @@ def add_version(
 def register_position(client: "MlflowClient", run_id: str, model: str, position: Mapping[str, Any]) -> str:
     """Registers the position that a selection found for a model, with the alias `recommended`; returns its address.
 
-    run_id: the study's. position: the content of that run's file position.json. Raises TrackingError.
+    run_id: of the study's run. position: the content of that run's file position.json. Raises TrackingError.
     """
     name = registered_name("position", model)
     with store_errors(f"the registered model {name!r}"):
@@ -98,11 +98,11 @@ def register_edit(
     alias: str = ALIAS,
     edits: str = "",
 ) -> str:
-    """Makes a folder with a delta a logged model of a trial's run, and a version of the model's registered edit; returns its
-    address.
+    """Stores a folder with a delta as a logged model of a trial's run and as a version of the model's registered edit; returns
+    its address.
 
     metrics: of the edit. Those that are also the run's are linked to the logged model and to the data set they were measured
-    on. edits: their source, for people.
+    on. edits: their source, in human-readable form.
     """
     from sweeps.tracking.served_edit import write_description
 
@@ -143,7 +143,7 @@ def _link_metrics(client: "MlflowClient", run: "Run", model_id: str, metrics: Ma
 
 
 def registered_edit(model: str, alias: str, tracking_uri: str) -> str | None:
-    """The run that holds the registered edit of a model; None when there is none."""
+    """Id of the run that holds the registered edit of a model; None when there is none."""
     from mlflow.exceptions import MlflowException  # takes seconds
 
     name = registered_name("edit", model)
@@ -174,7 +174,7 @@ def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
         raise InputError(f"{address}: expected {PREFIX}NAME@ALIAS or {PREFIX}NAME/VERSION")
     name, alias, version = found.groups()
     store = connect(tracking_uri)
-    from mlflow.artifacts import download_artifacts  # MLflow reads what `connect` sets when it is imported
+    from mlflow.artifacts import download_artifacts  # when imported, MLflow reads what `connect` sets
 
     with store_errors(f"{address} in {store.uri}", InputError):
         if alias:
@@ -182,6 +182,6 @@ def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
         else:
             registered = store.client.get_model_version(name, version)
         source, uri = registered.source, store.client.tracking_uri
-        if source.startswith(PREFIX):  # as versions were registered before
+        if source.startswith(PREFIX):  # registered by an earlier release
             source = store.client.get_logged_model(source.removeprefix(PREFIX)).artifact_location
         return Path(download_artifacts(source, dst_path=str(into), tracking_uri=uri, registry_uri=uri))

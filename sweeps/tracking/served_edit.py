@@ -1,8 +1,8 @@
-"""A registered edit as a model of MLflow: prompts in, the edited model's answers out.
+"""A registered edit as an MLflow model: prompts in, the edited model's answers out.
 
     mlflow.pyfunc.load_model("models:/locft-edit-MODEL@STUDY").predict(["The capital of Portugal is"])
 
-The version holds the delta and names the base, which is loaded as everywhere else; nothing is pickled. MLflow finds this
+The version holds the delta and names the base model, which is loaded as everywhere else; nothing is pickled. MLflow finds this
 module by its name, so locft-sweeps must be installed where the model is loaded or served.
 """
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from locft.model.models import LoadedModel
 
 CONFIG = {"format": RAW, "tokens": 64, "device": "auto", "dtype": "float32"}
-"""What `model_config` of `load_model` may change beside `model`, the base: how prompts are put (raw or chat), the length
-limit of an answer in tokens, and how the base is loaded."""
+"""Defaults that `model_config` of `load_model` may change, in addition to `model`, the base: the format of prompts (raw or
+chat), the length limit of an answer in tokens, and how the base is loaded."""
 
 
 def write_description(folder: Path, model: str) -> None:
-    """Write the file `MLmodel` that makes a folder with a delta a model of MLflow. model: the base's name."""
+    """Write the file `MLmodel` that turns a folder with a delta into an MLflow model. model: the base's name."""
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import add_to_model
     from mlflow.types import ColSpec, Schema
@@ -33,13 +33,13 @@ def write_description(folder: Path, model: str) -> None:
 
 
 class EditedModel:
-    """What MLflow calls."""
+    """The object whose `predict` MLflow calls."""
 
     def __init__(self, loaded: "LoadedModel", form: str, tokens: int):
         self.loaded, self.form, self.tokens = loaded, form, tokens
 
     def predict(self, prompts: Any, params: Mapping[str, Any] | None = None) -> list[str]:
-        """The answer to each prompt, greedily and to the end of its line. prompts: texts, as a list, an array or the only
+        """The answer to each prompt, decoded greedily up to the end of its line. prompts: texts, as a list, an array or the only
         column of a table. Raises InputError for prompts that are too long."""
         from locft.measure.generation import line_answers
 

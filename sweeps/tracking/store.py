@@ -43,15 +43,15 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 _addresses: dict[str, str] = {}
-"""What MLflow was given in this process -> the resolved address: a relative path means another file in another folder."""
+"""Address given to MLflow in this process -> resolved address: a relative path means another file in another folder."""
 
 
 class TrackingError(RuntimeError):
-    """The store did not take or return something. The results are unharmed: deliver them again later."""
+    """A request to the store failed. The results are unharmed: deliver them again later."""
 
 
 class Refused(TrackingError):
-    """The store answers, and rejects this very thing: delivering it again is of little use."""
+    """The store answers but rejects this particular request: repeating it is of little use."""
 
 
 class NoStore(InputError):
@@ -80,13 +80,13 @@ def connect(uri: str, *, create: bool = False) -> "Store":
     """The store at a resolved address, which has been checked to answer.
 
     create: whether to create a missing SQLite file, with its folders. Raises InputError within seconds when the store
-    cannot be reached, entered or written; NoStore when it does not exist.
+    cannot be reached, accessed or written; NoStore when it does not exist.
     """
     uri = take_credentials(uri)
-    # A driver must notice within a minute that the server is away; MLflow's own settings wait for many.
+    # A driver must notice within a minute that the server is away; MLflow's defaults wait for many minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for every run that ends
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # else two lines for every run that ends
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it would break into the live table
     check_reachable(uri)
     path = sqlite_path(uri)
@@ -97,10 +97,10 @@ def connect(uri: str, *, create: bool = False) -> "Store":
             path.parent.mkdir(parents=True, exist_ok=True)
         from mlflow import MlflowClient
 
-        for name in ("alembic", "mlflow"):  # creating the tables is announced line by line
+        for name in ("alembic", "mlflow"):  # they log the creation of tables line by line
             logging.getLogger(name).setLevel(logging.WARNING)
         address = mlflow_address(uri, Path.cwd())
-        if _addresses.setdefault(address, uri) != uri:  # MLflow keeps what it opened by the address
+        if _addresses.setdefault(address, uri) != uri:  # MLflow keeps the stores that it opened, by address
             raise InputError(
                 f"tracking store {path}: this process already uses another store of that name; start a new process"
             )
@@ -109,7 +109,7 @@ def connect(uri: str, *, create: bool = False) -> "Store":
             return Store(MlflowClient(address, registry_uri=address), uri)
         except Exception as error:
             if path is not None and new and "disk" in str(error):
-                path.unlink(missing_ok=True)  # it is full: half of the tables would pass for another version's
+                path.unlink(missing_ok=True)  # disk full: half of the tables would pass for another version's
             raise
 
 
@@ -145,7 +145,7 @@ class Store:
     def open_experiment(self, name: str, tags: Mapping[str, str]) -> str:
         """The id of the experiment of that name, created when it is new, with these tags.
 
-        Raises InputError as `find_experiment`, and when artifacts cannot be written.
+        Raises InputError like `find_experiment`, and when artifacts cannot be written.
         """
         found = self.find_experiment(name)
         with store_errors(f"experiment {name!r} in {self.uri}", InputError):
@@ -166,7 +166,7 @@ class Store:
         return experiment.experiment_id
 
     def _create_experiment(self, name: str) -> str:
-        """The id of a new experiment. Where MLflow would misread the path of its artifacts, it gets it as an address."""
+        """The id of a new experiment. Where MLflow would misread the path of its artifacts, it gets a URL instead."""
         store = sqlite_path(self.uri)
         if store is None or not {"?", "#", "%"} & set(str(Path.cwd())):
             return self.client.create_experiment(name)
@@ -210,7 +210,7 @@ class Store:
     ) -> str:
         """The id of the experiment's logged model with that fingerprint, created when it is new.
 
-        facts: shown as its parameters. source_run: id of the run that the page of a new one names.
+        facts: shown as its parameters. source_run: id of the run that a new model's page names.
         """
         name = re.sub(r"[/:.%\"']", "-", model) or "model"
         for found in self.client.search_logged_models([experiment], filter_string=f"name = '{name}'"):
@@ -237,9 +237,9 @@ class Store:
         parameters: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Logs everything about a run in one request; curves of more than 900 points take several.
+        """Logs everything about a run in one request; more than 900 points of metrics and curves take several.
 
-        curves: steps and values by name. when: milliseconds since 1970. A point that is sent again with the same time, step and value is kept once.
+        curves: (step, value) by name. when: ms since 1970. A point sent again with the same time, step and value is kept once.
         """
         from mlflow.entities import Metric, Param, RunTag
 
@@ -284,7 +284,7 @@ def outcome_of(run: "Run") -> Literal["done", "failed"] | None:
 
 
 def best_first(runs: Sequence["Run"]) -> list["Run"]:
-    """Runs of one study or trial (several after a lost answer, or from two drivers): done, failed, incomplete."""
+    """Runs of one study or trial (several after a lost response, or from two drivers) in the order done, failed, incomplete."""
     return sorted(runs, key=lambda run: ("done", "failed", None).index(outcome_of(run)))
 
 

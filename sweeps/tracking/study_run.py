@@ -1,7 +1,7 @@
 """The record of a study in MLflow: one run for the study, one flat run for each trial.
 
-Runs are found by their tags, so a result that is delivered again (after a retry, a restart, a lost answer) still has one run. A
-trial counts as finished only when its run is closed; the next delivery completes a run whose logging broke off.
+Runs are found by their tags, so a result that is delivered again (after a retry, a restart, a lost response) still has one run.
+A trial counts as finished only when its run is closed; the next delivery completes a run whose logging broke off.
 """
 
 # MLflow takes seconds to import; commands that never reach the store start without it.
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 class Tracker:
     """A study's runs in an MLflow store. Create with `Tracker.open` or `find_tracker`.
 
-    Its methods raise TrackingError when the store does not take or return something.
+    Its methods raise TrackingError when a request to the store fails.
     """
 
     def __init__(self, store: Store, experiment_id: str, study_id: str):
@@ -48,14 +48,14 @@ class Tracker:
 
     @classmethod
     def open(cls, uri: str, name: str, study_id: str) -> "Tracker":
-        """Connects to the store at a resolved address; creates it, and the experiment of that name, where they are new.
+        """Connects to the store at a resolved address; creates it, and the experiment of that name, if they are missing.
 
         Raises InputError within seconds when the store cannot be reached or written, or the name cannot be used.
         """
         store = connect(uri, create=True)
         tags = {
             "locft.kind": "experiment",
-            "mlflow.experimentKind": "custom_model_development",  # else the page asks, and shows tabs for agents
+            "mlflow.experimentKind": "custom_model_development",  # else MLflow's page asks for it, and shows tabs for agents
             pages.VIEW_TAG: pages.view_state(),
         }
         return cls(store, store.open_experiment(name.strip(), tags), study_id)
@@ -99,7 +99,7 @@ class Tracker:
         config = result.config
         with store_errors(f"trial {config.id}"):
             found = best_first(self._trial_runs(trial_id=config.id))
-            for double in found[1:]:  # a run was created, the answer was lost, and it was created again
+            for double in found[1:]:  # a run was created, the response was lost, and it was created again
                 self.client.delete_run(double.info.run_id)
             before = outcome_of(found[0]) if found else None
             if before == "done":
@@ -116,7 +116,7 @@ class Tracker:
                     run_id,
                     metrics=result.metrics,
                     curves=trial_run.curves_of(result),
-                    # Going on where a delivery broke off repeats the same points; another attempt adds new ones.
+                    # Resuming a delivery that broke off repeats the same points; another attempt adds new ones.
                     when=now() if before == "failed" else run.info.start_time,
                     parameters=trial_run.trial_parameters(config),
                     tags={**tags, "mlflow.note.content": pages.trial_note(result, run_id)},
@@ -150,8 +150,8 @@ class Tracker:
         """Puts the results table, the dashboard and the answer into the study's run, and closes it.
 
         recommendation: stored whole; its `trial_ids` and `position`, if present, become tags, and the runs of those trials are
-        the ones tagged `locft.pick`. answer: the run's new description, in markdown; without it that of `open_run` stays. If a
-        trial has several runs (a lost answer, two drivers), the best is kept.
+        the ones tagged `locft.pick`. answer: the run's new description, in markdown; if empty, that of `open_run` stays. If a
+        trial has several runs (a lost response, two drivers), the best is kept.
         """
         state = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status]
         picked = list(recommendation.get("trial_ids", ()))
@@ -179,7 +179,7 @@ class Tracker:
             self._store.close_run(run_id, state, status)
 
     def run_id(self) -> str:
-        """The id of the study's run (`open_run` comes first)."""
+        """The id of the study's run (call `open_run` first)."""
         with store_errors(f"study {self.study_id}"):
             run = self._run()
         if run is None:
@@ -187,7 +187,7 @@ class Tracker:
         return run.info.run_id
 
     def describe(self, description: str, tags: Mapping[str, str]) -> None:
-        """Gives the study's run another description, in markdown, and further tags."""
+        """Replaces the description of the study's run, in markdown, and sets further tags."""
         with store_errors("the description of the study"):
             run_id = self.run_id()
             note = pages.study_note(description, self.experiment_id, run_id)
@@ -201,7 +201,7 @@ class Tracker:
                 self._store.close_run(run.info.run_id, "KILLED", "stopped")
 
     def write_file(self, name: str, text: str) -> None:
-        """Keeps a text file with the study's run (`open_run` comes first)."""
+        """Stores a text file with the study's run (call `open_run` first)."""
         with store_errors(f"the study's file {name}"):
             self.client.log_text(self.run_id(), text, name)
 
@@ -213,7 +213,7 @@ class Tracker:
         return None if content is None else content.decode("utf-8")
 
     def set_tag(self, key: str, value: str | None) -> None:
-        """Sets a tag of the study's run (`open_run` comes first); None removes it."""
+        """Sets a tag of the study's run (call `open_run` first); None removes it."""
         with store_errors(f"the study's tag {key}"):
             if value is None:
                 self.client.delete_tag(self.run_id(), key)
@@ -227,10 +227,11 @@ class Tracker:
         return run.data.tags.get(key) if run else None
 
     def times(self) -> tuple[datetime | None, datetime | None]:
-        """When the study first began and last ended (UTC); None for what has not happened, or is under way again."""
+        """When the study first began and when it ended (UTC); None if it has not, or runs again: MLflow keeps the earlier end."""
         with store_errors("the times of the study"):
             run = self._run()
-        times = (run.info.start_time, run.info.end_time) if run else (None, None)
+        over = run is not None and run.info.status != "RUNNING"
+        times = (run.info.start_time if run else None, run.info.end_time if over else None)
         return tuple(datetime.fromtimestamp(ms / 1000, UTC) if ms else None for ms in times)
 
     def load_results(self, *, curves: bool = True) -> pd.DataFrame:
@@ -266,14 +267,14 @@ class Tracker:
             return self._store.loss_curve(trial_run_id)
 
     def load_outcomes(self, trial_run_id: str) -> pd.DataFrame:
-        """The outcomes of a trial, one row a prompt; empty when none were logged."""
+        """The outcomes of a trial, one row per prompt; empty when none were logged."""
         with store_errors(f"the outcomes of run {trial_run_id}"):
             stored = self._store.read_artifact(trial_run_id, "outcomes.json")
             table = json.loads(stored) if stored else {"columns": trial_run.OUTCOMES, "data": []}
         return pd.DataFrame(table["data"], columns=table["columns"])
 
     def links(self, base: str = "") -> dict[str, str]:
-        """Addresses of the study's pages (`pages.links`); the comparison has its most reliable trials."""
+        """Addresses of the study's pages (`pages.links`); the comparison shows its most reliable trials."""
         with store_errors("the links"):
             order = "metrics.reliability DESC"
             best = self._trial_runs(status="FINISHED", order=order, limit=pages.MAX_COMPARED)
@@ -308,7 +309,7 @@ class Tracker:
             return {
                 run: list(map(float, curve)) for run, curve in zip(done["run_id"], done["epoch_losses"], strict=True)
             }
-        except (OSError, KeyError, ValueError, TypeError) as error:  # broken off while written; or without run_id
+        except (OSError, KeyError, ValueError, TypeError) as error:  # a write that broke off, or a table without run_id
             _log.warning("the stored results table is not readable (%s); reading the runs instead", error)
             return {}
 
@@ -327,7 +328,7 @@ def find_tracker(uri: str, name: str, study_id: str) -> Tracker | None:
 
 
 def find_trial(run_id: str, uri: str) -> tuple[TrialConfig, str | None]:
-    """A trial by its run: its configuration, and the text of its study file (None when the study's run is gone).
+    """The trial of a run: its configuration, and the text of its study file (None when the study's run is gone).
 
     Raises InputError when there is no such run, or the run is not that of a trial.
     """
@@ -359,14 +360,14 @@ def list_studies(uri: str, limit: int = 10, base: str = "") -> list[dict[str, An
 
 
 def earlier_trials(model_fingerprint: str, machine: str, limit: int, uri: str) -> list[TrialResult]:
-    """The latest finished trials of a model on a machine (`locft.machine`), in all studies of a store.
+    """The latest finished trials of a model on a machine (the tag `locft.machine`), in all studies of a store.
 
     Without losses and outcomes. Creates no store.
     """
     tags = {"kind": "trial", "model_fingerprint": model_fingerprint, "machine": machine}
     results = []
     for run, _ in _latest_runs(uri, tags, limit, status="FINISHED"):
-        with contextlib.suppress(ValueError):  # the trial of another version
+        with contextlib.suppress(ValueError):  # a trial of another version
             results.append(trial_run.result_of(run, trial_run.config_of(run), "done"))
     return results
 

@@ -1,4 +1,4 @@
-"""How a trial and its inputs are written as an MLflow run, and read from it again. Nothing here makes a request."""
+"""How a trial and its inputs are written as an MLflow run and read back. Nothing here makes a request."""
 
 import json
 import platform
@@ -19,9 +19,9 @@ OUTCOMES = [
 ]  # fmt: skip
 """Columns of the table of outcomes."""
 EPOCH_LOSS, STAGE = "epoch_loss", "stage."
-"""Metrics with more than one step: the losses by epoch, and metrics with this prefix, by the number of arrived stream edits."""
+"""Metrics with more than one step: the losses by epoch, and, with the prefix `STAGE`, metrics by the number of edits arrived."""
 PACKAGES = ("locft-sweeps", "torch", "transformers", "ray", "optuna", "mlflow", "numpy", "pandas")
-"""Packages whose versions are kept with a study."""
+"""Packages whose versions are recorded with a study."""
 _TYPES: dict[str, Callable[[str], Any]] = {field.name: field.type for field in fields(TrialConfig)}
 
 
@@ -53,25 +53,25 @@ class StudyInputs:
     """Shown as the model's parameters: layers, dtype."""
     datasets: "tuple[DatasetInput, ...]"
     machine: str
-    """Where the seconds of the trials are taken (`sweeps.study.estimate.machine`)."""
+    """Label of the machine on which the trials are timed (`sweeps.study.estimate.machine`)."""
 
     @property
     def tags(self) -> dict[str, str]:
-        """For the trial's run, so that it says on its own what it was made from."""
+        """Tags for a trial's run, so that the run itself says what it was made from."""
         used = ((data.tags[0].value, json.loads(data.dataset.source)["uri"]) for data in self.datasets)
         sources = {f"locft.{context}": source for context, source in used}
         return {"locft.model": self.model, **sources, "locft.machine": self.machine}
 
 
 def trial_parameters(config: TrialConfig) -> dict[str, str]:
-    """The parameters of a trial's run: depth, position, and the axes that count beside the others."""
+    """The parameters of a trial's run: depth, position, and the axes that have an effect given the others."""
     values = config.to_dict()
     axes = {name: str(values[name]) for name, axis in AXIS.items() if axis.counts(values)}
     return {"depth": f"{config.depth:.3f}", "position": config.position, **axes}
 
 
 def trial_tags(study_id: str, result: TrialResult, inputs: StudyInputs | None) -> dict[str, str]:
-    """The tags of a trial's run: how it is found and how it ended, and what of its configuration is not an axis."""
+    """The tags of a trial's run: how it is found, how it ended, and the parts of its configuration that are not axes."""
     values = result.config.to_dict()
     tags = {"locft.kind": "trial", "locft.study_id": study_id, "locft.trial_id": result.config.id}
     tags |= {f"locft.{key}": str(value) for key, value in values.items() if key not in AXIS}
@@ -92,7 +92,7 @@ def trial_tags(study_id: str, result: TrialResult, inputs: StudyInputs | None) -
 def config_of(run: "Run") -> TrialConfig:
     """The configuration of a run's trial. Raises ValueError when a field is missing or is not a number."""
     kept = {key.removeprefix("locft."): value for key, value in run.data.tags.items()} | run.data.params
-    # absent in older runs, and where it changes nothing: at its default
+    # absent in older runs and where the axis has no effect: then at the default
     optional = {axis.name for axis in AXIS.values() if axis.only or not axis.in_first_ids}
     if missing := [key for key in _TYPES if key not in kept and key not in optional]:
         raise ValueError(f"no {', '.join(missing)} recorded")
@@ -102,13 +102,13 @@ def config_of(run: "Run") -> TrialConfig:
 def result_of(
     run: "Run", config: TrialConfig, status: Literal["done", "failed"], losses: Sequence[float] = ()
 ) -> TrialResult:
-    """What a run says of its trial, without outcomes."""
+    """The result of a trial as read from its run, without outcomes."""
     tags = run.data.tags
     return TrialResult(
         config,
         status,
         tags.get("locft.error"),
-        # of a curve it is the last point
+        # for a curve, only the last point is here
         {key: value for key, value in run.data.metrics.items() if key != EPOCH_LOSS and not key.startswith(STAGE)},
         tuple(losses),
         stages=tuple(json.loads(tags.get("locft.stages", "[]"))),

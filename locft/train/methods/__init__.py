@@ -1,4 +1,4 @@
-"""Methods of training a position, one file each: how the change of its weights is parametrised, held back and stepped."""
+"""Methods for training a position, one file each: how the change of its weights is parametrised, held back and updated."""
 
 from collections.abc import Mapping
 
@@ -20,10 +20,10 @@ def make_method(
     curvature: Mapping[str, Curvature],
     steps: int,
 ) -> Method:
-    """The method that the settings name, at its start.
+    """The method named in the settings, in its initial state.
 
-    curvature: by parameter name; needed by the methods of `HELD_BACK`. steps: the most that the training will take (adalora
-    spreads its rank over them).
+    curvature: by parameter name; needed by the methods of `HELD_BACK`. steps: the maximum number that the training will take
+    (adalora spreads its rank over them).
     """
     if settings.method == "low_curvature":
         return LowCurvature(parameters, settings, curvature)

@@ -1,11 +1,11 @@
-"""AdaLoRA at a position (arXiv 2303.10512): as LoRA, with a rank that goes where it is needed.
+"""AdaLoRA at a position (arXiv 2303.10512): like LoRA, with rank allocated to where it is needed.
 
-Legend: O rows and I columns of a matrix as it is stored, R the rank it starts with. Stacked experts have a leading
-dimension and count as a matrix each.
+Legend: O rows and I columns of a matrix as it is stored, R the initial rank. Stacked experts have a leading dimension, and
+each counts as a matrix.
 
-The change of a matrix is P diag(values) Q. P and Q are held near orthogonal, so that each value and its pair of vectors is
-a part of the change of its own. Training starts with more of these triplets than asked for; the least important ones of all
-matrices together are then masked, more and more of them, until `rank` a matrix are left on average.
+The change of a matrix is P diag(values) Q. P and Q are kept nearly orthogonal, so that each value with its pair of vectors is
+a separate part of the change. Training starts with more of these triplets than requested; the least important ones across all
+matrices are then masked, in growing numbers, until on average `rank` per matrix are left.
 """
 
 import math
@@ -18,26 +18,26 @@ from locft.train.methods.lora import is_matrix
 from locft.train.methods.method import Method, MethodSettings, Parameter, adam
 
 START = 1.5
-"""Rank at the start, in units of the one at the end (the paper, section 4; peft's defaults are 12 and 8)."""
+"""Initial rank as a multiple of the final rank (the paper, section 4; peft's defaults are 12 and 8)."""
 WARM_UP, LAST = 0.15, 0.5
-"""Shares of the steps before ranks begin to fall and after they are settled. The paper's own runs on the smaller data sets
-of GLUE have 12% to 17% and 46% to 52% (github.com/QingruZhang/AdaLoRA, NLU/scripts; steps from the sizes of the sets)."""
+"""Shares of the steps before ranks begin to fall and after they have settled. The paper's own runs on the smaller data sets
+of GLUE use 12% to 17% and 46% to 52% (github.com/QingruZhang/AdaLoRA, NLU/scripts; steps derived from the data set sizes)."""
 MASKINGS = 1000
-"""How often triplets are masked, at most; in a training of fewer steps after each one (as in the same scripts)."""
+"""Maximum number of times triplets are masked; in a training of fewer steps, after every step (as in the same scripts)."""
 ORTHOGONALITY = 0.5
 """Weight of the mean distance of P'P and QQ' from the identity, in Frobenius norm (peft's default)."""
 SMOOTHING = 0.85
-"""Of importance and its spread, from step to step (the paper's, and peft's default)."""
+"""Smoothing factor for importance and its spread from step to step (the paper's, and peft's default)."""
 DEVIATION = 0.02
-"""Of the vectors' entries at the start."""
+"""Standard deviation of the vectors' initial entries."""
 
 
 class AdaLoRA(Method):
     """weights = origin + alpha / R * P diag(values) Q, all three trained by Adam; the values start at zero.
 
-    Which triplets are masked, and when, is as in peft, but over a fixed share of the most steps that the training may take.
-    A training that ends early keeps the ranks that it has by then. A new edit (depth_first) goes on with the triplets of the
-    ones before, their importance and a new Adam: the ranks are of the whole training.
+    Which triplets are masked, and when, is as in peft, but over a fixed share of the maximum number of steps.
+    A training that ends early keeps the ranks that it has by then. A new edit (depth_first) continues with the triplets of the
+    previous ones, their importance and a new Adam: the ranks are those of the whole training.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings, steps: int):
@@ -82,7 +82,7 @@ class AdaLoRA(Method):
             torch.add(self.origin[name], each.product(), alpha=self.scale, out=self.weights[name])
 
     def _mask(self) -> None:
-        """Set the values of triplets beyond the budget to zero; those masked at the end of the fall stay at zero."""
+        """Set the values of triplets beyond the budget to zero; those masked when the budget settles stay at zero."""
         taken = int(self.taken)
         if taken < self.budget.settled:
             for each in self.triplets.values():
@@ -100,7 +100,7 @@ class AdaLoRA(Method):
 
 @dataclass(frozen=True)
 class Budget:
-    """How many triplets all matrices may have together, by the number of steps taken before."""
+    """Number of triplets that all matrices may have together, as a function of the number of steps taken before."""
 
     start: int
     end: int
@@ -113,11 +113,11 @@ class Budget:
 
     @property
     def settled(self) -> int:
-        """The step from which on the ranks do not change."""
+        """The step from which the ranks no longer change."""
         return self.steps - int(LAST * self.steps)
 
     def at(self, step: int) -> int:
-        """Falls as a cube from `start` to `end`."""
+        """The budget at a step, which falls cubically from `start` to `end`."""
         left = 1 - (step - self.warm_up) / (self.settled - self.warm_up)
         return int((self.start - self.end) * min(1.0, max(0.0, left)) ** 3 + self.end)
 
@@ -128,7 +128,7 @@ class Budget:
 
 @dataclass
 class Triplets:
-    """Of one parameter."""
+    """The triplets of one parameter."""
 
     left: torch.Tensor
     """P, (..., O, R)."""
@@ -137,11 +137,11 @@ class Triplets:
     right: torch.Tensor
     """Q, (..., R, I)."""
     masked: torch.Tensor
-    """Which of the values were masked last, (..., R, 1)."""
+    """Which values the last masking selected, (..., R, 1)."""
     importance: list[torch.Tensor] = field(default_factory=list)
-    """Of each entry of left, values and right: |entry * gradient|, smoothed."""
+    """For each entry of left, values and right: |entry * gradient|, smoothed."""
     spread: list[torch.Tensor] = field(default_factory=list)
-    """Of the importance, smoothed."""
+    """For each of these entries: deviation of |entry * gradient| from its importance, smoothed."""
 
     @classmethod
     def drawn(cls, base: torch.Tensor, rank: int, draws: torch.Generator) -> "Triplets":
@@ -164,7 +164,7 @@ class Triplets:
         return self.left @ (self.values * self.right)
 
     def take(self, gradient: torch.Tensor, weight: float) -> None:
-        """Gradients of the three from that of their product, and of `weight` times the distances from orthogonality."""
+        """Set the gradients of the three: from that of their product, and of `weight` times the distances from orthogonality."""
         inner = self.left.mT @ gradient  # (..., R, I)
         self.left.grad = gradient @ (self.values * self.right).mT
         self.values.grad = (inner * self.right).sum(-1, keepdim=True)
@@ -173,19 +173,19 @@ class Triplets:
         self.right.grad += weight * (_distance_gradient(self.right @ self.right.mT) @ self.right)
 
     def rate(self) -> None:
-        """Bring the importance of every entry up to date with the gradients of this step."""
+        """Update the importance of every entry with the gradients of this step."""
         for tensor, importance, spread in zip(self.trained, self.importance, self.spread, strict=True):
             now = (tensor * tensor.grad).abs_()
             importance.lerp_(now, 1 - SMOOTHING)
             spread.lerp_((now - importance).abs_(), 1 - SMOOTHING)
 
     def score(self) -> torch.Tensor:
-        """Importance of each triplet, (..., R, 1): its value's and the means of its vectors'."""
+        """Score of each triplet, (..., R, 1): importance times spread, its value's plus the means of its vectors'."""
         left, values, right = (i * s for i, s in zip(self.importance, self.spread, strict=True))
         return values + left.mean(-2)[..., None] + right.mean(-1, keepdim=True)
 
 
 def _distance_gradient(gram: torch.Tensor) -> torch.Tensor:
-    """Of ||V'V - 1|| at V, with what V is multiplied; gram: V'V, (..., R, R)."""
+    """The factor that V is multiplied by to give the gradient of ||V'V - 1|| at V; gram: V'V, (..., R, R)."""
     off = gram - torch.eye(gram.shape[-1], device=gram.device)
     return 2 * off / torch.linalg.matrix_norm(off, keepdim=True).clamp(min=torch.finfo(off.dtype).tiny)

@@ -1,4 +1,4 @@
-"""How much a change of a parameter would disturb what the model says: the curvature of drift at the unedited model.
+"""How strongly a change of a parameter would disturb the model's predictions: the curvature of drift at the unedited model.
 
 Legend: O rows and I columns of a matrix as it is stored.
 
@@ -13,24 +13,24 @@ from dataclasses import dataclass
 import torch
 
 LEAST = 1e-15
-"""Mean eigenvalue of what prose never reached at all."""
+"""Floor on the mean eigenvalue, for what prose never reached at all."""
 DAMPING = 0.01
-"""Share of a factor's mean eigenvalue that is added to all of them."""
+"""Share of a factor's mean eigenvalue that is added to each of its eigenvalues."""
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """Of one parameter: either two factors or the diagonal alone. Stacked experts have a leading dimension."""
+    """The curvature of one parameter: either two factors or the diagonal alone. Stacked experts have a leading dimension."""
 
     rows: torch.Tensor | None = None
     """(..., O, O): of a matrix stored (out, in), the second moment of the gradients at its outputs."""
     columns: torch.Tensor | None = None
     """(..., I, I): of a matrix stored (out, in), the second moment of its inputs."""
     diagonal: torch.Tensor | None = None
-    """Of the parameter's shape, where it is no matrix or is used in no product."""
+    """Of the parameter's shape, if the parameter is not a matrix or is not used in a product."""
 
     def gradient(self, change: torch.Tensor) -> torch.Tensor:
-        """Of the predicted drift, in nats per token, at a change of the parameter."""
+        """Gradient of the predicted drift, in nats per token, at a change of the parameter."""
         if self.rows is None or self.columns is None:
             return self.diagonal * change
         return (self.rows @ change.to(self.rows.dtype) @ self.columns).to(change.dtype)
@@ -40,10 +40,10 @@ class Curvature:
         return 0.5 * float((self.gradient(change) * change).sum())
 
     def damped(self, share: float = DAMPING) -> "Curvature":
-        """With `share` of each factor's mean eigenvalue added to all of them.
+        """A copy with `share` of each factor's mean eigenvalue added to each of its eigenvalues.
 
-        Prose of a few thousand tokens shows fewer directions than a wide matrix has; the others are not free of cost.
-        Experts that the prose never reached count as the mean of the others.
+        Prose of a few thousand tokens covers fewer directions than a wide matrix has; the others are not free of cost.
+        For experts that the prose never reached, the mean over all experts is used instead.
         """
         if self.rows is None or self.columns is None:
             assert self.diagonal is not None
@@ -52,7 +52,7 @@ class Curvature:
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
-        """The tensors that are there, by the names of the fields."""
+        """The tensors that are present, by field name."""
         found = {"rows": self.rows, "columns": self.columns, "diagonal": self.diagonal}
         return {name: part for name, part in found.items() if part is not None}
 
@@ -60,20 +60,20 @@ class Curvature:
         return Curvature(**{name: part.to(device) for name, part in self.parts.items()})
 
     def then(self, other: "Curvature") -> "Curvature":
-        """One whose `gradient` of a change is that of `other` of this one's."""
+        """The curvature whose `gradient` applies this one's first and then that of `other`."""
         if self.rows is None or other.rows is None or self.columns is None or other.columns is None:
             assert self.diagonal is not None and other.diagonal is not None
             return Curvature(diagonal=self.diagonal * other.diagonal)
         return Curvature(other.rows @ self.rows, self.columns @ other.columns)
 
     def in_dtype(self, dtype: torch.dtype) -> "Curvature":
-        """With factors that multiply in a dtype: a penalty is an approximation already, and bfloat16 is several times faster
-        where the hardware has it."""
+        """A copy whose factors multiply in a dtype: the penalty is an approximation anyway, and bfloat16 is several times faster
+        where the hardware supports it."""
         return Curvature(**{name: part if name == "diagonal" else part.to(dtype) for name, part in self.parts.items()})
 
     def inverse(self, share: float) -> "Curvature":
-        """What undoes it, with `share` of each factor's mean eigenvalue added to all of them first: `gradient` of it turns a
-        gradient into the change that lowers the loss by as much for the least predicted drift."""
+        """The inverse, with `share` of each factor's mean eigenvalue added to each of its eigenvalues first: its `gradient` turns
+        a gradient of the loss into the change that lowers the loss by the same amount for the least predicted drift."""
         damped = self.damped(share)
         if damped.rows is None or damped.columns is None:
             assert damped.diagonal is not None

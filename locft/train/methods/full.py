@@ -1,4 +1,4 @@
-"""Plain localized fine-tuning (arXiv 2509.22072): the weights themselves are trained, and nothing holds them back."""
+"""Plain localized fine-tuning (arXiv 2509.22072): the weights themselves are trained, without any constraint."""
 
 from collections.abc import Mapping, Sequence
 

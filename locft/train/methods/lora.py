@@ -1,7 +1,7 @@
 """LoRA at a position (arXiv 2106.09685): the change of each matrix is a product of two thin ones.
 
-Legend: O rows and I columns of a matrix as it is stored, R rank. Stacked experts have a leading dimension, and factors of
-their own each.
+Legend: O rows and I columns of a matrix as it is stored, R rank. Stacked experts have a leading dimension, and each has
+factors of its own.
 """
 
 import math
@@ -14,10 +14,10 @@ from locft.train.methods.method import Method, MethodSettings, Parameter, adam
 
 class LoRA(Method):
     """weights = origin + alpha / rank * B A, with A (R, in) and B (out, R) trained by Adam; A starts Kaiming-uniform and B at
-    zero, as in peft. Vectors, and so biases and norms, stay as they are.
+    zero, as in peft. Vectors, hence biases and norms, stay as they are.
 
-    A new edit (depth_first) goes on with the factors of the ones before and a new Adam, as EasyEdit's sequential editing
-    does. With fresh factors for each edit the change would no longer be of that rank.
+    A new edit (depth_first) continues with the factors of the previous ones and a new Adam, as EasyEdit's sequential editing
+    does. With fresh factors for each edit, the change would no longer have that rank.
     """
 
     needs_no_number = True
@@ -32,7 +32,7 @@ class LoRA(Method):
             for name, parameter in parameters.items()
             if is_matrix(name, parameter.base)
         }
-        """Parameter name -> left (..., O, R) and right (..., R, I): B and A, or where the input comes first A' and B'."""
+        """Parameter name -> left (..., O, R) and right (..., R, I): B and A, or A' and B' if the input comes first."""
         self.restart()
 
     def restart(self) -> None:
@@ -59,8 +59,8 @@ class LoRA(Method):
 def is_matrix(name: str, value: torch.Tensor) -> bool:
     """Whether a parameter is a matrix, or a stack of them with a leading dimension.
 
-    Not all that is stored in two dimensions or more is one: the biases of stacked experts, the kernels of depthwise
-    convolutions, Mamba's decay rates, RWKV's mixing weights.
+    Not every tensor with two dimensions or more is one: the biases of stacked experts, the kernels of depthwise
+    convolutions, Mamba's decay rates and RWKV's mixing weights are not.
     """
     return (value.dim() == 3 or (value.dim() == 2 and name.endswith("weight"))) and min(value.shape[-2:]) > 1
 
@@ -69,7 +69,7 @@ def _start(parameter: Parameter, rank: int, draws: torch.Generator) -> tuple[tor
     *experts, rows, columns = parameter.base.shape
     width = rows if parameter.input_first else columns
     drawn = torch.rand(*experts, rank, width, generator=draws).to(parameter.base.device)
-    a = (2 * drawn - 1) / math.sqrt(width)  # what kaiming_uniform_(a=sqrt(5)) is for a matrix (R, width)
+    a = (2 * drawn - 1) / math.sqrt(width)  # the same as kaiming_uniform_(a=sqrt(5)) for a matrix (R, width)
     if parameter.input_first:
         return a.mT.contiguous(), a.new_zeros(*experts, rank, columns)
     return a.new_zeros(*experts, rows, rank), a

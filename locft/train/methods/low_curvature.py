@@ -1,9 +1,9 @@
 """Fine-tuning that is held back where the model is sensitive: the loss of the edits plus a penalty on predicted drift.
 
 The predicted drift of a change C of a matrix is 1/2 tr(R C K C'), with the factors of `locft.train.methods.curvature`. The
-price is in nats of edit loss per nat of drift, so it means the same on every model. It is lower, in proportion, for a batch
-whose loss is above `LEARNT`: where edits cannot be had for little drift (the last layers) they are learnt first and then
-drift is saved, while a fixed price would leave them unlearnt.
+price is in nats of edit loss per nat of drift, so it means the same on every model. It is lowered in proportion for a batch
+whose loss is above `LEARNT`: where edits cannot be learnt with little drift (the last layers), they are learnt first and drift
+is reduced afterwards, while a fixed price would leave them unlearnt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from locft.train.methods.full import FullFineTuning
 from locft.train.methods.method import MethodSettings, Parameter
 
 LEARNT = 0.1
-"""Nats of a batch's loss below which drift costs its whole price: its answers are then right but for a few."""
+"""Batch loss, in nats, below which drift costs its full price: all but a few of the answers are then right."""
 
 
 class LowCurvature(FullFineTuning):
@@ -40,10 +40,10 @@ class LowCurvature(FullFineTuning):
         super().step(gradients, loss)
 
     def price(self, loss: float | torch.Tensor) -> Any:
-        """Of a nat of drift in a step on a batch of this loss."""
+        """Price of a nat of drift in a step on a batch with this loss."""
         known = loss.clamp(min=LEARNT) if isinstance(loss, torch.Tensor) else max(loss, LEARNT)
         return self.strength * (LEARNT / known)
 
     def drift_gradient(self, name: str) -> torch.Tensor:
-        """Of the predicted drift, at a parameter as it is."""
+        """Gradient of the predicted drift at the current value of a parameter."""
         return self.curvature[name].gradient(self.weights[name] - self.base[name])

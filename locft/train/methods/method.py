@@ -1,4 +1,4 @@
-"""What a method of training is: which weights stand in for the model's, and what a step does to them."""
+"""The interface of a training method: which weights stand in for the model's, and what a step does to them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,20 +19,20 @@ class MethodSettings:
     learning_rate: float = 5e-4
     """Adam's; natural_gradient has none. Small models need a larger one (4e-3 at 135M parameters)."""
     method: MethodName = "full"
-    """How the change of the weights is parametrised and held back: a file each in `locft.train.methods`."""
+    """How the change of the weights is parametrised and held back: one file per method in `locft.train.methods`."""
     curvature_strength: float = 10.0
-    """low_curvature, natural_gradient: nats of edit loss that a nat of predicted drift counts."""
+    """low_curvature, natural_gradient: nats of edit loss that a nat of predicted drift costs."""
     rank: int = 8
-    """lora: of the change of each matrix. adalora: on average over the matrices, at the end."""
+    """lora: rank of the change of each matrix. adalora: mean rank over the matrices at the end."""
     alpha: float = 16.0
     """lora, adalora: the change is scaled by alpha / rank (adalora: the rank it starts with)."""
     norm_bound: float = 5e-4
-    """norm_bounded: largest change of a single weight; depth_first: by each batch."""
+    """norm_bounded: largest change of a single weight; depth_first: by each batch; stream with fresh momentum: by each arrival."""
     precision: str = "float32"
-    """What is computed in during training: float32 or bfloat16. The trained weights are always float32, and the full
+    """The dtype that training computes in: float32 or bfloat16. The trained weights are always float32, and the full
     forward computes in the model's own dtype."""
     seed: int = 0
-    """Decides the order of the edits, and everything else that is drawn."""
+    """Determines the order of the edits and everything else that is drawn."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,19 @@ class Parameter:
     """A parameter of the trained position."""
 
     base: torch.Tensor
-    """Its value in the unedited model, float32. A matrix is (out, in), or (in, out) where `input_first`; experts stack
-    theirs into (experts, ..., ...)."""
+    """Its value in the unedited model, float32. A matrix is (out, in), or (in, out) if `input_first`; those of experts
+    are stacked into (experts, ..., ...)."""
     input_first: bool = False
     """The product is `input @ matrix`, as GPT-2 stores it."""
     start: torch.Tensor | None = None
-    """The change of an earlier edit, which training goes on with; None starts at the base."""
+    """The change made by earlier edits, from which training continues; None starts at the base."""
 
 
 class Method(ABC):
     """One training of one position. The pipelines take gradients at `weights` and hand them to `step`.
 
-    Gradients are those of the dense weights, whatever a method trains: it passes them on to its own parameters. So a
-    batch that is computed in pieces, and every forward, serves all methods.
+    Gradients are those of the dense weights, whatever a method trains: it passes them on to its own parameters. So every
+    forward, and batches that are computed in pieces, work with all methods.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter]):
@@ -61,13 +61,13 @@ class Method(ABC):
             name: parameter.base if parameter.start is None else parameter.base + parameter.start
             for name, parameter in parameters.items()
         }
-        """Where training starts: the base, or an earlier edit of it."""
+        """Where training starts: the base, with the change of earlier edits if there is one."""
         self.weights = {name: value.clone().requires_grad_() for name, value in self.origin.items()}
         """Parameter name -> float32 tensor that stands in for the model's own."""
 
     @abstractmethod
     def restart(self) -> None:
-        """Forget all momentum: what was trained so far becomes where the next edit starts."""
+        """Discard all momentum: the next edit starts from what has been trained so far."""
 
     @abstractmethod
     def step(
@@ -75,30 +75,30 @@ class Method(ABC):
     ) -> None:
         """One optimiser step.
 
-        gradients: of all that is to fall, in the order of `weights`; they may be overwritten. loss: of the batch's edits,
-        in nats; a tensor () where nobody waits for its number, which only a method gets that `needs_no_number`. beside: the
-        loss of edits that are replayed.
+        gradients: those of everything to be minimised, in the order of `weights`; they may be overwritten. loss: that of the
+        batch's edits, in nats; a tensor () if steps do not wait for its value, which requires `needs_no_number`. beside: the
+        loss of replayed edits.
         """
 
     needs_no_number = False
-    """Whether a step does nothing where Adam is told to leave everything as it is, and can do without the number of the
-    loss (`locft.train.steps_ahead`)."""
+    """Whether a step changes nothing if the optimiser's `found_inf` is set, and works without the loss as a Python number
+    (`locft.train.steps_ahead`)."""
 
     optimiser: torch.optim.Optimizer
-    """Made anew by `restart`."""
+    """Recreated by `restart`."""
 
     def stepped(self) -> dict[str, torch.Tensor]:
-        """The tensors that steps change, by name, besides the optimiser's."""
+        """The tensors that steps change, by name, other than the optimiser's."""
         return {f"weights/{name}": weight for name, weight in self.weights.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that steps change, by name. A method made with the same arguments goes on from it (`restore`)."""
+        """Everything that steps change, by name. A method made with the same arguments can continue from it (`restore`)."""
         of_adam = self.optimiser.state_dict()["state"].items()
         return self.stepped() | {f"adam/{place}/{key}": value for place, own in of_adam for key, value in own.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Become what `state` was taken of. Raises KeyError for the state of another method."""
+        """Return to the point at which `state` was taken. Raises KeyError for the state of another method."""
         for name, tensor in self.stepped().items():
             tensor.copy_(state[name])
         of_adam: dict[int, dict[str, torch.Tensor]] = {}
@@ -115,5 +115,5 @@ class Method(ABC):
 
 
 def adam(tensors: Iterable[torch.Tensor], learning_rate: float) -> torch.optim.Adam:
-    """The optimiser of every method (the paper's): no weight decay."""
+    """The optimiser of every method but natural_gradient: the paper's, without weight decay."""
     return torch.optim.Adam(list(tensors), lr=learning_rate, weight_decay=0.0, fused=True)

@@ -1,10 +1,10 @@
 """Steps that lower the loss for the least drift: natural gradient descent in the metric of predicted drift.
 
-Minimised is what `low_curvature` minimises: the loss f of the edits plus a penalty on predicted drift. With its gradient g + p H,
-where H is the gradient of the drift, a step is -a P(g + p H). P(g) = (R + r)^-1 g (K + k)^-1 turns a gradient by the factors
+The objective is that of `low_curvature`: the loss f of the edits plus a penalty on predicted drift. With its gradient g + p H,
+where H is the gradient of the drift, a step is -a P(g + p H). P(g) = (R + r)^-1 g (K + k)^-1 transforms a gradient by the factors
 of `locft.train.methods.curvature`: of all changes for which the linear forecast of the loss falls by the same amount, this
 one has the least predicted drift (natural gradient with K-FAC, arXiv 1503.05671). The length a makes the forecast of f fall to 0
-(Polyak's step size), so there is no learning rate to find, for any model or position.
+(Polyak's step size), so there is no learning rate to tune, for any model or position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from locft.train.methods.low_curvature import LowCurvature
 from locft.train.methods.method import MethodSettings, Parameter
 
 DAMPING = 0.3
-"""Share of a factor's mean eigenvalue that is added to all of them: how far directions that prose hardly uses are trusted to be
-free."""
+"""Share of a factor's mean eigenvalue that is added to each of its eigenvalues: it sets how far directions that prose hardly uses
+are trusted to be free."""
 MOST_DRIFT = 0.01
-"""Nats of predicted drift of a single step, at most: where the loss hardly depends on the weights, the forecast says nothing."""
+"""Maximum predicted drift of a single step, in nats: where the loss hardly depends on the weights, the forecast says nothing."""
 LEAST_SLOPE = 1e-30
-"""Of a loss that depends on no weight."""
+"""Floor on the slope, for a loss that depends on no weight."""
 
 
 class NaturalGradient(LowCurvature):
@@ -34,7 +34,7 @@ class NaturalGradient(LowCurvature):
         measured = {name: curvature[name].to(value.device) for name, value in self.base.items()}
         inverse = {name: one.inverse(DAMPING) for name, one in measured.items()}
         self.inverse = {name: one.in_dtype(dtype) for name, one in inverse.items()}
-        # P(H) as one product from either side instead of two: a third of what a step costs beside its gradient
+        # P(H) as one product from each side instead of two: saves a third of what a step costs apart from its gradient
         self.curvature = {name: one.then(inverse[name]).in_dtype(dtype) for name, one in measured.items()}
 
     def restart(self) -> None:

@@ -9,10 +9,10 @@ from locft.train.methods.method import MethodSettings, Parameter
 
 
 class NormBounded(FullFineTuning):
-    """After each step of Adam, every weight is put back to within `norm_bound` of where it started.
+    """After each step of Adam, every weight is clamped to within `norm_bound` of where it started.
 
     A new edit (depth_first) starts where the last one ended, as in the fine-tuning of ROME and EasyEdit, which bound the
-    change of each edit: that of all edits together may be larger. Under breadth_first the bound holds for the whole change.
+    change of each edit: the change of all edits together may be larger. Under breadth_first the bound holds for the whole change.
     With `loss_average: last_token` this is FT-L, which EasyEdit also runs without a bound.
     """
 

@@ -211,10 +211,14 @@ def test_why_a_trial_was_tried_again_comes_back(tracker):
 
 def test_a_study_that_broke_off_is_not_left_open(tracker):
     run_id, _ = open_study(tracker)
+    began, ended = tracker.times()
+    assert began is not None and ended is None
     tracker.abandon()
+    assert tracker.times()[1] is not None
     run = tracker.client.get_run(run_id)
     assert run.info.status == "KILLED" and run.data.tags["locft.status"] == "stopped"
     open_study(tracker)
+    assert tracker.times() == (began, None), "it runs again, so the earlier end is not its end"
     tracker.log_trial(result())
     finish(tracker, tracker.load_results(), "")
     tracker.abandon()
