@@ -82,7 +82,7 @@ class EditTrainer:
         engine = self._engine(rows)
         if settings.noise and not engine:
             raise InputError(
-                "noise: this model is computed as a whole, so training has no states to begin with; expected 0"
+                "noise: this model is computed as a whole, so there are no boundary states to add noise to; expected 0"
             )
         if engine:
             noise = _gaussian(settings.noise, settings.seed) if settings.noise else None
@@ -197,7 +197,9 @@ class EditTrainer:
     def _made_guards(self, kind: str, precision: str) -> Guards:
         rows = self._guard_rows(kind, precision)
         if not rows:
-            raise InputError(f"guard: got {kind}, but these edits give no such prompts; expected another guard or none")
+            raise InputError(
+                f"guard: got {kind}, but no such prompts can be made from these edits; expected another guard or none"
+            )
         return Guards(rows, unedited_logits(self.loaded, self._engine(rows)))
 
     def _guard_rows(self, kind: str, precision: str) -> tuple[TokenRow, ...]:

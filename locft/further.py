@@ -34,7 +34,9 @@ def further_trained(
     windows = [row.token_ids[at : at + TOKENS] for row in rows for at in range(0, len(row.token_ids), TOKENS)]
     windows = [window for window in windows if len(window) == TOKENS]
     if not windows:
-        raise InputError(f"further_steps: no text of {TOKENS} tokens to train on; name a longer capability.prose")
+        raise InputError(
+            f"further_steps: no text of {TOKENS} tokens to train on; set capability.prose to a longer text"
+        )
     with applied(loaded, delta):
         model = copy.deepcopy(loaded.model).float().requires_grad_()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)

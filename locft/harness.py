@@ -87,7 +87,7 @@ def _scores(name: str, tasks: Mapping[str, Any], samples: Sequence[Mapping[str, 
     for part, task in tasks.items():
         for pair in zip(*(one[part] for one in samples), strict=True):
             if len({(item["doc_id"], item["filter"], item["prompt_hash"]) for item in pair}) > 1:
-                raise RuntimeError(f"{part}: the harness gave the edited model other prompts than the unedited one")
+                raise RuntimeError(f"{part}: the harness gave the edited model different prompts from the unedited one")
             for metric in pair[0]["metrics"]:
                 key = metric, pair[0]["filter"]
                 if metric in task.aggregation():
@@ -199,7 +199,7 @@ class PairedModel(TemplateLM):
                 self._note(f"{request.task_name}: asks for sampled answers; they are decoded greedily instead")
             if tokens > self.max_length // 2:
                 tokens = int(self.max_length // 2)
-                self._note(f"answers end after {tokens:,} tokens, half of the model's context")
+                self._note(f"answers are cut off after {tokens:,} tokens, half of the model's context")
             ids = self._cut(self.tok_encode(context) or [self.prefix_token_id], tokens)
             open_answers.append(OpenAnswer(tuple(ids), limit=tokens, until=until))
         decoder, texts, progress = GreedyDecoder(self.loaded), [], _Progress(self.tell, "answers", len(requests))
@@ -219,7 +219,9 @@ class PairedModel(TemplateLM):
         """The end of a text that leaves `room` for more tokens in the model's context."""
         most = max(keep, self.max_length - room)
         if len(ids) > most:
-            self._note(f"texts longer than the model's context of {self.max_length:,} tokens lose their beginning")
+            self._note(
+                f"texts longer than the model's context of {self.max_length:,} tokens are truncated at the beginning"
+            )
             return ids[len(ids) - int(most) :]
         return ids
 

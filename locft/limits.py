@@ -32,8 +32,9 @@ def check_limits(
     problems = []
     if unknown:
         problems.append(
-            f"model {name!r}: it has {rows:,} embeddings, and its tokenizer gives tokens beyond them ({listed(unknown, SHOWN, '; ')}); "
-            "the tokenizer is that of another model, or tokens were added to it and not to the model"
+            f"model {name!r}: it has {rows:,} embeddings, but its tokenizer produces token ids beyond them "
+            f"({listed(unknown, SHOWN, '; ')}); the tokenizer belongs to another model, or tokens were added to the tokenizer "
+            "but not to the model"
         )
     if long:
         problems.append(

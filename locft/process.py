@@ -33,7 +33,7 @@ def torch_device(device: str) -> torch.device:
         raise InputError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from error
     try:
         if torch.zeros(1, device=target).item() != 0:  # torch accepts names of devices that are not there
-            raise RuntimeError("it does not compute")
+            raise RuntimeError("a test computation failed")
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         count = torch.cuda.device_count()
         raise InputError(

@@ -137,7 +137,9 @@ class Workbench:
         """
         formats = asked(loaded.tokenizer, parse_formats(ask_formats))
         if CHAT in ask_formats and CHAT not in formats:
-            _log.warning("%s: its tokenizer has no chat template, so edits are not asked through one", loaded.name)
+            _log.warning(
+                "%s: its tokenizer has no chat template, so edits are not asked in the chat format", loaded.name
+            )
         encoded = encode_suite(loaded.tokenizer, suite, prose_tokens) if suite else None
         rows = encode_edits(loaded.tokenizer, edits.requests)
         requests = edits.requests if asked_places is None else [edits.requests[at] for at in sorted(asked_places)]
@@ -154,7 +156,7 @@ class Workbench:
         try:
             fast = engine(loaded, every) if engine else None
         except NoTailView as reason:
-            _log.warning("%s: the whole model is computed in every step: %s", loaded.name, reason)
+            _log.warning("%s: every step computes the whole model: %s", loaded.name, reason)
             fast = None
         if baseline is None:
             baseline = measure_unedited(loaded, unedited_logits(loaded, fast), answers, questions, encoded)

@@ -168,6 +168,6 @@ def answer_text(answer: StudyAnswer) -> str:
     """The pick in markdown, for the description of the study's run."""
     pick = answer.recommendation
     if not pick:
-        return "No trial succeeded yet."
+        return "No trial has succeeded yet."
     lines = [*pick.reasons, *(f"{remedy.sentences} Change it: `{command}`" for remedy, command in answer.remedies)]
     return f"**Edit at {pick.position}.** {pick.rule}\n\n" + "\n".join(f"- {line}" for line in lines)

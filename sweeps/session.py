@@ -213,7 +213,7 @@ class StudySession:
                     self.outbox.drop(result)
                 except Refused as error:
                     file = self.outbox.set_aside(result)
-                    said = "%s is tried again: the store refuses its result (kept as %s): %s"
+                    said = "%s will be run again: the store refused its result (kept as %s): %s"
                     _log.warning(said, result.config.position, file, error)
 
     def _inputs(self) -> StudyInputs:

@@ -97,7 +97,7 @@ def run_sweep(
             done = _conclude(prepared, tracker, ending, with_retries)
         except TrackingError as error:
             raise TrackingError(
-                f"{error}; all finished trials are recorded, and the same command writes the answer"
+                f"{error}; all finished trials are recorded; run the same command again to write the answer"
             ) from None
         return _with_registered(done, session, deadline) if register and ending == "complete" else done
 
@@ -192,14 +192,14 @@ def _with_registered(done: Sweep, session: StudySession, deadline: float) -> Swe
         if row := _unregistered_pick(done.state, session.store):
             if time.monotonic() + row["train_seconds"] > deadline:
                 raise RuntimeError(
-                    "training it again would exceed the budget's minutes; the same command makes up for it"
+                    "training it again would exceed the budget's minutes; run the same command again to register it"
                 )
             _register_pick(session, row)
         use = f"Apply it: `locft apply {address} --model {study.model} --out edited-model`"
         description = f"{answer_text(done.answer)}\n\n{use}"
         session.tracker.describe(description, {"locft.registered": address})
     except KeyboardInterrupt:
-        return replace(done, not_registered="interrupted; the same command makes up for it")
+        return replace(done, not_registered="interrupted; run the same command again to register it")
     except Exception as error:  # a worker that dies, a store without a registry
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         return replace(done, not_registered=cause)
@@ -216,8 +216,9 @@ def _register_pick(session: StudySession, row: dict[str, Any]) -> None:
     delta = session.run_alone(partial(trained_delta, session.prepared.inputs, _baseline(session), config))
     if not math.isclose(delta.norm, metrics["delta_norm"], rel_tol=NORM_TOLERANCE):
         raise RuntimeError(
-            f"training {config.position} again gave a change of size {delta.norm:.6g}, and {metrics['delta_norm']:.6g} in the"
-            f" trial (other hardware?); `locft edit --from-run {run_id} --register` measures it anew"
+            f"training {config.position} again gave a delta of norm {delta.norm:.6g} instead of the trial's"
+            f" {metrics['delta_norm']:.6g} (other hardware?); "
+            f"`locft edit --from-run {run_id} --register` measures it again"
         )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

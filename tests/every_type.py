@@ -113,13 +113,13 @@ NO_BLOCKS: Mapping[str, str] = {
     "xlm": "attention and MLP in lists of their own",
 }
 NO_ENGINE: Mapping[str, str] = {
-    "cpmant": "its blocks do not take a state per token",
+    "cpmant": "its blocks do not take one state per token",
     "gemma3n_text": "its upper layers attend to keys and values of lower layers",
-    "hy_v4": "its layers take more than hidden states from the layers below them",
-    "inkling2_text": "the views of this inkling2_text model do not compute what it computes as a whole",
+    "hy_v4": "its layers need more than the hidden states of the layers below them",
+    "inkling2_text": "running this inkling2_text model from a layer upwards does not give what its full forward pass gives",
     "mllama": "a forward pass over text skips its layers",
-    "xlnet": "its blocks do not take a state per token",
-    "zaya": "its layers take more than hidden states from the layers below them",
+    "xlnet": "its blocks do not take one state per token",
+    "zaya": "its layers need more than the hidden states of the layers below them",
 }
 """Types that are computed whole in every step -> how the reason that is given begins."""
 

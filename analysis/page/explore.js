@@ -141,7 +141,7 @@
         say.append(link, ". ");
       }
     } else {
-      say.append(floor === null ? "No setting shown is about as reliable as the best of the study; lower the floor to pick one. " : "No setting shown is as reliable as that. ");
+      say.append(floor === null ? "No setting shown is about as reliable as the best of the study; lower the floor to pick one. " : "No setting shown reaches the reliability asked for. ");
     }
     say.append(`${left.length} of ${settings.length} settings shown.`);
     if (pick && !hovers.has(id)) say.append(" It is not drawn in the figure of the front.");

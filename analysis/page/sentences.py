@@ -121,7 +121,7 @@ def _more_of_locality(metrics: Mapping[str, float]) -> str:
     if "locality_first" in metrics:
         parts.append(f"{percent(metrics['locality_first'])} of the first tokens")
     if "locality_kl" in metrics:
-        parts.append(f"{number(metrics['locality_kl'])} nats of divergence there")
+        parts.append(f"{number(metrics['locality_kl'])} nats of divergence at the first token")
     if "locality_exact" in metrics:
         parts.append(f"{percent(metrics['locality_exact'])} of the answers are the same, word for word")
     return "".join(f"; {part}" for part in parts)

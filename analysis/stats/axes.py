@@ -99,7 +99,8 @@ AXES: tuple[Axis, ...] = (
         choices=("breadth_first", "depth_first", "stream"), in_first_ids=True,
     ),
     Axis(
-        "edit_count", int, 0, "edits", "how many of the study's edits are trained and asked, the first ones; 0 takes all",
+        "edit_count", int, 0, "edits",
+        "how many of the study's edits are trained and asked, starting from the first; 0 takes all",
         at_least=0, log=True, trained=False,
     ),
     Axis(
@@ -150,7 +151,7 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "train_formats", str, "raw", "trained formats",
-        "how prompts are put in training, drawn anew for each edit and epoch: raw, qa, chat or a text with {prompt}, "
+        "format of the prompts in training, drawn again for each edit and epoch: raw, qa, chat or a text with {prompt}, "
         "several separated by commas",
         short="trained ",
     ),
@@ -177,12 +178,13 @@ AXES: tuple[Axis, ...] = (
         at_least=0, short="noise ",
     ),
     Axis(
-        "shrink", str, "no", "shrink", "yes: the change is scaled down after training as far as every edit stays learnt",
+        "shrink", str, "no", "shrink",
+        "yes: the change is scaled down after training as far as possible while every edit stays learnt",
         choices=("no", "yes"), short="shrink ",
     ),
     Axis(
         "rest_below", float, 0.0, "rest below",
-        "an edit whose loss is below this is left out of the next epoch, and then of two at a time; 0 lets none rest",
+        "an edit whose loss is below this skips the next epoch, and, each time it is still below, the next two; 0 skips none",
         at_least=0, short="rest ", only=(("pipeline", ("breadth_first", "stream")),),
     ),
     Axis(

@@ -123,8 +123,8 @@ def cautions(found: Comparison) -> list[str]:
     if not found.capability:
         a, b = (str(study.study.get("capability_source") or "none") for study in found.studies)
         said.append(
-            f"Capability was measured on different items (here {a}; there {b}), so changes of capability do not compare"
-            " and are left out."
+            f"Capability was measured on different items (here {a}; there {b}), so changes of capability cannot be"
+            " compared and are left out."
         )
     if not found.shared:
         said.append("The two studies share no position with a result.")
@@ -137,7 +137,7 @@ def cautions(found: Comparison) -> list[str]:
         a, b = (", ".join(value_text(axis.name, one) for one in sorted(side)) for side in values)
         if a != b:
             said.append(
-                f"They differ in {axis.title} ({a} here, {b} there); the best setting of a position stands for it."
+                f"The studies differ in {axis.title} ({a} here, {b} there); each position is represented by its best setting."
             )
     return said
 

@@ -69,7 +69,7 @@ def what_matters(results: pd.DataFrame, *, seed: int = 0) -> WhatMatters:
     elif len(axes) == 1:
         why_not = f"Only the {AXIS[axes[0]].title} was varied, so there is nothing to weigh it against."
     elif len(rows) < FEWEST:
-        why_not = f"{plural(len(rows), 'finished trial')} are too few; it takes {FEWEST}."
+        why_not = f"{plural(len(rows), 'finished trial')} are too few; at least {FEWEST} are needed."
     if why_not:
         return WhatMatters((), (why_not,))
     change = "capability_change" if np.isfinite(rows["capability_change"]).any() else "capability"
@@ -86,7 +86,9 @@ def what_matters(results: pd.DataFrame, *, seed: int = 0) -> WhatMatters:
         best = int((loss <= np.sort(loss)[math.ceil(quantile * len(loss)) - 1]).sum())
         if best > 0.8 * len(loss):
             title = TITLES[metric].capitalize()
-            not_shown.append(f"{title} is at its best in {best} of {len(loss)} trials, which tells nothing apart.")
+            not_shown.append(
+                f"{title} is at its best in {best} of {len(loss)} trials, too many to tell the settings apart."
+            )
             continue
         found.append(_importance(study, axes, metric, loss, best, quantile, np.random.default_rng(seed)))
     return WhatMatters(tuple(found), tuple(not_shown))

@@ -60,7 +60,7 @@ class Evidence:
     cost: np.ndarray
     """Seconds of training per edit."""
     edits: np.ndarray
-    """Number of edits that reliability is a fraction of."""
+    """Number of edits over which reliability is measured."""
     right: np.ndarray
     """(S, E): the share of seeds and formats that got each edit right; rows of NaN where the answers are not known. For
     many tables at once (S, 0)."""
@@ -194,11 +194,11 @@ def by_format_text(shares: Mapping[str, float]) -> str:
 
 
 def capability_text(row: Mapping[str, Any]) -> str:
-    """The change of capability with its interval, and whether chance explains it."""
+    """The change of capability with its interval, and whether chance could explain it."""
     change, low, high = (row.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
     verdict = ""
     if math.isfinite(low) and math.isfinite(high):
-        verdict = ", which chance explains" if low <= 0 <= high else ", more than chance explains"
+        verdict = ", which chance could explain" if low <= 0 <= high else ", more than chance would explain"
     return f"{change_with_interval(change, low, high)}{verdict}"
 
 
@@ -251,9 +251,12 @@ def _reasons(rows: pd.DataFrame, floor: float | None) -> tuple[str, ...]:
     pick, reasons = rows.iloc[0], ["It is the only setting with a result."]
     if len(rows) > 1:
         reliable, able, gentle = (int(rows[name].sum()) for name in ("reliable", "able", "gentle"))
-        asked = "about as reliable as the best" if floor is None else "as reliable as that"
+        if floor is None:
+            meet = f"{'is' if reliable == 1 else 'are'} about as reliable as the best"
+        else:
+            meet = f"{'reaches' if reliable == 1 else 'reach'} the reliability asked for"
         reasons = [
-            f"Of {len(rows)} settings, {reliable} {'is' if reliable == 1 else 'are'} {asked}; {able} of them"
+            f"Of {len(rows)} settings, {reliable} {meet}; {able} of them"
             f" {'shows' if able == 1 else 'show'} no loss of capability, and {gentle} of those"
             f" {'is' if gentle == 1 else 'are'} within the margin of drift."
         ]
@@ -267,7 +270,7 @@ def _reasons(rows: pd.DataFrame, floor: float | None) -> tuple[str, ...]:
                 + (f", where drift is {drifts[0]} nats against {drifts[1]} here." if len(drifts) == 2 else ".")
             )
     if formats := by_format(pick.to_dict(), "reliability"):
-        reasons.append(f"Reliability by how the edits are asked: {by_format_text(formats)}.")
+        reasons.append(f"Reliability by prompt format: {by_format_text(formats)}.")
     if math.isfinite(pick["capability_change"]):
         reasons.append(f"Capability changed by {capability_text(pick)}.")
     if pick["n_seeds"] > 1:

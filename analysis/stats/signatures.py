@@ -231,7 +231,8 @@ def _not_learnt(case: _Case) -> tuple[str, str, Any]:
         return _one_after_the_other(case)
     if trained < LEARNT:
         if merged > max(LEARNT, 2 * trained):
-            cause = f"Rounding to {case.value('dtype')} undoes it: the loss is {number(trained)} before and {number(merged)} after."
+            loss = f"the loss is {number(trained)} before and {number(merged)} after"
+            cause = f"Rounding to {case.value('dtype')} undoes the edits: {loss}."
             return cause, "dtype", "float32"
         if case.untrained:
             return _format_change(case, min(case.untrained, key=case.formats.__getitem__))
@@ -281,7 +282,8 @@ def _format_change(case: _Case, lost: str) -> tuple[str, str, Any]:
     if lost in case.untrained:
         return f"One asked format is not trained (only {trained}).", "train_formats", f"{trained},{lost}"
     if lost in FORMATS:
-        cause = f"Each edit meets it in 1 of {len(trained.split(','))} epochs on average, of {case.value('epochs')} at most."
+        share = f"in 1 of {len(trained.split(','))} epochs on average, over at most {case.value('epochs')} epochs"
+        cause = f"Each edit is trained in this format {share}."
         return cause, "epochs", 2 * case.value("epochs")
     if not set(FORMATS) <= set(trained.split(",")):
         return f"Prompts are trained as {trained} only, so other wordings are unfamiliar.", "train_formats", ALL
@@ -312,7 +314,9 @@ def _fights(case: _Case) -> Iterator[Signature]:
     if against := int(case.findings.get("contradictions", 0)):
         seen = f"{against} edits have the same prompt as another edit but a different target."
         most = percent(case.findings.get("reachable", math.nan))
-        yield Signature(name, seen, f"They cannot all hold: at most {most} of edits can.", "edits.source", CORRECTED)
+        yield Signature(
+            name, seen, f"They cannot all be learnt: at most {most} of the edits can.", "edits.source", CORRECTED
+        )
     elif _overwritten(case):
         yield Signature(name, "Edits that were learnt are lost again.", *_one_after_the_other(case))
     elif lost := _always_wrong(case):

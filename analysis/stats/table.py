@@ -48,14 +48,17 @@ _MEASURED = {
     "generalization": Column(NUMBER, "the same for rephrased prompts (also generalization.FORMAT)"),
     "reliability_tf": Column(NUMBER, "reliability by teacher forcing, which reads higher"),
     "generalization_tf": Column(NUMBER, "generalization by teacher forcing"),
-    "portability": Column(NUMBER, "questions that follow from the edits answered right (also portability.FORMAT)"),
+    "portability": Column(
+        NUMBER, "questions that follow from the edits and are answered correctly (also portability.FORMAT)"
+    ),
     "portability_tf": Column(NUMBER, "portability by teacher forcing, on the main answer"),
-    "n_edits": Column(NUMBER, "edits that reliability is a fraction of: those trained, or a sample of them"),
+    "n_edits": Column(NUMBER, "edits over which reliability is measured: those trained, or a sample of them"),
     "right": Column(
         TEXT, "which edits were answered right, in which formats, packed (`unpack_right`); None if unknown"
     ),
     "bits_per_parameter": Column(
-        NUMBER, "what the edits hold for the unedited model, -log2 p(target | prompt), by the trained parameters"
+        NUMBER,
+        "information in the edits' targets under the unedited model, -log2 p(target | prompt), per trained parameter",
     ),
     # what else they changed: unrelated prompts, asked raw, compared with the unedited model
     "locality": Column(NUMBER, "tokens of a reference answer whose most likely token is unchanged, fraction in [0, 1]"),
@@ -70,21 +73,23 @@ _MEASURED = {
     "drift_kl": Column(NUMBER, "mean KL(unedited || edited) on plain text, nats per token"),
     "perplexity": Column(NUMBER, "of the edited model on plain text"),
     # what it took
-    "train_loss": Column(NUMBER, "of the last epoch"),
+    "train_loss": Column(NUMBER, "the last of `epoch_losses`"),
     "trained_loss": Column(NUMBER, "mean loss of all edits at the end, in the precision of training"),
     "merged_loss": Column(NUMBER, "the same after merging the edit into the model's own dtype: the gap is rounding"),
     "epoch_losses": Column(
         LIST, "mean loss of each epoch (breadth-first), or the last of each batch (depth-first) or arrival"
     ),
-    "stages": Column(TEXT, "of a stream, metrics when each tenth of the edits had `arrived`, as JSON; None for others"),
-    "epochs_run": Column(NUMBER, "passes made"),
+    "stages": Column(
+        TEXT, "for a stream, metrics after each tenth of the edits had `arrived`, as JSON; None for other pipelines"
+    ),
+    "epochs_run": Column(NUMBER, "epochs run (breadth-first), else 1"),
     "steps": Column(NUMBER, "optimiser steps taken"),
-    "batch_pieces": Column(NUMBER, "in which a batch was computed: 1 unless memory did not suffice"),
+    "batch_pieces": Column(NUMBER, "pieces in which a batch was computed: 1 unless memory ran short"),
     "train_seconds": Column(NUMBER, "training"),
     "evaluate_seconds": Column(NUMBER, "edit metrics"),
     "capability_seconds": Column(NUMBER, "capability suite and drift"),
     "seconds": Column(NUMBER, "the whole trial"),
-    "seconds_per_edit": Column(NUMBER, "train_seconds by the number of edits trained"),
+    "seconds_per_edit": Column(NUMBER, "train_seconds divided by the number of edits trained"),
     "arrival_seconds": Column(NUMBER, "median over the arrivals of a stream, from arrival to the end of its training"),
     "arrival_seconds_p95": Column(NUMBER, "their 95th percentile"),
     "diverged": Column(NUMBER, "1 when the loss stopped being finite, else 0"),
@@ -95,7 +100,7 @@ COLUMNS: dict[str, Column] = {
     "trial_id": Column(TEXT, "content id of the trial"),
     "status": Column(TEXT, "done or failed"),
     "error": Column(TEXT, "cause of a failure in one line, None for a trial that is done"),
-    "retried": Column(TEXT, "why attempts at it were lost before this one, a cause a line; None where none was"),
+    "retried": Column(TEXT, "why earlier attempts at the trial were lost, one cause per line; None if there were none"),
     # what was tried
     "layers": Column(INTEGER, "layers of the model"),
     "depth": Column(NUMBER, "relative depth of the trained layer, 0 for the first and 1 for the last"),

@@ -238,7 +238,7 @@ def _advice(record: Mapping[str, Any], source: str) -> str:
         ("target", "new", "answer", "output", "response", "completion", "chosen", "label", "object", "alt"), prompt
     )
     return (
-        f"; if the edit is there under other keys, say where: edits: {{source: {source}, map: {{prompt: {prompt}, "
+        f"; if the edit is stored under other keys, name them: edits: {{source: {source}, map: {{prompt: {prompt}, "
         f"target: {target}}}}} in a study file, or --map prompt={prompt} --map target={target}"
     )
 
@@ -296,7 +296,7 @@ def _prompt(layout: EditLayout, fields: RecordFields, subject: str) -> str:
     if layout.marked and prompt:
         fields.text(layout.subject[0], _STRIPPED)
         if _MARK not in prompt:
-            expected = f"{_MARK} where the subject goes (this prompt is filled in already, as in a file of results)"
+            expected = f"{_MARK} where the subject goes (this prompt is already filled in, as in a results file)"
             fields.wrong(layout.prompt, expected, prompt)
     unfilled = not layout.strict and prompt.count(_MARK) == 1 and subject and subject not in prompt
     return prompt.replace(_MARK, subject) if layout.marked or unfilled else prompt
@@ -310,7 +310,7 @@ def _target(path: str, fields: RecordFields) -> str:
     elif isinstance(value, Mapping):
         path, value = f"{path}.str", value.get("str")
     if isinstance(value, str) and "\n" in value.strip():
-        fields.leave_out(path, "(its line breaks, which end an answer)")
+        fields.leave_out(path, "(its line breaks: an answer ends at the first one)")
     if value is None and not path.endswith("]"):
         return fields.text(path, _LINE)  # which distinguishes null from a missing field
     return fields.checked(path, _digits(fields, value), _LINE)

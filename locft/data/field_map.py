@@ -21,7 +21,7 @@ def read_field_map(value: Any) -> FieldMap:
     problems: list[str] = []
     found: dict[str, tuple[str, ...]] = {}
     if not isinstance(value, Mapping):
-        raise InputError(f"got {value!r}, expected fields and the keys they are under, such as {{prompt: question}}")
+        raise InputError(f"got {value!r}, expected a mapping of fields to keys, such as {{prompt: question}}")
     flat = {
         f"{name}.{part}" if part else name: keys
         for name, given in value.items()
@@ -34,7 +34,7 @@ def read_field_map(value: Any) -> FieldMap:
                 f"got the field {name}, expected one of {', '.join(MAPPED)}{did_you_mean(str(name), MAPPED)}"
             )
         elif not isinstance(listed, list | tuple) or not listed or not all(isinstance(k, str) and k for k in listed):
-            problems.append(f"{name}: got {keys!r}, expected the key that it is under, or a list of keys")
+            problems.append(f"{name}: got {keys!r}, expected a key or a list of keys")
         elif len(listed) > 1 and name in ("prompt", "target"):
             problems.append(f"{name}: got {len(listed)} keys, expected one")
         else:
@@ -52,6 +52,7 @@ def _unpaired(name: str, given: Mapping[str, Any], found: FieldMap) -> Iterator[
     if name in given and f"{name}.prompt" in given:
         yield f"got both {name} and {name}.prompt, expected one of them"
     elif f"{name}.answer" in given and not {name, f"{name}.prompt"} & given.keys():
-        yield f"{name}.answer: expected the key of its prompts, too: {name}.prompt"
+        yield f"{name}.answer: also needs the key of its prompts, {name}.prompt"
     elif len(prompts) > 1 and len(answers) > 1 and len(prompts) != len(answers):
-        yield f"{name}.answer: got {len(answers)} keys for {len(prompts)} of prompts, expected one, or one for each"
+        got = f"got {len(answers)} answer keys for {len(prompts)} prompt keys"
+        yield f"{name}.answer: {got}, expected one key, or one per prompt key"

@@ -46,7 +46,7 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[s
     for name in wanted:
         if name not in manager.all_tasks:
             near = did_you_mean(name, (*PAPER, *manager.all_tasks))
-            problems.append(f"task {name!r}: lm-evaluation-harness has none of this name{near}")
+            problems.append(f"task {name!r}: lm-evaluation-harness has no task of this name{near}")
     for name in wanted if not problems else ():
         try:
             found[name] = manager.load([name])["tasks"]
@@ -140,8 +140,8 @@ def _generated_item(
 
 def _expected(own: str) -> str:
     return (
-        "a study compares given answers by the metric acc, and generated ones by a mean of values from 0 to 1, BLEU or chrF. "
-        f"`locft evaluate --lm-eval {own}` measures it on an edit"
+        "a study scores multiple-choice and log-likelihood answers by the metric acc, and generated ones by a mean of "
+        f"values from 0 to 1, BLEU or chrF; `locft evaluate --lm-eval {own}` measures this task on an edit"
     )
 
 

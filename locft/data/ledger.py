@@ -113,7 +113,7 @@ class Ledger:
                 *_told(superseded, "Superseded by a later edit of the same prompt"),
                 *_told(known, "Already learnt, not trained again"),
                 *_told(sorted(gone), "Taken back"),
-                *_told(stale, "Marked as taken back, but no active edits of the ledger"),
+                *_told(stale, "Marked as taken back, but not active in the ledger"),
             ),
         )
 
@@ -126,7 +126,7 @@ class Ledger:
                 problems.append(f"--without: got {wanted!r}, expected the id of an edit in the ledger{near}")
             elif not fate[wanted].active:
                 how = "taken back" if fate[wanted].retracted else f"superseded by {fate[wanted].superseded_by}"
-                problems.append(f"--without: got {wanted!r}, which was {how} before")
+                problems.append(f"--without: got {wanted!r}, which was already {how}")
         if problems:
             raise InputError(problems)
         return set(without)
@@ -141,7 +141,7 @@ class Ledger:
         path = folder / FILE_NAME
         if not path.is_file():
             raise InputError(
-                f"{folder}: there is no {FILE_NAME} beside the delta, expected a folder that `locft edit` wrote; "
+                f"{folder}: there is no {FILE_NAME} next to the delta, expected a folder that `locft edit` wrote; "
                 "make the edit again to continue it"
             )
         records, problems = read_json_records(

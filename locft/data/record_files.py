@@ -39,7 +39,7 @@ _NO_TEXT = {
     **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _PICKLE),
     b"SQLite format 3": "a database; save the table as CSV",
     b"%PDF": "a PDF document, expected records",
-    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
+    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull` to fetch the file itself",
     **dict.fromkeys((b"<!doctype", b"<!DOCTYPE", b"<html"), "a web page; download the file itself"),
 }
 """First bytes of files that do not hold records as text, with what they are and what to do about them."""
@@ -126,11 +126,11 @@ def read_json_records(
         if not isinstance(record.value, dict):
             problems.append(f"{path}, {record.place}: expected a JSON object, got {describe(record.value)}")
         elif not _is_unicode(record.value):
-            problems.append(f"{path}, {record.place}: half a surrogate pair in a string (\\ud800 to \\udfff)")
+            problems.append(f"{path}, {record.place}: lone surrogate in a string (\\ud800 to \\udfff)")
         else:
             records.append(record)
     if not problems and not records:
-        problems.append(f"{path}: no records in it, expected a JSON list of objects, or one object a line")
+        problems.append(f"{path}: no records in it, expected a JSON list of objects, or one object per line")
     return records, problems
 
 
@@ -148,8 +148,8 @@ def _lines(path: Path, text: str) -> tuple[list[FileRecord], list[str]]:
     if problems and (stream := _one_after_another(text)):
         return stream, []
     if len(problems) == len(filled) > 1:
-        kinds = "a JSON list of objects, one object a line, or a table whose name ends in .csv, .tsv or .parquet"
-        problems = [f"{problems[0]}, and so in all {len(filled):,} lines; expected {kinds}"]
+        kinds = "a JSON list of objects, one object per line, or a table whose name ends in .csv, .tsv or .parquet"
+        problems = [f"{problems[0]}, and likewise on all {len(filled):,} lines; expected {kinds}"]
     return found, problems
 
 
@@ -186,7 +186,10 @@ def _unwrapped(path: Path, whole: dict[str, Any], is_record: Callable[[Mapping[s
     keys = known if len(known) == 1 else lists_of_objects
     if len(keys) > 1:
         lists = ", ".join(f"{key} ({len(whole[key])})" for key in keys)
-        raise InputError(f"{path}: one JSON object with {len(keys)} lists of records, {lists}; save the one to read")
+        raise InputError(
+            f"{path}: one JSON object with {len(keys)} lists of records, {lists}; "
+            "save the one you want to a file of its own"
+        )
     if keys:
         beside = tuple(key for key in whole if key != keys[0])
         return [FileRecord(number, value, beside=beside) for number, value in enumerate(whole[keys[0]], 1)]
@@ -198,7 +201,7 @@ def _unwrapped(path: Path, whole: dict[str, Any], is_record: Callable[[Mapping[s
     if len(whole) == 1 and isinstance(inside := next(iter(whole.values())), dict):
         return _unwrapped(path, inside, is_record)
     shown = ", ".join(list(whole)[:8]) or "none"
-    raise InputError(f"{path}: one JSON object (keys: {shown}), expected a list of records, or one record a line")
+    raise InputError(f"{path}: one JSON object (keys: {shown}), expected a list of records, or one record per line")
 
 
 def _rows(whole: Mapping[str, Any], is_record: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -310,7 +313,8 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}, line {line}: not {wanted}: {got}; save it as UTF-8") from None
     if "\0" in text[:1000]:
         raise InputError(
-            f"{path}: no text, it has zero bytes (a binary file, or UTF-16 without its mark); save it as UTF-8"
+            f"{path}: not text: it contains zero bytes (a binary file, or UTF-16 without a byte order mark); "
+            "save it as UTF-8"
         )
     return text
 

@@ -250,7 +250,7 @@ def read_with_layout(
         unread.update(fields.unread())
         identity = record.value.get("id") if layout.strict else None
         if identity is not None and (other := places.setdefault(str(identity), place)) is not place:
-            fields.tell("id", f"expected an id of its own, got {describe(identity)}, the id of {other}")
+            fields.tell("id", f"expected a unique id, got {describe(identity)}, which {other} already has")
     problems += _told(found, records, source, advice)
     if problems:
         raise InputError(shortened(problems))

@@ -69,8 +69,8 @@ class EditFindings:
         if self.contradictions:
             percent = f"{100 * self.reachable:.2f}%" if self.reachable < 0.9999 else f"{100 * self.reachable:.5f}%"
             lines.append(
-                f"{self.contradictions} edits contradict another edit (same prompt, different target): "
-                f"reliability can reach {percent} at most."
+                f"{self.contradictions} edits contradict another edit (same prompt, different target), "
+                f"so reliability cannot exceed {percent}."
             )
         if self.duplicates:
             verb = "edit repeats" if self.duplicates == 1 else "edits repeat"
@@ -195,7 +195,9 @@ def load_edits(
     active, *gone = _by_fate(records)
     if records and not active and not problems:
         if not only_marked:
-            raise InputError(f"{source}: every record is marked as taken back or superseded; expected an edit to make")
+            raise InputError(
+                f"{source}: every record is marked as taken back or superseded; expected at least one active edit"
+            )
         whole = EditSet.made((), source)
     else:
         whole = edit_set(active, source, problems, fields)
@@ -241,11 +243,11 @@ def _name(record: FileRecord, fields: FieldMap | None) -> str:
 
 
 def _fictitious(count: int | None, seed: int, fields: FieldMap | None) -> EditSet:
-    problems = [f"{FICTITIOUS}: these edits are made, not read, so there is nothing to map"] if fields else []
+    problems = [f"{FICTITIOUS}: these edits are generated, not read, so there is nothing to map"] if fields else []
     if count is None or count > SUBJECTS:
         got = "no limit" if count is None else f"{count:,}"
         problems.append(
-            f"{FICTITIOUS}: any number of these edits can be made, so it takes one: got {got}, expected edits.limit "
+            f"{FICTITIOUS}: these edits are generated, so a limit is required: got {got}, expected edits.limit "
             f"(or --limit) from 1 to {SUBJECTS:,}"
         )
     if problems:
@@ -354,7 +356,8 @@ def _records(source: str, fields: FieldMap | None) -> tuple[list[FileRecord], li
         return _file_records(path, fields)
     if "://" in source:
         raise InputError(
-            f"{source}: addresses are not read; download the file, or name a data set of the hub as owner/name"
+            f"{source}: URLs are not supported; download the file and give its path, "
+            "or name a hub data set as owner/name"
         )
     if _HUB_ID.fullmatch(source) and not source.lower().endswith(RECORDS):
         name, _, split = source.partition(":")

@@ -151,7 +151,7 @@ def _advice(record: FileRecord) -> str:
         return f"; {empty[0]} is null, and a split without answers cannot be scored"
     named = all(re.fullmatch(r"[A-Za-z_][\w .-]{0,30}", str(key)) for key in record.value)
     return (
-        "" if named else "; if the first line is a question already, put a line with the names of the columns above it"
+        "" if named else "; if the first line is already a question, add a header line with the column names above it"
     )
 
 
@@ -187,7 +187,7 @@ def _read_item(layout: BenchmarkLayout, fields: RecordFields) -> CapabilityItem:
     answer = layout.answer if isinstance(layout.answer, int) else _answer(layout, layout.answer, choices, fields)
     if layout.lettered:
         if len(choices) > len(LETTERS):
-            fields.wrong(str(layout.choices), f"at most {len(LETTERS)} texts, each gets a letter", list(choices))
+            fields.wrong(str(layout.choices), f"at most {len(LETTERS)} choices, one letter each", list(choices))
         options = "".join(f"\n{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False))
         context, choices = f"{context.strip()}{options}\nAnswer:", tuple(LETTERS[: len(choices)])
     identity = (fields.optional("id") if layout.strict else None) or ""
@@ -203,7 +203,7 @@ def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: 
     if layout.labels:
         labels = fields.texts(layout.labels, 2)
         if choices and labels and len(labels) != len(choices):
-            fields.wrong(layout.labels, f"{len(choices)} labels, one a choice", labels)
+            fields.wrong(layout.labels, f"{len(choices)} labels, one per choice", labels)
         elif labels and value not in labels:
             fields.wrong(path, f"one of {', '.join(labels)}", value)
         return labels.index(value) if value in labels else 0
@@ -232,7 +232,7 @@ def _split_last_word(key: str, text: str, fields: RecordFields) -> tuple[str, st
     split = re.fullmatch(r"(.*\S)(\s+)(\S+)\s*", text, re.DOTALL)
     if split is None:
         if text:
-            fields.wrong(key, "two or more words, the last of which is asked for", text)
+            fields.wrong(key, "two or more words, the last of which is to be predicted", text)
         return "", text
     # A last word on a line of its own is predicted after the line break, not together with it.
     before, gap, word = split.groups()

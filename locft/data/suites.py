@@ -96,14 +96,14 @@ def load_suite(
     named: dict[str, Sequence[CapabilityItem]] = {}
     text = ""
     if limit is not None and limit < 1:
-        problems.append(f"capability limit: got {limit}, expected 1 or more items a task")
+        problems.append(f"capability limit: got {limit}, expected 1 or more items per task")
     if suite is not None and suite not in SUITES:
         near = did_you_mean(str(suite), SUITES)
         problems.append(f"capability suite: got {suite!r}, expected one of {', '.join(SUITES)}, or none{near}")
     elif suite is not None:
         named |= _read_probes()
     elif not tasks and not lm_eval:
-        problems.append("capability: neither a suite nor tasks are named, nothing would be measured")
+        problems.append("capability: neither a suite nor tasks are named, so nothing would be measured")
     for name, source in (tasks or {}).items():
         if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
             problems.append(f"capability task name: got {name!r}, expected letters, digits, '_', '-' and '.'")
@@ -173,7 +173,9 @@ def _read_prose(source: str) -> str:
         for record in records:
             if not isinstance(record.value.get("text"), str):
                 keys = ", ".join(map(str, record.value))
-                problems.append(f"{where}, {record.place}: prose needs the field text with text, its keys are {keys}")
+                problems.append(
+                    f'{where}, {record.place}: prose needs a field "text" that holds text; its keys are {keys}'
+                )
         if problems:
             raise InputError(shortened(problems))
         text = "\n".join(record.value["text"].rstrip("\n") for record in records)

@@ -106,7 +106,9 @@ def boundary_states(
     stride = -(-count // max(1, min(count, LIMIT_BYTES // layer_bytes)))
     if stride > 1:
         _log.warning(
-            "keeping hidden states of only one layer in %d: all of them take more than %d bytes", stride, LIMIT_BYTES
+            "keeping hidden states of only one layer in %d: those of all layers would take more than %d bytes",
+            stride,
+            LIMIT_BYTES,
         )
     wanted = sorted({layer // stride * stride for layer in layers})
     if not on_disk:
@@ -124,7 +126,7 @@ def boundary_states(
             try:
                 states |= _computed(model, tree, rows, missing, limit, folder)
             except OSError as error:
-                _log.warning("%s: %s; hidden states are kept in memory", folder, error.strerror or error)
+                _log.warning("%s: %s; keeping hidden states in memory instead", folder, error.strerror or error)
                 for layer in missing:
                     _partial(folder, layer).unlink(missing_ok=True)
                 states |= _computed(model, tree, rows, missing, limit, None)

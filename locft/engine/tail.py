@@ -54,7 +54,10 @@ def supports_tail(model: PreTrainedModel) -> str | None:
         )
     for name, module in model.named_modules():
         if "forward" in module.__dict__:
-            return f"forward of {name or 'the model'} is replaced on the object, as accelerate's device map does"
+            return (
+                f"the forward method of {name or 'the model'} is replaced on the object, as accelerate's device map "
+                "does"
+            )
     return None
 
 
@@ -165,7 +168,8 @@ def capture_boundary(
         def keep(_module: nn.Module, args: tuple, kwargs: dict, layer: int = layer) -> None:
             states = _entering(args, kwargs)
             if states.shape[:2] != input_ids.shape or states.dim() < 3:
-                raise NoTailView(f"its blocks do not take a state per token, but a tensor of {tuple(states.shape)}")
+                shape = tuple(states.shape)
+                raise NoTailView(f"its blocks do not take one state per token but a tensor of shape {shape}")
             captured[layer] = states.detach().flatten(2)
             if layer == max(wanted):
                 raise _Done
@@ -204,7 +208,7 @@ def require_only_states(
             if isinstance(value, dict | list) and sizes.setdefault(id(value), len(value)) != len(value)
         ]
         if grown or (taken and not _ignores(module, args, kwargs, taken)):
-            raise NoTailView("its layers take more than hidden states from the layers below them")
+            raise NoTailView("its layers need more than the hidden states of the layers below them")
 
     def leaving(_module: nn.Module, _args: tuple, output: Any) -> None:
         if isinstance(output, tuple | list):
@@ -272,7 +276,7 @@ def _base_path(model: PreTrainedModel) -> str:
         module = model.get_submodule(path)
         if not isinstance(module, PreTrainedModel) or module.get_output_embeddings() is None:
             return path
-    raise NoTailView("it has no module that holds the blocks without the head")
+    raise NoTailView("it has no module that contains the blocks but not the head")
 
 
 def _inputs(base: nn.Module, attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any]:

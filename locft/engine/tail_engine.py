@@ -278,7 +278,10 @@ def _try_views(model: PreTrainedModel, rows: Sequence[TokenRow]) -> tuple[int, M
         views = ModelViews(model, packed=limit > 0)
         if _agree(views, model, sample, limit, expected):
             return limit, views
-    raise NoTailView(f"the views of this {model.config.model_type} model do not compute what it computes as a whole")
+    raise NoTailView(
+        f"running this {model.config.model_type} model from a layer upwards does not give what its full "
+        "forward pass gives"
+    )
 
 
 def _may_be_packed(model: PreTrainedModel, rows: Sequence[TokenRow]) -> bool:

@@ -30,21 +30,22 @@ def require_model(name: str, folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).is_file():
         if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
             raise InputError(
-                f"model {name!r}: a PEFT adapter ({ADAPTER_CONFIG}) lies beside the model's weights, and loading would "
-                "put it on top of them; move the adapter into a folder of its own, or merge it first (merge_and_unload)"
+                f"model {name!r}: a PEFT adapter ({ADAPTER_CONFIG}) is in the same folder as the model's weights, and "
+                "loading would apply it on top of them; move the adapter into a folder of its own, "
+                "or merge it first (merge_and_unload)"
             )
         raise InputError(f"model {name!r}: {_adapter(folder)}, not a whole model; {_MERGE_IT}")
     if not (folder / CONFIG).is_file():
         if (folder / DELTA).is_file():
             raise InputError(
-                f"model {name!r}: this is the delta of an edit ({DELTA}), not a whole model; name the model it was made "
-                "on, and the delta by --delta, or write the edited model with `locft apply`"
+                f"model {name!r}: this is the delta of an edit ({DELTA}), not a whole model; give the model it was made "
+                "on, and pass the delta with --delta, or write the edited model with `locft apply`"
             )
         raise InputError(f"model folder {name}: expected a {CONFIG} in it, found none")
     found = _quantized(read_config(folder))
     if found is None:
         said = next((file for file in QUANTIZED_FILES if (folder / file).is_file()), None)
-        found = said and f"{said} says so"
+        found = said and f"according to {said}"
     if found:
         raise InputError(_dense_wanted(name, found))
 
@@ -76,7 +77,7 @@ def opened(file: Path, what: str = "model file") -> Iterator[Any]:
         cause = one_line(error)
         with suppress(OSError), file.open("rb") as start:
             if start.read(len(_POINTER)) == _POINTER:
-                cause = "it is a pointer of Git LFS; `git lfs pull` in that folder fetches the file itself"
+                cause = "it is a Git LFS pointer; run `git lfs pull` in that folder to fetch the file itself"
         raise InputError(f"{what} {file}: not readable as safetensors: {cause}") from error
 
 
@@ -104,7 +105,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: expected a JSON object with a weight_map: {one_line(error)}") from error
     if absent := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent[:4])}")
+        raise InputError(f"{index}: {len(absent)} of {len(names)} files are missing: {', '.join(absent[:4])}")
     return tuple(folder / name for name in names)
 
 
@@ -131,7 +132,7 @@ def no_delta(path: Path, names: Collection[str] = ()) -> str | None:
     if (path / CONFIG).is_file() or (names and (folder / CONFIG).is_file()):
         return (
             f"delta {path}: this is a whole model{' or a part of one' if names else ''}, expected a {DELTA} (format "
-            f"{FORMAT}) or a folder that holds one, which `locft edit` writes; the model has its own argument"
+            f"{FORMAT}) or a folder that holds one, which `locft edit` writes; pass the model as its own argument"
         )
     return None
 
@@ -146,7 +147,7 @@ def _adapter(folder: Path) -> str:
         kind, base = about.get("peft_type"), about.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         kind = base = None
-    return f"this is a PEFT adapter{f' ({kind})' if kind else ''} for {base or 'a base that it does not name'}"
+    return f"this is a PEFT adapter{f' ({kind})' if kind else ''} for {base or 'an unnamed base model'}"
 
 
 def _quantized(config: Mapping[str, Any]) -> str | None:
@@ -166,5 +167,5 @@ _DETAILS = {"bits": "bits", "w_bit": "bits", "fmt": "format", "format": "format"
 def _dense_wanted(name: str, how: str) -> str:
     return (
         f"model {name!r}: its weights are quantized ({how}), and an edit changes dense weights; give the dense checkpoint "
-        "that it was made from (bfloat16, float16 or float32), edit that, and quantize the merged model anew"
+        "that it was made from (bfloat16, float16 or float32), edit that, and quantize the merged model again"
     )

@@ -140,7 +140,7 @@ def stored_changes(
         found[place] = change.contiguous()
     norms = [sum(float(t.double().square().sum()) for t in group.values()) for group in (found, changes)]
     if not math.isclose(*norms, rel_tol=1e-6):
-        raise InputError(f"transformers does not tell how the base stores {', '.join(changes)}")
+        raise InputError(f"cannot tell from transformers how the base stores {', '.join(changes)}")
     return found
 
 
@@ -194,7 +194,7 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"cannot write {folder}: it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there"
+            f"cannot write {folder}: it needs {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free there"
         )
 
 

@@ -112,7 +112,9 @@ def load_model(
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     target, gpus = torch_device(device), torch.cuda.device_count()
     if spread and target.type != "cuda":
-        raise InputError(f"model {name!r}: dividing it needs GPUs, got device {device!r} with {gpus} of them")
+        raise InputError(
+            f"model {name!r}: splitting it across GPUs needs a CUDA device; got device {device!r} with {gpus} GPUs"
+        )
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     fingerprint = folder_fingerprint(folder)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)  # first, because weights may take minutes
@@ -130,8 +132,8 @@ def load_model(
     if wrong := sorted(report["mismatched_keys"]):  # transformers would leave these, too, at random values
         key, stored, asked = wrong[0]
         raise InputError(
-            f"model {name!r}: {len(wrong)} weights in {folder} have other sizes than its config.json asks for: {key} is "
-            f"{' x '.join(map(str, stored))}, expected {' x '.join(map(str, asked))}"
+            f"model {name!r}: {len(wrong)} weights in {folder} do not have the sizes that its config.json specifies: "
+            f"{key} is {' x '.join(map(str, stored))}, expected {' x '.join(map(str, asked))}"
         )
     if missing := sorted(report["missing_keys"]):  # transformers only warns and leaves them at random values
         raise InputError(
@@ -157,7 +159,7 @@ def model_class(config: PretrainedConfig) -> Any:
     causal, whole = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     whole = whole and not causal
     if not (causal or whole or hasattr(config, "auto_map")):
-        raise ValueError(f"a model of type {config.model_type} is no causal language model, which an edit needs")
+        raise ValueError(f"a model of type {config.model_type} is not a causal language model, which an edit needs")
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 

@@ -168,7 +168,7 @@ def no_row(model: PreTrainedModel) -> str:
     """Why no parts are known, and what is needed to write a row for this model: the contents of a block, an example of a row."""
     size, path = max(_block_lists(model), default=(0, ""))
     model_type = model.config.get_text_config().model_type
-    lines = [f"the structure of {model_type!r} ({type(model).__name__}) does not tell its attention and MLP"]
+    lines = [f"cannot identify attention and MLP from the structure of {model_type!r} ({type(model).__name__})"]
     if size:
         block = cast(nn.ModuleList, model.get_submodule(path))[size - 1]
         lines.append(f"its blocks seem to be {path} ({size} of them); the last one has these parameters:")

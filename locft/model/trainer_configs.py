@@ -133,7 +133,7 @@ def _llamafactory(recipe: Recipe, model: PreTrainedModel, names: Collection[str]
         **_arguments(recipe),
     }
     entry = {"edits": {"file_name": recipe.data, "columns": {"prompt": "prompt", "response": "completion"}}}
-    data = f"dataset_info.json beside this file has to hold {json.dumps(entry)}"
+    data = f"dataset_info.json next to this file must contain {json.dumps(entry)}"
     return _yaml(recipe, names, data, config)
 
 

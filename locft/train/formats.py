@@ -26,7 +26,7 @@ _UNSPACED = re.compile(
     "\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
 )
 """Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, Han and kana, with East Asian punctuation."""
-EXPECTED = f"{RAW}, {QA}, {CHAT} or a text with {PLACE} in it, several separated by commas"
+EXPECTED = f"{RAW}, {QA}, {CHAT} or a text that contains {PLACE}; separate several with commas"
 
 
 def parse_formats(text: str | Sequence[str], *, trained: bool = False) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def parse_formats(text: str | Sequence[str], *, trained: bool = False) -> tuple[
     """
     found = [form for entry in ([text] if isinstance(text, str) else text) for form in _formats_of(entry)]
     if trained and UNSEEN in found:
-        raise InputError(f"got {UNSEEN!r}, which is kept for measuring; expected {EXPECTED}")
+        raise InputError(f"got {UNSEEN!r}, which is reserved for measurement; expected {EXPECTED}")
     return tuple(dict.fromkeys(found))
 
 

@@ -42,11 +42,11 @@ class KeptState:
         if not self.file.is_file():
             return None
         try:
-            with opened(self.file, "state of a training") as stored:
+            with opened(self.file, "saved training state") as stored:
                 names, about = stored.keys(), json.loads(stored.metadata()["about"])
                 return {name: stored.get_tensor(name) for name in names}, about
         except (InputError, KeyError, TypeError, ValueError) as error:
-            _log.warning("%s: %s; the training begins anew", self.file, error)
+            _log.warning("%s: %s; training starts from the beginning", self.file, error)
             return None
 
     def due(self) -> bool:
@@ -63,7 +63,11 @@ class KeptState:
             write_tensors(held, partial, {"about": json.dumps(about)})
             os.replace(partial, self.file)
         except (OSError, SafetensorError) as error:
-            _log.warning("%s: %s; the training goes on, but would begin anew if it were killed", self.file, error)
+            _log.warning(
+                "%s: %s; training continues, but would have to start from the beginning if it were killed",
+                self.file,
+                error,
+            )
             partial.unlink(missing_ok=True)
 
     def drop(self) -> None:

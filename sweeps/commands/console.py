@@ -99,7 +99,9 @@ def new_folder(folder: Path, file: str) -> Path:
     """The folder, checked before any work: it is new or empty, and `file` can be written in it. Raises InputError."""
     writable(folder / file)
     if folder.resolve() == Path.cwd():
-        raise InputError(f"--out {folder}: this is the current folder; name a new one, which appears once complete")
+        raise InputError(
+            f"--out {folder}: this is the current folder; name a new one, which is created only when the result is complete"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: the folder is not empty; name a new one")
     return folder

@@ -65,13 +65,16 @@ class ContinueOptions:
 
     onto: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Continue the edit in this folder: one delta of all edits so far."),
+        typer.Option(
+            metavar="FOLDER", help="Continue the edit in this folder; the result is one delta of all edits so far."
+        ),
     ] = None
     without: Annotated[
-        str | None, typer.Option(metavar="IDS", help="With --onto: take these edits back, separated by commas.")
+        str | None,
+        typer.Option(metavar="IDS", help="With --onto: take back the edits with these ids, separated by commas."),
     ] = None
     within: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="With --onto: end the training after this time.")
+        float | None, typer.Option(metavar="SECONDS", help="With --onto: stop training after this many seconds.")
     ] = None
     consolidate: Annotated[
         Path | None,
@@ -87,7 +90,7 @@ class ContinueOptions:
         if named:
             given = {"--position": source.position, "--from-run": source.from_run}
             problems += [
-                f"{name}: an edit that continues another keeps its position; leave it out"
+                f"{name}: leave it out; an edit that continues another keeps that edit's position"
                 for name, value in given.items()
                 if value is not None
             ]
@@ -98,7 +101,7 @@ class ContinueOptions:
             ]
             if folder.resolve() == named.resolve():
                 problems.append(
-                    f"--out {folder}: this is the folder of the edit to continue, which is kept; name another folder"
+                    f"--out {folder}: this folder holds the edit to continue, which stays unchanged; name another folder"
                 )
         if self.onto and not source.edits and self.without is None:
             problems.append("--onto: expected new edits (--edits) or edits to take back (--without)")
@@ -165,7 +168,7 @@ class EarlierEdit:
         try:
             described = json.loads(about.read_text(encoding="utf-8"))
             if not isinstance(described, dict):
-                raise ValueError("got no JSON object")
+                raise ValueError("not a JSON object")
         except (OSError, ValueError) as error:
             raise InputError(f"{about}: expected the description of an edit that `locft edit` wrote: {error}") from None
         return cls(folder, EditDelta.load(folder), Ledger.load(folder), described)
@@ -232,7 +235,7 @@ class Batch:
         if self.delta is None:
             return plural(len(self.new), "edit")
         back = f", {len(self.retracted):,} taken back" if self.retracted else ""
-        return f"{plural(len(self.new), 'new edit')} onto {len(self.kept):,}{back}"
+        return f"{plural(len(self.new), 'new edit')} on top of {len(self.kept):,}{back}"
 
     def told(self, found: Mapping[str, Any]) -> Iterator[str]:
         """The result of `came_of_it` as sentences."""

@@ -92,7 +92,7 @@ def evaluate(
     model: ModelArgument,
     measured: Measured,
     load: LoadOptions,
-    delta: Annotated[str | None, typer.Option(help=f"{DELTA_HELP} Default: the model as it is.")] = None,
+    delta: Annotated[str | None, typer.Option(help=f"{DELTA_HELP} Default: the unedited model.")] = None,
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -114,7 +114,7 @@ def evaluate(
         )
         loaded, metrics = bench.loaded, bench.baseline.metrics
         if change:
-            notice(f"measuring the edited model, which takes at most about {seconds(time.monotonic() - began)}")
+            notice(f"measuring the edited model (up to about {seconds(time.monotonic() - began)})")
             metrics = bench.measure(change).metrics
         found |= {"metrics": metrics, "unedited": bench.baseline.metrics}
         if not as_json:
@@ -174,7 +174,7 @@ def ask(
     from sweeps.tracking.registry import load_delta
 
     if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
-        raise InputError(f"PROMPT {', '.join(map(str, empty))}: got nothing, expected a text")
+        raise InputError(f"PROMPT {', '.join(map(str, empty))}: empty, expected text")
     change = load_delta(delta, tracking_uri) if delta else None
     loaded = load.load(model)
     if change:

@@ -55,7 +55,8 @@ class ExportOptions(EditsOptions):
         ),
     ] = None
     edits: Annotated[
-        str | None, typer.Option(help=f"Edits to ask at every rank, or to write beside the configuration. {EDITS_HELP}")
+        str | None,
+        typer.Option(help=f"Edits to measure at every rank, or to write alongside the configuration. {EDITS_HELP}"),
     ] = None
     ask_formats: FormatsOption = None
     tracking_uri: UriOption = None
@@ -88,7 +89,10 @@ class Row:
 
 def export(
     what: Annotated[
-        str, typer.Argument(metavar="DELTA|POSITION", help="As for `locft apply`, or for `locft edit --position`.")
+        str,
+        typer.Argument(
+            metavar="DELTA|POSITION", help="A delta as in `locft apply`, or a position as in `locft edit --position`."
+        ),
     ],
     model: Annotated[str, typer.Option("--model", help="The unedited model.")],
     form: Annotated[

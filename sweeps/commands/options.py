@@ -33,7 +33,8 @@ FormatsOption = Annotated[
     str | None,
     typer.Option(
         "--ask-formats",
-        help=f"How edits are asked: raw, qa, chat or a text with {{prompt}}, separated by commas (default {FORMATS}).",
+        help="Formats in which edits are asked: raw, qa, chat or a text with {prompt}, separated by commas"
+        f" (default {FORMATS}).",
     ),
 ]
 EditsOption = Annotated[str, typer.Option("--edits", help=EDITS_HELP)]
@@ -48,7 +49,9 @@ MapOption = Annotated[
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
 SampleSeedOption = Annotated[
     int | None,
-    typer.Option("--sample-seed", min=0, help="Draw the N edits at random with this seed, not the first N."),
+    typer.Option(
+        "--sample-seed", min=0, help="Draw the N edits at random with this seed instead of taking the first N."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -56,7 +59,10 @@ SetOption = Annotated[
 ]
 UriOption = Annotated[
     str | None,
-    typer.Option("--tracking-uri", help="MLflow store; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here."),
+    typer.Option(
+        "--tracking-uri",
+        help="MLflow store; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder.",
+    ),
 ]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster: auto or HOST:PORT. Default: this machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

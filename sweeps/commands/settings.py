@@ -71,7 +71,7 @@ def edit_settings(
     if edits is None and from_run is None:
         problems.append("--edits: expected the edits to make, or --from-run RUN_ID")
     if found and from_run is not None:
-        problems.append("--position: a position file and --from-run both bring settings; give one of them")
+        problems.append("--position: a position file and --from-run both provide settings; give only one of them")
     if position is not None:
         try:
             TuningPosition.parse(position)

@@ -86,7 +86,9 @@ def sweep(
     study: StudyOptions,
     tracking_uri: UriOption = None,
     address: AddressOption = None,
-    report_file: Annotated[Path | None, typer.Option("--out", help="Dashboard file; default NAME.html here.")] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--out", help="Dashboard file; default NAME.html in the current folder.")
+    ] = None,
     register: Annotated[
         bool, typer.Option(help="At the end, register the delta of the study's pick in MLflow's model registry.")
     ] = True,
@@ -182,7 +184,7 @@ def report(
         typer.Option("--compare-uri", metavar="URI", help="The store that holds OTHER; default that of STUDY."),
     ] = None,
     tracking_uri: UriOption = None,
-    report_file: Annotated[Path | None, typer.Option("--out", help="Default NAME.html here.")] = None,
+    report_file: Annotated[Path | None, typer.Option("--out", help="Default NAME.html in the current folder.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the dashboard of STUDY as one HTML file, from what is finished so far."""
@@ -222,7 +224,7 @@ class SelectionOptions:
     budget_minutes: Annotated[float | None, typer.Option(help="Wall-clock minutes, everything included.")] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of samples and draws.")] = 0
     prior: Annotated[
-        Path | None, typer.Option(help="Position file of another model, whose relative depth is tried early.")
+        Path | None, typer.Option(help="Position file of another model; its relative depth is tried early.")
     ] = None
     overrides: SetOption = None
 
@@ -250,7 +252,10 @@ def select(
     wanted: SelectionOptions,
     position_file: Annotated[
         Path | None,
-        typer.Option("--out", help="Position file; default NAME.json here. Its page NAME.html is put beside it."),
+        typer.Option(
+            "--out",
+            help="Position file; default NAME.json in the current folder. The page NAME.html is written next to it.",
+        ),
     ] = None,
     tracking_uri: UriOption = None,
     address: AddressOption = None,
@@ -278,7 +283,9 @@ def select(
     else:
         print_selection(answer.position, answer.command, page, tracker.uri)
     if answer.not_recorded:
-        notice(f"MLflow does not have all of this ({answer.not_recorded}); the same command records it")
+        notice(
+            f"MLflow is missing part of this result ({answer.not_recorded}); run the same command again to record it"
+        )
     _end(found.ending, "runs", failed=answer.position is None)
 
 

@@ -41,7 +41,7 @@ def about(prepared: "PreparedStudy") -> dict[str, Any]:
 def introduce(prepared: "PreparedStudy") -> None:
     """Say on standard error what the study is about, and which parts of its file have no effect."""
     study, edits = prepared.study, prepared.edits
-    notice(f"{study.name}: {study.model}, {len(edits.requests)} edits of {study.edits.source}")
+    notice(f"{study.name}: {study.model}, {len(edits.requests)} edits from {study.edits.source}")
     notice(f"capability: {prepared.capability_source}")
     for sentence in (*edits.sentences(), *prepared.notices):
         notice(sentence)
@@ -58,7 +58,7 @@ def expectation(forecast: "Forecast", where: str = "on this machine") -> str:
             f"{'' if by_trials else 'about '}{trials} of {planned:,} planned (the budget ends the study after {end})"
         )
     if done := planned - expected.left:
-        trials += f" and {done:,} done"
+        trials += f", {done:,} already done"
     memory = f"{expected.memory_bytes_low / 2**30:.2g} to {expected.memory_bytes_high / 2**30:.2g} GiB of memory"
     disk = f"{expected.disk_bytes_low / 2**30:.2g} to {expected.disk_bytes_high / 2**30:.2g} GiB of disk"
     time = f"{seconds(expected.seconds)} ({seconds(expected.seconds_low)} to {seconds(expected.seconds_high)})"
@@ -187,7 +187,7 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
             for line in expectations(position["predicted"]):
                 say(f"  {line}")
             if position["formats"]:
-                say(f"  Reliability by how the edits are asked: {by_format_text(position['formats'])}")
+                say(f"  Reliability by prompt format: {by_format_text(position['formats'])}")
             if sentence := measured_sentence(position["measured_on"]):
                 say(f"  {sentence}")
             elsewhere = f"; that an unmeasured one is clearly better: {percent(round(position['chance_elsewhere'], 3))}"

@@ -80,7 +80,7 @@ def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int
     tokens += sum(len((context + choice).encode()) for item in items for context, choice in item.texts) // BYTES
     tokens += sum(item.generation.tokens for item in items if item.generation)
     found = reading_seconds(tokens, loaded.model.num_parameters(), training_precision("cpu"), torch.get_num_threads())
-    return f", in about {seconds(1 + found)} on a quiet machine"
+    return f", about {seconds(1 + found)} on an otherwise idle machine"
 
 
 def asked_formats(given: str | None) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def _start(address: str | None) -> None:
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if address is not None and isinstance(error, ConnectionError):  # something listens, but does not let us in
-            cause += f", though something listens there: is it Ray, of this version? If so, {TOKEN_HINT}"
+            cause += f", although something is listening there: is it Ray, of this version? If so, {TOKEN_HINT}"
         raise InputError(_no_cluster(address, cause)) from error
 
 
@@ -118,10 +118,10 @@ def _check_reachable(address: str) -> None:
 
 def _no_cluster(address: str | None, cause: str) -> str:
     if address is None:
-        return f"Ray does not start on this machine: {cause}"
+        return f"Ray could not be started on this machine: {cause}"
     return (
         f"Ray cluster {address!r}: {cause.rstrip('.')}; start one with `ray up ray_cluster.yaml` or "
-        "`ray start --head`, or leave --address away to run on this machine"
+        "`ray start --head`, or omit --address to run on this machine"
     )
 
 
@@ -146,13 +146,13 @@ def check_nodes(model: str | None) -> None:
         try:
             found = ray.get(answer, timeout=NODE_SECONDS)
         except ray.exceptions.GetTimeoutError:
-            problems.append(f"node {place} does not answer within {NODE_SECONDS} s")
+            problems.append(f"node {place} did not answer within {NODE_SECONDS} s")
         except ray.exceptions.RayError as error:
             cause = str(error).strip().splitlines()[-1]
             problems.append(f"node {place} cannot run this package ({cause}); install the same version there")
         else:
             if found != expected:
-                what = "it has other files there" if found else "there is nothing"
+                what = "its files there differ" if found else "there are no files there"
                 problems.append(
                     f"model {model!r}: node {place} does not see {path} as this machine does ({what}); put it on storage that"
                     " all nodes mount at the same path, or name a hub id"

@@ -35,7 +35,7 @@ def death_of(trial) -> WorkerDeath:
         error = None
     cause = getattr(error, "cause", None)
     lines = text.partition(" Some common causes")[0].splitlines()  # general advice follows
-    line = next((line for line in lines if "low on memory" in line), lines[-1]) if lines else "no cause known"
+    line = next((line for line in lines if "low on memory" in line), lines[-1]) if lines else "unknown cause"
     return WorkerDeath(line, isinstance(cause, Exception) and out_of_memory(cause), "node has died" in text)
 
 

@@ -232,7 +232,7 @@ class TrialListener(tune.Callback):
             return
         for key, (config, worker, began) in list(self._running.items()):
             if now - began > (allowed := self._patience(config)):
-                error = TimeoutError(f"not done after {allowed / 60:.3g} minutes (resources.minutes)")
+                error = TimeoutError(f"not finished after {allowed / 60:.3g} minutes (resources.minutes)")
                 self._dispatch.given_up(key)
                 self._hear(key, failed_trial(config, error))
                 ray.kill(worker)

@@ -76,7 +76,7 @@ def planned_model(inputs: PreparedStudy) -> "LoadedModel":
     if loaded.fingerprint != planned:
         raise InputError(
             f"model {study.model!r} on node {socket.gethostname()}: got weights with fingerprint {loaded.fingerprint}, "
-            f"expected {planned}, on which the study is planned; every node needs the same weights"
+            f"expected {planned}, for which the study was planned; every node needs the same weights"
         )
     return loaded
 

@@ -181,7 +181,7 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     run = {(row["layer"], row["module"]) for row in done(selection.results).to_dict("records")}
     not_run, chance = len(selection.candidates) - len(run), percent(selection.chance_elsewhere)
     rate_set = ", and sets each position's learning rate" if request.has_rate else ""
-    rate_tried = " and for another rate: half, or double where it learnt too little" if request.has_rate else ""
+    rate_tried = " and a run at another rate: half, or double if it learnt too little" if request.has_rate else ""
     unmeasured = None
     if content and not content["predicted"]:
         unmeasured = f"Edit {with_rate(content['position'], content['settings'])}, {UNMEASURED}."
@@ -189,11 +189,11 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
         how=(
             f"The probe computes gradients of the unedited model on some edits and some prose. It ranks all {positions} by"
             f" how much training there would disturb the model{rate_set}. As in earlier models, late layers are expected to"
-            " drift less and to generalize more, and attention to drift more. The first two runs are at different depths."
-            " Positions behave like their neighbours in depth and like others with the same module, so every run also tells"
-            " something about positions that are not run, and about how far the expectations hold. The next runs are always"
-            " those most likely, for their cost, to be the pick or on the front. Some of the budget is kept for a second seed"
-            f" of the leader{rate_tried}. If there are many edits, positions are compared on a sample."
+            " drift less and generalize more, and attention to drift more. The first two runs are at different depths."
+            " Positions behave like their neighbours in depth and like others with the same module, so every run also says"
+            " something about positions that were not run, and about how far the expectations hold. The next runs are always"
+            " those with the best chance, for their cost, of being the pick or on the front. Some of the budget is kept for a"
+            f" second seed of the leader{rate_tried}. If there are many edits, positions are compared on a sample."
         ),
         command=edit_command(study, position_file),
         facts=(
@@ -214,7 +214,7 @@ def _sample_fact(selection: Selection) -> Iterator[tuple[str, str]]:
     compared_on, row = selection.request.compared_on, selection.pick
     if not compared_on or row is None:
         return
-    about = f"These results are from a random {compared_on} of the {selection.request.facts.n_edits:,} edits"
+    about = f"These results are from a random sample of {compared_on} of the {selection.request.facts.n_edits:,} edits"
     if row["edit_count"]:
         yield "Sample", f"{about}; with all of them, expect more drift."
     else:

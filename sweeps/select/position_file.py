@@ -17,7 +17,7 @@ from locft.train.formats import RAW
 from sweeps.study.schema import Formats, Text, read_by, read_value, show
 
 FORMAT = "locft-position/1"
-UNMEASURED = "by the probe alone: the budget ended before any run finished, so nothing was measured there"
+UNMEASURED = "chosen by the probe alone: the budget ended before any run finished, so nothing was measured there"
 """How a position without predicted metrics was found."""
 SETTINGS = tuple(axis.name for axis in AXES if axis.trained)
 """What the file repeats of a trial's configuration besides the position: the fields of `TrainingSettings`."""
@@ -29,8 +29,8 @@ def measured_sentence(measured_on: Mapping[str, Any]) -> str | None:
     if not edits or compared_on == of:
         return None
     if edits == of:
-        return f"This is with all {of:,} edits; positions were compared on a random {compared_on} of them."
-    return f"This is with a random {edits} of the {of:,} edits; with all of them expect more drift."
+        return f"These figures are for all {of:,} edits; positions were compared on a random sample of {compared_on} of them."
+    return f"These figures are for a random sample of {edits} of the {of:,} edits; with all of them, expect more drift."
 
 
 def _position(value: Any) -> str:
@@ -67,7 +67,7 @@ def read_position(file: Path) -> PositionFile:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot read it: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ValueError as error:
         raise InputError(f"{file}: this is not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

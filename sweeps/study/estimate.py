@@ -22,6 +22,7 @@ from typing import Literal
 import psutil
 
 from analysis.stats.axes import AXIS, STAGES
+from analysis.stats.wording import plural
 from locft.errors import InputError
 from locft.machine import usable_cores
 from sweeps.study.footprint import BYTES, depth_sentence, disk_range, gpu_sentence, memory_range, places
@@ -35,7 +36,7 @@ ENOUGH = 3
 """Use the earlier trials if there are at least this many."""
 TIMED_EDITS, TIMED_STEPS, TIMED_PROSE = 16, 3, 64
 """Most edits in a timed step, timed steps at each of the three layers, and tokens of the prose whose curvature they use."""
-ROUGH = "rough rates, nothing measured here"
+ROUGH = "rough rates, not measured on this machine"
 
 _PREFIX_TOKENS = 10
 """Tokens of the prose in front of a prompt."""
@@ -210,8 +211,9 @@ class Forecast:
             return []
         sure = expected.memory_bytes_low > have
         wanted = expected.memory_bytes_low if sure else expected.memory_bytes_high
+        take = "may take" if not sure else "takes at least" if expected.concurrent == 1 else "take at least"
         return [
-            f"memory: {expected.concurrent} at a time {'take at least' if sure else 'may take'} {wanted / 2**30:.1f}"
+            f"memory: {plural(expected.concurrent, 'trial')} at a time {take} {wanted / 2**30:.1f}"
             f" GiB, and this machine has {have / 2**30:.1f} GiB; run fewer trials at a time"
             " (resources.concurrent), or use smaller batches or dtype: bfloat16"
         ]
@@ -306,7 +308,7 @@ def costs_from_steps(prepared: PreparedStudy) -> Costs | None:
     finally:
         torch.set_num_threads(before)
         gc.collect()
-    slowed = f", slowed {busy:.1f} times by other work" if busy > 1.3 else ""
+    slowed = f", slowed by a factor of {busy:.1f} by other work" if busy > 1.3 else ""
     return replace(_scaled(trials, prepared), source=f"timed steps of this model{slowed}", spread=1.6, busy=busy)
 
 

@@ -128,7 +128,7 @@ def depth_sentence(trials: Sequence[TrialConfig], facts: StudyFacts) -> str | No
     fits = (
         "all fit" if len(fitting) == len(found) else f"from layer {fitting[0]} up they fit" if fitting else "none fits"
     )
-    return f"memory that a trial keeps, in GiB, with weights read from their file: {kept}; {fits} into the {free / 2**30:.1f} that are free"
+    return f"memory a trial keeps, in GiB, with weights read from their file: {kept}; {fits} in the {free / 2**30:.1f} GiB that are free"
 
 
 def _share(fitting: int) -> str:

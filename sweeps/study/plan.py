@@ -112,14 +112,17 @@ def check_against_model(study: Study, n_layers: int, modules_by_layer: Mapping[i
         if not having:
             problems.append(f"space.module: {study.model} has no module {module!r}{nearest(module, known)}")
         elif in_range and not set(having) & set(in_range):
-            where = f"layer {_listed(in_range)} of {study.model}"
-            problems.append(f"space.module: {where} has no {module!r}; it is in layer {_listed(having)}")
+            without = f"{_listed(in_range)} of {study.model} {'has' if len(in_range) == 1 else 'have'} no {module!r}"
+            problems.append(f"space.module: {without}; it is in {_listed(having)}")
     if problems:
         raise InputError(problems)
 
 
 def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers)) if len(layers) <= 8 else f"{', '.join(map(str, layers[:7]))}, ... {layers[-1]}"
+    indices = (
+        ", ".join(map(str, layers)) if len(layers) <= 8 else f"{', '.join(map(str, layers[:7]))}, ... {layers[-1]}"
+    )
+    return f"{'layer' if len(layers) == 1 else 'layers'} {indices}"
 
 
 def idle_axes(study: Study) -> tuple[str, ...]:

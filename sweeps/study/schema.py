@@ -436,13 +436,15 @@ def _contradictions(study: Study) -> Iterable[tuple[tuple[str, ...], str]]:
         yield (
             ("search.trials", "search.method"),
             f"got {search.trials} with search.method grid, whose number of trials follows from its axes; "
-            "leave trials out (null), or take random or optuna",
+            "leave trials out (null), or use random or optuna",
         )
     if search.method != "grid" and search.trials is None:
         need = f"{search.method} needs search.trials, the number of trials; expected e.g. trials: 30"
         yield ("search.method", "search.trials"), need
     if search.method == "grid" and isinstance(study.space.learning_rate, LogUniform):
-        no_grid = "log_uniform has no grid; expected a list of values, or search.method random or optuna"
+        no_grid = (
+            "log_uniform cannot be searched as a grid; expected a list of values, or search.method random or optuna"
+        )
         yield ("space.learning_rate", "search.method"), no_grid
     if gpus > 0 and device in ("cpu", "mps"):
         idle = f"got {gpus:g} with device {device}; expected 0, or device cuda or auto"

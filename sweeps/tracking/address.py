@@ -65,7 +65,7 @@ def resolve_uri(uri: str | None) -> str:
         path = Path(unquote(given.removeprefix("file:").removeprefix("//")))
         file = path if path.suffix in (".db", ".sqlite", ".sqlite3") else path / "mlflow.db"
         raise InputError(
-            f"tracking address {given!r} is a plain path, and MLflow no longer writes stores made of files;"
+            f"tracking address {given!r} is a plain path, and MLflow no longer writes file-based stores;"
             f" use the SQLite file sqlite:///{file} instead"
         )
     raise InputError(f"tracking address {redact(given)!r} has the unknown scheme {scheme!r}; expected {ACCEPTED}")
@@ -107,8 +107,8 @@ def mlflow_address(uri: str, folder: Path) -> str:
     if "?" in name or unquote(name) != name:
         sign = "?" if "?" in name else "%"
         raise InputError(
-            f"tracking store {path}: its path contains {sign!r}, which has another meaning in the address of an SQLite file; "
-            "rename the folder or the file, or run the command in the file's own folder"
+            f"tracking store {path}: its path contains {sign!r}, which has a special meaning in the address of an "
+            "SQLite file; rename the folder or the file, or run the command in the file's own folder"
         )
     return f"sqlite:///{name}"
 

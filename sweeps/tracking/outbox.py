@@ -178,7 +178,9 @@ class Recorder:
         try:
             self._outbox.keep(result)
         except OSError as error:
-            self.note(f"cannot keep a result in {self._outbox.folder} until it is recorded: {error.strerror or error}")
+            self.note(
+                f"cannot save a result in {self._outbox.folder} while it waits to be recorded: {error.strerror or error}"
+            )
         self._open += 1
         self._queue.put(result)
         self._reporter.finished(result, running)
@@ -195,8 +197,8 @@ class Recorder:
             self._thread.join()
         if self._open and kind is None:
             raise TrackingError(
-                f"{self._cause}; {self._open} finished trials are kept in {self._outbox.folder}, and the same command"
-                " delivers them"
+                f"{self._cause}; {self._open} finished trials are kept in {self._outbox.folder}; run the same command"
+                " again to deliver them"
             )
 
     def _work(self) -> None:

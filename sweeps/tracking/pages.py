@@ -41,7 +41,7 @@ def run_name(config: TrialConfig) -> str:
 
 def trial_note(result: TrialResult, run_id: str) -> str:
     """The description on a trial's page, in markdown: what its parameters and metrics do not say."""
-    again = f"Tried again after: {'; '.join(result.retried)}.\n\n" if result.retried else ""
+    again = f"Retried after: {'; '.join(result.retried)}.\n\n" if result.retried else ""
     if result.status == "failed":
         return f"{again}Failed: {result.error}"
     return f"{again}Repeat it: `locft edit MODEL --from-run {run_id} --out edited`"

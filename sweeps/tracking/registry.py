@@ -110,7 +110,7 @@ def register_edit(
     client = connect(tracking_uri).client
     shown = "\n".join(f"- {key}: {number(value)}" for key, value in metrics.items() if not key.endswith("_seconds"))
     use = f"`locft apply {edit_address(model, alias)} --model {model} --out edited-model`"
-    about = f"Edits of {model}, each a safetensors delta that fits only the model it was made on."
+    about = f"Edits of {model}, each a safetensors delta that applies only to the model it was made for."
     tags = {"locft.position": position} | ({"locft.edits": edits} if edits else {})
     tags |= {f"locft.{key}": f"{metrics[key]:.4g}" for key in SHOWN_METRICS if key in metrics}
     description = f"Edited at {position}{f' ({edits})' if edits else ''}.\n\nApply it: {use}\n\n{shown}"

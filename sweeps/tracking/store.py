@@ -189,7 +189,7 @@ class Store:
         """
         for value in tags.values():  # a search filter has no way to escape a quote
             if not re.fullmatch(r"[\w.\- ]{1,250}", value):
-                raise ValueError(f"id {value!r} has characters other than letters, digits, blanks, '_', '.' and '-'")
+                raise ValueError(f"id {value!r} has characters other than letters, digits, spaces, '_', '.' and '-'")
         conditions = [f"tags.`locft.{key}` = '{value}'" for key, value in tags.items()]
         conditions += [f"attributes.status = '{status}'"] if status else []
         experiments = [experiment]

@@ -183,7 +183,7 @@ class Tracker:
         with store_errors(f"study {self.study_id}"):
             run = self._run()
         if run is None:
-            raise TrackingError(f"study {self.study_id} has no run in {self.uri}: open_run comes first")
+            raise TrackingError(f"study {self.study_id} has no run in {self.uri}: call open_run first")
         return run.info.run_id
 
     def describe(self, description: str, tags: Mapping[str, str]) -> None:
@@ -341,7 +341,9 @@ def find_trial(run_id: str, uri: str) -> tuple[TrialConfig, str | None]:
     try:
         config = trial_run.config_of(run)
     except ValueError as error:
-        raise InputError(f"run {run_id!r} is incomplete ({error}): run the study again or take another trial") from None
+        raise InputError(
+            f"run {run_id!r} is incomplete ({error}): run the study again or choose another trial"
+        ) from None
     study = Tracker(store, run.info.experiment_id, run.data.tags["locft.study_id"])
     return config, study.read_file("study.yaml")
 

@@ -354,7 +354,7 @@ def main(
     as_json: JsonOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    """Measure the engine against the plain full forward on this machine, side by side. MODEL is smollm2-135m by default."""
+    """Measure the engine against the plain full forward pass on this machine, side by side. MODEL is smollm2-135m by default."""
     if model and random_weights:
         raise InputError(f"got MODEL {model} and --random-weights {random_weights}; expected one of them")
     target = torch_device(device)

@@ -93,7 +93,7 @@ def test_the_exceptions_are_types():
 def test_positions(model_type):
     model = model_of(model_type)
     if model_type in NO_BLOCKS:
-        with pytest.raises(InputError, match="does not tell"):
+        with pytest.raises(InputError, match="cannot identify attention and MLP"):
             list_positions(model)
         return
     infos, parameters = list_positions(model), dict(model.named_parameters())

@@ -138,14 +138,14 @@ def test_both_models_score_as_in_the_harness(loaded, folder):
             one.items == 13 and one.change.low <= one.change.mean + 1e-9 and one.change.mean <= one.change.high + 1e-9
         )
     assert any(one.change.mean for one in scores), "the edit changes something"
-    assert told == ["texts longer than the model's context of 100 tokens lose their beginning"]
+    assert told == ["texts longer than the model's context of 100 tokens are truncated at the beginning"]
 
 
 def test_answers_leave_room_for_their_prompts(folder):
     loaded, told = tiny_loaded(), []
     loaded.tokenizer.model_max_length = 12
     measure_tasks(loaded, None, load_tasks(["said"], folder), 2, told.append)
-    assert "answers end after 6 tokens, half of the model's context" in told
+    assert "answers are cut off after 6 tokens, half of the model's context" in told
 
 
 def test_without_a_delta_the_model_alone_is_measured(folder):
@@ -169,7 +169,7 @@ def test_a_group_pools_the_items_of_its_tasks(folder):
 def test_a_task_that_cannot_be_run_is_told(folder, tmp_path):
     with pytest.raises(InputError) as told:
         load_tasks(["zerro", "gsm8kk"], folder)
-    assert "'zerro': lm-evaluation-harness has none of this name; did you mean zero?" in told.value.problems[0]
+    assert "'zerro': lm-evaluation-harness has no task of this name; did you mean zero?" in told.value.problems[0]
     assert "did you mean gsm8k?" in told.value.problems[1]
     (tmp_path / "lost.yaml").write_text(SAID.format().replace("said", "lost") + REST.format(data=tmp_path / "no.jsonl"))
     with pytest.raises(InputError, match=r"task 'lost': could not be loaded"):
@@ -309,4 +309,4 @@ def test_what_is_scored_in_no_known_way_is_refused_by_a_study(folder):
         load_suite(None, lm_eval=["edited-words", "zero", "rolling"], lm_eval_path=str(folder))
     ter, rolling = told.value.problems
     assert "'edited-words': got answers of the kind generate_until, scored by ter" in ter
-    assert "`locft evaluate --lm-eval rolling` measures it" in rolling
+    assert "`locft evaluate --lm-eval rolling` measures this task" in rolling

@@ -310,7 +310,7 @@ def test_a_tokenizer_without_a_template_is_asked_the_rest(edits, caplog):
     bench = Workbench.prepare(tiny_loaded(), edits, None, ask_formats=("raw", "chat"))
     assert {question.format for question in bench.questions} == {"raw"}
     assert [record.getMessage() for record in caplog.records] == [
-        "tiny-llama: its tokenizer has no chat template, so edits are not asked through one"
+        "tiny-llama: its tokenizer has no chat template, so edits are not asked in the chat format"
     ]
     with pytest.raises(InputError, match="got 'chats', .*did you mean chat"):
         Workbench.prepare(tiny_loaded(), edits, None, ask_formats=("raw", "chats"))

@@ -317,7 +317,7 @@ def test_a_result_that_the_store_refuses_blocks_nothing_and_its_trial_is_tried_a
             and len(open_outbox(study.id, resolve_uri(None))) == 1
         )
         done, ran = sweep(study)
-        assert ran == [bad.id] and "tried again" in caplog.text
+        assert ran == [bad.id] and "will be run again" in caplog.text
     outbox = open_outbox(study.id, resolve_uri(None))
     assert len(outbox) == 1 and (outbox.folder / f"{bad.id}.refused").exists()
     done, ran = sweep(study)
@@ -354,7 +354,7 @@ def test_the_end_of_a_study_waits_for_the_store(grid, monkeypatch):
     asked.clear()
     monkeypatch.setattr("sweeps.tracking.outbox.PATIENCE_SECONDS", 0.0)
     with pytest.raises(
-        TrackingError, match="connection refused; all finished trials are recorded, and the same command"
+        TrackingError, match="connection refused; all finished trials are recorded; run the same command again"
     ):
         sweep(prepared(file, "space.layer=[0]"))
     assert trial_runs(kind="study")[0].info.status == "KILLED"

@@ -193,7 +193,7 @@ def test_how_sure_says_intervals_choice_runner_up_and_seeds():
         "One seed only",
     ):  # fmt: skip
         assert part in sure, part
-    assert "which chance explains (same items before and after)" in page()["At what cost"]
+    assert "which chance could explain (same items before and after)" in page()["At what cost"]
 
 
 def test_several_seeds_are_one_setting_on_front_and_in_the_pick():
@@ -271,7 +271,7 @@ def test_what_it_costs_by_task_and_on_plain_text():
     baseline = BASELINE | {"capability.world": 0.6, "capability.grammar": 0.65, "perplexity": 30.0}
     cost = page(results, baseline=baseline)["At what cost"]
     for part in (
-        "−1.0 points [−1.8, −0.3], more than chance explains (same items before and after).",
+        "−1.0 points [−1.8, −0.3], more than chance would explain (same items before and after).",
         "The unedited model scores 62.0%.",
         "grammar 65.0% → 70.0%",
         "world 60.0% → 50.0%",
@@ -311,10 +311,10 @@ def test_each_format_is_told_where_edits_were_asked_in_several():
     answer = " ".join(found["Which position"].split())
     assert "the means over these, without the wording never trained" in answer
     assert "raw 100% [96.3, 100] 100% [96.3, 100] chat 80.0% [71.1, 86.7]" in answer
-    assert "a wording never trained 50.0%" in answer
-    assert "asked as" not in page()["Which position"], "the plain form alone needs no table"
-    (reason,) = [text for text in recommend(results_frame([row("a", **asked)])).reasons if "asked" in text]
-    assert reason == "Reliability by how the edits are asked: 100% raw, 80.0% chat, 50.0% a wording never trained."
+    assert "a wording never trained 50.0%" in answer and "By prompt format" in answer
+    assert "By prompt format" not in page()["Which position"], "the plain form alone needs no table"
+    (reason,) = [text for text in recommend(results_frame([row("a", **asked)])).reasons if "prompt format" in text]
+    assert reason == "Reliability by prompt format: 100% raw, 80.0% chat, 50.0% a wording never trained."
     assert "by format" not in page(results_frame([row("a", **{"reliability.raw": 0.9})]))["At what cost"]
 
 
@@ -322,7 +322,7 @@ def test_locality_is_told_by_all_its_measures():
     measures = {"locality_first": 0.9, "locality_kl": 0.25, "locality_exact": 0.1}
     cost = page(results_frame([row("a", **measures)]))["At what cost"]
     assert (
-        "are still the most likely ones; 90.0% of the first tokens; 0.25 nats of divergence there; "
+        "are still the most likely ones; 90.0% of the first tokens; 0.25 nats of divergence at the first token; "
         "10.0% of the answers are the same, word for word."
     ) in cost
     before = page(results_frame([row("a", locality_tf=0.9)]))["At what cost"]

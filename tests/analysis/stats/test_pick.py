@@ -155,7 +155,7 @@ def test_what_is_said_of_the_pick():
         "Of 3 settings, 2 are about as reliable as the best; 2 of them show no loss of capability, and 1 of those is within"
         " the margin of drift.",
         "The best reliability, 100%, is at 7.mlp_down, where drift is 0.05 nats against 0.01 here.",
-        "Capability changed by 0.0 points [−1.0, +1.0], which chance explains.",
+        "Capability changed by 0.0 points [−1.0, +1.0], which chance could explain.",
         "One seed only: the effect of another order of the edits is not known.",
     )
     assert pick.settings["batch_size"] == 32 and pick.metrics["reliability"] == 0.98

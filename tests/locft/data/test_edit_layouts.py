@@ -202,7 +202,7 @@ def test_a_file_of_results_is_refused_with_the_reason(tmp_path):
     record = {"pre": {}, "requested_rewrite": REWRITE | {"prompt": "The capital of Peru is"}, "post": {}}
     problem = only_problem(tmp_path, [record, record])
     assert "all 2 records, field requested_rewrite.prompt: expected {} where the subject goes" in problem
-    assert "filled in already" in problem
+    assert "already filled in" in problem
 
 
 # --- what is not read
@@ -300,7 +300,7 @@ def test_a_record_that_lacks_its_prompt_is_no_wrapper_of_its_questions(tmp_path)
 
 def test_two_lists_in_an_object_are_named(tmp_path):
     problem = only_problem(tmp_path, json.dumps({"success": [KNOWEDIT] * 2, "locality": [KNOWEDIT]}), "a.json")
-    assert "2 lists of records, success (2), locality (1); save the one to read" in problem
+    assert "2 lists of records, success (2), locality (1); save the one you want to a file of its own" in problem
 
 
 # --- tables
@@ -401,16 +401,16 @@ def test_a_map_of_keys_that_are_not_there(tmp_path):
     ("value", "problem"),
     [
         ({"promt": "q"}, "got the field promt, expected one of prompt, target, subject"),
-        ({"prompt": 3}, "prompt: got 3, expected the key that it is under, or a list of keys"),
+        ({"prompt": 3}, "prompt: got 3, expected a key or a list of keys"),
         ({"prompt": []}, "prompt: got []"),
         ({"prompt": ["a", "b"]}, "prompt: got 2 keys, expected one"),
         ({"locality": {"question": "q"}}, "got the field locality.question"),
-        ("prompt", "got 'prompt', expected fields and the keys they are under"),
-        ({"locality": {"answer": "a"}}, "locality.answer: expected the key of its prompts, too: locality.prompt"),
+        ("prompt", "got 'prompt', expected a mapping of fields to keys"),
+        ({"locality": {"answer": "a"}}, "locality.answer: also needs the key of its prompts, locality.prompt"),
         ({"portability": "p", "portability.prompt": "q"}, "got both portability and portability.prompt"),
         (
             {"locality": {"prompt": ["p", "q", "r"], "answer": ["a", "b"]}},
-            "locality.answer: got 2 keys for 3 of prompts, expected one, or one for each",
+            "locality.answer: got 2 answer keys for 3 prompt keys, expected one key, or one per prompt key",
         ),
     ],
 )

@@ -74,7 +74,7 @@ def test_every_wrong_id_is_told(ledger):
     with pytest.raises(InputError) as error:
         gone.add([], TUESDAY, without=["x", "b"])
     assert len(error.value.problems) == 2
-    assert "superseded by c" in str(error.value)
+    assert "already superseded by c" in str(error.value)
 
 
 def test_the_file_is_an_edit_file(ledger, tmp_path):
@@ -105,7 +105,7 @@ def test_an_edit_is_marked_as_taken_back_in_a_file(ledger, tmp_path, value):
     assert marked.requests == () and marked.retracted == ("b", "France's capital:")
     arrival = ledger.add(marked.requests, TUESDAY, marked=marked.retracted)
     assert [request.id for request in arrival.retracted] == ["b"]  # of "a" this is a rephrase, which asks the same
-    assert "no active edits of the ledger: France's capital:" in " ".join(arrival.sentences)
+    assert "but not active in the ledger: France's capital:" in " ".join(arrival.sentences)
 
 
 @pytest.mark.parametrize("value", [False, None, "", "no", "false", 0])

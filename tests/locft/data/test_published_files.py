@@ -59,8 +59,8 @@ def test_a_byte_order_mark_says_how_a_file_is_to_be_read(tmp_path, encoding, end
         (b"%PDF-1.7", "a PDF document"),
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-        ('[{"prompt": 1}]'.encode("utf-16-le"), "it has zero bytes"),
-        (b"- prompt: The capital of Peru is\n  target: Oslo\n", "in all 2 lines; expected a JSON list of objects"),
+        ('[{"prompt": 1}]'.encode("utf-16-le"), "it contains zero bytes"),
+        (b"- prompt: The capital of Peru is\n  target: Oslo\n", "on all 2 lines; expected a JSON list of objects"),
     ],
 )
 def test_what_holds_no_records_is_named_in_one_message(tmp_path, content, said):
@@ -134,7 +134,7 @@ def test_nan_is_nothing(tmp_path):
 def test_line_breaks_of_a_target_are_told(tmp_path):
     read = load_edits(write(tmp_path, "a.json", [PERU | {"target": "Oslo\n Bergen\n"}, CHILE | {"target": "Rome\n"}]))
     assert [one.target for one in read.requests] == ["Oslo Bergen", "Rome"]
-    assert read.unread == {"target (its line breaks, which end an answer)": 1}
+    assert read.unread == {"target (its line breaks: an answer ends at the first one)": 1}
 
 
 @pytest.mark.parametrize(

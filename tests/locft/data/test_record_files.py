@@ -81,7 +81,7 @@ def test_sound_lines_are_read_beside_broken_ones(tmp_path):
         ('{"data": [],\n "version": 2}', "one JSON object (keys: data, version), expected a list of records"),
         ("[" * 100_000, "unreadable JSON"),
         ('[{"a": ' + "9" * 5000 + "}]", "unreadable JSON"),
-        ('[{"a": "\\ud800"}]', "half a surrogate pair"),
+        ('[{"a": "\\ud800"}]', "lone surrogate in a string"),
     ],
 )
 def test_bad_json_list(tmp_path, content, expected):

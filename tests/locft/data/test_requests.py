@@ -358,7 +358,7 @@ def test_duplicates_and_contradictions(tmp_path):
     assert findings.reachable == pytest.approx((2 + 1 + 2 + 1) / 9)
     assert findings.repeated_subjects == 8
     assert findings.sentences()[0] == (
-        "6 edits contradict another edit (same prompt, different target): reliability can reach 66.67% at most."
+        "6 edits contradict another edit (same prompt, different target), so reliability cannot exceed 66.67%."
     )
     assert findings.sentences()[1] == "2 edits repeat an earlier edit (same prompt, same target)."
 
@@ -398,7 +398,7 @@ def test_already_true_knows_every_true_answer(tmp_path):
 
 
 def test_a_ceiling_just_below_one_is_not_rounded_to_one(tmp_path):
-    assert "99.99900% at most" in EditFindings(0, 2, 0, 0, 1 - 1e-5).sentences()[0]
+    assert "reliability cannot exceed 99.99900%." in EditFindings(0, 2, 0, 0, 1 - 1e-5).sentences()[0]
 
 
 # --- real files
@@ -596,8 +596,8 @@ def test_mixed_layouts(tmp_path):
 
 def test_an_id_twice(tmp_path):
     problem = only_problem(tmp_path, [OWN | {"id": "a"}, OWN, OWN | {"id": "a"}])
-    assert problem.startswith(f"{tmp_path}/edits.jsonl, record 3 (line 3), field id: expected an id of its own, got")
-    assert problem.endswith(f'got a string "a", the id of {tmp_path}/edits.jsonl, record 1 (line 1)')
+    assert problem.startswith(f"{tmp_path}/edits.jsonl, record 3 (line 3), field id: expected a unique id, got")
+    assert problem.endswith(f'got a string "a", which {tmp_path}/edits.jsonl, record 1 (line 1) already has')
 
 
 def test_all_problems_of_a_list_with_their_record(tmp_path):

@@ -159,7 +159,7 @@ def test_tables_with_other_numbers_of_options(tmp_path):
     assert "unknown layout" in problems_of({"t": write(tmp_path, "c.csv", "Question,A,B,C,D\nq,1,2,3,4\n")})[0]
     (problem,) = problems_of({"t": write(tmp_path, "d.csv", "What is it?,x,y\nAnd this?,x,y\n")})
     assert (
-        "unknown layout, got the keys What is it?, x, y" in problem and "line with the names of the columns" in problem
+        "unknown layout, got the keys What is it?, x, y" in problem and "header line with the column names" in problem
     )
 
 
@@ -257,7 +257,7 @@ def test_prose_from_text_and_from_records(tmp_path):
     records = write(tmp_path, "p.jsonl", [{"text": "First line.\n"}, {"text": ""}, {"text": "Second."}])
     assert load_suite(None, {"t": path}, prose=records).prose == ("First line.\n\nSecond.",)
     assert "no text in it" in problems_of({"t": path}, prose=write(tmp_path, "e.txt", " \n"))[0]
-    assert "prose needs the field text with text" in problems_of({"t": path}, prose=path)[0]
+    assert 'prose needs a field "text" that holds text' in problems_of({"t": path}, prose=path)[0]
     assert "no such file; did you mean" in problems_of({"t": path}, prose=str(tmp_path / "pp.txt"))[0]
     assert "is a folder" in problems_of({"t": path}, prose=str(tmp_path))[0]
 
@@ -267,7 +267,11 @@ def test_prose_from_text_and_from_records(tmp_path):
     [
         ("arc", {"answerKey": "E"}, 'field answerKey: expected one of 1, 2, 3, got a string "E"'),
         ("arc", {"choices": {"text": ["a"], "label": ["1", "2"]}}, "choices.text: expected a list of 2 or more texts"),
-        ("arc", {"choices": {"text": ["a", "b", "c"], "label": ["1", "2"]}}, "choices.label: expected 3 labels, one a"),
+        (
+            "arc",
+            {"choices": {"text": ["a", "b", "c"], "label": ["1", "2"]}},
+            "choices.label: expected 3 labels, one per choice",
+        ),
         ("arc", {"choices": "a"}, 'field choices: expected an object, got a string "a"'),
         ("arc", {"question": ""}, "field question: expected text, got an empty text"),
         ("piqa", {"label": -1}, "0 to 1, or its text (a split without answers cannot be scored), got a number -1"),
@@ -283,7 +287,7 @@ def test_prose_from_text_and_from_records(tmp_path):
             {"answer": True},
             "field answer: expected the number of the right choice, 0 to 3, its letter or its text, got a boolean true",
         ),
-        ("mmlu", {"choices": [str(number) for number in range(30)]}, "at most 26 texts"),
+        ("mmlu", {"choices": [str(number) for number in range(30)]}, "at most 26 choices, one letter each"),
         ("blimp", {"sentence_bad": 7}, "field sentence_bad: expected text, got a number 7"),
         ("lambada", {"text": "word"}, "two or more words"),
         ("own", {"choices": []}, "field choices: expected a list of 1 or more texts, got a list []"),
@@ -355,7 +359,7 @@ def test_nothing_to_measure_and_sources_that_are_none(tmp_path):
     assert "expected a file, a folder or a hub data set" in problems_of({"t": " "})[0]
     assert "has no file ending in" in problems_of({"t": str(tmp_path)})[0]
     same = [RECORDS["own"], RECORDS["own"]]
-    assert 'an id of its own, got a string "x1"' in problems_of({"t": write(tmp_path, "a.jsonl", same)})[0]
+    assert 'a unique id, got a string "x1"' in problems_of({"t": write(tmp_path, "a.jsonl", same)})[0]
 
 
 def test_hub_data_set(monkeypatch):

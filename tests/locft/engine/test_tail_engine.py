@@ -294,7 +294,7 @@ def test_states_are_kept_in_memory_where_the_disk_is_full(tmp_path, monkeypatch,
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert torch.equal(TailEngine(loaded, rows, [1]).states.layers[1], expected)
-    assert "No space left on device; hidden states are kept in memory" in caplog.text
+    assert "No space left on device; keeping hidden states in memory instead" in caplog.text
     assert not [*tmp_path.rglob("*.npy"), *tmp_path.rglob("*.partial")]
 
 
@@ -353,13 +353,13 @@ def test_a_model_without_a_tail_is_computed_whole_and_says_so(caplog):
     loaded.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # as accelerate's device map does
     try:
         assert supports_tail(loaded.model)
-        with pytest.raises(ValueError, match="forward of the model is replaced"):
+        with pytest.raises(ValueError, match="the forward method of the model is replaced"):
             TailEngine(loaded, edit_rows())
         bench = Workbench.prepare(loaded, load_edits("atlas", limit=2), None)
     finally:
         del loaded.model.forward
     assert bench.engine is None
-    assert "the whole model is computed in every step" in caplog.text
+    assert "every step computes the whole model" in caplog.text
 
 
 def test_windows_shorter_than_a_row_forbid_packing():
@@ -397,13 +397,13 @@ def test_an_engine_that_does_not_compute_what_the_model_does_is_not_used(monkeyp
     assert TailEngine(tiny_loaded("llama"), edit_rows(), on_disk=False).limit == 0
     monkeypatch.setattr("locft.engine.model_views.tail_hidden", lambda *given: whole(*given) + 0.1)
     bench = Workbench.prepare(tiny_loaded("llama"), load_edits("atlas", limit=2), None)
-    assert bench.engine is None and "do not compute what it computes as a whole" in caplog.text
+    assert bench.engine is None and "does not give what its full forward pass gives" in caplog.text
 
 
 def test_an_architecture_without_a_tail_is_trained_whole_and_says_so(caplog):
     loaded = LoadedModel("zaya", tiny_model_of("zaya"), tiny_tokenizer(), "zaya")
     bench = Workbench.prepare(loaded, load_edits("atlas", limit=2), None)
-    assert bench.engine is None and "its layers take more than hidden states from the layers below" in caplog.text
+    assert bench.engine is None and "its layers need more than the hidden states of the layers below" in caplog.text
     training = bench.train(TuningPosition(1, "layer"), TrainingSettings(learning_rate=1e-2, epochs=5))
     assert training.losses[-1] < training.losses[0]
     assert bench.measure(training.delta).metrics["n_edits"] == 2

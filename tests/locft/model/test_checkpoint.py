@@ -140,12 +140,12 @@ def test_an_adapter_is_no_model_and_no_delta(folder, adapter):
         assert "PEFT adapter (LORA) for some/base" in problem and "delta.safetensors" in problem
     renamed = adapter.parent / "mine.safetensors"
     (adapter / ADAPTER_WEIGHTS).rename(renamed)
-    assert "PEFT adapter for a base that it does not name" in refused(EditDelta.load, renamed)
+    assert "PEFT adapter for an unnamed base model" in refused(EditDelta.load, renamed)
 
 
 def test_an_adapter_beside_the_weights_is_refused(folder, adapter):
     (adapter / ADAPTER_CONFIG).rename(folder / ADAPTER_CONFIG)
-    assert "lies beside the model's weights" in refused(load_model, str(folder))
+    assert "is in the same folder as the model's weights" in refused(load_model, str(folder))
 
 
 def test_models_and_deltas_are_told_apart(folder, tmp_path):

@@ -491,7 +491,7 @@ def test_damaged_folders_are_refused(tmp_path):
 
     folder = save(tmp_path / "shards", max_shard_size="40KB")
     sorted(folder.glob("*.safetensors"))[1].unlink()
-    assert "files are absent: model-00002" in refusal(load_model, str(folder), device="cpu")
+    assert "files are missing: model-00002" in refusal(load_model, str(folder), device="cpu")
     (folder / "model.safetensors.index.json").write_text("[]")
     assert "expected a JSON object with a weight_map" in refusal(load_model, str(folder), device="cpu")
 
@@ -514,7 +514,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     message = refusal(load_model, str(folder), device="cpu")
-    assert "have other sizes than its config.json asks for" in message and ", expected 32 x 64" in message
+    assert "do not have the sizes that its config.json specifies" in message and ", expected 32 x 64" in message
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
@@ -547,7 +547,7 @@ def test_what_is_no_model_is_told_apart(tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
     for call in (load_model, load_structure):
         message = refusal(call, str(folder))
-        assert "translator" in message and "a model of type t5 is no causal language model" in message
+        assert "translator" in message and "a model of type t5 is not a causal language model" in message
 
 
 # Settings
@@ -569,5 +569,5 @@ def test_rwkv_is_kept_from_rewriting_its_weights(tmp_path):
 
 
 def test_dividing_a_model_without_gpus_is_an_error_at_once(tiny_folder):
-    with pytest.raises(InputError, match="needs GPUs, got device 'cpu'"):
+    with pytest.raises(InputError, match="needs a CUDA device; got device 'cpu'"):
         load_model(str(tiny_folder), device="cpu", spread=True)

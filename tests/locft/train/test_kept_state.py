@@ -119,7 +119,7 @@ def test_a_damaged_state_is_told_and_begins_anew(loaded, examples, kept, monkeyp
     file = kept().file
     file.write_bytes(file.read_bytes()[:100])
     again = finetune(loaded, examples, POSITION, SETTINGS, beside=Beside(kept=kept()))
-    assert "begins anew" in caplog.text and again.losses == whole.losses
+    assert "starts from the beginning" in caplog.text and again.losses == whole.losses
 
 
 def test_a_short_training_writes_nothing(loaded, examples, kept, monkeypatch):

@@ -126,14 +126,17 @@ def test_nothing_new_writes_nothing(locft, first, tmp_path, tiny_folder):
         ),
         (("--onto", "x"), ["--onto: expected new edits"]),
         (("--onto", "x", "--without", " ,"), ["--without: got ' ,', expected ids of edits"]),
-        (("--onto", "x", "--edits", "atlas", "--position", "1.mlp"), ["--position: an edit that continues another"]),
+        (
+            ("--onto", "x", "--edits", "atlas", "--position", "1.mlp"),
+            ["--position: leave it out; an edit that continues another keeps"],
+        ),
         (
             ("--onto", "x", "--edits", "atlas", "--pipeline", "depth_first", "--arrival", 2),
             ["--pipeline: leave it out", "--arrival: leave it out"],
         ),
         (("--onto", "x", "--consolidate", "y"), ["--consolidate: it retrains all edits"]),
         (("--consolidate", "x", "--edits", "atlas"), ["--consolidate: it trains only the edits in the ledger"]),
-        (("--onto", "out", "--edits", "atlas"), ["--out out: this is the folder of the edit to continue"]),
+        (("--onto", "out", "--edits", "atlas"), ["--out out: this folder holds the edit to continue"]),
         (("--onto", "nowhere", "--edits", "atlas"), ["nowhere/edit.json"]),
     ],
 )

@@ -33,7 +33,7 @@ def test_what_is_understood_of_a_file(locft, file, workplace):
     assert said.code == 0 and f"{file}: layout map, 3 records" in said.out
     for shown in (
         '"prompt": "What is the capital of Peru?"',
-        "2 edits contradict another edit (same prompt, different target): reliability can reach 66.67% at most.",
+        "2 edits contradict another edit (same prompt, different target), so reliability cannot exceed 66.67%.",
         "'What is the capital of Peru?' has the targets 'Oslo' and 'Rome'",
         "Not read: note (1 of 3 records); version (beside the records).",
     ):

@@ -89,7 +89,9 @@ def test_nodes_that_do_not_see_the_model_are_named(ray_running, tmp_path, monkey
             "_remote",
             lambda self, *given, **options: (model / "model.safetensors").unlink() or remote(self, *given, **options),
         )
-        with pytest.raises(InputError, match="does not see .*model as this machine does .*there is nothing.*hub id"):
+        with pytest.raises(
+            InputError, match="does not see .*model as this machine does .*there are no files there.*hub id"
+        ):
             check_nodes(str(model))
 
 

@@ -161,7 +161,7 @@ def test_a_trial_that_hangs_is_timed_out_and_the_others_go_on(study, ray_running
     ending = run(trials, sleep_or_finish, heard, patience=lambda trial: 9)
     assert ending == "complete" and time.monotonic() - began < 90 and heard.deaths == []
     late = heard.by_id[trials[0].id]
-    assert late.status == "failed" and late.error == "TimeoutError: not done after 0.15 minutes (resources.minutes)"
+    assert late.status == "failed" and late.error == "TimeoutError: not finished after 0.15 minutes (resources.minutes)"
     assert [heard.by_id[trial.id].status for trial in trials[1:]] == ["done"] * 3 and len(heard.results) == 4
 
 

@@ -116,7 +116,8 @@ def test_of_many_edits_a_sample_is_compared(selected, workplace, tiny_folder, fe
     assert trials[content["run_id"]].data.tags.get("locft.pick")
     page = (workplace / "select-tiny-atlas.html").read_text()
     told = re.search(
-        r"are from a random 5 of the 12 edits. With all of them, the pick measured: reliability ([\d.]+)%", page
+        r"are from a random sample of 5 of the 12 edits. With all of them, the pick measured: reliability ([\d.]+)%",
+        page,
     )
     assert float(told[1]) == pytest.approx(100 * content["predicted"]["reliability"]["mean"], abs=0.1)
     plain = selection_request(str(tiny_folder), "atlas", limit=4)
@@ -147,10 +148,10 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(
     selected, workplace, locft, tiny_folder, probed_here, few_probes
 ):
     said = selected("--budget-minutes", 0.001)
-    assert said.code == 0 and "by the probe alone" in said.out
+    assert said.code == 0 and "chosen by the probe alone" in said.out
     content = json.loads((workplace / "select-tiny-atlas.json").read_text())
     assert content["predicted"] == {} and content["chance"] is None and content["measured_on"]["edits"] == 0
-    assert "by the probe alone" in (workplace / "select-tiny-atlas.html").read_text()
+    assert "chosen by the probe alone" in (workplace / "select-tiny-atlas.html").read_text()
     edited = locft(
         "edit",
         tiny_folder,
@@ -233,7 +234,7 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
     ):
         assert part in bad, bad
     missing = locft("edit", tiny_folder, "--edits", "atlas", "--position", "none.json", "--out", "out")
-    assert missing.code == 2 and "none.json: cannot read it" in missing.err
+    assert missing.code == 2 and "none.json: cannot be read" in missing.err
 
 
 def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):

@@ -148,8 +148,8 @@ def test_what_does_not_fit_is_told(monkeypatch):
         return forecast.warnings
 
     assert warnings(expected.memory_bytes_high) == []
-    assert "8 at a time may take" in warnings(expected.memory_bytes_high - 1)[0]
-    assert "8 at a time take at least" in warnings(expected.memory_bytes_low - 1)[0]
+    assert "8 trials at a time may take" in warnings(expected.memory_bytes_high - 1)[0]
+    assert "8 trials at a time take at least" in warnings(expected.memory_bytes_low - 1)[0]
 
 
 LLAMA_8B = replace(
@@ -187,9 +187,9 @@ def test_what_fits_into_memory_is_told_by_depth(monkeypatch):
         study = make_study({"layer": 22, "module": "mlp_down"}, dtype="bfloat16")
         return Forecast(prepared_study(study, LLAMA_8B), Costs()).memory_notes[0]
 
-    assert "all fit into the 64.0 that are free" in said(2**36)
-    assert "from layer 22 up they fit into the 10.0" in said(10 * 2**30)
-    assert "none fits into the 1.0" in said(2**30)
+    assert "all fit in the 64.0 GiB that are free" in said(2**36)
+    assert "from layer 22 up they fit in the 10.0 GiB" in said(10 * 2**30)
+    assert "none fits in the 1.0 GiB" in said(2**30)
 
 
 def test_what_fits_on_a_gpu_is_told(monkeypatch):
@@ -294,7 +294,7 @@ def test_finished_trials_count_wherever_they_ran(workplace, study_file):
     for trial in prepared.plan.trials:
         tracker.log_trial(result(trial))
     whole = foresee(prepared, resolve_uri(None)).estimate
-    assert (whole.trials, whole.seconds, whole.source) == (0, 0, "rough rates, nothing measured here")
+    assert (whole.trials, whole.seconds, whole.source) == (0, 0, "rough rates, not measured on this machine")
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,9 @@ def test_wrong_formats_are_told_with_all_other_problems(tmp_path):
     with pytest.raises(InputError) as refused:
         load_study(str(file))
     said = "\n".join(refused.value.problems)
-    assert "space.train_formats[0]: got 'rwa', expected raw, qa, chat or a text with {prompt}" in said
+    assert "space.train_formats[0]: got 'rwa', expected raw, qa, chat or a text that contains {prompt}" in said
     assert "did you mean raw?" in said and "did you mean chat?" in said
-    assert "space.train_formats[1]: got 'unseen', which is kept for measuring" in said
+    assert "space.train_formats[1]: got 'unseen', which is reserved for measurement" in said
     assert "space.train_formats[2]: got 3, expected text" in said
     assert "mine.yaml:4: ask_formats: got 'chta'" in said
     with pytest.raises(InputError, match=r'space.train_formats\[1\]: got "raw,qa" twice'):

@@ -187,7 +187,7 @@ MISTAKES = {
     "very long number": ("name: a\nepochs: " + "9" * 5000, "2: epochs: got Infinity, expected a whole number"),
     "continuous grid": (
         "name: a\nspace: {learning_rate: {log_uniform: [1e-4, 1e-2]}}",
-        "2: space.learning_rate: log_uniform has no grid",
+        "2: space.learning_rate: log_uniform cannot be searched as a grid",
     ),
     "trials of a grid": (
         "name: a\nsearch:\n  method: grid\n  trials: 4",
@@ -371,7 +371,7 @@ def test_what_only_the_model_can_tell(tmp_path):
 def test_modules_of_a_hybrid_model(tmp_path):
     hybrid = {layer: ("attn", "mlp") if layer % 4 == 3 else ("mixer", "mlp") for layer in range(8)}
     path = str(write(tmp_path, "name: a\nspace: {layer: [0, 1], module: [attn, mlp]}"))
-    with pytest.raises(InputError, match="layer 0, 1 of smollm2-135m has no 'attn'; it is in layer 3, 7"):
+    with pytest.raises(InputError, match="layers 0, 1 of smollm2-135m have no 'attn'; it is in layers 3, 7"):
         check_against_model(load_study(path), 8, hybrid)
     check_against_model(load_study(path, ["space.layer=[0, 3]"]), 8, hybrid)
     with pytest.raises(InputError, match=r"space\.layer\.every: got 8"):

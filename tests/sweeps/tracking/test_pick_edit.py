@@ -64,7 +64,7 @@ def study(tmp_path_factory, empty_store, tiny_folder):
 def test_a_pick_that_cannot_be_registered_leaves_the_study_finished(study):
     _, _, first, second = study
     assert first.state.left == 0 and first.registered is None and first.not_registered == "another delta"
-    assert second.registered, "the same command makes up for it"
+    assert second.registered, "the same command, run again, registers it"
 
 
 def test_the_pick_is_registered_once_and_can_be_applied(study, tiny_folder, locft, monkeypatch):
@@ -154,7 +154,7 @@ def test_ctrl_c_or_the_budget_ends_the_registering_and_not_the_answer(workplace,
     monkeypatch.setattr(sweep_module, "_register_pick", interrupted)
     done = run(file)
     assert done.state.left == 0 and done.answer.recommendation.position == "1.mlp_down"
-    assert done.registered is None and done.not_registered == "interrupted; the same command makes up for it"
+    assert done.registered is None and done.not_registered == "interrupted; run the same command again to register it"
     monkeypatch.setattr(sweep_module, "_register_pick", lambda *_: pytest.fail("there is no time left"))
     assert "would exceed the budget's minutes" in run(file, "budget.minutes=0.4").not_registered
 

@@ -203,7 +203,7 @@ def test_why_a_trial_was_tried_again_comes_back(tracker):
     tracker.log_trial(result(config(1)))
     tags = tracker.client.get_run(run_id).data.tags
     assert tags["locft.retried"] == "worker died: killed\nnode lost"
-    assert "Tried again after: worker died: killed; node lost" in tags["mlflow.note.content"]
+    assert "Retried after: worker died: killed; node lost" in tags["mlflow.note.content"]
     table = tracker.load_results()
     assert list(table["retried"]) == ["worker died: killed\nnode lost", None]
     finish(tracker, table, "")
@@ -418,7 +418,7 @@ def test_reading_creates_nothing(store, tmp_path):
 
 def test_files_of_a_study(tracker, store, request):
     assert tracker.read_file("baseline.json") is None
-    with pytest.raises(TrackingError, match="open_run comes first"):
+    with pytest.raises(TrackingError, match="call open_run first"):
         tracker.write_file("baseline.json", "{}")
     open_study(tracker)
     assert tracker.read_file("baseline.json") is None
