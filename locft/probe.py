@@ -1,16 +1,18 @@
 """Cheap scores of every position at once, from one backward pass over edits and a few dozen over plain text.
 
 Legend: g gradient of the mean edit loss, s = sign(g) the direction of Adam's first step, F Fisher information on prose,
-C gradient entries looked at.
+N entries of a parameter.
 
 What a position would learn from a small step along s is ||g||_1 per unit of learning rate, and what the step would
 disturb is KL = 1/2 lr^2 s'Fs. So s'Fs / (2 ||g||_1^2) is the disturbance that a unit of learning costs there, whatever
-the learning rate: `disturbance`, which ranks positions.
+the learning rate: `disturbance`, which ranks positions. s'Fs is the mean square of s'h over gradients h of sampled labels, and
+every entry counts: the square of an estimate from a sample of them would be too large, most of all for large matrices.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +24,12 @@ from locft.train.objective import batch_loss
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
 
-COORDINATES = 2**20
-"""Gradient entries looked at per parameter: all of a small model's, a random sample of a large one's."""
+AT_ONCE = 2**18
+"""Groups of four entries of a gradient that are multiplied with their signs at a time, so that little memory is needed."""
 WINDOW = 32
 """Tokens of one piece of prose: short pieces give more directions for the same work."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,9 @@ def probe_positions(
     if not windows:
         raise ValueError("the probe needs prose of more than one token")
     generator = torch.Generator().manual_seed(seed)
-    places = {name: _sample(parameter, generator) for name, parameter in watched.items()}
     forward = full_forward(model)
 
-    edit = _gradients(watched, places, lambda: batch_loss(forward(edits), edits, "edit"))
-    signs = {name: found.entries.sign() for name, found in edit.items()}
+    signs = _gradients(watched, lambda name, found: Signs(found), lambda: batch_loss(forward(edits), edits, "edit"))
     squared = dict.fromkeys(chosen, 0.0)  # sums over windows of (s . gradient of sampled labels)^2
     for window in windows:
 
@@ -73,44 +75,56 @@ def probe_positions(
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
             return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
-        here = _gradients(watched, places, sampled)
-        dots = {name: found.scale * float(signs[name] @ found.entries) for name, found in here.items()}
+        dots = _gradients(watched, lambda name, found: signs[name].dot(found), sampled)
         for position, group in names.items():
             squared[position] += sum(dots[name] for name in group) ** 2
     tokens = sum(len(window.target_ids) for window in windows)
     scores = []
     for position in chosen:
-        gain = sum(edit[name].absolute for name in names[position])
+        gain = sum(signs[name].absolute for name in names[position])
         disturbance = 0.5 * (squared[position] / tokens) / gain**2 if gain else math.inf
         scores.append(PositionScores(position, disturbance, gain))
     return tuple(scores)
 
 
-@dataclass(frozen=True)
-class _SampledGradient:
-    """What is kept of a parameter's gradient."""
+class Signs:
+    """The signs of a gradient in two bits per entry, an eighth of the memory of bfloat16 weights."""
 
-    entries: torch.Tensor  # (C,) the sampled ones
-    scale: float
-    """Entries of the parameter per sampled one."""
-    absolute: float
-    """Sum of absolute values of all entries."""
+    def __init__(self, gradient: torch.Tensor):
+        """gradient: (N,), on any device, where the signs stay."""
+        self.absolute = float(gradient.abs().sum())
+        """||g||_1."""
+        place = torch.tensor([1, 4, 16, 64], dtype=torch.uint8, device=gradient.device)
+        parts = ((part.sign() + 1).to(torch.uint8) for part in _groups(gradient).split(AT_ONCE))
+        self.codes = torch.cat([(part * place).sum(1, dtype=torch.uint8) for part in parts])
+        """(N/4,), four signs in each."""
+        self.table = (torch.arange(256, device=gradient.device)[:, None] // place.long() % 4 - 1).float()
+        """(256, 4), the signs of a code."""
+
+    def dot(self, gradient: torch.Tensor) -> float:
+        """s'h with another gradient h of the parameter, (N,)."""
+        parts = zip(_groups(gradient).split(AT_ONCE), self.codes.split(AT_ONCE), strict=True)
+        found = [torch.dot(part.flatten(), F.embedding(codes.int(), self.table).flatten()) for part, codes in parts]
+        return float(torch.stack(found).double().sum())
+
+
+def _groups(gradient: torch.Tensor) -> torch.Tensor:
+    """(N,) -> (N/4, 4), with zeros at the end."""
+    return F.pad(gradient, (0, -len(gradient) % 4)).view(-1, 4)
 
 
 def _gradients(
-    watched: Mapping[str, nn.Parameter], places: Mapping[str, torch.Tensor | None], loss: Callable[[], torch.Tensor]
-) -> dict[str, _SampledGradient]:
-    """Gradients of a loss. Each is reduced and dropped as soon as it is computed, to save memory."""
-    kept: dict[str, _SampledGradient] = {}
+    watched: Mapping[str, nn.Parameter], reduced: Callable[[str, torch.Tensor], T], loss: Callable[[], torch.Tensor]
+) -> dict[str, T]:
+    """What `reduced` makes of the name and the gradient (N,) of each parameter, which is dropped at once to save memory."""
+    kept: dict[str, T] = {}
     hooks = []
 
     def reduce(name: str, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # the hook runs right after it was accumulated
         gradient = parameter.grad.detach().float().reshape(-1)
         parameter.grad = None
-        place = places[name]
-        entries = gradient if place is None else gradient[place]
-        kept[name] = _SampledGradient(entries.cpu(), len(gradient) / len(entries), float(gradient.abs().sum()))
+        kept[name] = reduced(name, gradient)
 
     try:
         for name, parameter in watched.items():
@@ -125,13 +139,6 @@ def _gradients(
             parameter.requires_grad_(False)
             parameter.grad = None
     return kept
-
-
-def _sample(parameter: nn.Parameter, generator: torch.Generator) -> torch.Tensor | None:
-    """Indices of the entries looked at; None for all."""
-    if parameter.numel() <= COORDINATES:
-        return None
-    return torch.randint(parameter.numel(), (COORDINATES,), generator=generator).to(parameter.device)
 
 
 def _windows(ids: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from locft import probe
 from locft.data.requests import load_edits
 from locft.model.positions import TuningPosition, parameter_names
-from locft.probe import probe_positions
+from locft.probe import Signs, probe_positions
 from locft.train.encoding import encode_edits
 from locft.train.examples import TrainingExamples
 from locft.train.objective import batch_loss
@@ -106,6 +107,17 @@ def test_the_rate_that_the_gain_gives_learns_wherever_the_position_is(loaded, ro
     for position in (TuningPosition(0, "mlp"), TuningPosition(2, "mlp_down"), TuningPosition(1, "layer")):
         rate = 1.0 / found[position].gain
         assert left(position, rate) < 0.4 < 0.6 < left(position, rate / 30), position
+
+
+@pytest.mark.parametrize("entries", [1, 8, 30, 64])
+def test_every_entry_of_a_gradient_counts_and_one_of_zero_has_no_sign(monkeypatch, entries):
+    monkeypatch.setattr(probe, "AT_ONCE", 3)
+    generator = torch.Generator().manual_seed(entries)
+    first, second = torch.randn(2, entries, generator=generator)
+    first[torch.rand(entries, generator=generator) < 0.3] = 0
+    signs = Signs(first)
+    assert signs.dot(second) == pytest.approx(float(first.sign() @ second), abs=1e-5)
+    assert signs.dot(first) == pytest.approx(signs.absolute) == float(first.abs().sum())
 
 
 def test_prose_is_needed(loaded, rows):
