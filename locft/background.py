@@ -17,8 +17,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from locft.cache import content_key, made_once
 from locft.errors import InputError
-from locft.measure.generation import ONE_BY_ONE, drawn_tokens, end_tokens
-from locft.model.models import LoadedModel
+from locft.measure.generation import ONE_BY_ONE, drawn_tokens, end_tokens, with_settings
+from locft.model.models import LoadedModel, settings_of
 from locft.process import describe_machine, every_core
 from locft.train.encoding import encode_prompt
 from locft.train.token_rows import TokenRow
@@ -34,7 +34,7 @@ PREFIX_TOKENS = 10
 """Maximum number of tokens of a sample that are put before a prompt."""
 SEED = 0
 _log = logging.getLogger(__name__)
-VERSION = 4
+VERSION = 5
 """Version of the files. Raise it when the same model would write something else."""
 
 
@@ -49,7 +49,8 @@ def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
     """
     with every_core():
         machine = describe_machine()
-        key = content_key([VERSION, SAMPLES, TOKENS, SEED, loaded.fingerprint, str(loaded.model.dtype), machine])
+        computed = [loaded.fingerprint, settings_of(loaded.model.config.to_dict()), str(loaded.model.dtype), machine]
+        key = content_key([VERSION, SAMPLES, TOKENS, SEED, computed, end_tokens(loaded), _starts(loaded)])
         try:
             folder = made_once("background", key, lambda folder: _write(folder / "samples.json", _written(loaded)))
             samples = json.loads((folder / "samples.json").read_text())
@@ -74,8 +75,7 @@ def prefix_texts(loaded: LoadedModel, rows: Sequence[TokenRow]) -> tuple[str, ..
 @torch.no_grad()
 def _written(loaded: LoadedModel) -> list[list[int]]:
     model, ends = loaded.model, end_tokens(loaded)
-    start = encode_prompt(loaded.tokenizer, "")
-    before_text = start if encode_prompt(loaded.tokenizer, "a")[: len(start)] == start else ()
+    start, before_text = _starts(loaded)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     width = min(TOKENS, longest)
     config = GenerationConfig(
@@ -84,7 +84,7 @@ def _written(loaded: LoadedModel) -> list[list[int]]:
         eos_token_id=ends,
         pad_token_id=0,
     )
-    drawn = LogitsProcessorList([_Drawn()])
+    writer, drawn = with_settings(model, config), LogitsProcessorList([_Drawn()])
     cuts = random.Random(SEED)
     samples: list[list[int]] = []
     made = 0
@@ -93,13 +93,19 @@ def _written(loaded: LoadedModel) -> list[list[int]]:
         batch = 1 if model.config.model_type in ONE_BY_ONE else min(SAMPLES, math.ceil(missing / length))
         ids = torch.tensor([start] * batch, device=model.device)  # (B, T)
         mask = torch.ones_like(ids)
-        found = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=drawn).tolist()
+        found = writer.generate(ids, attention_mask=mask, generation_config=config, logits_processor=drawn).tolist()
         for text in (_to_its_end(sample, len(start), ends) for sample in found):
             cut = len(start) + cuts.randrange(max(1, min(MOST_CUT, len(text) // 2)))
             if len(text) - cut > 1:
                 samples.append([*before_text, *text[cut:]][:width])
         made += batch
     return samples
+
+
+def _starts(loaded: LoadedModel) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that a text is written after, and those of them that the tokenizer puts before every text."""
+    start = encode_prompt(loaded.tokenizer, "")
+    return start, start if encode_prompt(loaded.tokenizer, "a")[: len(start)] == start else ()
 
 
 def _to_its_end(sample: list[int], start: int, ends: Collection[int]) -> list[int]:

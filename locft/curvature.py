@@ -39,7 +39,7 @@ from locft.engine.tail import (
 from locft.errors import InputError
 from locft.measure.generation import drawn_tokens
 from locft.model.checkpoint import opened
-from locft.model.models import LoadedModel
+from locft.model.models import LoadedModel, settings_of
 from locft.process import describe_machine, every_core
 from locft.train.methods.curvature import Curvature
 from locft.train.reference import pad_rows
@@ -230,7 +230,8 @@ def measured_once(
 def _measured_on(loaded: LoadedModel, windows: Sequence[TokenRow]) -> str:
     """A key for the model, as it computes on this machine, and the prose."""
     model, prose = loaded.model, [row.token_ids for row in windows]
-    return content_key([loaded.fingerprint, str(model.dtype), str(model.device), describe_machine(), prose])
+    computed = [settings_of(model.config.to_dict()), str(model.dtype), str(model.device), describe_machine()]
+    return content_key([loaded.fingerprint, computed, prose])
 
 
 class _CurvatureFile:

@@ -5,9 +5,10 @@ What several training runs share (rows in other formats, prefixes, guards, curva
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
 from locft.errors import InputError
 from locft.measure.evaluation import follow
 from locft.measure.generation import greedy_answers
-from locft.model.models import DTYPES, LoadedModel
+from locft.model.models import DTYPES, LoadedModel, settings_of
 from locft.model.positions import TuningPosition, layer_prefix, parameter_names
 from locft.process import describe_machine, moved
 from locft.train.encoding import encode_edit, encode_edits, encode_prompt
@@ -30,8 +31,9 @@ from locft.train.guards import Guards
 from locft.train.kept_state import KeptState
 from locft.train.methods import HELD_BACK
 from locft.train.methods.curvature import Curvature
-from locft.train.pipelines import Beside, Earlier, Training, TrainingSettings, Watch, finetune
-from locft.train.token_rows import TokenRow
+from locft.train.pipelines import Beside, Earlier, Training, TrainingSettings, Watch, final_loss, finetune
+from locft.train.reference import full_forward
+from locft.train.token_rows import Forward, TokenRow
 
 PREFIXES = 5
 """Different prefixes for each prompt, as in the paper's appendix A.4, divided among the formats, with at least two for each."""
@@ -78,7 +80,7 @@ class EditTrainer:
         examples = self.examples(settings)
         rows = examples.rows
         curvature = self.curvature(position, settings.precision) if settings.method in HELD_BACK else {}
-        forward = None
+        forward: Forward = partial(full_forward, self.loaded.model)
         engine = self._engine(rows)
         if settings.noise and not engine:
             raise InputError(
@@ -98,7 +100,7 @@ class EditTrainer:
             Beside(watch, None if earlier else self._kept_state(position, settings)),
         )
         if settings.shrink == "yes" and not training.diverged:
-            training = self._shrunk(training, position)
+            training = self._shrunk(training, position, examples, settings, forward)
         return training
 
     def examples(self, settings: TrainingSettings) -> TrainingExamples:
@@ -132,7 +134,7 @@ class EditTrainer:
         curvature of its layer is too large."""
         model = self.loaded.model
         layers = self.engine.layers if self.engine and position.layer in self.engine.layers else (position.layer,)
-        prefixes = {layer: layer_prefix(model, layer) for layer in layers}
+        prefixes = {layer: f"{layer_prefix(model, layer)}." for layer in layers}
         every = [name for name, _ in model.named_parameters()]
         named = {layer: [name for name in every if name.startswith(prefix)] for layer, prefix in prefixes.items()}
         sizes = {layer: curvature_size(model, names) for layer, names in named.items()}
@@ -151,6 +153,8 @@ class EditTrainer:
             return None
         model = self.loaded.model
         computed = [
+            settings_of(model.config.to_dict()),
+            self.loaded.tokenizer.chat_template,
             str(model.dtype),
             str(model.device),
             describe_machine(),
@@ -226,20 +230,33 @@ class EditTrainer:
             return self.engine
         return self._once(("engine", tuple(rows)), lambda: self.engine.over(rows))
 
-    def _shrunk(self, training: Training, position: TuningPosition) -> Training:
-        """The change scaled down for as long as no fewer edits hold, as raw prompts, than at full size."""
+    def _shrunk(
+        self,
+        training: Training,
+        position: TuningPosition,
+        examples: TrainingExamples,
+        settings: TrainingSettings,
+        forward: Forward,
+    ) -> Training:
+        """The change scaled down for as long as every prompt that holds at full size, raw or in a trained format, still does."""
+        model, engine = self.loaded.model, self._engine(examples.rows)
+        rows = list(dict.fromkeys(itertools.chain(examples.raw, *examples.plain)))
 
-        def learnt(scale: float) -> int:
-            weights = training.delta.scaled(scale).weights(self.loaded.model)
-            edited = logits_with(self.loaded, self.engine, position.layer, weights)
-            return sum(following.instead is None for following in follow(edited, self.rows))
+        def holding(scale: float) -> set[TokenRow]:
+            weights = training.delta.scaled(scale).weights(model)
+            followed = follow(logits_with(self.loaded, engine, position.layer, weights), rows)
+            return {row for row, following in zip(rows, followed, strict=True) if following.instead is None}
 
-        wanted, best = learnt(1.0), 1.0
+        wanted, best = holding(1.0), 1.0
         for scale in SCALES:
-            if learnt(scale) < wanted:
+            if not wanted <= holding(scale):
                 break
             best = scale
-        return replace(training, delta=training.delta.scaled(best))
+        if best == 1.0:
+            return training
+        delta = training.delta.scaled(best)
+        logits = forward(delta.weights(model, torch.float32))
+        return replace(training, delta=delta, trained_loss=final_loss(logits, examples, settings, training.pieces))
 
 
 def _gaussian(share: float, seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -254,31 +271,56 @@ def _gaussian(share: float, seed: int) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def _same_relation(requests: Sequence[EditRequest]) -> list[str]:
-    """Prompts of the edits with another edit's subject in place of their own, except those that are an edit's own prompt."""
-    own = {request.prompt for request in requests}
+    """Prompts of the edits with another edit's subject in place of their own, except prompts that train or measure an edit."""
+    taken = _prompts_of(requests)
     known = [request for request in requests if request.subject and request.subject in request.prompt]
+    apart = 1 + len(known) // 2 if len(known) > 2 else 1
     found = []
     for index, request in enumerate(known):
-        other = known[(index + 1 + len(known) // 2) % len(known)]
-        prompt = request.prompt.replace(request.subject, other.subject)
-        if prompt not in own:
+        prompt = request.prompt.replace(request.subject, known[(index + apart) % len(known)].subject)
+        if prompt not in taken:
             found.append(prompt)
     return list(dict.fromkeys(found))
 
 
-@cache
-def _general_prompts() -> tuple[str, ...]:
-    return tuple(
-        dict.fromkeys(prompt.prompt for request in load_edits("atlas").requests for prompt in request.locality)
-    )
-
-
 def _locality_like(requests: Sequence[EditRequest]) -> list[str]:
-    """Questions about well-known facts, none of which measures the locality of these edits or names their subjects."""
-    measured = {prompt.prompt for request in requests for prompt in request.locality}
+    """Questions about well-known facts, except prompts that train or measure an edit and those that name its subject. An edit
+    without a subject bars every question about something that its prompt mentions."""
+    taken = _prompts_of(requests)
     subjects = [request.subject for request in requests if request.subject]
+    mentioned = {word for request in requests if not request.subject for word in _words(request.prompt)}
     return [
         prompt
-        for prompt in _general_prompts()
-        if prompt not in measured and not any(subject in prompt for subject in subjects)
+        for prompt, about in _general_prompts().items()
+        if prompt not in taken and not about & mentioned and not any(subject in prompt for subject in subjects)
     ]
+
+
+def _prompts_of(requests: Sequence[EditRequest]) -> set[str]:
+    """Every prompt that trains or measures one of the edits."""
+    return {
+        prompt
+        for request in requests
+        for prompt in (
+            request.prompt,
+            *request.rephrases,
+            *(one.prompt for one in request.locality),
+            *(one.prompt for one in request.portability),
+        )
+    }
+
+
+@cache
+def _general_prompts() -> dict[str, set[str]]:
+    """Questions about well-known facts, each with the words for what it is about: those that occur in questions of at most
+    two answers, such as a country's capital and its language."""
+    answers = {one.prompt: one.answer for request in load_edits("atlas").requests for one in request.locality}
+    found: dict[str, set[str | None]] = {}
+    for prompt, answer in answers.items():
+        for word in _words(prompt):
+            found.setdefault(word, set()).add(answer)
+    return {prompt: {word for word in _words(prompt) if len(found[word]) <= 2} for prompt in answers}
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))

@@ -18,6 +18,7 @@ from lm_eval.api.model import TemplateLM
 from locft.data.harness_tasks import SEED, asked_generation
 from locft.engine.tail import NoTailView
 from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
+from locft.limits import most_positions
 from locft.measure.capability import Change, score_rows
 from locft.measure.generation import BATCH, GreedyDecoder, OpenAnswer
 from locft.model.delta import EditDelta, applied
@@ -182,9 +183,12 @@ class PairedModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         rows: list[list[TokenRow]] = []
+        size = int(min(self.max_length, 2**20))
+        if places := most_positions(self.loaded.model):
+            size = min(size, places - 1)  # our rows end with the last predicted token, which the harness leaves out
         for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, int(min(self.max_length, 2**20)), 1)
+            windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, size, 1)
             rows.append([self._row(*utils.make_disjoint_window(window)) for window in windows])
         self._compute([row for row in dict.fromkeys(row for own in rows for row in own) if row not in self._known])
         return [sum(self._known[row][self.edited][0] for row in own) for own in rows]

@@ -2,24 +2,25 @@
 
 from collections.abc import Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from locft.errors import InputError, listed
 
 SHOWN = 3
 """Number of texts quoted in a message."""
+_TABLES = ("embed_positions", "pos_encoding")
+"""Where GPT-J and CodeGen, and CTRL, keep a table of positions that are not learned."""
 
 
 def check_limits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, texts: Iterable[tuple[Sequence[int], int]]
 ) -> None:
-    """Raise InputError if the model has no embedding for a token of a text, or learned no position for it.
+    """Raise InputError if the model has no embedding for a token of a text, or no position for it (`most_positions`).
 
-    name: of the model, for the message. texts: the tokens of each, and how many may be generated after them. Rotary
-    positions and recurrent states are unbounded, so they set no limit.
+    name: of the model, for the message. texts: the tokens of each, and how many may be generated after them.
     """
-    rows, places = model.get_input_embeddings().weight.shape[0], _positions(model)
+    rows, places = model.get_input_embeddings().weight.shape[0], most_positions(model)
     unknown: dict[str, None] = {}
     long: dict[str, None] = {}
     for token_ids, new_tokens in texts:
@@ -45,13 +46,16 @@ def check_limits(
         raise InputError(problems)
 
 
-def _positions(model: PreTrainedModel) -> int | None:
-    """How many positions a model has learned embeddings for; None where positions are computed."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def most_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has in a table, learned or not; None where positions are computed as they come: rotary ones
+    and recurrent states set no limit."""
+    most = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
     tokens = model.get_input_embeddings()
-    for part in model.modules():  # opt keeps two rows more than it has positions
-        if isinstance(part, nn.Embedding) and part is not tokens and most and 0 <= part.num_embeddings - most <= 2:
-            return int(most)
+    for part in model.modules() if most else ():
+        tables = [part.weight] if isinstance(part, nn.Embedding) and part is not tokens else []
+        tables += [table for name in _TABLES if isinstance(table := getattr(part, name, None), Tensor)]
+        if any(0 <= len(table) - most <= 2 for table in tables):  # opt keeps two rows more than it has positions
+            return most
     return None
 
 

@@ -42,6 +42,7 @@ from locft.measure.evaluation import (
     EditOutcome,
     EditQuestion,
     ask,
+    asked_counts,
     edit_metrics,
     edit_questions,
     follow,
@@ -221,7 +222,7 @@ class Workbench:
                 coarse=coarse,
                 generate_all=whole_answers,
             )
-        metrics = {**edit_metrics(outcomes), "n_edits": float(n_asked(self.questions)), "delta_norm": delta.norm}
+        metrics = {**edit_metrics(outcomes), **asked_counts(self.questions), "delta_norm": delta.norm}
         metrics["merged_loss"] = sum(row.loss for row in followed) / len(followed)
         metrics["evaluate_seconds"] = time.perf_counter() - started
         if self.suite and self.baseline.scores:
@@ -264,11 +265,6 @@ def row_bits(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> np.ndarray:
     """(E,) -log2 of the probability of each row's supervised tokens but the last, the end token."""
     scores = scores_by_row(logits, rows, lambda row: len(row.token_ids), most=BATCH)
     return np.array([-float(one.log_likelihood[:-1].sum()) / math.log(2) for one in scores])
-
-
-def n_asked(questions: Sequence[EditQuestion]) -> int:
-    """Number of edits that the questions are about."""
-    return len({question.edit_id for question in questions})
 
 
 def measure_unedited(

@@ -12,9 +12,11 @@ from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, pareto_front
 from analysis.stats.pick import Recommendation, recommend
 from analysis.stats.signatures import Remedy, remedies
 from analysis.stats.table import by_setting, causes, results_frame
+from locft.cache import content_key
 from sweeps.study.estimate import TRIALS, Forecast, machine, make_forecast
-from sweeps.study.plan import PreparedStudy
+from sweeps.study.plan import PreparedStudy, point_of
 from sweeps.study.reader import study_to_yaml
+from sweeps.study.trial_types import config_of_row
 from sweeps.tracking.study_run import Tracker, earlier_trials, find_tracker
 from sweeps.tracking.trial_run import environment
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from analysis.page.report import HowFound
 
 BASELINE_FILE = "baseline.json"
-"""File in the study's run with the measurements of the unedited model."""
+"""File in the study's run with the measurements of the unedited model, if all edits are asked about (`baseline_file`)."""
 MOST_READ = 60
 """Up to this many trials, the report's lists of wrong answers read the answers of every trial; beyond it, only those of the
 pick and of the part of the front that the report lists."""
@@ -71,11 +73,22 @@ def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool
     if tracker is None:
         return StudyState(prepared, results_frame([]), {})
     results = tracker.load_results(curves=curves)
-    if prepared.plan.trials:
-        planned = {trial.id for trial in prepared.plan.trials}
-        results = results[results["trial_id"].isin(planned)].reset_index(drop=True)
-    stored = tracker.read_file(BASELINE_FILE)
+    planned = {trial.id for trial in prepared.plan.trials}
+    if not planned:  # a search proposes any point of its space
+        known = {row["trial_id"]: config_of_row(row) for row in results.to_dict("records")}
+        planned = {name for name, config in known.items() if point_of(prepared.study, prepared.facts, config)}
+    results = results[results["trial_id"].isin(planned)].reset_index(drop=True)
+    stored = tracker.read_file(baseline_file(prepared)) or tracker.read_file(
+        BASELINE_FILE
+    )  # an earlier version's only name
     return StudyState(prepared, results, json.loads(stored)["metrics"] if stored else {})
+
+
+def baseline_file(prepared: PreparedStudy) -> str:
+    """The file with the measurements of the unedited model. They hold for the edits that any trial asks about, and only for those;
+    a study whose `space.edit_count` changes asks about others."""
+    places = prepared.every_asked_place
+    return BASELINE_FILE if places is None else f"baseline-{content_key(places)}.json"
 
 
 def foresee(prepared: PreparedStudy, store: str, *, timed: bool = True) -> Forecast:
@@ -149,10 +162,18 @@ def measured(state: StudyState, tracker: Tracker | None) -> Measured:
         "n_edits": len(prepared.edits.requests),
         "findings": list(prepared.edits.sentences()),
         "edit_counts": asdict(prepared.edits.findings),
+        "edits_asked": study.edits.asked,
+        "ask_formats": study.ask_formats,
         "command": prepared.command,
         "chosen_axes": prepared.chosen_axes,
         "capability_source": prepared.capability_source,
         "n_items": prepared.n_items,
+        "prose": study.capability.prose,
+        "prose_tokens": study.capability.prose_tokens if prepared.suite else 0,
+        "fingerprints": {
+            "edits": prepared.edits.fingerprint,
+            **(prepared.suite.fingerprints if prepared.suite else {}),
+        },
         "trials_planned": prepared.plan.count,
         "trials_done": state.done,
         "trials_failed": state.failed,

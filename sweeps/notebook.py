@@ -7,7 +7,6 @@ results = sweeps.load_results("quickstart", {"edits.limit": 20})     # columns: 
 sweeps.figures(results)["front"]
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from os import PathLike, fspath
@@ -28,6 +27,7 @@ from sweeps.commands.progress import Progress
 from sweeps.commands.surroundings import settle
 from sweeps.run.dispatch import Reporter
 from sweeps.study.plan import PreparedStudy
+from sweeps.study.reader import as_override
 from sweeps.sweep import Sweep, run_sweep
 from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import find_tracker
@@ -46,10 +46,10 @@ def run_study(
 ) -> Sweep:
     """Run the open trials of a study, as `locft sweep` does; the same call again runs only those that are not done.
 
-    study: a ready study's name or a study file. changes: dotted field -> value, overriding the study's own. reporter: notified
-    of trials, instead of lines on standard error. register: put the pick's delta into the model registry. The result holds state
-    (with the results table), answer (front, recommendation, report_html), how it ended, and the address of that delta.
-    Raises InputError at once if anything is wrong with the input.
+    study: a ready study's name or a study file. changes: dotted field -> value (as in JSON, or a path, a range or numpy's),
+    overriding the study's own. reporter: notified of trials, instead of lines on standard error. register: put the pick's delta
+    into the model registry. The result holds state (with the results table), answer (front, recommendation, report_html), how
+    it ended, and the address of that delta. Raises InputError at once if anything is wrong with the input.
     """
     prepared, store = _prepared(study, changes), resolve_uri(tracking_uri)
 
@@ -88,5 +88,5 @@ def figures(results: pd.DataFrame) -> dict[str, go.Figure]:
 def _prepared(study: str | PathLike[str], changes: Mapping[str, Any] | None) -> PreparedStudy:
     for sentence in settle():
         notice(sentence)
-    overrides = [f"{field}={json.dumps(value)}" for field, value in (changes or {}).items()]
+    overrides = [as_override(field, value) for field, value in (changes or {}).items()]
     return prepared_study(fspath(study), overrides)

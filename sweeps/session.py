@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SETUP_TAG = "locft.model_setup"
+"""Tag of a study's run: hash of the configuration and the tokenizer of the model that its trials edit."""
 DRIVER_TAG = "locft.driver"
 """Tag of a study's run that names the driver while one is running."""
 
@@ -110,16 +112,29 @@ def study_session(
     """Hold a study's lock and deliver what an earlier driver could not; at the end, close the study's run whatever happened.
 
     store: address of the tracking store, resolved. description: of the study's run, in markdown. address: of a Ray cluster; None
-    runs on this machine. Raises InputError before anything is written when another driver on this machine runs the study, or
-    when the store cannot be used; TrackingError when the store does not take an undelivered result.
+    runs on this machine. Raises InputError before anything is written when another driver on this machine runs the study,
+    when the study began with another configuration or tokenizer of the model, or when the store cannot be used; TrackingError
+    when the store does not take an undelivered result.
     """
     with ExitStack() as stack:
         stack.enter_context(study_lock(study_folder(prepared.id, store), prepared.study.name))
         session = StudySession(prepared, store, description, address, stack)
+        _require_same_setup(prepared, session.tracker)
         if len(session.outbox):
             session.open_run()
             session.deliver_kept()
         yield session
+
+
+def _require_same_setup(prepared: PreparedStudy, tracker: Tracker | None) -> None:
+    """Raise InputError if a study began with another configuration or tokenizer. Earlier versions did not record them."""
+    before, now = tracker.tag(SETUP_TAG) if tracker else None, prepared.facts.model_setup
+    if before and now and before != now:
+        raise InputError(
+            f"study {prepared.study.name!r}: the configuration or the tokenizer of {prepared.study.model} is not the one that "
+            f"the study began with (digest {now}, expected {before}; the weights are the same), so its trials could not be "
+            "compared: restore the files, or give the study another name to start afresh"
+        )
 
 
 class StudySession:
@@ -164,7 +179,10 @@ class StudySession:
                 study_yaml=study_to_yaml(study),
                 description=self._description,
                 environment=environment(),
-                tags={DRIVER_TAG: json.dumps(asdict(Driver.this_process()))},
+                tags={
+                    DRIVER_TAG: json.dumps(asdict(Driver.this_process())),
+                    **({SETUP_TAG: setup} if (setup := self.prepared.facts.model_setup) else {}),
+                },
             )
         return tracker
 
@@ -179,12 +197,18 @@ class StudySession:
         return Recorder(partial(self.tracker.log_trial, inputs=self._inputs()), self.outbox, reporter)
 
     def run_trials(
-        self, source: Sequence[TrialConfig] | Search, baseline: "Baseline", reporter: Reporter, deadline: float
+        self,
+        source: Sequence[TrialConfig] | Search,
+        baseline: "Baseline",
+        reporter: Reporter,
+        deadline: float,
+        *,
+        some_done: bool,
     ) -> Ending:
         """Run trials on Ray, which `start_ray` started, and record them in the study's open run; returns why no further trial runs.
 
-        source, deadline: as for `sweeps.run.runner.run_trials`. baseline: the unedited model's measurements. Raises TrackingError
-        when the store stayed unreachable; finished trials are then in the outbox.
+        source, deadline, some_done: as for `sweeps.run.runner.run_trials`. baseline: the unedited model's measurements. Raises
+        TrackingError when the store stayed unreachable; finished trials are then in the outbox.
         """
         from sweeps.run.runner import run_trials  # imports Ray, which takes seconds
 
@@ -198,6 +222,7 @@ class StudySession:
                 reporter=recorder,
                 deadline=deadline,
                 patience=partial(patience_seconds, facts=prepared.facts, resources=resources),
+                some_done=some_done,
             )
 
     def deliver_kept(self) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from analysis.stats.formats import by_format
 from analysis.stats.pick import recommend
 from analysis.stats.table import METRICS
-from sweeps.answer import BASELINE_FILE, StudyAnswer, StudyState, answer_of, answer_text, read_state
+from sweeps.answer import BASELINE_FILE, StudyAnswer, StudyState, answer_of, answer_text, baseline_file, read_state
 from sweeps.run.dispatch import Ending, Reporter
 from sweeps.run.trial import measure_baseline, trained_delta
 from sweeps.session import StudySession, study_session
@@ -86,7 +86,8 @@ def run_sweep(
             if state.affordable:
                 baseline = _baseline(session)
                 with show(state) as reporter:
-                    ending = session.run_trials(_open_trials(prepared, state), baseline, reporter, deadline)
+                    trials, some_done = _open_trials(prepared, state), state.done > 0
+                    ending = session.run_trials(trials, baseline, reporter, deadline, some_done=some_done)
         except TrackingError:  # nothing can be written now
             raise
         except BaseException:  # the study's run should show what is finished
@@ -103,11 +104,13 @@ def run_sweep(
 
 
 def _open_trials(prepared: PreparedStudy, state: StudyState) -> "list[TrialConfig] | OptunaSearch":
-    """The planned trials that are not done, as far as the budget goes, or the search that proposes them."""
+    """The planned trials that are not done, those that failed last, as far as the budget goes; or the search that proposes them."""
     study, facts = prepared.study, prepared.facts
     done = state.results[state.results["status"] == "done"]
     if study.search.method != "optuna":
-        return [trial for trial in prepared.plan.trials if trial.id not in set(done["trial_id"])][: state.affordable]
+        status = dict(zip(state.results["trial_id"], state.results["status"], strict=True))
+        left = [trial for trial in prepared.plan.trials if status.get(trial.id) != "done"]
+        return sorted(left, key=lambda trial: trial.id in status)[: state.affordable]
     from sweeps.run.search import OBJECTIVES, OptunaSearch
 
     earlier = {}
@@ -121,13 +124,18 @@ def _open_trials(prepared: PreparedStudy, state: StudyState) -> "list[TrialConfi
 
 
 def _baseline(session: StudySession) -> "Baseline":
-    """The unedited model's measurements: made once per study, then read from the study's run."""
+    """The unedited model's measurements: made once for the edits that are asked about, then read from the study's run."""
+    from locft.measure.evaluation import locality_prompts
     from locft.workbench import Baseline
 
-    if stored := session.tracker.read_file(BASELINE_FILE):
-        return Baseline.from_dict(json.loads(stored))
-    baseline = session.run_alone(partial(measure_baseline, session.prepared.inputs))
-    session.tracker.write_file(BASELINE_FILE, json.dumps(baseline.to_dict()))
+    prepared, file = session.prepared, baseline_file(session.prepared)
+    if stored := session.tracker.read_file(file):
+        baseline = Baseline.from_dict(json.loads(stored))
+        # under this name an earlier version also stored measurements on some of the edits
+        if file != BASELINE_FILE or len(baseline.locality_answers) == len(locality_prompts(prepared.edits.requests)):
+            return baseline
+    baseline = session.run_alone(partial(measure_baseline, prepared.inputs))
+    session.tracker.write_file(file, json.dumps(baseline.to_dict()))
     return baseline
 
 

@@ -230,6 +230,12 @@ def tiny_loaded(architecture: str = "llama", layers: int = 3, seed: int = 0, **s
     return LoadedModel(f"tiny-{architecture}", model, tiny_tokenizer(), fingerprint)
 
 
+def turned_faster(loaded):
+    """The same weights in a llama whose configuration has another base of the rotary angles."""
+    faster = {"rope_type": "default", "rope_theta": 100.0}
+    return replace(loaded, model=tiny_loaded("llama", rope_parameters=faster).model)
+
+
 EDITS = [
     ("The capital of France is", "Oslo"),
     ("Who wrote Hamlet?", "Jane Austen"),

@@ -16,10 +16,10 @@ ONE = "one"
 """The key of the trial that runs."""
 
 
-def run_trials(source, work, *, room, reporter, deadline=math.inf, **_):
+def run_trials(source, work, *, room, reporter, deadline=math.inf, some_done=False, **_):
     """`sweeps.run.runner.run_trials`, one trial after the other: what a worker does and what the driver hears are its own."""
     dispatch = Dispatch(ListedTrials(source) if isinstance(source, Sequence) else source, room)
-    listener = TrialListener(dispatch, room, reporter, deadline, patience=lambda _: math.inf)
+    listener = TrialListener(dispatch, room, reporter, deadline, lambda _: math.inf, some_done)
     while time.monotonic() < deadline:
         config = dispatch.next(ONE)
         if config is None:

@@ -134,7 +134,8 @@ def retention_figure(results: pd.DataFrame) -> go.Figure | None:
         right, label = row.right_by_edit, escaped(names[row.trial_id])
         tenths = enumerate(np.array_split(right, STAGES), start=1)
         at_end = [(part / STAGES, float(kept.mean())) for part, kept in tenths]
-        first = [(stage["arrived"] / len(right), stage["first_tenth"]) for stage in json.loads(row.stages or "[]")]
+        stages = json.loads(row.stages or "[]")  # the last one is at the end of the stream
+        first = [(one["arrived"] / stages[-1]["arrived"], one["first_tenth"]) for one in stages if "first_tenth" in one]
         for points, dash, what in ((at_end, "solid", "at the end"), (first, "dot", "of the first tenth")):
             if points:
                 xs, ys = zip(*points, strict=True)

@@ -12,7 +12,7 @@
   const slider = get("floor"), from = get("from-layer"), to = get("to-layer");
   const chips = [...form.querySelectorAll("input[name=module]")];
   const percent = share => `${(100 * share).toFixed(1)}%`;
-  slider.max = (100 * best).toFixed(1);
+  slider.max = Math.floor(1000 * best + 1e-6) / 10;  // rounded up, it would be above the best
   form.hidden = false;
 
   let floor = null;  // until the slider is moved, reliable is what the rule compared with the best
@@ -209,7 +209,7 @@
           if (!event?.range) return;
           const inside = ([a, b], n) => [a, b].sort((p, q) => p - q).map(Math.round).map(i => Math.max(0, Math.min(n - 1, i)));
           const [first, last] = inside(event.range.x, map.x.length), [top, bottom] = inside(event.range.y, map.y.length);
-          if (from) [from.value, to.value] = [first, last];
+          if (from) [from.value, to.value] = [first, last].map(column => layers.indexOf(+map.x[column]));
           chips.forEach((chip, index) => { chip.checked = index >= top && index <= bottom; });
           Plotly.relayout(canvas, {selections: []});
           soon(filterAll);

@@ -61,8 +61,10 @@ def render_report(
     """The report as HTML.
 
     study: name and model; if known also edits_source, n_edits, findings (sentences), capability_source, n_items, trials_planned,
-    trials_done, trials_failed, started, finished (datetime or text), environment, settings_yaml, and for commands that change a
-    setting command (words), edit_counts, chosen_axes (`analysis.stats.signatures`). baseline: metrics of the unedited model.
+    trials_done, trials_failed, started, finished (datetime or text), environment, settings_yaml, for commands that change a
+    setting command (words), edit_counts, chosen_axes (`analysis.stats.signatures`), and for comparisons edits_asked (the most that
+    a trial asks about), ask_formats, prose (its source, None for the built-in one), prose_tokens, and fingerprints (hashes of
+    edits, items and prose). baseline: metrics of the unedited model.
     outcomes: per prompt trial_id, edit_id, kind, prompt, expected, got, correct, of the trials whose wrong answers are to be
     listed. compared: with another study. found: how a selection found its answer.
     """

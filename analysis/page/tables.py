@@ -134,7 +134,7 @@ def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Co
         absent = value is None or pd.isna(value) or (axis is not None and not axis.counts(row))
         # the page's sort key: the text, None to read a number from the cell, or a number that cannot be read there
         key: str | float | None = value if isinstance(value, str) else None
-        if column.name == "seconds" and not absent:
+        if column.name in ("seconds", "on_front") and not absent:
             key = float(f"{value:.4g}")
         brackets = ""
         if column.name == "capability_change":

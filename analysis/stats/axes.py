@@ -179,7 +179,7 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "shrink", str, "no", "shrink",
-        "yes: the change is scaled down after training as far as possible while every edit stays learnt",
+        "yes: the change is scaled down after training as far as possible without losing an edit, raw or in a trained format",
         choices=("no", "yes"), short="shrink ",
     ),
     Axis(

@@ -35,6 +35,8 @@ class Filling:
     low: tuple[float, ...]
     """Lower end of the 95% interval of reliability."""
     high: tuple[float, ...]
+    diverged: tuple[int, ...]
+    """Further numbers of edits, with which training diverged."""
 
     @property
     def breaks_at(self) -> float:
@@ -51,16 +53,20 @@ class Filling:
 
     def sentence(self) -> str:
         """A statement of where it breaks, without a full stop."""
+        lost = ", ".join(f"{edits:,}" for edits in self.diverged)
+        ended = f"; training diverged with {lost}" if lost else ""
         if math.isnan(self.breaks_at):
             whole = self.reliability[0] >= LEVEL
-            end = "holds the most edits tried" if whole else "is overfull with the fewest edits tried"
+            end = "holds the most edits" if whole else "is overfull with the fewest edits"
+            tried = "trained without divergence" if lost else "tried"
             bits = self.bits[-1] if whole else self.bits[0]
             edits = self.edits[-1] if whole else self.edits[0]
-            return f"{self.label} {end} ({edits:,}, {number(bits)} bits per parameter)"
+            return f"{self.label} {end} {tried} ({edits:,}, {number(bits)} bits per parameter){ended}"
         at = math.exp(np.interp(math.log(self.breaks_at), np.log(self.bits), np.log(self.edits)))
         low, high = self.breaks_between
         above = f"to {number(high)}" if math.isfinite(high) else "and more"
-        return f"{self.label} breaks at {number(self.breaks_at)} bits per parameter ({number(low)} {above}), about {at:,.0f} edits"
+        where = f"{number(self.breaks_at)} bits per parameter ({number(low)} {above})"
+        return f"{self.label} breaks at {where}, about {at:,.0f} edits{ended}"
 
 
 @dataclass(frozen=True)
@@ -81,33 +87,44 @@ class Law:
 
 
 def fillings(results: pd.DataFrame) -> tuple[Filling, ...]:
-    """Every position and setting that was tried with several numbers of edits."""
-    rows = comparable(by_setting(results), ("reliability", "bits_per_parameter"))
-    rows = rows[rows["bits_per_parameter"] > 0]
-    if rows.empty:
-        return ()
-    names, found = setting_names(rows.assign(edit_count=0)), []
+    """Every position and setting that was tried with several numbers of edits, and did not diverge with all of them."""
+    rows = by_setting(results)
+    rows = rows[rows["bits_per_parameter"] > 0].sort_values(["layer", "module"], kind="stable")
+    names, found = setting_names(_drawn(rows).assign(edit_count=0)), []
     keys = [axis for axis in SETTING_AXES if axis != "edit_count"]
-    rows = rows.sort_values(["layer", "module"], kind="stable")
-    for _, group in rows.groupby(keys, dropna=False, sort=False):
-        if group["edit_count"].nunique() < 2:
+    for _, tried in rows.groupby(keys, dropna=False, sort=False):
+        tried = tried.sort_values("bits_per_parameter", kind="stable")
+        group, lost = _drawn(tried), tried[tried["diverged"] == 1]
+        if group.empty or len({*group["edit_count"], *lost["edit_count"]}) < 2:
             continue
-        group = group.sort_values("bits_per_parameter", kind="stable")
         ends = [interval(row, "reliability") for row in group.to_dict("records")]
-        count = group["edit_count"].where(group["edit_count"] > 0, group["n_edits"])
         found.append(
             Filling(
                 f"{group['layer'].iloc[0]}.{group['module'].iloc[0]}",
                 names[group["trial_id"].iloc[0]],
                 tuple(group["trial_id"]),
-                tuple(map(int, count)),
+                _trained(group),
                 tuple(map(float, group["bits_per_parameter"])),
                 tuple(map(float, group["reliability"])),
                 tuple(low for low, _ in ends),
                 tuple(high for _, high in ends),
+                _trained(lost),
             )
         )
     return tuple(found)
+
+
+def _drawn(rows: pd.DataFrame) -> pd.DataFrame:
+    """The settings that are points of a line: those that did not diverge."""
+    return comparable(rows, ("reliability", "bits_per_parameter"))
+
+
+def _trained(rows: pd.DataFrame) -> tuple[int, ...]:
+    """How many edits each setting trains. Where that is all of the study's, the seconds tell, since only a sample of many edits
+    is asked about."""
+    every = (rows["train_seconds"] / rows["seconds_per_edit"]).round()
+    every = every.where(np.isfinite(every), rows["n_edits"])
+    return tuple(map(int, rows["edit_count"].astype("float64").where(rows["edit_count"] > 0, every)))
 
 
 def law_of(found: Iterable[Filling]) -> Law | None:

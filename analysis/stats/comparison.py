@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from analysis.stats.axes import SWEPT
+from analysis.stats.axes import AXES
 from analysis.stats.pick import Recommendation, best_by_position, recommend
 from analysis.stats.table import TITLES, Z95, by_setting, value_text
-from analysis.stats.wording import number, points
+from analysis.stats.wording import number, plural, points
 
 Row = Mapping[str, Any]
 Position = tuple[int, str]
@@ -70,8 +70,8 @@ def compare(here: Measured, there: Measured) -> Comparison:
     layers = [study.results["layers"].max() for study in studies]
     by_depth = bool(layers[0] != layers[1])
     shared = _shared(best[0], best[1], 0.5 / max(1, min(layers) - 1) if by_depth else None)
-    items = [(study.study.get("capability_source"), study.study.get("n_items")) for study in studies]
-    capability = items[0] == items[1] and bool(items[0][1])
+    items = [_measured_on(study)["items"][0] for study in studies]
+    capability = items[0] == items[1] is not None
     metrics = ("reliability", "generalization", *(("capability_change",) if capability else ()), "drift_kl")
     agreements = (_agreement(name, shared) for name in metrics)
     return Comparison(
@@ -81,7 +81,7 @@ def compare(here: Measured, there: Measured) -> Comparison:
         by_depth=by_depth,
         capability=capability,
         agreements=tuple(item for item in agreements if item is not None),
-        picks=(recommend(here.results), recommend(there.results)),
+        picks=(recommend(studies[0].results), recommend(studies[1].results)),
     )
 
 
@@ -120,26 +120,55 @@ def _agreement(metric: str, shared: Sequence[tuple[Row, Row]]) -> Agreement | No
 def cautions(found: Comparison) -> list[str]:
     """Sentences on what is not comparable, and why."""
     said = []
-    if not found.capability:
-        a, b = (str(study.study.get("capability_source") or "none") for study in found.studies)
-        said.append(
-            f"Capability was measured on different items (here {a}; there {b}), so changes of capability cannot be"
-            " compared and are left out."
-        )
+    on = [_measured_on(study) for study in found.studies]
+    for name, sentence in _UNLIKE.items():
+        (one, here), (other, there) = (side[name] for side in on)
+        if one != other:
+            said.append(
+                sentence.format(f"here {here}; there {there}" if here != there else f"{here}, but not the same")
+            )
     if not found.shared:
         said.append("The two studies share no position with a result.")
     elif found.by_depth:
         said.append("The models have different numbers of layers: positions are matched by module and relative depth.")
-    for axis in SWEPT:
+    for axis in AXES:
         if axis.name in ("layer", "module", "seed"):
             continue
         values = [study.results[axis.name].dropna().unique() for study in found.studies]
         a, b = (", ".join(value_text(axis.name, one) for one in sorted(side)) for side in values)
-        if a != b:
-            said.append(
-                f"The studies differ in {axis.title} ({a} here, {b} there); each position is represented by its best setting."
-            )
+        if a != b and a and b:
+            best = "; each position is represented by its best setting" if axis.swept else ""
+            said.append(f"The studies differ in {axis.title} ({a} here, {b} there){best}.")
     return said
+
+
+_UNLIKE = {
+    "items": "Capability was measured on different items ({}), so changes of capability cannot be compared and are left out.",
+    "edits": "The studies do not train and ask the same edits ({}), so every difference may be that of the edits.",
+    "formats": "Edits were asked in different formats ({}), and reliability and generalization are means over these.",
+    "prose": "Drift was measured on different prose ({}), so its values cannot be compared.",
+}
+"""What may be unlike in two studies -> the caution, with a place for what it is in each."""
+
+
+def _measured_on(about: Measured) -> dict[str, tuple[Any, str]]:
+    """What a study's metrics are measured on, by the names in `_UNLIKE`: a value that is equal for two studies only if they
+    measure on the same (None where nothing is measured), and what to call it."""
+    study = about.study
+    hashes = study.get("fingerprints") or {}
+    items, n_items = study.get("capability_source") or "none", study.get("n_items")
+    source, n_edits = study.get("edits_source") or "unknown", int(study.get("n_edits") or 0)
+    asked = min(n_edits, study.get("edits_asked") or n_edits)
+    edits = f"{plural(n_edits, 'edit')} from {source}" + (f", {asked:,} of them asked" if asked < n_edits else "")
+    formats = tuple(form for form in study.get("ask_formats") or () if form != "unseen")
+    tokens = study.get("prose_tokens")
+    prose = f"up to {tokens:,} tokens of {study.get('prose') or 'the built-in prose'}" if tokens else "none"
+    return {
+        "items": ((hashes.get("items") or (items, n_items)) if n_items else None, items),
+        "edits": ((hashes.get("edits") or (source, n_edits), asked), edits),
+        "formats": (formats, ", ".join(formats)),
+        "prose": ((hashes.get("prose"), tokens), prose),
+    }
 
 
 def moved(found: Comparison) -> list[str]:

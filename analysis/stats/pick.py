@@ -255,11 +255,12 @@ def _reasons(rows: pd.DataFrame, floor: float | None) -> tuple[str, ...]:
             meet = f"{'is' if reliable == 1 else 'are'} about as reliable as the best"
         else:
             meet = f"{'reaches' if reliable == 1 else 'reach'} the reliability asked for"
-        reasons = [
-            f"Of {len(rows)} settings, {reliable} {meet}; {able} of them"
-            f" {'shows' if able == 1 else 'show'} no loss of capability, and {gentle} of those"
-            f" {'is' if gentle == 1 else 'are'} within the margin of drift."
-        ]
+        left = f", and {gentle} of those {'is' if gentle == 1 else 'are'} within the margin of drift"
+        harmless = f"{able} of them {'shows' if able == 1 else 'show'} no loss of capability{left}"
+        if (evidence_of(rows).change_high[rows["reliable"]] < -SAME).all():
+            least = f"{able} of them {'loses' if able == 1 else 'lose'} least, as far as the items show{left}"
+            harmless = f"all show a loss of capability; {least}" if reliable > 1 else "it shows a loss of capability"
+        reasons = [f"Of {len(rows)} settings, {reliable} {meet}; {harmless}."]
         best = rows.loc[rows["reliability"].idxmax()]
         if pick["reliability"] >= best["reliability"] - SAME:
             reasons.append("The pick has the best reliability as well.")

@@ -205,13 +205,17 @@ def _held_back(case: _Case, unguarded: bool = False) -> tuple[str, str, Any]:
     method, strength = case.value("method"), case.value("curvature_strength")
     drift = case.metric("drift_kl")
     so_far = f"; predictions on plain text moved by {number(drift)} nats per token" if math.isfinite(drift) else ""
+    if steps := case.value("further_steps"):
+        cause = f"The model was trained further before it was measured, for {plural(steps, 'step')}{so_far}."
+        return cause, "further_steps", steps // 10
     if not AXIS["curvature_strength"].counts({"method": method}):
         cause = f"Nothing holds the rest of the model in place (method {value_text('method', method)}){so_far}."
         return cause, "method", "natural_gradient"
     if unguarded:
         cause = f"No guard holds answers near the edits in place{so_far}."
         return cause, "guard", "same_relation"
-    return f"A strength of {number(strength)} is too little here{so_far}.", "curvature_strength", _digits(3 * strength)
+    more = _digits(3 * strength) or AXIS["curvature_strength"].default
+    return f"A strength of {number(strength)} is too little here{so_far}.", "curvature_strength", more
 
 
 def _reliability(case: _Case) -> Iterator[Signature]:
@@ -230,10 +234,13 @@ def _not_learnt(case: _Case) -> tuple[str, str, Any]:
     if _overwritten(case):
         return _one_after_the_other(case)
     if trained < LEARNT:
-        if merged > max(LEARNT, 2 * trained):
-            loss = f"the loss is {number(trained)} before and {number(merged)} after"
-            cause = f"Rounding to {case.value('dtype')} undoes the edits: {loss}."
-            return cause, "dtype", "float32"
+        loss = f"the loss is {number(trained)} before and {number(merged)} after"
+        undone, dtype, steps = merged > max(LEARNT, 2 * trained), case.value("dtype"), case.value("further_steps")
+        if undone and steps:
+            cause = f"Training the model further, for {plural(steps, 'step')}, undoes the edits: {loss}."
+            return cause, "further_steps", steps // 10
+        if undone and dtype != "float32":
+            return f"Rounding to {dtype} undoes the edits: {loss}.", "dtype", "float32"
         if case.untrained:
             return _format_change(case, min(case.untrained, key=case.formats.__getitem__))
         return f"The loss is low ({number(trained)}), but not for every prompt in every format.", "epochs", 2 * epochs
@@ -279,15 +286,16 @@ def _one_format(case: _Case) -> Iterator[Signature]:
 def _format_change(case: _Case, lost: str) -> tuple[str, str, Any]:
     """Cause, setting and value where prompts in a format are answered worse."""
     trained = case.value("train_formats")
+    forms = trained.split(",")
     if lost in case.untrained:
         return f"One asked format is not trained (only {trained}).", "train_formats", f"{trained},{lost}"
-    if lost in FORMATS:
-        share = f"in 1 of {len(trained.split(','))} epochs on average, over at most {case.value('epochs')} epochs"
-        cause = f"Each edit is trained in this format {share}."
-        return cause, "epochs", 2 * case.value("epochs")
-    if not set(FORMATS) <= set(trained.split(",")):
+    if lost not in FORMATS and not set(FORMATS) <= set(forms):
         return f"Prompts are trained as {trained} only, so other wordings are unfamiliar.", "train_formats", ALL
-    return f"The wordings trained ({trained}) are too alike.", "train_formats", f"{trained},{WORDING}"
+    if lost not in FORMATS and WORDING not in forms:
+        return f"The wordings trained ({trained}) are too alike.", "train_formats", f"{trained},{WORDING}"
+    share = f"in 1 of {len(forms)} epochs on average, over at most {case.value('epochs')} epochs"
+    form = "this format" if lost in FORMATS else "each wording"
+    return f"Each edit is trained in {form} {share}.", "epochs", 2 * case.value("epochs")
 
 
 def _generalization(case: _Case) -> Iterator[Signature]:

@@ -3,9 +3,9 @@
 Everything in `analysis` is a pure function of this table. `results_frame` makes it; `by_setting` averages the seeds of a
 setting into one row, and fronts and picks are made from these rows. Errors and 95% intervals of such a row:
 
-- reliability, generalization and locality are means over edits: Wilson's interval with an edit as one item, since the prompts
-  of an edit, in all formats, stand or fall together. With several seeds the error of their mean is added to each side, in
-  quadrature.
+- reliability, generalization and locality are means over the edits that have such prompts: Wilson's interval with an edit as
+  one item, since the prompts of an edit, in all formats, stand or fall together. With several seeds the error of their mean is
+  added to each side, in quadrature.
 - capability and its change: the bootstrap interval of the change, paired by item.
 - drift: its spread over the text is not recorded, so `interval` has none; with several seeds the lowest and highest are known.
   Where a guess is better than nothing, the standard error of a single seed is taken to be `DRIFT_ERROR` times the drift.
@@ -13,6 +13,7 @@ setting into one row, and fronts and picks are made from these rows. Errors and 
 
 import base64
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +53,10 @@ _MEASURED = {
         NUMBER, "questions that follow from the edits and are answered correctly (also portability.FORMAT)"
     ),
     "portability_tf": Column(NUMBER, "portability by teacher forcing, on the main answer"),
-    "n_edits": Column(NUMBER, "edits over which reliability is measured: those trained, or a sample of them"),
+    "n_edits": Column(
+        NUMBER,
+        "edits asked about: those trained, or a sample of them (n_edits.generalization: those with such prompts, if fewer)",
+    ),
     "right": Column(
         TEXT, "which edits were answered right, in which formats, packed (`unpack_right`); None if unknown"
     ),
@@ -75,7 +79,7 @@ _MEASURED = {
     # what it took
     "train_loss": Column(NUMBER, "the last of `epoch_losses`"),
     "trained_loss": Column(NUMBER, "mean loss of all edits at the end, in the precision of training"),
-    "merged_loss": Column(NUMBER, "the same after merging the edit into the model's own dtype: the gap is rounding"),
+    "merged_loss": Column(NUMBER, "the same, merged into the model's dtype: the gap is rounding and `further_steps`"),
     "epoch_losses": Column(
         LIST, "mean loss of each epoch (breadth-first), or the last of each batch (depth-first) or arrival"
     ),
@@ -113,7 +117,8 @@ COLUMNS: dict[str, Column] = {
 }
 """The documented columns, in order. After them come the parts of some metrics: accuracy by task (`capability.TASK`), and
 reliability, generalization and portability by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is
-left out of every mean. Where targets are long, the columns in `OF_LONG` are present as well."""
+left out of every mean. Where targets are long, the columns in `OF_LONG` are present as well; where a metric is a mean over fewer
+than `n_edits` edits, so is their number (`locft.measure.evaluation.asked_counts`), which older results lack."""
 
 OF_LONG = {
     "reliability_f1": "F1 of the words of answer and target, over the edits with targets of more than 8 words",
@@ -155,7 +160,7 @@ TITLES = {
 }
 """Metrics as figures and tables name them; a part such as `reliability.chat` is shown by its own name."""
 
-_PARTED = ("reliability", "generalization", "portability", "capability")
+_PARTED = ("reliability", "generalization", "portability", "capability", "n_edits")
 
 DRIFT_ERROR = 0.1
 """Standard error of a single seed's drift, as a share of that drift: about as much as seeds differ with the built-in model."""
@@ -257,14 +262,14 @@ def task_columns(results: pd.DataFrame) -> tuple[str, ...]:
 
 def is_part(name: str) -> bool:
     """Whether a column is a part of a metric: `capability.TASK`, or `reliability.FORMAT`, `generalization.FORMAT` and
-    `portability.FORMAT`, or one of `OF_LONG`."""
+    `portability.FORMAT`, the number of edits that a metric is over, `n_edits.METRIC`, or one of `OF_LONG`."""
     metric, dot, _ = name.partition(".")
     return (bool(dot) and metric in _PARTED) or name in OF_LONG
 
 
 def is_fraction(name: str) -> bool:
     """True if a metric is a mean over edits, in [0, 1]."""
-    return name in (*FRACTIONS, *MORE_FRACTIONS) or (is_part(name) and not name.startswith("capability."))
+    return name in (*FRACTIONS, *MORE_FRACTIONS) or (is_part(name) and not name.startswith(("capability.", "n_edits.")))
 
 
 def part_columns(results: pd.DataFrame) -> tuple[str, ...]:
@@ -401,10 +406,17 @@ def seed_error(row: Mapping[str, Any], name: str) -> float:
     return float(spread) / math.sqrt(row["n_seeds"]) if math.isfinite(spread) else 0.0
 
 
+def _n_edits(row: Mapping[str, Any], name: str) -> float:
+    """Number of edits that a fraction is the mean over; NaN if it is not known."""
+    kind = re.split(r"[._]", name)[0]
+    fewer = row.get(f"n_edits.{kind}_long" if name in OF_LONG else f"n_edits.{kind}", math.nan)
+    return fewer if math.isfinite(fewer) else row.get("n_edits", math.nan)
+
+
 def standard_error(row: Mapping[str, Any], name: str) -> float:
     """Standard error of a metric; NaN if it is not known."""
     if is_fraction(name):
-        return math.hypot(proportion_se(row.get(name, math.nan), row.get("n_edits", math.nan)), seed_error(row, name))
+        return math.hypot(proportion_se(row.get(name, math.nan), _n_edits(row, name)), seed_error(row, name))
     if name in ("capability", "capability_change"):
         low, high = (row.get(f"capability_change_{end}", math.nan) for end in ("low", "high"))
         return float(high - low) / (2 * Z95)
@@ -417,7 +429,7 @@ def interval(row: Mapping[str, Any], name: str) -> tuple[float, float]:
     """95% interval of a metric; (NaN, NaN) where it is not known. For capability it is that of the change, shifted."""
     value = row.get(name, math.nan)
     if is_fraction(name):
-        low, high = wilson_interval(value, row.get("n_edits", math.nan))
+        low, high = wilson_interval(value, _n_edits(row, name))
         if not math.isfinite(low):
             return math.nan, math.nan
         more = Z95 * seed_error(row, name)

@@ -1,6 +1,6 @@
-"""When two answers are the same, and where an answer ends.
+"""When two answers are the same, and where an answer begins and ends.
 
-Neither is limited to ASCII marks, and both leave the value of a number alone: the point in "1.2 million" is neither
+None of this is limited to ASCII marks, and the value of a number is left alone: the point in "1.2 million" is neither
 punctuation nor the end of a sentence.
 """
 
@@ -64,6 +64,12 @@ _SENTENCE_END = re.compile(r"[。｡！？؟۔।॥։።။។៕།]|(?<!\d)[.
 """A full stop, but not between two digits; in scripts with marks of their own, the marks that end a sentence."""
 _PERHAPS_A_POINT = re.compile(r"\d[.．]\Z")
 
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u2e80-\u312f\u31a0-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff"
+    "\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
+)
+"""Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, Han and kana, with East Asian punctuation."""
+
 
 def normalise_answer(text: str) -> str:
     """The form in which two answers are compared, as in SQuAD: lower case, no punctuation, no articles, single spaces.
@@ -95,6 +101,23 @@ def sentence_ends(text: str) -> list[int]:
 def may_go_on(text: str) -> bool:
     """True if the full stop at the end of an unfinished text may turn out to be a decimal point."""
     return _PERHAPS_A_POINT.search(text) is not None
+
+
+def space_before_answer(text: str, answer: str = "") -> str:
+    """The separator between a text and its answer: one space, or nothing if the text ends in whitespace.
+
+    It is also nothing if both are in scripts that put no spaces between words. Punctuation and digits are passed over to
+    find the script; an answer that consists of them alone counts as in the script of the text.
+    """
+    if text[-1:].isspace():
+        return ""
+    before = next((char for char in reversed(text) if _has_script(char)), "")
+    behind = next((char for char in answer if _has_script(char)), before if answer else "")
+    return "" if _UNSPACED.match(before) and _UNSPACED.match(behind) else " "
+
+
+def _has_script(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LM" or _UNSPACED.match(char) is not None
 
 
 def _composed(text: str) -> str:

@@ -21,6 +21,8 @@ class Generation:
     """The metric of the task that scores the answer, from 0 to 1."""
     folder: str | None = None
     """Folder with the task's file, if the task is not one of the harness's own."""
+    scoring: str = ""
+    """Hash of how the task turns an answer into the metric."""
 
 
 @dataclass(frozen=True)

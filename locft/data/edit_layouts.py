@@ -20,6 +20,7 @@ from locft.data.record_layouts import (
     RecordFields,
     RecordLayout,
     read_with_layout,
+    top_level,
     value_at,
 )
 from locft.errors import InputError, did_you_mean
@@ -58,7 +59,7 @@ class EditLayout(RecordLayout):
     edits: str = ""
     """Path of the object, or list of objects, with the edits of a record; the rest of the record is about all of them."""
     marked: bool = False
-    """Every prompt has a {} that its subject replaces. In other layouts except our own, a prompt may have one."""
+    """Every prompt has a {} that its subject replaces. In other layouts, a prompt may have one."""
     id: tuple[str, ...] = ID_KEYS
     subject: tuple[str, ...] = ("subject", "concept")
     truths: tuple[str, ...] = ("ground_truth", "target_true", "target_old", "true_answer", "old_answer")
@@ -148,15 +149,15 @@ _MARK = "{}"
 _PROMPT_KEYS = ("prompt", "question", "loc", "cloze", "New Question")
 _ANSWER_KEYS = ("answer", "ground_truth", "loc_ans", "New Answer", "answers", "target", "ans", "expected_answer")
 _ALIAS_KEYS = ("answer_alias", "answer_aliases", "aliases")
-LIST_KEYS = frozenset({
-    "ground_truth", "answers", "locality", "portability", "questions", "sub_question", "sub_answer", *_REPHRASES,
+LIST_KEYS = frozenset(top_level((
+    "target_new", "answers", *EditLayout.truths, *_REPHRASES, *(layout.edits for layout in LAYOUTS if layout.edits),
     *(
         key
         for keys in EditLayout.locality + EditLayout.portability
         for key in (keys.prompt, *(name for names in keys.answers for name in names.split("|")))
     ),
-})  # fmt: skip
-"""Keys that may hold lists, which a table writes into one cell."""
+)))  # fmt: skip
+"""Keys, or patterns of them, that may hold lists or objects, which a table writes into one cell."""
 
 
 def _stripped(value: Any) -> str | None:
@@ -196,6 +197,20 @@ def read_edits(
     )
     edits = [pair for of_record in read.values for pair in of_record]
     return read, [edit for edit, _ in edits], [truths for _, truths in edits]
+
+
+def read_marks(records: Sequence[FileRecord], fields: FieldMap | None = None) -> tuple[tuple[str, str], ...]:
+    """(id, prompt) of each edit in records that mark edits as no longer in force, read as far as they can be: either is ""
+    if there is none. If there is neither, the id is the record's place."""
+    layouts = edit_layouts(fields)
+    usual = next((layout for layout in layouts if layout.strict), layouts[0])
+    marks: list[tuple[str, str]] = []
+    for record in records:
+        layout = next((one for one in layouts if one.recognises(record.value)), usual)
+        edits = _read_record(layout, RecordFields(record.value, record.place, {}, (), False))
+        named = [(edit.id, edit.prompt) for edit, _ in edits if edit.id or edit.prompt]
+        marks += named or [(record.place, "")]
+    return tuple(marks)
 
 
 def edit_layouts(fields: FieldMap | None = None) -> tuple[EditLayout, ...]:
@@ -276,7 +291,7 @@ def _read_edit(
         prompt=_prompt(layout, fields, subject),
         target=_target(layout.target, fields),
         ground_truth=truths[0] if truths else None,
-        rephrases=tuple(text for holder in holders for text in _rephrases(layout, holder)),
+        rephrases=tuple(_filled(text, subject) for holder in holders for text in _rephrases(layout, holder)),
         locality=tuple(
             LocalityPrompt(text, answers[0] if answers else None) for text, answers in asked(layout.locality, False)
         ),
@@ -292,14 +307,18 @@ def _first(paths: Sequence[str], fields: RecordFields, kind: FieldType) -> str:
 def _prompt(layout: EditLayout, fields: RecordFields, subject: str) -> str:
     prompt = fields.text(layout.prompt, _STRIPPED)
     if more := fields.optional(layout.more_prompt, _STRIPPED):
-        return f"{prompt}\n{more}"
+        prompt = f"{prompt}\n{more}"
     if layout.marked and prompt:
         fields.text(layout.subject[0], _STRIPPED)
         if _MARK not in prompt:
             expected = f"{_MARK} where the subject goes (this prompt is already filled in, as in a results file)"
             fields.wrong(layout.prompt, expected, prompt)
-    unfilled = not layout.strict and prompt.count(_MARK) == 1 and subject and subject not in prompt
-    return prompt.replace(_MARK, subject) if layout.marked or unfilled else prompt
+    return prompt.replace(_MARK, subject) if layout.marked else _filled(prompt, subject)
+
+
+def _filled(text: str, subject: str) -> str:
+    """The text with the subject in place of its only {}, unless it names the subject already."""
+    return text.replace(_MARK, subject) if subject and text.count(_MARK) == 1 and subject not in text else text
 
 
 def _target(path: str, fields: RecordFields) -> str:

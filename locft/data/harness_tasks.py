@@ -3,8 +3,11 @@
 Needs the extra `harness`; `locft.data.suites.harness_tasks` imports this module and says so if the extra is missing.
 """
 
+import inspect
 import itertools
+import json
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -16,6 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from locft.cache import digest
 from locft.data.capability_item import CapabilityItem, Generation, spread
 from locft.errors import InputError, did_you_mean, one_line
 
@@ -25,6 +29,8 @@ SEED = 1234
 """Seed for the choice of few-shot examples; the harness's default."""
 NEW_TOKENS = 256
 """Length limit of an answer where the task sets none, as in the harness."""
+SCORED_BY = ("filter_list", "metric_list", "process_results", "repeats")
+"""Entries of a task's configuration that decide how an answer is scored."""
 IN_HUNDREDTHS = ("bleu", "chrf")
 """Corpus-level metrics, from 0 to 100, that are also meaningful for a single sentence."""
 
@@ -34,7 +40,7 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[s
 
     folder: where more task files are. Raises InputError with every name that is unknown or cannot be loaded or run.
     """
-    folder = None if folder is None else Path(folder).expanduser()
+    folder = None if folder is None else Path(os.path.expanduser(folder))
     if folder is not None and not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected one with task files of lm-evaluation-harness (YAML)")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -124,17 +130,32 @@ def _metric_of_answers(task: Any) -> str | None:
     return next(iter([*means, *(name for name in IN_HUNDREDTHS if name in kinds)]), None)
 
 
+def _scoring(task: Any) -> str:
+    """A hash of the parts of a task's configuration that decide how an answer is scored, functions by their source."""
+
+    def source(function: Any) -> str:
+        try:
+            return inspect.getsource(function)
+        except (TypeError, OSError):
+            return getattr(function, "__qualname__", type(function).__qualname__)
+
+    method = type(task).process_results
+    own = None if method.__module__.startswith("lm_eval.api.") else method
+    parts = [getattr(task.config, name) for name in SCORED_BY], own
+    return digest(json.dumps(parts, sort_keys=True, default=source))
+
+
 def _generated_item(
-    task: Any, name: str, place: int, request: Instance, metric: str, folder: str | None
+    task: Any, name: str, place: int, request: Instance, metric: str, folder: str | None, scoring: str
 ) -> CapabilityItem:
-    """Raises InputError if the metric does not score it from 0 to 1."""
+    """scoring: `_scoring`. Raises InputError if the metric does not score it from 0 to 1."""
     (context, given), doc, own = request.args, request.doc, task.config.task
     expected = str(task.doc_to_target(doc))
     ends = [_scored(task, doc, metric, text) for text in ("", expected)]
     if not all(0 <= score <= 1.0 + 1e-9 for score in ends):
         raise InputError(f"task {own!r}, item {place}: got {metric} of {ends[0]:g} and {ends[1]:g}; {_expected(own)}")
     until, tokens, _ = asked_generation(given)
-    generation = Generation(until, tokens, metric, folder)
+    generation = Generation(until, tokens, metric, folder, scoring)
     return CapabilityItem(name, f"{own}#{place}", context, (expected,), 0, "generated", generation=generation)
 
 
@@ -153,13 +174,14 @@ def _items(task: Any, name: str, places: Sequence[int], folder: str | None) -> I
     if not given and metric is None:
         got = f"answers of the kind {task.OUTPUT_TYPE}, scored by {', '.join(task.aggregation())}"
         raise InputError(f"task {own!r}: got {got}; {_expected(own)}")
+    scoring = _scoring(task)
     task.set_fewshot_seed(seed=SEED)
     task.build_all_requests(samples=list(places))
     by_document = itertools.groupby(task.instances, lambda request: request.doc_id)  # its index among those chosen
     for place, requests in zip(places, (list(own) for _, own in by_document), strict=True):
         doc, several, count = requests[0].doc, [request.args for request in requests], len(requests)
         if metric is not None:
-            yield _generated_item(task, name, place, requests[0], metric, folder)
+            yield _generated_item(task, name, place, requests[0], metric, folder, scoring)
             continue
         if task.OUTPUT_TYPE == "multiple_choice":
             count = len(task.doc_to_choice(doc))  # further requests are for other metrics

@@ -13,7 +13,7 @@ from pathlib import Path
 from locft.data.answers import normalise_answer
 from locft.data.edit_request import EditRequest
 from locft.data.record_files import read_json_records
-from locft.data.requests import SHOWN, edit_set, free_id, own_record
+from locft.data.requests import SHOWN, UNMARKED, edit_set, free_id, is_marked, own_record
 from locft.errors import InputError, did_you_mean, listed
 
 FILE_NAME = "ledger.jsonl"
@@ -27,7 +27,7 @@ class LedgerEntry:
     arrived: str
     """Time of arrival, ISO 8601 in UTC."""
     superseded_by: str | None = None
-    """The id of the later edit that gives its prompt another answer."""
+    """The id of the later edit that took its place."""
     retracted: str | None = None
     """Time at which it was taken back."""
 
@@ -48,6 +48,7 @@ class Arrival:
     new: tuple[EditRequest, ...]
     """Edits to train: those that are not in the ledger already."""
     retracted: tuple[EditRequest, ...]
+    """Edits that were active and are taken back."""
     sentences: tuple[str, ...]
     """What a user should know, in one sentence each."""
 
@@ -69,35 +70,45 @@ class Ledger:
         return cls(tuple(LedgerEntry(request, when) for request in requests))
 
     def add(
-        self, requests: Sequence[EditRequest], when: str, without: Sequence[str] = (), marked: Sequence[str] = ()
+        self,
+        requests: Sequence[EditRequest],
+        when: str,
+        without: Sequence[str] = (),
+        marked: Sequence[tuple[str, str]] = (),
     ) -> Arrival:
         """The ledger after an arrival.
 
-        A new edit supersedes an active one that has its prompt, either as prompt or as a rephrase. One that is already active
-        is left out. An id that is taken gets "#2", "#3". without: ids of active edits to take back, before the new ones are
-        added. marked: ids or prompts of edits that a file marks as taken back; those that are not active are reported.
+        A new edit supersedes an active one that has its prompt, as prompt or as a rephrase, and another target. One that is
+        already active is left out, unless its prompt is also active with another target: then it takes the place of both. An
+        id that is taken gets "#2", "#3".
+        without: ids of active edits to take back, before the new ones are added; edits with the same prompt and target go
+        with them. marked: (id, prompt) of edits that a file marks as taken back, either of them ""; with a prompt, edits of
+        this prompt are meant, whatever the id of others. Those that are not active are reported.
         Raises InputError with every id of `without` that is not in the ledger or not active.
         """
-        entries = list(self.entries)
-        gone = self._retracted(without)
-        active = {name: one.id for one in reversed(self.active) for name in (one.prompt, one.id)}
-        gone |= {active[name] for name in marked if name in active}
-        stale = [name for name in marked if name not in active]
-        entries = [replace(entry, retracted=when) if entry.request.id in gone else entry for entry in entries]
+        gone, stale = self._marked(marked)
+        gone |= self._retracted(without)
+        repeats = self._repeats(gone)
+        gone |= set(repeats)
+        entries = [replace(entry, retracted=when) if entry.request.id in gone else entry for entry in self.entries]
         taken = {entry.request.id for entry in entries}
         asking: defaultdict[str, list[int]] = defaultdict(list)  # prompt or rephrase -> indices of its edits
         for at, entry in enumerate(entries):
             for text in _asked_as(entry.request):
                 asking[text].append(at)
-        new, superseded, known = [], [], []
+        new, superseded, known, renamed = [], [], [], []
         for request in requests:
             asked = [at for at in asking[request.prompt] if entries[at].active]
-            if any(_is_same(entries[at].request, request) for at in asked):
+            rivals = [at for at in asked if not _same_target(entries[at].request, request)]
+            of_prompt = {at for at in asked if entries[at].request.prompt == request.prompt}
+            if of_prompt and of_prompt.isdisjoint(rivals):
                 known.append(request.id)
                 continue
-            request = replace(request, id=free_id(request.id, taken.__contains__))
+            given = request.id
+            request = replace(request, id=free_id(given, taken.__contains__))
             taken.add(request.id)
-            for at in asked:
+            renamed += [f"{given} as {request.id}"] if request.id != given else []
+            for at in sorted(of_prompt.union(rivals)):
                 entries[at] = replace(entries[at], superseded_by=request.id)
                 superseded.append(f"{entries[at].request.id} by {request.id}")
             for text in _asked_as(request):
@@ -110,12 +121,40 @@ class Ledger:
             tuple(request for request in new if request.id in kept),
             tuple(entry.request for entry in self.entries if entry.request.id in gone),
             (
-                *_told(superseded, "Superseded by a later edit of the same prompt"),
+                *_told(superseded, "Superseded by a later edit of the same prompt or a rephrase"),
                 *_told(known, "Already learnt, not trained again"),
-                *_told(sorted(gone), "Taken back"),
+                *_told(renamed, "Added under another id, because the ledger has theirs"),
+                *_told(sorted(gone.difference(repeats)), "Taken back"),
+                *_told(repeats, "Taken back with these, because prompt and target are the same"),
                 *_told(stale, "Marked as taken back, but not active in the ledger"),
             ),
         )
+
+    def _marked(self, marked: Sequence[tuple[str, str]]) -> tuple[set[str], list[str]]:
+        """(ids of the active edits that are meant by marks, names of the marks that mean none)."""
+        of_prompt: defaultdict[str, set[str]] = defaultdict(set)
+        for one in self.active:
+            of_prompt[one.prompt].add(one.id)
+        ids = {one.id for one in self.active}
+        gone: set[str] = set()
+        stale = []
+        for identity, prompt in marked:
+            meant = of_prompt[prompt] if prompt else ids & {identity}
+            gone |= meant & {identity} or meant
+            if not meant:
+                stale.append(f"{identity} (there with another prompt)" if identity in ids else identity or prompt)
+        return gone, stale
+
+    def _repeats(self, gone: set[str]) -> list[str]:
+        """Ids of the other active edits that have both prompt and target of one of these."""
+        targets: defaultdict[str, set[str]] = defaultdict(set)
+        for one in self.active:
+            if one.id in gone:
+                targets[one.prompt].add(normalise_answer(one.target))
+        return [
+            one.id for one in self.active
+            if one.id not in gone and one.prompt in targets and normalise_answer(one.target) in targets[one.prompt]
+        ]  # fmt: skip
 
     def _retracted(self, without: Sequence[str]) -> set[str]:
         fate = {entry.request.id: entry for entry in self.entries}
@@ -150,10 +189,11 @@ class Ledger:
         requests = edit_set(records, str(path), problems).requests
         entries = []
         for request, record in zip(requests, records, strict=True):
-            arrived, by, gone = (record.value.get(key) for key in ("arrived", "superseded_by", "retracted"))
+            arrived = record.value.get("arrived")
+            fate = {name: record.value[name] for name in UNMARKED if is_marked(name, record.value.get(name))}
             if not isinstance(arrived, str):
                 raise InputError(f"{path}, {record.place}, field arrived: expected a time, got {arrived!r}")
-            entries.append(LedgerEntry(request, arrived, by, gone))
+            entries.append(LedgerEntry(request, arrived, **fate))
         return cls(tuple(entries))
 
 
@@ -161,8 +201,8 @@ def _asked_as(request: EditRequest) -> set[str]:
     return {request.prompt, *request.rephrases}
 
 
-def _is_same(earlier: EditRequest, later: EditRequest) -> bool:
-    return earlier.prompt == later.prompt and normalise_answer(earlier.target) == normalise_answer(later.target)
+def _same_target(earlier: EditRequest, later: EditRequest) -> bool:
+    return normalise_answer(earlier.target) == normalise_answer(later.target)
 
 
 def _told(ids: Sequence[str], what: str) -> list[str]:

@@ -11,11 +11,13 @@ import io
 import itertools
 import json
 import re
+import tokenize
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ _MARKED = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 """Byte order marks of encodings other than UTF-8, as in Excel's Unicode text. UTF-32 first: its mark begins with UTF-16's."""
+_CONTAINER = re.compile(r"""\s*(\[\s*)*\{\s*['"]|\s*(\[\s*)+(['"]|array\(|nan\b|[-\d.\s]+\]\s*$)""")
+"""How a cell begins that is meant as a list or an object, and not as a text such as "[Question] Who"."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,14 @@ class FileRecord:
     def place(self) -> str:
         """Where the record is, for messages, such as "record 17 (line 30)"."""
         return f"record {self.number}" + (f" (line {self.line})" if self.line else "")
+
+
+@dataclass(frozen=True)
+class BrokenCell:
+    """A cell of a table that looks like a list or an object but cannot be parsed. No field takes one, so it is a problem only
+    in a column that is read."""
+
+    text: str
 
 
 def file_records(
@@ -238,7 +250,8 @@ def csv_records(
 ) -> list[FileRecord]:
     """The rows of a CSV file, whose first line names the columns. Cells are separated by commas, semicolons, tabs or vertical bars.
 
-    lists: columns whose cells may hold a list or an object, as JSON or as Python writes it; all other cells are texts.
+    lists: columns (or patterns of them, "para_question*") whose cells may hold a list or an object, as JSON or as Python
+        writes it; all other cells are texts. One that cannot be parsed, such as an array that pandas wrote, is a `BrokenCell`.
     no_header: given the first row, returns the names of the columns if that row is itself a record, else None.
 
     Raises InputError with every row that has too few or too many cells.
@@ -249,6 +262,7 @@ def csv_records(
     problems: list[str] = []
     records: list[FileRecord] = []
     header: list[str] = []
+    parsed: set[str] = set()
     line = 1
     try:
         for row in reader:
@@ -260,13 +274,14 @@ def csv_records(
                 header = list(no_header(row) or row)
                 if twice := [name for name, count in Counter(header).items() if name and count > 1]:
                     raise InputError(f"{path}, line {begun}: the header names {', '.join(twice)} more than once")
+                parsed = {name for name in header if any(name == one or fnmatchcase(name, one) for one in lists)}
                 if header == row:
                     continue
             if len(row) != len(header):
                 problems.append(f"{path}, line {begun}: {len(row)} cells, but the header has {len(header)}")
             else:
                 cells = zip(header, row, strict=True)
-                value = {key: _parsed(cell) if key in lists else cell for key, cell in cells if key}
+                value = {key: _parsed(cell) if key in parsed else cell for key, cell in cells if key}
                 records.append(FileRecord(len(records) + 1, value, begun))
     except csv.Error as error:
         problems.append(f"{path}, line {reader.line_num}: broken CSV: {error}")
@@ -346,6 +361,9 @@ def _one_inside(folder: Path) -> str:
 def describe(value: Any) -> str:
     """A JSON value in an error message: its kind, and the value itself, shortened."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    if isinstance(value, BrokenCell):
+        hint = "pandas writes arrays without commas: save the table as JSON Lines or parquet"
+        return f"a list or an object that cannot be parsed ({hint}), {describe(value.text)}"
     if value is None:
         return "null"
     if isinstance(value, str) and not value.strip():
@@ -381,13 +399,24 @@ def _one_object(text: str) -> dict[str, Any] | None:
 
 
 def _parsed(cell: str) -> Any:
-    """The list or object in a cell, or its text if there is none: the readers of fields report what was expected."""
-    for parse in (json.loads, ast.literal_eval) if cell.lstrip()[:1] in ("[", "{") else ():
+    """The list or object in a cell, a `BrokenCell` if it only looks like one, otherwise its text."""
+    for parse in (json.loads, _python_value) if cell.lstrip()[:1] in ("[", "{") else ():
         try:
             return parse(cell)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             continue
-    return cell
+    return BrokenCell(cell) if _CONTAINER.match(cell) else cell
+
+
+def _python_value(cell: str) -> Any:
+    """The value of a Python literal. Raises ValueError for texts without a comma between them, as in arrays that pandas wrote:
+    Python would join them into one."""
+    value = ast.literal_eval(cell)
+    tokens = tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    if (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kinds):
+        raise ValueError("texts without a comma between them")
+    return value
 
 
 def _is_unicode(value: dict[str, Any]) -> bool:

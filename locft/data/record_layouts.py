@@ -257,6 +257,17 @@ def read_with_layout(
     return ReadRecords(layout, values, dict(unread))
 
 
+def told_unread(unread: Mapping[str, int], records: int) -> str:
+    """What was not read (as in `ReadRecords.unread`; 0 for a key alongside the list of records) as the end of a sentence."""
+    by_count: dict[int, list[str]] = {}
+    for path, count in unread.items():
+        by_count.setdefault(count, []).append(path)
+    return "; ".join(
+        f"{', '.join(paths)} ({f'{count:,} of {records:,} records' if count else 'beside the records'})"
+        for count, paths in sorted(by_count.items(), reverse=True)
+    )
+
+
 def _told(
     problems: Iterable[FieldProblem],
     records: Sequence[FileRecord],

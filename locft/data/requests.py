@@ -21,13 +21,13 @@ from typing import Any
 from locft.data.answers import normalise_answer
 from locft.data.conversations import question_and_answer, turns_of
 from locft.data.data_sets import hub_records, is_saved, saved_records
-from locft.data.edit_layouts import ID_KEYS, LIST_KEYS, edit_layouts, read_edits
+from locft.data.edit_layouts import ID_KEYS, LIST_KEYS, edit_layouts, read_edits, read_marks
 from locft.data.edit_request import EditRequest
 from locft.data.fictitious import NAME as FICTITIOUS
 from locft.data.fictitious import SUBJECTS, fictitious_facts
 from locft.data.field_map import FieldMap
 from locft.data.record_files import RECORDS, FileRecord, file_records, missing_path
-from locft.data.record_layouts import value_at
+from locft.data.record_layouts import told_unread, top_level
 from locft.errors import InputError, listed
 
 BUILT_IN = ("atlas", FICTITIOUS)
@@ -35,9 +35,10 @@ BUILT_IN = ("atlas", FICTITIOUS)
 
 SHOWN = 8
 """Maximum number of ids named in a sentence."""
-FATES = ("retracted", "superseded_by")
-"""Keys that mark a record of a ledger as an edit that is no longer active."""
-UNMARKED = ("", "false", "no", "0")
+_NOTHING = ("", "false", "none", "null", "nan")
+UNMARKED = {"retracted": (*_NOTHING, "no", "n", "f", "0", "0.0"), "superseded_by": _NOTHING}
+"""Keys that mark a record of a ledger as an edit that is no longer active, and the values with which they mark nothing. An id
+may be "0" or "no", so these say that the edit was superseded."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:.+)?")
 _TABLES = (".csv", ".tsv", ".parquet")
@@ -102,25 +103,20 @@ class EditSet:
     key alongside the list of records."""
     records: int = 0
     """Number of records in the whole source."""
-    retracted: tuple[str, ...] = ()
-    """Ids, or prompts where there are none, of records that the source marks as taken back. They are not in `requests`."""
-    superseded: tuple[str, ...] = ()
+    retracted: tuple[tuple[str, str], ...] = ()
+    """(id, prompt) of the records that the source marks as taken back, "" for one that a record lacks. They are not in
+    `requests`."""
+    superseded: tuple[tuple[str, str], ...] = ()
     """The same for records whose `superseded_by` names a later edit."""
 
     def sentences(self) -> tuple[str, ...]:
         """The findings and what was not read, in one sentence each; none if there is nothing to say."""
-        by_count: dict[int, list[str]] = {}
-        for path, count in self.unread.items():
-            by_count.setdefault(count, []).append(path)
-        parts = [
-            f"{', '.join(paths)} ({f'{count:,} of {self.records:,} records' if count else 'beside the records'})"
-            for count, paths in sorted(by_count.items(), reverse=True)
-        ]
-        marked = {"taken back": self.retracted, "superseded by a later edit": self.superseded}
+        gone = {"taken back": self.retracted, "superseded by a later edit": self.superseded}
+        marked = {fate: [identity or prompt for identity, prompt in marks] for fate, marks in gone.items()}
         return (
             *self.findings.sentences(),
             *(f"Left out, marked as {fate}: {listed(names, SHOWN)}." for fate, names in marked.items() if names),
-            *([f"Not read: {'; '.join(parts)}."] if parts else ()),
+            *([f"Not read: {told_unread(self.unread, self.records)}."] if self.unread else ()),
         )
 
     def contradictions(self) -> dict[str, tuple[str, ...]]:
@@ -201,7 +197,7 @@ def load_edits(
         whole = EditSet.made((), source)
     else:
         whole = edit_set(active, source, problems, fields)
-    retracted, superseded = (tuple(_name(record, fields) for record in group) for group in gone)
+    retracted, superseded = (read_marks(group, fields) for group in gone)
     whole = replace(whole, records=len(records), retracted=retracted, superseded=superseded)
     count = len(whole.requests) if limit is None else min(limit, len(whole.requests))
     if sample_seed is not None and count < len(whole.requests):
@@ -228,18 +224,16 @@ def _by_fate(records: Sequence[FileRecord]) -> tuple[list[FileRecord], list[File
     retracted: list[FileRecord] = []
     superseded: list[FileRecord] = []
     for record in records:
-        by = {name for name in FATES if str(record.value.get(name) or "").strip().lower() not in UNMARKED}
-        if not by and any(name in record.value for name in FATES):
-            record = replace(record, value={key: value for key, value in record.value.items() if key not in FATES})
+        by = {name for name in UNMARKED if is_marked(name, record.value.get(name))}
+        if not by and UNMARKED.keys() & record.value.keys():
+            record = replace(record, value={key: value for key, value in record.value.items() if key not in UNMARKED})
         (retracted if "retracted" in by else superseded if by else active).append(record)
     return active, retracted, superseded
 
 
-def _name(record: FileRecord, fields: FieldMap | None) -> str:
-    """Name of an edit that is not read: its id, its prompt, or its place in the file."""
-    paths = [*((fields or {}).get("id") or ID_KEYS), *((fields or {}).get("prompt") or ("prompt",))]
-    found = (value_at(record.value, path) for path in paths)
-    return next((str(name) for name in found if name is not None), record.place)
+def is_marked(name: str, value: Any) -> bool:
+    """Whether this value of a key of `UNMARKED` marks an edit as no longer active."""
+    return value is not None and str(value).strip().casefold() not in UNMARKED[name]
 
 
 def _fictitious(count: int | None, seed: int, fields: FieldMap | None) -> EditSet:
@@ -375,9 +369,11 @@ def _records(source: str, fields: FieldMap | None) -> tuple[list[FileRecord], li
 def _file_records(path: Path, fields: FieldMap | None) -> tuple[list[FileRecord], list[str]]:
     """(records, problems with individual ones) of a file. An empty cell of a table is an absent field."""
     layouts = edit_layouts(fields)
-    lists = LIST_KEYS | {
-        key for name, keys in (fields or {}).items() if name not in ("prompt", "target") for key in keys
-    }
+    mapped = (
+        key for name, keys in (fields or {}).items() for key in keys
+        if name not in ("prompt", "target") or "." in key
+    )  # fmt: skip
+    lists = LIST_KEYS.union(top_level(mapped))
     texts = {name for layout in layouts for name in (layout.prompt, layout.target)}
 
     def is_record(value: Mapping[str, Any]) -> bool:

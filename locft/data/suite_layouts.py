@@ -4,19 +4,34 @@ Prompts and scoring rules are those in common use (as in lm-evaluation-harness, 
 compared with published ones. A new layout is one more entry of `LAYOUTS`.
 """
 
+import functools
 import itertools
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from locft.data.answers import space_before_answer
 from locft.data.capability_item import CapabilityItem, Rule
 from locft.data.record_files import FileRecord
-from locft.data.record_layouts import TEXT, VERBATIM, RecordFields, RecordLayout, read_with_layout
+from locft.data.record_layouts import (
+    TEXT,
+    VERBATIM,
+    ReadRecords,
+    RecordFields,
+    RecordLayout,
+    read_with_layout,
+    top_level,
+    value_at,
+)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NO_ANSWERS = (-1, "-1", "", None)
 """Placeholders for the right choice in splits that are published without answers."""
+ASKED = ("question", "query", "passage", "article", "context")
+"""Keys whose texts the model has to be shown: a layout that does not read one of them is not that of the file."""
 
 
 def _spaced(choice: str) -> str:
@@ -132,17 +147,42 @@ LAYOUTS = (  # the first that recognises a record counts
     ),
 )
 # fmt: on
+LIST_KEYS = top_level(layout.choices for layout in LAYOUTS if isinstance(layout.choices, str))
+"""Keys that may hold lists or objects, which a table writes into one cell."""
 
 
 def read_items(
     records: Sequence[FileRecord], task: str, source: str, earlier_problems: Sequence[str] = ()
-) -> tuple[str, list[CapabilityItem]]:
-    """(layout, items) of a file's records. Raises InputError with every problem, those found earlier first."""
-    read = read_with_layout(LAYOUTS, records, source, _read_item, earlier_problems, _advice)
+) -> ReadRecords[BenchmarkLayout, CapabilityItem]:
+    """The items of a file's records. Raises InputError with every problem, those found earlier first."""
+    are_texts = functools.cache(lambda: _answers_are_texts(records))  # of the whole file, and few files ask
+    read = read_with_layout(
+        LAYOUTS,
+        records,
+        source,
+        lambda layout, fields: _read_item(layout, fields, are_texts),
+        earlier_problems,
+        _advice,
+    )
     numbers = [record.line or record.number for record in records]
     ids = [item.id or f"{Path(source).stem}:{number}" for item, number in zip(read.values, numbers, strict=True)]
     items = [replace(item, task=task, id=identity) for item, identity in zip(read.values, ids, strict=True)]
-    return read.layout.name, items
+    return replace(read, values=items)
+
+
+def glued_items(read: ReadRecords[BenchmarkLayout, CapabilityItem]) -> list[CapabilityItem]:
+    """The items whose choices lack the space between them and the context: in the project's own layout nothing adds one."""
+    return [item for item in read.values if _is_glued(item)] if read.layout.strict else []
+
+
+def _is_glued(item: CapabilityItem) -> bool:
+    return _is_word(item.context[-1:]) and all(
+        _is_word(choice[:1]) and space_before_answer(item.context, choice) for choice in item.choices
+    )
+
+
+def _is_word(char: str) -> bool:
+    return char != "" and unicodedata.category(char)[0] in "LMN"
 
 
 def _advice(record: FileRecord) -> str:
@@ -169,33 +209,77 @@ def columns_without_header(row: Sequence[str]) -> tuple[str, ...] | None:
     return (*number, "question", *options, "answer")
 
 
-def _read_item(layout: BenchmarkLayout, fields: RecordFields) -> CapabilityItem:
-    """The item without its task, and without an id if the record has none."""
+def _read_item(layout: BenchmarkLayout, fields: RecordFields, are_texts: Callable[[], bool | None]) -> CapabilityItem:
+    """The item without its task, and without an id if the record has none. are_texts: see `_answers_are_texts`."""
     texts = {key: fields.text(key, VERBATIM if layout.strict else TEXT) for key in layout.texts}
     texts |= {key: fields.optional(key) or "" for key in layout.optional_texts}
     context = layout.context.format(**texts) if isinstance(layout.context, str) else layout.context(texts)
-    choices: tuple[str, ...]
-    if not layout.choices:
+    if layout.choices:
+        choices = _choices(layout, fields)
+    else:
         context, last_word = _split_last_word(layout.texts[0], context, fields)
         choices = (last_word,)
-    elif isinstance(layout.choices, str):
-        choices = fields.texts(layout.choices, 1 if layout.strict else 2)
-    else:
-        more = LETTERS[len(layout.choices) :] if layout.more_choices else ""
-        further = itertools.takewhile(lambda text: text is not None, map(fields.optional, more))
-        choices = (*map(fields.text, layout.choices), *map(str, further))
-    answer = layout.answer if isinstance(layout.answer, int) else _answer(layout, layout.answer, choices, fields)
+    answer = layout.answer
+    if isinstance(answer, str):
+        answer = _answer(layout, answer, choices, fields, are_texts)
     if layout.lettered:
         if len(choices) > len(LETTERS):
             fields.wrong(str(layout.choices), f"at most {len(LETTERS)} choices, one letter each", list(choices))
         options = "".join(f"\n{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False))
         context, choices = f"{context.strip()}{options}\nAnswer:", tuple(LETTERS[: len(choices)])
     identity = (fields.optional("id") if layout.strict else None) or ""
+    _refuse_unshown(layout, fields)
     rule: Rule = "exact" if len(choices) == 1 else layout.rule
     return CapabilityItem("", identity, context, tuple(map(layout.shown, choices)), answer, rule)
 
 
-def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: RecordFields) -> int:
+def _refuse_unshown(layout: BenchmarkLayout, fields: RecordFields) -> None:
+    """Report the texts of a question that the layout does not read."""
+    into = f"put its text into {layout.texts[0]}, or remove" if layout.texts else "remove"
+    for key in fields.unread():
+        value = fields.look(key)
+        texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+        if key.lower() in ASKED and any(char.isalpha() for text in texts for char in text):
+            fields.tell(key, f"layout {layout.name} does not show it to the model; {into} the key")
+
+
+def _choices(layout: BenchmarkLayout, fields: RecordFields) -> tuple[str, ...]:
+    if isinstance(layout.choices, str):
+        return fields.texts(layout.choices, 1 if layout.strict else 2)
+    more = LETTERS[len(layout.choices) :] if layout.more_choices else ""
+    further = itertools.takewhile(lambda text: text is not None, map(fields.optional, more))
+    return (*map(fields.text, layout.choices), *map(str, further))
+
+
+def _answers_are_texts(records: Sequence[FileRecord]) -> bool | None:
+    """Whether answers such as "2", where the choices are numbers too, are texts of choices (True) or indices (False): what
+    every answer of the file can be, if some cannot be the other. None if that does not decide it."""
+    texts, indices = [], []
+    for record in records:
+        layout = next((one for one in LAYOUTS if one.recognises(record.value)), None)
+        if layout is not None and isinstance(layout.answer, str) and not layout.labels:
+            choices = _choices(layout, RecordFields(record.value, record.place, {}, (), False))
+            value = value_at(record.value, layout.answer)
+            texts.append(isinstance(value, str) and choices.count(value) == 1)
+            indices.append(_index(value, choices) is not None)
+    return all(texts) if all(texts) != all(indices) else None
+
+
+def _index(value: Any, choices: Sequence[str]) -> int | None:
+    """The index that a number, or the digits of one, is among the choices."""
+    whole = type(value) in (int, float) and value == value // 1  # 2.0, from a column with missing values
+    if whole or (isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}", value)):
+        return int(value) if 0 <= int(value) < (len(choices) or len(LETTERS)) else None
+    return None
+
+
+def _answer(
+    layout: BenchmarkLayout,
+    path: str,
+    choices: Sequence[str],
+    fields: RecordFields,
+    are_texts: Callable[[], bool | None],
+) -> int:
     """Index of the right choice, given as a label, a number, its digits (as in tables of the hub), a letter or its text."""
     value = fields.find(path, "the number of the right choice")
     if value is ...:
@@ -207,17 +291,25 @@ def _answer(layout: BenchmarkLayout, path: str, choices: Sequence[str], fields: 
         elif labels and value not in labels:
             fields.wrong(path, f"one of {', '.join(labels)}", value)
         return labels.index(value) if value in labels else 0
-    index = int(value) if type(value) is float and value == value // 1 else value  # from a column with missing values
-    letters = LETTERS[: len(choices)] if layout.lettered else ""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}", value):
-        index = int(value)
-    elif isinstance(value, str) and value and value in letters:
+    index = _index(value, choices)
+    letters = [*LETTERS[: len(choices)]] if layout.lettered else []
+    as_text = choices.index(value) if isinstance(value, str) and choices.count(value) == 1 else None
+    if index is not None and as_text not in (None, index) and (texts := are_texts()) is not False:
+        if texts is None:
+            clear = (
+                "the letter of the right choice"
+                if layout.lettered
+                else "the number of the right choice as a JSON number"
+            )
+            fields.wrong(path, f"{clear} (these digits are the number of one choice and the text of another)", value)
+        index = as_text
+    if index is None and value in letters:
         index = letters.index(value)
-    elif isinstance(value, str) and choices.count(value) == 1:
-        index = choices.index(value)
-    elif isinstance(value, str) and len(bare := value.strip(" ().").upper()) == 1 and bare in letters:
+    elif index is None:
+        index = as_text
+    if index is None and isinstance(value, str) and (bare := value.strip(" ().").upper()) in letters:
         index = letters.index(bare)
-    if type(index) is not int or not 0 <= index < (len(choices) or len(LETTERS)):
+    if index is None:
         hint = " (a split without answers cannot be scored)" if value in NO_ANSWERS else ""
         last = f", 0 to {len(choices) - 1}" if choices else ""
         fields.wrong(

@@ -5,7 +5,9 @@ Nothing here depends on a model: a suite is text, the same for every model, with
 
 import hashlib
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +25,8 @@ from locft.data.record_files import (
     read_text,
     shortened,
 )
-from locft.data.suite_layouts import LAYOUTS, columns_without_header, read_items
+from locft.data.record_layouts import told_unread
+from locft.data.suite_layouts import LAYOUTS, LIST_KEYS, columns_without_header, glued_items, read_items
 from locft.errors import InputError, did_you_mean
 
 DATA_FOLDER = Path(__file__).parent
@@ -60,6 +63,13 @@ class Suite:
     """Running text for drift and perplexity."""
     fingerprint: str
     """Hash of all items and the prose, 16 hexadecimal digits; where they were read from does not matter."""
+    notices: tuple[str, ...] = ()
+    """What the files of the tasks have that is not read, or is probably not meant so, a sentence each."""
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The same of the `items` and of the `prose` alone."""
+        return {"items": _fingerprint(self.tasks, ""), "prose": _fingerprint((), "".join(self.prose))}
 
 
 def load_suite(
@@ -94,7 +104,7 @@ def load_suite(
             problems.extend(error.problems)
 
     named: dict[str, Sequence[CapabilityItem]] = {}
-    text = ""
+    text, notices = "", list[str]()
     if limit is not None and limit < 1:
         problems.append(f"capability limit: got {limit}, expected 1 or more items per task")
     if suite is not None and suite not in SUITES:
@@ -111,7 +121,8 @@ def load_suite(
             problems.append(f"capability task {name!r}: suite {suite!r} has a task of this name, choose another")
         else:
             with collecting():
-                named[name] = _read_task(name, source)
+                named[name], told = _read_task(name, source)
+                notices += told
     with collecting():
         read = harness_tasks().read_tasks(lm_eval, lm_eval_path, limit) if lm_eval else {}
         named |= {f"{name}-lm-eval" if name in named else name: items for name, items in read.items()}
@@ -120,7 +131,7 @@ def load_suite(
     if problems:
         raise InputError(problems)
     found = tuple(CapabilityTask(name, spread(items, limit)) for name, items in named.items())
-    return Suite(found, (text,), _fingerprint(found, text))
+    return Suite(found, (text,), _fingerprint(found, text), tuple(notices))
 
 
 def harness_tasks() -> ModuleType:
@@ -141,31 +152,46 @@ def _read_probes() -> dict[str, list[CapabilityItem]]:
     by_task: dict[str, list[FileRecord]] = {}
     for record in read_json_records(path)[0]:
         by_task.setdefault(record.value["task"], []).append(record)
-    return {name: read_items(records, name, str(path))[1] for name, records in by_task.items()}
+    return {name: read_items(records, name, str(path)).values for name, records in by_task.items()}
 
 
-def _read_task(task: str, source: str) -> list[CapabilityItem]:
+def _read_task(task: str, source: str) -> tuple[list[CapabilityItem], list[str]]:
+    """Its items, and notices about its files."""
+    what = f"capability task {task!r}"
     problems: list[str] = []
+    notices: list[str] = []
     items: list[CapabilityItem] = []
     layouts: dict[str, str] = {}
-    for path in _files(f"capability task {task!r}", source):
+    unread: Counter[str] = Counter()
+    for path in _files(what, source):
         try:
             where, records, broken = _records(path)
-            layout, read = read_items(records, task, where, broken)
-            layouts.setdefault(layout, where)
-            items += read
+            read = read_items(records, task, where, broken)
         except InputError as error:
             problems += error.problems
+            continue
+        layouts.setdefault(read.layout.name, where)
+        items += read.values
+        unread.update(dict.fromkeys(records[0].beside, 0) | read.unread)
+        if glued := glued_items(read):
+            seam = f"choices follow the context directly, as in {glued[0].context[-12:] + glued[0].choices[0]!r}"
+            if len(glued) == len(read.values):
+                problems.append(f"{where}: {seam}: begin each with a space")
+            else:
+                places = f"{len(glued):,} of {len(read.values):,} items, the first being {glued[0].id}"
+                notices.append(f"{what}: {seam}, in {places}: begin each with a space, unless it is the end of a word")
     if len(layouts) > 1:
         mixed = ", ".join(f"{where} is {layout}" for layout, where in layouts.items())
-        problems.append(f"capability task {task!r}: one task, but its files have different layouts: {mixed}")
+        problems.append(f"{what}: one task, but its files have different layouts: {mixed}")
     if problems:
         raise InputError(shortened(problems))
-    return items
+    if unread:
+        notices.insert(0, f"{what}: not read: {told_unread(unread, len(items))}")
+    return items, notices
 
 
 def _read_prose(source: str) -> str:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix.lower() in _TEXTS:
         text = read_text(path)
     else:
@@ -188,7 +214,7 @@ def _files(what: str, source: str) -> tuple[str, ...]:
     """The sources that a task is read from: the source itself, or the files of the folder that it names."""
     if not isinstance(source, str) or not source.strip():
         raise InputError(f"{what}: got {source!r}, expected a file, a folder or a hub data set")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix.lower() in _TEXTS:
         raise InputError(f"{what}: {source} is plain text, which has no right answers; name it as prose instead")
     if not path.is_dir() or is_saved(path):
@@ -201,7 +227,7 @@ def _files(what: str, source: str) -> tuple[str, ...]:
 
 def _records(source: str) -> tuple[str, list[FileRecord], list[str]]:
     """(where they came from, records, problems with individual ones) of a file or hub data set. Raises InputError."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     suffix = path.suffix.lower()
     hub = _HUB_ID.fullmatch(source)
     if not path.exists() and hub and suffix not in _TABLES:
@@ -214,9 +240,7 @@ def _records(source: str) -> tuple[str, list[FileRecord], list[str]]:
         raise InputError(f"{path}: is a folder, expected a file")
     if suffix not in _TABLES:
         raise InputError(f"{path}: got a file ending in {suffix!r}, expected one of {', '.join(_TABLES)}")
-    return str(path), *file_records(
-        path, lists=("choices", "endings"), is_record=_is_record, no_header=columns_without_header
-    )
+    return str(path), *file_records(path, lists=LIST_KEYS, is_record=_is_record, no_header=columns_without_header)
 
 
 def _is_record(value: Mapping[str, Any]) -> bool:
@@ -229,7 +253,8 @@ def _content(item: CapabilityItem) -> dict[str, Any]:
     added after the first fingerprints."""
     content = {key: value for key, value in asdict(item).items() if value or key not in ("contexts", "generation")}
     if item.generation:
-        content["generation"] = asdict(item.generation) | {"folder": None}
+        generation = asdict(item.generation) | {"folder": None}
+        content["generation"] = {key: value for key, value in generation.items() if value or key != "scoring"}
     return content | {"id": None}
 
 

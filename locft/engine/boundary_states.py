@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from locft.cache import cache_folder, content_key, lock_of, make_room
 from locft.engine.packing import STEP, PrefixTree, pack_rows
 from locft.engine.tail import capture_boundary
+from locft.model.models import settings_of
 from locft.model.positions import n_layers
 from locft.process import describe_machine, moved, runs_ahead
 from locft.train.token_rows import TokenRow, batches
@@ -31,8 +32,6 @@ VERSION = 3
 """Version of the files. Raise it when the same key would hold different numbers."""
 TOKENS_AT_ONCE = 2048
 """Tokens per forward pass when states are computed."""
-NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-"""Configuration entries that do not affect hidden states."""
 LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
 """Disk space for all stored states together. The least recently used are removed first."""
 KEPT_NEAR, NEAR_SHARE = 2, 0.1
@@ -112,7 +111,7 @@ def boundary_states(
         )
     wanted = sorted({layer // stride * stride for layer in layers})
     if not on_disk:
-        return BoundaryStates(_computed(model, tree, rows, wanted, limit, None), stride)
+        return BoundaryStates(_computed(model, tree, rows, wanted, limit, None) if wanted else {}, stride)
     folder = cache_folder() / "states" / _key(model, fingerprint, rows, limit)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock_of(folder)):
@@ -136,10 +135,10 @@ def boundary_states(
 
 def _key(model: PreTrainedModel, fingerprint: str, rows: list[TokenRow], limit: int) -> str:
     """Hash of everything that decides the bits of the states: weights, rows in their order, and what computes them."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED_WITH}
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     parts = [
-        *(VERSION, TOKENS_AT_ONCE, limit, STEP, fingerprint, config, str(model.dtype), describe_machine(), device),
+        *(VERSION, TOKENS_AT_ONCE, limit, STEP, fingerprint, settings_of(model.config.to_dict())),
+        *(str(model.dtype), describe_machine(), device),
         list(dict.fromkeys(row.token_ids for row in rows)),
     ]
     return content_key(parts)

@@ -75,11 +75,16 @@ class TailEngine:
         return self._forward(start, views, views.tail(start), noise)
 
     def over(self, rows: Sequence[TokenRow]) -> "TailEngine":
-        """An engine of the same model over other rows."""
+        """An engine of the same model over other rows. Raises NoTailView like the constructor if these are longer than a window
+        and the model's views do not compute them as the model does."""
         twin = copy.copy(self)
+        if self.limit and not _may_be_packed(self.model, rows):
+            twin.limit, views = _try_views(self.model, rows)
+            twin._views = {self.model.dtype: views}
         twin.tree = PrefixTree(rows)
-        twin._compute = partial(self._compute.func, *self._compute.args[:2], twin.tree, rows, **self._compute.keywords)
-        twin.states = replace(self.states, layers={})
+        options = {**self._compute.keywords, "limit": twin.limit}
+        twin._compute = partial(self._compute.func, *self._compute.args[:2], twin.tree, rows, **options)
+        twin.states = twin._compute(layers=())
         return twin
 
     def training_forward(

@@ -247,6 +247,20 @@ def _mean_over_edits(marks: Sequence[tuple[str, float | None]]) -> float | None:
     return sum(sum(of_edit) / len(of_edit) for of_edit in by_edit.values()) / len(by_edit)
 
 
+def asked_counts(questions: Sequence[EditQuestion]) -> dict[str, float]:
+    """`n_edits`, the number of edits that the questions are about, and, where a metric is a mean over fewer of them, the number
+    of those: `n_edits.generalization` and the like, and for long targets `n_edits.reliability_long`."""
+    asked: dict[str, set[str]] = {}
+    for question in questions:
+        names = ["n_edits", f"n_edits.{question.kind}"]
+        if question.kind in ("reliability", "generalization") and is_long(question.expected):
+            names.append(f"n_edits.{question.kind}_long")
+        for name in names:
+            asked.setdefault(name, set()).add(question.edit_id)
+    counts = {name: float(len(edits)) for name, edits in asked.items()}
+    return {name: count for name, count in counts.items() if name == "n_edits" or count < counts["n_edits"]}
+
+
 @torch.no_grad()
 def reference_changes(
     edited: SupervisedLogits, unedited: SupervisedLogits, questions: Sequence[EditQuestion]

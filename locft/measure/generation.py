@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from locft.data.answers import ARTICLES, may_go_on, normalise_answer, sentence_ends
 from locft.limits import check_limits
@@ -179,10 +179,6 @@ class GreedyDecoder:
         config = GenerationConfig(
             do_sample=False, max_new_tokens=most, eos_token_id=self.ends, pad_token_id=self.ends[0]
         )
-        # `generate` fills whatever a call leaves open from the model's own generation settings, and many models ship a
-        # repetition penalty there. So it gets a view of the model (same weights) that has no settings but ours.
-        model: Any = copy.copy(self.model)
-        model.generation_config = config
         stop = _StopWhenDone(self, answers, width)
         # The states that the head takes are a non-contiguous slice. With those, PyTorch's bfloat16 product on CPUs copies the
         # whole head once per row: 3.6 GB and 10 s for a batch of 64 with a head of 49,152 x 576.
@@ -190,7 +186,7 @@ class GreedyDecoder:
             lambda _, args: (args[0].contiguous(),)
         )
         try:
-            model.generate(
+            with_settings(self.model, config).generate(
                 input_ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 generation_config=config,
@@ -249,6 +245,14 @@ def _other_marks(said: str, wanted: str) -> bool:
     if not set(wanted) <= {*string.punctuation, " "} or "\ufffd" in said:
         return False
     return not wanted.startswith(normalise_answer(said))
+
+
+def with_settings(model: PreTrainedModel, config: GenerationConfig) -> Any:
+    """A view of the model (same weights) with these generation settings and no others: `generate` fills whatever a call leaves
+    open from the model's own settings, and many models ship a repetition penalty there."""
+    view = copy.copy(model)
+    view.generation_config = config
+    return view
 
 
 def drawn_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

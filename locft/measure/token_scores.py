@@ -25,6 +25,9 @@ SAFETY = 8.0
 """A coarse decision stands if its margin is more than this many times the root mean square of the shifts seen."""
 FEWEST, SHARE = 16, 0.05
 """The closest decisions, at least this many and this share of all, are always made exactly: they show the shifts."""
+FAR = 60.0
+"""Nats by which a logit may rise above the mean change before its divergence is computed in float64: exp(88) is too large
+for float32."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,25 @@ def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     log E_p[exp d] - E_p[d]. A constant added to d cancels, so d is centred at its mean under p. Both terms are then as
     small as the change, and a KL of 1e-8 nats is not the small difference of large sums.
     """
+    p, d = before.softmax(-1), after - before
+    highest = d.amax(-1)
+    d = torch.where(p == 0, 0.0, d)  # a token that `before` rules out adds nothing
+    mean = (p * d).sum(-1, keepdim=True)
+    d -= mean
+    found = (p * d.expm1()).sum(-1, dtype=torch.float64).log1p() - (p * d).sum(-1, dtype=torch.float64)
+    if not (torch.maximum(highest - mean[:, 0], d.amax(-1)) <= FAR).all():
+        highest = (after - before).masked_fill(before == -math.inf, -math.inf).amax(-1)
+        if (far := torch.maximum(highest - mean[:, 0], d.amax(-1)) > FAR).any():
+            found[far] = _far_divergence(before[far], after[far])
+    return found
+
+
+def _far_divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """`divergence` where the change is large: the sums of exponentials are shifted, in float64."""
+    before, after = before.double(), after.double().masked_fill(before == -math.inf, -math.inf)
     p = before.softmax(-1)
-    d = torch.where(p == 0, 0.0, after - before)  # a token that `before` rules out adds nothing
-    d -= (p * d).sum(-1, keepdim=True)
-    return (p * d.expm1()).sum(-1, dtype=torch.float64).log1p() - (p * d).sum(-1, dtype=torch.float64)
+    mean = torch.where(p == 0, 0.0, p * (after - before)).sum(-1)
+    return after.logsumexp(-1) - before.logsumexp(-1) - mean
 
 
 def slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

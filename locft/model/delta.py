@@ -42,14 +42,14 @@ class EditDelta:
         """Euclidean norm over all parameters."""
         return math.sqrt(math.fsum(float(t.double().square().sum()) for t in self.tensors.values()))  # in any order
 
-    def weights(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-        """The edited parameters by name, in the model's own dtype and on its device."""
+    def weights(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """The edited parameters by name, on the model's device. dtype: the model's own by default."""
         edited = {}
         for name, change in self.tensors.items():
             base = model.get_parameter(name).detach()
             if base.shape != change.shape:
                 raise InputError(f"delta of {name}: its shape {tuple(change.shape)} does not fit {tuple(base.shape)}")
-            edited[name] = (base.float() + change.to(base.device)).to(base.dtype)
+            edited[name] = (base.float() + change.to(base.device)).to(dtype or base.dtype)
         return edited
 
     def scaled(self, factor: float) -> "EditDelta":

@@ -7,14 +7,15 @@ read, and code that comes with a model runs only if the caller asks for it.
 import hashlib
 import json
 import logging
+import os
 import re
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,10 @@ HUB_DUPLICATES = ["consolidated*", "*/*"]
 """Second copies of the weights in other formats, which some repositories carry and nothing here reads."""
 TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken", "qwen.")
 """Beginnings of the names of tokenizer files."""
+SETUP_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES, "chat_template", "special_tokens", "added_tokens")
+"""Beginnings of the names of the files that say how the weights are used."""
+NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Configuration entries that do not affect what a model computes with given weights in a given dtype."""
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 """What transformers and the libraries below it raise for a folder that does not hold what it should."""
 
@@ -199,7 +204,7 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
     if name in BUILT_IN:
         wheel = BUILT_IN[name]
         return made_once("models", f"{name}-{wheel.sha256[:12]}", lambda folder: _convert_wheel(name, wheel, folder))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         require_model(name, path)
         return path
@@ -238,6 +243,24 @@ def folder_fingerprint(folder: Path) -> str:
         return digest(json.dumps(digests, sort_keys=True))
 
     return remembered("fingerprints", json.dumps(stats), computed)
+
+
+def folder_setup(folder: Path) -> str:
+    """A hash (16 hexadecimal digits) of the configuration and the tokenizer that a folder's model is loaded with."""
+    digests: dict[str, str] = {}
+    for file in folder.iterdir():
+        if file.is_file() and file.name.startswith(SETUP_FILES):
+            content = file.read_bytes()
+            with suppress(ValueError):
+                if file.name.endswith("config.json") and isinstance(entries := json.loads(content), dict):
+                    content = json.dumps(settings_of(entries), sort_keys=True).encode()
+            digests[file.name] = hashlib.sha256(content).hexdigest()
+    return digest(json.dumps(digests, sort_keys=True))
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration that affect what the model computes."""
+    return {name: value for name, value in config.items() if name not in NOT_COMPUTED_WITH}
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

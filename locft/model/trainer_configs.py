@@ -17,6 +17,7 @@ from locft.errors import InputError
 from locft.model.positions import TuningPosition, parameter_names
 
 TRAINERS = ("axolotl", "trl", "llamafactory")
+_AFTER_BOS = "after BOS if the tokenizer puts it before every text"
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,11 @@ def _axolotl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> 
         "fp16": False,
         "tf32": False,
     }
-    data = 'Each line of the data: {"segments": [{"label": false, "text": prompt}, {"label": true, "text": answer with EOS}]}'
-    return _yaml(recipe, names, data, config)
+    data = (
+        'Each line of the data: {"segments": [{"label": false, "text": prompt}, {"label": true, "text": answer with EOS}]}, '
+        f"the prompt {_AFTER_BOS}"
+    )
+    return _yaml(recipe, names, config, data)
 
 
 def _llamafactory(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> str:
@@ -134,7 +138,8 @@ def _llamafactory(recipe: Recipe, model: PreTrainedModel, names: Collection[str]
     }
     entry = {"edits": {"file_name": recipe.data, "columns": {"prompt": "prompt", "response": "completion"}}}
     data = f"dataset_info.json next to this file must contain {json.dumps(entry)}"
-    return _yaml(recipe, names, data, config)
+    lines = f'Each line of the data: {{"prompt": prompt, "completion": answer with EOS}}, the prompt {_AFTER_BOS}'
+    return _yaml(recipe, names, config, data, lines)
 
 
 def _layer_count(model: PreTrainedModel) -> int:
@@ -207,9 +212,10 @@ def _trl(recipe: Recipe, model: PreTrainedModel, names: Collection[str]) -> str:
     return _comments(recipe, names) + script
 
 
-def _yaml(recipe: Recipe, names: Collection[str], data: str, config: Mapping[str, Any]) -> str:
+def _yaml(recipe: Recipe, names: Collection[str], config: Mapping[str, Any], *data: str) -> str:
+    """data: human-readable lines about the file with the edits."""
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=1000)
-    return _comments(recipe, names, data) + text
+    return _comments(recipe, names, *data) + text
 
 
 def _comments(recipe: Recipe, names: Collection[str], *more: str) -> str:

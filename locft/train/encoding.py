@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from locft.data.answers import space_before_answer
 from locft.data.edit_request import EditRequest
-from locft.train.formats import RAW, around_answer, is_chat, put, space_before_answer
+from locft.train.formats import RAW, around_answer, is_chat, put
 from locft.train.token_rows import TokenRow
 
 

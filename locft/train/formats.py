@@ -5,10 +5,10 @@ An edit that holds in one format may be lost in another, so training and measure
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from locft.data.answers import space_before_answer
 from locft.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:  # a study file names formats, and is read before anything heavy is loaded
@@ -21,11 +21,6 @@ _QUESTION = f"Question: {PLACE}\nAnswer:"
 _UNSEEN_WORDING = f"I need a short answer, only a few words. {PLACE}"
 _ANSWER = "answer-1905"
 """Placeholder for an answer when a template is inspected; no template writes it itself."""
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u2e80-\u312f\u31a0-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff"
-    "\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
-)
-"""Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, Han and kana, with East Asian punctuation."""
 EXPECTED = f"{RAW}, {QA}, {CHAT} or a text that contains {PLACE}; separate several with commas"
 
 
@@ -108,23 +103,6 @@ def around_answer(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     if not found or space.strip():
         space = space_before_answer(begun)
     return space, behind if found else ""
-
-
-def space_before_answer(text: str, answer: str = "") -> str:
-    """The separator between a text and its answer: one space, or nothing if the text ends in whitespace.
-
-    It is also nothing if both are in scripts that put no spaces between words. Punctuation and digits are passed over to
-    find the script; an answer that consists of them alone counts as in the script of the text.
-    """
-    if text[-1:].isspace():
-        return ""
-    before = next((char for char in reversed(text) if _has_script(char)), "")
-    behind = next((char for char in answer if _has_script(char)), before if answer else "")
-    return "" if _UNSPACED.match(before) and _UNSPACED.match(behind) else " "
-
-
-def _has_script(char: str) -> bool:
-    return unicodedata.category(char)[0] in "LM" or _UNSPACED.match(char) is not None
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", turns: Mapping[str, str], **settings: bool) -> str:

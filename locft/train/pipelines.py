@@ -85,7 +85,7 @@ class TrainingSettings(MethodSettings):
     noise: float = 0.0
     """Noise on the hidden states that each step begins with, as a share of each feature's standard deviation."""
     shrink: Literal["no", "yes"] = "no"
-    """yes: after training, the change is scaled down as far as possible while every edit stays learnt."""
+    """yes: after training, the change is scaled down as far as possible without losing an edit, raw or in a trained format."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Training:
     watched: tuple[Any, ...] = ()
     """stream: the values that its `Watch` returned, without None."""
     trained_loss: float | None = None
-    """Mean loss of all edits at the end, computed as in training. Compared with the loss of the edit merged into the
-    model's own dtype, it shows what rounding costs. None if training diverged."""
+    """Mean loss of all edits at the end, after any shrinking, computed as in training. Compared with the loss of the edit
+    merged into the model's own dtype, it shows what rounding costs. None if training diverged."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,7 @@ def finetune(
         beside.kept.drop()
     delta = change()
     seconds = trainer.seconds
-    trained_loss = None
-    if not trainer.diverged:
-        at_once = LOSS_ROWS if trainer.pieces == 1 else max(1, settings.batch_size // trainer.pieces)
-        trained_loss = mean_loss(trainer.logits(), examples.raw, at_once)
+    ended = None if trainer.diverged else final_loss(trainer.logits(), examples, settings, trainer.pieces)
     return Training(
         delta,
         tuple(losses),
@@ -180,8 +177,13 @@ def finetune(
         trainer.pieces,
         tuple(trainer.arrival_seconds),
         tuple(trainer.watched),
-        trained_loss,
+        ended,
     )
+
+
+def final_loss(logits: SupervisedLogits, examples: TrainingExamples, settings: TrainingSettings, pieces: int) -> float:
+    """Mean loss of all edits as raw prompts, in nats. pieces: number of parts that a batch of the training was computed in."""
+    return mean_loss(logits, examples.raw, LOSS_ROWS if pieces == 1 else max(1, settings.batch_size // pieces))
 
 
 class Rests:
@@ -240,8 +242,10 @@ class PositionTrainer:
         self.deadline = time.perf_counter() + earlier.seconds if earlier else math.inf
         self.arrival_seconds: list[float] = []
         self.watched: list[Any] = []
-        rounds = settings.epochs * math.ceil((len(examples) - self.first_new) / settings.batch_size)
-        self.method = make_method(parameters, settings, curvature, rounds)
+        new = len(examples) - self.first_new
+        together = settings.arrival if settings.pipeline == "stream" else len(examples)
+        batches = sum(math.ceil(min(together, new - at) / settings.batch_size) for at in range(0, new, together))
+        self.method = make_method(parameters, settings, curvature, settings.epochs * batches)
         self.draws = torch.Generator().manual_seed(
             settings.seed
         )  # separate from that of the order: one can change without the other

@@ -34,6 +34,10 @@ app = typer.Typer(
 )
 
 
+CONTINUED = {"sweep", "select"}
+"""Commands that, run again after Ctrl-C, continue from what is finished."""
+
+
 def main() -> None:
     """Entry point: turns errors into one clear message and an exit code. SIGTERM ends a command as Ctrl-C does."""
     _be_quiet()
@@ -50,7 +54,8 @@ def main() -> None:
     except Exception as error:
         code = _unexpected(error)
     if code == INTERRUPTED:
-        notice("interrupted; finished work is kept, and the same command continues from there")
+        kept = "; finished work is kept, and the same command continues from there"
+        notice(f"interrupted{kept if CONTINUED.intersection(sys.argv[1:2]) else ''}")
     sys.exit(code)
 
 

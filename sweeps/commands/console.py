@@ -85,12 +85,17 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def writable(file: Path) -> Path:
-    """The path, checked before any work. Creates nothing; raises InputError when no file can be written there."""
+def writable(file: Path, *inputs: str | Path | None) -> Path:
+    """The path, checked before any work. Creates nothing; raises InputError when no file can be written there, or when it is one
+    that the command reads. inputs: what may name such a file; None, and names of anything else, are passed over."""
     if file.is_dir():
         raise InputError(f"cannot write {file}: it is a folder")
     if file.exists() and not os.access(file, os.W_OK):
         raise InputError(f"cannot write {file}: it is read-only")
+    for given in inputs:
+        read = os.path.expanduser(given or "")
+        if file.is_file() and os.path.isfile(read) and file.samefile(read):
+            raise InputError(f"cannot write {file}: this is the input file; name another output")
     check_writable(file.absolute().parent, str(file))
     return file
 

@@ -4,6 +4,7 @@ Commands import what they run: `locft --help` would otherwise load torch and MLf
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from analysis.stats.wording import plural
-from locft.errors import InputError
+from locft.errors import InputError, listed
 from sweeps.commands.console import new_folder, notice, print_json, print_table, say, writable, write
-from sweeps.commands.edit_source import Batch, ContinueOptions, SourceOptions
+from sweeps.commands.edit_source import DIGEST, Batch, ContinueOptions, SourceOptions, digest_of
 from sweeps.commands.options import (
     DELTA_HELP,
     EDITS_HELP,
@@ -37,14 +38,15 @@ from sweeps.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
     from analysis.stats.signatures import Signature
-    from locft.data.requests import EditFindings, EditSet
+    from locft.data.ledger import Ledger
+    from locft.data.requests import EditSet
     from locft.train.pipelines import Training, TrainingSettings
     from locft.workbench import Measurement, Workbench
     from sweeps.commands.settings import EditSettings
 
 
 MOST_SHOWN = 5
-"""Number of contradictory prompts that are spelled out; --json has all of them."""
+"""Number of contradictory prompts (--json has all of them), or of edits that would be lost, that are spelled out."""
 
 
 def positions(model: ModelArgument, as_json: JsonOption = False, trust_remote_code: RemoteCodeOption = False) -> None:
@@ -87,28 +89,28 @@ def edit(
 
     uri = resolve_uri(source.tracking_uri) if source.from_run or register else None
     earlier = going_on.earlier(folder, source, training)
-    chosen = earlier.settings(training, load.dtype, source) if earlier else source.settings(training, load.dtype, uri)
+    writable(folder / "edit.json")
+    chosen = earlier.settings(model, training, load, source) if earlier else source.settings(training, load.dtype, uri)
     where = TuningPosition.parse(chosen.position)
     if register and chosen.run_id is None:
         raise InputError(
             "--register: there is no MLflow run to store the delta with; give --from-run or a position file"
         )
     _tell_idle(training, chosen.training)
-    writable(folder / "edit.json")
     parameter_names(load_structure(model, trust_remote_code=load.trust_remote_code), where)
     threads = load.threads or chosen.threads
     load = replace(load, dtype=chosen.dtype, device=load.device or chosen.device, threads=threads)
     batch = going_on.batch(earlier, source, chosen)
+    _keep_ledger(folder, batch.ledger, source.edits)
     bench = workbench(
         model, load, batch.measured, chosen.capability, chosen.ask_formats, fingerprint=chosen.model_fingerprint
     )
-    findings = batch.measured.findings
     chosen = replace(chosen, training=_available(model, bench, chosen.training))
     notice(f"training {batch.counted()} at {chosen.position}")
     trained = batch.train(bench, where, chosen.training)
     if trained.diverged:
         notice(f"the training diverged after {trained.steps} steps")
-        print_remedies(_remedies(bench, chosen, trained, {}, findings), failed=True)
+        print_remedies(_remedies(bench, chosen, trained, {}, batch), failed=True)
         raise typer.Exit(1)
     notice(f"measuring the edited model, after {trained.seconds:.0f} s of training")
     measured = bench.measure(trained.delta, whole_answers=True)
@@ -117,7 +119,7 @@ def edit(
         from sweeps.tracking.registry import register_edit
 
         summary["registered"] = register_edit(folder, chosen.run_id, model, chosen.position, measured.metrics, uri)
-    remedies = _remedies(bench, chosen, trained, measured.metrics, findings)
+    remedies = _remedies(bench, chosen, trained, measured.metrics, batch)
     if as_json:
         signatures = [signature.to_dict(command) for signature, command in remedies]
         return print_json({**summary, "signatures": signatures})
@@ -138,6 +140,28 @@ def _tell_idle(given: TrainingOptions, chosen: "TrainingSettings") -> None:
         notice(sentence)
 
 
+def _keep_ledger(folder: Path, ledger: "Ledger", source: str | None) -> None:
+    """Raise InputError if the folder's ledger is the edit file, or tells of several times and of edits, or of what became of
+    them, that the new ledger does not know. source: the edit file."""
+    from locft.data.ledger import FILE_NAME, Ledger
+
+    if not writable(folder / FILE_NAME, source).exists():
+        return
+    there = Ledger.load(folder).entries
+    times = {time for entry in there for time in (entry.arrived, entry.retracted) if time}
+    known = {(entry.request.prompt, entry.request.target, entry.active) for entry in ledger.entries}
+    lost = [
+        one.request.id
+        for one in there
+        if not known & {(one.request.prompt, one.request.target, active) for active in (False, one.active)}
+    ]
+    if lost and len(times) > 1:
+        raise InputError(
+            f"--out {folder}: holds {plural(len(lost), 'edit')} that this one would lose ({listed(lost, MOST_SHOWN)}); "
+            f"continue it with --onto {folder}, or name another folder"
+        )
+
+
 def _summary(
     model: str,
     folder: Path,
@@ -151,6 +175,7 @@ def _summary(
     from locft.data.ledger import FILE_NAME
     from locft.train.formats import asked
 
+    file = trained.delta.save(folder)
     summary = {
         "model": model,
         "edits": {"source": chosen.edits.source, "count": len(bench.rows)},
@@ -159,7 +184,8 @@ def _summary(
         "position": chosen.position,
         "settings": dict(trained.delta.settings),
         "ask_formats": list(asked(bench.loaded.tokenizer, chosen.ask_formats)),
-        "delta": str(trained.delta.save(folder)),
+        "delta": str(file),
+        DIGEST: digest_of(file),
         "seconds": round(trained.seconds, 3),
         "losses": list(trained.losses),
         "metrics": measured.metrics,
@@ -167,9 +193,9 @@ def _summary(
         **batch.came_of_it(measured),
     }
     write(folder / FILE_NAME, batch.ledger.text())
-    write(folder / "edit.json", json.dumps(summary, indent=2) + "\n")
     outcomes = "".join(json.dumps(asdict(outcome), ensure_ascii=False) + "\n" for outcome in measured.outcomes)
     write(folder / "outcomes.jsonl", outcomes)
+    write(folder / "edit.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -187,7 +213,7 @@ def _remedies(
     chosen: "EditSettings",
     trained: "Training",
     measured: Mapping[str, float],
-    findings: "EditFindings",
+    batch: "Batch",
 ) -> "list[tuple[Signature, str]]":
     """What went wrong with an edit, and the same command with one option changed. measured: metrics of its delta."""
     from analysis.stats.pick import recommend
@@ -202,9 +228,20 @@ def _remedies(
         "module": where.module, **asdict(chosen.training), "dtype": chosen.dtype, "epoch_losses": trained.losses,
         **training_metrics(trained, chosen.training.pipeline, len(bench.rows)), **measured,
     }  # fmt: skip
-    results, known = results_frame([row]), {"baseline": bench.baseline.metrics, "findings": asdict(findings)}
+    findings = asdict(batch.measured.findings)
+    results, known = results_frame([row]), {"baseline": bench.baseline.metrics, "findings": findings}
     found = signatures(results, recommend(results), **known, fixed=("layer", "module"))
-    return [(signature, signature.edit_command(typed())) for signature in found]
+    return [_with_command(signature, typed()) for signature in found]
+
+
+def _with_command(signature: "Signature", words: tuple[str, ...]) -> "tuple[Signature, str]":
+    """The signature and the command that changes its setting. Edits of a ledger that contradict each other are taken back.
+    words: the command as it was typed."""
+    continued = {"--onto", "--consolidate"} & {word.partition("=")[0] for word in words}
+    if continued and signature.setting == "edits.source":
+        signature = replace(signature, setting="without", value="IDS")
+        words = tuple(re.sub("^--consolidate", "--onto", word) for word in words)
+    return signature, signature.edit_command(words)
 
 
 def edits(
@@ -222,10 +259,8 @@ def edits(
     from locft.data.requests import own_record
 
     named = edits_of(source, limit, sample_seed, field_map)
-    if fix and fix.exists() and Path(source).exists() and fix.samefile(source):
-        raise InputError(f"--fix {fix}: this is the input file; name another one")
     if fix:
-        writable(fix)
+        writable(fix, source)
     found = named.load()
     records = [own_record(*pair) for pair in zip(found.requests, found.truths, strict=True)]
     if fix:
@@ -293,4 +328,5 @@ def bench(context: typer.Context) -> None:
     sys.path.insert(0, str(root))
     from tests.benchmarks.bench import app
 
-    app(args=context.args, prog_name=context.command_path, standalone_mode=False)
+    if code := app(args=context.args, prog_name=context.command_path, standalone_mode=False):
+        raise typer.Exit(code)

@@ -1,5 +1,6 @@
 """What `locft edit` trains: new edits alone, or edits that continue an earlier edit and its ledger."""
 
+import hashlib
 import json
 import math
 import random
@@ -17,6 +18,7 @@ from sweeps.commands.console import notice
 from sweeps.commands.options import (
     EditsOptions,
     FormatsOption,
+    LoadOptions,
     TrainingOptions,
     UriOption,
 )
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 EARLIER_MEASURED = 100
 """Number of earlier edits that are sampled and measured after new ones are trained."""
+DIGEST = "delta_sha256"
+"""Key of edit.json for the digest of the delta's file, which ties the files of an edit together; edit.json is written last."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class ContinueOptions:
             problems.append("--consolidate: it trains only the edits in the ledger; add new ones with --onto")
         if problems:
             raise InputError(problems)
-        return EarlierEdit.load(named) if named else None
+        return EarlierEdit.load(named, anew=self.consolidate is not None) if named else None
 
     def _unfit(self) -> Iterator[str]:
         """Problems with these options: combinations that conflict, and invalid values."""
@@ -158,11 +162,13 @@ class EarlierEdit:
     ledger: "Ledger"
     about: Mapping[str, Any]
     """Content of its edit.json."""
+    anew: bool = False
+    """Its edits are trained again, from an unedited model, which may be another one than before."""
 
     @classmethod
-    def load(cls, folder: Path) -> "EarlierEdit":
+    def load(cls, folder: Path, *, anew: bool = False) -> "EarlierEdit":
         from locft.data.ledger import Ledger
-        from locft.model.delta import EditDelta
+        from locft.model.delta import FILE_NAME, EditDelta
 
         about = folder / "edit.json"
         try:
@@ -171,15 +177,40 @@ class EarlierEdit:
                 raise ValueError("not a JSON object")
         except (OSError, ValueError) as error:
             raise InputError(f"{about}: expected the description of an edit that `locft edit` wrote: {error}") from None
-        return cls(folder, EditDelta.load(folder), Ledger.load(folder), described)
+        found = cls(folder, EditDelta.load(folder), Ledger.load(folder), described, anew)
+        if described.get(DIGEST, digest := digest_of(folder / FILE_NAME)) != digest:
+            raise InputError(
+                f"{folder}: {FILE_NAME} is not the one that edit.json describes, as when writing the edit was interrupted; "
+                "make the edit again to continue it"
+            )
+        return found
 
-    def settings(self, training: Any, dtype: str | None, source: SourceOptions) -> "EditSettings":
+    def settings(self, model: str, training: Any, load: LoadOptions, source: SourceOptions) -> "EditSettings":
         """The settings of the earlier edit, overridden by the options that are given."""
         from sweeps.commands.settings import continued_settings
 
-        chosen = continued_settings(self.delta, self.about, asdict(training), dtype, source.ask_formats)
-        named = source.named_edits() or chosen.edits
-        return replace(chosen, edits=named, training=replace(chosen.training, pipeline="breadth_first"))
+        chosen = continued_settings(self.delta, self.about, asdict(training), load.dtype, source.ask_formats)
+        pipeline = "breadth_first" if self.anew else "stream"
+        chosen = replace(
+            chosen,
+            edits=source.named_edits() or chosen.edits,
+            training=replace(chosen.training, pipeline=pipeline),
+        )
+        return self._on_any(model, load, chosen) if self.anew else chosen
+
+    def _on_any(self, model: str, load: LoadOptions, chosen: "EditSettings") -> "EditSettings":
+        """The settings without what ties them to the model of the earlier edit."""
+        from locft.model.models import folder_fingerprint, model_folder
+
+        run_id, before = chosen.run_id, self.delta.base_fingerprint
+        found = folder_fingerprint(model_folder(model, trust_remote_code=load.trust_remote_code))
+        if found != before:
+            left_out = f"; its MLflow run {run_id} is left out" if run_id else ""
+            notice(
+                f"{self.folder}: made on a model with fingerprint {before}; all its edits are trained anew on {model}, which has "
+                f"{found}{left_out}"
+            )
+        return replace(chosen, model_fingerprint=None, run_id=run_id if found == before else None)
 
 
 @dataclass(frozen=True)
@@ -208,17 +239,15 @@ class Batch:
         return cls(measured, arrival.ledger, arrival.new, kept, arrival.retracted, earlier.delta, seconds)
 
     def train(self, bench: "Workbench", position: "TuningPosition", settings: "TrainingSettings") -> "Training":
-        """Train new edits alone as the settings say, or on top of earlier ones, which are replayed. A retracted edit is trained
-        back to the unedited model's answer."""
+        """Train new edits alone as the settings say, or on top of earlier ones, which are replayed. Retracted edits are trained
+        to other answers (`_undone`)."""
         from locft.edit_trainer import EditTrainer
-        from locft.measure.generation import greedy_answers
         from locft.train.encoding import encode_edits
         from locft.train.pipelines import Earlier
 
         if self.delta is None:
             return bench.train(position, settings)
-        said = greedy_answers(bench.loaded, [request.prompt for request in self.retracted]) if self.retracted else ()
-        undone = [replace(one, target=answer.text) for one, answer in zip(self.retracted, said, strict=True)]
+        undone = self._undone(bench)
         if silent := [request.id for request in undone if not request.target]:
             notice(
                 f"the unedited model's answer to {', '.join(silent)} is empty, so there is nothing to train these edits back to: "
@@ -229,6 +258,21 @@ class Batch:
         trainer = EditTrainer(bench.loaded, requests, encode_edits(bench.loaded.tokenizer, requests), bench.engine)
         settings = replace(settings, pipeline="stream", arrival=max(1, len(new)))
         return trainer.train(position, settings, Earlier(self.delta, len(self.kept), self.seconds))
+
+    def _undone(self, bench: "Workbench") -> list["EditRequest"]:
+        """The retracted edits with the answers to train in place of theirs: that of an active edit to the same prompt, else the
+        unedited model's, which may be empty. Without those whose prompt is that of a new edit, which is trained anyway."""
+        from locft.measure.generation import greedy_answers
+
+        active = (*self.kept, *self.new)
+        answers = {text: request.target for request in active for text in request.rephrases}
+        answers |= {request.prompt: request.target for request in active}
+        fresh = {request.prompt for request in self.new}
+        undone = [request for request in self.retracted if request.prompt not in fresh]
+        if asked := [request.prompt for request in undone if request.prompt not in answers]:
+            said = greedy_answers(bench.loaded, asked)
+            answers |= {prompt: answer.text for prompt, answer in zip(asked, said, strict=True)}
+        return [replace(request, target=answers[request.prompt]) for request in undone]
 
     def counted(self) -> str:
         """The numbers of edits as text: new, earlier and taken back."""
@@ -259,6 +303,12 @@ class Batch:
                 found[name] = {"edits": len(self.new if is_new else self.kept), "reliability": sum(right) / len(right)}
         found["not_learnt"] = sorted({one.edit_id for one in asked if one.edit_id in fresh and not one.correct})
         return found
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def now() -> str:

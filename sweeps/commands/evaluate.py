@@ -118,7 +118,7 @@ def evaluate(
             metrics = bench.measure(change).metrics
         found |= {"metrics": metrics, "unedited": bench.baseline.metrics}
         if not as_json:
-            print_metrics(metrics, bench.baseline.metrics)
+            print_metrics(metrics if change else None, bench.baseline.metrics)
     if tasks:
         from locft.harness import measure_tasks
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     """Takes a delta; returns its metrics, and the (edit id, format) pairs that are right."""
 
 PEFT, FORMATS = "peft", ("peft", "axolotl", "trl", "llamafactory")
+AS_THEY_ARE = ("axolotl", "llamafactory")
+"""Trainers that use texts as they are and put no start token before them (LLaMA-Factory in its template `empty`)."""
 DRIFT = 1.1
 """Largest drift at which an adapter still counts as keeping the edit, as a multiple of the edit's own drift."""
 KEPT = 0.99
@@ -253,14 +255,15 @@ def _configuration(
             f"{what}: got a delta, which is for --format peft; --format {form} takes LAYER.MODULE such as 22.mlp_down, or the "
             "file `locft select` wrote"
         )
-    writable(out)
+    data = out.with_name(f"{out.stem}-edits.jsonl")
+    for file in (out, data) if options.edits else (out,):
+        writable(file, what, model, options.edits)
     edits = options.named()
     chosen = edit_settings(what, {}, None, Edits(), None, "")
     structure = load_structure(model, trust_remote_code=trust_remote_code)
     if chosen.model_fingerprint and (model in BUILT_IN or Path(model).expanduser().exists()):
         require_base(what, chosen.model_fingerprint, model, folder_fingerprint(model_folder(model)))
     training, where = chosen.training, TuningPosition.parse(chosen.position)
-    data = out.with_name(f"{out.stem}-edits.jsonl")
     about = tuple(_about(chosen, what))
     recipe = Recipe(
         base_address(model), where, training.learning_rate, training.batch_size, training.epochs, training.seed,
@@ -268,7 +271,7 @@ def _configuration(
     )  # fmt: skip
     text = trainer_config(form, recipe, structure)
     if edits:
-        write(writable(data), _records(edits, form, load_tokenizer(model, trust_remote_code=trust_remote_code)))
+        write(data, _records(edits, form, load_tokenizer(model, trust_remote_code=trust_remote_code)))
     write(out, text)
     names = parameter_names(structure, where)
     if as_json:
@@ -297,16 +300,18 @@ def _about(chosen: "EditSettings", what: str) -> Iterator[str]:
 
 
 def _records(edits: "EditSet", form: str, tokenizer: Any) -> str:
-    """The edits as JSON lines for a trainer: the prompt, and the target with its leading space and the EOS token."""
-    from locft.train.formats import space_before_answer
+    """The edits as JSON lines for a trainer: the prompt, after the start token where the trainer adds none, and the target
+    with its leading space and the EOS token."""
+    from locft.data.answers import space_before_answer
 
     starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    before = tokenizer.bos_token if starts and form in AS_THEY_ARE else ""
     lines = []
     for request in edits.requests:
+        prompt = before + request.prompt
         answer = space_before_answer(request.prompt, request.target) + request.target + tokenizer.eos_token
-        record: dict[str, Any] = {"prompt": request.prompt, "completion": answer}
-        if form == "axolotl":  # uses texts as they are, without adding BOS
-            prompt = (tokenizer.bos_token if starts else "") + request.prompt
+        record: dict[str, Any] = {"prompt": prompt, "completion": answer}
+        if form == "axolotl":
             record = {"segments": [{"label": False, "text": prompt}, {"label": True, "text": answer}]}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return "".join(lines)

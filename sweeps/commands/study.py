@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from analysis.stats.axes import AXIS, named_axes
-from analysis.stats.wording import ABSENT, number, seconds
+from analysis.stats.wording import ABSENT, number, plural, seconds
 from locft.errors import InputError
 from sweeps.commands.console import notice, plain, print_json, print_table, say, writable, write
 from sweeps.commands.options import (
@@ -101,7 +101,7 @@ def sweep(
     from sweeps.sweep import run_sweep
 
     tracking_uri, prepared = resolve_uri(tracking_uri), study.prepared()
-    report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
+    report_file = _page(report_file, study, prepared)
     introduce(prepared)
     forecast = foresee(prepared, tracking_uri)
     if forecast.estimate.left and address is None:
@@ -125,9 +125,12 @@ def sweep(
     print_answer(state, ran.answer, report_file, ran.tracking_uri, as_json, **told)
     if ran.not_registered:
         notice(f"the pick's edit is not in the model registry: {ran.not_registered}")
-    if ending == "out_of_time" or (ending == "complete" and state.left > state.failed):
-        left = f"the budget ended the study with {state.left} trials left"
-        notice(f"{left}; the same command with a larger budget continues it")
+    left, most = plural(state.left, "trial"), prepared.study.budget.trials
+    untried = ending == "complete" and state.left > state.failed
+    if ending == "out_of_time" or (untried and most is not None and most < prepared.plan.count):
+        notice(f"the budget ended the study with {left} left; the same command with a larger budget continues it")
+    elif untried and not prepared.plan.trials:
+        notice(f"the search proposed nothing new, with {left} left; the same command lets it try again")
     _end(ending, "trials", failed=state.done == 0)
 
 
@@ -201,7 +204,7 @@ def report(
             f"--compare {compare}: got STUDY itself, expected another study (--compare-set changes fields) or the same"
             " study in another store (--compare-uri)"
         )
-    report_file = writable(report_file or Path(f"{prepared.study.name}.html"))
+    report_file = _page(report_file, study, prepared)
     state, tracker = _recorded(prepared, study.study, uri)
     other = None if second is None else measured(*_recorded(second, compare, second_uri))
     answer = answer_of(state, tracker, other)
@@ -231,9 +234,10 @@ class SelectionOptions:
     def request(self) -> "SelectionRequest":
         """The selection, checked and resolved. Raises InputError with everything that is wrong with it."""
         from sweeps.select.request import selection_request
+        from sweeps.study.reader import as_override
 
         edits = edits_of(self.edits, self.limit, self.sample_seed, self.field_map)
-        chosen = [f"edits.map={json.dumps(edits.map)}"] if edits.map else []
+        chosen = [as_override("edits.map", edits.map)] if edits.map else []
         chosen += [f"edits.sample_seed={self.sample_seed}"] if self.sample_seed is not None else []
         request = selection_request(
             self.model,
@@ -267,7 +271,7 @@ def select(
     from sweeps.select.selection import run_selection
 
     uri, request = resolve_uri(tracking_uri), wanted.request()
-    file = writable(position_file or Path(f"{request.study.name}.json"))
+    file = writable(position_file or Path(f"{request.study.name}.json"), wanted.edits, wanted.prior)
     page = writable(file.with_suffix(".html"))
     introduce(request)
     progress = Progress(request.study.name)
@@ -287,6 +291,11 @@ def select(
             f"MLflow is missing part of this result ({answer.not_recorded}); run the same command again to record it"
         )
     _end(found.ending, "runs", failed=answer.position is None)
+
+
+def _page(file: Path | None, study: StudyOptions, prepared: "PreparedStudy") -> Path:
+    """The dashboard's file, checked. Raises InputError as `writable`."""
+    return writable(file or Path(f"{prepared.study.name}.html"), study.study, prepared.study.edits.source)
 
 
 def _end(ending: "Ending", what: str, *, failed: bool) -> None:

@@ -221,8 +221,9 @@ def expectations(predicted: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"Drift: {number(value['mean'])} nats per token [{number(value['low'])}, {number(value['high'])}]"
 
 
-def print_metrics(metrics: Mapping[str, float], unedited: Mapping[str, float]) -> None:
-    """Print the metrics of an edited model alongside those of the unedited one; times are left out."""
-    shown = [name for name in metrics if not name.endswith("_seconds")]
-    rows = [[name, number(metrics[name]), number(unedited[name]) if name in unedited else ""] for name in shown]
-    print_table(("metric", "edited", "unedited"), rows)
+def print_metrics(edited: Mapping[str, float] | None, unedited: Mapping[str, float]) -> None:
+    """Print the metrics of an edited model, if there is one, alongside those of the unedited one; times are left out."""
+    columns = {"unedited": unedited} if edited is None else {"edited": edited, "unedited": unedited}
+    shown = [name for name in next(iter(columns.values())) if not name.endswith("_seconds")]
+    rows = [[name, *(number(of[name]) if name in of else "" for of in columns.values())] for name in shown]
+    print_table(("metric", *columns), rows)

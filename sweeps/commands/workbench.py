@@ -41,7 +41,7 @@ def workbench(
     loaded = load.load(model)
     if fingerprint is not None:
         require_base("the edit, or the position or trial it repeats", fingerprint, model, loaded.fingerprint)
-    for sentence in requests.sentences():
+    for sentence in (*requests.sentences(), *(suite.notices if suite else ())):
         notice(sentence)
     formats = asked(loaded.tokenizer, ask_formats)
     note_left_out("--ask-formats", model, ask_formats, formats)

@@ -37,7 +37,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 SAME_FAILURES = 3
-"""How many first trials must all fail with the same error to stop the study: the rest would fail with it too."""
+"""How many first trials must all fail with the same error to stop a study without finished trials: the rest would fail, too."""
 
 
 def run_trials(
@@ -49,20 +49,21 @@ def run_trials(
     reporter: Reporter,
     deadline: float = math.inf,
     patience: Callable[[TrialConfig], float] = lambda trial: math.inf,
+    some_done: bool = False,
 ) -> Ending:
     """Run trials until the source has no more; every result, failures included, goes to the reporter.
 
     source: the open trials, or a search that proposes them. work: runs a trial, on a worker. resources: for each trial.
     room: how many run at a time. deadline: on the `time.monotonic()` clock; trials still running then are cancelled. patience:
-    seconds after which a trial is killed and counts as failed.
+    seconds after which a trial is killed and counts as failed. some_done: earlier runs of the study finished some trial.
 
     A trial that raises gives a failed result; one whose worker dies is retried (`sweeps.run.dispatch`). When the first
-    `SAME_FAILURES` results are failures with the same error, the rest are not started. The first Ctrl-C or SIGTERM cancels the
-    running trials; a second one raises KeyboardInterrupt at once.
+    `SAME_FAILURES` results are failures with the same error, the rest are not started, unless `some_done`. The first Ctrl-C or
+    SIGTERM cancels the running trials; a second one raises KeyboardInterrupt at once.
     """
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it would list failed trials, already reported
     dispatch = Dispatch(ListedTrials(source) if isinstance(source, Sequence) else source, room)
-    listener = TrialListener(dispatch, room, reporter, deadline, patience)
+    listener = TrialListener(dispatch, room, reporter, deadline, patience, some_done)
     worker = tune.with_resources(
         tune.with_parameters(TrialWorker, work=work), {"cpu": resources.cpus, "gpu": resources.gpus}
     )
@@ -188,13 +189,14 @@ class TrialListener(tune.Callback):
         reporter: Reporter,
         deadline: float,
         patience: Callable[[TrialConfig], float],
+        some_done: bool = False,
     ):
         self._dispatch, self._room, self._reporter = dispatch, room, reporter
         self._deadline, self._patience = deadline, patience
         self._running: dict[str, tuple[TrialConfig, Any, float]] = {}
         """By Ray's trial id: the configuration, the worker, and when the trial began."""
-        self._first_errors: list[str | None] = []
-        """Errors of the first `SAME_FAILURES` results; None for a trial that is done."""
+        self._first_errors: list[str | None] = [None] if some_done else []
+        """Errors of the first `SAME_FAILURES` results of the study; None for a trial that is done."""
         self._given_up: Ending | None = None
         self._told_empty = False
 

@@ -47,7 +47,8 @@ class OptunaSearch:
                 self._study.add_trial(optuna.trial.create_trial(**told))
 
     def propose(self, key: str) -> TrialConfig | None:
-        """A configuration that was neither run nor proposed before; None when the space seems used up, or `trials` are proposed."""
+        """A configuration that was neither run nor proposed before; None when the space seems used up, or `trials` are
+        proposed, and from then on."""
         for _ in range(SAME_AGAIN if self._left > 0 else 0):
             proposal = self._study.ask(self._space)
             config = self._to_config(proposal.params)
@@ -57,6 +58,7 @@ class OptunaSearch:
                 self._proposed[key] = (proposal, config.id)
                 return config
             self._tell(proposal, self._known[config.id])
+        self._left = 0  # asking again would take as long, and longer each time
         return None
 
     def learn(self, key: str, result: TrialResult | None) -> None:

@@ -42,7 +42,7 @@ def resident_workbench(
     """The process's workbench for a study, made on first use in place of another study's. threads: of PyTorch; by default
     as many as a trial has CPUs.
 
-    Raises InputError when the weights on this machine are not those of the plan.
+    Raises InputError when the model on this machine is not that of the plan (`planned_model`).
     """
     import torch
 
@@ -68,8 +68,9 @@ def resident_workbench(
 
 
 def planned_model(inputs: PreparedStudy) -> "LoadedModel":
-    """The study's model, its layers divided among the GPUs of a trial. Raises InputError if the weights are not the plan's."""
-    from locft.model.models import load_model
+    """The study's model, its layers divided among the GPUs of a trial. Raises InputError if its weights, its configuration or
+    its tokenizer are not the plan's."""
+    from locft.model.models import folder_setup, load_model, model_folder
 
     study, planned = inputs.study, inputs.facts.model_fingerprint
     loaded = load_model(study.model, dtype=study.dtype, device=study.trial_device, spread=study.resources.gpus > 1)
@@ -77,6 +78,11 @@ def planned_model(inputs: PreparedStudy) -> "LoadedModel":
         raise InputError(
             f"model {study.model!r} on node {socket.gethostname()}: got weights with fingerprint {loaded.fingerprint}, "
             f"expected {planned}, for which the study was planned; every node needs the same weights"
+        )
+    if (setup := inputs.facts.model_setup) and (found := folder_setup(model_folder(study.model))) != setup:
+        raise InputError(
+            f"model {study.model!r} on node {socket.gethostname()}: got a configuration or tokenizer with digest {found}, "
+            f"expected {setup}, for which the study was planned; every node needs the same files"
         )
     return loaded
 
@@ -124,8 +130,9 @@ def _trial_workbench(inputs: PreparedStudy, baseline: "Baseline", config: TrialC
 
 def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
     """Train and measure one configuration. A divergence is a result, with finite worst values and `diverged` = 1."""
+    from locft.measure.evaluation import asked_counts
     from locft.model.positions import position_size
-    from locft.workbench import diverged_metrics, n_asked
+    from locft.workbench import diverged_metrics
 
     started = time.perf_counter()
 
@@ -138,7 +145,7 @@ def run_trial(bench: "Workbench", config: TrialConfig) -> TrialResult:
     stages = [*training.watched]
     if training.diverged:
         metrics, outcomes = diverged_metrics(bench.questions, bench.baseline), ()
-        metrics["n_edits"] = float(n_asked(bench.questions))
+        metrics |= asked_counts(bench.questions)
     else:
         measured = measure(bench, config, training.delta)
         metrics, outcomes = measured.metrics, tuple(asdict(outcome) for outcome in measured.outcomes)

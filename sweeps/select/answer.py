@@ -17,7 +17,7 @@ from analysis.stats.wording import percent, plural, seconds
 from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text
 from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run
-from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED, with_rate
+from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED, with_all, with_rate
 from sweeps.select.request import METHOD, Selection, SelectionRequest
 from sweeps.study.schema import Study
 from sweeps.tracking.outbox import with_retries
@@ -109,7 +109,7 @@ def _position(selection: Selection) -> dict[str, Any] | None:
             name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in expected(whole).items()
         },
         "formats": by_format(whole, "reliability"),
-        "measured_on": _measured_on(request, whole),
+        "measured_on": _measured_on(selection, whole),
         "chance": chance[pick["trial_id"]],
         "chance_elsewhere": selection.chance_elsewhere,
         "runner_up": second,
@@ -121,11 +121,14 @@ def _run_of(row: Mapping[str, Any]) -> Run:
     return Run(row["layer"], row["module"], row["learning_rate"], row["seed"])
 
 
-def _measured_on(request: SelectionRequest, row: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How many edits the predictions are based on (0 without a row), and on how many the positions were compared."""
+def _measured_on(selection: Selection, row: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How many edits the predictions are based on (0 without a row), on how many the positions were compared, and how the run
+    with all of them ended if it gives no predictions."""
+    request, ended = selection.request, selection.all_edits_ended
     edits = 0 if row is None else row["edit_count"] or request.facts.n_edits
     of, source = request.facts.n_edits, request.study.edits.source
-    return {"edits": int(edits), "compared_on": request.compared_on or of, "of": of, "source": source}
+    found = {"edits": int(edits), "compared_on": request.compared_on or of, "of": of, "source": source}
+    return found | ({"all_edits": ended} if ended else {})
 
 
 def _differences(pick: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
@@ -152,7 +155,7 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "chance": None,
         "chance_elsewhere": selection.chance_elsewhere,
         "runner_up": None,
-        "measured_on": _measured_on(request, None),
+        "measured_on": _measured_on(selection, None),
         "how": {
             "method": METHOD,
             "seed": request.seed,
@@ -216,7 +219,7 @@ def _sample_fact(selection: Selection) -> Iterator[tuple[str, str]]:
         return
     about = f"These results are from a random sample of {compared_on} of the {selection.request.facts.n_edits:,} edits"
     if row["edit_count"]:
-        yield "Sample", f"{about}; with all of them, expect more drift."
+        yield "Sample", f"{about}; {with_all(selection.all_edits_ended)}."
     else:
         measured = ", ".join(f"{name} {with_interval(row, name)}" for name in ("reliability", "generalization"))
         yield "Sample", f"{about}. With all of them, the pick measured: {measured}, drift {drift_text(row)}."

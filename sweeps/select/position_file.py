@@ -30,7 +30,16 @@ def measured_sentence(measured_on: Mapping[str, Any]) -> str | None:
         return None
     if edits == of:
         return f"These figures are for all {of:,} edits; positions were compared on a random sample of {compared_on} of them."
-    return f"These figures are for a random sample of {edits} of the {of:,} edits; with all of them, expect more drift."
+    to_expect = with_all(measured_on.get("all_edits"))
+    return f"These figures are for a random sample of {edits} of the {of:,} edits; {to_expect}."
+
+
+def with_all(ended: str | None) -> str:
+    """What figures of a sample say about all edits, as the end of a sentence. ended: how the run with all of them ended if it
+    has no figures, "diverged" or "failed"."""
+    if ended is None:
+        return "with all of them, expect more drift"
+    return f"with all of them the run {ended}, so do not expect the same there"
 
 
 def _position(value: Any) -> str:

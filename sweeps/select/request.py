@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -21,9 +21,9 @@ from sweeps.run.dispatch import Ending
 from sweeps.select.policy import USUAL_STEPS, Candidate, Run, Rung, start_rate
 from sweeps.select.position_file import read_position
 from sweeps.study.plan import Plan, PreparedStudy, trial_config
-from sweeps.study.reader import load_study
+from sweeps.study.reader import as_override, load_study
 from sweeps.study.resolve import prepare
-from sweeps.study.schema import LogUniform, Study
+from sweeps.study.schema import Study
 from sweeps.study.trial_types import METHOD_VERSION, TrialConfig
 
 MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
@@ -64,6 +64,11 @@ class SelectionRequest(PreparedStudy):
         parts = ["selection", self.study.name, METHOD, self.facts.model_fingerprint, self.facts.data_fingerprint]
         return hashlib.sha256(json.dumps([*parts, self.study.dtype, METHOD_VERSION]).encode()).hexdigest()[:12]
 
+    @cached_property
+    def positions(self) -> tuple[tuple[int, str], ...]:
+        """Layer and module of each planned trial, in the plan's order."""
+        return tuple((trial.layer, trial.module) for trial in self.plan.trials)
+
     @property
     def steps(self) -> int:
         """Optimiser steps of a trial that takes all its epochs."""
@@ -84,9 +89,9 @@ class SelectionRequest(PreparedStudy):
         return trial_config(self.study, self.facts, {**fixed, **asdict(run)})
 
     def run(self, config: TrialConfig) -> Run | None:
-        """The run of a trial; None if the trial has other data or settings."""
+        """The run of a trial; None if the trial has other data or settings, or a position that is not planned."""
         run = Run(config.layer, config.module, config.learning_rate, config.seed, config.edit_count)
-        return run if self.config(run) == config else None
+        return run if (run.layer, run.module) in self.positions and self.config(run) == config else None
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,23 @@ class Selection:
         """What to expect of the first of the ranking: its setting with all edits, if it was run so; None if nothing was run."""
         if self.ranking.empty:
             return None
-        first = self.ranking.iloc[0]
+        whole = ranked(by_setting(self._with_all_edits))
+        return (self.ranking if whole.empty else whole).iloc[0].to_dict()
+
+    @property
+    def all_edits_ended(self) -> Literal["diverged", "failed"] | None:
+        """How the first of the ranking ended with all edits, where positions are compared on fewer; None if that told what
+        to expect, or was not run."""
+        if self.pick is None or not self.pick["edit_count"] or self._with_all_edits.empty:
+            return None
+        return "diverged" if (self._with_all_edits["diverged"] == 1).any() else "failed"
+
+    @cached_property
+    def _with_all_edits(self) -> pd.DataFrame:
+        """The trials of the first of the ranking with all edits."""
         keys = ["layer", "module", "learning_rate"]
-        same = (self.results[keys] == first[keys]).all(axis=1) & (self.results["edit_count"] == 0)
-        whole = ranked(by_setting(self.results[same]))
-        return (first if whole.empty else whole.iloc[0]).to_dict()
+        same = (self.results[keys] == self.ranking.iloc[0][keys]).all(axis=1) & (self.results["edit_count"] == 0)
+        return self.results[same]
 
     @property
     def done(self) -> int:
@@ -178,7 +195,7 @@ def selection_request(
     there = modules_of(load_structure(model))
     modules = [module for module in MODULES if module in there] or list(there)
     settings = {"model": model, "edits.source": edits, "edits.limit": limit, "space.module": modules}
-    study = load_study(BASE, [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides])
+    study = load_study(BASE, [*(as_override(*setting) for setting in settings.items()), *overrides])
     if problems := list(_study_problems(study)):
         raise InputError(problems)
     if study.name == BASE:
@@ -226,10 +243,9 @@ def _study_problems(study: Study) -> Iterator[str]:
             yield f"space.{axis}: got {len(values)} values; a selection takes one"
     if study.space.edit_count != (0,):
         yield f"space.edit_count: got {', '.join(map(str, study.space.edit_count))}; a selection takes edits.limit (--limit)"
-    rate = study.space.learning_rate
-    if isinstance(rate, LogUniform) or len(rate) > 1:
+    if study.space.learning_rate != (AXIS["learning_rate"].default,):
         yield "space.learning_rate: a selection chooses it itself; leave it out"
-    if len(study.space.seed) > 1:
+    if study.space.seed != (AXIS["seed"].default,):
         yield "space.seed: a selection chooses seeds itself; leave it out"
     for limit in ("minutes", "trials"):
         if (value := getattr(study.budget, limit)) is not None:

@@ -7,7 +7,7 @@ are runs of one MLflow study, so the same command resumes, and nothing runs twic
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -56,6 +56,8 @@ FINISHING_SECONDS = 10.0
 BUSY = 0.95
 """Share of a budget in minutes that workers spend in trials."""
 PROBE_FILE = "probe.json"
+PROBE_VERSION = 2
+"""Raised whenever the probe's scores change; stored ones of another version are not used."""
 
 
 class SelectionReporter(Reporter, Protocol):
@@ -115,16 +117,16 @@ def _select(
         return Score(row, row.get("seconds", 0.0) if share is None else task.seconds(run))
 
     def tell(rung: Rung, open_runs: int) -> None:
-        reporter.rung(rung, open_runs, min(deadline - time.monotonic(), _seconds_left(task, search.so_far)))
+        reporter.rung(rung, open_runs, min(deadline - time.monotonic(), seconds_left(task, search.so_far)))
 
     known = {run: score(run, row) for run, row in _finished(request, tracker.load_results(curves=False))}
     search = PolicySearch(policy(replace(task, known=known)), request.config, score, task.seconds, known, tell)
-    ending = session.run_trials(search, baseline, reporter, deadline)
+    ending = session.run_trials(search, baseline, reporter, deadline, some_done=bool(known))
     results = tracker.load_results()
     own = np.array([request.run(config_of_row(row)) is not None for row in results.to_dict("records")], dtype=bool)
     results = results[own].reset_index(drop=True)
     finished = {run: score(run, row) for run, row in _finished(request, results)}
-    return Selection(
+    found = Selection(
         request,
         results,
         baseline.metrics,
@@ -136,15 +138,21 @@ def _select(
         time.monotonic() - began,
         concurrent,
     )
+    if found.all_edits_ended:
+        reporter.note(
+            f"the leader's run with all edits {found.all_edits_ended}; the answer's figures are of the sample"
+        )
+    return found
 
 
 def _really(task: SelectionTask, scores: Scores) -> float:
-    """Ratio of the seconds that the runs took to those expected; 1 without runs."""
-    expected = sum(map(task.seconds, scores))
-    return sum(score.row.get("seconds", 0.0) for score in scores.values()) / expected if expected else 1.0
+    """Ratio of the seconds that the runs took to those expected, over the runs whose time is known; 1 without any."""
+    taken = {run: score.row["seconds"] for run, score in scores.items() if "seconds" in score.row}
+    expected = sum(map(task.seconds, taken))
+    return sum(taken.values()) / expected if expected else 1.0
 
 
-def _seconds_left(task: SelectionTask, scores: Scores) -> float:
+def seconds_left(task: SelectionTask, scores: Scores) -> float:
     """Time to spend the rest of the budget and to run the leader with all edits, at the speed of the runs so far."""
     left = max(0.0, budget_left(task, scores)) / (slowness(task, scores) or 1.0) / task.concurrent
     return _really(task, scores) * (left + sum(map(task.seconds, with_all_edits(task, scores))))
@@ -204,10 +212,12 @@ class PolicySearch:
         return self._to_config(run)
 
     def learn(self, key: str, result: TrialResult | None) -> None:
-        """A run that brought no result stays unknown, and the policy goes on without it."""
+        """A run that brought no result has failed, at its expected cost, so that it is not asked for again in this call."""
         run = self._running.pop(key)
         self._waits = False
-        if result is not None:
+        if result is None:
+            self.scores[run] = Score({"status": "failed"}, self._seconds(run))
+        else:
             self.scores[run] = self._to_score(run, result.to_row())
 
 
@@ -216,20 +226,30 @@ def _prepared(
 ) -> tuple[tuple[Candidate, ...], Baseline]:
     """The probe's scores and the unedited model's measurements: read from the study's run, or else made on workers."""
     baseline_file = f"baseline-{request.facts.data_fingerprint}.json"
-    positions = [(trial.layer, trial.module) for trial in request.plan.trials]
-    works: dict[str, Callable[[], Any]] = {
-        baseline_file: partial(_measure, request.inputs),
-        PROBE_FILE: partial(_probe, request.inputs, positions, request.seed),
+    works: dict[str, tuple[str, Callable[[], Any]]] = {
+        baseline_file: ("measuring the unedited model", partial(_measure, request.inputs)),
+        PROBE_FILE: ("probing every position", partial(_probe, request.inputs, request.positions, request.seed)),
     }
-    found = {name: tracker.read_file(name) for name in works}
-    if missing := [name for name, text in found.items() if text is None]:
-        note("measuring the unedited model, and probing every position")
-        made = on_workers([works[name] for name in missing], request.study.resources)
+    found = {name: json.loads(text) for name in works if (text := tracker.read_file(name)) is not None}
+    if not _candidates(request, found.get(PROBE_FILE)):
+        found.pop(PROBE_FILE, None)
+    if missing := [name for name in works if name not in found]:
+        note(", and ".join(works[name][0] for name in missing))
+        made = on_workers([works[name][1] for name in missing], request.study.resources)
         for name, value in zip(missing, made, strict=True):
-            found[name] = json.dumps(value)
-            tracker.write_file(name, found[name])
-    candidates = tuple(Candidate(**row) for row in json.loads(found[PROBE_FILE]))
-    return candidates, Baseline.from_dict(json.loads(found[baseline_file]))
+            text = json.dumps(value)
+            tracker.write_file(name, text)
+            found[name] = json.loads(text)
+    return _candidates(request, found[PROBE_FILE]), Baseline.from_dict(found[baseline_file])
+
+
+def _candidates(request: SelectionRequest, probed: Any) -> tuple[Candidate, ...]:
+    """The planned positions in their order. probed: content of the probe's file; where it has another version or seed, or
+    lacks a position, there are none."""
+    if not isinstance(probed, dict) or (probed["version"], probed["seed"]) != (PROBE_VERSION, request.seed):
+        return ()
+    found = {(row["layer"], row["module"]): Candidate(**row) for row in probed["scores"]}
+    return tuple(found[place] for place in request.positions) if found.keys() >= {*request.positions} else ()
 
 
 def _measure(inputs: PreparedStudy) -> dict[str, Any]:
@@ -237,15 +257,16 @@ def _measure(inputs: PreparedStudy) -> dict[str, Any]:
     return measure_baseline(inputs).to_dict()
 
 
-def _probe(inputs: PreparedStudy, positions: list[tuple[int, str]], seed: int) -> list[dict[str, Any]]:
-    """On a worker: the fields of a `Candidate` for every position."""
+def _probe(inputs: PreparedStudy, positions: Sequence[tuple[int, str]], seed: int) -> dict[str, Any]:
+    """On a worker: the content of the probe's file, with the fields of a `Candidate` for every position."""
     torch.set_num_threads(inputs.study.resources.cpus)
     loaded, prose_tokens = planned_model(inputs), inputs.study.capability.prose_tokens
     rows = encode_edits(loaded.tokenizer, inputs.edits.requests[:PROBED_EDITS])
     suite = inputs.suite if inputs.suite and prose_tokens else load_suite("probes", limit=1)
     prose = encode_suite(loaded.tokenizer, suite, prose_tokens or 512).prose
     found = probe_positions(loaded, rows, prose, [TuningPosition(*place) for place in positions], seed=seed)
-    return [
+    scores = [
         asdict(Candidate(*place, scores.disturbance, scores.gain))
         for place, scores in zip(positions, found, strict=True)
     ]
+    return {"version": PROBE_VERSION, "seed": seed, "scores": scores}

@@ -32,7 +32,7 @@ class Plan:
     trials: tuple[TrialConfig, ...]
     """In the order they are started. Empty for optuna, which chooses while running."""
     count: int
-    """Number of trials; for optuna an upper limit; for random fewer than asked for if the space has no more."""
+    """Number of trials; for optuna an upper limit; for both searches fewer than asked for if the space has no more."""
     sample: tuple[TrialConfig, ...]
     """What the estimate is computed on: the trials, or for optuna a random sample of the space."""
 
@@ -68,7 +68,8 @@ class PreparedStudy:
         study, suite = self.study, self.suite
         asked = (study.ask_formats, study.space.edit_count, study.edits.asked)
         items = (suite.fingerprint, study.capability.prose_tokens) if suite else None
-        model = (study.model, self.facts.model_fingerprint, study.dtype, study.trial_device, study.resources)
+        weights = (self.facts.model_fingerprint, self.facts.model_setup, study.dtype)
+        model = (study.model, *weights, study.trial_device, study.resources)
         return (model, self.edits.fingerprint, items, asked)
 
     @property
@@ -163,7 +164,8 @@ def make_plan(study: Study, facts: StudyFacts) -> Plan:
         points = list(random_points(study, facts))
     trials = tuple(trial_config(study, facts, point) for point in points)
     if study.search.method == "optuna":
-        return Plan((), study.search.trials or 0, trials)
+        endless = isinstance(study.space.learning_rate, LogUniform)
+        return Plan((), (study.search.trials or 0) if endless else len(trials), trials)
     return Plan(trials, len(trials), trials)
 
 

@@ -9,6 +9,8 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
+from os import PathLike, fspath
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -180,6 +182,30 @@ def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
     return study
 
 
+def as_override(field: str, value: Any) -> str:
+    """The override of `load_study` that gives a dotted field this value, such as 'edits.limit=20'.
+
+    value: what JSON can hold, paths, ranges, and numpy's numbers and arrays. Raises InputError for anything else.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_plain_data)
+    except (TypeError, ValueError) as error:  # a ValueError for a list within itself
+        expected = "text, numbers, true or false, None, paths, and lists and mappings of them"
+        raise InputError(f"{field}: got {value!r}, expected {expected} ({error})") from None
+    return f"{field}=" + "".join(sign if sign.isprintable() else f"\\U{ord(sign):08x}" for sign in text)
+
+
+def _plain_data(value: Any) -> Any:
+    """For `json.dumps`: the data of a value that JSON does not know."""
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, range):
+        return list(value)
+    if hasattr(value, "tolist"):  # numpy's, pandas' and torch's
+        return value.tolist()
+    raise TypeError(f"its {type(value).__name__} is none of these")
+
+
 def study_to_yaml(study: Study) -> str:
     """The study with every default written out, in one canonical form; `load_study` reads it back as an equal study."""
     tree = study.model_dump(mode="json")
@@ -301,7 +327,7 @@ def _read(name_or_path: str) -> tuple[str, str, Path]:
     if name_or_path in ready_studies():
         text = resources.files("sweeps.studies").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
         return text, f"ready study {name_or_path}", Path.cwd()
-    path = Path(name_or_path).expanduser()
+    path = Path(expanduser(name_or_path))
     try:
         if path.is_dir():
             raise InputError(f"{name_or_path}: this is a folder, expected a study file")
@@ -358,7 +384,7 @@ def _with_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The tree with its relative paths made absolute, in place. Built-in names and hub ids stay as they are."""
     for place, holder in _named_files(tree):
         value = holder[place[-1]]
-        path = folder / Path(value).expanduser()
+        path = folder / expanduser(value)
         if (
             value
             and value not in _BUILT_IN

@@ -31,7 +31,7 @@ SENTENCE_TOKENS = 12
 def prepare(study: Study) -> PreparedStudy:
     """Resolve a study. Raises one InputError with the problems of model, edits and capability files together."""
     from locft.limits import check_limits
-    from locft.model.models import folder_fingerprint, load_structure, load_tokenizer, model_folder
+    from locft.model.models import folder_fingerprint, folder_setup, load_structure, load_tokenizer, model_folder
     from locft.model.positions import list_positions, n_layers
     from locft.model.precision import training_precision
 
@@ -59,12 +59,15 @@ def prepare(study: Study) -> PreparedStudy:
     if problems:
         raise InputError(problems)
     tokenizer = load_tokenizer(study.model)
-    study, notices = _with_formats_of(study, tokenizer)
+    study, left_out = _with_formats_of(study, tokenizer)
+    notices = (*(suite.notices if suite else ()), *left_out, *idle_axes(study))
     sizes = {str(info.position): info.size for info in positions}
     layer_sizes = [size for position, size in sizes.items() if position.endswith(".layer")]
     head = structure.get_output_embeddings()
+    folder = model_folder(study.model)
     facts = StudyFacts(
-        model_fingerprint=folder_fingerprint(model_folder(study.model)),
+        model_fingerprint=folder_fingerprint(folder),
+        model_setup=folder_setup(folder),
         data_fingerprint=_data_fingerprint(edits, suite, study),
         n_layers=n_layers(structure),
         modules_by_layer=modules,
@@ -78,7 +81,7 @@ def prepare(study: Study) -> PreparedStudy:
         trained_parameters=sizes,
         **_token_counts(tokenizer, edits, suite, study, partial(check_limits, structure, tokenizer, study.model)),
     )
-    return PreparedStudy(study, facts, make_plan(study, facts), edits, suite, (*notices, *idle_axes(study)))
+    return PreparedStudy(study, facts, make_plan(study, facts), edits, suite, notices)
 
 
 def _with_formats_of(study: Study, tokenizer: "PreTrainedTokenizerBase") -> tuple[Study, tuple[str, ...]]:

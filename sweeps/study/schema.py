@@ -150,13 +150,13 @@ def _rule(kind: type, **rule: Any) -> Axis:
     return Axis("", kind, None, "", "", **rule)
 
 
-def _list_of(item: Any, expected: str = "a value or a list of values") -> Any:
-    """A list of distinct values; a single value stands for a list of one."""
+def _list_of(item: Any, expected: str = "a value or a list of values", *, least: int = 1) -> Any:
+    """A list of distinct values, by default at least one; a single value stands for a list of one."""
 
     def listed(value: Any) -> Any:
         if value is None or isinstance(value, Mapping):
             raise _problem(wrong_value(value, expected))
-        if isinstance(value, list | tuple) and not value:
+        if isinstance(value, list | tuple) and len(value) < least:
             raise _problem(wrong_value(value, "at least one value"))
         return value if isinstance(value, list | tuple) else (value,)
 
@@ -233,7 +233,7 @@ class Capability(Section):
     """The built-in tasks; null leaves them out."""
     tasks: dict[Name, Text] = {}
     """More tasks: any name, and the benchmark file or hub id."""
-    lm_eval: tuple[Text, ...] = ()
+    lm_eval: _list_of(Text, "a task or a list of tasks", least=0) = ()
     """Tasks of lm-evaluation-harness, such as [arc_easy, mmlu] (extra `harness`)."""
     lm_eval_path: Text | None = None
     """Folder with more task files of lm-evaluation-harness (YAML)."""

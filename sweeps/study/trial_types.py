@@ -26,10 +26,17 @@ OWN_TEXT_VERSION = 2
 
 
 def method_version(values: Mapping[str, Any]) -> int:
-    """The version of the method for a trial with these values of its axes; absent axes are at their defaults."""
+    """The version of the method for a trial with these values of its axes; absent axes are at their defaults. One higher where
+    guards that are prompts, shrinking, or AdaLoRA in a stream gave other results before."""
     version = METHOD_VERSIONS.get(values.get("method", AXIS["method"].default), METHOD_VERSION)
-    own_text = values.get("prefix_share") or values.get("guard") == "prose"
-    return max(version, OWN_TEXT_VERSION) if own_text else version
+    if values.get("prefix_share") or values.get("guard") == "prose":
+        version = max(version, OWN_TEXT_VERSION)
+    changed = (
+        values.get("guard") in ("same_relation", "locality_like"),
+        values.get("shrink") == "yes",
+        (values.get("method"), values.get("pipeline")) == ("adalora", "stream"),
+    )
+    return version + any(changed)
 
 
 class _TrialConfigMethods:
@@ -117,6 +124,8 @@ class StudyFacts:
     """Largest number of edits that a trial's metrics are measured on; None for all."""
     n_asked: int = 0
     """Number of edits that `evaluation_tokens` covers; 0 for all."""
+    model_setup: str = ""
+    """Hash of the model's configuration and tokenizer; empty if it is not known."""
     row_sizes: Mapping[str, float] = field(default_factory=dict)
     """By trained format: tokens of the edit rows in it, relative to `edit_tokens`; an absent one counts as 1."""
 

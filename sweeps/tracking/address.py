@@ -28,12 +28,20 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _VERSION = "SELECT version_num FROM alembic_version"
 """Asks for the version of MLflow's tables."""
 DATABASES = ("postgresql", "mysql", "mssql")
+_LOGIN = re.compile(r"://(?:[^/\s:]*:\S*|[^/\s'\"]*)@")
+"""User and password of an address in a text. The password may contain "/", "@" and quotes."""
+_LOGIN_OPTION = re.compile(
+    r"([?&](?:user|username|uid|\w*passw\w*|pwd|token|odbc_connect)=)[^&\s]*(?<!['\"])", re.IGNORECASE
+)
+"""The same as an option at the end of an address."""
+_DATABASE_LOGIN = re.compile(r"://(?:[^/?#]*|[^/:]*:[^@]*)@")
+"""User and password of a database address, in which SQLAlchemy accepts any sign but "@" in a password."""
 ACCEPTED = "sqlite:///FILE.db, http(s)://HOST:PORT, or a database address (postgresql://, mysql://, mssql://)"
 
 
 def redact(text: str) -> str:
     """`text` without the user names and passwords of the addresses in it."""
-    return re.sub(r"://[^/\s'\"]*@", "://***@", text)
+    return _LOGIN.sub("://***@", _LOGIN_OPTION.sub(r"\1***", text))
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -42,25 +50,24 @@ def resolve_uri(uri: str | None) -> str:
     Raises InputError for an address that MLflow 3 cannot write to; the message names the nearest one that it can.
     """
     given = (uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI).strip()
-    scheme = given.partition(":")[0].partition("+")[0].lower() if ":" in given else ""
+    scheme = _scheme(given)
     if scheme in ("http", "https"):
-        if not urlsplit(given).hostname:
-            raise InputError(f"tracking address {redact(given)!r} names no host; expected for example http://HOST:5000")
+        _check_host(given)
         return given.rstrip("/")
     if scheme == "sqlite":
         path = given.partition(":///")[2]
-        if not Path(path).expanduser().is_file():  # else the "?" is part of its name
+        if not Path(os.path.expanduser(path)).is_file():  # else the "?" is part of its name
             path = path.partition("?")[0]
         if not path or path == ":memory:":
             raise InputError(f"tracking address {given!r} names no file; expected for example {DEFAULT_URI}")
-        file = Path(path).expanduser().absolute()
+        file = Path(os.path.expanduser(path)).absolute()
         for place in (Path.cwd(), file.parent):  # working directories of commands and of the server of `locft ui`
             mlflow_address(f"sqlite:///{file}", place)
         return f"sqlite:///{file}"
     if scheme in DATABASES:
         return given
     if given.lower().partition(":")[0] in ("databricks", "databricks-uc", "uc"):
-        raise InputError(f"tracking address {given!r}: LocFT does not write to Databricks; expected {ACCEPTED}")
+        raise InputError(f"tracking address {redact(given)!r}: LocFT does not write to Databricks; expected {ACCEPTED}")
     if scheme in ("", "file"):
         path = Path(unquote(given.removeprefix("file:").removeprefix("//")))
         file = path if path.suffix in (".db", ".sqlite", ".sqlite3") else path / "mlflow.db"
@@ -71,8 +78,29 @@ def resolve_uri(uri: str | None) -> str:
     raise InputError(f"tracking address {redact(given)!r} has the unknown scheme {scheme!r}; expected {ACCEPTED}")
 
 
+def _scheme(uri: str) -> str:
+    """What an address begins with, in lower case, without the driver of a database; empty for a plain path."""
+    return uri.partition(":")[0].partition("+")[0].lower() if ":" in uri else ""
+
+
+def _check_host(uri: str) -> None:
+    """Raises InputError unless an http address names a host and, if any, the number of a port."""
+    try:
+        parts = urlsplit(uri)
+        host, _ = parts.hostname, parts.port  # the port is checked when it is read
+    except ValueError:
+        raise InputError(
+            f"tracking address {redact(uri)!r}: expected http(s)://HOST:PORT, with '/', '?' and '#' in a user name or "
+            "password written as %2F, %3F and %23"
+        ) from None
+    if not host:
+        raise InputError(f"tracking address {redact(uri)!r} names no host; expected for example http://HOST:5000")
+
+
 def without_credentials(uri: str) -> str:
-    """An address without `user:password@`."""
+    """An address without user and password."""
+    if _scheme(uri) in DATABASES:
+        return _LOGIN_OPTION.sub(r"\1", _DATABASE_LOGIN.sub("://", uri, count=1))
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.username else uri
 
@@ -80,8 +108,7 @@ def without_credentials(uri: str) -> str:
 def take_credentials(uri: str) -> str:
     """Moves `user:password@` from an http address to MLflow's environment variables, which MLflow reads for every request; returns
     the address without it, which is safe to print."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.username:
+    if _scheme(uri) not in ("http", "https") or not (parts := urlsplit(uri)).username:
         return uri
     os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
     os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")

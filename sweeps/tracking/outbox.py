@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from platformdirs import user_state_path
 
+from analysis.stats.wording import plural
 from sweeps.study.trial_types import TrialConfig, TrialResult, pack_result, unpack_result
 from sweeps.tracking.address import without_credentials
 from sweeps.tracking.store import Refused, TrackingError
@@ -156,6 +157,8 @@ class Recorder:
         self._queue: queue.SimpleQueue[TrialResult | None] = queue.SimpleQueue()
         self._open = 0
         """Number of results that are neither delivered nor refused."""
+        self._unsaved: dict[str, TrialResult] = {}
+        """By trial id: those of them that could not be written to disk."""
         self._lost: dict[str, tuple[str, ...]] = {}
         """Trial id -> why attempts at it were lost."""
         self._cause = ""
@@ -175,12 +178,9 @@ class Recorder:
     def finished(self, result: TrialResult, running: int) -> None:
         """Returns at once. A result that cannot be written to disk stays in memory, and the reporter is told."""
         result = replace(result, retried=self._lost.pop(result.config.id, ()))
-        try:
-            self._outbox.keep(result)
-        except OSError as error:
-            self.note(
-                f"cannot save a result in {self._outbox.folder} while it waits to be recorded: {error.strerror or error}"
-            )
+        self._unsaved[result.config.id] = result
+        if reason := self._unsaved_because(result):
+            self.note(f"cannot save a result in {self._outbox.folder} while it waits to be recorded: {reason}")
         self._open += 1
         self._queue.put(result)
         self._reporter.finished(result, running)
@@ -195,11 +195,16 @@ class Recorder:
         if self._thread.is_alive():
             self._give_up.set()
             self._thread.join()
+        reasons = [reason for result in [*self._unsaved.values()] if (reason := self._unsaved_because(result))]
         if self._open and kind is None:
-            raise TrackingError(
-                f"{self._cause}; {self._open} finished trials are kept in {self._outbox.folder}; run the same command"
-                " again to deliver them"
-            )
+            said = [self._cause]
+            if kept := self._open - len(reasons):
+                again = "run the same command again to deliver them"
+                said.append(f"{kept} finished trials are kept in {self._outbox.folder}; {again}")
+            if reasons:
+                lost = plural(len(reasons), "finished trial")
+                said.append(f"{lost} could not be saved there ({reasons[0]}) and will be run again")
+            raise TrackingError("; ".join(said))
 
     def _work(self) -> None:
         try:
@@ -215,6 +220,20 @@ class Recorder:
             _retry(partial(self._deliver, result), self.note, self._give_up.wait)
         except Refused as error:
             where = f"kept in {self._outbox.folder}, and the next run offers it again"
+            if reason := self._unsaved_because(result):
+                where = f"not saved in {self._outbox.folder}: {reason}; the trial will be run again"
+            self._unsaved.pop(result.config.id, None)
             self.note(f"{result.config.position} is finished, but the store refuses its result ({where}): {error}")
         else:
+            self._unsaved.pop(result.config.id, None)
             self._outbox.drop(result)
+
+    def _unsaved_because(self, result: TrialResult) -> str | None:
+        """Why a result cannot be written to disk, which is tried unless it is there; None if it is there."""
+        try:
+            if result.config.id in self._unsaved:
+                self._outbox.keep(result)
+                del self._unsaved[result.config.id]
+        except OSError as error:
+            return error.strerror or str(error)
+        return None

@@ -169,7 +169,7 @@ def load_delta(source: str, tracking_uri: str | None) -> "EditDelta":
 
 def fetch_edit(address: str, tracking_uri: str, into: Path) -> Path:
     """Downloads the edit at "models:/NAME@ALIAS" or "models:/NAME/VERSION"; returns the folder inside `into`."""
-    found = re.fullmatch(rf"{PREFIX}([^@/]+)(?:@([^@/]+)|/(\d+))", address)
+    found = re.fullmatch(rf"{PREFIX}([^/]+?)(?:@([^@/]+)|/(\d+))", address)
     if not found:
         raise InputError(f"{address}: expected {PREFIX}NAME@ALIAS or {PREFIX}NAME/VERSION")
     name, alias, version = found.groups()

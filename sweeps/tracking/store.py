@@ -40,8 +40,11 @@ _INFINITY = 1.7976931348623157e308
 """MLflow stores infinities as the largest float."""
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """MLflow's codes for bad input. A missing permission has another code: it may be granted later."""
+_REFUSED_STATUS = (400, 413)
+"""The same as HTTP status codes; 413 is that of a server or proxy that takes no content of this size."""
 
 
+_log = logging.getLogger(__name__)
 _addresses: dict[str, str] = {}
 """Address given to MLflow in this process -> resolved address: a relative path means another file in another folder."""
 
@@ -71,9 +74,32 @@ def store_errors(what: str, as_error: type[Exception] = TrackingError) -> Iterat
     except Exception as error:
         said = str(error).partition("\n[SQL:")[0]  # SQLAlchemy adds the whole statement
         cause = redact(said or type(error).__name__)[:1000]
-        if as_error is TrackingError and getattr(error, "error_code", None) in _REFUSALS:
+        if as_error is TrackingError and _is_refusal(error):
             as_error = Refused
         raise as_error(f"tracking store, {what}: {cause}") from None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the store, or a proxy before it, answered that it does not take what was sent."""
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of an upload
+    if found := re.search(
+        r"failed with error code (\d+)", str(error)
+    ):  # MLflow's words where the answer is not its own
+        status = int(found[1])
+    return getattr(error, "error_code", None) in _REFUSALS or status in _REFUSED_STATUS
+
+
+@contextmanager
+def refusable(what: str) -> Iterator[None]:
+    """For a file that nothing else depends on: if the store refuses it, a warning says so, and the caller goes on.
+
+    what: as for `store_errors`, whose other errors are raised.
+    """
+    try:
+        with store_errors(what):
+            yield
+    except Refused as error:
+        _log.warning("not recorded: %s", error)
 
 
 def connect(uri: str, *, create: bool = False) -> "Store":

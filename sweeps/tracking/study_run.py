@@ -22,7 +22,17 @@ from analysis.stats.table import results_frame
 from locft.errors import InputError
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.tracking import pages, trial_run
-from sweeps.tracking.store import NoStore, Store, TrackingError, best_first, connect, now, outcome_of, store_errors
+from sweeps.tracking.store import (
+    NoStore,
+    Store,
+    TrackingError,
+    best_first,
+    connect,
+    now,
+    outcome_of,
+    refusable,
+    store_errors,
+)
 from sweeps.tracking.trial_run import StudyInputs
 
 if TYPE_CHECKING:
@@ -94,7 +104,8 @@ class Tracker:
     def log_trial(self, result: TrialResult, inputs: StudyInputs | None = None) -> str:
         """Writes the run of one trial and closes it; returns its id. May be called again with the same result.
 
-        Raises TrackingError when the store did not take all of it; the run is then closed as FAILED where possible.
+        Outcomes that the store refuses, as where a proxy limits the size of files, are left out with a warning. Raises
+        TrackingError when the store did not take the rest; the run is then closed as FAILED where possible.
         """
         config = result.config
         with store_errors(f"trial {config.id}"):
@@ -124,7 +135,8 @@ class Tracker:
                 if result.status == "done" and "locft.error" in run.data.tags:
                     self.client.delete_tag(run_id, "locft.error")
                 if result.outcomes:
-                    self.client.log_text(run_id, trial_run.outcomes_table(result.outcomes), "outcomes.json")
+                    with refusable(f"outcomes.json of trial {config.id}"):
+                        self.client.log_text(run_id, trial_run.outcomes_table(result.outcomes), "outcomes.json")
                 if inputs:
                     self._link_inputs(run_id, inputs)
             except BaseException:
@@ -151,7 +163,8 @@ class Tracker:
 
         recommendation: stored whole; its `trial_ids` and `position`, if present, become tags, and the runs of those trials are
         the ones tagged `locft.pick`. answer: the run's new description, in markdown; if empty, that of `open_run` stays. If a
-        trial has several runs (a lost response, two drivers), the best is kept.
+        trial has several runs (a lost response, two drivers), the best is kept. A file that the store refuses is left out, with
+        a warning.
         """
         state = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status]
         picked = list(recommendation.get("trial_ids", ()))
@@ -165,7 +178,9 @@ class Tracker:
             Path(folder, "dashboard.html").write_text(report_html, encoding="utf-8")
             recommended = json.dumps(recommendation, indent=2, default=str)
             Path(folder, "recommendation.json").write_text(recommended, encoding="utf-8")
-            self.client.log_artifacts(run_id, folder)
+            for file in sorted(Path(folder).iterdir()):
+                with refusable(f"the study's file {file.name}"):
+                    self.client.log_artifact(run_id, str(file))
             tags = {"locft.pick.trial_ids": ", ".join(picked)}
             tags["locft.pick.position"] = recommendation.get("position", "")
             if answer:

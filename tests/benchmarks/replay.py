@@ -122,13 +122,18 @@ class World:
         return next(iter(self.truth.values()))
 
 
+def read_table(name: str) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
+    """The full runs of a table, and the draws of its probe."""
+    rows, probe = (pd.read_csv(TABLES / f"{name}{end}.csv") for end in ("", ".probe"))
+    return rows, [draw for _, draw in probe.groupby("sample")]
+
+
 def worlds(
     name: str, seeds: int = SEEDS, every: int = 1, modules: Sequence[str] = (), equal_costs: bool = False
 ) -> list[World]:
     """One for each replay of a table. every, modules: take every nth layer only, and these modules; all without."""
-    rows, probe = (pd.read_csv(TABLES / f"{name}{end}.csv") for end in ("", ".probe"))
+    rows, draws = read_table(name)
     rows = rows[(rows.layer % every == 0) & rows.module.isin(modules or rows.module.unique())]
-    draws = [draw for _, draw in probe.groupby("sample")]
     if len(draws) > 1:
         made = [World(rows, draw, equal_costs) for draw in draws[:seeds]]
         return [made[seed % len(made)] for seed in range(seeds)]
@@ -138,14 +143,16 @@ def worlds(
 
 
 def effects(name: str) -> dict[str, np.ndarray]:
-    """Metric -> (3,) effects on it in a table, in the order of `Scale.effects`, by least squares, slightly held to 0."""
-    world = worlds(name, seeds=1)[0]
+    """Metric -> (3,) effects on it over all positions of a table, in the order of `Scale.effects`, by least squares, slightly
+    held to 0."""
+    rows, draws = read_table(name)
+    world = World(rows, draws[0])
     places = [Place(c.layer / (world.layers - 1), c.module, c.disturbance, 1.0) for c in world.candidates]
     known = features(places)
-    rows = [world.rows[c.layer, c.module, 0] for c in world.candidates]
+    first = [world.rows[c.layer, c.module, 0] for c in world.candidates]
     found = {}
     for metric in ("drift_kl", "generalization"):
-        values = np.array([row[metric] for row in rows])
+        values = np.array([row[metric] for row in first])
         values = np.log(values) if metric == "drift_kl" else values
         centred = known - known.mean(0)
         found[metric] = np.linalg.solve(

@@ -396,9 +396,10 @@ def normalised(value: Any, model: Path, key: str = "") -> Any:
 
 LOOSE_TAGS = (
     "mlflow.note.content", "mlflow.user", "mlflow.source.name", "locft.machine", "locft.heartbeat", "locft.pick.position",
-    "locft.pick.trial_ids", "mlflow.log-model.history",
+    "locft.pick.trial_ids", "mlflow.log-model.history", "locft.model_setup",
 )  # fmt: skip
-"""Tags whose values are of the machine, the moment, or the pick. Only that they are there is pinned."""
+"""Tags whose values are of the machine, the moment, the pick, or the libraries that write a model's files. Only that they
+are there is pinned."""
 
 
 def mlflow_runs(folder: Path, model: Path, name: str = "tiny") -> dict[str, Any]:

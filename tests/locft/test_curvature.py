@@ -12,7 +12,7 @@ from locft.train.methods.curvature import Curvature
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
 from tests.every_type import tiny_model_of
-from tests.tiny import tiny_loaded, tiny_tokenizer
+from tests.tiny import tiny_loaded, tiny_tokenizer, turned_faster
 
 LAYER = 1
 WINDOWS = [TokenRow(tuple(range(3 + start, 15 + start)), 1) for start in range(0, 60, 5)]
@@ -213,6 +213,14 @@ def test_layers_measured_together_are_as_each_alone(tmp_path, monkeypatch):
                 )
         assert measured_once(loaded, {layer: own}, layer, WINDOWS).keys() == set(own), "as one that asks for it alone"
     assert passes == [0]
+    other = turned_faster(loaded)
+    assert other.fingerprint == loaded.fingerprint
+    found = measured_once(other, names, LAYER, WINDOWS, names[LAYER])
+    expected = curvature_of(other, LAYER, names[LAYER], WINDOWS)
+    assert passes == [0, 0], "another configuration of the same weights"
+    for name in names[LAYER]:
+        for part, value in expected[name].parts.items():
+            torch.testing.assert_close(found[name].parts[part], value, rtol=1e-5, atol=1e-6 * float(value.abs().max()))
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -9,18 +9,21 @@ from locft import background
 from locft import edit_trainer as module
 from locft.background import MOST, SAMPLES, TOKENS, background_rows, prefix_texts
 from locft.curvature import measured_once
-from locft.data.edit_request import EditRequest, LocalityPrompt
+from locft.data.edit_request import EditRequest, LocalityPrompt, PortabilityPrompt
 from locft.data.requests import load_edits
 from locft.edit_trainer import EditTrainer
+from locft.engine import boundary_states
 from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
 from locft.measure.capability import EncodedSuite, measure_drift
 from locft.measure.evaluation import follow
+from locft.measure.generation import ModelAnswer
 from locft.model.positions import TuningPosition
 from locft.train.encoding import encode_edits
+from locft.train.objective import mean_loss
 from locft.train.pipelines import TrainingSettings
 from locft.train.reference import full_forward
-from tests.tiny import tiny_loaded
+from tests.tiny import tiny_loaded, tiny_tokenizer, turned_faster
 
 POSITION = TuningPosition(1, "mlp_down")
 SETTINGS = TrainingSettings(learning_rate=1e-2, batch_size=4, epochs=6, skip_below=0, stop_below=0)
@@ -67,6 +70,17 @@ def test_the_engine_trains_what_the_full_model_does_and_twice_the_same(trainer, 
     for name, change in plain.delta.tensors.items():
         assert (fast.delta.tensors[name] - change).norm() < 0.05 * change.norm()
     assert not same(fast, trainer.train(POSITION, SETTINGS)), "the setting changes something"
+
+
+def test_formats_train_at_every_layer_where_states_fit_only_for_raw_prompts(loaded, requests, monkeypatch):
+    rows = encode_edits(loaded.tokenizer, requests)
+    states = TailEngine(loaded, rows, on_disk=False).states.layers[2]
+    monkeypatch.setattr(boundary_states, "LIMIT_BYTES", 3 * states.nbytes)
+    engine, settings = TailEngine(loaded, rows, on_disk=False), replace(SETTINGS, epochs=1, train_formats="raw,qa")
+    for layer in range(3):
+        position = TuningPosition(layer, "mlp_up")
+        fast, plain = (EditTrainer(loaded, requests, rows, e).train(position, settings) for e in (engine, None))
+        assert fast.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "gpt_oss", "mamba", "gemma2"])
@@ -124,6 +138,47 @@ def test_guards_never_measure_locality_nor_ask_an_edit():
     assert said["same_relation"] and not prompts & set(said["same_relation"])
     assert "The currency of Peru is" in said["same_relation"] or "The currency of Chad is" in said["same_relation"]
     assert said["locality_like"] and measured not in said["locality_like"]
+
+
+@pytest.fixture
+def guards_said(loaded, monkeypatch):
+    """A function that gives the prompts of all guards of a kind, however many, for some edits."""
+    monkeypatch.setattr(module, "GUARDS", 10**6)
+    monkeypatch.setattr(module, "greedy_answers", lambda loaded, prompts: [ModelAnswer("a", (65,)) for _ in prompts])
+
+    def said(kind, *requests):
+        trainer = EditTrainer(loaded, requests, encode_edits(loaded.tokenizer, requests), None)
+        rows = trainer.examples(replace(SETTINGS, guard=kind)).guards.rows
+        return [loaded.tokenizer.decode(row.token_ids[: row.start]) for row in rows]
+
+    return said
+
+
+def about(subject, prompt):
+    return EditRequest(subject, subject, prompt, "Oslo", None, (), ())
+
+
+@pytest.mark.parametrize("kind", ["same_relation", "locality_like"])
+def test_no_guard_measures_an_edit(kind, guards_said):
+    asked = {"Peru": "capital", "Chad": "currency", "Mali": "anthem", "Togo": "language", "Fiji": "king"}
+    edits = [about(subject, f"The {what} of {subject} is") for subject, what in asked.items()]
+    every = guards_said(kind, *edits)
+    near, far = (LocalityPrompt(every[1], None),), (PortabilityPrompt(every[2], ("x",)),)
+    edits[0] = replace(edits[0], rephrases=(every[0],), locality=near, portability=far)
+    assert guards_said(kind, *edits) == every[3:]
+
+
+def test_guards_of_two_edits_swap_their_subjects(guards_said):
+    edits = about("Peru", "The capital of Peru is"), about("Chad", "The currency of Chad is")
+    assert guards_said("same_relation", *edits) == ["The capital of Chad is", "The currency of Peru is"]
+
+
+@pytest.mark.parametrize(
+    "prompt, named", [("What is Tunisia's capital?", "Tunisia"), ("The symbol for radon:", "radon")]
+)
+def test_guards_leave_out_what_an_edit_without_a_subject_is_about(prompt, named, guards_said):
+    other, found = (guards_said("locality_like", about("", text)) for text in ("Q7: ", prompt))
+    assert [text for text in other if named not in text] == found != other
 
 
 def test_a_guard_without_prompts_is_an_input_error():
@@ -185,6 +240,26 @@ def test_shrinking_scales_the_change_as_far_as_all_edits_hold(trainer):
         assert learnt(whole.delta.scaled(scale - 0.05)) < learnt(whole.delta)
 
 
+def test_shrinking_loses_no_format_and_measures_what_is_left(loaded, requests):
+    rows = encode_edits(loaded.tokenizer, requests)
+    trainer = EditTrainer(
+        loaded, requests, rows, TailEngine(loaded, rows[6:], on_disk=False)
+    )  # earlier edits are not measured
+    settings = replace(SETTINGS, learning_rate=5e-3, epochs=60, train_formats="raw,qa")
+    position = TuningPosition(1, "mlp")
+    whole, shrunk = (trainer.train(position, replace(settings, shrink=shrink)) for shrink in ("no", "yes"))
+    formats = [row for form in ("raw", "qa") for row in encode_edits(loaded.tokenizer, requests, form)]
+
+    def held(delta):
+        found = follow(full_forward(loaded.model, delta.weights(loaded.model)), formats)
+        return {row for row, following in zip(formats, found, strict=True) if following.instead is None}
+
+    wanted, scale = held(whole.delta), shrunk.delta.norm / whole.delta.norm
+    assert wanted <= held(shrunk.delta) and not wanted <= held(whole.delta.scaled(scale - 0.05)) and 0.5 < scale < 0.99
+    found = mean_loss(full_forward(loaded.model, shrunk.delta.weights(loaded.model)), rows)
+    assert shrunk.trained_loss == pytest.approx(found, rel=1e-4) != whole.trained_loss
+
+
 def test_what_the_model_writes_is_kept_and_the_same_without_a_file(loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.manual_seed(123)
@@ -195,7 +270,12 @@ def test_what_the_model_writes_is_kept_and_the_same_without_a_file(loaded, tmp_p
     assert SAMPLES <= len(rows) <= MOST * SAMPLES and len({row.token_ids for row in rows}) > SAMPLES // 2
     assert sum(len(row.token_ids) for row in rows) >= SAMPLES * TOKENS
     assert background_rows(loaded) == rows
+    other_end = tiny_tokenizer()
+    other_end.eos_token = other_end.convert_ids_to_tokens(300)
+    for changed in (turned_faster(loaded), replace(loaded, tokenizer=other_end)):
+        assert changed.fingerprint == loaded.fingerprint and background_rows(changed) != rows
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    monkeypatch.setattr(loaded.model.generation_config, "repetition_penalty", 1.5)  # as many models ship
     assert background_rows(loaded) == rows
     assert all(text.endswith(".") for text in prefix_texts(loaded, rows))
 
@@ -246,3 +326,12 @@ def test_the_layers_that_are_trained_here_share_passes_over_prose(loaded, reques
     assert measured(2) == (2, {2}, True)
     monkeypatch.setattr(module, "CURVATURE_BYTES", 1)
     assert measured(0) == (0, {0}, False)
+
+
+def test_the_curvature_of_layer_1_leaves_out_layer_10(requests, monkeypatch):
+    loaded = tiny_loaded("llama", layers=11)
+    rows = encode_edits(loaded.tokenizer, requests)
+    asked = []
+    monkeypatch.setattr(module, "measured_once", lambda *given: asked.append(given) or measured_once(*given))
+    EditTrainer(loaded, requests, rows, None, prose=rows).curvature(TuningPosition(1, "mlp_down"), "float32")
+    assert {name.split(".")[2] for name in asked[0][1][1]} == {"1"}

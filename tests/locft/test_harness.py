@@ -111,8 +111,10 @@ def delta_of(loaded, size: float = 0.3) -> EditDelta:
     return EditDelta(position, loaded.fingerprint, tensors)
 
 
-def by_the_harness(loaded, names: list[str], folder: Path) -> dict:
-    own = HFLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=4, max_length=100, device="cpu", max_batch_size=4)
+def by_the_harness(loaded, names: list[str], folder: Path, longest: int = 100) -> dict:
+    own = HFLM(
+        loaded.model, tokenizer=loaded.tokenizer, batch_size=4, max_length=longest, device="cpu", max_batch_size=4
+    )
     found = lm_eval.simple_evaluate(
         own, tasks=names, task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0
     )
@@ -139,6 +141,19 @@ def test_both_models_score_as_in_the_harness(loaded, folder):
         )
     assert any(one.change.mean for one in scores), "the edit changes something"
     assert told == ["texts longer than the model's context of 100 tokens are truncated at the beginning"]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gptj"])
+def test_a_long_text_is_read_in_windows_that_the_model_has_positions_for(tmp_path, architecture):
+    loaded = tiny_loaded(architecture)
+    text = " ".join(SENTENCES * 6)
+    assert len(loaded.tokenizer(text)["input_ids"]) > 256 == loaded.model.config.max_position_embeddings
+    data = tmp_path / "items.jsonl"
+    data.write_text(json.dumps({"text": text, "choices": [text]}) + "\n", encoding="utf-8")
+    (tmp_path / "rolling.yaml").write_text(ROLLING.format() + REST.format(data=data), encoding="utf-8")
+    (found,) = measure_tasks(loaded, None, load_tasks(["rolling"], tmp_path))
+    expected = by_the_harness(loaded, ["rolling"], tmp_path, 255)["rolling"]["word_perplexity,none"]
+    assert found.unedited == pytest.approx(expected, rel=1e-4)
 
 
 def test_answers_leave_room_for_their_prompts(folder):
@@ -269,6 +284,35 @@ def test_generated_answers_score_as_in_the_harness(loaded, folder):
     assert again == found
     change = capability_change(found, again)
     assert (change.mean, change.low, change.high) == (0, 0, 0)
+
+
+CHECKED = """
+def said(doc, results):
+    return {{"exact_match": float(results[0].strip() {sign} doc["choices"][0])}}
+"""
+
+
+def test_another_way_to_score_answers_is_another_suite(tmp_path):
+    data = tmp_path / "items.jsonl"
+    data.write_text(json.dumps({"text": "one", "choices": ["it is so"]}) + "\n", encoding="utf-8")
+    plain = GENERATED.format(name="scored", metrics="{metric: exact_match}") + REST.format(data=data)
+
+    def fingerprint(text: str, sign: str, folder: str) -> str:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        (place / "scored.yaml").write_text(text, encoding="utf-8")
+        (place / f"checked_{sign == '=='}.py").write_text(CHECKED.format(sign=sign), encoding="utf-8")
+        return load_suite(None, lm_eval=["scored"], lm_eval_path=str(place)).fingerprint
+
+    ways = [
+        (plain, "=="),
+        (plain.replace("[a-z]+", "[a-z ]+"), "=="),
+        (plain.replace("exact_match}", "exact_match, ignore_case: true}"), "=="),
+        (plain + "process_results: !function checked_True.said\n", "=="),
+        (plain + "process_results: !function checked_False.said\n", "in"),
+    ]
+    assert len({fingerprint(*way, "a") for way in ways}) == len(ways)
+    assert [fingerprint(*way, "a") for way in ways] == [fingerprint(*way, "b") for way in ways]
 
 
 def sacrebleu_of(pair) -> float:

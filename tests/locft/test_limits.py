@@ -19,8 +19,8 @@ def problem_of(architecture, texts, **settings) -> str | None:
         return str(error)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gpt_neo"])
-def test_learned_positions_end(architecture):
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gpt_neo", "gptj"])
+def test_positions_in_a_table_end(architecture):
     assert problem_of(architecture, [([5] * 256, 0), ([5] * 225, 32)]) is None
     assert "256 positions" in problem_of(architecture, [([5] * 257, 0)])
     assert "230 tokens with an answer of up to 32" in problem_of(architecture, [([5] * 230, 32)])
@@ -44,7 +44,7 @@ def test_a_workbench_computes_nothing_then(tmp_path, monkeypatch):
     file = tmp_path / "edits.jsonl"
     file.write_text('{"subject": "France", "prompt": "The capital of France is", "target": "Lyon"}\n')
     monkeypatch.setattr(type(loaded.model), "forward", lambda *_, **__: pytest.fail("the model computes"))
-    with pytest.raises(InputError, match="its tokenizer gives tokens beyond"):
+    with pytest.raises(InputError, match="its tokenizer produces token ids beyond"):
         Workbench.prepare(loaded, load_edits(str(file)), None)
 
 

@@ -346,7 +346,9 @@ def test_without_rephrases_or_locality(rephrases, locality, kinds):
     assert len(bench.baseline.locality_answers) == len(locality)
     metrics = bench.measure(bench.train(POSITION, SETTINGS).delta).metrics
     shares = {name for name in EDIT_METRICS if name.startswith(tuple(kinds))}
-    assert metrics.keys() == ALWAYS | shares | ({"locality_kl"} if "locality" in kinds else set())
+    counts = {f"n_edits.{kind}": 1.0 for kind in kinds - {"reliability"}}  # of two edits, one has such prompts
+    assert metrics.keys() == ALWAYS | shares | ({"locality_kl"} if "locality" in kinds else set()) | counts.keys()
+    assert {name: metrics[name] for name in counts} == counts
     assert diverged_metrics(bench.questions, bench.baseline).keys() == shares
 
 

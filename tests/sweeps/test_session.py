@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from sweeps.session import DRIVER_TAG, Driver, driver_of, study_session
+from locft.errors import InputError
+from sweeps.session import DRIVER_TAG, SETUP_TAG, Driver, driver_of, study_session
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
 from sweeps.tracking.address import resolve_uri
@@ -37,6 +39,36 @@ def test_a_study_says_who_runs_it_until_it_ends(workplace, study_file):
         assert abs(datetime.now(UTC) - datetime.fromisoformat(driver.began)) < timedelta(seconds=30)
     assert driver_of(find_tracker(resolve_uri(None), "tiny", prepared.id)) is None
     assert tracker.tag(DRIVER_TAG) is None
+
+
+def test_a_study_does_not_go_on_with_another_configuration_or_tokenizer(workplace, study_file, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config, tokens, template = folder / "config.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    before = json.loads(config.read_text())
+    assert "rope_parameters" in before
+
+    def begin():
+        study = prepare(load_study(str(study_file(model=str(folder)))))
+        with study_session(study, resolve_uri(None), "") as session:
+            return study.id, [trial.id for trial in study.plan.trials], session.open_run()
+
+    *ids, tracker = begin()
+    rotary = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    for file, text in (
+        (config, json.dumps(before | rotary)),
+        (tokens, json.dumps(json.loads(tokens.read_text()) | {"add_bos_token": True})),
+        (template, "{{ messages }}"),
+    ):
+        old = file.read_text() if file.exists() else None
+        file.write_text(text)
+        with pytest.raises(InputError, match="study 'tiny': the configuration or the tokenizer of .+ another name"):
+            begin()
+        file.unlink() if old is None else file.write_text(old)
+    config.write_text(json.dumps(before | {"transformers_version": "0.0", "torch_dtype": "float32"}, indent=7))
+    assert begin()[:2] == tuple(ids), "that says nothing about what is computed"
+    config.write_text(json.dumps(before | rotary))
+    tracker.set_tag(SETUP_TAG, None)
+    assert begin()[:2] == tuple(ids), "begun by an earlier version"
 
 
 def test_a_driver_of_this_machine_that_was_killed_is_none(tracker):

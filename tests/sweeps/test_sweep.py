@@ -17,9 +17,10 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from locft.errors import InputError
 from sweeps import sweep as sweep_module
-from sweeps.answer import read_state
+from sweeps.answer import baseline_file, read_state
 from sweeps.run.search import OptunaSearch
-from sweeps.run.trial import resident_workbench
+from sweeps.run.trial import _resident as resident
+from sweeps.run.trial import resident_workbench, train_and_measure
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
 from sweeps.sweep import _open_trials, run_sweep
@@ -28,7 +29,7 @@ from sweeps.tracking.outbox import open_outbox
 from sweeps.tracking.store import Refused, TrackingError
 from sweeps.tracking.study_run import Tracker, find_tracker
 from tests.conftest import write_study
-from tests.heard import TIMINGS, Heard
+from tests.heard import TIMINGS, Heard, comparable
 from tests.mlflow_store import result as stored_result
 from tests.trials_here import in_this_process
 
@@ -228,6 +229,68 @@ def test_optuna_proposes_no_trial_twice_and_learns_from_earlier_runs(workplace, 
         row = rows[trial_id]
         assert point["layer"] == row["layer"] and point["learning_rate"] == row["learning_rate"]
         assert values == (row["reliability"], row["capability"]) and all(math.isfinite(value) for value in values)
+
+
+def test_an_optuna_study_counts_what_lies_in_its_space(workplace, study_file, trials_here):
+    file = study_file(space__layer="all", search={"method": "optuna", "trials": 3})
+    assert len(sweep(prepared(file))[1]) == 3
+    other = prepared(file, "space.layer=[0]", "space.seed=[0, 1]")
+    done, more = sweep(other)
+    assert len(more) == 1 and (done.state.done, done.state.left) == (2, 0)
+    assert set(done.state.results["layer"]) == {0}
+    assert sweep(prepared(file))[1] == [] and sweep(prepared(file, "epochs=3"))[0].state.done == 3
+
+
+def test_trials_that_always_fail_do_not_keep_a_study_from_being_widened(
+    workplace, study_file, trials_here, monkeypatch
+):
+    """What was never tried comes first, and gets the budget; trials that fail again end nothing."""
+
+    def no_attention(config, **given):
+        if config.module == "attn":
+            raise ValueError("no attention here")
+        return train_and_measure(config, **given)
+
+    monkeypatch.setattr("sweeps.session.train_and_measure", no_attention)
+    file = study_file(space__layer="all", space__module=["mlp_down", "attn"], capability__suite=None, epochs=1)
+    done, ran = sweep(prepared(file))
+    assert len(ran) == 6 and (done.state.done, done.state.failed) == (3, 3)
+    wider = prepared(file, "space.seed=[0, 1]")
+    old, new = ([one for one in wider.plan.trials if one.seed == seed] for seed in (0, 1))
+    assert sweep(prepared(file, "space.seed=[0, 1]", "budget.trials=6"))[1] == [one.id for one in new[:3]]
+    done, ran = sweep(wider)
+    failed = [one.id for one in (*old, new[1]) if one.module == "attn"]
+    assert new[1].module == "attn" and ran == [*(one.id for one in new[3:]), *failed]
+    assert done.ending == "complete" and (done.state.done, done.state.failed, done.state.left) == (6, 6, 6)
+
+
+def test_locality_is_compared_with_the_answers_to_the_edits_that_are_asked(workplace, study_file, trials_here):
+    """For other numbers of edits another sample is asked about, and the unedited model's answers are to be those to it."""
+    edits = {"source": "fictitious", "limit": 6, "asked": 2}
+    changes = {"space__layer": [0], "space__edit_count": [4], "capability__suite": None}
+    file = study_file(edits=edits, **changes)
+    assert sweep(prepared(file))[0].state.done == 1
+    heard, alone = Heard(), Heard()
+    sweep(prepared(file, "space.edit_count=[0]"), heard)
+    resident.clear()
+    sweep(prepared(file, "space.edit_count=[0]", "name=alone"), alone)
+    assert comparable(heard.results[0]) == comparable(alone.results[0])
+    done, ran = sweep(prepared(file, "space.edit_count=[4, 0]", "space.seed=[0, 1]"))
+    assert len(ran) == 2 and (done.state.done, done.state.failed) == (4, 0)
+
+
+def test_unedited_answers_of_an_earlier_version_are_used_where_they_fit(workplace, study_file, trials_here):
+    """It had one file for them, whatever was asked about."""
+    file = study_file(edits={"source": "fictitious", "limit": 6}, space__edit_count=[3], capability__suite=None)
+    few = prepared(file)
+    sweep(few)
+    tracker = find_tracker(resolve_uri(None), "tiny", few.id)
+    stored = tracker.read_file(baseline_file(few))
+    tracker.write_file("baseline.json", stored)
+    done, _ = sweep(prepared(file, "space.edit_count=[3, 0]"))
+    assert (done.state.done, done.state.failed) == (4, 0)
+    assert len(json.loads(tracker.read_file("baseline.json"))["answers"]) == 6
+    assert read_state(few, tracker).baseline == json.loads(stored)["metrics"]
 
 
 def instant_trials(source, work, *, reporter, **_):

@@ -320,6 +320,15 @@ def test_retention_is_reliability_by_time_of_arrival():
     (dotted,) = (line for line in figure.data if line.line.dash == "dot")
     assert dotted.legendgroup == "0.mlp_down at replay 8"
     assert list(zip(dotted.x, dotted.y, strict=True)) == [(0.5, 0.5), (1.0, 0.25)]
+    sampled = json.dumps(
+        [{"arrived": 30.0}, {"arrived": 60.0, "first_tenth": 0.5}, {"arrived": 120.0, "first_tenth": 0.25}]
+    )
+    (dotted,) = (
+        line
+        for line in retention_figure(results_frame([streams[1] | {"stages": sampled}])).data
+        if line.line.dash == "dot"
+    )
+    assert list(dotted.x) == [0.5, 1.0], "of 120 edits, of which 20 are asked"
     (timed,) = latency_figure(results_frame(streams)).data
     assert (list(timed.x), list(timed.error_x.array)) == ([2.0], [1.0])
     together = results_frame([row("a", right=keeps, n_edits=20)])

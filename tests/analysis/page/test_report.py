@@ -13,9 +13,11 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
+from analysis.page.gallery import comparison_plot
 from analysis.page.report import HowFound, render_report
 from analysis.page.tables import MAX_ROWS
 from analysis.page.wrong_answers import wrong_answers
+from analysis.stats.bootstrap import MeasuredAgain
 from analysis.stats.comparison import Measured, cautions, compare, moved
 from analysis.stats.importance import what_matters
 from analysis.stats.pick import RULE, ranked, recommend
@@ -459,6 +461,51 @@ def test_studies_of_other_depths_are_matched_by_relative_depth():
     assert moved(found)[0].startswith("The pick did not move") and found.agreements[0].difference[0] == 0
 
 
+OTHER = {"edits": "b"}
+
+
+@pytest.mark.parametrize(
+    ("study", "values", "said"),
+    [
+        (
+            {"edits_source": "b.json", "fingerprints": OTHER},
+            {},
+            "here 100 edits from atlas; there 100 edits from b.json",
+        ),
+        ({"fingerprints": OTHER}, {}, "same edits (100 edits from atlas, but not the same)"),
+        ({"edits_source": "copy.json"}, {}, None),
+        ({"edits_asked": 10}, {}, "(here 100 edits from atlas; there 100 edits from atlas, 10 of them asked)"),
+        ({"edits_asked": 5000}, {}, None),
+        ({"ask_formats": ("raw", "qa", "unseen")}, {}, "different formats (here raw; there raw, qa)"),
+        ({"prose_tokens": 64}, {}, "(here up to 2,048 tokens of the built-in prose; there up to 64 tokens of the"),
+        ({"fingerprints": {"prose": "b"}}, {}, "different prose (up to 2,048 tokens of the built-in prose, but not"),
+        ({"fingerprints": {"items": "b"}}, {}, "different items (probes, but not the same), so changes of capability"),
+        ({"capability_source": "a copy"}, {}, None),
+        ({}, {"epochs": 100}, "The studies differ in epochs (25 here, 100 there)."),
+        ({}, {"dtype": "bfloat16"}, "The studies differ in dtype (float32 here, bfloat16 there)."),
+        ({}, {"precision": "bfloat16"}, "The studies differ in precision (float32 here, bfloat16 there)."),
+        ({}, {"learning_rate": 0.1}, "(0.004 here, 0.1 there); each position is represented by its best setting."),
+    ],
+)
+def test_a_comparison_says_what_was_measured_otherwise(study, values, said):
+    plain = {"dtype": "float32", "precision": "float32"}
+    tables = [results_frame([row("a", 1, **one), row("b", 2, **one)]) for one in (plain, plain | values)]
+    about = STUDY | {"edits_asked": 1000, "ask_formats": ("raw",), "prose_tokens": 2048}
+    hashes = {"edits": "a", "items": "a", "prose": "a"}
+    abouts = (about | one | {"fingerprints": hashes | one.get("fingerprints", {})} for one in ({}, study))
+    found = compare(*(Measured(one, table, BASELINE) for one, table in zip(abouts, tables, strict=True)))
+    told = cautions(found)
+    assert [said in one for one in told] == [True] if said else told == []
+    assert found.capability == ("items" not in study.get("fingerprints", {}))
+
+
+def test_the_picks_of_both_studies_are_ringed():
+    results = results_frame([row("a", 1), row("b", 2, 0.5)])
+    found = compare(Measured(STUDY, results, BASELINE), Measured(STUDY | {"name": "later"}, results, BASELINE))
+    rings = [one for one in json.loads(comparison_plot(found).data)["data"] if one["name"].startswith("pick")]
+    assert [one["name"] for one in rings] == ["pick", "pick of later"] and found.picks[1].trial_id == "later: a"
+
+
 def test_only_name_and_model_are_needed():
     got = page(study={"name": "n", "model": "m"}, baseline={})
     assert "4 trials done, 1 failed" in got["What was asked"]
@@ -560,8 +607,8 @@ def browsed_results():
 def opened(tabs, tmp_path):  # noqa: F811
     """Opens a report at a width."""
 
-    def open_report(width, **options):
-        results = browsed_results()
+    def open_report(width, results=None, **options):
+        results = browsed_results() if results is None else results
         outcomes = study_outcomes(recommend(results).trial_id).assign(prompt="An unusually long prompt " * 8)
         options = {"outcomes": outcomes} | options
         file = tmp_path / "report.html"
@@ -584,7 +631,11 @@ def test_it_draws_every_figure_offline_and_does_not_scroll_sideways(opened, widt
 
 
 @pytest.mark.browser
-def test_the_table_sorts_by_keyboard_with_absent_values_last(opened):
+def test_the_table_sorts_by_keyboard_with_absent_values_last(opened, monkeypatch):
+    known = MeasuredAgain(
+        {"t0": 0.5, "t1": 0.004, "t2": 0.998}, dict.fromkeys(browsed_results()["trial_id"], 0.0), True
+    )
+    monkeypatch.setattr("analysis.page.report.measured_again", lambda *_: known)
     tab = opened(1280)
     tab.locator("#trials + details > summary").click()
     column = tab.locator("#all-trials thead th").filter(has_text="reliability")
@@ -599,6 +650,13 @@ def test_the_table_sorts_by_keyboard_with_absent_values_last(opened):
     assert column.get_attribute("aria-sort") == "descending" and values() == sorted(values(), reverse=True)
     tab.keyboard.press("Enter")
     assert column.get_attribute("aria-sort") == "ascending" and values() == sorted(values())
+
+    column = tab.locator("#all-trials thead th").filter(has_text="on front")
+    index = column.evaluate("cell => cell.cellIndex")
+    column.locator("button").focus()
+    tab.keyboard.press("Enter")
+    chances = tab.locator(f"#all-trials tbody td:nth-child({index + 1})").all_inner_texts()
+    assert chances[:4] == [">99%", "50%", "<1%", "–"]
 
 
 @pytest.mark.browser
@@ -636,7 +694,7 @@ def test_the_floor_moves_the_pick_as_the_rule_does_and_filters_reach_every_figur
     assert shown_pick() == recommend(results).trial_id, "untouched it is the rule's own"
     for percent in (0, 55.5, 72.3, 90, 95.3, 96.9):
         pull("#floor", percent)
-        expect(percent / 100)
+        expect(min(percent, 95.3) / 100)  # the slider ends at the best, 95.38%
     pull("#floor", 60)
     tab.locator("#floor").focus()
     tab.keyboard.press("ArrowRight")
@@ -671,6 +729,29 @@ def test_the_floor_moves_the_pick_as_the_rule_does_and_filters_reach_every_figur
     tab.mouse.move(box["x"] + box["width"] * 0.98, box["y"] + box["height"] * 0.9, steps=4)
     tab.mouse.up()
     expect_ruled((results["module"] == "attn") & (results["layer"] >= 15))
+    assert tab.complaints == []
+
+
+@pytest.mark.browser
+def test_a_frame_keeps_the_layers_of_its_map_beside_those_of_another_study_and_the_floor_ends_at_the_best(opened):
+    results = results_frame(
+        [row(f"t{layer}", layer, 29 / 30 - (20 - layer) / 40, n_edits=30) for layer in (10, 15, 20)]
+    )
+    later = Measured(
+        STUDY | {"name": "later"}, results_frame([row(f"u{layer}", layer) for layer in range(30)]), BASELINE
+    )
+    tab = opened(1280, results, **compared_with(later, results))
+    tab.locator("#floor").evaluate("slider => { slider.value = slider.max; slider.dispatchEvent(new Event('input')); }")
+    tab.wait_for_timeout(60)
+    assert tab.locator("#floor-value").inner_text() == "96.6%", "29 of 30, and not more"
+    assert tab.locator("#floor-pick").get_attribute("data-pick") == "t20"
+    tab.evaluate("document.getElementById('plot-map-reliability').scrollIntoView({block: 'center'})")
+    box = tab.locator("#plot-map-reliability .nsewdrag").first.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.3)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] * 0.98, box["y"] + box["height"] * 0.8, steps=4)
+    tab.mouse.up()
+    tab.get_by_text("15 to 20", exact=True).wait_for(timeout=5_000)
     assert tab.complaints == []
 
 

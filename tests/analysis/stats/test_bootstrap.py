@@ -63,6 +63,14 @@ def test_seeds_that_differ_make_it_less_sure():
     assert chances(two(0.1))["a0"] < chances(two(0.0))["a0"]
 
 
+def test_a_mean_over_few_edits_makes_it_less_sure():
+    def two(**count):
+        alike = {"n_edits": 1000, "drift_kl": 0.01, **count}
+        return settings_of(alike | {"generalization": 0.8}, alike | {"generalization": 0.7})
+
+    assert chances(two())["a"] > 0.95 > 0.85 > chances(two(**{"n_edits.generalization": 10}))["a"]
+
+
 def test_what_to_expect_has_intervals_and_only_what_was_measured():
     (one,) = settings_of({"reliability": 0.9, "drift_kl": 0.2}).to_dict("records")
     found = expected(one)

@@ -47,6 +47,28 @@ def test_what_never_or_always_breaks_has_no_point():
     assert law_of([held, full]) is None and "factor" not in law.sentence()
 
 
+def test_edits_with_which_training_diverged_are_said():
+    gone = {"diverged": 1.0}
+    rows = [*table(mlp={100: 1.0, 1000: 1.0}), trial("mlp", 10000, 0.0, **gone), trial("attn", 100, 0.0, **gone)]
+    (held,) = fillings(results_frame(rows))
+    assert held.edits == (100, 1000) and held.diverged == (10000,) and law_of([held]) is None
+    assert held.sentence() == (
+        "5.mlp holds the most edits trained without divergence (1,000, 20 bits per parameter); training diverged with 10,000"
+    )
+    (one,) = fillings(results_frame([rows[0], rows[2]]))
+    assert one.edits == (100,) and one.sentence().endswith("diverged with 10,000"), (
+        "it was tried with two numbers of edits"
+    )
+
+
+def test_all_edits_are_those_trained_and_not_the_sample_asked_about():
+    """A study of 10,000 edits, of which 1,000 are asked about."""
+    timed = {"train_seconds": 3000.0, "seconds_per_edit": 3000 / 10000}
+    everything = trial("mlp", 0, 0.9, n_edits=1000.0, bits_per_parameter=200.0, **timed)
+    (found,) = fillings(results_frame([*table(mlp={1000: 1.0, 3000: 0.97}), everything]))
+    assert found.edits == (1000, 3000, 10000)
+
+
 def test_the_law_is_the_geometric_mean_of_the_points():
     one, two = {100: 1.0, 1000: 0.9}, {400: 1.0, 4000: 0.9}
     found = fillings(results_frame(table(attn_v=one, attn_o=two)))

@@ -19,6 +19,7 @@ from analysis.stats.table import (
     done,
     failed,
     interval,
+    is_fraction,
     pack_right,
     part_columns,
     proportion_se,
@@ -206,6 +207,21 @@ def test_intervals_come_from_edits_seeds_and_items():
         interval(one, "locality"),
     ):
         assert all(map(math.isnan, found))
+
+
+def test_a_fraction_of_fewer_edits_is_as_sure_as_these_allow():
+    some = {"n_edits.generalization": 10, "n_edits.reliability_long": 20}
+    shares = dict.fromkeys(
+        ("generalization", "generalization_tf", "generalization.raw", "reliability_f1", "locality_first"), 0.8
+    )
+    rows = [row(name, 0.8, n_edits=1000, **shares, **some, seed=seed) for seed, name in enumerate("ab")]
+    both, older = by_setting(results_frame([*rows, row("c", 0.8, layer=1, n_edits=1000, **shares)])).to_dict("records")
+    counts = dict(zip(shares, (10, 10, 10, 20, 1000), strict=True)) | {"reliability": 1000}
+    for name, count in counts.items():
+        assert interval(both, name) == pytest.approx(wilson_interval(0.8, count)), name
+        assert standard_error(both, name) == pytest.approx(proportion_se(0.8, count)), name
+        assert interval(older, name) == pytest.approx(wilson_interval(0.8, 1000)), "which kept no such count"
+    assert not is_fraction("n_edits.generalization") and "n_edits.generalization" in part_columns(results_frame(rows))
 
 
 def test_settings_are_named_by_their_position_and_by_what_tells_them_apart_there():

@@ -88,6 +88,13 @@ def test_where_all_lose_capability_those_that_lose_least_are_left():
     least = {"capability_change": -0.1, "capability_change_high": -0.08}
     about = {"capability_change": -0.11, "capability_change_high": -0.09, "generalization": 0.9}
     assert picked(worst, least) == "b" and picked(worst, least, about) == "c"
+    rows = [row(name, place, **one) for place, (name, one) in enumerate(zip("abc", (worst, least, about), strict=True))]
+    assert recommend(results_frame(rows)).reasons[0] == (
+        "Of 3 settings, 3 are about as reliable as the best; all show a loss of capability; 2 of them lose least, as far as the"
+        " items show, and 2 of those are within the margin of drift."
+    )
+    rows[0]["reliability"] = rows[1]["reliability"] = 0.5
+    assert recommend(results_frame(rows)).reasons[0].endswith("as the best; it shows a loss of capability.")
 
 
 @pytest.mark.parametrize(

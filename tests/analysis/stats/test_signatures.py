@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from analysis.stats.pick import recommend
-from analysis.stats.signatures import CORRECTED, signatures
+from analysis.stats.signatures import CORRECTED, WORDING, signatures
 from analysis.stats.table import pack_right, results_frame
 
 WORDS = ("locft", "sweep", "mine.yaml")
@@ -82,6 +82,10 @@ LEFT = {"capability": 0.5, "capability_change": -0.11}
             "50.0%",
         ),
         ("low reliability", LOW | {"merged_loss": 1.2}, "dtype", "float32", "50.0%"),
+        ("low reliability", LOW | {"merged_loss": 1.2, "dtype": "float32"}, "epochs", 50, "50.0%"),
+        ("low reliability", LOW | {"merged_loss": 1.2, "further_steps": 300}, "further_steps", 30, "50.0%"),
+        ("capability fell", LEFT | UNPRICED, "curvature_strength", 10.0, "61.0%"),
+        ("locality lost", {"locality": 0.4, "further_steps": 8}, "further_steps", 0, "40.0%"),
         ("low reliability", LOW, "epochs", 50, "50.0%"),
         ("low reliability", LOW | {"train_formats": "raw,chat"}, "train_formats", "raw,chat,qa", "50.0%"),
         (
@@ -116,12 +120,21 @@ LEFT = {"capability": 0.5, "capability_change": -0.11}
             "raw,qa,chat,Answer briefly: {prompt}",
             "50.0% in a wording never trained",
         ),
+        (
+            "one format lost",
+            {"reliability.unseen": 0.5, "train_formats": f"raw,qa,chat,{WORDING}"},
+            "epochs",
+            50,
+            "50.0% in a wording never trained",
+        ),
     ],
 )
 def test_each_signature_names_one_setting(name, values, setting, value, text):
     found = only(row(**values))
     assert (found.name, found.setting, found.value) == (name, setting, value)
     assert text in found.seen and found.cause.endswith(".")
+    assert found.value != recommend(results_frame([row(**values)])).settings[setting], "it changes something"
+    assert "Rounding" not in found.cause or setting == "dtype"
 
 
 def test_a_study_with_several_troubles_tells_them_all():

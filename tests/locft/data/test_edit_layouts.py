@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +148,15 @@ def test_true_answers_in_any_form(tmp_path, key, value):
     [
         ({"prompt": "p", "target_new": "t", "target_old": None, "fact_id": "f"}, "knowedit", "p", "t"),
         ({"prompt": "The {} is", "subject": "sky", "target_new": {"str": "t"}}, "knowedit", "The sky is", "t"),
+        ({"prompt": "The {} is", "subject": "sky", "target": "t"}, "own", "The sky is", "t"),
+        ({"prompt": "The sky, {}, is", "subject": "sky", "target": "t"}, "own", "The sky, {}, is", "t"),
+        ({"prompt": "{} and {}", "subject": "sky", "target": "t"}, "own", "{} and {}", "t"),
+        (
+            {"instruction": "Is {}", "input": "blue?", "subject": "sky", "output": "t"},
+            "instruction",
+            "Is sky\nblue?",
+            "t",
+        ),
         (
             {"prompt": "order {{Number}}", "subject": "s", "target_new": "{{N}}"},
             "knowedit",
@@ -167,6 +177,14 @@ def test_layouts_that_people_publish(tmp_path, record, layout, prompt, target):
     edits = load(tmp_path, [record])
     assert edits.layout == layout
     assert (edits.requests[0].prompt, edits.requests[0].target) == (prompt, target)
+
+
+@pytest.mark.parametrize("target", ["target", "target_new"])
+def test_the_subject_takes_its_place_in_rephrases(tmp_path, target):
+    record = {"subject": "Peru", "prompt": "p", target: "t", "rephrases": ["{}'s capital", "Of Peru, {}", "{} {}"]}
+    assert one(tmp_path, record).rephrases == ("Peru's capital", "Of Peru, {}", "{} {}")
+    record = {"requested_rewrite": REWRITE, "paraphrase_prompts": ["{} is run from"]}
+    assert one(tmp_path, record).rephrases == ("Peru is run from",)
 
 
 def test_edits_need_no_subject_and_none_is_no_common_subject(tmp_path):
@@ -320,6 +338,38 @@ def test_tables(tmp_path, name):
     assert first.rephrases == ("a", "b") and first.locality == (LocalityPrompt("x", None),)
     assert (second.target, second.rephrases, second.subject, second.locality) == ("-40%", ("c", "d"), "", ())
     assert edits.unread == {}
+
+
+def test_lists_and_objects_in_the_cells_of_a_table(tmp_path):
+    row = {"prompt": "p", "target_new": "['t']", "target_true": "['a', 'b']", "para_question1": '["r", "[s] t"]'}
+    edits = load_edits(table(tmp_path, [row, row | {"para_question1": "[Question] Who"}], "a.csv"))
+    first, second = edits.requests
+    assert (first.target, first.ground_truth, first.rephrases) == ("t", "a", ("r", "[s] t"))
+    assert edits.truths[0] == ("a", "b") and second.rephrases == ("[Question] Who",)
+    rows = [{"case_id": "1", "requested_rewrite": str(REWRITE), "paraphrase_prompts": "[]"}]
+    assert load_edits(table(tmp_path, rows, "b.csv")).requests[0].prompt == "The capital of Peru is"
+    row = {"question": "p", "new": '{"text": "t"}', "near": '[{"text": "x", "reply": "y"}]', "answer": "[1, 2]"}
+    locality = {"prompt": "near[].text", "answer": "near[].reply"}
+    for target, text in (("new.text", "t"), ("answer", "[1, 2]")):
+        fields = read_field_map({"prompt": "question", "target": target, "locality": locality})
+        (request,) = load_edits(table(tmp_path, [row], "c.csv"), fields=fields).requests
+        assert request.target == text and request.locality == (LocalityPrompt("x", "y"),)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["['What is A?' 'Tell me B']", "['a'\n \"b\"]", "['a', nan]", "[{'prompt': 'a'}\n {'prompt': 'b'}]",
+     "{'a': array(['b'], dtype=object)}", "[array(['a'], dtype=object)]", "[nan 'a']", "[1 2]", "['cut off"],
+)  # fmt: skip
+def test_a_list_that_is_not_written_as_one_is_refused_where_it_is_read(tmp_path, cell):
+    row = {"prompt": "p", "target": "t", "rephrases": cell}
+    problem = only_problem(
+        tmp_path, Path(table(tmp_path, [row, row | {"rephrases": "['a']"}], "a.csv")).read_text(), "b.csv"
+    )
+    assert "record 1 (line 2), field rephrases: expected text, got a list or an object that cannot be parsed" in problem
+    assert "save the table as JSON Lines or parquet" in problem
+    edits = load_edits(table(tmp_path, [{"prompt": "p", "target": "t", "answers": cell}], "c.csv"))
+    assert edits.unread == {"answers": 1}
 
 
 def test_parquet_is_read_as_json_is(tmp_path):

@@ -234,7 +234,8 @@ def test_the_built_in_edits_come_by_name(tmp_path, monkeypatch):
     assert edits.source == "atlas" and edits.layout == "own" and len(edits.requests) == 10
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip)
+texts = texts.filter(lambda text: text and "{}" not in text)  # which reading fills with the subject
 lines = texts.map(lambda text: " ".join(part.strip() for part in text.splitlines() if part.strip()))
 answers = st.lists(lines, min_size=1, max_size=2).map(tuple)
 requests = st.builds(

@@ -27,6 +27,7 @@ RECORDS = {
         "answerKey": "B",
     },
     "mmlu": {"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "arithmetic"},
+    "mmlu_pro": {"question": "2 + 2?", "options": ["3", "4", "5"], "answer": "B", "category": "arithmetic"},
     "lambada": {"text": 'He shook his head. "No," he said'},
     "blimp": {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps.", "UID": "agreement"},
     "piqa": {"goal": "To cool soup,", "sol1": "blow on it.", "sol2": "boil it.", "label": 0},
@@ -53,6 +54,7 @@ EXPECTED = {  # context, choices, answer, rule
     "arc": ("Question: Why?\nAnswer:", (" Sun", " Moon", " Star"), 1, "sum"),
     "openbookqa": ("Frogs", (" swim", " fly"), 1, "mean"),
     "mmlu": ("2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:", (" A", " B", " C", " D"), 1, "sum"),
+    "mmlu_pro": ("2 + 2?\nA. 3\nB. 4\nC. 5\nAnswer:", (" A", " B", " C"), 1, "sum"),
     "lambada": ('He shook his head. "No," he', (" said",), 0, "exact"),
     "blimp": ("", ("Cats sleep.", "Cats sleeps."), 0, "sum"),
     "piqa": ("Question: To cool soup,\nAnswer:", (" blow on it.", " boil it."), 0, "sum"),
@@ -104,7 +106,7 @@ def test_every_layout_in_every_file_form(tmp_path, layout, name):
     assert item.id == RECORDS[layout].get("id", "a:1")
 
 
-@pytest.mark.parametrize("layout", ["arc", "piqa", "blimp", "sciq", "hellaswag", "mmlu", "lambada"])
+@pytest.mark.parametrize("layout", ["arc", "piqa", "blimp", "sciq", "hellaswag", "mmlu", "mmlu_pro", "lambada"])
 def test_csv_with_json_in_the_cells_of_lists(tmp_path, layout):
     import csv
 
@@ -116,6 +118,41 @@ def test_csv_with_json_in_the_cells_of_lists(tmp_path, layout):
     (item,) = one_task(str(tmp_path / "a.csv")).items
     assert (item.context, item.choices, item.answer, item.rule) == EXPECTED[layout]
     assert item.id == "a:2"
+
+
+@pytest.mark.parametrize("cell", ["[' blue' ' green']", "[' blue'\n ' green']"])
+def test_a_list_without_commas_is_no_single_choice(tmp_path, cell):
+    (problem,) = problems_of({"t": write(tmp_path, "a.csv", f'context,choices,answer\nThe sky is,"{cell}",0\n')})
+    assert (
+        "record 1 (line 2), field choices: expected a list of 1 or more texts, got a list or an object that" in problem
+    )
+
+
+@pytest.mark.parametrize(
+    ("questions", "answers"),
+    [
+        ([(["12", "24", "36"], "24")], [1]),
+        ([(["0", "1", "2"], "2")], [2]),
+        ([(["1", "2", "3", "4"], "2"), (["red", "blue"], "red")], [1, 0]),  # all can be texts, not all indices
+        ([(["1", "2", "3", "4"], "2"), (["12", "24"], "24")], [1, 1]),
+        ([(["1", "2", "3", "4"], "2"), (["red", "blue"], "0")], [2, 0]),  # all can be indices, not all texts
+        ([(["1", "2", "3", "4"], 2), (["1", "2", "3", "4"], "2")], [2, 2]),
+        ([(["A", "B", "AB", "O"], "AB")], [2]),
+        ([(["1", "2", "3", "4"], "2")], None),
+        ([(["1", "2", "3", "4"], "2"), (["red", "blue"], "0"), (["red", "blue"], "red")], None),
+    ],
+)
+@pytest.mark.parametrize("lettered", [True, False])
+def test_digits_are_an_index_or_a_text_as_the_file_has_it(tmp_path, questions, answers, lettered):
+    choices, answer, question = ("choices", "answer", "question") if lettered else ("endings", "label", "ctx")
+    records = [{question: "q", choices: given, answer: right} for given, right in questions]
+    path = write(tmp_path, "a.jsonl", records)
+    if answers is not None:
+        assert [item.answer for item in one_task(path).items] == answers
+        return
+    (problem,) = problems_of({"t": path})
+    wanted = "the letter of the right choice (" if lettered else "the number of the right choice as a JSON number ("
+    assert f"record 1 (line 1), field {answer}: expected {wanted}" in problem
 
 
 MMLU_ROWS = [
@@ -226,6 +263,9 @@ def test_fingerprint_is_that_of_the_content(tmp_path):
     prose = load_suite(None, {"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"]])}, prose=text)
     assert first.fingerprint == moved.fingerprint
     assert len({first.fingerprint, other.fingerprint, prose.fingerprint}) == 3
+    alone, of_other, of_prose = (suite.fingerprints for suite in (first, other, prose))
+    assert alone["items"] == of_prose["items"] != of_other["items"]
+    assert alone["prose"] == of_other["prose"] != of_prose["prose"]
 
 
 def test_built_in_probes():
@@ -320,6 +360,7 @@ def test_all_problems_of_all_tasks_at_once(tmp_path):
     wrong = write(tmp_path, "wrong.jsonl", [piqa | {"label": 9, "goal": None}, piqa | {"sol1": 3}])
     latin = write(tmp_path, "latin.jsonl", '{"text": "café au lait"}\n'.encode("latin-1"))
     tasks = {"a": broken, "b": wrong, "c": latin, "d": str(tmp_path / "wrong.jsn"), "e f": wrong, "g": "notes.txt"}
+    tasks["h"] = "~nobody-here/arc.jsonl"
     problems = "\n".join(problems_of(tasks, suite="prob", limit=0, prose=str(tmp_path / "none.txt")))
     for expected in (
         "capability limit: got 0",
@@ -331,6 +372,7 @@ def test_all_problems_of_all_tasks_at_once(tmp_path):
         "wrong.jsonl, record 2 (line 2), field sol1",
         "latin.jsonl, line 1: not UTF-8: byte 0xe9",
         "wrong.jsn: no such file; did you mean",
+        "arc.jsonl: no such file",
         "capability task name: got 'e f'",
         "notes.txt is plain text, which has no right answers; name it as prose",
         "none.txt: no such file",
@@ -352,6 +394,64 @@ def test_all_problems_of_all_tasks_at_once(tmp_path):
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, expected):
     assert expected in problems_of({"t": write(tmp_path, name, content)})[0]
+
+
+GLUED = {"context": "The hat of Anna is", "choices": ["red", "blue"], "answer": 0}
+SPACED = GLUED | {"choices": [" red", " blue"]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        SPACED,
+        {"context": ""},
+        {"context": "The hat of Anna is "},
+        {"context": "The hat is (", "choices": ["red)", "blue)"]},
+        {"choices": ["red", " blue"]},
+        {"choices": [", I think, red", ", I think, blue"]},
+        {"context": "日本の首都は", "choices": ["東京", "5"]},
+    ],
+)
+def test_choices_need_no_space_of_their_own_here(tmp_path, change):
+    assert load_suite(None, {"t": write(tmp_path, "a.jsonl", [GLUED | change])}).notices == ()
+
+
+def test_choices_without_a_space_before_them_are_refused_or_told(tmp_path):
+    hindi = {"context": "भारत की राजधानी का", "choices": ["दिल्ली", "मुंबई"], "answer": 0}
+    for record, seam in ((GLUED, "'t of Anna isred'"), (hindi, "दिल्ली'"), (GLUED | {"choices": ["red"]}, "isred'")):
+        (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [record] * 2)})
+        assert "a.jsonl: choices follow the context directly, as in" in problem
+        assert f"{seam}: begin each with a space" in problem
+    (told,) = load_suite(None, {"t": write(tmp_path, "a.jsonl", [SPACED, GLUED, SPACED])}).notices
+    assert told.startswith("capability task 't': choices follow") and "in 1 of 3 items, the first being a:2" in told
+
+
+def test_what_is_not_read_is_told(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path, f"{name}.jsonl", [RECORDS["mmlu"], RECORDS["mmlu"] | {"question_id": 7, "context": ""}])
+    suite = load_suite(None, {"t": str(tmp_path)})
+    assert suite.notices == ("capability task 't': not read: subject (4 of 4 records); question_id (2 of 4 records)",)
+    wrapped = {"version": 1, "data": [SPACED | {"question": 3}]}
+    suite = load_suite(None, {"t": write(tmp_path, "w.json", wrapped)})
+    assert suite.notices == ("capability task 't': not read: question (1 of 1 records); version (beside the records)",)
+    assert load_suite().notices == ()
+
+
+@pytest.mark.parametrize(
+    ("layout", "key", "value", "advice"),
+    [
+        ("own", "question", "Who has the hat?", "put its text into context, or remove the key"),
+        ("mmlu_pro", "article", "Anna has a hat.", "put its text into question, or remove the key"),
+        ("arc", "Passage", ["Anna has a hat.", "Bo has none."], "put its text into question, or remove the key"),
+        ("blimp", "context", "Anna has a hat.", "remove the key"),
+    ],
+)
+def test_a_part_of_the_question_that_is_not_shown_is_refused(tmp_path, layout, key, value, advice):
+    (problem,) = problems_of(
+        {"t": write(tmp_path, "a.jsonl", [RECORDS[layout], RECORDS[layout] | {"id": "2", key: value}])}
+    )
+    assert f"record 2 (line 2), field {key}: layout " in problem
+    assert problem.endswith(f"does not show it to the model; {advice}")
 
 
 def test_nothing_to_measure_and_sources_that_are_none(tmp_path):

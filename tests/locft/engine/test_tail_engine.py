@@ -337,6 +337,25 @@ def test_layers_that_do_not_fit_are_reached_from_the_one_below(tmp_path, monkeyp
     torch.testing.assert_close(cut(weights)(rows), all_layers.forward(2)(weights)(rows), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "architecture, window", [("llama", None), ("gemma3_text", 24), ("gpt_oss", 24), ("mistral", 24)]
+)
+def test_an_engine_over_other_rows_is_the_one_that_these_rows_would_have(architecture, window, monkeypatch):
+    """Rows longer than a window cannot be packed, and the states of fewer or more tokens fit for other layers."""
+    loaded = tiny_loaded(architecture, layers=4, **({"sliding_window": window} if window else {}))
+    short = edit_rows()
+    long = [encode_edit(loaded.tokenizer, f"I would like to know this. {prompt}", target) for prompt, target in TEXTS]
+    states = TailEngine(loaded, short, on_disk=False).states.layers[3]
+    monkeypatch.setattr(prefix, "LIMIT_BYTES", 4 * states.nbytes)
+    for rows, other in ((short, long), (long, short)):
+        twin, fresh = TailEngine(loaded, rows, on_disk=False).over(other), TailEngine(loaded, other, on_disk=False)
+        assert twin.states.stride == fresh.states.stride == (1 if other is short else 2)
+        assert twin.limit == (0 if window else fresh.limit)
+        for layer in range(4):
+            expected = full_forward(loaded.model)(other)
+            torch.testing.assert_close(twin.forward(layer)({})(other), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_the_least_recently_used_states_make_room(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded, rows = tiny_loaded("llama"), edit_rows()

@@ -178,6 +178,25 @@ def test_tiny_drift_is_resolved():
     assert small / half == pytest.approx(4, rel=1e-3)
 
 
+@pytest.mark.parametrize(("start", "jump"), [(0, 59), (0, 95), (0, 1000), (-120, 220), (0, -1000)])
+def test_a_change_too_large_for_float32_is_measured(start, jump):
+    """One token jumps in logit; at -120 its probability before is too small for float32."""
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(0)).mul(3)
+    logits[7] += start
+    after = logits.clone()
+    after[7] += jump
+    p, q = (one.double().log_softmax(-1) for one in (logits, after))
+    suite = encode_suite(tiny_tokenizer(), Suite((), (PROSE,), "x"))
+
+    def always(one):
+        return lambda rows: one.expand(sum(len(row.target_ids) for row in rows), -1)
+
+    expected = float((p.exp() * (p - q)).sum())
+    assert measure_drift(always(after), always(logits), suite).kl == pytest.approx(expected, rel=1e-5)
+    moved = measure_drift(always(logits + jump), always(logits), suite).kl
+    assert moved == pytest.approx(0, abs=1e-7), "a constant changes no distribution"
+
+
 def test_tokens_that_are_ruled_out_do_not_break_the_drift(suite):
     def ruled_out(rows):
         logits = torch.zeros(sum(len(row.target_ids) for row in rows), 400)

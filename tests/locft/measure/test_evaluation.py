@@ -15,6 +15,7 @@ from locft.measure.evaluation import (
     EditQuestion,
     ReferenceChange,
     ask,
+    asked_counts,
     edit_metrics,
     edit_questions,
     follow,
@@ -413,6 +414,28 @@ def test_long_targets_have_f1_and_containment_beside_exact_match():
     assert metrics["reliability_contains"] == 0.5 and metrics["reliability"] == 0
     assert not {name for name in edit_metrics([outcome("b", "Oslo", "Rome")]) if "f1" in name or "contains" in name}
     assert edit_metrics([outcome("a", LONG, LONG), outcome("a", LONG, "", "unseen")])["reliability_f1"] == 1
+
+
+def test_metrics_over_fewer_edits_say_over_how_many():
+    whole = [edit(name, "Q", "Oslo", ["R"], ["L"]) for name in "abc"]
+    assert counted(whole) == {"n_edits": 3}
+    some = [
+        edit("a", "Q", LONG, ["R", "S"]),
+        edit("b", "Q", LONG),
+        edit("c", "Q", "Oslo", ["R"]),
+        edit("d", "Q", "Oslo"),
+    ]
+    some[3] = replace(some[3], portability=(PortabilityPrompt("P", ("Norway",)),))
+    assert counted(some) == {
+        "n_edits": 4, "n_edits.generalization": 2, "n_edits.portability": 1,
+        "n_edits.reliability_long": 2, "n_edits.generalization_long": 1,
+    }  # fmt: skip
+
+
+def counted(edits):
+    tokenizer = chat_loaded().tokenizer
+    unedited = [ModelAnswer("x", (5, 0))] * sum(len(one.locality) for one in edits)
+    return asked_counts(edit_questions(tokenizer, edits, unedited, ("raw", "chat", "unseen")))
 
 
 def test_a_wrong_answer_to_a_long_target_is_heard_in_full():

@@ -438,6 +438,7 @@ def test_from_the_hub_come_the_files_that_are_read_and_no_code(tmp_path, monkeyp
         ("smollm2-135", ["did you mean smollm2-135m?", "not a built-in model (smollm2-135m)", "owner/name"]),
         ("gpt-9", ["'gpt-9': not a built-in model", "no such folder or .gguf file"]),
         ("./nowhere", ["no such folder"]),
+        ("~nobody-here/m", ["no such folder"]),
         ("/nowhere/at/all", ["no such folder"]),
     ],
 )

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from locft.data.answers import space_before_answer
 from locft.data.edit_request import EditRequest
 from locft.data.requests import load_edits
 from locft.train.encoding import encode_continuation, encode_edit, encode_edits, encode_prompt
-from locft.train.formats import space_before_answer
 from locft.train.token_rows import TokenRow
 from tests.tiny import SENTENCES, tiny_tokenizer
 

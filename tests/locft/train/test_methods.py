@@ -178,6 +178,13 @@ def test_adaloras_ranks_settle_in_trainings_of_any_length():
         assert left == (4 if steps > 1 else 6), steps
 
 
+@pytest.mark.parametrize("arrival, batches", [(1, 5), (2, 3), (3, 3), (5, 3)])
+def test_adaloras_ranks_settle_over_all_steps_of_a_stream(arrival, batches):
+    settings = replace(SETTINGS, method="adalora", pipeline="stream", arrival=arrival)
+    trainer = trainer_of(tiny_loaded("llama"), "1.mlp_down", settings)
+    assert trainer.method.budget.steps == settings.epochs * batches
+
+
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_norm_bounded_is_adam_with_a_projection_after_each_step(pipeline):
     """Written out: depth_first bounds the change of each batch, and its Adam is new."""

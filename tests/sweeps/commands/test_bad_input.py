@@ -113,6 +113,12 @@ CASES = [
     Bad("more than the grid", "select {model} --edits atlas --budget-share 2", ("--budget-share", "got 2")),
     Bad("no prior", "select {model} --edits atlas --prior p.json", ("p.json",)),
     Bad("what it chooses", "select {model} --edits atlas --set space.seed=[0,1]", ("space.seed",)),
+    Bad(
+        "answer over the edits",
+        "select {model} --edits e.jsonl --out e.jsonl",
+        ("e.jsonl: this is the input file",),
+        {"e.jsonl": lines(EDIT)},
+    ),
     Bad("answer on a folder", "select {model} --edits atlas --out d", ("it is a folder",), {"d/x": ""}),
     # stores, machines, clusters
     Bad("no tracking server", "sweep study.yaml --tracking-uri http://{closed}", ("{closed}",), first=False),
@@ -131,6 +137,8 @@ CASES = [
     Bad("file that is no store", "status study.yaml --tracking-uri sqlite:///f.db", ("f.db",), {"f.db": "some text"}),
     Bad("dashboard under a file", "sweep study.yaml --out f/x.html", ("f/x.html",), {"f": "text"}),
     Bad("dashboard on a folder", "sweep study.yaml --out d", ("it is a folder",), {"d/x": ""}),
+    Bad("dashboard over the study", "sweep study.yaml --out ./study.yaml", ("study.yaml: this is the input file",)),
+    Bad("dashboard over the study", "report study.yaml --out study.yaml", ("study.yaml: this is the input file",)),
     Bad("GPU without one", "sweep study.yaml --set resources.gpus=99", ("99 GPUs", "GPUs; request less"), first=False),
     Bad("more CPUs than there are", "sweep study.yaml --set resources.cpus=999", ("999 CPUs",), first=False),
     Bad("no cluster there", "sweep study.yaml --address {closed}", ("{closed}", "ray start"), first=False),

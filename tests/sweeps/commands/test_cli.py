@@ -169,7 +169,7 @@ def test_plan_warns_of_more_memory_than_there_is(locft, tmp_path, monkeypatch, t
 
 def test_plan_of_a_search(locft, tmp_path, monkeypatch, tiny_folder):
     monkeypatch.chdir(tmp_path)
-    write_study(tmp_path, tiny_folder, search={"method": "optuna", "trials": 9})
+    write_study(tmp_path, tiny_folder, space__seed=list(range(5)), search={"method": "optuna", "trials": 9})
     said = locft("plan", "tiny.yaml")
     assert said.code == 0 and "chosen while the study runs (search: optuna)" in said.out and "9 trials" in said.out
     assert locft("plan", "tiny.yaml", "--json").json["trials"] == []
@@ -193,6 +193,18 @@ def test_status_in_a_store_of_other_studies_adds_nothing_to_it(locft, workplace,
     assert locft("status", "tiny.yaml", "--json").json["done"] == 0
     names = [found.name for found in MlflowClient(f"sqlite:///{workplace}/mlflow.db").search_experiments()]
     assert names == ["Default"]
+
+
+def test_a_search_that_finds_nothing_more(locft, workplace, tiny_folder, trials_here):
+    write_study(workplace, tiny_folder, search={"method": "optuna", "trials": 9})
+    said = locft("sweep", "tiny.yaml", "--no-register")
+    assert said.code == 0 and "2 of 2 trials done" in said.out and "budget" not in said.err, "the space has no more"
+    assert "0 left" in (told := locft("status", "tiny.yaml").out) and "continues it" not in told
+    narrow = ("--set", "space.learning_rate={log_uniform: [0.02, 0.0201]}")
+    said = locft("sweep", "tiny.yaml", "--no-register", *narrow)
+    assert "the search proposed nothing new, with 5 trials left" in said.err and "budget" not in said.err
+    said = locft("sweep", "tiny.yaml", "--no-register", *narrow, "--set", "search.trials=5", "--set", "budget.trials=4")
+    assert "the budget ended the study with 1 trial left; the same command with a larger budget" in said.err
 
 
 # a study
@@ -277,7 +289,11 @@ def test_a_sweep_without_capability_has_null_where_nothing_was_measured(swept, l
     assert other == "tiny (other run)"
     assert told["picks"]["there"] == "1.mlp_down" and told["shared_positions"] == 1
     assert told["moved"][0].startswith("The pick ") and told["agreement"]["reliability"]["difference"][0] is not None
-    assert any(caution.startswith("Capability was measured on different items") for caution in told["cautions"])
+    capability, drift = told["cautions"]
+    assert capability.startswith("Capability was measured on different items")
+    assert drift.startswith(
+        "Drift was measured on different prose (here up to 64 tokens of the built-in prose; there none)"
+    )
     said = locft("report", "tiny.yaml", "--out", "other.html", *compared[:-1])
     assert said.code == 0 and f"Compared with {other}:" in said.out and told["moved"][0] in said.out
     assert "Capability was measured on different items" in (swept / "other.html").read_text(encoding="utf-8")
@@ -363,18 +379,20 @@ def test_edit_and_evaluate_in_words(locft, tmp_path, tiny_folder, few_probes):
     few = ("--edits", "atlas", "--limit", 3, "--threads", 1)
     said = locft("edit", tiny_folder, *few, "--position", "0.attn", "--out", tmp_path / "e")
     assert said.code == 0 and "3 edits at 0.attn" in said.out and "reliability" in said.out
+    assert re.search(r"metric \W+ edited \W+ unedited", said.out)
     said = locft("evaluate", tiny_folder, *few)
-    assert said.code == 0 and "reliability" in said.out
+    assert said.code == 0 and "reliability" in said.out and re.search(r"metric \W+ unedited", said.out)
     assert not any(name in said.out + said.err for name in ("capability", "perplexity")), "nobody asked for it"
 
 
 def test_evaluate_measures_the_capability_that_is_asked_for(locft, tmp_path, tiny_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    items = [{"context": "One and one is", "choices": [" two", " six"], "answer": 0}] * 3
+    items = [{"context": "One and one is", "choices": [" two", " six"], "answer": 0, "note": "?"}] * 3
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, items)))
     few = ("evaluate", tiny_folder, "--edits", "atlas", "--limit", 2, "--threads", 1, "--json")
     said = locft(*few, "--capability", "sums.jsonl")
     assert said.code == 0 and {"capability.sums", "perplexity"} <= said.json["metrics"].keys(), said.err
+    assert "capability task 'sums': not read: note (3 of 3 records)" in said.err
     for wrong, told in (
         (["sums.jsonl", "sums.jsonl"], "expected every name once"),
         (["probe"], "probe"),
@@ -538,6 +556,15 @@ def test_an_edit_that_diverges_is_work_that_failed(locft, tmp_path, tiny_folder,
     said = locft("edit", tiny_folder, "--edits", "atlas", *wild, "--json")
     assert said.code == 1 and "diverged" in said.err and said.out == "" and not (tmp_path / "e").exists()
     assert "Change one thing: locft edit" in said.err and "--learning-rate 7.5e+37" in said.err
+
+
+def test_a_benchmark_ends_with_its_own_exit_code(locft, tiny_folder, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tests.benchmarks.bench.run_bench", stop)
+    said = locft("bench", tiny_folder, "--limit", 2, "--layers", 1, "--batch-size", 2)
+    assert said.code == 130 and said.err.endswith("interrupted\n")
 
 
 # processes

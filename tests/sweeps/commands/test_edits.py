@@ -51,13 +51,15 @@ def test_what_is_understood_of_a_file(locft, file, workplace):
     assert "No problems found." in locft("edits", "atlas", "--limit", 1).out
 
 
-def test_a_file_is_written_in_our_own_layout(locft, file, workplace):
+def test_a_file_is_written_in_our_own_layout(locft, file, workplace, monkeypatch):
+    monkeypatch.setenv("HOME", str(workplace))
     told = locft("edits", file, *MAP, "--fix", "own.jsonl", "--json").json
     again = locft("edits", "own.jsonl", "--json").json
     assert again["layout"] == "own" and again["unread"] == {}
     assert (again["fingerprint"], again["counts"]) == (told["fingerprint"], told["counts"])
-    same = locft("edits", "own.jsonl", "--fix", "own.jsonl")
-    assert same.code == 2 and "this is the input file" in same.err
+    for source in ("own.jsonl", "~/own.jsonl"):
+        same = locft("edits", source, "--fix", "own.jsonl")
+        assert same.code == 2 and "this is the input file" in same.err
     folder = locft("edits", file, *MAP, "--fix", workplace)
     assert folder.code == 2 and "it is a folder" in folder.err
 

@@ -1,15 +1,20 @@
 """`locft export`: adapters with what each rank keeps, and configurations of other trainers."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from locft.model.delta import EditDelta
 from locft.model.models import folder_fingerprint
+from locft.train.encoding import encode_edit
+from tests.tiny import tiny_tokenizer
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 EDIT = {"id": "1", "prompt": "The capital of France is", "target": "Lyon", "rephrases": ["France's capital is"]}
@@ -138,6 +143,39 @@ def test_a_configuration_with_the_settings_of_a_position_file(locft, tiny_folder
     assert (
         "fingerprint" in locft(*call, "--out", tmp_path / "other.yaml").err and not (tmp_path / "other.yaml").exists()
     )
+
+
+def test_what_is_read_is_not_written_over(locft, tiny_folder, edits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = edits.read_bytes()
+    edits.rename("my-edits.jsonl")
+    Path("link-edits.jsonl").symlink_to("my-edits.jsonl")
+    call = ("export", "1.mlp_down", "--model", tiny_folder, "--format", "trl", "--edits")
+    for source, out in (("my-edits.jsonl", "my.py"), ("~/my-edits.jsonl", "link.py"), ("my-edits.jsonl",) * 2):
+        said = locft(*call, source, "--out", out)
+        assert said.code == 2 and "edits.jsonl: this is the input file; name another output" in said.err, said.err
+    assert Path("my-edits.jsonl").read_bytes() == before and not Path("my.py").exists()
+    assert locft(*call, "my-edits.jsonl", "--out", "other.py").code == 0
+
+
+@pytest.mark.parametrize("form", ["axolotl", "llamafactory", "trl"])
+def test_a_trainer_reads_the_tokens_that_locft_trains(locft, tiny_folder, edits, tmp_path, form):
+    """With a tokenizer that puts a start token before a text, which only TRL leaves to it."""
+    folder, tokenizer = shutil.copytree(tiny_folder, tmp_path / "model"), tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    start = [("<bos>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=start)
+    tokenizer.save_pretrained(folder)
+    call = ("export", "0.mlp", "--model", folder, "--format", form, "--edits", edits, "--out", tmp_path / "out")
+    assert locft(*call).code == 0
+    record = json.loads((tmp_path / "out-edits.jsonl").read_text().splitlines()[0])
+    texts = (
+        [one["text"] for one in record["segments"]] if form == "axolotl" else [record["prompt"], record["completion"]]
+    )
+    read = tokenizer("".join(texts), add_special_tokens=form == "trl")["input_ids"]
+    assert tuple(read) == encode_edit(tokenizer, EDIT["prompt"], EDIT["target"]).token_ids
+    assert read[0] == tokenizer.bos_token_id
 
 
 def test_defaults_are_named_as_such(locft, tiny_folder, edits, tmp_path):

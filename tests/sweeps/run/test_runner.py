@@ -23,7 +23,7 @@ from sweeps.study.trial_types import TrialResult, pack_result, unpack_result
 from tests.conftest import write_study
 from tests.heard import ENDLESS, Heard, comparable, sleep_or_finish
 from tests.mlflow_store import config
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import chat_tokenizer, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +240,10 @@ def test_other_weights_than_the_planned_ones_are_refused(study, baseline, tmp_pa
     trial = study.plan.trials[0]
     there = dataclasses.replace(study.inputs, study=study.study.model_copy(update={"model": str(tmp_path)}))
     with pytest.raises(InputError, match=f"on node .+: got weights .+, expected {trial.model_fingerprint}"):
+        train_and_measure(trial, there, baseline)
+    tiny_model().save_pretrained(tmp_path)
+    chat_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"on node .+: got a configuration or tokenizer .+{study.facts.model_setup}"):
         train_and_measure(trial, there, baseline)
 
 

@@ -36,6 +36,15 @@ def test_no_configuration_comes_twice_and_a_small_space_is_used_up():
     assert len({config.id for config in configs}) == len(configs) == 12
 
 
+def test_a_space_that_is_used_up_is_searched_no_more(monkeypatch):
+    """The driver asks again and again while the last trials run."""
+    found, asked = search({"layer": [0], "module": ["attn"], "learning_rate": [0.1, 0.2]}), []
+    monkeypatch.setattr(found._study, "ask", lambda space, real=found._study.ask: asked.append(space) or real(space))
+    assert [found.propose(key) is None for key in "abc"] == [False, False, True]
+    before = len(asked)
+    assert found.propose("d") is None and len(asked) == before > 2
+
+
 def test_none_comes_twice_while_several_are_running():
     found = search({"layer": [0, 1, 2], "module": ["attn"], "learning_rate": [0.1, 0.2]})
     running = [found.propose(str(number)) for number in range(6)]

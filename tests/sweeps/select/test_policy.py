@@ -24,7 +24,7 @@ from sweeps.select.policy import (
     start_rate,
     survey,
 )
-from sweeps.select.selection import PolicySearch
+from sweeps.select.selection import PolicySearch, seconds_left
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from tests.benchmarks.full_table import everything
 from tests.benchmarks.policies import replayed
@@ -329,17 +329,36 @@ def test_a_search_goes_on_from_what_is_known():
     search, told = searched(World())
     found = search({})
     first = found.propose("a")
-    assert found.propose("b") not in ("wait", None)
+    second = found.propose("b")
+    assert second not in ("wait", None)
     found.learn("a", TrialResult(first, "done"))
     found.learn("b", None)  # its worker was killed
-    started = 1 + len(finish(found))
-    assert started == sum(told) - 1 == len(found.scores), "what is lost may be asked for again"
+    started = 2 + len(finish(found))
+    assert started == sum(told) == len(found.scores), (
+        "what is lost has been tried often enough, and is not asked for again"
+    )
+    (lost,) = (run for run, score in found.scores.items() if score.row["status"] == "failed")
+    assert config_of(lost) == second and found.scores[lost].seconds == World().seconds(lost), "it is charged"
     again = search(found.scores)
     assert finish(again) == [] and again.scores == found.scores
     assert [rung.name for rung in again.rungs] == ["earlier"] and set(again.rungs[0].runs) == set(found.scores)
     half = dict(list(found.scores.items())[: len(found.scores) // 2])
     resumed = search(half)
     assert finish(resumed) and set(half) < set(resumed.scores) and resumed.rungs[1].name == "survey"
+
+
+@pytest.mark.parametrize("concurrent", [1, 2, 8])
+def test_how_long_the_budget_lasts_goes_by_the_runs_that_are_over(concurrent):
+    """Here they take twice the time expected; what runs beside them, or lost its worker, says nothing of that."""
+    world = World()
+    task = world.task(0.3, concurrent=concurrent)
+    runs = [first_run(task, candidate) for candidate in world.candidates[:4]]
+    over = {run: Score({"status": "done", "seconds": 2 * world.seconds(run)}, world.seconds(run)) for run in runs[:2]}
+    going = {runs[2]: Score.still_running(world.seconds(runs[2]))}
+    lost = {runs[3]: Score({"status": "failed"}, world.seconds(runs[3]))}
+    for scores in (over, over | going, over | going | lost):
+        expected = 2 * (task.budget - sum(map(world.seconds, scores))) / concurrent
+        assert seconds_left(task, scores) == pytest.approx(expected)
 
 
 def test_a_free_worker_does_not_wait_for_a_slow_one():

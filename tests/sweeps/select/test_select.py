@@ -9,6 +9,7 @@ from dataclasses import replace
 import mlflow
 import pytest
 
+from sweeps.run.trial import train_and_measure
 from sweeps.select.answer import edit_command
 from sweeps.select.policy import Candidate, Run
 from sweeps.select.request import selection_request
@@ -129,6 +130,28 @@ def test_of_many_edits_a_sample_is_compared(selected, workplace, tiny_folder, fe
     assert request.run(request.config(run)) == run and request.config(replace(run, edit_count=0)).edit_count == 0
 
 
+@pytest.mark.parametrize("ended", ["diverged", "failed"])
+def test_a_leader_that_all_edits_break_is_told(selected, workplace, few_probes, monkeypatch, ended):
+    """What to expect then comes from the sample, and nobody takes it for more."""
+    monkeypatch.setattr("sweeps.select.request.COMPARED_ON", 5)
+    monkeypatch.setattr("sweeps.select.request.USUAL_STEPS", 1)
+
+    def broken(trial, **given):
+        if trial.edit_count == 0 and ended == "failed":
+            raise ValueError("no room")
+        found = train_and_measure(trial, **given)
+        return found if trial.edit_count else replace(found, metrics=found.metrics | {"diverged": 1.0})
+
+    monkeypatch.setattr("sweeps.session.train_and_measure", broken)
+    few = ("--set", "space.layer=[1,2]", "--set", "space.module=[mlp_down]", "--set", "epochs=2")
+    said = selected("--budget-share", 0.9, *few)
+    assert said.code == 0 and f"the leader's run with all edits {ended}" in said.err
+    content = json.loads((workplace / "select-tiny-atlas.json").read_text())
+    assert content["measured_on"] == {"edits": 5, "compared_on": 5, "of": 12, "source": "atlas", "all_edits": ended}
+    told = f"random sample of 5 of the 12 edits; with all of them the run {ended}, so do not expect the same there"
+    assert told in said.out and told in (workplace / "select-tiny-atlas.html").read_text()
+
+
 @pytest.mark.clock
 def test_a_budget_in_minutes_is_kept_by_the_clock(selected_on_ray):
     said = selected_on_ray("--budget-minutes", 0.4, "--json")
@@ -168,6 +191,28 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(
     assert edited.code == 0 and edited.json["position"] == content["position"]
 
 
+def test_positions_and_seed_of_another_call_are_not_those_of_this_one(selected, workplace, probed_here, few_probes):
+    """Of all positions that were probed, a call with the same seed takes its own; otherwise it probes anew."""
+
+    def asked(*arguments):
+        said = selected("--budget-minutes", 0.001, "--json", *arguments)
+        (total,) = re.findall(r"(\d+) positions; the chance", (workplace / "select-tiny-atlas.html").read_text())
+        return said.json["position"]["position"], int(total), "probing every position" in said.err
+
+    one = ("--set", "space.layer=[0]", "--set", "space.module=[attn]")
+    assert asked(*one) == ("0.attn", 1, True)
+    best, total, probed = asked()
+    assert total > 1 and probed
+    assert asked(*one) == ("0.attn", 1, False)
+    assert asked() == (best, total, False)
+    assert asked(*one, "--seed", 1) == ("0.attn", 1, True)
+    client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
+    (study,) = client.search_runs([client.get_experiment_by_name("select-tiny-atlas").experiment_id])
+    old = [{"layer": 0, "module": "attn", "disturbance": 1.0, "gain": 1.0}]
+    client.log_text(study.info.run_id, json.dumps(old), "probe.json")
+    assert asked(*one) == ("0.attn", 1, True), "the file of an earlier version"
+
+
 def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, workplace, probed_here, monkeypatch):
     """Once without a registry, once without the store."""
     monkeypatch.setattr("sweeps.tracking.outbox.PATIENCE_SECONDS", 0.0)
@@ -197,7 +242,9 @@ def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, wor
         (("--budget-share", 0.1, "--budget-minutes", 5), "--budget-share, --budget-minutes: got both"),
         (("--budget-minutes", -1), "--budget-minutes: got -1, expected a positive number"),
         (("--set", "space.learning_rate=[0.1,0.2]"), "space.learning_rate: a selection chooses it itself"),
+        (("--set", "space.learning_rate=0.001"), "space.learning_rate: a selection chooses it itself"),
         (("--set", "space.seed=[1,2]"), "space.seed: a selection chooses seeds itself"),
+        (("--set", "space.seed=7"), "space.seed: a selection chooses seeds itself"),
         (("--set", "space.batch_size=[1,2]"), "space.batch_size: got 2 values"),
         (("--set", "space.module=[mlp_sideways]"), "has no module 'mlp_sideways'"),
         (("--set", "space.layer=[99]"), "layer 99"),
@@ -252,6 +299,9 @@ def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):
         "a trial with other settings is none of its runs"
     )
     assert request.run(replace(trial, data_fingerprint="other")) is None
+    elsewhere = ["space.method=low_curvature", "space.module=[attn]"]
+    narrow = selection_request(str(tiny_folder), "atlas", elsewhere, limit=12)
+    assert narrow.id == request.id and narrow.run(trial) is None, "nor is one at a position that is not asked for"
 
 
 def test_the_next_command_reads_the_same_edits():

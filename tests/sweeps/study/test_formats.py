@@ -82,6 +82,12 @@ def test_what_the_tokenizer_lacks_is_left_out_and_said(study_file, tiny_folder):
     assert alone.facts.data_fingerprint == prepare(load_study(str(study_file()))).facts.data_fingerprint
 
 
+def test_what_is_not_read_of_a_capability_file_is_said(study_file, tmp_path):
+    (tmp_path / "sums.jsonl").write_text('{"context": "One and one is", "choices": [" two"], "answer": 0, "note": "?"}')
+    (said,) = prepare(load_study(str(study_file(capability__tasks={"sums": str(tmp_path / "sums.jsonl")})))).notices
+    assert said == "capability task 'sums': not read: note (1 of 1 records)"
+
+
 def test_the_workbench_of_other_formats_is_another(study_file, chat_folder):
     def inputs(*changes):
         return prepare(load_study(str(study_file(model=str(chat_folder))), changes)).inputs

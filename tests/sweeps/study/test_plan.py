@@ -206,6 +206,21 @@ def test_a_method_with_other_results_than_before_has_trials_of_its_own():
     assert plain == {(0, "none"): 1, (0, "prose"): 2, (0.5, "none"): 2, (0.5, "prose"): 2}
 
 
+@pytest.mark.parametrize(
+    "axes, version",
+    [
+        ({"guard": "same_relation"}, 2),
+        ({"guard": "locality_like", "prefix_share": 0.5}, 3),
+        ({"shrink": "yes", "method": "natural_gradient"}, 4),
+        ({"method": "adalora", "pipeline": "stream"}, 2),
+        ({"method": "adalora", "pipeline": "breadth_first"}, 1),
+        ({"method": "full", "pipeline": "stream"}, 1),
+    ],
+)
+def test_trials_that_gave_other_results_before_have_another_version(axes, version):
+    assert {trial.method_version for trial in make_plan(make_study(axes), FACTS).trials} == {version}
+
+
 def test_the_study_id_stays_when_the_space_is_widened_and_changes_with_what_is_compared():
     same = study_id(make_study(), FACTS)
     assert len(same) == 12 and int(same, 16) >= 0
@@ -247,6 +262,17 @@ def test_every_point_of_an_optuna_space_is_a_trial_and_is_found_again(facts):
     narrower = make_study(space | {"module": ["mlp"], "layer": [0]}, search={"method": "optuna", "trials": 7})
     assert point_of(narrower, facts, config) is None
     assert point_of(study.model_copy(update={"epochs": 3}), facts, config) is None
+
+
+def test_an_optuna_plan_has_no_more_trials_than_its_space():
+    space = {"layer": [1, 2], "method": ["full", "lora"], "rank": [4, 16]}
+    for trials, count in ((4, 4), (99, 6)):
+        plan = make_plan(make_study(space, search={"method": "optuna", "trials": trials}), FACTS)
+        assert plan.count == count == len(plan.sample)
+    endless = make_study(
+        space | {"learning_rate": {"log_uniform": [1e-4, 1e-2]}}, search={"method": "optuna", "trials": 99}
+    )
+    assert make_plan(endless, FACTS).count == 99
 
 
 def test_a_grid_has_no_doubles_where_an_axis_changes_nothing():

@@ -55,6 +55,10 @@ def test_axes_take_lists_scalars_and_rules(tmp_path):
         """,
     )
     space = load_study(str(path)).space
+    assert [load_study(str(path), [f"capability.lm_eval={tasks}"]).capability.lm_eval for tasks in ("mmlu", "[]")] == [
+        ("mmlu",),
+        (),
+    ]
     assert space.layer == EveryLayer(every=10)
     assert (space.module, space.batch_size) == (("mlp",), (1, 8))
     assert space.learning_rate == LogUniform(log_uniform=(0.0001, 0.01))
@@ -162,6 +166,10 @@ MISTAKES = {
         "name: a\ncapability: {tasks: {a b: x}}",
         '2: capability.tasks.a b: got "a b", expected 1 to 100 letters',
     ),
+    "harness tasks by name": (
+        "name: a\ncapability: {lm_eval: {arc_easy: 5}}",
+        '2: capability.lm_eval: got {"arc_easy": 5}, expected a task or a list of tasks',
+    ),
     "task path": ("name: a\ncapability: {tasks: {a: 3}}", "2: capability.tasks.a: got 3, expected text"),
     "no items": (
         "name: a\ncapability: {limit: 0}",
@@ -205,6 +213,7 @@ MISTAKES = {
         "3: device: got cuda:2, but a trial sees its 2 GPUs as cuda:0 to cuda:1",
     ),
     "missing file": ("name: a\nedits:\n  source: ./edits.jsonl", "3: edits.source: no such file: "),
+    "a home that is nobody's": ("name: a\nmodel: ~nobody-here/m", "2: model: no such file: "),
     "missing prose": ("name: a\ncapability: {prose: wiki}", "2: capability.prose: no such file: "),
     "double key": ("name: a\nepochs: 2\nepochs: 3", "3: epochs: given twice, first on line 2"),
     "double key below": ("name: a\nedits:\n  limit: 3\n  limit: 4", "4: edits.limit: given twice, first on line 3"),
@@ -279,6 +288,7 @@ def test_a_missing_study_names_the_nearest(tmp_path):
     (found,) = problems(tmp_path / "my-stdy.yaml")
     assert f"no such file and no ready study; did you mean {tmp_path / 'my-study.yaml'}?" in found
     assert f"ready studies: {', '.join(ready_studies())}" in found and "layer-sweep" in ready_studies()
+    assert "no such file and no ready study" in problems("~nobody-here/study.yaml")[0]
     with pytest.raises(InputError, match="did you mean quickstart"):
         load_study("quikstart")
 

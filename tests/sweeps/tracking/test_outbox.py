@@ -84,6 +84,47 @@ def test_a_full_disk_costs_only_the_copy_on_it(tmp_path, monkeypatch):
     assert len(store.taken) == 1 and "No space left" in heard.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("failures", "said"),
+    [
+        (2, "; 2 finished trials are kept in .*; run the same command again to deliver them$"),
+        (
+            3,
+            "; 1 finished trials are kept in .*; 1 finished trial could not be saved there .No space left.* run again$",
+        ),
+        (9, "no answer; 2 finished trials could not be saved there .No space left on device. and will be run again$"),
+    ],
+)
+def test_what_a_full_disk_did_not_take_is_written_at_the_end_or_told(failures, said, tmp_path, monkeypatch):
+    """Neither the disk nor the store takes anything at first."""
+    monkeypatch.setattr(outbox_module, "PATIENCE_SECONDS", 0.05)
+    real, found, outbox, asked = outbox_module.tempfile.mkstemp, results(2), Outbox(tmp_path / "out"), []
+
+    def full(*args, **kwargs):
+        asked.append(args)
+        if len(asked) <= failures:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(outbox_module.tempfile, "mkstemp", full)
+    with pytest.raises(TrackingError, match=said), Recorder(Away(), outbox, Heard()) as recorder:
+        for each in found:
+            recorder.finished(each, 0)
+    assert outbox.kept() == found[max(0, failures - 2) :]
+
+
+def test_a_refused_result_that_cannot_be_saved_is_said_to_be_lost(tmp_path, monkeypatch):
+    found, heard = results(1), Heard()
+
+    def full(self, result):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Outbox, "keep", full)
+    with Recorder(Picky(found, times=100), Outbox(tmp_path), heard) as recorder:
+        recorder.finished(found[0], 0)
+    assert "not saved in" in heard.notes[1] and "will be run again" in heard.notes[1] and "kept" not in heard.notes[1]
+
+
 def test_a_damaged_file_hides_no_other_and_counts_once(tmp_path):
     outbox, found = Outbox(tmp_path), results(2)
     for each in found:
@@ -159,6 +200,11 @@ def test_an_outbox_belongs_to_one_study_and_store_whatever_the_password():
         != open_outbox("other", "http://127.0.0.1:5001").folder
     )
     assert "secret" not in str(one) and not one.exists()
+    bare = open_outbox("study", "postgresql://host/db").folder
+    for login in ("me@", "me:secret@", "me:pa/ss@", "me:it's@", "me:a?b#c[d@"):
+        assert open_outbox("study", f"postgresql://{login}host/db").folder == bare, login
+    logins = ("user=me&password=secret", "user=you&password=other")
+    assert len({open_outbox("study", f"postgresql://host/db?{login}").folder for login in logins}) == 1
 
 
 def test_a_second_driver_is_refused_with_the_reason_and_a_killed_one_holds_nothing(tmp_path):

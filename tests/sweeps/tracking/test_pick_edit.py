@@ -22,6 +22,7 @@ from sweeps.tracking.registry import (
     fetch_edit,
     register_edit,
     registered_edit,
+    registered_name,
     study_alias,
 )
 from sweeps.tracking.study_run import Tracker
@@ -165,8 +166,8 @@ def test_aliases_are_what_mlflow_takes(workplace):
     assert registered_edit("nothing", "latest-of-all", resolve_uri(None)) is None
 
 
-@pytest.mark.parametrize("file", ["mlflow.db", "elsewhere/store.db"])
-def test_every_registration_of_a_run_keeps_its_own_delta(workplace, file):
+@pytest.mark.parametrize(("file", "model"), [("mlflow.db", "tiny"), ("elsewhere/store.db", "ann@corp/tiny")])
+def test_every_registration_of_a_run_keeps_its_own_delta(workplace, file, model):
     """The study's pick, then the same run repeated with another rate, in whichever store: MLflow's default one plays no part."""
     if file != "mlflow.db":
         (workplace / "mlflow.db").unlink()
@@ -180,8 +181,10 @@ def test_every_registration_of_a_run_keeps_its_own_delta(workplace, file):
         return delta.save(workplace / f"{size:g}").parent
 
     for size, alias in ((2.0, "study"), (3.0, "chosen")):
-        register_edit(saved(size), run_id, "tiny", "1.mlp_down", {}, uri, alias)
+        register_edit(saved(size), run_id, model, "1.mlp_down", {}, uri, alias)
     for address, size in {"@study": 2, "@chosen": 3, "/1": 2, "/2": 3}.items():
-        folder = fetch_edit(f"models:/locft-edit-tiny{address}", uri, workplace / f"fetched{address.strip('/')}")
+        folder = fetch_edit(
+            f"models:/{registered_name('edit', model)}{address}", uri, workplace / f"fetched{address.strip('/')}"
+        )
         assert EditDelta.load(folder).tensors["weight"].tolist() == [size, size], address
     assert [path.name for path in workplace.rglob("*.db")] == [Path(file).name]

@@ -14,9 +14,11 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2 as error_codes
+from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 
 from analysis.stats.axes import AXES
 from locft.errors import InputError
@@ -194,6 +196,43 @@ def test_what_the_store_will_not_have_is_told_from_a_store_that_is_away(tracker,
     with pytest.raises(TrackingError, match="not yours") as caught:
         tracker.log_trial(result())
     assert not isinstance(caught.value, Refused), "the permission may come, and then it is taken"
+
+
+@pytest.mark.parametrize("status", [400, 413])
+def test_files_that_a_proxy_refuses_cost_nothing_else(tracker, monkeypatch, caplog, status):
+    """It limits the size of what is sent."""
+
+    class Limited(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<html>too large</html>")
+
+        do_PUT = do_POST
+
+        def log_message(self, *args):
+            pass
+
+    def upload(*_, **__):
+        HttpArtifactRepository(f"{server}/api/2.0/mlflow-artifacts/artifacts/1").log_artifact(__file__)
+
+    run_id, inputs = open_study(tracker)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Limited) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        server = f"http://127.0.0.1:{proxy.server_port}"
+        for name in ("log_text", "log_artifact"):
+            monkeypatch.setattr(tracker.client, name, upload)
+        trial_run = tracker.log_trial(result(), inputs)
+        finish(tracker, tracker.load_results(), "<h1>Report</h1>")
+        monkeypatch.setattr(tracker.client, "log_batch", MlflowClient(server).log_batch)
+        with pytest.raises(Refused, match="too large"):
+            tracker.log_trial(result(config(4)))
+        proxy.shutdown()
+    assert finished(tracker) == {config().id: trial_run} and tracker.load_outcomes(trial_run).empty
+    assert tracker.client.get_run(run_id).data.tags["locft.status"] == "done"
+    for name in (f"outcomes.json of trial {config().id}", "dashboard.html", "results.parquet", "recommendation.json"):
+        assert sum(name in said and str(status) in said for said in caplog.messages) == 1
 
 
 def test_why_a_trial_was_tried_again_comes_back(tracker):
@@ -509,6 +548,35 @@ def test_passwords_leave_the_address(monkeypatch):
     assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("ann", "p@ss")
     redacted = address.redact("to postgresql://u:p@h/db and http://a:b@c")
     assert redacted == "to postgresql://***@h/db and http://***@c"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("postgresql://me:pa/ss@host/db", "postgresql://***@host/db"),
+        ("postgresql://me:it's@host/db", "postgresql://***@host/db"),
+        ("mysql+pymysql://me:p@s/s?#@host/db", "mysql+pymysql://***@host/db"),
+        ("postgresql://host/db?user=me&password=se/cr@et", "postgresql://host/db?user=***&password=***"),
+        ("postgresql://host:5432/db?sslpassword=secret&a=b", "postgresql://host:5432/db?sslpassword=***&a=b"),
+        ("http://me:pa/ss@host:5000", "http://***@host:5000"),
+        ("http://me@host:5000", "http://***@host:5000"),
+        ("sqlite:////home/me@here/mlflow.db", "sqlite:////home/me@here/mlflow.db"),
+        ("models:/name@alias", "models:/name@alias"),
+        ("http://host:5000/api", "http://host:5000/api"),
+    ],
+)
+def test_no_password_is_shown(given, shown):
+    for text in ("{}", "store {} is away", "store '{}' is away", 'stores "{0}" and {0} are away'):
+        assert address.redact(text.format(given)) == text.format(shown)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://me:pa/ss@host:5000", "http://me:p#ss@host:5000", "http://[::1:5000", "http://h:x"]
+)
+def test_an_http_address_that_cannot_be_read_is_told_without_its_password(uri):
+    with pytest.raises(InputError, match=r"http\(s\)://HOST:PORT.*%2F") as caught:
+        address.resolve_uri(uri)
+    assert uri.count("@") == 0 or "'http://***@host:5000'" in str(caught.value)
 
 
 def test_the_outcomes_file_has_the_form_of_a_table(tracker):
