@@ -243,7 +243,7 @@ class PositionTrainer:
         self.arrival_seconds: list[float] = []
         self.watched: list[Any] = []
         new = len(examples) - self.first_new
-        together = settings.arrival if settings.pipeline == "stream" else len(examples)
+        together = settings.arrival if settings.pipeline == "stream" else max(1, len(examples))
         batches = sum(math.ceil(min(together, new - at) / settings.batch_size) for at in range(0, new, together))
         self.method = make_method(parameters, settings, curvature, settings.epochs * batches)
         self.draws = torch.Generator().manual_seed(
