@@ -222,7 +222,11 @@ class SelectionOptions:
     sample_seed: SampleSeedOption = None
     field_map: MapOption = None
     budget_share: Annotated[
-        float | None, typer.Option(help="Share of the full grid's estimated cost; default 0.1.", metavar="SHARE")
+        float | None,
+        typer.Option(
+            help="Share of the full grid's estimated cost; default 0.1, or the cost of 8 average runs if that is less.",
+            metavar="SHARE",
+        ),
     ] = None
     budget_minutes: Annotated[float | None, typer.Option(help="Wall-clock minutes, everything included.")] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of samples and draws.")] = 0

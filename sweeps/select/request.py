@@ -28,7 +28,9 @@ from sweeps.study.trial_types import METHOD_VERSION, TrialConfig
 
 MODULES = ("mlp_down", "mlp_up", "mlp", "attn", "layer")
 """Tried where the model has them; a model with none of them tries all it has."""
-DEFAULT_SHARE = 0.1
+DEFAULT_SHARE, DEFAULT_RUNS = 0.1, 8
+"""The default budget: a share of the full grid's cost, and at most the cost of this many average runs: in replays more find little
+that is better."""
 COMPARED_ON = 40
 """Edits on which positions are compared where there are at least twice as many: a random sample. The tables on which the
 survey was judged have 40 edits."""
@@ -172,8 +174,9 @@ def selection_request(
 ) -> SelectionRequest:
     """Check and resolve everything a selection needs; nothing is run or written.
 
-    overrides: of the ready study `select`, as `load_study` takes them. share, minutes: of these one, by default a share. prior:
-    position file of another model; its position at the same relative depth is tried early. Raises InputError with every problem.
+    overrides: of the ready study `select`, as `load_study` takes them. share, minutes: at most one of them; without, see
+    `DEFAULT_SHARE`. prior: position file of another model; its position at the same relative depth is tried early. Raises
+    InputError with every problem.
     """
     problems = []
     if share is not None and not 0 < share <= 1:
@@ -186,8 +189,6 @@ def selection_request(
         problems.append("--budget-share, --budget-minutes: got both, expected one of them")
     if problems:
         raise InputError(problems)
-    if minutes is None and share is None:
-        share = DEFAULT_SHARE
     priors = ()
     if prior is not None:
         elsewhere = read_position(prior)
@@ -203,6 +204,8 @@ def selection_request(
     study, compared_on = _compared_on_few(study)
     prepared = prepare(study)
     trials = tuple(trial for trial in prepared.plan.trials if trial.edit_count == compared_on)
+    if minutes is None and share is None:
+        share = min(DEFAULT_SHARE, DEFAULT_RUNS / len(trials))
     said = (*prepared.notices, *_told(compared_on, prepared.facts.n_edits))
     found = vars(replace(prepared, plan=Plan(trials, len(trials), trials), notices=said))
     return SelectionRequest(**found, share=share, minutes=minutes, seed=seed, priors=priors, compared_on=compared_on)

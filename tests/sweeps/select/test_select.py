@@ -10,6 +10,7 @@ import mlflow
 import pytest
 
 from sweeps.run.trial import train_and_measure
+from sweeps.select import request
 from sweeps.select.answer import edit_command
 from sweeps.select.policy import Candidate, Run
 from sweeps.select.request import selection_request
@@ -282,6 +283,17 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
         assert part in bad, bad
     missing = locft("edit", tiny_folder, "--edits", "atlas", "--position", "none.json", "--out", "out")
     assert missing.code == 2 and "none.json: cannot be read" in missing.err
+
+
+def test_by_default_a_share_of_the_grid_may_be_spent_but_no_more_than_some_runs(tiny_folder, monkeypatch):
+    asked = str(tiny_folder), "atlas"
+    assert (
+        selection_request(*asked, limit=4).share == 0.1 and selection_request(*asked, limit=4, minutes=3).share is None
+    )
+    monkeypatch.setattr(request, "DEFAULT_RUNS", 1)
+    small = selection_request(*asked, limit=4)
+    assert small.share == 1 / len(small.positions) < 0.1
+    assert selection_request(*asked, limit=4, share=0.5).share == 0.5
 
 
 def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):
