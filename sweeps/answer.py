@@ -78,9 +78,8 @@ def read_state(prepared: PreparedStudy, tracker: Tracker | None, *, curves: bool
         known = {row["trial_id"]: config_of_row(row) for row in results.to_dict("records")}
         planned = {name for name, config in known.items() if point_of(prepared.study, prepared.facts, config)}
     results = results[results["trial_id"].isin(planned)].reset_index(drop=True)
-    stored = tracker.read_file(baseline_file(prepared)) or tracker.read_file(
-        BASELINE_FILE
-    )  # an earlier version's only name
+    names = dict.fromkeys((baseline_file(prepared), BASELINE_FILE))  # the second was an earlier version's only name
+    stored = next(filter(None, map(tracker.read_file, names)), None)
     return StudyState(prepared, results, json.loads(stored)["metrics"] if stored else {})
 
 

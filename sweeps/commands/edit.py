@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from analysis.stats.wording import plural
+from locft.cache import file_sha256
 from locft.errors import InputError, listed
 from sweeps.commands.console import new_folder, notice, print_json, print_table, say, writable, write
-from sweeps.commands.edit_source import DIGEST, Batch, ContinueOptions, SourceOptions, digest_of
+from sweeps.commands.edit_source import DIGEST, Batch, ContinueOptions, SourceOptions
 from sweeps.commands.options import (
     DELTA_HELP,
     EDITS_HELP,
@@ -185,7 +186,7 @@ def _summary(
         "settings": dict(trained.delta.settings),
         "ask_formats": list(asked(bench.loaded.tokenizer, chosen.ask_formats)),
         "delta": str(file),
-        DIGEST: digest_of(file),
+        DIGEST: file_sha256(file),
         "seconds": round(trained.seconds, 3),
         "losses": list(trained.losses),
         "metrics": measured.metrics,

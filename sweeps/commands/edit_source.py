@@ -1,6 +1,5 @@
 """What `locft edit` trains: new edits alone, or edits that continue an earlier edit and its ledger."""
 
-import hashlib
 import json
 import math
 import random
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from analysis.stats.wording import percent, plural
+from locft.cache import file_sha256
 from locft.errors import InputError
 from sweeps.commands.console import notice
 from sweeps.commands.options import (
@@ -178,7 +178,7 @@ class EarlierEdit:
         except (OSError, ValueError) as error:
             raise InputError(f"{about}: expected the description of an edit that `locft edit` wrote: {error}") from None
         found = cls(folder, EditDelta.load(folder), Ledger.load(folder), described, anew)
-        if described.get(DIGEST, digest := digest_of(folder / FILE_NAME)) != digest:
+        if described.get(DIGEST, digest := file_sha256(folder / FILE_NAME)) != digest:
             raise InputError(
                 f"{folder}: {FILE_NAME} is not the one that edit.json describes, as when writing the edit was interrupted; "
                 "make the edit again to continue it"
@@ -303,12 +303,6 @@ class Batch:
                 found[name] = {"edits": len(self.new if is_new else self.kept), "reliability": sum(right) / len(right)}
         found["not_learnt"] = sorted({one.edit_id for one in asked if one.edit_id in fresh and not one.correct})
         return found
-
-
-def digest_of(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def now() -> str:

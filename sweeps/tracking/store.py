@@ -82,9 +82,8 @@ def store_errors(what: str, as_error: type[Exception] = TrackingError) -> Iterat
 def _is_refusal(error: Exception) -> bool:
     """Whether the store, or a proxy before it, answered that it does not take what was sent."""
     status = getattr(getattr(error, "response", None), "status_code", None)  # of an upload
-    if found := re.search(
-        r"failed with error code (\d+)", str(error)
-    ):  # MLflow's words where the answer is not its own
+    # MLflow's words where the answer is not its own
+    if found := re.search(r"failed with error code (\d+)", str(error)):
         status = int(found[1])
     return getattr(error, "error_code", None) in _REFUSALS or status in _REFUSED_STATUS
 
