@@ -18,8 +18,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from locft.cache import content_key, made_once
 from locft.errors import InputError
 from locft.measure.generation import ONE_BY_ONE, drawn_tokens, end_tokens, with_settings
-from locft.model.models import LoadedModel, settings_of
-from locft.process import describe_machine, every_core
+from locft.model.models import LoadedModel, computed_with
+from locft.process import every_core
 from locft.train.encoding import encode_prompt
 from locft.train.token_rows import TokenRow
 
@@ -32,6 +32,7 @@ MOST_CUT = 32
 """Upper limit on the tokens cut off at the beginning of a text."""
 PREFIX_TOKENS = 10
 """Maximum number of tokens of a sample that are put before a prompt."""
+FILE_NAME = "samples.json"
 SEED = 0
 _log = logging.getLogger(__name__)
 VERSION = 5
@@ -47,13 +48,15 @@ def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
 
     They are always the same on one machine, and are kept in a file for other processes and later calls.
     """
+
+    def write(folder: Path) -> None:
+        (folder / FILE_NAME).write_text(json.dumps(_written(loaded)))
+
     with every_core():
-        machine = describe_machine()
-        computed = [loaded.fingerprint, settings_of(loaded.model.config.to_dict()), str(loaded.model.dtype), machine]
-        key = content_key([VERSION, SAMPLES, TOKENS, SEED, computed, end_tokens(loaded), _starts(loaded)])
+        computed = [loaded.fingerprint, *computed_with(loaded.model), end_tokens(loaded), _starts(loaded)]
         try:
-            folder = made_once("background", key, lambda folder: _write(folder / "samples.json", _written(loaded)))
-            samples = json.loads((folder / "samples.json").read_text())
+            folder = made_once("background", content_key([VERSION, SAMPLES, TOKENS, SEED, computed]), write)
+            samples = json.loads((folder / FILE_NAME).read_text())
         except InputError as error:
             _log.warning("%s; the model's samples are not kept", error)
             samples = _written(loaded)
@@ -122,7 +125,3 @@ class _Drawn(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         tokens = drawn_tokens(scores, self.generator)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
-
-
-def _write(file: Path, samples: list[list[int]]) -> None:
-    file.write_text(json.dumps(samples))

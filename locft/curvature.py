@@ -10,7 +10,7 @@ diagonal of the Fisher information from its gradients.
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -39,8 +39,8 @@ from locft.engine.tail import (
 from locft.errors import InputError
 from locft.measure.generation import drawn_tokens
 from locft.model.checkpoint import opened
-from locft.model.models import LoadedModel, settings_of
-from locft.process import describe_machine, every_core
+from locft.model.models import LoadedModel, computed_with
+from locft.process import every_core
 from locft.train.methods.curvature import Curvature
 from locft.train.reference import pad_rows
 from locft.train.token_rows import SUPERVISED_AT_ONCE, TokenRow
@@ -48,6 +48,7 @@ from locft.train.token_rows import SUPERVISED_AT_ONCE, TokenRow
 BATCH_TOKENS = 1024
 """Tokens per batch."""
 FILE_NAME = "curvature.safetensors"
+"""Holds tensors under the names "part/parameter", and the label gradients as a part of the parameter ""."""
 GRADIENTS = "gradients"
 SEED = 0
 """Seed for sampling the labels."""
@@ -167,8 +168,10 @@ def measure_curvature(
     watch = _Watch({name: value for name, value in watched.items() if value.dim() > 1})
     first, mask = pad_rows(_parts(windows)[0], model.device)
     run, from_layer = _run_of(model, layer, watched, first[:1], mask[:1])
-    with torch.enable_grad():
-        others = _in_no_product(watch, watched, partial(run, first, mask))
+    with torch.enable_grad(), watch:
+        run(first, mask)  # shows what is in no product
+    others = {name: value.requires_grad_() for name, value in watched.items() if name not in watch.found}
+    watch.found.clear()
     diagonals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in others.items()}
     label_gradients = partial(_at_states, head_view(model)) if from_layer else _label_gradient
     drawn, tokens = [], 0
@@ -207,19 +210,22 @@ def measured_once(
     wanted = layers[layer] if names is None else [name for name in layers[layer] if name in names]
     measured: dict[str, Curvature] = {}
     with every_core():
-        file = partial(_CurvatureFile, _measured_on(loaded, windows))
-        of_layer, begun = file(layers[layer]), file(())
+        prose = [row.token_ids for row in windows]
+        folder = partial(_folder, content_key([loaded.fingerprint, computed_with(loaded.model), prose]))
+        of_layer, begun = folder(layers[layer]), folder(())
         try:
-            with nullcontext() if of_layer.is_there() else begun.alone():
-                if not of_layer.is_there():
-                    together = [name for own in layers.values() for name in own]
-                    given = begun.read().get(GRADIENTS) if begun.is_there() else None
-                    measured, gradients = measure_curvature(loaded, min(layers), together, windows, given)
-                    if gradients is not None:
-                        begun.keep({GRADIENTS: gradients})
-                    for own in layers.values():
-                        file(own).keep_curvature(measured)
-            return of_layer.curvature(wanted)
+            if not of_layer.is_dir():
+                begun.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{begun}.pass.lock"):  # until then another process may have measured it
+                    if not of_layer.is_dir():
+                        together = [name for own in layers.values() for name in own]
+                        given = _read(begun, [""])[""][GRADIENTS] if begun.is_dir() else None
+                        measured, gradients = measure_curvature(loaded, min(layers), together, windows, given)
+                        if gradients is not None:
+                            _keep(begun, {"": {GRADIENTS: gradients}})
+                        for own in layers.values():
+                            _keep(folder(own), {name: measured[name].parts for name in own})
+            return {name: Curvature(**parts) for name, parts in _read(of_layer, wanted).items()}
         except (InputError, OSError) as error:
             _log.warning("%s; curvature is not kept", error)
             if not measured:
@@ -227,52 +233,34 @@ def measured_once(
     return {name: measured[name] for name in wanted}
 
 
-def _measured_on(loaded: LoadedModel, windows: Sequence[TokenRow]) -> str:
-    """A key for the model, as it computes on this machine, and the prose."""
-    model, prose = loaded.model, [row.token_ids for row in windows]
-    computed = [settings_of(model.config.to_dict()), str(model.dtype), str(model.device), describe_machine()]
-    return content_key([loaded.fingerprint, computed, prose])
+def _folder(measured_on: str, names: Sequence[str]) -> Path:
+    """Where the cache keeps the curvature of some parameters or, for none, the label gradients. measured_on: a key for the model
+    and the prose."""
+    return cache_folder() / "curvature" / content_key([VERSION, measured_on, list(names)])
 
 
-class _CurvatureFile:
-    """A file in the cache, for one model and windows: the curvature of some parameters or, for none, the label gradients."""
+def _read(folder: Path, names: Collection[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """What is kept in a folder under these names: tensors by name and part."""
+    with suppress(OSError):  # the cache may be read-only
+        os.utime(folder)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    with opened(folder / FILE_NAME, "curvature") as stored:
+        for key in stored.keys():  # noqa: SIM118
+            part, _, name = key.partition("/")
+            if name in names:
+                found.setdefault(name, {})[part] = stored.get_tensor(key)
+    return found
 
-    def __init__(self, measured_on: str, names: Sequence[str]):
-        self.names = names
-        self.key = content_key([VERSION, measured_on, list(names)])
-        self.folder = cache_folder() / "curvature" / self.key
 
-    def is_there(self) -> bool:
-        return self.folder.is_dir()
+def _keep(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Write a folder for `_read`, unless it is there already."""
+    flat = {f"{part}/{name}": value.contiguous() for name, own in tensors.items() for part, value in own.items()}
 
-    def read(self, is_wanted: Callable[[str], bool] = lambda _key: True) -> dict[str, torch.Tensor]:
-        with suppress(OSError):  # the cache may be read-only
-            os.utime(self.folder)
-        with opened(self.folder / FILE_NAME, "curvature") as stored:
-            return {key: stored.get_tensor(key) for key in stored.keys() if is_wanted(key)}  # noqa: SIM118
+    def write(unfinished: Path) -> None:
+        make_room(unfinished, sum(value.nbytes for value in flat.values()), LIMIT_BYTES)
+        save_file(flat, unfinished / FILE_NAME)
 
-    def curvature(self, names: Collection[str]) -> dict[str, Curvature]:
-        """The curvature of these parameters."""
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in self.read(lambda key: key.partition("/")[2] in names).items():
-            piece, _, name = key.partition("/")
-            found.setdefault(name, {})[piece] = value
-        return {name: Curvature(**pieces) for name, pieces in found.items()}
-
-    def keep_curvature(self, measured: Mapping[str, Curvature]) -> None:
-        self.keep({f"{piece}/{name}": part for name in self.names for piece, part in measured[name].parts.items()})
-
-    def keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        def write(folder: Path) -> None:
-            make_room(folder, sum(value.nbytes for value in tensors.values()), LIMIT_BYTES)
-            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / FILE_NAME)
-
-        made_once("curvature", self.key, write)
-
-    def alone(self) -> FileLock:
-        """A lock that one process at a time holds."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{self.folder}.pass.lock")
+    made_once("curvature", folder.name, write)
 
 
 def factor_bytes(shape: torch.Size) -> int:
@@ -280,22 +268,6 @@ def factor_bytes(shape: torch.Size) -> int:
     if len(shape) < 2:
         return 4 * shape.numel()
     return 4 * shape[:-2].numel() * (shape[-1] ** 2 + shape[-2] ** 2)
-
-
-def curvature_size(model: PreTrainedModel, names: Sequence[str]) -> int:
-    """Bytes of the curvature of these parameters."""
-    return sum(factor_bytes(model.get_parameter(name).shape) for name in names)
-
-
-def _in_no_product(
-    watch: _Watch, watched: Mapping[str, torch.Tensor], run: Callable[[], object]
-) -> dict[str, torch.Tensor]:
-    """The watched tensors that a run uses in no product; from now on gradients flow to them."""
-    with watch:
-        run()
-    others = {name: value.requires_grad_() for name, value in watched.items() if name not in watch.found}
-    watch.found.clear()
-    return others
 
 
 def _run_of(

@@ -6,34 +6,34 @@ What several training runs share (rows in other formats, prefixes, guards, curva
 import itertools
 import random
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from locft.background import background_rows, prefix_texts
-from locft.curvature import curvature_size, measured_once
+from locft.curvature import factor_bytes, measured_once
 from locft.data.edit_request import EditRequest
 from locft.data.requests import load_edits
 from locft.engine.tail_engine import TailEngine, logits_with, unedited_logits
 from locft.errors import InputError
 from locft.measure.evaluation import follow
 from locft.measure.generation import greedy_answers
-from locft.model.models import DTYPES, LoadedModel, settings_of
+from locft.model.models import DTYPES, LoadedModel, computed_with
 from locft.model.positions import TuningPosition, layer_prefix, parameter_names
-from locft.process import describe_machine, moved
+from locft.process import moved
 from locft.train.encoding import encode_edit, encode_edits, encode_prompt
-from locft.train.examples import TrainingExamples
+from locft.train.examples import Guards, TrainingExamples
 from locft.train.formats import available, parse_formats
-from locft.train.guards import Guards
 from locft.train.kept_state import KeptState
 from locft.train.methods import HELD_BACK
 from locft.train.methods.curvature import Curvature
 from locft.train.pipelines import Beside, Earlier, Training, TrainingSettings, Watch, final_loss, finetune
 from locft.train.reference import full_forward
-from locft.train.token_rows import Forward, TokenRow
+from locft.train.token_rows import Forward, TokenRow, windows
 
 PREFIXES = 5
 """Different prefixes for each prompt, as in the paper's appendix A.4, divided among the formats, with at least two for each."""
@@ -48,6 +48,9 @@ SCALES = tuple(step / 20 for step in range(19, 9, -1))
 CURVATURE_BYTES, TOGETHER_BYTES = 2**30, 2**28
 """Up to the first size, the curvature of a whole layer is measured at once; above it, only that of the trained position. Several
 layers are measured at once up to the second size."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,24 +109,24 @@ class EditTrainer:
     def examples(self, settings: TrainingSettings) -> TrainingExamples:
         """The examples that training with these settings draws from."""
         formats = available(self.loaded.tokenizer, parse_formats(settings.train_formats, trained=True))
-        plain = self._once(("plain", formats), lambda: self._plain(formats))
-        prefixed = ()
+        plain, prefixed, guards = self._once(self._plain, formats), (), None
         if settings.prefix_share:
-            key = "prefixed", formats, settings.precision
-            prefixed = self._once(key, lambda: self._prefixed(formats, settings.precision))
-        guards = self._guards(settings.guard, settings.precision)
+            prefixed = self._once(self._prefixed, formats, settings.precision)
+        if settings.guard != "none":
+            guards = self._once(self._guards, settings.guard, settings.precision)
         return TrainingExamples(self.rows, plain, prefixed, settings.prefix_share, guards)
 
     def curvature(self, position: TuningPosition, precision: str) -> dict[str, Curvature]:
         """Damped curvature of the position's parameters, by name, from passes in the precision that training computes in. Measured
         once for all positions of the layer, together with other layers that are trained on this machine."""
         names = parameter_names(self.loaded.model, position)
-        last = self._kept.get("curvature")
-        if last is None or last[0] != (names, precision):
+        last, found = self._kept.get("curvature", (None, {}))  # only the last: it is large
+        if last != (names, precision):
             layers, prose = self._measured_together(position), self.prose or self.background(precision)
-            found = measured_once(self._computing_in(precision), layers, position.layer, prose, names)
-            self._kept["curvature"] = last = (names, precision), {name: found[name].damped() for name in names}
-        return last[1]
+            measured = measured_once(self._computing_in(precision), layers, position.layer, prose, names)
+            found = {name: measured[name].damped() for name in names}
+            self._kept["curvature"] = (names, precision), found
+        return found
 
     def _computing_in(self, precision: str) -> LoadedModel:
         """The model in the dtype that training computes in."""
@@ -133,11 +136,11 @@ class EditTrainer:
         """The parameters, by layer, whose curvature is measured in the same pass as a position's. The position's alone if the
         curvature of its layer is too large."""
         model = self.loaded.model
+        shapes = {name: value.shape for name, value in model.named_parameters()}
         layers = self.engine.layers if self.engine and position.layer in self.engine.layers else (position.layer,)
         prefixes = {layer: f"{layer_prefix(model, layer)}." for layer in layers}
-        every = [name for name, _ in model.named_parameters()]
-        named = {layer: [name for name in every if name.startswith(prefix)] for layer, prefix in prefixes.items()}
-        sizes = {layer: curvature_size(model, names) for layer, names in named.items()}
+        named = {layer: [name for name in shapes if name.startswith(prefix)] for layer, prefix in prefixes.items()}
+        sizes = {layer: sum(factor_bytes(shapes[name]) for name in names) for layer, names in named.items()}
         if sizes[position.layer] > CURVATURE_BYTES:
             return {position.layer: list(parameter_names(model, position))}
         groups: list[list[int]] = [[]]
@@ -151,28 +154,25 @@ class EditTrainer:
         """Where the state of this training is kept; None with noise, because the state of its generator is not kept."""
         if settings.noise:
             return None
-        model = self.loaded.model
-        computed = [
-            settings_of(model.config.to_dict()),
-            self.loaded.tokenizer.chat_template,
-            str(model.dtype),
-            str(model.device),
-            describe_machine(),
-            torch.get_num_threads(),
-            self.engine is None,
-        ]
+        loaded = self.loaded
+        computed = [*computed_with(loaded.model), torch.get_num_threads(), self.engine is None]
         edits = [(request.prompt, request.target) for request in self.requests]
-        rows = [row.token_ids for row in self.rows]
-        return KeptState([self.loaded.fingerprint, computed, str(position), asdict(settings), edits, rows, self.asked])
+        rows = [loaded.tokenizer.chat_template, [row.token_ids for row in self.rows]]
+        return KeptState([loaded.fingerprint, computed, str(position), asdict(settings), edits, rows, self.asked])
 
-    def _once(self, key: Any, make: Any) -> Any:
+    def _once(self, make: Callable[..., Any], *given: Any) -> Any:
+        """What a method makes of arguments, made in the first call and kept."""
+        key = make.__name__, *given
         if key not in self._kept:
-            self._kept[key] = make()
+            self._kept[key] = make(*given)
         return self._kept[key]
 
     def background(self, precision: str) -> tuple[TokenRow, ...]:
         """Text that the model writes itself, computing in that precision."""
-        return self._once(("background", precision), lambda: background_rows(self._computing_in(precision)))
+        return self._once(self._background, precision)
+
+    def _background(self, precision: str) -> tuple[TokenRow, ...]:
+        return background_rows(self._computing_in(precision))
 
     def _plain(self, formats: Sequence[str]) -> tuple[tuple[TokenRow, ...], ...]:
         by_format = (encode_edits(self.loaded.tokenizer, self.requests, form) for form in formats)
@@ -185,20 +185,15 @@ class EditTrainer:
         rows = []
         for request in self.requests:
             before = iter(drawn.sample(texts, min(each * len(formats), len(texts))))
-            behind = [(form, text) for form in formats for text in itertools.islice(before, each)]
             encoded = (
                 encode_edit(self.loaded.tokenizer, f"{text} {request.prompt}", request.target, form)
-                for form, text in behind
+                for form in formats
+                for text in itertools.islice(before, each)
             )
             rows.append(tuple(encoded))
         return tuple(rows)
 
-    def _guards(self, kind: str, precision: str) -> Guards | None:
-        if kind == "none":
-            return None
-        return self._once(("guards", kind, precision), lambda: self._made_guards(kind, precision))
-
-    def _made_guards(self, kind: str, precision: str) -> Guards:
+    def _guards(self, kind: str, precision: str) -> Guards:
         rows = self._guard_rows(kind, precision)
         if not rows:
             raise InputError(
@@ -209,15 +204,8 @@ class EditTrainer:
     def _guard_rows(self, kind: str, precision: str) -> tuple[TokenRow, ...]:
         """Guards of a kind: windows of prose, or prompts with the beginning of the unedited model's answer."""
         if kind == "prose":
-            windows = [
-                row.token_ids[at : at + WINDOW]
-                for row in self.background(precision)
-                for at in range(0, len(row.token_ids) - 1, WINDOW)
-            ]
-            chosen = windows[:: max(1, len(windows) // GUARDS)][:GUARDS]
-            return tuple(TokenRow(ids, 1) for ids in chosen if len(ids) > 1)
-        prompts = _same_relation(self.requests) if kind == "same_relation" else _locality_like(self.requests)
-        prompts = prompts[:: max(1, len(prompts) // GUARDS)][:GUARDS]
+            return tuple(_some(windows(self.background(precision), WINDOW)))
+        prompts = _some(_same_relation(self.requests) if kind == "same_relation" else _locality_like(self.requests))
         rows = []
         for prompt, answer in zip(prompts, greedy_answers(self.loaded, prompts), strict=True):
             ids = encode_prompt(self.loaded.tokenizer, prompt)
@@ -228,7 +216,7 @@ class EditTrainer:
         """An engine over these rows: the workbench's own if it has them all."""
         if self.engine is None or all(row in self.engine.tree for row in rows):
             return self.engine
-        return self._once(("engine", tuple(rows)), lambda: self.engine.over(rows))
+        return self._once(self.engine.over, tuple(rows))
 
     def _shrunk(
         self,
@@ -247,11 +235,8 @@ class EditTrainer:
             followed = follow(logits_with(self.loaded, engine, position.layer, weights), rows)
             return {row for row, following in zip(rows, followed, strict=True) if following.instead is None}
 
-        wanted, best = holding(1.0), 1.0
-        for scale in SCALES:
-            if not wanted <= holding(scale):
-                break
-            best = scale
+        wanted = holding(1.0)
+        best = min(itertools.takewhile(lambda scale: wanted <= holding(scale), SCALES), default=1.0)
         if best == 1.0:
             return training
         delta = training.delta.scaled(best)
@@ -270,17 +255,19 @@ def _gaussian(share: float, seed: int) -> Callable[[torch.Tensor], torch.Tensor]
     return noisy
 
 
+def _some(found: list[T]) -> list[T]:
+    """At most `GUARDS` of them, spread over all."""
+    return found[:: max(1, len(found) // GUARDS)][:GUARDS]
+
+
 def _same_relation(requests: Sequence[EditRequest]) -> list[str]:
     """Prompts of the edits with another edit's subject in place of their own, except prompts that train or measure an edit."""
     taken = _prompts_of(requests)
     known = [request for request in requests if request.subject and request.subject in request.prompt]
     apart = 1 + len(known) // 2 if len(known) > 2 else 1
-    found = []
-    for index, request in enumerate(known):
-        prompt = request.prompt.replace(request.subject, known[(index + apart) % len(known)].subject)
-        if prompt not in taken:
-            found.append(prompt)
-    return list(dict.fromkeys(found))
+    others = known[apart:] + known[:apart]
+    swapped = [own.prompt.replace(own.subject, other.subject) for own, other in zip(known, others, strict=True)]
+    return [prompt for prompt in dict.fromkeys(swapped) if prompt not in taken]
 
 
 def _locality_like(requests: Sequence[EditRequest]) -> list[str]:
@@ -310,15 +297,14 @@ def _prompts_of(requests: Sequence[EditRequest]) -> set[str]:
     }
 
 
-@cache
 def _general_prompts() -> dict[str, set[str]]:
     """Questions about well-known facts, each with the words for what it is about: those that occur in questions of at most
     two answers, such as a country's capital and its language."""
     answers = {one.prompt: one.answer for request in load_edits("atlas").requests for one in request.locality}
-    found: dict[str, set[str | None]] = {}
+    found: dict[str, set[str | None]] = defaultdict(set)
     for prompt, answer in answers.items():
         for word in _words(prompt):
-            found.setdefault(word, set()).add(answer)
+            found[word].add(answer)
     return {prompt: {word for word in _words(prompt) if len(found[word]) <= 2} for prompt in answers}
 
 

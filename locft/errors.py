@@ -49,7 +49,7 @@ def listed(words: Iterable[str], most: int, separator: str = ", ") -> str:
     return separator.join(every[:most]) + more
 
 
-def did_you_mean(got: str, choices: Iterable[str]) -> str:
-    """A clause for a message that names the choice most like `got`; empty if none is near."""
-    near = get_close_matches(got, list(choices), 1)
+def did_you_mean(got: str, choices: Iterable[str], least: float = 0.6) -> str:
+    """A clause for a message that names the choice most like `got`; empty if none is near. least: likeness, at most 1."""
+    near = get_close_matches(got, list(choices), 1, least)
     return f"; did you mean {near[0]}?" if near else ""

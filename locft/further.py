@@ -13,7 +13,7 @@ import torch
 from locft.errors import InputError
 from locft.model.delta import EditDelta, applied
 from locft.model.models import DTYPES, LoadedModel
-from locft.train.token_rows import TokenRow
+from locft.train.token_rows import TokenRow, windows
 
 WINDOWS, TOKENS = 8, 64
 """B and T of the legend."""
@@ -31,9 +31,8 @@ def further_trained(
     rows: of running text, cut into windows of T tokens; each step draws its own. precision: that of the products; weights
     and optimiser are float32. The model is left unchanged. Raises InputError if no row is that long.
     """
-    windows = [row.token_ids[at : at + TOKENS] for row in rows for at in range(0, len(row.token_ids), TOKENS)]
-    windows = [window for window in windows if len(window) == TOKENS]
-    if not windows:
+    texts = [window.token_ids for window in windows(rows, TOKENS) if len(window.token_ids) == TOKENS]
+    if not texts:
         raise InputError(
             f"further_steps: no text of {TOKENS} tokens to train on; set capability.prose to a longer text"
         )
@@ -43,7 +42,7 @@ def further_trained(
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=max(1, steps))
     drawn = random.Random(seed)
     for _ in range(steps):
-        batch = drawn.sample(windows, min(WINDOWS, len(windows)))
+        batch = drawn.sample(texts, min(WINDOWS, len(texts)))
         ids = torch.tensor(batch, device=loaded.model.device)  # (B, T)
         with torch.autocast(ids.device.type, DTYPES[precision], enabled=precision != "float32"):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -7,8 +7,10 @@ Needs the extra `harness`: import this module only where it is used.
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -83,25 +85,25 @@ def _samples(model: "PairedModel", tasks: Mapping[str, Any], limit: int | None) 
 
 def _scores(name: str, tasks: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Iterator[TaskScore]:
     """samples: those of the unedited model and, if there is one, of the edited model."""
-    values: dict[tuple[str, str], list[list[Any]]] = {}
-    combine: dict[tuple[str, str], Callable[[list[Any]], float]] = {}
+    values: dict[tuple[str, str], list[list[Any]]] = defaultdict(list)
+    combine: dict[str, Callable[[list[Any]], float]] = {}
     for part, task in tasks.items():
+        combine = {**task.aggregation(), **combine}
         for pair in zip(*(one[part] for one in samples), strict=True):
             if len({(item["doc_id"], item["filter"], item["prompt_hash"]) for item in pair}) > 1:
                 raise RuntimeError(f"{part}: the harness gave the edited model different prompts from the unedited one")
             for metric in pair[0]["metrics"]:
-                key = metric, pair[0]["filter"]
                 if metric in task.aggregation():
-                    combine.setdefault(key, task.aggregation()[metric])
-                    values.setdefault(key, []).append([item[metric] for item in pair])
+                    values[metric, pair[0]["filter"]].append([item[metric] for item in pair])
     several = len({kind for _, kind in values}) > 1
     for (metric, kind), pairs in values.items():
-        mean, columns = combine[metric, kind], [list(column) for column in zip(*pairs, strict=True)]
+        mean, columns = combine[metric], [list(column) for column in zip(*pairs, strict=True)]
         numbers = all(isinstance(value, int | float) for column in columns for value in column)
         plain = numbers and getattr(mean, "__name__", "") in ("mean", "nanmean")
-        before, after = float(mean(columns[0])), float(mean(columns[1])) if len(columns) > 1 else None
-        change = paired_change(columns[0], columns[1], None if plain else mean) if after is not None else None
-        yield TaskScore(name, f"{metric} ({kind})" if several else metric, len(pairs), before, after, change)
+        found = [float(mean(column)) for column in columns]
+        change = paired_change(columns[0], columns[1], None if plain else mean) if len(columns) > 1 else None
+        label = f"{metric} ({kind})" if several else metric
+        yield TaskScore(name, label, len(pairs), found[0], found[1] if change else None, change)
 
 
 def paired_change(
@@ -151,7 +153,7 @@ class PairedModel(TemplateLM):
         self.edited = False
         """Whether to answer as the edited model. Its scores may be known already from the unedited model's turn."""
         self.notices: dict[str, None] = {}
-        """Sentences that say where a task is not run as it is written."""
+        """Sentences that say where a task is not run as it is written, in order."""
         longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(longest or math.inf, self.tokenizer.model_max_length)
         self._known: dict[TokenRow, tuple[Scores, ...]] = {}
@@ -177,9 +179,7 @@ class PairedModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[Scores]:
         """requests: the original texts, context tokens, continuation tokens."""
-        rows = [self._row(context, continuation) for _, context, continuation in requests]
-        self._compute([row for row in dict.fromkeys(rows) if row not in self._known])
-        return [self._known[row][self.edited] for row in rows]
+        return self._scored([self._row(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         rows: list[list[TokenRow]] = []
@@ -190,8 +190,8 @@ class PairedModel(TemplateLM):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, size, 1)
             rows.append([self._row(*utils.make_disjoint_window(window)) for window in windows])
-        self._compute([row for row in dict.fromkeys(row for own in rows for row in own) if row not in self._known])
-        return [sum(self._known[row][self.edited][0] for row in own) for own in rows]
+        scores = iter(self._scored([row for own in rows for row in own]))
+        return [sum(log_likelihood for log_likelihood, _ in islice(scores, len(own))) for own in rows]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers with the model's current weights."""
@@ -223,23 +223,25 @@ class PairedModel(TemplateLM):
         """The end of a text that leaves `room` for more tokens in the model's context."""
         most = max(keep, self.max_length - room)
         if len(ids) > most:
-            self._note(
-                f"texts longer than the model's context of {self.max_length:,} tokens are truncated at the beginning"
-            )
+            context = f"the model's context of {self.max_length:,} tokens"
+            self._note(f"texts longer than {context} are truncated at the beginning")
             return ids[len(ids) - int(most) :]
         return ids
 
-    def _compute(self, rows: Sequence[TokenRow]) -> None:
-        """Score rows with the unedited model and, if there is one, the edited one."""
-        rows = sorted(rows, key=lambda row: (-row.start, row.token_ids[: row.start], row.token_ids))
+    def _scored(self, asked: Sequence[TokenRow]) -> list[Scores]:
+        """Each row's scores, by the unedited or the edited model. Rows that are new are scored by both together."""
+        rows = sorted(
+            {*asked} - self._known.keys(), key=lambda row: (-row.start, row.token_ids[: row.start], row.token_ids)
+        )
         engine, progress, done = self._tail(rows), _Progress(self.tell, "log-likelihoods", len(rows)), 0
         for part in batches(rows, tokens=CHUNK_TOKENS, supervised=math.inf):
             chunk, found = rows[part], []
             for logits in self._models(engine and engine.over(chunk)):
                 log_likelihoods, leads = score_rows(logits, chunk)
                 found.append(zip(log_likelihoods.tolist(), (leads > 0).tolist(), strict=True))
-            self._known |= dict(zip(chunk, zip(*found, strict=True), strict=True))
+            self._known |= zip(chunk, zip(*found, strict=True), strict=True)
             progress.done(done := done + len(chunk))
+        return [self._known[row][self.edited] for row in asked]
 
     def _tail(self, rows: Sequence[TokenRow]) -> TailEngine | None:
         """An engine, tried on some of the rows; the longest row decides how they are packed."""

@@ -12,6 +12,7 @@ every entry counts: the square of an estimate from a sample of them would be too
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from locft.model.models import LoadedModel
 from locft.model.positions import TuningPosition, parameter_names
 from locft.train.objective import batch_loss
 from locft.train.reference import full_forward
-from locft.train.token_rows import TokenRow
+from locft.train.token_rows import TokenRow, windows
 
 AT_ONCE = 2**18
 """Groups of four entries of a gradient that are multiplied with their signs at a time, so that little memory is needed."""
@@ -57,31 +58,31 @@ def probe_positions(
     of `WINDOW` tokens; some thirty windows are enough. The Fisher information is that of the model's own predictions
     (labels are drawn from them with `seed`). Raises ValueError when no row of prose has two tokens.
     """
-    model, chosen = loaded.model, tuple(positions)
-    names = {position: parameter_names(model, position) for position in chosen}
+    model = loaded.model
+    names = {position: parameter_names(model, position) for position in positions}
     watched = {name: model.get_parameter(name) for group in names.values() for name in group}
-    windows = [TokenRow(ids, 1) for row in prose for ids in _windows(row.token_ids)]
-    if not windows:
+    pieces = windows(prose, WINDOW)
+    if not pieces:
         raise ValueError("the probe needs prose of more than one token")
     generator = torch.Generator().manual_seed(seed)
     forward = full_forward(model)
 
     signs = _gradients(watched, lambda name, found: Signs(found), lambda: batch_loss(forward(edits), edits, "edit"))
-    squared = dict.fromkeys(chosen, 0.0)  # sums over windows of (s . gradient of sampled labels)^2
-    for window in windows:
+    squared = dict.fromkeys(names, 0.0)  # sums over pieces of (s . gradient of sampled labels)^2
 
-        def sampled(window: TokenRow = window) -> torch.Tensor:
-            logits = forward([window])
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+    def sampled(piece: TokenRow) -> torch.Tensor:
+        logits = forward([piece])
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
-        dots = _gradients(watched, lambda name, found: signs[name].dot(found), sampled)
+    for piece in pieces:
+        dots = _gradients(watched, lambda name, found: signs[name].dot(found), partial(sampled, piece))
         for position, group in names.items():
             squared[position] += sum(dots[name] for name in group) ** 2
-    tokens = sum(len(window.target_ids) for window in windows)
+    tokens = sum(len(piece.target_ids) for piece in pieces)
     scores = []
-    for position in chosen:
-        gain = sum(signs[name].absolute for name in names[position])
+    for position, group in names.items():
+        gain = sum(signs[name].absolute for name in group)
         disturbance = 0.5 * (squared[position] / tokens) / gain**2 if gain else math.inf
         scores.append(PositionScores(position, disturbance, gain))
     return tuple(scores)
@@ -129,7 +130,7 @@ def _gradients(
     try:
         for name, parameter in watched.items():
             parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: reduce(name, p)))
+            hooks.append(parameter.register_post_accumulate_grad_hook(partial(reduce, name)))
         with torch.enable_grad():
             loss().backward()
     finally:
@@ -139,8 +140,3 @@ def _gradients(
             parameter.requires_grad_(False)
             parameter.grad = None
     return kept
-
-
-def _windows(ids: tuple[int, ...]) -> list[tuple[int, ...]]:
-    pieces = [ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW)]
-    return [piece for piece in pieces if len(piece) > 1]

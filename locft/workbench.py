@@ -142,18 +142,18 @@ class Workbench:
                 "%s: its tokenizer has no chat template, so edits are not asked in the chat format", loaded.name
             )
         encoded = encode_suite(loaded.tokenizer, suite, prose_tokens) if suite else None
+        items, begun = (suite_rows(encoded), open_answers(encoded)) if encoded else ([], [])
         rows = encode_edits(loaded.tokenizer, edits.requests)
         requests = edits.requests if asked_places is None else [edits.requests[at] for at in sorted(asked_places)]
         unrelated = locality_prompts(requests)
         check = partial(check_limits, loaded.model, loaded.tokenizer, loaded.name)
-        check((row.token_ids, 0) for row in [*rows, *(suite_rows(encoded) if encoded else ())])
-        check((begun.prompt_ids, begun.limit) for begun in (open_answers(encoded) if encoded else ()))
-        check((encode_prompt(loaded.tokenizer, prompt), NEW_TOKENS) for prompt in unrelated)
+        texts = [(row.token_ids, 0) for row in (*rows, *items)] + [(one.prompt_ids, one.limit) for one in begun]
+        check([*texts, *((encode_prompt(loaded.tokenizer, prompt), NEW_TOKENS) for prompt in unrelated)])
         answers = baseline.locality_answers if baseline else greedy_answers(loaded, unrelated)
         questions = edit_questions(loaded.tokenizer, requests, answers, formats)
         asked_rows = question_rows(questions)
         check((row.token_ids[: row.start], max(NEW_TOKENS, len(row.target_ids))) for row in asked_rows)
-        every = [*rows, *asked_rows, *(suite_rows(encoded) if encoded else ())]
+        every = [*rows, *asked_rows, *items]
         try:
             fast = engine(loaded, every) if engine else None
         except NoTailView as reason:
@@ -183,15 +183,12 @@ class Workbench:
             return self
         key = count, None if asked_places is None else tuple(asked_places)
         if key not in self._firsts:
-            self._firsts[key] = self._first(count, asked_places)
+            requests = self.requests[: count or len(self.requests)]
+            asked = {one.id for one in (requests if asked_places is None else [requests[at] for at in asked_places])}
+            questions = tuple(question for question in self.questions if question.edit_id in asked)
+            rows, whole = self.rows[: len(requests)], self.whole or self
+            self._firsts[key] = replace(self, requests=requests, rows=rows, questions=questions, whole=whole)
         return self._firsts[key]
-
-    def _first(self, count: int, asked_places: Collection[int] | None) -> "Workbench":
-        requests = self.requests[: count or len(self.requests)]
-        asked = {one.id for one in (requests if asked_places is None else [requests[at] for at in asked_places])}
-        questions = tuple(question for question in self.questions if question.edit_id in asked)
-        rows = self.rows[: len(requests)]
-        return replace(self, requests=requests, rows=rows, questions=questions, whole=self.whole or self)
 
     @cached_property
     def bits(self) -> np.ndarray:
@@ -199,7 +196,8 @@ class Workbench:
         prompt, without the end token, which is the same in every edit."""
         if self.whole:
             return self.whole.bits[: len(self.rows)]
-        return row_bits(unedited_logits(self.loaded, self.engine), self.rows)
+        scores = scores_by_row(unedited_logits(self.loaded, self.engine), self.rows, most=BATCH)
+        return np.array([-float(one.log_likelihood[:-1].sum()) / math.log(2) for one in scores])
 
     def measure(self, delta: EditDelta, *, whole_answers: bool = False) -> Measurement:
         """All metrics of the edited model, computed in the model's own dtype, by their names in the results table.
@@ -210,14 +208,13 @@ class Workbench:
         started = time.perf_counter()
         edited, coarse = self.edited(delta)
         followed = follow(edited, self.rows)
-        known = dict(zip(self.rows, followed, strict=True))
         changes = reference_changes(edited, self.unedited(delta), self.questions)
         with applied(self.loaded, delta):
             outcomes = ask(
                 self.loaded,
                 edited,
                 self.questions,
-                followed=known,
+                followed=dict(zip(self.rows, followed, strict=True)),
                 changes=changes,
                 coarse=coarse,
                 generate_all=whole_answers,
@@ -230,12 +227,8 @@ class Workbench:
             with applied(self.loaded, delta):
                 scores = score_suite(edited, self.suite, coarse=coarse, complete=partial(complete_answers, self.loaded))
             change = capability_change(self.baseline.scores, scores)
-            metrics |= capability_metrics(scores)
-            metrics |= {
-                "capability_change": change.mean,
-                "capability_change_low": change.low,
-                "capability_change_high": change.high,
-            }
+            metrics |= capability_metrics(scores) | {"capability_change": change.mean}
+            metrics |= {"capability_change_low": change.low, "capability_change_high": change.high}
             drift = measure_drift(edited, unedited_logits(self.loaded, self.engine), self.suite)
             metrics |= {"drift_kl": drift.kl, "perplexity": drift.perplexity}
             metrics["capability_seconds"] = time.perf_counter() - started
@@ -259,12 +252,6 @@ class Workbench:
         """The unedited model, computed the same way (with its own weights as substitutes), so that both round alike."""
         weights = {name: self.loaded.model.get_parameter(name).detach() for name in delta.tensors}
         return logits_with(self.loaded, self.engine, TuningPosition.parse(delta.position).layer, weights)
-
-
-def row_bits(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> np.ndarray:
-    """(E,) -log2 of the probability of each row's supervised tokens but the last, the end token."""
-    scores = scores_by_row(logits, rows, lambda row: len(row.token_ids), most=BATCH)
-    return np.array([-float(one.log_likelihood[:-1].sum()) / math.log(2) for one in scores])
 
 
 def measure_unedited(
@@ -292,14 +279,9 @@ def capability_metrics(scores: SuiteScores) -> dict[str, float]:
 
 def diverged_metrics(questions: Sequence[EditQuestion], baseline: Baseline) -> dict[str, float]:
     """Finite worst values for a training that diverged: nothing learnt, nothing kept. Divergences in nats are left out."""
-    wrong = [
-        EditOutcome(q.edit_id, q.kind, q.prompt, q.expected, "", False, False, q.format, kept=0.0, first_kept=False)
-        for q in questions
-    ]
-    metrics = edit_metrics(wrong)
+    metrics = edit_metrics([question.outcome("", False, False, kept=0.0, first_kept=False) for question in questions])
     if baseline.scores:
-        capability = baseline.metrics["capability"]
-        metrics |= {f"capability.{task}": 0.0 for task in baseline.scores.accuracy}
-        metrics |= {"capability": 0.0, "capability_change": -capability}
-        metrics |= {"capability_change_low": -capability, "capability_change_high": -capability}
+        metrics |= dict.fromkeys(capability_metrics(baseline.scores), 0.0)
+        changes = ("capability_change", "capability_change_low", "capability_change_high")
+        metrics |= dict.fromkeys(changes, -baseline.metrics["capability"])
     return metrics

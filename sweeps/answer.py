@@ -11,7 +11,7 @@ from analysis.stats.comparison import Comparison, Measured, compare
 from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, pareto_front
 from analysis.stats.pick import Recommendation, recommend
 from analysis.stats.signatures import Remedy, remedies
-from analysis.stats.table import by_setting, causes, results_frame
+from analysis.stats.table import by_setting, causes, done, failed, results_frame
 from locft.cache import content_key
 from sweeps.study.estimate import TRIALS, Forecast, machine, make_forecast
 from sweeps.study.plan import PreparedStudy, point_of
@@ -42,11 +42,11 @@ class StudyState:
 
     @property
     def done(self) -> int:
-        return int((self.results["status"] == "done").sum())
+        return len(done(self.results))
 
     @property
     def failed(self) -> int:
-        return int((self.results["status"] == "failed").sum())
+        return len(failed(self.results))
 
     @property
     def left(self) -> int:
@@ -95,10 +95,9 @@ def foresee(prepared: PreparedStudy, store: str, *, timed: bool = True) -> Forec
 
     timed: as in `make_forecast`. Raises InputError when the store cannot be reached.
     """
-    results = read_state(prepared, find_tracker(store, prepared.study.name, prepared.id), curves=False).results
-    finished = results.loc[results["status"] == "done", "trial_id"]
+    finished = done(read_state(prepared, find_tracker(store, prepared.study.name, prepared.id), curves=False).results)
     earlier = earlier_trials(prepared.facts.model_fingerprint, machine(prepared.study.resources), TRIALS, store)
-    return make_forecast(prepared, finished, earlier, timed=timed)
+    return make_forecast(prepared, finished["trial_id"], earlier, timed=timed)
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,13 @@ def answer_of(
     own = measured(state, tracker)
     settings, pick = by_setting(state.results), recommend(state.results)
     front = pareto_front(settings, DEFAULT_OBJECTIVES)
-    finished = [trial for ids in settings["trial_ids"] for trial in ids]
-    on_front = settings.set_index("trial_id").loc[list(front.trial_ids[:MAX_MISSES]), "trial_ids"]
-    shown = [*(pick.trial_ids if pick else ()), *(trial for ids in on_front for trial in ids)]
-    wanted = finished if len(finished) <= MOST_READ else shown
-    outcomes = _outcomes(state.results, wanted, tracker) if tracker else None
+    trials, outcomes = settings.set_index("trial_id")["trial_ids"], None
+    if trials.map(len).sum() > MOST_READ:
+        trials = trials[[*([pick.trial_id] if pick else ()), *front.trial_ids[:MAX_MISSES]]]
+    if tracker and len(trials):
+        run_ids = state.results.set_index("trial_id")["run_id"]
+        parts = [tracker.load_outcomes(run_ids[trial]).assign(trial_id=trial) for trial in trials.explode().unique()]
+        outcomes = pd.concat(parts, ignore_index=True)
     compared = compare(own, other) if other else None
     html = render_report(
         own.study, own.results, baseline=own.baseline, outcomes=outcomes, compared=compared, found=found
@@ -142,12 +143,6 @@ def remedies_so_far(state: StudyState, tracker: Tracker | None) -> tuple[Remedy,
         (place,) = results.index[results["trial_id"] == pick.trial_id]
         results.at[place, "epoch_losses"] = tracker.load_curve(results.at[place, "run_id"])
     return remedies(measured(replace(state, results=results), None), pick)
-
-
-def _outcomes(results: pd.DataFrame, trials: list[str], tracker: Tracker) -> pd.DataFrame | None:
-    run_ids = results.set_index("trial_id")["run_id"]
-    parts = [tracker.load_outcomes(run_ids[trial]).assign(trial_id=trial) for trial in dict.fromkeys(trials)]
-    return pd.concat(parts, ignore_index=True) if parts else None
 
 
 def measured(state: StudyState, tracker: Tracker | None) -> Measured:

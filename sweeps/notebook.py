@@ -1,14 +1,6 @@
-"""Studies in notebooks and scripts: run one, get its table, draw it.
-
-import sweeps
-
-done = sweeps.run_study("quickstart", {"edits.limit": 20, "space.layer": [4, 15, 26]})
-results = sweeps.load_results("quickstart", {"edits.limit": 20})     # columns: analysis.stats.table.COLUMNS
-sweeps.figures(results)["front"]
-"""
+"""Studies in notebooks and scripts: run one, get its table, draw it. docs/example.ipynb is an example."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from os import PathLike, fspath
 from typing import Any
 
@@ -22,7 +14,7 @@ from analysis.stats.pick import recommend
 from analysis.stats.table import TITLES, done, has_values
 from sweeps.answer import foresee, read_state
 from sweeps.commands.console import notice
-from sweeps.commands.options import prepared_study
+from sweeps.commands.options import StudyOptions
 from sweeps.commands.progress import Progress
 from sweeps.commands.surroundings import settle
 from sweeps.run.dispatch import Reporter
@@ -54,9 +46,7 @@ def run_study(
     prepared, store = _prepared(study, changes), resolve_uri(tracking_uri)
 
     def show(state):
-        if reporter is not None:
-            return nullcontext(reporter)
-        return Progress(prepared.study.name, foresee(prepared, store), done(state.results)["trial_id"])
+        return reporter or Progress(prepared.study.name, foresee(prepared, store), done(state.results)["trial_id"])
 
     return run_sweep(prepared, store, address=address, show=show, register=register)
 
@@ -86,7 +76,6 @@ def figures(results: pd.DataFrame) -> dict[str, go.Figure]:
 
 
 def _prepared(study: str | PathLike[str], changes: Mapping[str, Any] | None) -> PreparedStudy:
-    for sentence in settle():
-        notice(sentence)
+    notice(*settle())
     overrides = [as_override(field, value) for field, value in (changes or {}).items()]
-    return prepared_study(fspath(study), overrides)
+    return StudyOptions(fspath(study), overrides).prepared()

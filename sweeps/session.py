@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import filelock
 import psutil
 
 from locft.errors import InputError
+from locft.workbench import Baseline
 from sweeps.run.cluster import on_workers, ray_cluster
 from sweeps.run.dispatch import Ending, Reporter, Room, Search
 from sweeps.run.trial import train_and_measure
@@ -32,9 +33,6 @@ from sweeps.tracking.outbox import Recorder, open_outbox, study_folder
 from sweeps.tracking.store import Refused, TrackingError
 from sweeps.tracking.study_run import Tracker, find_tracker
 from sweeps.tracking.trial_run import StudyInputs, dataset_input, environment
-
-if TYPE_CHECKING:
-    from locft.workbench import Baseline
 
 T = TypeVar("T")
 
@@ -55,10 +53,6 @@ class Driver:
     began: str
     """In ISO 8601, to the second."""
 
-    @classmethod
-    def this_process(cls) -> "Driver":
-        return cls(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
-
 
 def driver_of(tracker: Tracker | None) -> Driver | None:
     """The driver of a study according to its run; None when there is none. tracker: None when nothing of the study is recorded yet.
@@ -66,18 +60,14 @@ def driver_of(tracker: Tracker | None) -> Driver | None:
     A driver of this machine whose process is gone counts as none. A killed driver of another machine keeps its tag until the
     next driver ends.
     """
-    text = tracker.tag(DRIVER_TAG) if tracker else None
     try:
-        driver = Driver(**json.loads(text or "{}"))
-    except (ValueError, TypeError):  # no tag, or that of an earlier version
-        return None
-    if driver.host == socket.gethostname():
-        try:
+        driver = Driver(**json.loads((tracker and tracker.tag(DRIVER_TAG)) or "{}"))
+        if driver.host == socket.gethostname():
             created = psutil.Process(driver.process).create_time()
-        except psutil.NoSuchProcess:
-            return None
-        if created > datetime.fromisoformat(driver.began).timestamp() + 2:  # a later process has the same id
-            return None
+            if created > datetime.fromisoformat(driver.began).timestamp() + 2:  # a later process has the same id
+                return None
+    except (ValueError, TypeError, psutil.NoSuchProcess):  # the first two: no tag, or that of an earlier version
+        return None
     return driver
 
 
@@ -119,22 +109,15 @@ def study_session(
     with ExitStack() as stack:
         stack.enter_context(study_lock(study_folder(prepared.id, store), prepared.study.name))
         session = StudySession(prepared, store, description, address, stack)
-        _require_same_setup(prepared, session.tracker)
-        if len(session.outbox):
-            session.open_run()
-            session.deliver_kept()
+        before, now = session.tracker and session.tracker.tag(SETUP_TAG), prepared.facts.model_setup
+        if before and before != now:  # earlier versions did not record it
+            raise InputError(
+                f"study {prepared.study.name!r}: the configuration or the tokenizer of {prepared.study.model} is not the one "
+                f"that the study began with (digest {now}, expected {before}; the weights are the same), so its trials could "
+                "not be compared: restore the files, or give the study another name to start afresh"
+            )
+        session.deliver_kept()
         yield session
-
-
-def _require_same_setup(prepared: PreparedStudy, tracker: Tracker | None) -> None:
-    """Raise InputError if a study began with another configuration or tokenizer. Earlier versions did not record them."""
-    before, now = tracker.tag(SETUP_TAG) if tracker else None, prepared.facts.model_setup
-    if before and now and before != now:
-        raise InputError(
-            f"study {prepared.study.name!r}: the configuration or the tokenizer of {prepared.study.model} is not the one that "
-            f"the study began with (digest {now}, expected {before}; the weights are the same), so its trials could not be "
-            "compared: restore the files, or give the study another name to start afresh"
-        )
 
 
 class StudySession:
@@ -174,15 +157,13 @@ class StudySession:
         if not self._run_is_open:
             self._run_is_open = True
             self._stack.callback(self._close_run)
+            driver = Driver(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
             tracker.open_run(
                 study.name,
                 study_yaml=study_to_yaml(study),
                 description=self._description,
                 environment=environment(),
-                tags={
-                    DRIVER_TAG: json.dumps(asdict(Driver.this_process())),
-                    **({SETUP_TAG: setup} if (setup := self.prepared.facts.model_setup) else {}),
-                },
+                tags={DRIVER_TAG: json.dumps(asdict(driver)), SETUP_TAG: self.prepared.facts.model_setup},
             )
         return tracker
 
@@ -199,7 +180,7 @@ class StudySession:
     def run_trials(
         self,
         source: Sequence[TrialConfig] | Search,
-        baseline: "Baseline",
+        baseline: Baseline,
         reporter: Reporter,
         deadline: float,
         *,
@@ -226,15 +207,15 @@ class StudySession:
             )
 
     def deliver_kept(self) -> None:
-        """Record in the study's open run the results that an earlier driver could not deliver. Raises TrackingError.
+        """Record in the study's run the results that an earlier driver could not deliver. Raises InputError, TrackingError.
 
         A result that the store refuses, although it has just taken the study, is set aside, and its trial counts as not done.
         """
         if kept := self.outbox.kept():
-            inputs = self._inputs()
+            tracker, inputs = self.open_run(), self._inputs()
             for result in kept:
                 try:
-                    self.tracker.log_trial(result, inputs)
+                    tracker.log_trial(result, inputs)
                     self.outbox.drop(result)
                 except Refused as error:
                     file = self.outbox.set_aside(result)

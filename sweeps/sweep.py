@@ -1,7 +1,7 @@
 """A whole study: run the open trials, record them, draw the answer from everything recorded, and register the pick's edit.
 
-Ray, torch and Optuna take seconds to import. They are imported where they are needed, so that a study with nothing
-left to run answers quickly.
+Ray and Optuna take seconds to import. They are imported where they are needed, so that a study with nothing left to run
+answers quickly.
 """
 
 import json
@@ -9,16 +9,19 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import call
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from analysis.stats.formats import by_format
 from analysis.stats.pick import recommend
-from analysis.stats.table import METRICS
+from analysis.stats.table import METRICS, done
+from locft.errors import one_line
+from locft.measure.evaluation import locality_prompts
+from locft.workbench import Baseline
 from sweeps.answer import BASELINE_FILE, StudyAnswer, StudyState, answer_of, answer_text, baseline_file, read_state
 from sweeps.run.dispatch import Ending, Reporter
 from sweeps.run.trial import measure_baseline, trained_delta
@@ -32,7 +35,6 @@ from sweeps.tracking.store import TrackingError
 from sweeps.tracking.study_run import Tracker
 
 if TYPE_CHECKING:
-    from locft.workbench import Baseline
     from sweeps.run.search import OptunaSearch
 
 NORM_TOLERANCE = 1e-3
@@ -60,21 +62,20 @@ def run_sweep(
     store: str,
     *,
     address: str | None = None,
-    show: Callable[[StudyState], AbstractContextManager[Reporter]],
+    show: Callable[[StudyState], Reporter],
     register: bool = False,
 ) -> Sweep:
     """Run a study's open trials and return everything known afterwards. The same call again runs only what is not done.
 
-    store: address of the tracking store, resolved. address: of a Ray cluster. show: gets the state at the start; returns a
-    context manager that yields the reporter. register: train the pick once more at the end and put its delta into the
-    model registry, unless it is there.
+    store: address of the tracking store, resolved. address: of a Ray cluster. show: gets the state at the start and returns
+    the reporter. register: train the pick once more at the end and put its delta into the model registry, unless it is there.
 
     Raises InputError before anything is written when the store or the cluster cannot be used, its resources do not suffice, or
     another driver on this machine runs the study; TrackingError when the store stayed unreachable. Finished trials are then kept
     on this machine. As long as the store answers, the study's run is closed however this ends.
     """
-    study, began = prepared.study, time.monotonic()
-    deadline = began + 60 * (study.budget.minutes or math.inf)
+    study = prepared.study
+    deadline = time.monotonic() + 60 * (study.budget.minutes or math.inf)
     description = f"Layer sweep of {study.model} on {study.edits.source} ({len(prepared.edits.requests)} edits)"
     with study_session(prepared, store, description, address=address) as session:
         state = read_state(prepared, session.tracker, curves=False)
@@ -85,9 +86,8 @@ def run_sweep(
         try:
             if state.affordable:
                 baseline = _baseline(session)
-                with show(state) as reporter:
-                    trials, some_done = _open_trials(prepared, state), state.done > 0
-                    ending = session.run_trials(trials, baseline, reporter, deadline, some_done=some_done)
+                trials, some_done = _open_trials(prepared, state), state.done > 0
+                ending = session.run_trials(trials, baseline, show(state), deadline, some_done=some_done)
         except TrackingError:  # nothing can be written now
             raise
         except BaseException:  # the study's run should show what is finished
@@ -95,39 +95,35 @@ def run_sweep(
                 _conclude(prepared, tracker, "complete", call)
             raise
         try:
-            done = _conclude(prepared, tracker, ending, with_retries)
+            found = _conclude(prepared, tracker, ending, with_retries)
         except TrackingError as error:
             raise TrackingError(
                 f"{error}; all finished trials are recorded; run the same command again to write the answer"
             ) from None
-        return _with_registered(done, session, deadline) if register and ending == "complete" else done
+        return _with_registered(found, session, deadline) if register and ending == "complete" else found
 
 
 def _open_trials(prepared: PreparedStudy, state: StudyState) -> "list[TrialConfig] | OptunaSearch":
     """The planned trials that are not done, those that failed last, as far as the budget goes; or the search that proposes them."""
-    study, facts = prepared.study, prepared.facts
-    done = state.results[state.results["status"] == "done"]
+    study, facts, finished = prepared.study, prepared.facts, done(state.results)
     if study.search.method != "optuna":
-        status = dict(zip(state.results["trial_id"], state.results["status"], strict=True))
-        left = [trial for trial in prepared.plan.trials if status.get(trial.id) != "done"]
-        return sorted(left, key=lambda trial: trial.id in status)[: state.affordable]
-    from sweeps.run.search import OBJECTIVES, OptunaSearch
+        ended, tried = set(finished["trial_id"]), set(state.results["trial_id"])
+        left = [trial for trial in prepared.plan.trials if trial.id not in ended]
+        return sorted(left, key=lambda trial: trial.id in tried)[: state.affordable]
+    from sweeps.run.search import OptunaSearch, objectives
 
-    earlier = {}
-    for row in done.to_dict("records"):
-        if point := point_of(study, facts, config_of_row(row)):
-            values = tuple(0.0 if math.isnan(row[name]) else row[name] for name in OBJECTIVES)
-            earlier[row["trial_id"]] = (point, values)
+    earlier = {
+        row["trial_id"]: (point, objectives(row))
+        for row in finished.to_dict("records")
+        if (point := point_of(study, facts, config_of_row(row)))
+    }
     return OptunaSearch(
         optuna_space(study, facts), partial(trial_config, study, facts), state.affordable, study.search.seed, earlier
     )
 
 
-def _baseline(session: StudySession) -> "Baseline":
+def _baseline(session: StudySession) -> Baseline:
     """The unedited model's measurements: made once for the edits that are asked about, then read from the study's run."""
-    from locft.measure.evaluation import locality_prompts
-    from locft.workbench import Baseline
-
     prepared, file = session.prepared, baseline_file(session.prepared)
     if stored := session.tracker.read_file(file):
         baseline = Baseline.from_dict(json.loads(stored))
@@ -148,23 +144,12 @@ def _conclude(
     """
     state = call_store(partial(read_state, prepared, tracker))
     answer = call_store(partial(answer_of, state, tracker))
-    finish = partial(
-        tracker.finish,
-        state.results,
-        answer.report_html,
-        asdict(answer.recommendation) if answer.recommendation else {},
-        _summary(state, answer),
-        _status(state, ending),
-        answer=answer_text(answer),
-    )
-    call_store(finish)
+    failed = ending != "interrupted" and state.failed and not state.done
+    status = "done" if state.left == 0 else "failed" if failed else "stopped"
+    pick = asdict(answer.recommendation) if answer.recommendation else {}
+    closing = (state.results, answer.report_html, pick, _summary(state, answer), status)
+    call_store(partial(tracker.finish, *closing, answer=answer_text(answer)))
     return Sweep(state, answer, ending, tracker.uri)
-
-
-def _status(state: StudyState, ending: Ending) -> Literal["done", "stopped", "failed"]:
-    if state.left == 0:
-        return "done"
-    return "failed" if ending != "interrupted" and state.failed and not state.done else "stopped"
 
 
 def _summary(state: StudyState, answer: StudyAnswer) -> dict[str, float]:
@@ -187,31 +172,28 @@ def _unregistered_pick(state: StudyState, store: str) -> dict[str, Any] | None:
     return None if registered_edit(study.model, study_alias(study.name), store) == row["run_id"] else row
 
 
-def _with_registered(done: Sweep, session: StudySession, deadline: float) -> Sweep:
+def _with_registered(found: Sweep, session: StudySession, deadline: float) -> Sweep:
     """The sweep with its pick registered. Whatever goes wrong here, Ctrl-C included, the study is already finished and recorded.
 
     deadline: on the `time.monotonic()` clock.
     """
-    study, pick = session.prepared.study, done.answer.recommendation
-    if pick is None:
-        return done
+    study = session.prepared.study
+    if found.answer.recommendation is None:
+        return found
     address = edit_address(study.model, study_alias(study.name))
     try:
-        if row := _unregistered_pick(done.state, session.store):
+        if row := _unregistered_pick(found.state, session.store):
             if time.monotonic() + row["train_seconds"] > deadline:
-                raise RuntimeError(
-                    "training it again would exceed the budget's minutes; run the same command again to register it"
-                )
+                later = "run the same command again to register it"
+                raise RuntimeError(f"training it again would exceed the budget's minutes; {later}")
             _register_pick(session, row)
         use = f"Apply it: `locft apply {address} --model {study.model} --out edited-model`"
-        description = f"{answer_text(done.answer)}\n\n{use}"
-        session.tracker.describe(description, {"locft.registered": address})
+        session.tracker.describe(f"{answer_text(found.answer)}\n\n{use}", {"locft.registered": address})
     except KeyboardInterrupt:
-        return replace(done, not_registered="interrupted; run the same command again to register it")
+        return replace(found, not_registered="interrupted; run the same command again to register it")
     except Exception as error:  # a worker that dies, a store without a registry
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return replace(done, not_registered=cause)
-    return replace(done, registered=address)
+        return replace(found, not_registered=one_line(error))
+    return replace(found, registered=address)
 
 
 def _register_pick(session: StudySession, row: dict[str, Any]) -> None:
@@ -224,15 +206,13 @@ def _register_pick(session: StudySession, row: dict[str, Any]) -> None:
     delta = session.run_alone(partial(trained_delta, session.prepared.inputs, _baseline(session), config))
     if not math.isclose(delta.norm, metrics["delta_norm"], rel_tol=NORM_TOLERANCE):
         raise RuntimeError(
-            f"training {config.position} again gave a delta of norm {delta.norm:.6g} instead of the trial's"
-            f" {metrics['delta_norm']:.6g} (other hardware?); "
-            f"`locft edit --from-run {run_id} --register` measures it again"
+            f"training {config.position} again gave a delta of norm {delta.norm:.6g} instead of the trial's "
+            f"{metrics['delta_norm']:.6g} (other hardware?); `locft edit --from-run {run_id} --register` measures it again"
         )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         delta.save(folder)
         about = {"model": study.model, "position": config.position, "settings": config.to_dict(), "metrics": metrics}
         (folder / "edit.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        edits = f"{study.edits.source}, study {study.name}"
-        alias = study_alias(study.name)
+        alias, edits = study_alias(study.name), f"{study.edits.source}, study {study.name}"
         register_edit(folder, run_id, study.model, config.position, metrics, session.store, alias, edits)

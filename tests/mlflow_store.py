@@ -1,7 +1,11 @@
-"""A study in MLflow for tests: results as trials produce them, opened and finished."""
+"""A study in MLflow for tests: results as trials produce them, opened and finished; and a server that is no MLflow server."""
 
 import dataclasses
+import http.server
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pandas as pd
 
@@ -61,6 +65,30 @@ def open_study(tracker: Tracker) -> tuple[str, StudyInputs]:
     )
     facts = {"layers": 30, "dtype": "float32"}
     return run_id, StudyInputs("HuggingFaceTB/SmolLM2-135M", "f" * 64, facts, data, "here 1 CPU 0 GPU")
+
+
+@contextmanager
+def web_server(status: int, body: str) -> Iterator[int]:
+    """A server on this machine that answers every request so; yields its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
 
 
 def finish(tracker: Tracker, results: pd.DataFrame, html: str) -> None:

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 
 from analysis.figures.style import ACCENT, BLUE, INK, MUTED, styled_figure, thinned
-from analysis.stats.axes import AXIS, STAGES, SWEPT
+from analysis.stats.axes import AXIS, STAGES, SWEPT, Axis
 from analysis.stats.capacity import LEVEL, Filling, Law
 from analysis.stats.pareto import comparable
 from analysis.stats.table import (
@@ -26,6 +26,7 @@ from analysis.stats.table import (
     TITLES,
     by_setting,
     done,
+    position_of,
     setting_names,
     setting_text,
     value_text,
@@ -67,15 +68,14 @@ def loss_info(results: pd.DataFrame, *, front: Sequence[str] = (), pick: str | N
     pipelines = set(rows["pipeline"])
     pipeline = next((name for name in AXIS["pipeline"].choices if name in pipelines), None)
     rows = rows[rows["pipeline"] == pipeline]
-    rank = {trial: 1 for trial in front} | ({pick: 0} if pick is not None else {})
-    order = sorted(range(len(rows)), key=lambda i: rank.get(rows["trial_id"].iloc[i], 2))
+    rank = dict.fromkeys(front, 1) | {pick: 0}
+    ordered = rows.sort_values("trial_id", key=lambda ids: ids.map(lambda trial: rank.get(trial, 2)), kind="stable")
     curves = []
-    for index in order[:MAX_CURVES]:
-        row = rows.iloc[index]
+    for row in ordered.head(MAX_CURVES).to_dict("records"):
         usable = tuple(float(f"{x:.4g}") if math.isfinite(x) and x > 0 else None for x in row["epoch_losses"])
-        label = escaped(", ".join(filter(None, (f"{row['layer']}.{row['module']}", setting_text(row)))))
+        label = escaped(", ".join(filter(None, (position_of(row), setting_text(row)))))
         kind = ("pick", "front", "other")[rank.get(row["trial_id"], 2)]
-        curves.append(LossCurve(row["trial_id"], label, float(row["depth"]), usable, kind))
+        curves.append(LossCurve(row["trial_id"], label, row["depth"], usable, kind))
     return LossInfo(curves=tuple(curves), pipeline=pipeline, left_out=len(rows) - len(curves))
 
 
@@ -88,12 +88,12 @@ def loss_figure(info: LossInfo) -> go.Figure:
         yaxis={"title": {"text": "training loss"}, "type": "log", "dtick": 1, "tickformat": "~g"},
         hovermode="closest",
     )
-    looks = {
-        "other": ("other settings", "#b3bac4", 0.8),
-        "front": ("on the front", BLUE, 1.6),
-        "pick": ("pick", ACCENT, 3.5),
-    }
-    for kind, (name, colour, width) in looks.items():
+    looks = (
+        ("other", "other settings", "#b3bac4", 0.8),
+        ("front", "on the front", BLUE, 1.6),
+        ("pick", "pick", ACCENT, 3.5),
+    )
+    for kind, name, colour, width in looks:
         curves = [curve for curve in info.curves if curve.highlight == kind]
         if not curves:
             continue
@@ -120,7 +120,7 @@ def retention_figure(results: pd.DataFrame) -> go.Figure | None:
     of arrival means nothing.
     """
     rows = by_setting(results)
-    if "stream" not in set(rows.get("pipeline", ())):
+    if "stream" not in set(rows["pipeline"]):
         return None
     names = setting_names(rows)
     figure = styled_figure(
@@ -230,30 +230,22 @@ class PipelineInfo:
 def pipeline_info(results: pd.DataFrame, metric: str = "reliability") -> PipelineInfo:
     """Breadth-first against depth-first, paired: settings that agree in everything else (seeds averaged)."""
     rows = comparable(by_setting(results), (metric,))
-    if not {"breadth_first", "depth_first"} <= set(rows["pipeline"]):
-        return PipelineInfo(metric, (), (), 0)
+    wide, deep = (rows[rows["pipeline"] == name] for name in ("breadth_first", "depth_first"))
     shared = [axis for axis in SETTING_AXES if axis != "pipeline"]
-    sides: dict[tuple, dict[str, dict]] = {}
-    for row in rows.to_dict("records"):
-        setting = tuple(None if pd.isna(row[axis]) else row[axis] for axis in shared)
-        sides.setdefault(setting, {})[row["pipeline"]] = row
+    both = wide.merge(deep[[*shared, "trial_id", metric]], on=shared, suffixes=("", "_deep"))
+    both = both.assign(gap=both[metric] - both[f"{metric}_deep"]).sort_values("batch_size", kind="stable")
+    drawn = both[both["trial_id"].isin(thinned(list(both["trial_id"]), (), MAX_PAIRS))]
     pairs = []
-    for side in sides.values():
-        if {"breadth_first", "depth_first"} <= side.keys():
-            wide, deep = side["breadth_first"], side["depth_first"]
-            label = escaped(f"{wide['layer']}.{wide['module']}, {setting_text(wide | {'pipeline': None})}")
-            values, ids = (float(wide[metric]), float(deep[metric])), (wide["trial_id"], deep["trial_id"])
-            pairs.append(PipelinePair(int(wide["batch_size"]), label, *values, ids))
-    pairs.sort(key=lambda pair: pair.batch_size)
-    gaps: dict[int, list[float]] = {}
-    for pair in pairs:
-        gaps.setdefault(pair.batch_size, []).append(pair.breadth_first - pair.depth_first)
-    drawn = thinned([pair.trial_ids[0] for pair in pairs], (), MAX_PAIRS)
+    for row in drawn.to_dict("records"):
+        label = escaped(f"{position_of(row)}, {setting_text(row | {'pipeline': None})}")
+        ids = (row["trial_id"], row["trial_id_deep"])
+        pairs.append(PipelinePair(row["batch_size"], label, row[metric], row[f"{metric}_deep"], ids))
+    gaps = both.groupby("batch_size")["gap"].agg(["mean", "size"])
     return PipelineInfo(
         metric=metric,
-        pairs=tuple(pair for pair in pairs if pair.trial_ids[0] in drawn),
-        mean_difference=tuple((size, float(np.mean(gap)), len(gap)) for size, gap in gaps.items()),
-        left_out=len(pairs) - len(drawn),
+        pairs=tuple(pairs),
+        mean_difference=tuple((int(size), float(mean), int(count)) for size, mean, count in gaps.itertuples()),
+        left_out=len(both) - len(drawn),
     )
 
 
@@ -316,19 +308,19 @@ class ParallelInfo:
     """Settings that are not drawn because there are too many."""
 
 
-def parallel_info(results: pd.DataFrame, *, keep: Collection[str] = ()) -> ParallelInfo:
+def parallel_info(results: pd.DataFrame, *, keep: Collection[str | None] = ()) -> ParallelInfo:
     """Settings (seeds averaged) as lines over every axis that varies and every metric that all of them have.
 
     keep: settings that are always drawn."""
     known = comparable(by_setting(results), ("reliability",))
     rows = known[known["trial_id"].isin(thinned(list(known["trial_id"]), keep, MAX_LINES))]
     axes = [
-        _axis(name, rows[name])
-        for name in (axis.name for axis in SWEPT if axis.name != "seed")
-        if rows[name].nunique() > 1 and rows[name].notna().all()
+        _axis(axis, rows[axis.name])
+        for axis in SWEPT
+        if axis.name != "seed" and rows[axis.name].nunique() > 1 and rows[axis.name].notna().all()
     ]
     for name, (label, scale) in _METRICS.items():
-        if len(rows) and np.isfinite(rows[name].astype("float64")).all():
+        if len(rows) and np.isfinite(rows[name]).all():
             axes.append(ParallelAxis(name, label, tuple(float(f"{scale * x:.4g}") for x in rows[name]), ()))
     colour = tuple(round(float(x), 4) for x in rows["reliability"])
     return ParallelInfo(tuple(rows["trial_id"]), tuple(axes), colour, len(known) - len(rows))
@@ -340,20 +332,17 @@ _METRICS = {name: (name, 1) for name in FRACTIONS} | {
 """Metric -> label and unit of its axis."""
 
 
-def _axis(name: str, values: pd.Series) -> ParallelAxis:
+def _axis(axis: Axis, values: pd.Series) -> ParallelAxis:
     """Numbers at their value, or its logarithm on a logarithmic axis if all are positive; text by rank in the axis's order."""
-    axis = AXIS[name]
-    label = axis.short.strip() or axis.title
     log = axis.log and values.min() > 0
     if axis.type is not str and not log:
-        return ParallelAxis(name, label, tuple(float(x) for x in values), ())
+        return ParallelAxis(axis.name, axis.head, tuple(map(float, values)), ())
     given = list(dict.fromkeys(values))
-    if axis.type is not str or axis.choices:
-        given.sort(key=[*axis.choices, *given].index if axis.choices else None)
+    given.sort(key=None if log else [*axis.choices, *given].index)
     place = {value: math.log10(value) if log else float(i) for i, value in enumerate(given)}
     shown = given if len(given) <= 8 else [given[0], given[-1]]
-    texts = tuple((place[value], escaped(value_text(name, value))) for value in shown)
-    return ParallelAxis(name, label, tuple(place[value] for value in values), texts)
+    texts = tuple((place[value], escaped(value_text(axis.name, value))) for value in shown)
+    return ParallelAxis(axis.name, axis.head, tuple(place[value] for value in values), texts)
 
 
 def parallel_figure(info: ParallelInfo) -> go.Figure:

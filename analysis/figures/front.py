@@ -7,6 +7,8 @@ Every mark's hover text names its trial. User text is escaped, since plotly inte
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -14,7 +16,7 @@ import plotly.graph_objects as go
 
 from analysis.figures.style import ACCENT, BLUE, INK, MUTED, add_ring, hover_text, styled_figure, thinned
 from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, comparable, pareto_front
-from analysis.stats.table import TITLES, by_setting, interval
+from analysis.stats.table import TITLES, by_setting, interval, position_of
 from analysis.stats.wording import escaped
 
 SYMBOLS = (
@@ -68,9 +70,9 @@ def front_info(
     results: pd.DataFrame,
     *,
     objectives: Sequence[str] = DEFAULT_OBJECTIVES,
-    baseline: Mapping[str, float] | None = None,
+    baseline: Mapping[str, float] = MappingProxyType({}),
     pick: str | None = None,
-    chances: Mapping[str, float] | None = None,
+    chances: Mapping[str, float] = MappingProxyType({}),
     keep: Collection[str] = (),
 ) -> FrontInfo:
     """The trade-off of two objectives over the settings (seeds averaged); diverged and unfinished ones are left out.
@@ -82,31 +84,28 @@ def front_info(
     settings = by_setting(results)
     rows = comparable(settings, (x, y))
     front = pareto_front(settings, (x, y))
-    drawn = thinned(list(rows["trial_id"]), {*front.trial_ids, *keep, *((pick,) if pick else ())}, MAX_MARKS)
+    drawn = thinned(list(rows["trial_id"]), {*front.trial_ids, *keep, pick}, MAX_MARKS)
     barred = {pick, *(front.trial_ids if len(front.trial_ids) <= MAX_BARS else ())}
     marks = tuple(
         FrontPoint(
             trial_id=row["trial_id"],
-            position=f"{row['layer']}.{row['module']}",
+            position=position_of(row),
             module=row["module"],
             depth=float(row["depth"]),
             values=(float(row[x]), float(row[y])),
             on_front=row["trial_id"] in front.trial_ids,
-            hover=hover_text(row, (chances or {}).get(row["trial_id"])),
+            hover=hover_text(row, chances.get(row["trial_id"])),
             intervals=(interval(row, x), interval(row, y)) if row["trial_id"] in barred else None,
         )
         for row in rows[rows["trial_id"].isin(drawn)].to_dict("records")
     )
-    unedited = float((baseline or {}).get(y, math.nan))
-    if y == "capability_change":
-        unedited = 0.0
     return FrontInfo(
         objectives=(x, y),
         points=marks,
         modules=tuple(dict.fromkeys(mark.module for mark in marks)),
         step=tuple(front_step(front, [mark.values for mark in marks])),
         pick=pick if any(mark.trial_id == pick for mark in marks) else None,
-        unedited=unedited if math.isfinite(unedited) and y.startswith("capability") else None,
+        unedited={"capability": baseline.get("capability"), "capability_change": 0.0}.get(y),
         n_front=len(front.trial_ids),
         left_out=len(rows) - len(marks),
     )
@@ -114,15 +113,11 @@ def front_info(
 
 def front_step(front: ParetoFront, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Corners of the line of a front of two objectives, from the left edge of these points down to their bottom edge."""
-    corners: list[tuple[float, float]] = []
-    for x, y in sorted(set(front.points)):
-        if corners:
-            corners.append((corners[-1][0], y))
-        corners.append((x, y))
-    if not corners:
+    if not points:
         return []
-    left, bottom = min(x for x, _ in points), min(y for _, y in points)
-    return [(left, corners[0][1]), *corners, (corners[-1][0], bottom)]
+    (left, bottom), marks = map(min, zip(*points, strict=True)), sorted({(x, y) for x, y in front.points})
+    down = [corner for (a, _), (b, y) in pairwise(marks) for corner in ((a, y), (b, y))]
+    return [(left, marks[0][1]), marks[0], *down, (marks[-1][0], bottom)]
 
 
 def front_figure(info: FrontInfo, other: FrontInfo | None = None, names: Sequence[str] = ()) -> go.Figure:
@@ -140,11 +135,6 @@ def front_figure(info: FrontInfo, other: FrontInfo | None = None, names: Sequenc
             )  # fmt: skip
     if other is None:
         groups = [(module, [mark for mark in info.points if mark.module == module]) for module in info.modules]
-    else:
-        groups = [(name, list(one.points)) for name, one in zip(names, studies, strict=True)]
-    for index, (name, marks) in enumerate(groups):
-        _scatter(figure, name, marks, SYMBOLS[index % len(SYMBOLS)], STUDY_COLOURS[index] if other else None)
-    if other is None:
         figure.update_layout(
             coloraxis={
                 "colorscale": "Cividis", "cmin": 0, "cmax": 1,
@@ -154,6 +144,10 @@ def front_figure(info: FrontInfo, other: FrontInfo | None = None, names: Sequenc
                 },
             }
         )  # fmt: skip
+    else:
+        groups = [(name, list(one.points)) for name, one in zip(names, studies, strict=True)]
+    for index, (name, marks) in enumerate(groups):
+        _scatter(figure, name, marks, SYMBOLS[index % len(SYMBOLS)], STUDY_COLOURS[index] if other else None)
     if info.unedited is not None:
         figure.add_hline(
             y=info.unedited, line={"color": MUTED, "width": 1.5, "dash": "dash"},

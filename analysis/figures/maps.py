@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from analysis.figures.front import SYMBOLS
 from analysis.figures.style import ACCENT, INK, add_ring, hover_text, styled_figure
 from analysis.stats.pick import best_by_position
-from analysis.stats.table import by_setting, is_fraction, is_part
+from analysis.stats.table import by_setting, is_fraction
 from analysis.stats.wording import escaped
 
 CHANGE_SCALE = ((0.0, "#b35806"), (0.25, "#f1a340"), (0.5, "#f7f7f7"), (0.75, "#67a9cf"), (1.0, "#2166ac"))
@@ -59,7 +59,7 @@ def heatmap_info(results: pd.DataFrame, metric: str = "reliability", *, pick: st
     if metric == "capability_change":
         edge = max((abs(x) for x in flat), default=0.0) or 0.01
         limits = (-edge, edge)
-    elif metric == "capability" or is_part(metric) or is_fraction(metric):
+    elif metric == "capability" or is_fraction(metric):
         limits = (0.0, 1.0)
     else:
         limits = (min(flat, default=0.0), max(flat, default=1.0))

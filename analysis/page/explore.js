@@ -37,7 +37,7 @@
     whole.set(canvas, canvas.data.map(trace => trace.customdata ? {ids: trace.customdata, ...of(trace)} : null));
   };
   const filter = canvas => {
-    const marks = [], ys = [];
+    const scatters = [], ys = [];
     whole.get(canvas).forEach((kept, index) => {
       if (!kept) return;
       if (kept.z) {
@@ -51,11 +51,11 @@
         });
         Plotly.restyle(canvas, change, [index]);
       } else {
-        marks.push(index);
+        scatters.push(index);
         ys.push(kept.y.map((y, i) => shown(kept.ids[i]) ? y : null));
       }
     });
-    if (marks.length) Plotly.restyle(canvas, {y: ys}, marks);
+    if (ys.length) Plotly.restyle(canvas, {y: ys}, scatters);
   };
   const ranges = axis => {  // along an axis: [[low, high], ...], none where nothing is drawn
     const range = axis.constraintrange ?? [];
@@ -71,39 +71,29 @@
     brushed = drawn.length ? new Set(kept.ids.filter((_, i) => drawn.every(axis => inside(axis, i)))) : null;
   };
   const front = document.querySelector('script[data-for="plot-front"]');
-  const hovers = new Map();  // setting -> what hovering over it says, without its name
+  const marks = new Map();  // setting -> its place in the figure of the front, and what hovering over it says, without its name
   (front ? JSON.parse(front.textContent).data : []).forEach(trace => trace.customdata?.forEach((id, i) => {
-    hovers.set(id, trace.text[i].split("<br>").slice(1).join("; "));
+    marks.set(id, {x: trace.x[i], y: trace.y[i], hover: trace.text[i].split("<br>").slice(1).join("; ")});
   }));
-  const about = id => hovers.has(id) ? new DOMParser().parseFromString(hovers.get(id), "text/html").body.textContent : null;
-  const point = id => {  // where the front's figure has a setting
-    for (const kept of whole.get(get("plot-front")) ?? []) {
-      const i = kept ? kept.ids.indexOf(id) : -1;
-      if (i >= 0) return [kept.x[i], kept.y[i]];
-    }
-    return null;
-  };
+  const about = id => marks.has(id) ? new DOMParser().parseFromString(marks.get(id).hover, "text/html").body.textContent : null;
   const mark = (canvas, id, position) => {
     if (canvas.id === "plot-front") {
-      const ring = canvas.data.findIndex(trace => trace.name === "pick" && !trace.customdata), at = id && point(id);
+      const ring = canvas.data.findIndex(trace => trace.name === "pick" && !trace.customdata), at = marks.get(id);
       if (ring < 0) return;
-      Plotly.restyle(canvas, {x: [at ? [at[0]] : []], y: [at ? [at[1]] : []]}, [ring]);
-      const label = (canvas.layout.annotations ?? []).findIndex(note => note.name === "pick");
-      if (label >= 0) {
-        const [low, high] = canvas.layout.xaxis.range, key = `annotations[${label}].`;
-        const text = `<b>${position.replace(/&/g, "&amp;").replace(/</g, "&lt;")}</b>`;
-        Plotly.relayout(canvas, at
-          ? {[key + "x"]: at[0], [key + "y"]: at[1], [key + "text"]: text, [key + "ax"]: at[0] > (low + high) / 2 ? -46 : 46, [key + "visible"]: true}
-          : {[key + "visible"]: false});
-      }
+      Plotly.restyle(canvas, {x: [at ? [at.x] : []], y: [at ? [at.y] : []]}, [ring]);
+      const label = canvas.layout.annotations.findIndex(note => note.name === "pick");  // drawn with the ring
+      const [low, high] = canvas.layout.xaxis.range, key = `annotations[${label}].`;
+      const text = `<b>${position.replace(/&/g, "&amp;").replace(/</g, "&lt;")}</b>`;
+      Plotly.relayout(canvas, at
+        ? {[key + "x"]: at.x, [key + "y"]: at.y, [key + "text"]: text, [key + "ax"]: at.x > (low + high) / 2 ? -46 : 46, [key + "visible"]: true}
+        : {[key + "visible"]: false});
     }
-    const frame = (canvas.layout.shapes ?? []).findIndex(shape => shape.name === "pick");
-    const map = (whole.get(canvas) ?? []).find(kept => kept?.z);
-    if (frame >= 0 && map) {
-      const row = map.ids.findIndex(line => line.includes(id)), column = row < 0 ? -1 : map.ids[row].indexOf(id);
-      const key = `shapes[${frame}].`, off = 0.5;
-      Plotly.relayout(canvas, column < 0 || !id ? {[key + "visible"]: false} : {
-        [key + "visible"]: true, [key + "x0"]: column - off, [key + "x1"]: column + off, [key + "y0"]: row - off, [key + "y1"]: row + off});
+    const map = whole.get(canvas).find(kept => kept?.z);
+    if (map) {  // its only shape is the frame of the pick
+      const row = id ? map.ids.findIndex(line => line.includes(id)) : -1, column = row < 0 ? -1 : map.ids[row].indexOf(id);
+      Plotly.relayout(canvas, row < 0 ? {"shapes[0].visible": false} : {
+        "shapes[0].visible": true, "shapes[0].x0": column - 0.5, "shapes[0].x1": column + 0.5,
+        "shapes[0].y0": row - 0.5, "shapes[0].y1": row + 0.5});
     }
   };
 
@@ -144,7 +134,7 @@
       say.append(floor === null ? "No setting shown is about as reliable as the best of the study; lower the floor to pick one. " : "No setting shown reaches the reliability asked for. ");
     }
     say.append(`${left.length} of ${settings.length} settings shown.`);
-    if (pick && !hovers.has(id)) say.append(" It is not drawn in the figure of the front.");
+    if (pick && !marks.has(id)) say.append(" It is not drawn in the figure of the front.");
     if (chosen || brushed) say.append(" Only those drawn around in a figure; Reset shows all.");
     rows.forEach(row => row.classList.toggle("picked", id !== null && trials.get(row.dataset.trial)?.setting === id));
     figures().forEach(canvas => mark(canvas, id, position));

@@ -78,8 +78,8 @@ def gallery(
     if filled := fillings(results):
         yield _capacity_plot(filled)
     for metric in ("reliability", "capability"):
-        pairs = curves.pipeline_info(results, metric) if has_values(results, metric) else None
-        if pairs and pairs.pairs:
+        pairs = curves.pipeline_info(results, metric)
+        if pairs.pairs:
             means = "; ".join(f"batch {size}: {points(gap)} points" for size, gap, _ in pairs.mean_difference)
             yield page_plot(
                 f"pipelines-{metric}", f"Breadth-first against depth-first: {metric}", curves.pipeline_figure(pairs),
@@ -89,7 +89,7 @@ def gallery(
                 f" breadth-first: {means}.",
                 wide=False,
             )  # fmt: skip
-    parallel = curves.parallel_info(results, keep={*front.trial_ids, *((pick,) if pick else ()), *keep})
+    parallel = curves.parallel_info(results, keep={*front.trial_ids, pick, *keep})
     if len(parallel.trial_ids) > 1:
         yield page_plot(
             "parallel", "Everything at once", curves.parallel_figure(parallel),

@@ -9,20 +9,21 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import jinja2
 import pandas as pd
 
 from analysis.page import gallery, sentences, tables
-from analysis.page.wrong_answers import WrongAnswers, wrong_answers
+from analysis.page.wrong_answers import wrong_answers
 from analysis.stats.bootstrap import MeasuredAgain, measured_again
 from analysis.stats.comparison import Comparison, Measured, cautions, moved
 from analysis.stats.importance import importance_sentences, what_matters
-from analysis.stats.pareto import DEFAULT_OBJECTIVES, ParetoFront, pareto_front
+from analysis.stats.pareto import DEFAULT_OBJECTIVES, pareto_front
 from analysis.stats.pick import Recommendation, ranked, recommend
 from analysis.stats.signatures import remedies
-from analysis.stats.table import TITLES, by_setting, causes, done, failed, has_values
+from analysis.stats.table import TITLES, by_setting, causes, done, has_values
 from analysis.stats.wording import number, percent
 
 MAX_MISSES = 40
@@ -74,34 +75,38 @@ def render_report(
     settings, pick = by_setting(results), recommend(results)
     complete = all(has_values(settings, name) for name in DEFAULT_OBJECTIVES)
     front = pareto_front(settings, DEFAULT_OBJECTIVES if complete else ("reliability", "generalization"))
-    pick_id = pick.trial_id if pick else None
-    again = measured_again(settings, front)
-    order = list(ranked(settings)["trial_id"])
-    listed = [*([pick_id] if pick_id else []), *front.trial_ids, *order]
-    misses = wrong_answers(outcomes, settings, listed, MAX_MISSES)
-    wrong = {item.trial_id: (place, item) for place, item in enumerate(misses, 1)}
-    everything = _everything(results, settings, again.chances, compared)
-    weighed = what_matters(results)
-    extra: dict[str, Any] = {
-        "found": _found(found, results, pick) if found else None,
-        "compared": _compared(compared) if compared else None,
-    }
+    again, order = measured_again(settings, front), list(ranked(settings)["trial_id"])
+    pick_id, picked = (pick.trial_id, pick.trial_ids) if pick else (None, ())
+    misses = wrong_answers(outcomes, settings, [*order[:1], *front.trial_ids, *order], MAX_MISSES)
+    places = {item.trial_id: place for place, item in enumerate(misses, 1)}
+    everything, weighed = _everything(results, settings, again.chances, compared), what_matters(results)
     plots = list(gallery.gallery(results, front, baseline, pick_id, again.chances, order[:KEPT]))
-    trials = tables.trial_table(everything, pick.trial_ids if pick else ())
-    drawn = [*plots, *filter(None, [extra["compared"] and extra["compared"]["plot"]])]
-    visible = trials.trials.union(*(plot.trials for plot in drawn))
-    controls = tables.explorer(everything, settings, {trial: place for trial, (place, _) in wrong.items()}, visible)
+    between = _compared(compared) if compared else None
+    drawn = [*plots, *([between["plot"]] if between and between["plot"] else [])]
+    trials = tables.trial_table(everything, picked)
+    controls = tables.explorer(everything, settings, places, trials.trials.union(*(plot.trials for plot in drawn)))
+    on_front = settings[settings["trial_id"].isin(front.trial_ids)]
     return _PAGES.get_template("report.html").render(
-        **_asked(about, found),
-        **_answer(about, pick, settings, again, found),
-        **_front(settings, front, again, pick, wrong),
-        **_failures(results),
-        **extra,
-        plots=plots,
+        study=study,
+        facts=[*sentences.facts(about), *(found.facts if found else ())],
+        environment={key: _readable(value) for key, value in (study.get("environment") or {}).items()},
+        pick=pick,
+        answer=_answer(about, pick, settings, again, found) if pick else None,
+        remedies=remedies(about, pick),
+        front=front,
+        on_front=tables.trial_table(on_front.assign(on_front=on_front["trial_id"].map(again.chances)), picked),
+        again=again,
         matters=importance_sentences(weighed),
         not_weighed=weighed.not_shown,
+        causes=causes(results, "error"),
+        retried=causes(results, "retried"),
+        n_diverged=int((done(results)["diverged"] == 1).sum()),
         misses=misses,
-        n_asked=sum(trial == pick_id or trial in front.trial_ids for trial in wrong),
+        places=places,
+        n_asked=sum(trial == pick_id or trial in front.trial_ids for trial in places),
+        found=_found(found, results, pick) if found else None,
+        compared=between,
+        plots=plots,
         trials=trials,
         n_trials=len(everything),
         explorer=controls,
@@ -120,53 +125,16 @@ _PAGES = jinja2.Environment(
 """The page's files: the template, and the script and styles that it includes."""
 
 
-def _asked(about: Measured, found: HowFound | None) -> dict[str, Any]:
-    """What the page says about the study itself."""
-    study = about.study
-    return {
-        "name": str(study["name"]),
-        "model": str(study["model"]),
-        "settings_yaml": study.get("settings_yaml"),
-        "facts": [*sentences.facts(about), *(found.facts if found else ())],
-        "findings": list(study.get("findings") or ()),
-        "environment": {str(k): _readable(v) for k, v in (study.get("environment") or {}).items()},
-    }
-
-
 def _answer(
-    about: Measured, pick: Recommendation | None, settings: pd.DataFrame, again: MeasuredAgain, found: HowFound | None
+    about: Measured, pick: Recommendation, settings: pd.DataFrame, again: MeasuredAgain, found: HowFound | None
 ) -> dict[str, Any]:
     """What the page says about the pick."""
-    if pick is None:
-        absent: dict[str, Any] = {"headline": None, "formats": [], "command": None, "cost": [], "certainty": []}
-        return {"pick": None, "remedies": remedies(about, None), **absent}
     return {
-        "pick": pick,
-        "remedies": remedies(about, pick),
         "headline": sentences.headline(pick),
         "formats": tables.format_rows(pick),
         "command": found.command if found else _command(about.study, pick, settings),
         "cost": sentences.cost(pick, about),
         "certainty": sentences.certainty(settings, pick, again),
-    }
-
-
-def _front(
-    settings: pd.DataFrame,
-    front: ParetoFront,
-    again: MeasuredAgain,
-    pick: Recommendation | None,
-    wrong: Mapping[str, tuple[int, WrongAnswers]],
-) -> dict[str, Any]:
-    """The table of the front, and the values for the text above it. wrong: as for `tables.trial_table`."""
-    rows = settings[settings["trial_id"].isin(front.trial_ids)]
-    rows = rows.assign(on_front=rows["trial_id"].map(again.chances))
-    return {
-        "front": tables.trial_table(rows, pick.trial_ids if pick else (), wrong),
-        "frontier": front,
-        "front_names": [TITLES.get(name, name) for name in front.objectives],
-        "again": again,
-        "reference": ", ".join(number(x) for x in front.reference),
     }
 
 
@@ -185,34 +153,22 @@ def _everything(
 
 def _command(study: Mapping[str, Any], pick: Recommendation, settings: pd.DataFrame) -> str:
     """The command that repeats the pick, shell-quoted. The run records its edits, with limit and sample."""
-    model, (run,) = str(study["model"]), settings.loc[settings["trial_id"] == pick.trial_id, "run_id"]
+    model, (run,) = study["model"], settings.loc[settings["trial_id"] == pick.trial_id, "run_id"]
     out = f"{model.rstrip('/').split('/')[-1]}-{pick.position}"
     return f"locft edit {shlex.quote(model)} --from-run {run or pick.trial_id} --out {shlex.quote(out)}"
-
-
-def _failures(results: pd.DataFrame) -> dict[str, Any]:
-    return {
-        "causes": causes(results, "error").items(),
-        "retried": causes(results, "retried").items(),
-        "n_failed": len(failed(results)),
-        "n_diverged": int((done(results)["diverged"] == 1).sum()),
-    }
 
 
 def _found(found: HowFound, results: pd.DataFrame, pick: Recommendation | None) -> dict[str, Any]:
     """What the page says about how a selection found its answer."""
     picked = pick.trial_ids if pick else ()
     known = {row["trial_id"]: row for row in results.to_dict("records")}
-    rungs = [
-        {"name": name, "why": why, "runs": [_run_row(run, known.get(run["trial_id"], {}), picked) for run in runs]}
-        for name, why, runs in found.rungs
-    ]
     return {
-        "how": found.how,
-        "unmeasured": found.unmeasured,
-        "command": found.command,
+        **vars(found),
         "plot": gallery.probe_plot(results, found.probe, pick.trial_id if pick else None),
-        "rungs": rungs,
+        "rungs": [
+            (name, why, [_run_row(run, known.get(run["trial_id"], {}), picked) for run in runs])
+            for name, why, runs in found.rungs
+        ],
     }
 
 
@@ -237,10 +193,7 @@ def _compared(found: Comparison) -> dict[str, Any]:
         "cautions": cautions(found),
         "moved": moved(found),
         "agreements": tables.agreement_rows(found),
-        "heads": [
-            "position",
-            *(head for item in found.agreements for head in ((TITLES[item.metric], ""), ("there", ""))),
-        ],
+        "heads": ["position", *chain(*(((TITLES[item.metric], ""), ("there", "")) for item in found.agreements))],
         "shared": tables.shared_rows(found),
         "n_shared": len(found.shared),
         "plot": gallery.comparison_plot(found),

@@ -1,14 +1,12 @@
 """The sentences of the report: what was asked, what was found, what it costs, and how sure that is."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from analysis.stats.bootstrap import MeasuredAgain
-from analysis.stats.comparison import Comparison, Measured, place_of
-from analysis.stats.pareto import comparable
+from analysis.stats.comparison import Comparison, Measured
 from analysis.stats.pick import Recommendation, capability_text
 from analysis.stats.table import (
     FRACTIONS,
@@ -16,23 +14,14 @@ from analysis.stats.table import (
     drift_text,
     failed,
     interval,
+    interval_text,
+    position_of,
     setting_names,
     setting_text,
     task_columns,
     with_interval,
 )
-from analysis.stats.wording import (
-    ABSENT,
-    number,
-    percent,
-    plural,
-    points,
-    points_interval,
-    seconds,
-    share_interval,
-    when,
-    whole_percent,
-)
+from analysis.stats.wording import ABSENT, number, percent, plural, points, seconds, when, whole_percent
 
 
 def facts(about: Measured) -> list[tuple[str, str]]:
@@ -68,19 +57,15 @@ def differing(found: Comparison) -> list[tuple[str, str, str]]:
 
 
 def headline(pick: Recommendation) -> dict[str, Any]:
-    """The answer: `position`, `settings` as text, and `figures`, a list of (name, value, note) to show next to it."""
+    """The answer: `settings` as text, and `figures`, a list of (name, value, interval) to show next to the position."""
     metrics = pick.metrics
-    figures = [
-        (name, percent(metrics[name]), share_interval(*interval(metrics, name)))
-        for name in FRACTIONS
-        if name in metrics
-    ]
+    figures = [(name, percent(metrics[name]), interval_text(metrics, name)) for name in FRACTIONS if name in metrics]
     if "capability_change" in metrics:
-        change, note = metrics["capability_change"], points_interval(*interval(metrics, "capability_change"))
-        figures.append(("capability change", f"{points(change)} points", note))
+        change = f"{points(metrics['capability_change'])} points"
+        figures.append(("capability change", change, interval_text(metrics, "capability_change")))
     epochs = f"at most {plural(pick.settings['epochs'], 'epoch')}" if "epochs" in pick.settings else ""
     settings = ", ".join(filter(None, (setting_text(pick.settings), epochs)))
-    return {"position": pick.position, "figures": figures, "settings": settings}
+    return {"figures": figures, "settings": settings}
 
 
 def cost(pick: Recommendation, about: Measured) -> list[tuple[str, str]]:
@@ -94,13 +79,17 @@ def cost(pick: Recommendation, about: Measured) -> list[tuple[str, str]]:
         by_task = ((name.removeprefix("capability."), baseline[name], metrics[name]) for name in tasks)
         said.append(("By task", ", ".join(f"{task} {percent(a)} → {percent(b)}" for task, a, b in by_task) + "."))
     if "portability" in metrics:
-        text = (
-            f"{percent(metrics['portability'])} of the questions that follow from the edits get the answer that follows"
-        )
-        said.append(("Portability", text + "."))
+        text = f"{percent(metrics['portability'])} of the questions that follow from the edits get the answer that follows."
+        said.append(("Portability", text))
     if "locality" in metrics:
         text = f"{with_interval(metrics, 'locality')} of the tokens of answers to unrelated prompts are still the most likely ones"
-        said.append(("Locality", f"{text}{_more_of_locality(metrics)}."))
+        more = {
+            "locality_first": (percent, "of the first tokens"),
+            "locality_kl": (number, "nats of divergence at the first token"),
+            "locality_exact": (percent, "of the answers are the same, word for word"),
+        }
+        parts = [f"{write(metrics[name])} {of}" for name, (write, of) in more.items() if name in metrics]
+        said.append(("Locality", "; ".join((text, *parts)) + "."))
     elif "locality_exact" in metrics:  # in a study run by an earlier version
         said.append(("Locality", f"{percent(metrics['locality_exact'])} of unrelated prompts are answered as before."))
     if "drift_kl" in metrics:
@@ -108,42 +97,23 @@ def cost(pick: Recommendation, about: Measured) -> list[tuple[str, str]]:
         if "perplexity" in metrics and "perplexity" in baseline:
             text += f"; perplexity {number(baseline['perplexity'])} → {number(metrics['perplexity'])}"
         said.append(("Drift", text + "."))
-    time = [f"{seconds(metrics['seconds_per_edit'])} of training per edit"] if "seconds_per_edit" in metrics else []
-    time += [f"{seconds(metrics['seconds'])} for the whole trial"] if "seconds" in metrics else []
-    if time:
+    times = {"seconds_per_edit": "of training per edit", "seconds": "for the whole trial"}
+    if time := [f"{seconds(metrics[name])} {of}" for name, of in times.items() if name in metrics]:
         said.append(("Time", ", ".join(time) + "."))
     return said
 
 
-def _more_of_locality(metrics: Mapping[str, float]) -> str:
-    """The other measures of locality, each after a semicolon."""
-    parts = []
-    if "locality_first" in metrics:
-        parts.append(f"{percent(metrics['locality_first'])} of the first tokens")
-    if "locality_kl" in metrics:
-        parts.append(f"{number(metrics['locality_kl'])} nats of divergence at the first token")
-    if "locality_exact" in metrics:
-        parts.append(f"{percent(metrics['locality_exact'])} of the answers are the same, word for word")
-    return "".join(f"; {part}" for part in parts)
-
-
 def certainty(settings: pd.DataFrame, pick: Recommendation, again: MeasuredAgain) -> list[tuple[str, str]]:
     """(name, sentence) pairs on how far the pick can be trusted. settings: `by_setting(results)`."""
-    metrics, n_settings = pick.metrics, len(comparable(settings, ("reliability",)))
-    said = []
+    metrics, n_settings, said = pick.metrics, len(again.picks), []
     low, high = interval(metrics, "reliability")
     if math.isfinite(low):
-        said.append(
-            (
-                "Edits",
-                f"Reliability is a fraction of {plural(round(metrics['n_edits']), 'edit')}: for other edits of this kind,"
-                f" expect between {percent(low)} and {percent(high)} (95% interval).",
-            )
-        )
+        text = f"Reliability is a fraction of {plural(round(metrics['n_edits']), 'edit')}: for other edits of this kind, expect"
+        said.append(("Edits", f"{text} between {percent(low)} and {percent(high)} (95% interval)."))
     said.append(("Choice", " ".join(pick.reasons[: 1 if n_settings == 1 else 2])))
     if pick.runner_up is not None:
         other = settings[settings["trial_id"] == pick.runner_up].iloc[0]
-        text = f"{place_of(other)} ({setting_text(other)}): reliability {percent(other['reliability'])},"
+        text = f"{position_of(other)} ({setting_text(other)}): reliability {percent(other['reliability'])},"
         text += f" generalization {percent(other['generalization'])}"
         if math.isfinite(other["capability_change"]):
             text += f", capability change {points(other['capability_change'])} points"

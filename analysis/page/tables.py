@@ -4,36 +4,17 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
-from analysis.page.wrong_answers import WrongAnswers
 from analysis.stats.axes import AXIS, SWEPT, named_axes
-from analysis.stats.comparison import Comparison, place_of
+from analysis.stats.comparison import Comparison
 from analysis.stats.formats import by_format, format_title
 from analysis.stats.pareto import SAME
 from analysis.stats.pick import DRIFT_MARGIN, Recommendation, evidence_of, preference, ranked
-from analysis.stats.table import (
-    FRACTIONS,
-    TITLES,
-    axis_text,
-    interval,
-    value_text,
-)
-from analysis.stats.wording import (
-    ABSENT,
-    MINUS,
-    change_with_interval,
-    number,
-    percent,
-    points,
-    points_interval,
-    seconds,
-    share_interval,
-    whole_percent,
-)
+from analysis.stats.table import TITLES, axis_text, interval_text, position_of, value_text
+from analysis.stats.wording import ABSENT, MINUS, change_with_interval, number, percent, points, seconds, whole_percent
 
 MAX_ROWS = 500
 """Maximum number of trials listed, which keeps the file under 6 MB; the page says what is left out."""
@@ -52,15 +33,9 @@ class TableColumn:
     """The column holds text, aligned to the left."""
 
 
-def _axis_column(name: str) -> TableColumn:
-    axis = AXIS[name]
-    title = axis.short.strip() or axis.title
-    return TableColumn(name, title, "", partial(value_text, name), axis.type is str)
-
-
 _COLUMNS = (
     TableColumn("study", "study", "", str, True),
-    *(_axis_column(axis.name) for axis in SWEPT),
+    *(TableColumn(axis.name, axis.head, "", partial(value_text, axis.name), axis.type is str) for axis in SWEPT),
     TableColumn("on_front", "on front", "chance", whole_percent),
     TableColumn("reliability", "reliability", "", percent),
     TableColumn("generalization", "generali\u00adzation", "", percent),
@@ -70,8 +45,6 @@ _COLUMNS = (
     TableColumn("drift_kl", "drift", "nats", number),
     TableColumn("seconds", "time", "", seconds),
 )
-_VARIED = tuple(axis.name for axis in SWEPT if axis.name not in ("layer", "module"))
-"""Axes that are columns only if they vary; otherwise their one value is given above the table."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +55,7 @@ class TrialTable:
     left_out: str
     """A sentence on which trials are listed; empty when all are."""
     rows: tuple[dict[str, Any], ...]
-    """trial_id, status, pick, wrong, cells: (key, text, interval) per column."""
+    """trial_id, status, pick, cells: (key, text, interval) per column."""
 
     @property
     def heads(self) -> list[str | tuple[str, str]]:
@@ -95,66 +68,55 @@ class TrialTable:
         return frozenset(row["trial_id"] for row in self.rows)
 
 
-def trial_table(
-    results: pd.DataFrame, picked: Collection[str], wrong: Mapping[str, tuple[int, WrongAnswers]] = MappingProxyType({})
-) -> TrialTable:
+def trial_table(results: pd.DataFrame, picked: Collection[str]) -> TrialTable:
     """Trials or settings, the most reliable first, failed ones last.
 
-    results: with `on_front`, the chance of being on the front, and for several studies `study`. wrong: trial_id -> (number of
-    its list of wrong answers, the list), for a link.
+    results: with `on_front`, the chance of being on the front, and for several studies `study`.
     """
+    alike = {axis.name for axis in SWEPT if results[axis.name].nunique(dropna=False) == 1}
     columns = tuple(
         column
         for column in _COLUMNS
         if column.name in results
         and results[column.name].notna().any()
-        and (column.name not in _VARIED or results[column.name].nunique(dropna=False) > 1)
+        and (column.name not in alike or column.name in ("layer", "module"))
     )
     order = results.sort_values(["reliability", "capability"], ascending=False, na_position="last", kind="stable")
     rows = results.to_dict("records")
-    named = (name for name in named_axes(rows) if any(map(AXIS[name].counts, rows)))
-    common = {name: results[name].iloc[0] for name in named if results[name].nunique(dropna=False) == 1}
+    common = {name: rows[0][name] for name in named_axes(rows) if name in alike and any(map(AXIS[name].counts, rows))}
     left_out = f"The first {MAX_ROWS} of {len(results):,}; the results table of the study has all."
     return TrialTable(
         columns=columns,
         common=", ".join(axis_text(name, value) for name, value in common.items() if not pd.isna(value)),
         left_out=left_out if len(results) > MAX_ROWS else "",
-        rows=tuple(
-            {**_trial_row(row, columns, picked), "wrong": wrong.get(row["trial_id"])}
-            for row in order.head(MAX_ROWS).to_dict("records")
-        ),
+        rows=tuple(_trial_row(row, columns, picked) for row in order.head(MAX_ROWS).to_dict("records")),
     )
 
 
 def _trial_row(row: dict[str, Any], columns: tuple[TableColumn, ...], picked: Collection[str]) -> dict[str, Any]:
     cells = []
     for column in columns:
-        value = row[column.name]
-        axis = AXIS.get(column.name)
-        absent = value is None or pd.isna(value) or (axis is not None and not axis.counts(row))
+        value, axis = row[column.name], AXIS.get(column.name)
+        absent = pd.isna(value) or (axis is not None and not axis.counts(row))
         # the page's sort key: the text, None to read a number from the cell, or a number that cannot be read there
         key: str | float | None = value if isinstance(value, str) else None
         if column.name in ("seconds", "on_front") and not absent:
             key = float(f"{value:.4g}")
-        brackets = ""
-        if column.name == "capability_change":
-            brackets = points_interval(*interval(row, column.name))
-        elif column.name in FRACTIONS:
-            brackets = share_interval(*interval(row, column.name))
-        cells.append((key, ABSENT if absent else column.write(value), brackets))
+        cells.append((key, ABSENT if absent else column.write(value), interval_text(row, column.name)))
     status = "diverged" if row["diverged"] == 1 else row["status"]
     return {"trial_id": row["trial_id"], "status": status, "cells": cells, "pick": row["trial_id"] in picked}
 
 
 def format_rows(pick: Recommendation) -> list[tuple[str, list[tuple[str, str]]]]:
     """(format title, [(share, interval) of reliability and generalization]); empty unless edits were asked in several formats."""
-    names = ("reliability", "generalization")
-    found = {name: by_format(pick.metrics, name) for name in names}
 
-    def cell(name: str, form: str) -> tuple[str, str]:
-        return percent(found[name].get(form, math.nan)), share_interval(*interval(pick.metrics, f"{name}.{form}"))
+    def cell(metric: str) -> tuple[str, str]:
+        return percent(pick.metrics.get(metric, math.nan)), interval_text(pick.metrics, metric)
 
-    return [(format_title(form), [cell(name, form) for name in names]) for form in found["reliability"]]
+    return [
+        (format_title(form), [cell(f"{name}.{form}") for name in ("reliability", "generalization")])
+        for form in by_format(pick.metrics, "reliability")
+    ]
 
 
 def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
@@ -176,17 +138,15 @@ def agreement_rows(found: Comparison) -> list[tuple[str, str, str]]:
 def shared_rows(found: Comparison) -> list[dict[str, Any]]:
     """The shared positions of two studies, the picks first: position, trial_id (here), picks (whether it is the pick
     here, and there) and cells (here, there) per metric."""
-    rows, special = [], {"drift_kl": number, "capability_change": points}
-    writers = {item.metric: special.get(item.metric, percent) for item in found.agreements}
+    rows, written = [], {column.name: column.write for column in _COLUMNS}
     for pair in found.shared:
-        places = [place_of(row) for row in pair]
-        picks = [pick is not None and pick.position == at for pick, at in zip(found.picks, places, strict=True)]
+        places = [position_of(row) for row in pair]
         rows.append(
             {
                 "position": places[0] + (f" / {places[1]}" if found.by_depth else ""),
                 "trial_id": pair[0]["trial_id"],
-                "cells": [[write(row[metric]) for row in pair] for metric, write in writers.items()],
-                "picks": picks,
+                "cells": [[written[item.metric](row[item.metric]) for row in pair] for item in found.agreements],
+                "picks": [at == (pick and pick.position) for at, pick in zip(places, found.picks, strict=True)],
             }
         )
     return sorted(rows, key=lambda row: -sum(row["picks"]))[:MAX_SHARED]
@@ -222,31 +182,27 @@ def explorer(
     rows = ranked(settings)
     if len(rows) < 2:
         return None
-    modules = tuple(dict.fromkeys(map(str, results["module"])))
-    layers = tuple(sorted({int(layer) for layer in results["layer"]}))
-    index = {name: place for place, name in enumerate(modules)}
+    modules = tuple(dict.fromkeys(results["module"]))
     evidence = evidence_of(rows)
     measured = (evidence.reliability, evidence.generalization, evidence.change, evidence.change_high, evidence.drift)
     columns = (rows[name] for name in ("trial_ids", "layer", "module", "run_id", "reliable"))
     listed = list(zip(*columns, *measured, strict=True))
-    ordered = [listed[place] for place in preference(evidence)]
-    others = set(shown).difference(*rows["trial_ids"])
+    others = results[results["trial_id"].isin(set(shown).difference(*rows["trial_ids"]))]
     return {
         "modules": modules,
-        "layers": layers,
+        "layers": sorted(map(int, set(results["layer"]))),
         "floor": float(rows.loc[rows["reliable"], "reliability"].min()),
         "best": float(evidence.reliability.max()),
         "margin": DRIFT_MARGIN,
         "same": SAME,
         "fields": FIELDS,
         "settings": [
-            [ids, int(layer), index[str(module)], run, misses.get(ids[0]), int(reliable), *map(_rounded, numbers)]
-            for ids, layer, module, run, reliable, *numbers in ordered
+            [ids, int(layer), modules.index(module), run, misses.get(ids[0]), int(reliable), *map(_rounded, numbers)]
+            for ids, layer, module, run, reliable, *numbers in (listed[place] for place in preference(evidence))
         ],
         "others": [
-            [trial, int(layer), index[str(module)]]
-            for trial, layer, module in zip(results["trial_id"], results["layer"], results["module"], strict=True)
-            if trial in others
+            [trial, int(layer), modules.index(module)]
+            for trial, layer, module in zip(others["trial_id"], others["layer"], others["module"], strict=True)
         ],
     }
 

@@ -45,6 +45,11 @@ class Axis:
     """Part of every trial id, since the first ids hashed it. A newer axis is left out of the id at its default, so that
     old results stay valid."""
 
+    @property
+    def head(self) -> str:
+        """Its name at a column or an axis, where space is scarce."""
+        return self.short.strip() or self.title
+
     def counts(self, values: Mapping[str, Any]) -> bool:
         """True if this axis has an effect given these values of the others; an absent one is taken to be at its default."""
         others = [(AXIS[name], where) for name, where in self.only]

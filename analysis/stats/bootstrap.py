@@ -24,6 +24,9 @@ from analysis.stats.table import seed_error, standard_error
 DRAWS, FEWEST = 1000, 200
 """Number of draws for up to a thousand settings, and the fewest for more settings: fewer draws keep the time from growing."""
 
+BOUNDS = {"capability_change": (-1.0, 1.0), "drift_kl": (0.0, None)}
+"""Lowest and highest value of metrics that are no fractions."""
+
 
 @dataclass(frozen=True)
 class MeasuredAgain:
@@ -60,12 +63,12 @@ def measured_again(settings: pd.DataFrame, front: ParetoFront | None = None, *, 
         if "capability" in noise:  # the two have the same error
             noise["capability"] = noise["capability_change"]
         drawn = {name: values[name] + noise[name] * errors[name] for name in names}
-        counts = np.bincount(rng.integers(n_edits, size=n_edits), minlength=n_edits) if n_edits else evidence.counts
+        counts = evidence.counts
         if n_edits:
+            counts = np.bincount(rng.integers(n_edits, size=n_edits), minlength=n_edits)
             again = evidence.right @ counts / n_edits + noise["reliability"] * between
             drawn["reliability"] = np.where(by_edit, again, drawn["reliability"])
-        drawn = {name: value.clip(-1.0 if name == "capability_change" else 0.0, None) for name, value in drawn.items()}
-        drawn |= {name: value.clip(None, 1.0) for name, value in drawn.items() if name != "drift_kl"}
+        drawn = {name: value.clip(*BOUNDS.get(name, (0.0, 1.0))) for name, value in drawn.items()}
         verdict = judge(
             replace(
                 evidence,

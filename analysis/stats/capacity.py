@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.pareto import comparable
-from analysis.stats.table import SETTING_AXES, by_setting, interval, setting_names
+from analysis.stats.table import SETTING_AXES, by_setting, interval, position_of, setting_names
 from analysis.stats.wording import number, percent, plural
 
 LEVEL = 0.95
@@ -56,12 +56,10 @@ class Filling:
         lost = ", ".join(f"{edits:,}" for edits in self.diverged)
         ended = f"; training diverged with {lost}" if lost else ""
         if math.isnan(self.breaks_at):
-            whole = self.reliability[0] >= LEVEL
-            end = "holds the most edits" if whole else "is overfull with the fewest edits"
+            end, place = ("holds the most", -1) if self.reliability[0] >= LEVEL else ("is overfull with the fewest", 0)
             tried = "trained without divergence" if lost else "tried"
-            bits = self.bits[-1] if whole else self.bits[0]
-            edits = self.edits[-1] if whole else self.edits[0]
-            return f"{self.label} {end} {tried} ({edits:,}, {number(bits)} bits per parameter){ended}"
+            counts = f"{self.edits[place]:,}, {number(self.bits[place])} bits per parameter"
+            return f"{self.label} {end} edits {tried} ({counts}){ended}"
         at = math.exp(np.interp(math.log(self.breaks_at), np.log(self.bits), np.log(self.edits)))
         low, high = self.breaks_between
         above = f"to {number(high)}" if math.isfinite(high) else "and more"
@@ -100,7 +98,7 @@ def fillings(results: pd.DataFrame) -> tuple[Filling, ...]:
         ends = [interval(row, "reliability") for row in group.to_dict("records")]
         found.append(
             Filling(
-                f"{group['layer'].iloc[0]}.{group['module'].iloc[0]}",
+                position_of(group.iloc[0]),
                 names[group["trial_id"].iloc[0]],
                 tuple(group["trial_id"]),
                 _trained(group),

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from analysis.stats.axes import AXES
 from analysis.stats.pick import Recommendation, best_by_position, recommend
-from analysis.stats.table import TITLES, Z95, by_setting, value_text
+from analysis.stats.table import TITLES, Z95, by_setting, position_of, value_text
 from analysis.stats.wording import number, plural, points
 
 Row = Mapping[str, Any]
@@ -61,7 +61,7 @@ class Comparison:
 
 def compare(here: Measured, there: Measured) -> Comparison:
     """Never fails for studies with nothing in common: what is not comparable is left empty, and `cautions` says why."""
-    names = (str(here.study["name"]), str(there.study["name"]))
+    names = (here.study["name"], there.study["name"])
     if names[0] == names[1]:
         names = (names[0], f"{names[1]} (other run)")
     ids = [f"{names[1]}: {trial}" for trial in there.results["trial_id"]]  # two runs of a study have the same ids
@@ -70,17 +70,16 @@ def compare(here: Measured, there: Measured) -> Comparison:
     layers = [study.results["layers"].max() for study in studies]
     by_depth = bool(layers[0] != layers[1])
     shared = _shared(best[0], best[1], 0.5 / max(1, min(layers) - 1) if by_depth else None)
-    items = [_measured_on(study)["items"][0] for study in studies]
-    capability = items[0] == items[1] is not None
-    metrics = ("reliability", "generalization", *(("capability_change",) if capability else ()), "drift_kl")
-    agreements = (_agreement(name, shared) for name in metrics)
+    items, others = (_measured_on(study)["items"][0] for study in studies)
+    capability = items == others is not None
+    metrics = ("reliability", "generalization", *(["capability_change"] if capability else []), "drift_kl")
     return Comparison(
         studies=studies,
         names=names,
         shared=shared,
         by_depth=by_depth,
         capability=capability,
-        agreements=tuple(item for item in agreements if item is not None),
+        agreements=tuple(filter(None, (_agreement(name, shared) for name in metrics))),
         picks=(recommend(studies[0].results), recommend(studies[1].results)),
     )
 
@@ -93,9 +92,11 @@ def _shared(
     def nearest(row: Row, others: Mapping[Position, Row]) -> Row | None:
         if reach is None:
             return others.get((int(row["layer"]), row["module"]))
-        same = [other for other in others.values() if other["module"] == row["module"]]
-        near = min(same, key=lambda other: abs(other["depth"] - row["depth"]), default=None)
-        return near if near is not None and abs(near["depth"] - row["depth"]) <= reach + 1e-9 else None
+        gaps = (
+            (abs(other["depth"] - row["depth"]), other) for other in others.values() if other["module"] == row["module"]
+        )
+        gap, near = min(gaps, key=lambda pair: pair[0], default=(math.inf, None))
+        return near if gap <= reach + 1e-9 else None
 
     pairs = [(row, nearest(row, there)) for _, row in sorted(here.items(), key=lambda item: (item[0][1], item[0][0]))]
     return tuple((row, other) for row, other in pairs if other is not None and nearest(other, here) is row)
@@ -176,7 +177,7 @@ def moved(found: Comparison) -> list[str]:
     picks = [pick for pick in found.picks if pick is not None]
     if len(picks) < 2:
         return ["One of the two has no pick."]
-    places = [[place_of(pair[side]) for pair in found.shared] for side in (0, 1)]
+    places = [[position_of(pair[side]) for pair in found.shared] for side in (0, 1)]
     if (picks[0].position, picks[1].position) in zip(*places, strict=True):
         same = "the same position" if picks[0].position == picks[1].position else "the same relative depth and module"
         return [f"The pick did not move: {picks[0].position} here, {picks[1].position} there ({same})."]
@@ -194,10 +195,5 @@ def moved(found: Comparison) -> list[str]:
         ]
         if "drift_kl" in own.metrics and math.isfinite(row["drift_kl"]):
             parts.append(f"drift {number(row['drift_kl'])} instead of {number(own.metrics['drift_kl'])} nats")
-        said.append(f"In {name}, {place_of(row)} against its own pick {own.position}: {', '.join(parts)}.")
+        said.append(f"In {name}, {position_of(row)} against its own pick {own.position}: {', '.join(parts)}.")
     return said
-
-
-def place_of(row: Row) -> str:
-    """ "22.mlp_down"."""
-    return f"{row['layer']}.{row['module']}"

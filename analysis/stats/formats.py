@@ -10,8 +10,6 @@ FORMATS = ("raw", "qa", "chat")
 ONE_EDIT = {"method": "natural_gradient", "train_formats": ",".join(FORMATS), "epochs": 100, "rest_below": 0.05}
 """How a single edit is trained by default, where that differs from the axes' defaults: chat models are served through their
 template, three forms take more steps than one, and what is learnt rests meanwhile. Why: docs/methods.md, "Edits that hold"."""
-TITLES = {"raw": "raw", "qa": "Q/A", "chat": "chat", "unseen": "a wording never trained"}
-"""Any other format is a wording of the user's, which metrics name by its first words."""
 
 
 def by_format(row: Mapping[str, Any], metric: str) -> dict[str, float]:
@@ -21,5 +19,5 @@ def by_format(row: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 
 def format_title(name: str) -> str:
-    """The display name of a format."""
-    return TITLES.get(name, name)
+    """The display name of a format. A wording of the user's goes by its first words, as in metrics."""
+    return {"qa": "Q/A", "unseen": "a wording never trained"}.get(name, name)

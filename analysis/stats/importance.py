@@ -8,7 +8,6 @@ important by chance; so the same is computed with the results shuffled among the
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +15,9 @@ import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.trial import FrozenTrial
 
 from analysis.stats.axes import AXES, AXIS
-from analysis.stats.table import TITLES, done
+from analysis.stats.table import TITLES, done, has_values
 from analysis.stats.wording import plural
 
 BEST = 0.25
@@ -56,80 +54,64 @@ class WhatMatters:
     """Sentences on why other metrics, or all of them, have no importance."""
 
 
-def what_matters(results: pd.DataFrame, *, seed: int = 0) -> WhatMatters:
+def what_matters(results: pd.DataFrame) -> WhatMatters:
     """Importance of every axis that varies, for whichever of reliability, generalization, capability and drift were measured.
 
     A trial that diverged does not count among the best.
     """
     rows = done(results)
     axes = [axis.name for axis in AXES if rows[axis.name].notna().all() and rows[axis.name].nunique() > 1]
-    why_not = None
     if not axes:
-        why_not = "No axis was varied."
-    elif len(axes) == 1:
-        why_not = f"Only the {AXIS[axes[0]].title} was varied, so there is nothing to weigh it against."
-    elif len(rows) < FEWEST:
-        why_not = f"{plural(len(rows), 'finished trial')} are too few; at least {FEWEST} are needed."
-    if why_not:
-        return WhatMatters((), (why_not,))
-    change = "capability_change" if np.isfinite(rows["capability_change"]).any() else "capability"
-    study = _study(rows, axes)
-    quantile = max(BEST, 5 / len(rows))
+        return WhatMatters((), ("No axis was varied.",))
+    if len(axes) == 1:
+        only = f"Only the {AXIS[axes[0]].title} was varied, so there is nothing to weigh it against."
+        return WhatMatters((), (only,))
+    if len(rows) < FEWEST:
+        few = f"{plural(len(rows), 'finished trial')} are too few; at least {FEWEST} are needed."
+        return WhatMatters((), (few,))
+    study, quantile = _study(rows, axes), max(BEST, 5 / len(rows))
+    change = "capability_change" if has_values(rows, "capability_change") else "capability"
     found, not_shown = [], []
     for metric in ("reliability", "generalization", change, "drift_kl"):
-        values = rows[metric].to_numpy("float64", copy=True)
-        usable = np.isfinite(values) & (rows["diverged"].fillna(0) != 1).to_numpy()
+        values = rows[metric].to_numpy()
+        usable = np.isfinite(values) & (rows["diverged"] != 1).to_numpy()
         if usable.sum() < FEWEST:
             continue
-        loss = np.where(usable, values if metric == "drift_kl" else -values, np.inf)
-        loss[~usable] = loss[usable].max() + 1.0
+        loss = values if metric == "drift_kl" else -values
+        loss = np.where(usable, loss, loss[usable].max() + 1.0)
         best = int((loss <= np.sort(loss)[math.ceil(quantile * len(loss)) - 1]).sum())
         if best > 0.8 * len(loss):
-            title = TITLES[metric].capitalize()
-            not_shown.append(
-                f"{title} is at its best in {best} of {len(loss)} trials, too many to tell the settings apart."
-            )
+            at_best = f"{TITLES[metric].capitalize()} is at its best in {best} of {len(loss)} trials"
+            not_shown.append(f"{at_best}, too many to tell the settings apart.")
             continue
-        found.append(_importance(study, axes, metric, loss, best, quantile, np.random.default_rng(seed)))
+        weights, rng = _weights(study, axes, quantile, loss), np.random.default_rng(0)
+        shuffles = max(10, min(SHUFFLES, 20_000 // len(loss)))
+        by_chance = [_weights(study, axes, quantile, rng.permutation(loss)) for _ in range(shuffles)]
+        shares = np.stack([weights, np.quantile(by_chance, 0.95, axis=0)], axis=1) / (weights.sum() or 1.0)
+        listed = sorted(zip(axes, *shares.T.tolist(), strict=True), key=lambda item: -item[1])
+        found.append(Importance(metric, tuple(listed), len(loss), best))
     return WhatMatters(tuple(found), tuple(not_shown))
 
 
-def _importance(
-    study: optuna.Study,
-    axes: Sequence[str],
-    metric: str,
-    loss: np.ndarray,
-    best: int,
-    quantile: float,
-    rng: np.random.Generator,
-) -> Importance:
-    evaluator = PedAnovaImportanceEvaluator(target_quantile=quantile)
-
-    def weigh(losses: np.ndarray) -> np.ndarray:
-        def target(trial: FrozenTrial) -> float:
-            return float(losses[trial.number])
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the target being minimised, which is intended
-            found = optuna.importance.get_param_importances(
-                study, evaluator=evaluator, params=list(axes), target=target, normalize=False
-            )
-        return np.array([found[name] for name in axes])
-
-    weights = weigh(loss)
-    total = weights.sum() or 1.0
-    shuffles = max(10, min(SHUFFLES, 20_000 // len(loss)))
-    chance = np.quantile([weigh(rng.permutation(loss)) for _ in range(shuffles)], 0.95, axis=0)
-    shares = sorted(zip(axes, weights / total, chance / total, strict=True), key=lambda item: -item[1])
-    return Importance(metric, tuple((name, float(a), float(b)) for name, a, b in shares), len(loss), best)
+def _weights(study: optuna.Study, axes: list[str], quantile: float, loss: np.ndarray) -> np.ndarray:
+    """(axes,): the importance of each, where `quantile` of the trials, with these losses, count as the best."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the target being minimised, which is intended
+        found = optuna.importance.get_param_importances(
+            study,
+            evaluator=PedAnovaImportanceEvaluator(target_quantile=quantile),
+            params=axes,
+            target=lambda trial: float(loss[trial.number]),
+            normalize=False,
+        )
+    return np.array([found[name] for name in axes])
 
 
-def _study(rows: pd.DataFrame, axes: Sequence[str]) -> optuna.Study:
+def _study(rows: pd.DataFrame, axes: list[str]) -> optuna.Study:
     """The trials as an Optuna study; their losses are looked up by trial number."""
     space: dict[str, BaseDistribution] = {}
-    plain = {name: AXIS[name].type for name in axes}
-    for name, kind in plain.items():
-        values = rows[name]
+    for name in axes:
+        values, kind = rows[name], AXIS[name].type
         if name == "layer" or (kind is not str and values.nunique() > DECISIVE):
             distribution = IntDistribution if kind is int else FloatDistribution
             low, high = kind(values.min()), kind(values.max())
@@ -140,12 +122,9 @@ def _study(rows: pd.DataFrame, axes: Sequence[str]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
     optuna.logging.set_verbosity(level)
-    study.add_trials(
-        [
-            optuna.create_trial(params={name: plain[name](row[name]) for name in axes}, distributions=space, value=0.0)
-            for row in rows.to_dict("records")
-        ]
-    )
+    for row in rows[axes].to_dict("records"):
+        params = {name: AXIS[name].type(value) for name, value in row.items()}
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=0.0))
     return study
 
 

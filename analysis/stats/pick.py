@@ -14,7 +14,7 @@ generalization, drift or cost that was not measured loses against one that was.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ from scipy.special import bdtr
 from analysis.stats.axes import SETTING
 from analysis.stats.formats import by_format, format_title
 from analysis.stats.pareto import SAME, comparable
-from analysis.stats.table import METRICS, SPREADS, by_setting, is_part
-from analysis.stats.wording import change_with_interval, number, percent, plural, points
+from analysis.stats.table import METRICS, SPREADS, by_setting, is_part, position_of, standard_error, with_interval
+from analysis.stats.wording import number, percent, plural, points
 
 _RULE = (
     "Keep the settings that are {} and show no loss of capability, then those whose drift is within 0.01 nats per token of"
@@ -98,7 +98,7 @@ class Recommendation:
     """trial_id of the setting that the rule puts second, None when there is only one."""
     reasons: tuple[str, ...]
     """What speaks for it and what to know about it, one sentence each."""
-    trial_ids: tuple[str, ...] = field(default=())
+    trial_ids: tuple[str, ...]
 
 
 def evidence_of(settings: pd.DataFrame) -> Evidence:
@@ -175,31 +175,25 @@ def recommend(results: pd.DataFrame, floor: float | None = None) -> Recommendati
         return None
     pick = rows.to_dict("records")[0]
     settings = {name: pick[name] for name in SETTING if not pd.isna(pick[name])}
+    pick["reliability_se"] = standard_error(pick, "reliability")
     measured = [*METRICS, *filter(is_part, pick), "reliability_se", *SPREADS, "n_seeds"]
     return Recommendation(
         trial_id=pick["trial_id"],
-        position=f"{pick['layer']}.{pick['module']}",
+        position=position_of(pick),
         settings=settings | {"seeds": pick["seeds"]},
         metrics={name: float(pick[name]) for name in measured if math.isfinite(pick[name])},
         rule=RULE if floor is None else _RULE.format(f"at least {percent(floor)} reliable"),
-        runner_up=None if len(rows) < 2 else rows["trial_id"][1],
+        runner_up=rows["trial_id"].get(1),
         reasons=_reasons(rows, floor),
         trial_ids=pick["trial_ids"],
     )
 
 
-def by_format_text(shares: Mapping[str, float]) -> str:
-    """The shares of `by_format` as text: "98.0% raw, 95.0% Q/A"."""
-    return ", ".join(f"{percent(share)} {format_title(name)}" for name, share in shares.items())
-
-
 def capability_text(row: Mapping[str, Any]) -> str:
     """The change of capability with its interval, and whether chance could explain it."""
-    change, low, high = (row.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
-    verdict = ""
-    if math.isfinite(low) and math.isfinite(high):
-        verdict = ", which chance could explain" if low <= 0 <= high else ", more than chance would explain"
-    return f"{change_with_interval(change, low, high)}{verdict}"
+    low, high = (row.get(f"capability_change_{end}", math.nan) for end in ("low", "high"))
+    verdict = ", which chance could explain" if low <= 0 <= high else ", more than chance would explain"
+    return with_interval(row, "capability_change") + (verdict if math.isfinite(high - low) else "")
 
 
 def _reliable(evidence: Evidence, drift: np.ndarray) -> np.ndarray:
@@ -267,7 +261,7 @@ def _reasons(rows: pd.DataFrame, floor: float | None) -> tuple[str, ...]:
         else:
             drifts = [number(row["drift_kl"]) for row in (best, pick) if math.isfinite(row["drift_kl"])]
             reasons.append(
-                f"The best reliability, {percent(best['reliability'])}, is at {best['layer']}.{best['module']}"
+                f"The best reliability, {percent(best['reliability'])}, is at {position_of(best)}"
                 + (f", where drift is {drifts[0]} nats against {drifts[1]} here." if len(drifts) == 2 else ".")
             )
     if formats := by_format(pick.to_dict(), "reliability"):
@@ -285,3 +279,8 @@ def _reasons(rows: pd.DataFrame, floor: float | None) -> tuple[str, ...]:
     if pick["n_failed"]:
         reasons.append(f"{plural(int(pick['n_failed']), 'further seed')} of this setting failed.")
     return tuple(reasons)
+
+
+def by_format_text(shares: Mapping[str, float]) -> str:
+    """The shares of `by_format` as text: "98.0% raw, 95.0% Q/A"."""
+    return ", ".join(f"{percent(share)} {format_title(name)}" for name, share in shares.items())

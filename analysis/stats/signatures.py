@@ -86,10 +86,7 @@ class _Case:
     """What the signatures look at."""
 
     results: pd.DataFrame
-    settings: pd.DataFrame
     pick: Recommendation
-    row: Mapping[str, Any]
-    """The pick's row of `settings`."""
     baseline: Mapping[str, float]
     findings: Mapping[str, float]
     fixed: Collection[str]
@@ -112,8 +109,13 @@ class _Case:
         return [name for name in self.formats if name in FORMATS and name not in trained]
 
     @property
+    def row(self) -> pd.Series:
+        """The trial of the pick's lowest seed."""
+        return self.results[self.results["trial_id"] == self.pick.trial_id].iloc[0]
+
+    @property
     def losses(self) -> list[float]:
-        """Finite losses of the pick's lowest seed."""
+        """Its finite losses."""
         return [loss for loss in self.row["epoch_losses"] if math.isfinite(loss)]
 
     def first(self, *changes: tuple[str, str, Any]) -> tuple[str, str, Any]:
@@ -136,9 +138,7 @@ def signatures(
     """
     found = list(_diverged(results, fixed))
     if pick is not None:
-        settings = by_setting(results)
-        (row,) = settings[settings["trial_id"] == pick.trial_id].to_dict("records")
-        case = _Case(results, settings, pick, row, baseline, findings, fixed)
+        case = _Case(results, pick, baseline, findings, fixed)
         for look in (_capability, _reliability, _one_format, _generalization, _locality, _fights):
             found += look(case)
     return tuple(found)
@@ -186,18 +186,15 @@ def _diverged(results: pd.DataFrame, fixed: Collection[str]) -> Iterator[Signatu
 def _capability(case: _Case) -> Iterator[Signature]:
     change = case.metric("capability_change")
     before = case.baseline.get("capability", case.metric("capability") - change)
-    if not change < -CAPABILITY_FALL * before:
-        return
-    fell = f"from {percent(before)} to {percent(before + change)}, by {percent(-change / before)} of it"
-    yield Signature("capability fell", f"Capability fell {fell}.", *_held_back(case))
+    if change < -CAPABILITY_FALL * before:
+        fell = f"from {percent(before)} to {percent(before + change)}, by {percent(-change / before)} of it"
+        yield Signature("capability fell", f"Capability fell {fell}.", *_held_back(case))
 
 
 def _locality(case: _Case) -> Iterator[Signature]:
-    kept = case.metric("locality")
-    if not kept < LOCAL:
-        return
-    seen = f"Locality is {percent(kept)}: most tokens of the answers to unrelated prompts have changed."
-    yield Signature("locality lost", seen, *_held_back(case, case.value("guard") == "none"))
+    if (kept := case.metric("locality")) < LOCAL:
+        seen = f"Locality is {percent(kept)}: most tokens of the answers to unrelated prompts have changed."
+        yield Signature("locality lost", seen, *_held_back(case, case.value("guard") == "none"))
 
 
 def _held_back(case: _Case, unguarded: bool = False) -> tuple[str, str, Any]:
@@ -219,11 +216,9 @@ def _held_back(case: _Case, unguarded: bool = False) -> tuple[str, str, Any]:
 
 
 def _reliability(case: _Case) -> Iterator[Signature]:
-    reliability = case.metric("reliability")
-    if not reliability < RELIABLE:
-        return
-    seen = f"Reliability is {percent(reliability)} at {case.pick.position}."
-    yield Signature("low reliability", seen, *_not_learnt(case))
+    if (reliability := case.metric("reliability")) < RELIABLE:
+        seen = f"Reliability is {percent(reliability)} at {case.pick.position}."
+        yield Signature("low reliability", seen, *_not_learnt(case))
 
 
 def _not_learnt(case: _Case) -> tuple[str, str, Any]:
@@ -259,8 +254,7 @@ def _not_learnt(case: _Case) -> tuple[str, str, Any]:
     rate, cause, factor = case.value("learning_rate"), f"The steps are too short: {at}.", 2.0
     if len(losses) >= 2 and losses[-1] > 1.5 * min(losses):
         cause, factor = f"The loss went up again, from {number(min(losses))}: the steps are too long.", 0.5
-    change = (cause, "learning_rate", _digits(factor * rate))
-    return case.first(change, longer)
+    return case.first((cause, "learning_rate", _digits(factor * rate)), longer)
 
 
 _HELD_BACK: dict[str, tuple[str, Any, str]] = {
@@ -275,10 +269,8 @@ _HELD_BACK: dict[str, tuple[str, Any, str]] = {
 
 def _one_format(case: _Case) -> Iterator[Signature]:
     formats = case.formats
-    if not formats:
-        return
-    worst, best = (end(formats, key=formats.__getitem__) for end in (min, max))
-    if formats[worst] < formats[best] - FORMAT_GAP:
+    worst, best = (end(formats, key=formats.__getitem__, default="") for end in (min, max))
+    if formats and formats[worst] < formats[best] - FORMAT_GAP:
         shares = (f"{percent(formats[form])} in {format_title(form)}" for form in (worst, best))
         yield Signature("one format lost", f"Reliability is {', and '.join(shares)}.", *_format_change(case, worst))
 
@@ -321,10 +313,8 @@ def _fights(case: _Case) -> Iterator[Signature]:
     name = "edits fight each other"
     if against := int(case.findings.get("contradictions", 0)):
         seen = f"{against} edits have the same prompt as another edit but a different target."
-        most = percent(case.findings.get("reachable", math.nan))
-        yield Signature(
-            name, seen, f"They cannot all be learnt: at most {most} of the edits can.", "edits.source", CORRECTED
-        )
+        cause = f"They cannot all be learnt: at most {percent(case.findings['reachable'])} of the edits can."
+        yield Signature(name, seen, cause, "edits.source", CORRECTED)
     elif _overwritten(case):
         yield Signature(name, "Edits that were learnt are lost again.", *_one_after_the_other(case))
     elif lost := _always_wrong(case):
@@ -353,7 +343,7 @@ def _one_after_the_other(case: _Case) -> tuple[str, str, Any]:
 
 def _always_wrong(case: _Case) -> tuple[int, int, int] | None:
     """The numbers of edits that no setting gets right, of edits and of settings; None if unknown, or unless the first is small."""
-    rows = comparable(case.settings, ("reliability",))
+    rows = comparable(by_setting(case.results), ("reliability",))
     answers = [right for right in rows["right_by_edit"] if isinstance(right, np.ndarray)]
     if len(answers) < max(FEWEST, len(rows)) or len({len(right) for right in answers}) > 1:
         return None

@@ -25,12 +25,11 @@ import pandas as pd
 
 from analysis.stats.axes import AXES, AXIS, SETTING, SWEPT, named_axes
 from analysis.stats.formats import FORMATS
-from analysis.stats.wording import number, percent, seed_span, share_interval
+from analysis.stats.wording import number, percent, points, points_interval, share_interval
 
 Z95 = 1.959964
 """Half-width of a 95% interval, in standard errors."""
 TEXT, INTEGER, NUMBER, LIST = "text", "integer", "number", "list"
-_DTYPES = {TEXT: object, INTEGER: "Int64", NUMBER: "float64", LIST: object}
 
 
 @dataclass(frozen=True)
@@ -45,60 +44,48 @@ _KINDS = {int: INTEGER, float: NUMBER, str: TEXT}
 
 _MEASURED = {
     # how well the edits took: fractions in [0, 1] of prompts, means over the formats that they were asked in
-    "reliability": Column(NUMBER, "edit prompts answered with the target, by generation (also reliability.FORMAT)"),
-    "generalization": Column(NUMBER, "the same for rephrased prompts (also generalization.FORMAT)"),
-    "reliability_tf": Column(NUMBER, "reliability by teacher forcing, which reads higher"),
-    "generalization_tf": Column(NUMBER, "generalization by teacher forcing"),
-    "portability": Column(
-        NUMBER, "questions that follow from the edits and are answered correctly (also portability.FORMAT)"
-    ),
-    "portability_tf": Column(NUMBER, "portability by teacher forcing, on the main answer"),
-    "n_edits": Column(
-        NUMBER,
-        "edits asked about: those trained, or a sample of them (n_edits.generalization: those with such prompts, if fewer)",
-    ),
-    "right": Column(
-        TEXT, "which edits were answered right, in which formats, packed (`unpack_right`); None if unknown"
-    ),
-    "bits_per_parameter": Column(
-        NUMBER,
-        "information in the edits' targets under the unedited model, -log2 p(target | prompt), per trained parameter",
-    ),
+    "reliability": "edit prompts answered with the target, by generation (also reliability.FORMAT)",
+    "generalization": "the same for rephrased prompts (also generalization.FORMAT)",
+    "reliability_tf": "reliability by teacher forcing, which reads higher",
+    "generalization_tf": "generalization by teacher forcing",
+    "portability": "questions that follow from the edits and are answered correctly (also portability.FORMAT)",
+    "portability_tf": "portability by teacher forcing, on the main answer",
+    "n_edits": "edits asked about: those trained, or a sample (n_edits.generalization: those with such prompts, if fewer)",
+    "right": "which edits were answered right, in which formats, packed (`unpack_right`); None if unknown",
+    "bits_per_parameter": "information in the edits' targets under the unedited model, -log2 p(target | prompt), per trained "
+    "parameter",
     # what else they changed: unrelated prompts, asked raw, compared with the unedited model
-    "locality": Column(NUMBER, "tokens of a reference answer whose most likely token is unchanged, fraction in [0, 1]"),
-    "locality_first": Column(NUMBER, "the same of the answer's first token alone"),
-    "locality_kl": Column(NUMBER, "mean KL(unedited || edited) at the answer's first token, nats"),
-    "locality_exact": Column(NUMBER, "prompts whose generated answer is unchanged, word for word, fraction in [0, 1]"),
+    "locality": "tokens of a reference answer whose most likely token is unchanged, fraction in [0, 1]",
+    "locality_first": "the same of the answer's first token alone",
+    "locality_kl": "mean KL(unedited || edited) at the answer's first token, nats",
+    "locality_exact": "prompts whose generated answer is unchanged, word for word, fraction in [0, 1]",
     # what it cost the model
-    "capability": Column(NUMBER, "mean accuracy over the tasks of the suite (also capability.TASK)"),
-    "capability_change": Column(NUMBER, "capability minus that of the unedited model, paired by item"),
-    "capability_change_low": Column(NUMBER, "lower end of its 95% bootstrap interval over items"),
-    "capability_change_high": Column(NUMBER, "upper end"),
-    "drift_kl": Column(NUMBER, "mean KL(unedited || edited) on plain text, nats per token"),
-    "perplexity": Column(NUMBER, "of the edited model on plain text"),
+    "capability": "mean accuracy over the tasks of the suite (also capability.TASK)",
+    "capability_change": "capability minus that of the unedited model, paired by item",
+    "capability_change_low": "lower end of its 95% bootstrap interval over items",
+    "capability_change_high": "upper end",
+    "drift_kl": "mean KL(unedited || edited) on plain text, nats per token",
+    "perplexity": "of the edited model on plain text",
     # what it took
-    "train_loss": Column(NUMBER, "the last of `epoch_losses`"),
-    "trained_loss": Column(NUMBER, "mean loss of all edits at the end, in the precision of training"),
-    "merged_loss": Column(NUMBER, "the same, merged into the model's dtype: the gap is rounding and `further_steps`"),
-    "epoch_losses": Column(
-        LIST, "mean loss of each epoch (breadth-first), or the last of each batch (depth-first) or arrival"
-    ),
-    "stages": Column(
-        TEXT, "for a stream, metrics after each tenth of the edits had `arrived`, as JSON; None for other pipelines"
-    ),
-    "epochs_run": Column(NUMBER, "epochs run (breadth-first), else 1"),
-    "steps": Column(NUMBER, "optimiser steps taken"),
-    "batch_pieces": Column(NUMBER, "pieces in which a batch was computed: 1 unless memory ran short"),
-    "train_seconds": Column(NUMBER, "training"),
-    "evaluate_seconds": Column(NUMBER, "edit metrics"),
-    "capability_seconds": Column(NUMBER, "capability suite and drift"),
-    "seconds": Column(NUMBER, "the whole trial"),
-    "seconds_per_edit": Column(NUMBER, "train_seconds divided by the number of edits trained"),
-    "arrival_seconds": Column(NUMBER, "median over the arrivals of a stream, from arrival to the end of its training"),
-    "arrival_seconds_p95": Column(NUMBER, "their 95th percentile"),
-    "diverged": Column(NUMBER, "1 when the loss stopped being finite, else 0"),
-    "delta_norm": Column(NUMBER, "Frobenius norm of the weight change"),
+    "train_loss": "the last of `epoch_losses`",
+    "trained_loss": "mean loss of all edits at the end, in the precision of training",
+    "merged_loss": "the same, merged into the model's dtype: the gap is rounding and `further_steps`",
+    "epoch_losses": "mean loss of each epoch (breadth-first), or the last of each batch (depth-first) or arrival",
+    "stages": "for a stream, metrics after each tenth of the edits had `arrived`, as JSON; None for other pipelines",
+    "epochs_run": "epochs run (breadth-first), else 1",
+    "steps": "optimiser steps taken",
+    "batch_pieces": "pieces in which a batch was computed: 1 unless memory ran short",
+    "train_seconds": "training",
+    "evaluate_seconds": "edit metrics",
+    "capability_seconds": "capability suite and drift",
+    "seconds": "the whole trial",
+    "seconds_per_edit": "train_seconds divided by the number of edits trained",
+    "arrival_seconds": "median over the arrivals of a stream, from arrival to the end of its training",
+    "arrival_seconds_p95": "their 95th percentile",
+    "diverged": "1 when the loss stopped being finite, else 0",
+    "delta_norm": "Frobenius norm of the weight change",
 }
+_NO_NUMBERS = {"right": TEXT, "stages": TEXT, "epoch_losses": LIST}
 
 COLUMNS: dict[str, Column] = {
     "trial_id": Column(TEXT, "content id of the trial"),
@@ -113,7 +100,7 @@ COLUMNS: dict[str, Column] = {
     "data_fingerprint": Column(TEXT, "hash of edits and capability items"),
     "method_version": Column(INTEGER, "version of the method"),
     "run_id": Column(TEXT, "MLflow run of the trial, None when it was not tracked"),
-    **_MEASURED,
+    **{name: Column(_NO_NUMBERS.get(name, NUMBER), doc) for name, doc in _MEASURED.items()},
 }
 """The documented columns, in order. After them come the parts of some metrics: accuracy by task (`capability.TASK`), and
 reliability, generalization and portability by format (`reliability.FORMAT`). The format `unseen`, a wording never trained, is
@@ -134,31 +121,18 @@ MAX_PACKED = 5000
 SETTING_AXES = ("layers", "depth", *SETTING, "model_fingerprint", "data_fingerprint", "method_version")
 """What identifies a setting: every axis but the seed, and the model, data and method version it was run with."""
 
-METRICS = tuple(
-    name for name, column in _MEASURED.items() if column.kind == NUMBER and name not in ("batch_pieces", "diverged")
-)
+METRICS = tuple(name for name in _MEASURED if name not in (*_NO_NUMBERS, "batch_pieces", "diverged"))
 """The columns that are averaged over seeds (besides the `part_columns`)."""
 
 FRACTIONS = ("reliability", "generalization", "locality")
 """The metrics of how well the edits did: means over edits, in [0, 1]."""
 
-MORE_FRACTIONS = (
-    "reliability_tf", "generalization_tf", "portability", "portability_tf", "locality_first", "locality_exact",
-)  # fmt: skip
-"""Further metrics of this kind, also in [0, 1]."""
-
 TITLES = {
     **{name: name for name in (*FRACTIONS, "capability")},
-    **{f"{name}_tf": f"{name} (teacher-forced)" for name in ("reliability", "generalization")},
-    "portability": "portability",
-    "portability_tf": "portability (teacher-forced)",
-    "locality_first": "locality (first token)",
-    "locality_exact": "locality (whole answer)",
-    "locality_kl": "locality (divergence)",
     "capability_change": "capability change",
     "drift_kl": "drift",
 }
-"""Metrics as figures and tables name them; a part such as `reliability.chat` is shown by its own name."""
+"""Metrics as figures and tables name them; any other is shown by the name of its column."""
 
 _PARTED = ("reliability", "generalization", "portability", "capability", "n_edits")
 
@@ -218,7 +192,7 @@ def _typed(values: list[Any], kind: str) -> pd.Series:
     if kind == TEXT:
         return pd.Series([None if _absent(value) else str(value) for value in values], dtype=object)
     numbers = pd.Series([math.nan if _absent(value) else float(value) for value in values], dtype="float64")
-    return numbers.astype(_DTYPES[kind])
+    return numbers.astype("Int64") if kind == INTEGER else numbers
 
 
 def pack_right(right: Sequence[bool] | Sequence[Sequence[bool]]) -> str | None:
@@ -269,7 +243,12 @@ def is_part(name: str) -> bool:
 
 def is_fraction(name: str) -> bool:
     """True if a metric is a mean over edits, in [0, 1]."""
-    return name in (*FRACTIONS, *MORE_FRACTIONS) or (is_part(name) and not name.startswith(("capability.", "n_edits.")))
+    return _kind(name) in (*FRACTIONS, "portability") and name != "locality_kl"
+
+
+def _kind(name: str) -> str:
+    """What a metric or a part of one measures: "reliability" for reliability_tf and reliability.chat."""
+    return re.split("[._]", name)[0]
 
 
 def part_columns(results: pd.DataFrame) -> tuple[str, ...]:
@@ -279,7 +258,7 @@ def part_columns(results: pd.DataFrame) -> tuple[str, ...]:
 
 def has_values(results: pd.DataFrame, column: str) -> bool:
     """True if any trial has a finite value of this metric."""
-    return column in results.columns and bool(np.isfinite(results[column].astype("float64")).any())
+    return bool(np.isfinite(results[column]).any())
 
 
 def proportion_se(fraction: float, n: float) -> float:
@@ -312,60 +291,41 @@ def by_setting(results: pd.DataFrame) -> pd.DataFrame:
     - `diverged` is 1 when any seed diverged;
     - new columns: `trial_ids` and `seeds` (tuples, by seed), `n_seeds`, `n_failed` (seeds of the setting that failed),
       `right_by_edit` ((E,) array, the share of seeds and formats that got each edit right; None where not known),
-      `reliability_sd`, `generalization_sd`, `locality_sd` (between seeds, NaN for one), `drift_kl_low`, `drift_kl_high`
-      (lowest and highest of the seeds, NaN for one), and `reliability_se`.
-
-    `reliability_se` is sqrt(items^2 + sd^2 / seeds): the seeds are measured on the same edits, so more of them do not
-    shrink the error that comes from the choice of edits (`proportion_se` of the mean), only that of the training order.
+      `reliability_sd`, `generalization_sd`, `locality_sd` (between seeds, NaN for one), `drift_kl_low` and `drift_kl_high`
+      (lowest and highest of the seeds, NaN for one).
     """
-    finished = done(results).sort_values(["seed", "trial_id"], kind="stable").reset_index(drop=True)
-    names = [name for name in (*METRICS, *part_columns(results)) if name in finished.columns]
-    finished[names] = finished[names].where(np.isfinite(finished[names].astype("float64")))
-    keys = list(SETTING_AXES)
-    of_setting = finished.groupby(keys, dropna=False, sort=False).ngroup()  # one key takes less time than many
-    groups = finished.groupby(of_setting.to_numpy(), sort=False)
-    table = finished.loc[~finished.duplicated(keys)].reset_index(drop=True)  # in the order of the groups
-    if table.empty:
-        absent = dict.fromkeys((*SPREADS, "reliability_se"), 0.0)
-        return table.assign(trial_ids=[], seeds=[], right_by_edit=[], n_seeds=0, n_failed=0, **absent)
+    rows = results.sort_values(["seed", "trial_id"], kind="stable").reset_index(drop=True)
+    names = [*METRICS, *part_columns(rows)]
+    rows[names] = rows[names].where(np.isfinite(rows[names]))
+    setting = rows.groupby(list(SETTING_AXES), dropna=False, sort=False).ngroup()  # one key takes less time than many
+    lost = setting[rows["status"] == "failed"].value_counts()
+    finished = rows[rows["status"] == "done"]
+    groups = finished.groupby(setting, sort=False)
+    table = groups.head(1)  # in the order of the groups
+    settings = setting[table.index]
+    table = table.reset_index(drop=True)
     table[names] = groups[names].mean().reset_index(drop=True)
     table["diverged"] = groups["diverged"].max().fillna(0.0).to_numpy()
-    trials: list[list[tuple]] = [[] for _ in range(len(table))]
-    for group, *trial in zip(of_setting, *(finished[name] for name in ("trial_id", "seed", "right")), strict=True):
-        trials[group].append(tuple(trial))
-    of_group = {
-        "trial_ids": [tuple(trial for trial, _, _ in group) for group in trials],
-        "seeds": [tuple(int(seed) for _, seed, _ in group if not _absent(seed)) for group in trials],
-        "right_by_edit": [mean_right([right for _, _, right in group]) for group in trials],
-    }
-    for name, values in of_group.items():
-        table[name] = pd.Series(values, dtype=object)
+    members = [groups.indices[number] for number in settings]  # places in `finished`
+    trials, seeds, right = (finished[name].to_numpy() for name in ("trial_id", "seed", "right"))
+    table["trial_ids"] = [tuple(trials[places]) for places in members]
+    table["seeds"] = [tuple(map(int, seeds[places])) for places in members]
+    table["right_by_edit"] = [mean_right(right[places]) for places in members]
     table["n_seeds"] = groups.size().to_numpy()
+    table["n_failed"] = lost.reindex(settings, fill_value=0).to_numpy()
     for name in FRACTIONS:
         table[f"{name}_sd"] = groups[name].std(ddof=1).to_numpy()
     several = (groups["drift_kl"].count() > 1).to_numpy()
     table["drift_kl_low"] = np.where(several, groups["drift_kl"].min(), np.nan)
     table["drift_kl_high"] = np.where(several, groups["drift_kl"].max(), np.nan)
-    # whole rows would take twice the time
-    read_by_error = ["reliability", "n_edits", "n_seeds", "reliability_sd"]
-    table["reliability_se"] = [standard_error(row, "reliability") for row in table[read_by_error].to_dict("records")]
-    lost = Counter(_settings_of(failed(results)))
-    table["n_failed"] = [lost[setting] for setting in _settings_of(table)]
     return table
 
 
 def mean_right(packed: Sequence[str | None]) -> np.ndarray | None:
     """(E,): `unpack_right` averaged over the seeds of a setting; None unless all seeds have it, for the same number of edits."""
-    if any(text is None for text in packed):
-        return None
     known = [unpack_right(text) for text in packed if text is not None]
-    return np.mean(known, axis=0) if len({len(one) for one in known}) == 1 else None
-
-
-def _settings_of(frame: pd.DataFrame) -> list[tuple]:
-    """The setting of each row, absent values as None."""
-    rows = zip(*(frame[axis] for axis in SETTING_AXES), strict=True)
-    return [tuple(None if _absent(value) else value for value in row) for row in rows]
+    complete = len(known) == len(packed) and len({len(one) for one in known}) == 1
+    return np.mean(known, axis=0) if complete else None
 
 
 def value_text(name: str, value: Any) -> str:
@@ -377,6 +337,11 @@ def axis_text(name: str, value: Any) -> str:
     """The same, prefixed with what it is if the value alone does not show that: "rate 0.004"."""
     axis = AXIS[name]
     return (axis.short or ("" if axis.type is str else f"{axis.title} ")) + value_text(name, value)
+
+
+def position_of(row: Mapping[str, Any]) -> str:
+    """ "22.mlp_down"."""
+    return f"{row['layer']}.{row['module']}"
 
 
 def setting_text(row: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
@@ -392,11 +357,10 @@ def setting_names(settings: pd.DataFrame) -> dict[str, str]:
     """trial_id -> the name of the setting: its position, "22.mlp_down", and, if several were tried there, what tells them
     apart: "22.mlp_down at rate 0.002". settings: `by_setting(results)`."""
     names = {}
-    for (layer, module), group in settings.groupby(["layer", "module"], sort=False):
+    for _, group in settings.groupby(["layer", "module"], sort=False):
         varied = [axis.name for axis in SWEPT if group[axis.name].nunique(dropna=False) > 1]
         for row in group.to_dict("records"):
-            apart = setting_text(row, varied)
-            names[row["trial_id"]] = f"{layer}.{module}" + (f" at {apart}" if apart else "")
+            names[row["trial_id"]] = " at ".join(filter(None, (position_of(row), setting_text(row, varied))))
     return names
 
 
@@ -408,13 +372,16 @@ def seed_error(row: Mapping[str, Any], name: str) -> float:
 
 def _n_edits(row: Mapping[str, Any], name: str) -> float:
     """Number of edits that a fraction is the mean over; NaN if it is not known."""
-    kind = re.split(r"[._]", name)[0]
-    fewer = row.get(f"n_edits.{kind}_long" if name in OF_LONG else f"n_edits.{kind}", math.nan)
+    fewer = row.get(f"n_edits.{_kind(name)}{'_long' if name in OF_LONG else ''}", math.nan)
     return fewer if math.isfinite(fewer) else row.get("n_edits", math.nan)
 
 
 def standard_error(row: Mapping[str, Any], name: str) -> float:
-    """Standard error of a metric; NaN if it is not known."""
+    """Standard error of a metric; NaN if it is not known.
+
+    That of a fraction is sqrt(items^2 + sd^2 / seeds): the seeds are measured on the same edits, so more of them do not
+    shrink the error that comes from the choice of edits (`proportion_se` of the mean), only that of the training order.
+    """
     if is_fraction(name):
         return math.hypot(proportion_se(row.get(name, math.nan), _n_edits(row, name)), seed_error(row, name))
     if name in ("capability", "capability_change"):
@@ -436,7 +403,7 @@ def interval(row: Mapping[str, Any], name: str) -> tuple[float, float]:
         return max(0.0, value - math.hypot(value - low, more)), min(1.0, value + math.hypot(high - value, more))
     if name in ("capability", "capability_change"):
         change, low, high = (row.get(f"capability_change{end}", math.nan) for end in ("", "_low", "_high"))
-        return value + (low - change), value + (high - change)
+        return low + (value - change), high + (value - change)
     return math.nan, math.nan
 
 
@@ -449,12 +416,20 @@ def expected(row: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
     return {name: (float(value), float(low), float(high)) for name, (value, low, high) in known.items()}
 
 
+def interval_text(row: Mapping[str, Any], name: str) -> str:
+    """The interval of a fraction or of the change of capability, to follow its value: "[93.0, 99.4]"; empty if not known."""
+    ends = interval(row, name)
+    return share_interval(*ends) if is_fraction(name) else points_interval(*ends) if name == "capability_change" else ""
+
+
 def with_interval(row: Mapping[str, Any], name: str) -> str:
-    """A fraction as text, with its interval: "98.0% [93.0, 99.4]"."""
-    return " ".join(filter(None, (percent(row[name]), share_interval(*interval(row, name)))))
+    """The same with its value: "98.0% [93.0, 99.4]", "−0.4 points [−1.2, +0.3]"."""
+    value = percent(row[name]) if is_fraction(name) else f"{points(row[name])} points"
+    return f"{value} {interval_text(row, name)}".rstrip()
 
 
 def drift_text(row: Mapping[str, Any]) -> str:
     """Drift as text: "0.0125 nats per token", with its range over the seeds where there are several."""
-    span = seed_span(row.get("drift_kl_low", math.nan), row.get("drift_kl_high", math.nan))
-    return f"{number(row['drift_kl'])} nats per token" + (f" ({span} over the seeds)" if span else "")
+    low, high = (row.get(f"drift_kl_{end}", math.nan) for end in ("low", "high"))
+    span = f" ({number(low)} to {number(high)} over the seeds)" if math.isfinite(low) else ""
+    return f"{number(row['drift_kl'])} nats per token{span}"

@@ -48,11 +48,6 @@ def share_interval(low: float, high: float) -> str:
     return f"[{percent(low)}, {percent(high)}]".replace("%", "") if known else ""
 
 
-def seed_span(low: float, high: float) -> str:
-    """The range of a number over the seeds: "0.011 to 0.014"; empty for a single seed."""
-    return f"{number(low)} to {number(high)}" if math.isfinite(low) and math.isfinite(high) else ""
-
-
 def number(value: Any) -> str:
     """A setting or a measurement with few digits: 0.004, 1e-05, 12.3, 1,200; text unchanged; a dash when absent."""
     if value is None or isinstance(value, str):

@@ -10,7 +10,7 @@ import unicodedata
 from functools import cache
 
 ARTICLES = frozenset({"a", "an", "the"})
-_ARTICLES = re.compile(r"\b(a|an|the)\b(?![+#])")
+_ARTICLES = re.compile(rf"\b({'|'.join(sorted(ARTICLES))})\b(?![+#])")
 
 
 @cache
@@ -24,35 +24,33 @@ def _one_space(between: str) -> str:
     return between if rest == between else f"{'%' * between.startswith('%')} {rest}"
 
 
+_INVISIBLE = "\u00ad\u200b\u200e\u200f\u2060\ufeff"
+"""Soft hyphens, direction marks and the like."""
 _ONE_FORM = {
-    **dict.fromkeys(
-        map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"), ""
-    ),  # invisible characters: soft hyphens, direction marks
+    **dict.fromkeys(map(ord, _INVISIBLE), ""),
     **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width forms of ASCII
     **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-"),
     **{0x066A: "%", 0x066B: ".", 0x066C: ","},  # Arabic percent sign and separators
 }
+_ALONE = r"(?<!\d)(?<!\d[.,'’])"  # no digits of the same number before
 _NUMBERS = (
-    (re.compile(r"\d"), lambda digit: str(unicodedata.decimal(digit[0]))),
+    (r"\d", lambda digit: str(unicodedata.decimal(digit[0]))),
     # 1.234,5 is 1234.5
-    (
-        re.compile(r"(?<!\d)(?<!\d[.,'’])(\d{1,3}(?:\.\d{3})+),(\d+)(?![.,'’]?\d)"),
-        lambda n: n[1].replace(".", "") + "." + n[2],
-    ),
+    (_ALONE + r"(\d{1,3}(?:\.\d{3})+),(\d+)(?![.,'’]?\d)", lambda n: n[1].replace(".", "") + "." + n[2]),
     # 550,000 and 550'000 are 550000, as is 5,50,000 in India; 550.000 may be a decimal
     (
-        re.compile(r"(?<!\d)(?<!\d[.,'’])[1-9]\d{0,2}(?:(?:,\d{3})+|(?:['’]\d{3})+|(?:,\d\d)+,\d{3})(?![,'’]?\d)"),
+        _ALONE + r"[1-9]\d{0,2}(?:(?:,\d{3})+|(?:['’]\d{3})+|(?:,\d\d)+,\d{3})(?![,'’]?\d)",
         lambda number: re.sub(r"\D", "", number[0]),
     ),
     # 3,14 is 3.14
-    (re.compile(r"(?<!\d)(?<!\d[.,'’])(\d+),(\d+)(?![.,'’]?\d)"), r"\1.\2"),
+    (_ALONE + r"(\d+),(\d+)(?![.,'’]?\d)", r"\1.\2"),
     # .5 is 0.5
-    (re.compile(r"(?<![\w.])(-?[$€£¥]?)\.(?=\d)"), r" \g<1>0."),
+    (r"(?<![\w.])(-?[$€£¥]?)\.(?=\d)", r" \g<1>0."),
     # a minus sign is set apart from what precedes it, a percent sign is not
-    (re.compile(r"(?<!\w)-(?=[$€£¥]?\d)"), " -"),
-    (re.compile(r"(?<=\d)\s%"), "%"),
+    (r"(?<!\w)-(?=[$€£¥]?\d)", " -"),
+    (r"(?<=\d)\s%", "%"),
     # no two numbers become one
-    (re.compile(r"(?<=\d)(?:[^\w\s]|_){2,}(?=\d)"), lambda marks: _one_space(marks[0])),
+    (r"(?<=\d)(?:[^\w\s]|_){2,}(?=\d)", lambda marks: _one_space(marks[0])),
 )
 """Patterns and replacements that give numbers one form, applied in this order."""
 _KEPT = re.compile(r"(?<=\d)(?:[^\w\s]|_)(?=\d)|(?<!\S)-(?=[$€£¥]?\d)|(?<=\d)%|(?<=[^\W\d_])[+#]+")
@@ -84,7 +82,7 @@ def normalise_answer(text: str) -> str:
     """
     whole = _composed(text.translate(_ONE_FORM).lower())
     for pattern, replacement in _NUMBERS:
-        whole = pattern.sub(replacement, whole)
+        whole = re.sub(pattern, replacement, whole)  # type: ignore[call-overload]
     kept = {at for match in _KEPT.finditer(whole) for at in range(*match.span())}
     bare = _composed("".join(char for at, char in enumerate(whole) if at in kept or not _is_mark(char)))
     for candidate in (_ARTICLES.sub(" ", bare), bare):

@@ -28,9 +28,9 @@ def turns_of(value: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
     return [(_ROLES.get(role.lower(), role), _text(said)) for role, said in found]
 
 
-def question_and_answer(record: FileRecord, source: str) -> FileRecord | str:
-    """The record, with a conversation's question as `instruction`, its answer as `output` and its system prompt as `system`;
-    or, if it is a conversation with anything else in it, a message that says so."""
+def question_and_answer(record: FileRecord, source: str) -> FileRecord:
+    """The record, with a conversation's question as `instruction`, its answer as `output` and its system prompt as `system`.
+    A conversation with anything else in it becomes a record with a problem."""
     turns = turns_of(record.value)
     if turns is None:
         return record
@@ -39,7 +39,8 @@ def question_and_answer(record: FileRecord, source: str) -> FileRecord | str:
         key = next(key for key in _LISTS if record.value.get(key))
         said = f"{len(turns)} turns ({', '.join(role for role, _ in turns[:6])}{', …' if len(turns) > 6 else ''})"
         expected = "one question of the user and its answer, with at most one system prompt before them"
-        return f"{source}, {record.place}, field {key}: expected {expected}, got {said}"
+        problem = f"{source}, {record.place}, field {key}: expected {expected}, got {said}"
+        return replace(record, value={}, problem=problem)
     rest = {key: inside for key, inside in record.value.items() if key not in _LISTS}
     system = {"system": texts["system"]} if texts.get("system") else {}
     return replace(record, value={**rest, "instruction": texts["user"], "output": texts["assistant"], **system})

@@ -1,11 +1,12 @@
-"""Data sets on the Hugging Face hub, and those that its library saved to a folder."""
+"""Where records come from: files, data sets on the Hugging Face hub, and those that its library saved to a folder."""
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locft.data.record_files import FileRecord
+from locft.data.record_files import RECORDS, FileRecord, missing_path, numbered
 from locft.errors import InputError, one_line
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
@@ -17,9 +18,37 @@ def is_saved(folder: Path) -> bool:
     return any(os.path.isfile(folder / name) for name in (_SAVED, _SAVED_SPLITS))  # pathlib's fails on overlong names
 
 
-def saved_records(folder: Path, preferred: Sequence[str] = ()) -> list[FileRecord]:
-    """The rows of a data set that `save_to_disk` wrote to a folder; if it has splits, those of the first preferred one that
-    it has, or of the only one. Raises InputError."""
+def source_records(
+    source: str,
+    read_file: Callable[[Path], list[FileRecord]],
+    hub_id: re.Pattern[str],
+    expected: str,
+    preferred: Sequence[str] = (),
+) -> list[FileRecord]:
+    """The records of a file, of a data set on the hub, or of one that was saved to a folder; at least one.
+
+    hub_id: form of a hub data set, with the groups `name`, `config` and `split`. expected: what a source may be, for messages.
+    preferred: where a data set has several splits and none is named, the first of these that it has is read; an only split is
+    always read. Raises InputError.
+    """
+    path = Path(os.path.expanduser(source))
+    if is_saved(path):
+        return _saved_records(path, preferred)
+    if os.path.exists(path):  # pathlib's fails on overlong names
+        return read_file(path)
+    if "://" in source:
+        raise InputError(
+            f"{source}: URLs are not supported; download the file and give its path, "
+            "or name a hub data set as owner/name"
+        )
+    if (named := hub_id.fullmatch(source)) and not source.lower().endswith(RECORDS):
+        return _hub_records(source, named["name"], named["config"] or None, named["split"], preferred)
+    problem = missing_path(path)
+    raise InputError(problem if "did you mean" in problem else f"{problem}; expected {expected}")
+
+
+def _saved_records(folder: Path, preferred: Sequence[str]) -> list[FileRecord]:
+    """The rows of a data set that `save_to_disk` wrote to a folder."""
     try:
         import datasets  # here, because it takes a second and few need it
 
@@ -31,14 +60,10 @@ def saved_records(folder: Path, preferred: Sequence[str] = ()) -> list[FileRecor
     return _rows(str(folder), loaded)
 
 
-def hub_records(
-    source: str, name: str, config: str | None, split: str | None, preferred: Sequence[str] = ()
+def _hub_records(
+    source: str, name: str, config: str | None, split: str | None, preferred: Sequence[str]
 ) -> list[FileRecord]:
-    """The rows of the data set `name` on the Hugging Face hub; `source` is what the user wrote.
-
-    Without a split, the first of the preferred ones that the data set has is read, or its only one. Raises InputError,
-    which says what was tried and what to do offline.
-    """
+    """The rows of the data set `name` on the hub. Raises InputError, which says what was tried and what to do offline."""
     try:
         import datasets  # here, because it takes a second and only this needs it
 
@@ -55,7 +80,7 @@ def hub_records(
 
 
 def _one_split(source: str, splits: Mapping[str, Any], preferred: Sequence[str], written: str) -> Any:
-    """The first preferred split that exists, or the only one. written: how a user names a split. Raises InputError."""
+    """The first preferred split that exists, or the only one. written: how a user names a split."""
     found = [name for name in preferred if name in splits] or (list(splits) if len(splits) == 1 else [])
     if not found:
         choices = ", ".join(map(written.format, splits))
@@ -66,4 +91,4 @@ def _one_split(source: str, splits: Mapping[str, Any], preferred: Sequence[str],
 def _rows(source: str, rows: Any) -> list[FileRecord]:
     if not len(rows):
         raise InputError(f"{source}: no records in it")
-    return [FileRecord(number, row) for number, row in enumerate(rows, 1)]
+    return numbered(rows)

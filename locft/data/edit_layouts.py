@@ -12,18 +12,22 @@ from typing import Any
 
 from locft.data.edit_request import EditRequest, LocalityPrompt, PortabilityPrompt
 from locft.data.field_map import FieldMap
-from locft.data.record_files import FileRecord
+from locft.data.record_files import FileRecord, shortened
 from locft.data.record_layouts import (
     TEXT,
     FieldType,
     ReadRecords,
     RecordFields,
     RecordLayout,
+    first_that_recognises,
     read_with_layout,
     top_level,
     value_at,
 )
 from locft.errors import InputError, did_you_mean
+
+TrueAnswers = tuple[str, ...]
+"""All answers to an edit's prompt that the source gives as true before the edit."""
 
 _REPHRASES = (
     "rephrases", "rephrasings", "para_question*", "para_prompt*",
@@ -176,27 +180,24 @@ _IDENTITY = FieldType(lambda value: _stripped(str(value) if type(value) is int e
 
 
 def read_edits(
-    records: Sequence[FileRecord], source: str, earlier_problems: Sequence[str] = (), fields: FieldMap | None = None
-) -> tuple[ReadRecords, list[EditRequest], list[tuple[str, ...]]]:
-    """(what was read, edits, true answers of each edit) of a file's records. Ids are the file's own, "" if it has none;
-    the edits of one record share its id.
+    records: Sequence[FileRecord], source: str, fields: FieldMap | None
+) -> ReadRecords[EditLayout, list[tuple[EditRequest, TrueAnswers]]]:
+    """The edits of each of a file's records. Ids are the file's own, "" if it has none; the edits of one record share its id.
 
-    Raises InputError with every problem, the `earlier_problems` included.
+    Raises InputError with every problem.
     """
-    layouts = edit_layouts(fields)
-    for name, keys in (fields or {}).items():
-        missing = [key for key in keys if not any(value_at(record.value, key) is not None for record in records)]
-        if missing and records:
-            near = did_you_mean(missing[0], map(str, records[0].value))
-            told = f"{source}: map: {name}: no record has {', '.join(missing)} (the keys are "
-            earlier_problems = [*earlier_problems, told + f"{', '.join(map(str, records[0].value))}{near})"]
-    if fields and earlier_problems:
-        raise InputError(earlier_problems)
-    read = read_with_layout(
-        layouts, records, source, _read_record, earlier_problems, lambda record: _advice(record.value, source)
+    problems = [record.problem for record in records if record.problem]
+    values = [record.value for record in records if not record.problem]
+    unmapped = []
+    for name, keys in (fields or {}).items() if values else ():
+        if missing := [key for key in keys if not any(value_at(value, key) is not None for value in values)]:
+            known = f"the keys are {', '.join(values[0])}{did_you_mean(missing[0], values[0])}"
+            unmapped.append(f"{source}: map: {name}: no record has {', '.join(missing)} ({known})")
+    if unmapped:
+        raise InputError(shortened([*problems, *unmapped]))
+    return read_with_layout(
+        edit_layouts(fields), records, source, _read_record, lambda record: _advice(record.value, source)
     )
-    edits = [pair for of_record in read.values for pair in of_record]
-    return read, [edit for edit, _ in edits], [truths for _, truths in edits]
 
 
 def read_marks(records: Sequence[FileRecord], fields: FieldMap | None = None) -> tuple[tuple[str, str], ...]:
@@ -206,8 +207,8 @@ def read_marks(records: Sequence[FileRecord], fields: FieldMap | None = None) ->
     usual = next((layout for layout in layouts if layout.strict), layouts[0])
     marks: list[tuple[str, str]] = []
     for record in records:
-        layout = next((one for one in layouts if one.recognises(record.value)), usual)
-        edits = _read_record(layout, RecordFields(record.value, record.place, {}, (), False))
+        layout = first_that_recognises(record.value, layouts) or usual
+        edits = _read_record(layout, RecordFields(record.value, record.place))
         named = [(edit.id, edit.prompt) for edit, _ in edits if edit.id or edit.prompt]
         marks += named or [(record.place, "")]
     return tuple(marks)
@@ -217,10 +218,8 @@ def edit_layouts(fields: FieldMap | None = None) -> tuple[EditLayout, ...]:
     """The layouts, with the paths of a field map in place of theirs; a single one if the map says where prompt or target is."""
     if not fields:
         return LAYOUTS
-    changes: dict[str, Any] = {}
-    for name, key in (("subject", "subject"), ("id", "id"), ("ground_truth", "truths"), ("rephrases", "rephrases")):
-        if name in fields:
-            changes[key] = tuple(fields[name])
+    keys = {"subject": "subject", "id": "id", "ground_truth": "truths", "rephrases": "rephrases"}
+    changes: dict[str, Any] = {keys[name]: tuple(fields[name]) for name in keys.keys() & fields.keys()}
     for name in ("locality", "portability"):
         prompts = fields.get(f"{name}.prompt", fields.get(name, ()))
         answers = tuple(fields.get(f"{name}.answer", ()))
@@ -241,7 +240,6 @@ def _advice(record: Mapping[str, Any], source: str) -> str:
         for key, value in record.items() if isinstance(value, Mapping)
         for inner, text in value.items() if isinstance(text, str)
     ]  # fmt: skip
-
     texts = [key for key in texts if not key.lower().endswith(("id", "type", "source"))]
 
     def likeliest(words: Sequence[str], but: str = "") -> str:
@@ -258,13 +256,13 @@ def _advice(record: Mapping[str, Any], source: str) -> str:
     )
 
 
-def _read_record(layout: EditLayout, fields: RecordFields) -> list[tuple[EditRequest, tuple[str, ...]]]:
+def _read_record(layout: EditLayout, fields: RecordFields) -> list[tuple[EditRequest, TrueAnswers]]:
     """The edits of a record, each with its true answers. Rephrases and questions for the whole record go to the first."""
     if not layout.edits:
         return [_read_edit(layout, fields, fields, (fields,))]
     value = fields.look(layout.edits)
     several = isinstance(value, list) and value
-    edits: list[tuple[EditRequest, tuple[str, ...]]] = []
+    edits: list[tuple[EditRequest, TrueAnswers]] = []
     for index, item in enumerate(value if several else [value]):
         at = f"{layout.edits}[{index}]" if several else layout.edits
         if isinstance(item, Mapping):
@@ -277,7 +275,7 @@ def _read_record(layout: EditLayout, fields: RecordFields) -> list[tuple[EditReq
 
 def _read_edit(
     layout: EditLayout, fields: RecordFields, record: RecordFields, holders: Sequence[RecordFields]
-) -> tuple[EditRequest, tuple[str, ...]]:
+) -> tuple[EditRequest, TrueAnswers]:
     """fields: the object with the edit. holders: the objects with rephrases and questions for it."""
     truths = tuple(text for name in layout.truths for text in _answers(fields, name, fields.look(name)))
     subject = _first(layout.subject, fields, _STRIPPED)

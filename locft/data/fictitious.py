@@ -16,20 +16,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from locft.data.edit_request import EditRequest, LocalityPrompt
 
 NAME = "fictitious"
 """Name of the source in studies and commands; also the prefix of every edit's id."""
-
-
-class Fact(NamedTuple):
-    """An edit and the information that it holds."""
-
-    request: EditRequest
-    bits: float
-    """log2 of the number of targets that were equally likely."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +69,7 @@ _CITIES = _words(
 _MONTHS = _words("January February March April May June July August September October November December", before=" ")
 _COLOURS = _words("black white red blue green yellow brown grey purple violet pink silver golden dark pale bright")
 _MATERIALS = _words(
-    "wooden stone iron copper glass paper leather woollen clay marble steel cotton silk brass plastic ivory",
-    before=" ",
+    "wooden stone iron copper glass paper leather woollen clay marble steel cotton silk brass plastic ivory", before=" "
 )
 _THINGS = _words(
     "anchor bell bridge candle chair clock crown door drum flag gate hammer key knife ladder lamp mask mirror needle plate ring "
@@ -131,8 +121,8 @@ SUBJECTS = _WORDS**2
 """Number of different subjects: 1.5 billion."""
 
 
-def fictitious_facts(seed: int = 0) -> Iterator[Fact]:
-    """The facts of a seed, one after another, up to `SUBJECTS` of them."""
+def fictitious_edits(seed: int = 0) -> Iterator[EditRequest]:
+    """The edits of a seed, one after another, up to `SUBJECTS` of them."""
     drawn = random.Random(seed)
     for index, relation in zip(range(SUBJECTS), itertools.cycle(RELATIONS)):
         given, family = _shuffled(index, seed)
@@ -141,8 +131,7 @@ def fictitious_facts(seed: int = 0) -> Iterator[Fact]:
         prompt, *rephrases = (text.format(subject) for text in relation.prompts)
         target = relation.target(drawn.randrange(relation.choices))
         near = LocalityPrompt(relation.prompts[0].format(stranger), None)
-        request = EditRequest(f"{NAME}-{index + 1}", subject, prompt, target, None, tuple(rephrases), (near,))
-        yield Fact(request, math.log2(relation.choices))
+        yield EditRequest(f"{NAME}-{index + 1}", subject, prompt, target, None, tuple(rephrases), (near,))
 
 
 def _shuffled(index: int, seed: int) -> tuple[int, int]:

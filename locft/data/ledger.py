@@ -90,35 +90,35 @@ class Ledger:
         gone |= self._retracted(without)
         repeats = self._repeats(gone)
         gone |= set(repeats)
-        entries = [replace(entry, retracted=when) if entry.request.id in gone else entry for entry in self.entries]
-        taken = {entry.request.id for entry in entries}
-        asking: defaultdict[str, list[int]] = defaultdict(list)  # prompt or rephrase -> indices of its edits
-        for at, entry in enumerate(entries):
-            for text in _asked_as(entry.request):
-                asking[text].append(at)
+        entries: dict[str, LedgerEntry] = {}
+        asking: defaultdict[str, list[str]] = defaultdict(list)  # prompt or rephrase -> ids of its edits
+
+        def enter(entry: LedgerEntry) -> None:
+            entries[entry.request.id] = entry
+            for text in {entry.request.prompt, *entry.request.rephrases}:
+                asking[text].append(entry.request.id)
+
+        for entry in self.entries:
+            enter(replace(entry, retracted=when) if entry.request.id in gone else entry)
         new, superseded, known, renamed = [], [], [], []
         for request in requests:
-            asked = [at for at in asking[request.prompt] if entries[at].active]
-            rivals = [at for at in asked if not _same_target(entries[at].request, request)]
-            of_prompt = {at for at in asked if entries[at].request.prompt == request.prompt}
-            if of_prompt and of_prompt.isdisjoint(rivals):
+            asked = [entries[one] for one in asking[request.prompt] if entries[one].active]
+            of_prompt = [one for one in asked if one.request.prompt == request.prompt]
+            rivals = [one for one in asked if normalise_answer(one.request.target) != normalise_answer(request.target)]
+            if of_prompt and not any(one in rivals for one in of_prompt):
                 known.append(request.id)
                 continue
             given = request.id
-            request = replace(request, id=free_id(given, taken.__contains__))
-            taken.add(request.id)
+            request = replace(request, id=free_id(given, entries))
             renamed += [f"{given} as {request.id}"] if request.id != given else []
-            for at in sorted(of_prompt.union(rivals)):
-                entries[at] = replace(entries[at], superseded_by=request.id)
-                superseded.append(f"{entries[at].request.id} by {request.id}")
-            for text in _asked_as(request):
-                asking[text].append(len(entries))
-            entries.append(LedgerEntry(request, when))
+            beaten = [one for one in asked if one in of_prompt or one in rivals]
+            entries |= {one.request.id: replace(one, superseded_by=request.id) for one in beaten}
+            superseded += [f"{one.request.id} by {request.id}" for one in beaten]
+            enter(LedgerEntry(request, when))
             new.append(request)
-        kept = {entry.request.id for entry in entries if entry.active}
         return Arrival(
-            Ledger(tuple(entries)),
-            tuple(request for request in new if request.id in kept),
+            Ledger(tuple(entries.values())),
+            tuple(request for request in new if entries[request.id].active),
             tuple(entry.request for entry in self.entries if entry.request.id in gone),
             (
                 *_told(superseded, "Superseded by a later edit of the same prompt or a rephrase"),
@@ -183,10 +183,9 @@ class Ledger:
                 f"{folder}: there is no {FILE_NAME} next to the delta, expected a folder that `locft edit` wrote; "
                 "make the edit again to continue it"
             )
-        records, problems = read_json_records(
-            path, is_record=lambda value: True
-        )  # a lone record may hold lists of objects
-        requests = edit_set(records, str(path), problems).requests
+        # A lone record may hold lists of objects, which are not the records.
+        records = read_json_records(path, is_record=lambda value: True)
+        requests = edit_set(records, str(path)).requests
         entries = []
         for request, record in zip(requests, records, strict=True):
             arrived = record.value.get("arrived")
@@ -195,14 +194,6 @@ class Ledger:
                 raise InputError(f"{path}, {record.place}, field arrived: expected a time, got {arrived!r}")
             entries.append(LedgerEntry(request, arrived, **fate))
         return cls(tuple(entries))
-
-
-def _asked_as(request: EditRequest) -> set[str]:
-    return {request.prompt, *request.rephrases}
-
-
-def _same_target(earlier: EditRequest, later: EditRequest) -> bool:
-    return normalise_answer(earlier.target) == normalise_answer(later.target)
 
 
 def _told(ids: Sequence[str], what: str) -> list[str]:

@@ -10,12 +10,13 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,8 +29,11 @@ MAX_PROBLEMS = 20
 
 _BLANK = " \t\r\n"
 
-RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+RECORDS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 """Extensions of files of records."""
+IsRecord = Callable[[Mapping[str, Any]], bool]
+"""Tells whether an object is a record itself, and not a wrapper of records."""
+
 _COMPRESSED = "a compressed file; unpack it"
 _PICKLE = "a pickle, which may run code when it is read; save it as JSON Lines or parquet"
 _NO_TEXT = {
@@ -66,6 +70,8 @@ class FileRecord:
     """Keys of the file alongside the list of records."""
     key: str | None = None
     """Key of the record, in a file that is one object of records."""
+    problem: str = ""
+    """Why the record as a whole cannot be read, with its place; `value` is empty then."""
 
     @property
     def place(self) -> str:
@@ -81,88 +87,80 @@ class BrokenCell:
     text: str
 
 
+def numbered(values: Iterable[Any], beside: tuple[str, ...] = ()) -> list[FileRecord]:
+    """These values as the records of a file whose format has no lines."""
+    return [FileRecord(number, value, beside=beside) for number, value in enumerate(values, 1)]
+
+
 def file_records(
     path: Path,
-    *,
-    lists: Collection[str] = (),
-    is_record: Callable[[Mapping[str, Any]], bool] = lambda value: False,
+    lists: Collection[str],
+    is_record: IsRecord,
     no_header: Callable[[Sequence[str]], Sequence[str] | None] = lambda row: None,
-) -> tuple[list[FileRecord], list[str]]:
-    """(records, problems with individual ones) of a file: parquet, CSV (.csv, .tsv), else JSON. The options are those of
-    `csv_records` and `read_json_records`. Raises InputError for a file that cannot be read."""
+) -> list[FileRecord]:
+    """The records of a file: parquet, CSV (.csv, .tsv), else JSON. lists, no_header: see `_csv_records`. Raises InputError for
+    a file that cannot be read or has no records."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return parquet_records(path), []
+        return _parquet_records(path)
     if suffix in (".csv", ".tsv"):
-        return csv_records(path, lists, no_header=no_header), []
+        return _csv_records(path, lists, no_header)
     return read_json_records(path, is_record)
 
 
-def read_json_records(
-    path: Path, is_record: Callable[[Mapping[str, Any]], bool] = lambda value: False
-) -> tuple[list[FileRecord], list[str]]:
-    """(records, problems) of a JSON list or JSON Lines file; blank lines and a byte order mark are skipped.
+def read_json_records(path: Path, is_record: IsRecord = lambda value: False) -> list[FileRecord]:
+    """The records of a JSON list or JSON Lines file; blank lines and a byte order mark are skipped. A file that is one object
+    is unwrapped: its records are its only list of objects, or the objects under its keys.
 
-    A file that is one object is unwrapped: its records are its only list of objects, or the objects under its keys.
-    is_record: whether an object is a record itself.
-
-    Problems are broken JSON (line and column), records that are not objects or not valid Unicode, and a file without records.
-    Raises InputError if the file cannot be read as text.
+    A broken line (with line and column) and a record that is not an object or not valid Unicode is a record with a problem.
+    Raises InputError if the file is not text, is a broken list, has no records, or leaves open which of its lists they are.
     """
     text = read_text(path)
-    found: list[FileRecord] = []
-    problems: list[str] = []
-    if text.lstrip(_BLANK).startswith("["):
-        try:
-            found = [FileRecord(number, value) for number, value in enumerate(json.loads(text), 1)]
-        except (ValueError, RecursionError) as error:
-            problems.append(_broken(path, error))
-    elif (
-        (whole := _one_object(text)) is not None
-        and path.suffix.lower() == ".json"
-        and (rows := _rows(whole, is_record))
-    ):
-        found = [FileRecord(number, row) for number, row in enumerate(rows, 1)]
-    elif whole is not None and not is_record(whole) and _is_wrapper(path, text, whole):
-        try:
-            found = _unwrapped(path, whole, is_record)
-        except InputError as error:
-            problems += error.problems
-    elif whole is not None:
-        line = 1 + text[: len(text) - len(text.lstrip())].count("\n")
-        found = [FileRecord(1, whole, line)]
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip(_BLANK).startswith("["):
+            raise InputError(_broken(path, error)) from None
+        whole = None
+    if isinstance(whole, list):
+        found = numbered(whole)
+    elif isinstance(whole, dict):
+        found = _in_object(path, text, whole, is_record)
     else:
-        found, problems = _lines(path, text)
-    records = []
-    for record in found:
-        if not isinstance(record.value, dict):
-            problems.append(f"{path}, {record.place}: expected a JSON object, got {describe(record.value)}")
-        elif not _is_unicode(record.value):
-            problems.append(f"{path}, {record.place}: lone surrogate in a string (\\ud800 to \\udfff)")
-        else:
-            records.append(record)
-    if not problems and not records:
-        problems.append(f"{path}: no records in it, expected a JSON list of objects, or one object per line")
-    return records, problems
+        found = _lines(path, text)
+    if not found:
+        raise InputError(f"{path}: no records in it, expected a JSON list of objects, or one object per line")
+    return [_checked(path, record) for record in found]
 
 
-def _lines(path: Path, text: str) -> tuple[list[FileRecord], list[str]]:
-    """(records, problems) of a text with one JSON value per line, or over several lines each, as jq prints them."""
+def _checked(path: Path, record: FileRecord) -> FileRecord:
+    """The record, with its problem if it is not an object or not valid Unicode."""
+    if not isinstance(record.value, dict):
+        problem = f"expected a JSON object, got {describe(record.value)}"
+    elif not _is_unicode(record.value):
+        problem = "lone surrogate in a string (\\ud800 to \\udfff)"
+    else:
+        return record
+    return replace(record, value={}, problem=f"{path}, {record.place}: {problem}")
+
+
+def _lines(path: Path, text: str) -> list[FileRecord]:
+    """The records of a text with one JSON value per line, or over several lines each, as jq prints them."""
     found: list[FileRecord] = []
-    problems: list[str] = []
     # Split at "\n" alone: str.splitlines also splits at characters that JSON strings may hold (U+2028).
     filled = [(line, content) for line, content in enumerate(text.split("\n"), 1) if content.strip(_BLANK)]
     for number, (line, content) in enumerate(filled, 1):
         try:
             found.append(FileRecord(number, json.loads(content), line))
         except (ValueError, RecursionError) as error:
-            problems.append(_broken(path, error, line))
+            found.append(FileRecord(number, {}, line, problem=_broken(path, error, line)))
+    problems = [record.problem for record in found if record.problem]
     if problems and (stream := _one_after_another(text)):
-        return stream, []
+        return stream
     if len(problems) == len(filled) > 1:
         kinds = "a JSON list of objects, one object per line, or a table whose name ends in .csv, .tsv or .parquet"
-        problems = [f"{problems[0]}, and likewise on all {len(filled):,} lines; expected {kinds}"]
-    return found, problems
+        raise InputError(f"{problems[0]}, and likewise on all {len(filled):,} lines; expected {kinds}")
+    return found
 
 
 def _one_after_another(text: str) -> list[FileRecord]:
@@ -178,9 +176,15 @@ def _one_after_another(text: str) -> list[FileRecord]:
     return []
 
 
-def _is_wrapper(path: Path, text: str, whole: Mapping[str, Any]) -> bool:
-    """Whether one object is a whole file of records instead of the only line of JSON Lines."""
-    return path.suffix.lower() == ".json" or bool(_lists(whole)) or "\n" in text.strip(_BLANK)
+def _in_object(path: Path, text: str, whole: dict[str, Any], is_record: IsRecord) -> list[FileRecord]:
+    """The records of a file that is one object: the rows of a table, what it wraps, or the object itself."""
+    is_json = path.suffix.lower() == ".json"
+    if is_json and (rows := _rows(whole, is_record)):
+        return numbered(rows)
+    # The only line of JSON Lines is a record, unless it holds a list of them.
+    if not is_record(whole) and (is_json or _lists(whole) or "\n" in text.strip(_BLANK)):
+        return _unwrapped(path, whole, is_record)
+    return [FileRecord(1, whole, line=1 + text[: text.index("{")].count("\n"))]
 
 
 def _lists(whole: Mapping[str, Any]) -> list[str]:
@@ -191,7 +195,7 @@ def _lists(whole: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _unwrapped(path: Path, whole: dict[str, Any], is_record: Callable[[Mapping[str, Any]], bool]) -> list[FileRecord]:
+def _unwrapped(path: Path, whole: dict[str, Any], is_record: IsRecord) -> list[FileRecord]:
     """The records in one object. Raises InputError if there are none, or more than one list of them."""
     lists_of_objects = _lists(whole)
     known = [key for key in lists_of_objects if is_record(whole[key][0])]
@@ -203,8 +207,7 @@ def _unwrapped(path: Path, whole: dict[str, Any], is_record: Callable[[Mapping[s
             "save the one you want to a file of its own"
         )
     if keys:
-        beside = tuple(key for key in whole if key != keys[0])
-        return [FileRecord(number, value, beside=beside) for number, value in enumerate(whole[keys[0]], 1)]
+        return numbered(whole[keys[0]], beside=tuple(key for key in whole if key != keys[0]))
     inner = [key for key, value in whole.items() if isinstance(value, dict) and not is_record(value) and _lists(value)]
     if len(inner) == 1 and any(is_record(whole[inner[0]][key][0]) for key in _lists(whole[inner[0]])):
         return _unwrapped(path, whole[inner[0]], is_record)
@@ -216,7 +219,7 @@ def _unwrapped(path: Path, whole: dict[str, Any], is_record: Callable[[Mapping[s
     raise InputError(f"{path}: one JSON object (keys: {shown}), expected a list of records, or one record per line")
 
 
-def _rows(whole: Mapping[str, Any], is_record: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+def _rows(whole: Mapping[str, Any], is_record: IsRecord) -> list[dict[str, Any]]:
     """The records of a table whose columns are lists, or objects as pandas writes them by default; [] if it is not one."""
     columns = list(whole.values())
     places: Collection[Any] = ()
@@ -228,7 +231,7 @@ def _rows(whole: Mapping[str, Any], is_record: Callable[[Mapping[str, Any]], boo
     return rows if rows and is_record(rows[0]) else []
 
 
-def parquet_records(path: Path) -> list[FileRecord]:
+def _parquet_records(path: Path) -> list[FileRecord]:
     """The rows of a parquet file. Raises InputError if it cannot be read or has none."""
     import pyarrow  # here, because few files need it
     import pyarrow.parquet
@@ -239,14 +242,11 @@ def parquet_records(path: Path) -> list[FileRecord]:
         raise InputError(f"{path}: cannot be read as parquet: {one_line(error)}") from None
     if not rows:
         raise InputError(f"{path}: no rows in it")
-    return [FileRecord(number, row) for number, row in enumerate(rows, 1)]
+    return numbered(rows)
 
 
-def csv_records(
-    path: Path,
-    lists: Collection[str],
-    *,
-    no_header: Callable[[Sequence[str]], Sequence[str] | None] = lambda row: None,
+def _csv_records(
+    path: Path, lists: Collection[str], no_header: Callable[[Sequence[str]], Sequence[str] | None]
 ) -> list[FileRecord]:
     """The rows of a CSV file, whose first line names the columns. Cells are separated by commas, semicolons, tabs or vertical bars.
 
@@ -259,37 +259,35 @@ def csv_records(
     text = read_text(path)
     delimiter = max(",;\t|", key=lambda char: _regular(text, char))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    problems: list[str] = []
-    records: list[FileRecord] = []
-    header: list[str] = []
-    parsed: set[str] = set()
+    rows: list[tuple[int, list[str]]] = []  # each with the line on which it begins
+    broken: list[str] = []
     line = 1
     try:
         for row in reader:
-            begun, line = line, reader.line_num + 1
-            if not row:
-                continue
-            if not header:
-                row = [name.strip() for name in row]
-                header = list(no_header(row) or row)
-                if twice := [name for name, count in Counter(header).items() if name and count > 1]:
-                    raise InputError(f"{path}, line {begun}: the header names {', '.join(twice)} more than once")
-                parsed = {name for name in header if any(name == one or fnmatchcase(name, one) for one in lists)}
-                if header == row:
-                    continue
-            if len(row) != len(header):
-                problems.append(f"{path}, line {begun}: {len(row)} cells, but the header has {len(header)}")
-            else:
-                cells = zip(header, row, strict=True)
-                value = {key: _parsed(cell) if key in parsed else cell for key, cell in cells if key}
-                records.append(FileRecord(len(records) + 1, value, begun))
+            rows += [(line, row)] if row else []
+            line = reader.line_num + 1
     except csv.Error as error:
-        problems.append(f"{path}, line {reader.line_num}: broken CSV: {error}")
-    if not problems and not records:
-        problems.append(f"{path}: no rows below the header line")
-    if problems:
-        raise InputError(shortened(problems))
-    return records
+        broken = [f"{path}, line {reader.line_num}: broken CSV: {error}"]
+    first = [name.strip() for name in rows[0][1]] if rows else []
+    header = (no_header(first) if first else None) or first
+    if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+        raise InputError(f"{path}, line {rows[0][0]}: the header names {', '.join(twice)} more than once")
+    rows[:1] = [] if header is first else [(rows[0][0], first)]
+    problems = [
+        f"{path}, line {line}: {len(row)} cells, but the header has {len(header)}"
+        for line, row in rows if len(row) != len(header)
+    ] + broken  # fmt: skip
+    if problems or not rows:
+        raise InputError(shortened(problems or [f"{path}: no rows below the header line"]))
+    parsed = {name for name in header if name in lists or any(fnmatchcase(name, one) for one in lists)}
+    return [
+        FileRecord(
+            number,
+            {key: _parsed(cell) if key in parsed else cell for key, cell in zip(header, row, strict=True) if key},
+            line,
+        )
+        for number, (line, row) in enumerate(rows, 1)
+    ]
 
 
 def _regular(text: str, delimiter: str) -> tuple[bool, int]:
@@ -308,7 +306,7 @@ def read_text(path: Path) -> str:
     Raises InputError if the path does not exist (with the nearest name that does), is a folder, or holds bytes that are
     not text (with line and offset).
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib's fails on overlong names
         raise InputError(f"{path}: is a folder, expected a file{_one_inside(path)}")
     try:
         raw = path.read_bytes()
@@ -337,7 +335,7 @@ def read_text(path: Path) -> str:
 def missing_path(path: Path) -> str:
     """The message that a path does not exist, with the nearest name that does."""
     missing, folder = path, path.parent
-    while not folder.is_dir() and folder != missing:
+    while not os.path.isdir(folder) and folder != missing:
         missing, folder = folder, folder.parent
     problem = f"{path}: no such file" + (f", its folder {missing} does not exist" if missing != path else "")
     names: list[str] = []
@@ -387,15 +385,6 @@ def _broken(path: Path, error: Exception, line: int | None = None) -> str:
         return f"{path}, line {line or error.lineno}, column {error.colno}: broken JSON: {error.msg}"
     place = f"{path}, line {line}" if line else str(path)
     return f"{place}: unreadable JSON: {error}"  # nested too deeply, or a number with thousands of digits
-
-
-def _one_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that makes up the whole text; None if it is anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _parsed(cell: str) -> Any:

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -76,6 +76,10 @@ class RecordLayout(ABC):
         return f"{self.name} ({', '.join(top_level(self.required))}{optional})"
 
 
+def first_that_recognises(record: Mapping[str, Any], layouts: Iterable[Layout]) -> Layout | None:
+    return next((layout for layout in layouts if layout.recognises(record)), None)
+
+
 def top_level(paths: Iterable[str]) -> tuple[str, ...]:
     """The record's own keys at which the paths begin, each once: "locality[].loc" begins at "locality"."""
     return tuple(dict.fromkeys(path.split(".")[0].removesuffix("[]") for path in paths))
@@ -97,10 +101,10 @@ class RecordFields:
     value: Mapping[str, Any]
     place: str
     """Where the record is, for messages."""
-    problems: dict[FieldProblem, None]
-    known: Collection[str]
+    problems: dict[FieldProblem, None] = field(default_factory=dict)
+    known: Collection[str] = ()
     """Keys that the layout knows, or patterns of them ("para_question*")."""
-    strict: bool
+    strict: bool = False
     prefix: str = ""
     """Where the object is in the record, such as "locality[0].", empty for the record itself."""
     used: set[str] = field(default_factory=set)
@@ -143,15 +147,12 @@ class RecordFields:
     def texts(self, path: str, fewest: int) -> tuple[str, ...]:
         """The texts of a required list; () if it is absent or wrong, which is reported."""
         value = self.find(path, expected := f"a list of {fewest} or more texts")
-        wrong = [index for index, one in enumerate(value) if _filled(one) is None] if isinstance(value, list) else []
-        for index in wrong:
-            self.wrong(f"{path}[{index}]", TEXT.expected, value[index])
-        if value is ... or wrong:
-            return ()
-        if not isinstance(value, list) or len(value) < fewest:
+        if isinstance(value, list) and len(value) >= fewest:
+            found = tuple(self.checked(f"{path}[{index}]", one) for index, one in enumerate(value))
+            return found if all(found) else ()
+        if value is not ...:
             self.wrong(path, expected, value)
-            return ()
-        return tuple(value)
+        return ()
 
     def optional(self, path: str, kind: FieldType = TEXT) -> str | None:
         """The text of an optional field, or None; None also if the layout has no such field (path "")."""
@@ -168,8 +169,7 @@ class RecordFields:
 
     def inside(self, path: str, value: Mapping[str, Any], known: Collection[str]) -> "RecordFields":
         """An object within the record, to be read in turn; `known` are the keys that it may have."""
-        prefix = f"{self.prefix}{path}."
-        return RecordFields(value, self.place, self.problems, known, self.strict, prefix, self.used, self.left_out)
+        return replace(self, value=value, known=known, prefix=f"{self.prefix}{path}.")
 
     def use(self, path: str) -> None:
         """Count what is at the path as read."""
@@ -208,7 +208,8 @@ class ReadRecords(Generic[Layout, Value]):
     values: list[Value]
     """One value per record, in order."""
     unread: dict[str, int]
-    """Paths that no field was read from, and the number of records that have something there."""
+    """Paths that no field was read from, and the number of records that have something there; 0 for a key of the file
+    alongside the list of records."""
 
 
 def read_with_layout(
@@ -216,29 +217,29 @@ def read_with_layout(
     records: Sequence[FileRecord],
     source: str,
     read: Callable[[Layout, RecordFields], Value],
-    earlier_problems: Sequence[str] = (),
-    advice: Callable[[FileRecord], str] = lambda record: "",
+    advice: Callable[[FileRecord], str],
 ) -> ReadRecords[Layout, Value]:
     """What `read` makes of each record, with the layout that most records have (the variant that recognises it, if any).
 
     advice: what to do about records like this one if their required fields are not found. Raises InputError with every
-    problem: those found earlier, and each wrong field with its place, what was expected and what was got; a problem that
+    problem: those of whole records, and each wrong field with its place, what was expected and what was got; a problem that
     all records share is reported once.
     """
-    problems = list(earlier_problems)
-    recognised = [next((one for one in layouts if one.recognises(record.value)), None) for record in records]
+    problems = [record.problem for record in records if record.problem]
+    records = [record for record in records if not record.problem]
+    recognised = [first_that_recognises(record.value, layouts) for record in records]
     votes = Counter(one for one in recognised if one is not None)
-    if records and not votes:  # one message for all records: they are alike
-        where = records[0].place if len(records) == 1 else f"all {len(records):,} records"
-        got, known = _listed(records[0].value), "; ".join(dict.fromkeys(map(str, layouts)))
-        told = f"{source}, {where}: unknown layout, got the keys {got}; expected one of: {known}"
-        problems.append(told + advice(records[0]))
     if not votes:
+        if records:  # one message for all of them: they are alike
+            where = records[0].place if len(records) == 1 else f"all {len(records):,} records"
+            got, known = _listed(records[0].value), "; ".join(dict.fromkeys(map(str, layouts)))
+            told = f"{source}, {where}: unknown layout, got the keys {got}; expected one of: {known}"
+            problems.append(told + advice(records[0]))
         raise InputError(shortened(problems))
     layout = votes.most_common(1)[0][0]  # in a tie, the first in the file
     known_keys = top_level((*layout.required, *layout.optional))
     found: dict[FieldProblem, None] = {}
-    values, places, unread = [], dict[str, str](), Counter[str]()
+    values, places, unread = [], dict[str, str](), Counter(dict.fromkeys(records[0].beside, 0))
     for record, own_layout in zip(records, recognised, strict=True):
         place = f"{source}, {record.place}"
         variant = own_layout if own_layout is not None and own_layout.name == layout.name else layout
@@ -258,7 +259,7 @@ def read_with_layout(
 
 
 def told_unread(unread: Mapping[str, int], records: int) -> str:
-    """What was not read (as in `ReadRecords.unread`; 0 for a key alongside the list of records) as the end of a sentence."""
+    """What was not read (as in `ReadRecords.unread`) as the end of a sentence."""
     by_count: dict[int, list[str]] = {}
     for path, count in unread.items():
         by_count.setdefault(count, []).append(path)
@@ -269,10 +270,7 @@ def told_unread(unread: Mapping[str, int], records: int) -> str:
 
 
 def _told(
-    problems: Iterable[FieldProblem],
-    records: Sequence[FileRecord],
-    source: str,
-    advice: Callable[[FileRecord], str],
+    problems: Iterable[FieldProblem], records: Sequence[FileRecord], source: str, advice: Callable[[FileRecord], str]
 ) -> Iterator[str]:
     """The problems as messages: what is wrong in the same way in every one of several records is reported once."""
     alike: dict[tuple[str, str], list[FieldProblem]] = {}

@@ -22,6 +22,7 @@ from locft.data.record_layouts import (
     ReadRecords,
     RecordFields,
     RecordLayout,
+    first_that_recognises,
     read_with_layout,
     top_level,
     value_at,
@@ -151,34 +152,25 @@ LIST_KEYS = top_level(layout.choices for layout in LAYOUTS if isinstance(layout.
 """Keys that may hold lists or objects, which a table writes into one cell."""
 
 
-def read_items(
-    records: Sequence[FileRecord], task: str, source: str, earlier_problems: Sequence[str] = ()
-) -> ReadRecords[BenchmarkLayout, CapabilityItem]:
-    """The items of a file's records. Raises InputError with every problem, those found earlier first."""
+def read_items(records: Sequence[FileRecord], task: str, source: str) -> ReadRecords[BenchmarkLayout, CapabilityItem]:
+    """The items of a file's records. Raises InputError with every problem."""
     are_texts = functools.cache(lambda: _answers_are_texts(records))  # of the whole file, and few files ask
     read = read_with_layout(
-        LAYOUTS,
-        records,
-        source,
-        lambda layout, fields: _read_item(layout, fields, are_texts),
-        earlier_problems,
-        _advice,
+        LAYOUTS, records, source, lambda layout, fields: _read_item(layout, fields, are_texts), _advice
     )
-    numbers = [record.line or record.number for record in records]
-    ids = [item.id or f"{Path(source).stem}:{number}" for item, number in zip(read.values, numbers, strict=True)]
-    items = [replace(item, task=task, id=identity) for item, identity in zip(read.values, ids, strict=True)]
+    items = [
+        replace(item, task=task, id=item.id or f"{Path(source).stem}:{record.line or record.number}")
+        for item, record in zip(read.values, records, strict=True)
+    ]
     return replace(read, values=items)
 
 
 def glued_items(read: ReadRecords[BenchmarkLayout, CapabilityItem]) -> list[CapabilityItem]:
     """The items whose choices lack the space between them and the context: in the project's own layout nothing adds one."""
-    return [item for item in read.values if _is_glued(item)] if read.layout.strict else []
-
-
-def _is_glued(item: CapabilityItem) -> bool:
-    return _is_word(item.context[-1:]) and all(
-        _is_word(choice[:1]) and space_before_answer(item.context, choice) for choice in item.choices
-    )
+    return [
+        item for item in read.values if read.layout.strict and _is_word(item.context[-1:])
+        and all(_is_word(choice[:1]) and space_before_answer(item.context, choice) for choice in item.choices)
+    ]  # fmt: skip
 
 
 def _is_word(char: str) -> bool:
@@ -198,13 +190,10 @@ def _advice(record: FileRecord) -> str:
 def columns_without_header(row: Sequence[str]) -> tuple[str, ...] | None:
     """The columns of a table whose first row is already a question, as MMLU is published: question, options, letter of
     the right one, perhaps with a number first. None if the row is a header."""
-    number = ("",) if row[0].strip().isdecimal() else ()
-    options = LETTERS[: len(row) - len(number) - 2]
-    named = (
-        any(cell.strip().lower() in ("question", "answer") for cell in row)
-        or list(options) == row[-len(options) - 1 : -1]
-    )
-    if len(options) < 2 or row[-1].strip() not in options or row[-1].strip() == "" or named:
+    number = ("",) if row[0].isdecimal() else ()
+    options = [*LETTERS[: max(0, len(row) - len(number) - 2)]]
+    named = {"question", "answer"} & {cell.lower() for cell in row} or options == row[-len(options) - 1 : -1]
+    if len(options) < 2 or row[-1] not in options or named:
         return None
     return (*number, "question", *options, "answer")
 
@@ -256,9 +245,9 @@ def _answers_are_texts(records: Sequence[FileRecord]) -> bool | None:
     every answer of the file can be, if some cannot be the other. None if that does not decide it."""
     texts, indices = [], []
     for record in records:
-        layout = next((one for one in LAYOUTS if one.recognises(record.value)), None)
+        layout = first_that_recognises(record.value, LAYOUTS)
         if layout is not None and isinstance(layout.answer, str) and not layout.labels:
-            choices = _choices(layout, RecordFields(record.value, record.place, {}, (), False))
+            choices = _choices(layout, RecordFields(record.value, record.place))
             value = value_at(record.value, layout.answer)
             texts.append(isinstance(value, str) and choices.count(value) == 1)
             indices.append(_index(value, choices) is not None)
@@ -291,32 +280,25 @@ def _answer(
         elif labels and value not in labels:
             fields.wrong(path, f"one of {', '.join(labels)}", value)
         return labels.index(value) if value in labels else 0
-    index = _index(value, choices)
     letters = [*LETTERS[: len(choices)]] if layout.lettered else []
+    as_index = _index(value, choices)
     as_text = choices.index(value) if isinstance(value, str) and choices.count(value) == 1 else None
-    if index is not None and as_text not in (None, index) and (texts := are_texts()) is not False:
+    if as_index is not None and as_text is not None and as_index != as_text:
+        texts = are_texts()
         if texts is None:
-            clear = (
-                "the letter of the right choice"
-                if layout.lettered
-                else "the number of the right choice as a JSON number"
-            )
-            fields.wrong(path, f"{clear} (these digits are the number of one choice and the text of another)", value)
-        index = as_text
-    if index is None and value in letters:
-        index = letters.index(value)
-    elif index is None:
-        index = as_text
-    if index is None and isinstance(value, str) and (bare := value.strip(" ().").upper()) in letters:
-        index = letters.index(bare)
-    if index is None:
+            clear = "letter of the right choice" if layout.lettered else "number of the right choice as a JSON number"
+            hint = "these digits are the number of one choice and the text of another"
+            fields.wrong(path, f"the {clear} ({hint})", value)
+        return as_index if texts is False else as_text
+    bare = value.strip(" ().").upper() if isinstance(value, str) else None
+    as_letter, loosely = (letters.index(one) if one in letters else None for one in (value, bare))
+    found = [index for index in (as_index, as_letter, as_text, loosely) if index is not None]
+    if not found:
         hint = " (a split without answers cannot be scored)" if value in NO_ANSWERS else ""
         last = f", 0 to {len(choices) - 1}" if choices else ""
-        fields.wrong(
-            path, f"the number of the right choice{last}, {'its letter ' * layout.lettered}or its text{hint}", value
-        )
-        return 0
-    return index
+        wanted = f"the number of the right choice{last}, {'its letter ' * layout.lettered}or its text{hint}"
+        fields.wrong(path, wanted, value)
+    return found[0] if found else 0
 
 
 def _split_last_word(key: str, text: str, fields: RecordFields) -> tuple[str, str]:

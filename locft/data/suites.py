@@ -3,7 +3,6 @@
 Nothing here depends on a model: a suite is text, the same for every model, with a fingerprint.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,17 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from locft.cache import digest
 from locft.data.capability_item import CapabilityItem, spread
-from locft.data.data_sets import hub_records, is_saved, saved_records
-from locft.data.record_files import (
-    FileRecord,
-    file_records,
-    missing_path,
-    read_json_records,
-    read_text,
-    shortened,
-)
-from locft.data.record_layouts import told_unread
+from locft.data.data_sets import is_saved, source_records
+from locft.data.record_files import RECORDS, FileRecord, file_records, read_json_records, read_text, shortened
+from locft.data.record_layouts import first_that_recognises, told_unread
 from locft.data.suite_layouts import LAYOUTS, LIST_KEYS, columns_without_header, glued_items, read_items
 from locft.errors import InputError, did_you_mean
 
@@ -35,10 +28,9 @@ MAX_PROSE_CHARACTERS = 1_000_000
 """Only this much of a longer text is used; no measurement takes more."""
 PREFERRED_SPLITS = ("test", "validation", "train")
 
-_TABLES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _TEXTS = (".txt", ".md")
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]*))?(?::(?P<split>[\w.+\[\]%:-]+))?")
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(?::(?P<config>[\w.+-]*))?(?::(?P<split>[\w.+\[\]%:-]+))?")
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,7 @@ def _read_probes() -> dict[str, list[CapabilityItem]]:
     """The built-in items by task."""
     path = DATA_FOLDER / "probes.jsonl"
     by_task: dict[str, list[FileRecord]] = {}
-    for record in read_json_records(path)[0]:
+    for record in read_json_records(path):
         by_task.setdefault(record.value["task"], []).append(record)
     return {name: read_items(records, name, str(path)).values for name, records in by_task.items()}
 
@@ -163,16 +155,15 @@ def _read_task(task: str, source: str) -> tuple[list[CapabilityItem], list[str]]
     items: list[CapabilityItem] = []
     layouts: dict[str, str] = {}
     unread: Counter[str] = Counter()
-    for path in _files(what, source):
+    for where in _files(what, source):
         try:
-            where, records, broken = _records(path)
-            read = read_items(records, task, where, broken)
+            read = read_items(_records(where), task, where)
         except InputError as error:
             problems += error.problems
             continue
         layouts.setdefault(read.layout.name, where)
         items += read.values
-        unread.update(dict.fromkeys(records[0].beside, 0) | read.unread)
+        unread.update(read.unread)
         if glued := glued_items(read):
             seam = f"choices follow the context directly, as in {glued[0].context[-12:] + glued[0].choices[0]!r}"
             if len(glued) == len(read.values):
@@ -195,14 +186,12 @@ def _read_prose(source: str) -> str:
     if path.suffix.lower() in _TEXTS:
         text = read_text(path)
     else:
-        where, records, problems = _records(source)
-        for record in records:
-            if not isinstance(record.value.get("text"), str):
-                keys = ", ".join(map(str, record.value))
-                problems.append(
-                    f'{where}, {record.place}: prose needs a field "text" that holds text; its keys are {keys}'
-                )
-        if problems:
+        records = _records(source)
+        needed = 'prose needs a field "text" that holds text; its keys are'
+        if problems := [
+            record.problem or f"{source}, {record.place}: {needed} {', '.join(record.value)}"
+            for record in records if not isinstance(record.value.get("text"), str)
+        ]:  # fmt: skip
             raise InputError(shortened(problems))
         text = "\n".join(record.value["text"].rstrip("\n") for record in records)
     if not text.strip():
@@ -217,35 +206,27 @@ def _files(what: str, source: str) -> tuple[str, ...]:
     path = Path(os.path.expanduser(source))
     if path.suffix.lower() in _TEXTS:
         raise InputError(f"{what}: {source} is plain text, which has no right answers; name it as prose instead")
-    if not path.is_dir() or is_saved(path):
+    if not os.path.isdir(path) or is_saved(path):  # pathlib's fails on overlong names
         return (source,)
-    files = tuple(str(file) for file in sorted(path.iterdir()) if file.suffix.lower() in _TABLES)
+    files = tuple(str(file) for file in sorted(path.iterdir()) if file.suffix.lower() in RECORDS)
     if not files:
-        raise InputError(f"{what}: folder {source} has no file ending in {', '.join(_TABLES)}")
+        raise InputError(f"{what}: folder {source} has no file ending in {', '.join(RECORDS)}")
     return files
 
 
-def _records(source: str) -> tuple[str, list[FileRecord], list[str]]:
-    """(where they came from, records, problems with individual ones) of a file or hub data set. Raises InputError."""
-    path = Path(os.path.expanduser(source))
-    suffix = path.suffix.lower()
-    hub = _HUB_ID.fullmatch(source)
-    if not path.exists() and hub and suffix not in _TABLES:
-        return source, hub_records(source, hub["name"], hub["config"] or None, hub["split"], PREFERRED_SPLITS), []
-    if not path.exists():
-        raise InputError(missing_path(path))
-    if is_saved(path):
-        return source, saved_records(path, PREFERRED_SPLITS), []
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, expected a file")
-    if suffix not in _TABLES:
-        raise InputError(f"{path}: got a file ending in {suffix!r}, expected one of {', '.join(_TABLES)}")
-    return str(path), *file_records(path, lists=LIST_KEYS, is_record=_is_record, no_header=columns_without_header)
+def _records(source: str) -> list[FileRecord]:
+    """The records of a file or data set. Raises InputError."""
 
+    def is_record(value: Mapping[str, Any]) -> bool:
+        return isinstance(value.get("text"), str) or first_that_recognises(value, LAYOUTS) is not None
 
-def _is_record(value: Mapping[str, Any]) -> bool:
-    """Whether an object is an item or prose, and not a wrapper of records."""
-    return isinstance(value.get("text"), str) or any(layout.recognises(value) for layout in LAYOUTS)
+    def read_file(path: Path) -> list[FileRecord]:
+        if path.suffix.lower() not in RECORDS and not path.is_dir():
+            raise InputError(f"{path}: got a file ending in {path.suffix!r}, expected one of {', '.join(RECORDS)}")
+        return file_records(path, LIST_KEYS, is_record, columns_without_header)
+
+    expected = f"a file ending in {', '.join(RECORDS)}, or a hub data set (owner/name)"
+    return source_records(source, read_file, _HUB_ID, expected, PREFERRED_SPLITS)
 
 
 def _content(item: CapabilityItem) -> dict[str, Any]:
@@ -260,4 +241,4 @@ def _content(item: CapabilityItem) -> dict[str, Any]:
 
 def _fingerprint(tasks: Sequence[CapabilityTask], text: str) -> str:
     content = [[_content(item) for item in task.items] for task in tasks], text
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(json.dumps(content, sort_keys=True))

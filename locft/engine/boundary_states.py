@@ -10,7 +10,7 @@ states, since one forward pass is cheaper than shipping gigabytes.
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from locft.engine.tail import capture_boundary
 from locft.model.models import settings_of
 from locft.model.positions import n_layers
 from locft.process import describe_machine, moved, runs_ahead
-from locft.train.token_rows import TokenRow, batches
+from locft.train.token_rows import batches
 
 VERSION = 3
 """Version of the files. Raise it when the same key would hold different numbers."""
@@ -38,6 +38,7 @@ KEPT_NEAR, NEAR_SHARE = 2, 0.1
 """Number of layers whose states are also kept on a GPU (a trial's and the last), and the share of its free memory for each."""
 
 _STORED = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bfloat16
+_PARTIAL = ".partial"
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 class BoundaryStates:
     """Hidden states entering some layers, for every node of a prefix tree."""
 
-    layers: Mapping[int, torch.Tensor]  # layer -> (U, D)
+    layers: dict[int, torch.Tensor]  # layer -> (U, D)
     stride: int = 1
     """Only the layers 0, stride, 2 * stride, ... may be kept."""
     _near: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -82,22 +83,14 @@ class BoundaryStates:
 
 
 def boundary_states(
-    model: PreTrainedModel,
-    fingerprint: str,
-    tree: PrefixTree,
-    rows: Iterable[TokenRow],
-    layers: Iterable[int],
-    limit: int,
-    *,
-    on_disk: bool = True,
+    model: PreTrainedModel, fingerprint: str, tree: PrefixTree, layers: Iterable[int], limit: int, *, on_disk: bool
 ) -> BoundaryStates:
     """States of all nodes entering the given layers, read from files of an earlier call if there are any.
 
-    rows: those of the tree. limit: as for `pack_rows`. on_disk: False keeps the states in this process's memory, for a
-    single edit; so does a full disk, with a warning. If the states of all layers of the model would not fit into
-    `LIMIT_BYTES`, only evenly spaced layers are kept, the lowest one included (`BoundaryStates.below`).
+    limit: as for `pack_rows`. on_disk: False keeps the states in this process's memory, for a single edit; so does a full
+    disk, with a warning. If the states of all layers of the model would not fit into `LIMIT_BYTES`, only evenly spaced
+    layers are kept, the lowest one included (`BoundaryStates.below`).
     """
-    rows = list(rows)
     one = torch.ones(1, 1, dtype=torch.long, device=model.device)
     state = capture_boundary(model, 0, one, one)[0]  # may be wider than the hidden size, and of another dtype
     shape = (len(tree), state.shape[-1])
@@ -111,8 +104,8 @@ def boundary_states(
         )
     wanted = sorted({layer // stride * stride for layer in layers})
     if not on_disk:
-        return BoundaryStates(_computed(model, tree, rows, wanted, limit, None) if wanted else {}, stride)
-    folder = cache_folder() / "states" / _key(model, fingerprint, rows, limit)
+        return BoundaryStates(_computed(model, tree, wanted, limit, None) if wanted else {}, stride)
+    folder = cache_folder() / "states" / _key(model, fingerprint, tree, limit)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock_of(folder)):
         folder.mkdir(exist_ok=True)
@@ -123,70 +116,56 @@ def boundary_states(
         if missing := [layer for layer in wanted if layer not in states]:
             make_room(folder, len(missing) * layer_bytes, LIMIT_BYTES)
             try:
-                states |= _computed(model, tree, rows, missing, limit, folder)
+                states |= _computed(model, tree, missing, limit, folder)
             except OSError as error:
                 _log.warning("%s: %s; keeping hidden states in memory instead", folder, error.strerror or error)
                 for layer in missing:
-                    _partial(folder, layer).unlink(missing_ok=True)
-                states |= _computed(model, tree, rows, missing, limit, None)
+                    _file(folder, layer).with_suffix(_PARTIAL).unlink(missing_ok=True)
+                states |= _computed(model, tree, missing, limit, None)
         os.utime(folder)
     return BoundaryStates(states, stride)
 
 
-def _key(model: PreTrainedModel, fingerprint: str, rows: list[TokenRow], limit: int) -> str:
+def _key(model: PreTrainedModel, fingerprint: str, tree: PrefixTree, limit: int) -> str:
     """Hash of everything that decides the bits of the states: weights, rows in their order, and what computes them."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     parts = [
         *(VERSION, TOKENS_AT_ONCE, limit, STEP, fingerprint, settings_of(model.config.to_dict())),
         *(str(model.dtype), describe_machine(), device),
-        list(dict.fromkeys(row.token_ids for row in rows)),
+        [row.token_ids for row in tree.rows],
     ]
     return content_key(parts)
 
 
 def _computed(
-    model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int, folder: Path | None
+    model: PreTrainedModel, tree: PrefixTree, layers: list[int], limit: int, folder: Path | None
 ) -> dict[int, torch.Tensor]:
     """States (U, D) per layer, in memory or in files, which appear only once they are complete. Raises OSError."""
     states: dict[int, torch.Tensor] = {}
-    files: dict[int, np.memmap] = {}
-    for nodes, captured in _passes(model, tree, rows, layers, limit):
-        inside = nodes >= 0
-        for layer, hidden in captured.items():
+    files: dict[Path, np.memmap] = {}
+    rows = sorted(tree.rows, key=lambda row: tree.path(row).tolist())
+    for part in batches(rows, tokens=TOKENS_AT_ONCE, supervised=math.inf):
+        pack = pack_rows(tree, rows[part], limit)
+        mask, position_ids, token_ids = pack.inputs(model.dtype, model.device)
+        inside = pack.nodes >= 0
+        for layer, hidden in capture_boundary(model, layers, token_ids, mask, position_ids).items():
             if layer not in states:
                 shape, dtype = (len(tree), hidden.shape[-1]), hidden.dtype
                 if folder:
-                    files[layer] = _empty(shape, dtype, _partial(folder, layer))
-                    states[layer] = torch.from_numpy(files[layer]).view(dtype)
+                    file = _file(folder, layer)
+                    files[file] = _empty(shape, dtype, file.with_suffix(_PARTIAL))
+                    states[layer] = torch.from_numpy(files[file]).view(dtype)
                 else:
                     states[layer] = torch.empty(shape, dtype=dtype)
-            states[layer][nodes[inside]] = hidden.cpu()[inside]
-    if folder is None:
-        return states
-    for layer, array in files.items():
+            states[layer][pack.nodes[inside]] = hidden.cpu()[inside]
+    for file, array in files.items():
         array.flush()  # so that a file with its final name is complete, whatever happens to the machine
-        os.replace(_partial(folder, layer), _file(folder, layer))
-    return {layer: _read(_file(folder, layer), states[layer].shape) for layer in layers}
-
-
-def _passes(
-    model: PreTrainedModel, tree: PrefixTree, rows: list[TokenRow], layers: list[int], limit: int
-) -> Iterator[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
-    """Forward passes over all rows: nodes (G, N) and the states (G, N, D) of each layer."""
-    ordered = sorted({row.token_ids: row for row in rows}.values(), key=lambda row: tree.path(row).tolist())
-    for part in batches(ordered, tokens=TOKENS_AT_ONCE, supervised=math.inf):
-        pack = pack_rows(tree, ordered[part], limit)
-        position_ids, token_ids = pack.ids(model.device)
-        mask = pack.attention_mask(model.dtype, model.device)
-        yield pack.nodes, capture_boundary(model, layers, token_ids, mask, position_ids)
+        os.replace(file.with_suffix(_PARTIAL), file)
+    return {layer: _read(_file(folder, layer), one.shape) for layer, one in states.items()} if folder else states
 
 
 def _file(folder: Path, layer: int) -> Path:
     return folder / f"{layer:03d}.npy"
-
-
-def _partial(folder: Path, layer: int) -> Path:
-    return folder / f"{layer:03d}.partial"
 
 
 def _empty(shape: tuple[int, int], dtype: torch.dtype, file: Path) -> np.memmap:

@@ -5,15 +5,17 @@ vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
 from locft.engine.llama_kernel import FusedLayer, fuse_layers
 from locft.engine.packing import Pack
-from locft.engine.tail import head_view, reconfigure, run_until, tail_hidden, tail_view
+from locft.engine.tail import PassEnded, head_view, output_states, reconfigure, tail_hidden, tail_view
 from locft.model.positions import decoder_layers, n_layers
 from locft.process import moved
 
@@ -25,10 +27,10 @@ class ModelViews:
         """packed: rows come in packs with our own masks, not one sequence per row."""
         self.dtype, self.packed = model.dtype, packed
         self.model = tail_view(model, 0)
-        if packed and model.device.type == "cpu":
-            # With a mask given, eager attention is several times faster on a CPU than PyTorch's kernel.
-            reconfigure(self.model, _attn_implementation="eager")
         if packed:
+            if model.device.type == "cpu":
+                # With a mask given, eager attention is several times faster on a CPU than PyTorch's kernel.
+                reconfigure(self.model, _attn_implementation="eager")
             fuse_layers(self.model)
         self.head = head_view(self.model)
         self._tails: dict[int, PreTrainedModel] = {}
@@ -59,7 +61,7 @@ class ModelViews:
         self, tail: PreTrainedModel, boundary: torch.Tensor, pack: Pack, weights: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """(K, V) from the hidden states (G, N, D) entering a tail. weights: as from `tail_weights`."""
-        mask, position_ids, token_ids = self._inputs(pack)
+        mask, position_ids, token_ids = pack.inputs(self.dtype, self.model.device)
         hidden = tail_hidden(tail, boundary, mask, position_ids, weights, token_ids)
         return self.head(hidden[moved(pack.sequence, hidden.device), moved(pack.place, hidden.device)])
 
@@ -80,23 +82,26 @@ class ModelViews:
         boundary: hidden states (G, N, D) entering layer `start`. weights: by parameter name, in place of the model's own.
         """
         view = self.tail(start)
+        module = view.get_submodule(name.rpartition(".")[0])
         entering: list[torch.Tensor] = []
-        hook = view.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
-            lambda _m, args: entering.append(args[0])
-        )
-        mask, position_ids, token_ids = self._inputs(pack)
-        own = self.tail_weights(weights)
-        try:
-            run = partial(tail_hidden, view, boundary, mask, position_ids, own, token_ids)
-            leaving = run_until(decoder_layers(view)[layer], run)
-        finally:
-            hook.remove()
-        return leaving, entering[-1]
+        leaving: list[torch.Tensor] = []
 
-    def _inputs(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mask, position and token ids."""
-        device = self.model.device
-        return pack.attention_mask(self.dtype, device), *pack.ids(device)
+        def leave(_module: nn.Module, _args: tuple, output: Any) -> None:
+            leaving.append(output_states(output))
+            raise PassEnded
+
+        hooks = [
+            module.register_forward_pre_hook(lambda _module, args: entering.append(args[0])),
+            decoder_layers(view)[layer].register_forward_hook(leave),
+        ]
+        mask, position_ids, token_ids = pack.inputs(self.dtype, self.model.device)
+        try:
+            with suppress(PassEnded):
+                tail_hidden(view, boundary, mask, position_ids, self.tail_weights(weights), token_ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return leaving[0], entering[-1]
 
 
 def linear_change(

@@ -31,25 +31,22 @@ class PrefixTree:
     """All token rows of a workbench. Nodes are numbered from 0 in the order in which rows first need them."""
 
     def __init__(self, rows: Sequence[TokenRow]):
-        nodes: dict[tuple[int, int], int] = {}
-        tokens: list[int] = []
-        depths: list[int] = []
+        nodes: dict[tuple[int, int], int] = {}  # (node of the token before, token) -> node
         self._paths: dict[tuple[int, ...], np.ndarray] = {}
-        for row in rows:
-            if row.token_ids in self._paths:
-                continue
-            path, node = [], -1
-            for depth, token in enumerate(row.token_ids):
-                key = (node, token)
-                if key not in nodes:
-                    nodes[key] = len(tokens)
-                    tokens.append(token)
-                    depths.append(depth)
-                node = nodes[key]
-                path.append(node)
-            self._paths[row.token_ids] = np.array(path)
-        self.token_ids = np.array(tokens, dtype=np.int64)  # (U,)
-        self.depths = np.array(depths, dtype=np.int64)  # (U,) position of the token in its rows, from 0
+        for ids in dict.fromkeys(row.token_ids for row in rows):
+            path = [-1]
+            for token in ids:
+                path.append(nodes.setdefault((path[-1], token), len(nodes)))
+            self._paths[ids] = np.array(path[1:])
+        self.token_ids = np.array([token for _, token in nodes], dtype=np.int64)  # (U,)
+        self.depths = np.empty(len(nodes), dtype=np.int64)  # (U,) position of the token in its rows, from 0
+        for places in self._paths.values():
+            self.depths[places] = np.arange(len(places))
+
+    @property
+    def rows(self) -> list[TokenRow]:
+        """The rows of the tree, each once, with all tokens but the first supervised."""
+        return [TokenRow(ids, 1) for ids in self._paths]
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -85,9 +82,9 @@ class Pack:
         visible = moved(self.visible, device)  # one byte per entry: copying this is cheaper than copying the mask
         return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
 
-    def ids(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Position ids and token ids."""
-        return moved(self.position_ids, device), moved(self.token_ids, device)
+    def inputs(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Attention mask, position ids and token ids."""
+        return self.attention_mask(dtype, device), moved(self.position_ids, device), moved(self.token_ids, device)
 
 
 def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
@@ -98,23 +95,21 @@ def pack_rows(tree: PrefixTree, rows: Sequence[TokenRow], limit: int) -> Pack:
     """
     paths = [tree.path(row) for row in rows]
     if limit == 0:
-        alone = [(index, np.arange(len(path))) for index, path in enumerate(paths)]
+        alone = [(index, np.arange(len(path)), 0) for index, path in enumerate(paths)]
         return _pack(tree, rows, [path.tolist() for path in paths], alone, None)
     groups = sorted(_prefix_groups(paths), key=lambda group: -len(group.nodes))
     sequences: list[list[int]] = []
-    where = [(0, paths[0])] * len(rows)
-    seen: list[tuple[int, np.ndarray, int]] = []  # sequence, places of a row's tokens, how many of them are shared
+    where = [(0, paths[0], 0)] * len(rows)
     for number, together in enumerate(_evenly([len(group.nodes) for group in groups], limit)):
         sequences.append([])
         for group in (groups[place] for place in together):
             start = len(sequences[-1])
             sequences[-1].extend(group.nodes)
             for index, places, shared in group.rows:
-                where[index] = (number, places + start)
-                seen.append((number, places + start, shared))
+                where[index] = (number, places + start, shared)
     longest = _rounded(max(map(len, sequences)))
     visible = np.zeros((len(sequences), longest, longest), dtype=bool)
-    for number, line, shared in seen:
+    for number, line, shared in where:
         visible[number, line[shared:, None], line[None, :]] = np.tri(len(line) - shared, len(line), shared, dtype=bool)
     for number, sequence in enumerate(sequences):
         ends = np.arange(len(sequence), longest)
@@ -187,15 +182,16 @@ def _pack(
     tree: PrefixTree,
     rows: Sequence[TokenRow],
     sequences: Sequence[Sequence[int]],
-    where: Sequence[tuple[int, np.ndarray]],
+    where: Sequence[tuple[int, np.ndarray, int]],
     visible: np.ndarray | None,
 ) -> Pack:
+    """where: of each row its sequence, the places of its tokens, and how many of them are shared with rows before it."""
     width = max(map(len, sequences)) if visible is None else visible.shape[-1]
     nodes = np.full((len(sequences), width), -1, dtype=np.int64)
     for number, sequence in enumerate(sequences):
         nodes[number, : len(sequence)] = sequence
-    predicting = [line[row.start - 1 : -1] for row, (_, line) in zip(rows, where, strict=True)]
-    sequence_of = np.repeat([number for number, _ in where], [len(line) for line in predicting])
+    predicting = [line[row.start - 1 : -1] for row, (_, line, _) in zip(rows, where, strict=True)]
+    sequence_of = np.repeat([number for number, *_ in where], [len(line) for line in predicting])
     return Pack(
         torch.from_numpy(nodes),
         torch.from_numpy(tree.token_ids[np.maximum(nodes, 0)]),

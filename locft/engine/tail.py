@@ -172,11 +172,11 @@ def capture_boundary(
                 raise NoTailView(f"its blocks do not take one state per token but a tensor of shape {shape}")
             captured[layer] = states.detach().flatten(2)
             if layer == max(wanted):
-                raise _Done
+                raise PassEnded
 
         decoder_layers(view)[layer].register_forward_pre_hook(keep, with_kwargs=True)  # on the view, not on the model
     base = view.get_submodule(_base_path(view))
-    with suppress(_Done):
+    with suppress(PassEnded):
         base(input_ids=input_ids, **_inputs(base, attention_mask, position_ids))
     if skipped := sorted(wanted - set(captured)):
         raise NoTailView(f"a forward pass over text skips its layers {', '.join(map(str, skipped))}")
@@ -226,8 +226,9 @@ def _ignores(module: nn.Module, args: tuple, kwargs: dict, taken: Collection[int
 
     def states(other: Callable[[torch.Tensor], torch.Tensor | None]) -> torch.Tensor:
         swapped = [other(value) if id(value) in taken else value for value in args]
-        output = module.forward(*swapped, **{n: other(v) if id(v) in taken else v for n, v in kwargs.items()})
-        return output[0] if isinstance(output, tuple | list) else output
+        return output_states(
+            module.forward(*swapped, **{n: other(v) if id(v) in taken else v for n, v in kwargs.items()})
+        )
 
     try:
         expected = states(lambda value: value)
@@ -238,26 +239,13 @@ def _ignores(module: nn.Module, args: tuple, kwargs: dict, taken: Collection[int
         return False
 
 
-@torch.no_grad()
-def run_until(layer: nn.Module, run: Callable[[], object]) -> torch.Tensor:
-    """The hidden states that leave a layer of a view, from a forward pass that is ended there."""
-    found: list[torch.Tensor] = []
-
-    def keep(_module: nn.Module, _args: tuple, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple | list) else output)
-        raise _Done
-
-    handle = layer.register_forward_hook(keep)
-    try:
-        with suppress(_Done):
-            run()
-    finally:
-        handle.remove()
-    return found[0]
-
-
-class _Done(Exception):
+class PassEnded(Exception):
     """Ends a forward pass that has computed what it was started for."""
+
+
+def output_states(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returns."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _entering(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -10,15 +10,13 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from locft.engine.boundary_states import TOKENS_AT_ONCE, boundary_states
+from locft.engine.boundary_states import TOKENS_AT_ONCE, BoundaryStates, boundary_states
 from locft.engine.model_views import ModelViews, linear_change
 from locft.engine.packing import Pack, PrefixTree, pack_rows
 from locft.engine.tail import NoTailView, capture_boundary, require_only_states, supports_tail
@@ -55,18 +53,14 @@ class TailEngine:
         """
         if reason := supports_tail(loaded.model):
             raise NoTailView(reason)
-        self.model = loaded.model
+        self.model, self.fingerprint, self.on_disk = loaded.model, loaded.fingerprint, on_disk
         self.tree = PrefixTree(rows)
         self.limit, views = _try_views(loaded.model, rows)
         self._views = {loaded.model.dtype: views}
-        self._compute = partial(
-            boundary_states, loaded.model, loaded.fingerprint, self.tree, rows, limit=self.limit, on_disk=on_disk
-        )
+        self._models: dict[torch.dtype, PreTrainedModel] = {}
         self.layers = tuple(sorted({*layers}))
         """The layers where trials will train, as far as known."""
-        self.states = self._compute(layers={*self.layers, n_layers(loaded.model) - 1})
-        self._cast = partial(cast_model, loaded.model, fingerprint=loaded.fingerprint, on_disk=on_disk)
-        self._models = {loaded.model.dtype: loaded.model}
+        self.states = self._states_entering({*self.layers, n_layers(loaded.model) - 1})
 
     def forward(self, layer: int, dtype: torch.dtype | None = None, noise: Noise | None = None) -> Forward:
         """A forward whose weights may differ from the model's in `layer` and above. dtype: the model's by default. noise:
@@ -78,21 +72,15 @@ class TailEngine:
         """An engine of the same model over other rows. Raises NoTailView like the constructor if these are longer than a window
         and the model's views do not compute them as the model does."""
         twin = copy.copy(self)
+        twin.tree = PrefixTree(rows)
         if self.limit and not _may_be_packed(self.model, rows):
             twin.limit, views = _try_views(self.model, rows)
             twin._views = {self.model.dtype: views}
-        twin.tree = PrefixTree(rows)
-        options = {**self._compute.keywords, "limit": twin.limit}
-        twin._compute = partial(self._compute.func, *self._compute.args[:2], twin.tree, rows, **options)
-        twin.states = twin._compute(layers=())
+        twin.states = twin._states_entering(())
         return twin
 
     def training_forward(
-        self,
-        position: TuningPosition,
-        rows: Sequence[TokenRow],
-        dtype: torch.dtype,
-        noise: Noise | None = None,
+        self, position: TuningPosition, rows: Sequence[TokenRow], dtype: torch.dtype, noise: Noise | None = None
     ) -> Forward:
         """A forward for training one position on these rows. noise: changes the states that each step begins with.
 
@@ -114,18 +102,7 @@ class TailEngine:
         start, views = self._start(layer), self.views(self.model.dtype)
         tail = views.mixed_tail(start, layer + 1, self.views(torch.bfloat16)) or views.tail(start)
         exact = self._forward(start, views, tail)
-
-        def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
-            logits = exact(weights)
-
-            @torch.no_grad()
-            def supervised_logits(rows: Sequence[TokenRow]) -> torch.Tensor:
-                with coarse_products():
-                    return logits(rows)
-
-            return supervised_logits
-
-        return bind
+        return lambda weights: torch.no_grad()(coarse_products()(exact(weights)))
 
     def unedited(self) -> SupervisedLogits:
         """The unedited model, from the last layer on."""
@@ -140,16 +117,10 @@ class TailEngine:
     def model_in(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model in a dtype."""
         if dtype not in self._models:
-            self._models[dtype] = self._cast(dtype)
+            self._models[dtype] = cast_model(self.model, dtype, self.fingerprint, on_disk=self.on_disk)
         return self._models[dtype]
 
-    def _forward(
-        self,
-        start: int,
-        views: ModelViews,
-        tail: PreTrainedModel,
-        noise: Noise | None = None,
-    ) -> Forward:
+    def _forward(self, start: int, views: ModelViews, tail: PreTrainedModel, noise: Noise | None = None) -> Forward:
         def bind(weights: Mapping[str, torch.Tensor]) -> SupervisedLogits:
             own = views.tail_weights(weights)
 
@@ -233,8 +204,11 @@ class TailEngine:
         """The layer whose stored states a tail for `layer` begins with: `layer` itself if the disk has space for all."""
         start = self.states.below(layer)
         if start not in self.states.layers:
-            self.states = replace(self.states, layers={**self.states.layers, **self._compute(layers={start}).layers})
+            self.states.layers.update(self._states_entering({start}).layers)
         return start
+
+    def _states_entering(self, layers: Iterable[int]) -> BoundaryStates:
+        return boundary_states(self.model, self.fingerprint, self.tree, layers, self.limit, on_disk=self.on_disk)
 
     def _boundary(self, start: int, pack: Pack, views: ModelViews) -> torch.Tensor:
         states = self.states.gather(start, pack.nodes, self.model.device)
@@ -305,8 +279,8 @@ def _agree(
     """Whether tails from the first, a middle and the last layer give `expected`: a dependence on lower ones shows in upper ones."""
     count = n_layers(model)
     pack = pack_rows(PrefixTree(sample), sample, limit and sum(len(row.token_ids) for row in sample))
-    position_ids, token_ids = pack.ids(model.device)
-    inputs = token_ids, pack.attention_mask(model.dtype, model.device), position_ids
+    mask, position_ids, token_ids = pack.inputs(model.dtype, model.device)
+    inputs = token_ids, mask, position_ids
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     try:
         require_only_states(model, *inputs)

@@ -7,7 +7,7 @@ by the same code.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from locft.data.capability_item import CapabilityItem, Generation
+from locft.data.capability_item import CapabilityItem, Generation, spread
 from locft.data.suites import Suite, harness_tasks
 from locft.errors import InputError
 from locft.measure.generation import OpenAnswer
@@ -77,7 +77,7 @@ class SuiteScores:
         """JSON-able: outcomes as a string of 0 and 1 per task, or as numbers where some are neither."""
 
         def short(correct: tuple[float, ...]) -> str | list[float]:
-            return "".join("01"[int(right)] for right in correct) if {*correct} <= {0, 1} else list(correct)
+            return "".join(str(int(right)) for right in correct) if {*correct} <= {0, 1} else list(correct)
 
         return {"fingerprint": self.fingerprint, "correct": {task: short(one) for task, one in self.correct.items()}}
 
@@ -106,12 +106,10 @@ class Change:
     high: float
 
 
-def encode_suite(
-    tokenizer: PreTrainedTokenizerBase, suite: Suite, prose_tokens: int = PROSE_TOKENS, prose_window: int = PROSE_WINDOW
-) -> EncodedSuite:
-    """Rows of all choices, and windows of prose of `prose_window` tokens.
+def encode_suite(tokenizer: PreTrainedTokenizerBase, suite: Suite, prose_tokens: int = PROSE_TOKENS) -> EncodedSuite:
+    """Rows of all choices, and windows of prose of `PROSE_WINDOW` tokens.
 
-    Prose of more than `prose_tokens` tokens gives `prose_tokens // prose_window` whole windows, evenly spaced over it.
+    Prose of more than `prose_tokens` tokens gives `prose_tokens // PROSE_WINDOW` whole windows, evenly spaced over it.
     Rows longer than the tokenizer's `model_max_length` lose tokens at their beginning; generated answers get at most half of
     that length.
     """
@@ -122,7 +120,7 @@ def encode_suite(
         return EncodedItem(item, tuple(_row(tokenizer, *texts) for texts in item.texts))
 
     tasks = {task.name: tuple(map(encoded, task.items)) for task in suite.tasks}
-    return EncodedSuite(suite.fingerprint, tasks, *_prose_rows(tokenizer, suite.prose, prose_tokens, prose_window))
+    return EncodedSuite(suite.fingerprint, tasks, *_prose_rows(tokenizer, suite.prose, prose_tokens))
 
 
 def suite_rows(suite: EncodedSuite) -> list[TokenRow]:
@@ -138,11 +136,10 @@ def open_answers(suite: EncodedSuite) -> list[OpenAnswer]:
 def score_suite(
     logits: SupervisedLogits,
     suite: EncodedSuite,
-    batch_tokens: int = BATCH_TOKENS,
     coarse: SupervisedLogits | None = None,
-    complete: Callable[[Sequence[OpenAnswer]], list[str]] | None = None,
+    complete: Callable[[Sequence[OpenAnswer]], list[str]] = lambda answers: [],
 ) -> SuiteScores:
-    """Right or wrong for every item. A batch has at most `batch_tokens` tokens, padding included.
+    """Right or wrong for every item.
 
     An item is right if the right choice scores above every other one. A tie is wrong, wherever the right choice is listed,
     and so is a score that is not a number. coarse: the same model computed coarsely, which decides the items that are
@@ -150,40 +147,26 @@ def score_suite(
     """
     every = [encoded for task in suite.tasks.values() for encoded in task]
     items = [encoded for encoded in every if encoded.rows]
-    margins = item_margins(coarse or logits, items, batch_tokens)
+    margins = item_margins(coarse or logits, items)
     if coarse:
 
         def exactly(indices: list[int]) -> np.ndarray:
             before = margins[indices]
-            margins[indices] = item_margins(logits, [items[index] for index in indices], batch_tokens)
+            margins[indices] = item_margins(logits, [items[index] for index in indices])
             with np.errstate(invalid="ignore"):  # two infinite margins
                 return np.abs(margins[indices] - before)
 
         retake(np.abs(np.nan_to_num(margins, nan=0.0)), exactly)
-    right, scored = iter((margins > 0).tolist()), _scores_of_answers(every, complete)
+    said = zip([one.item for one in every if one.begun], complete(open_answers(suite)), strict=True)
+    right = iter((margins > 0).tolist())
+    scored = (harness_tasks().score_answer(item, text) for item, text in said)
     correct = {name: tuple(next(right if one.rows else scored) for one in task) for name, task in suite.tasks.items()}
     return SuiteScores(suite.fingerprint, correct)
 
 
-def _scores_of_answers(
-    items: Sequence[EncodedItem], complete: Callable[[Sequence[OpenAnswer]], list[str]] | None
-) -> Iterator[float]:
-    """The scores that tasks give to the generated answers to their items."""
-    asked = [(encoded.item, encoded.begun) for encoded in items if encoded.begun]
-    if not asked:
-        return iter(())
-    if complete is None:
-        raise ValueError("the suite has items with generated answers, but `complete` is missing")
-    score = harness_tasks().score_answer
-    texts = complete([begun for _, begun in asked])
-    return iter([score(item, text) for (item, _), text in zip(asked, texts, strict=True)])
-
-
-def item_margins(
-    logits: SupervisedLogits, items: Sequence[EncodedItem], batch_tokens: int = BATCH_TOKENS
-) -> np.ndarray:
+def item_margins(logits: SupervisedLogits, items: Sequence[EncodedItem]) -> np.ndarray:
     """By how many nats each item is right (above 0) or wrong, float64 (items,)."""
-    log_likelihoods, leads = score_rows(logits, [row for encoded in items for row in encoded.rows], batch_tokens)
+    log_likelihoods, leads = score_rows(logits, [row for encoded in items for row in encoded.rows])
     margins, at = np.zeros(len(items)), 0
     for index, encoded in enumerate(items):
         here = slice(at, at := at + len(encoded.rows))
@@ -191,30 +174,25 @@ def item_margins(
     return margins
 
 
-def score_rows(
-    logits: SupervisedLogits, rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS
-) -> tuple[np.ndarray, np.ndarray]:
+def score_rows(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[np.ndarray, np.ndarray]:
     """Two values per row, float64 (rows,), in nats: the summed log-likelihood of its supervised tokens, and the
     smallest lead of one of them over every other token at its place (below 0: another token is likelier)."""
-    scores = scores_by_row(logits, rows, _longest_context_first, padded_tokens=batch_tokens)
+    scores = scores_by_row(logits, rows, _longest_context_first, padded_tokens=BATCH_TOKENS)
     log_likelihoods = np.array([float(row.log_likelihood.sum()) for row in scores])
     return log_likelihoods, np.array([float(row.lead.min()) for row in scores])
 
 
-def measure_perplexity(logits: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS) -> float:
+def measure_perplexity(logits: SupervisedLogits, suite: EncodedSuite) -> float:
     """exp of the mean negative log-likelihood per supervised token of the prose."""
-    log_likelihoods, _ = score_rows(logits, suite.prose, batch_tokens)
-    return _perplexity(log_likelihoods.sum(), suite.prose)
+    return _perplexity(score_rows(logits, suite.prose)[0].sum(), suite.prose)
 
 
 @torch.no_grad()
-def measure_drift(
-    edited: SupervisedLogits, unedited: SupervisedLogits, suite: EncodedSuite, batch_tokens: int = BATCH_TOKENS
-) -> Drift:
+def measure_drift(edited: SupervisedLogits, unedited: SupervisedLogits, suite: EncodedSuite) -> Drift:
     """Distance of the edited model from the unedited one on the prose, and its perplexity there."""
     kl = log_likelihood = 0.0
     prose = sorted(suite.prose, key=_longest_context_first)
-    for part in batches(prose, padded_tokens=batch_tokens):
+    for part in batches(prose, padded_tokens=BATCH_TOKENS):
         chosen = prose[part]
         for before, after, wanted in slices(unedited(chosen), edited(chosen), targets(chosen)):
             kl += float(divergence(before, after).sum())
@@ -245,9 +223,7 @@ def capability_change(unedited: SuiteScores, edited: SuiteScores, *, resamples: 
         difference = np.array(edited.correct[task], dtype=float) - np.array(unedited.correct[task], dtype=float)
         changes = np.array([-1.0, 1.0, *sorted({*difference.tolist()} - {-1.0, 0.0, 1.0}), 0.0])
         shares = [float((difference == change).mean()) for change in changes[:-1]]
-        counts = generator.multinomial(
-            size, [*shares, max(0.0, 1 - sum(shares))], size=resamples
-        )  # (resamples, changes)
+        counts = generator.multinomial(size, [*shares, max(0.0, 1 - sum(shares))], resamples)  # (resamples, changes)
         drawn += counts @ changes / size
     low, high = np.percentile(drawn / len(sizes[0]), [2.5, 97.5])
     return Change(edited.capability - unedited.capability, float(low), float(high))
@@ -272,30 +248,28 @@ def _begun(tokenizer: PreTrainedTokenizerBase, context: str, generation: Generat
 def _row(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> TokenRow:
     row = encode_continuation(tokenizer, context, choice)
     excess = max(0, min(len(row.token_ids) - tokenizer.model_max_length, row.start - 1))
-    return TokenRow(row.token_ids[excess:], row.start - excess) if excess else row
+    return TokenRow(row.token_ids[excess:], row.start - excess)
 
 
 def _prose_rows(
-    tokenizer: PreTrainedTokenizerBase, prose: Sequence[str], prose_tokens: int, window: int
+    tokenizer: PreTrainedTokenizerBase, prose: Sequence[str], prose_tokens: int
 ) -> tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]]:
     """Windows that are measured, and the others."""
     # A model trained with a start token does badly without it; the start token is then the one without a predecessor.
     starts = tokenizer("a")["input_ids"][:1]
     prefix = (tokenizer.bos_token_id,) if starts == [tokenizer.bos_token_id] else ()
-    step = window - len(prefix)
+    step = PROSE_WINDOW - len(prefix)
     windows: list[tuple[int, ...]] = []
     for text in prose:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         windows += [prefix + tuple(ids[at : at + step]) for at in range(0, len(ids), step)]
-    every = rows = [TokenRow(ids, 1) for ids in windows if len(ids) > 1]
-    wanted = max(1, prose_tokens // window)
-    if len(rows) > wanted:
-        whole = [row for row in rows if len(row.token_ids) == window] or rows
-        rows = [whole[index * len(whole) // wanted] for index in range(wanted)] if len(whole) > wanted else whole
-    if not rows:
+    every = [TokenRow(ids, 1) for ids in windows if len(ids) > 1]
+    if not every:
         raise InputError("prose: fewer than two tokens; drift and perplexity need some running text")
+    wanted, whole = max(1, prose_tokens // PROSE_WINDOW), [row for row in every if len(row.token_ids) == PROSE_WINDOW]
+    rows = tuple(every) if len(every) <= wanted else spread(whole or every, wanted)
     measured = set(rows)
-    return tuple(rows), tuple(row for row in every if row not in measured)
+    return rows, tuple(row for row in every if row not in measured)
 
 
 def _longest_context_first(row: TokenRow) -> tuple:

@@ -9,9 +9,9 @@ Legend: K supervised tokens of a batch, V vocabulary.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -146,8 +146,7 @@ def edit_questions(
         raise ValueError(
             f"{len(unedited)} answers of the unedited model to {prompts} unrelated prompts, expected one each"
         )
-    questions = []
-    answers = iter(unedited)
+    questions, answers = [], iter(unedited)
     for request in requests:
         asked: list[tuple[EditMetric, str, tuple[str, ...]]] = [("reliability", request.prompt, (request.target,))]
         asked += [("generalization", prompt, (request.target,)) for prompt in request.rephrases]
@@ -209,7 +208,7 @@ def ask(
         right = normalise_answer(got) in map(normalise_answer, question.names)
         exact = known[question.row].instead is None
         change = changes.get(question.reference) if question.reference else None
-        outcomes.append(question.outcome(got, right, exact, **(asdict(change) if change else {})))
+        outcomes.append(question.outcome(got, right, exact, **(vars(change) if change else {})))
     return tuple(outcomes)
 
 
@@ -221,7 +220,7 @@ def edit_metrics(outcomes: Sequence[EditOutcome]) -> dict[str, float]:
     its own, such as `reliability.FORMAT`. For long targets there are `reliability_f1` and `reliability_contains`, and the
     same for generalization. What was not asked, or has no finite value, is absent.
     """
-    values: dict[str, list[tuple[str, float | None]]] = {}
+    values: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))  # by metric and edit
     for outcome in outcomes:
         if outcome.kind == "locality":
             names = LOCALITY_FIELDS
@@ -232,31 +231,23 @@ def edit_metrics(outcomes: Sequence[EditOutcome]) -> dict[str, float]:
                 if outcome.kind != "portability" and is_long(outcome.expected):
                     names |= {f"{outcome.kind}_f1": "f1", f"{outcome.kind}_contains": "contains"}
         for name, field in names.items():
-            values.setdefault(name, []).append((outcome.edit_id, getattr(outcome, field)))
-    means = {name: _mean_over_edits(marks) for name, marks in values.items()}
-    return {name: mean for name, mean in means.items() if mean is not None}
-
-
-def _mean_over_edits(marks: Sequence[tuple[str, float | None]]) -> float | None:
-    """Mean of the means of each edit, by its id; None if any value is unknown."""
-    by_edit: dict[str, list[float]] = {}
-    for edit_id, value in marks:
-        if value is None:
-            return None
-        by_edit.setdefault(edit_id, []).append(value)
-    return sum(sum(of_edit) / len(of_edit) for of_edit in by_edit.values()) / len(by_edit)
+            values[name][outcome.edit_id].append(getattr(outcome, field))
+    return {
+        name: sum(sum(marks) / len(marks) for marks in by_edit.values()) / len(by_edit)
+        for name, by_edit in values.items()
+        if not any(None in marks for marks in by_edit.values())
+    }
 
 
 def asked_counts(questions: Sequence[EditQuestion]) -> dict[str, float]:
     """`n_edits`, the number of edits that the questions are about, and, where a metric is a mean over fewer of them, the number
     of those: `n_edits.generalization` and the like, and for long targets `n_edits.reliability_long`."""
-    asked: dict[str, set[str]] = {}
+    asked: dict[str, set[str]] = defaultdict(set)
     for question in questions:
-        names = ["n_edits", f"n_edits.{question.kind}"]
+        asked["n_edits"].add(question.edit_id)
+        asked[f"n_edits.{question.kind}"].add(question.edit_id)
         if question.kind in ("reliability", "generalization") and is_long(question.expected):
-            names.append(f"n_edits.{question.kind}_long")
-        for name in names:
-            asked.setdefault(name, set()).add(question.edit_id)
+            asked[f"n_edits.{question.kind}_long"].add(question.edit_id)
     counts = {name: float(len(edits)) for name, edits in asked.items()}
     return {name: count for name, count in counts.items() if name == "n_edits" or count < counts["n_edits"]}
 
@@ -311,7 +302,7 @@ def _followings(logits: SupervisedLogits, rows: Sequence[TokenRow]) -> tuple[lis
     """As `follow` without `coarse`, and how far each row is from being followed differently: the smallest gap up
     to its first miss, in nats, float64 (rows,)."""
     found, margins = [], []
-    for row, scores in zip(rows, scores_by_row(logits, rows, lambda row: len(row.token_ids), most=BATCH), strict=True):
+    for row, scores in zip(rows, scores_by_row(logits, rows, most=BATCH), strict=True):
         best = scores.best.tolist()
         matched = next((at for at, token in enumerate(best) if token != row.target_ids[at]), len(best))
         instead = best[matched] if matched < len(best) else None
@@ -330,12 +321,12 @@ def _said(decoder: GreedyDecoder, answer: OpenAnswer, question: EditQuestion) ->
 def _begun(question: EditQuestion, following: Following | None) -> OpenAnswer:
     """The answer before generation: with the tokens that teacher forcing has shown (`following`), or without any."""
     row = question.row
-    full_stops = max(map(question.full_stops, question.names))
-    limit = max(NEW_TOKENS, len(row.target_ids))
-    if following is None:
-        return OpenAnswer(row.token_ids[: row.start], (), full_stops, limit)
-    shown = row.target_ids[: following.matched]
-    if following.instead is not None:
-        shown += (following.instead,)
+    begun = OpenAnswer(
+        row.token_ids[: row.start],
+        full_stops=max(map(question.full_stops, question.names)),
+        limit=max(NEW_TOKENS, len(row.target_ids)),
+    )
+    if following is None or following.instead is None:
+        return begun
     only = None if question.also_right or is_long(question.expected) else question.expected
-    return OpenAnswer(row.token_ids[: row.start], shown, full_stops, limit, only)
+    return replace(begun, token_ids=(*row.target_ids[: following.matched], following.instead), expected=only)

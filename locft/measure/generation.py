@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from locft.data.answers import ARTICLES, may_go_on, normalise_answer, sentence_ends
@@ -154,13 +155,10 @@ class GreedyDecoder:
         size = 1 if self.model.config.model_type in ONE_BY_ONE else BATCH
         equal_lengths = getattr(self.model, "_is_stateful", False)
         batches: list[list[int]] = []
-
-        def length(index: int) -> int:
-            return len(answers[index].prompt_ids) + len(answers[index].token_ids)
-
-        for index in sorted(rest, key=length):
+        lengths = {index: len(answers[index].prompt_ids) + len(answers[index].token_ids) for index in rest}
+        for index in sorted(rest, key=lengths.__getitem__):
             last = batches[-1] if batches else []
-            if not last or len(last) == size or (equal_lengths and length(last[0]) != length(index)):
+            if not last or len(last) == size or (equal_lengths and lengths[last[0]] != lengths[index]):
                 batches.append([])
             batches[-1].append(index)
         return batches
@@ -169,17 +167,15 @@ class GreedyDecoder:
     def _generate(self, answers: Sequence[OpenAnswer], tokens: int) -> list[OpenAnswer]:
         """Continue one batch: each answer until it is done, with at most `tokens` new tokens."""
         begun = [answer.prompt_ids + answer.token_ids for answer in answers]
-        width = max(map(len, begun))
-        input_ids = torch.zeros(len(answers), width, dtype=torch.long)  # (B, T)
-        mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(begun):
-            input_ids[row, width - len(ids) :] = torch.tensor(ids)
-            mask[row, width - len(ids) :] = 1
+        input_ids, mask = (
+            pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")  # (B, T)
+            for rows in (begun, [[1] * len(ids) for ids in begun])
+        )
         most = min(tokens, max(answer.limit - len(answer.token_ids) for answer in answers))
         config = GenerationConfig(
             do_sample=False, max_new_tokens=most, eos_token_id=self.ends, pad_token_id=self.ends[0]
         )
-        stop = _StopWhenDone(self, answers, width)
+        stop = _StopWhenDone(self, answers, input_ids.shape[1])
         # The states that the head takes are a non-contiguous slice. With those, PyTorch's bfloat16 product on CPUs copies the
         # whole head once per row: 3.6 GB and 10 s for a batch of 64 with a head of 49,152 x 576.
         closed_up = self.model.get_output_embeddings().register_forward_pre_hook(

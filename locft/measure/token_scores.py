@@ -9,8 +9,7 @@ Legend: K supervised tokens of a batch, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ FAR = 60.0
 for float32."""
 
 
-@dataclass(frozen=True)
-class TokenScores:
+class TokenScores(NamedTuple):
     """One value per supervised token, on the CPU."""
 
     log_likelihood: torch.Tensor  # (K,) float64, nats
@@ -41,20 +39,22 @@ class TokenScores:
 
 
 def scores_by_row(
-    logits: SupervisedLogits, rows: Sequence[TokenRow], key: Callable[[TokenRow], Any], **limits: float
+    logits: SupervisedLogits,
+    rows: Sequence[TokenRow],
+    key: Callable[[TokenRow], Any] = lambda row: len(row.token_ids),
+    **limits: float,
 ) -> list[TokenScores]:
     """Scores of each row, in the order given.
 
-    The rows are computed in the order of `key`, in batches within the `limits` (those of
-    `locft.train.token_rows.batches`).
+    The rows are computed in the order of `key`, in batches within the `limits` of `locft.train.token_rows.batches`.
     """
     order = sorted(range(len(rows)), key=lambda index: key(rows[index]))
     ordered = [rows[index] for index in order]
     found: dict[int, TokenScores] = {}
     for part in batches(ordered, **limits):
-        scores, lengths = token_scores(logits, ordered[part]), [len(row.target_ids) for row in ordered[part]]
-        split = (values.split(lengths) for values in (scores.log_likelihood, scores.best, scores.lead, scores.gap))
-        found |= {index: TokenScores(*values) for index, *values in zip(order[part], *split, strict=True)}
+        lengths = [len(row.target_ids) for row in ordered[part]]
+        split = (values.split(lengths) for values in token_scores(logits, ordered[part]))
+        found |= zip(order[part], map(TokenScores, *split), strict=True)
     return [found[index] for index in range(len(rows))]
 
 
@@ -120,8 +120,7 @@ def retake(margins: np.ndarray, exactly: Callable[[list[int]], np.ndarray]) -> N
     """
     order = np.argsort(margins, kind="stable")
     ordered = margins[order]
-    done, upto = 0, min(len(order), max(FEWEST, math.ceil(SHARE * len(order))))
-    squares = 0.0
+    done, upto, squares = 0, min(len(order), max(FEWEST, math.ceil(SHARE * len(order)))), 0.0
     while done < upto:
         squares += float((np.nan_to_num(exactly(order[done:upto].tolist()), nan=math.inf) ** 2).sum())
         reach = SAFETY * math.sqrt(squares / upto)

@@ -21,7 +21,8 @@ from locft.errors import InputError, listed
 from locft.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_tensors
 from locft.model.delta import EditDelta
 from locft.model.merge import appears_whole
-from locft.model.models import BUILT_IN, model_folder
+from locft.model.models import is_hub_id, model_folder
+from locft.model.structure import is_input_first
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,15 @@ class LowRank:
             if change.dim() == 1:
                 left_out.append(name)
             elif change.dim() == 2 and kind == "weight" and isinstance(owner, nn.Linear | Conv1D):
-                matrices.append(_decomposed(path, change, isinstance(owner, Conv1D)))
+                matrices.append(_decomposed(path, change, is_input_first(model, name)))
             else:
-                what = (
-                    "stacked experts" if change.dim() == 3 and "expert" in name else f"part of {type(owner).__name__}"
-                )
+                stacked = change.dim() == 3 and "expert" in name
+                what = "stacked experts" if stacked else f"part of {type(owner).__name__}"
                 problems.append(f"{name} {tuple(change.shape)} ({what})")
-        if problems:
+        if problems or not matrices:
             raise InputError(
                 f"delta at {delta.position}: a LoRA adapter changes linear layers only, and this edit changes "
-                f"{', '.join(problems)}; `locft apply` writes the whole edited model"
-            )
-        if not matrices:
-            raise InputError(
-                f"delta at {delta.position}: a LoRA adapter changes matrices only, and this edit changes "
-                f"{', '.join(left_out)}; `locft apply` writes the whole edited model"
+                f"{', '.join(problems or left_out)}; `locft apply` writes the whole edited model"
             )
         return cls(delta, tuple(matrices), tuple(left_out))
 
@@ -118,8 +113,8 @@ class LowRank:
         squares = sum(float(matrix.up[:, :rank].double().square().sum(0).square().sum()) for matrix in self.matrices)
         return min(1.0, math.sqrt(squares) / self.delta.norm)
 
-    def save(self, rank: int, folder: Path, base: str) -> Path:
-        """Write adapter_model.safetensors and adapter_config.json into a folder that does not exist or is empty; returns it.
+    def save(self, rank: int, folder: Path, base: str) -> None:
+        """Write adapter_model.safetensors and adapter_config.json into a folder that does not exist or is empty.
 
         base: where PEFT finds the model, by `base_address`. The scale (lora_alpha / r) is 1. The target modules are whole
         paths, which PEFT compares with the paths in the model, so that layer 1 does not match layer 10 or 11. Raises InputError
@@ -147,14 +142,11 @@ class LowRank:
         with appears_whole(folder.absolute()) as partial:
             write_tensors(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
             (partial / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        return folder
 
 
 def base_address(name: str) -> str:
     """How other libraries find a model: a hub id as it is, otherwise the absolute path of its folder of safetensors."""
-    if name in BUILT_IN or Path(name).expanduser().exists():
-        return str(model_folder(name).absolute())
-    return name
+    return name if is_hub_id(name) else str(model_folder(name).absolute())
 
 
 def _decomposed(path: str, change: torch.Tensor, input_first: bool) -> MatrixChange:

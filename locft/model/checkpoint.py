@@ -1,6 +1,7 @@
 """What a model's folder holds, found from its configuration and the headers of its weights, before any weights are loaded."""
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from locft.errors import InputError, one_line
+from locft.errors import InputError, listed, one_line
 
 CONFIG = "config.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,29 +43,28 @@ def require_model(name: str, folder: Path) -> None:
                 "on, and pass the delta with --delta, or write the edited model with `locft apply`"
             )
         raise InputError(f"model folder {name}: expected a {CONFIG} in it, found none")
-    found = _quantized(read_config(folder))
-    if found is None:
-        said = next((file for file in QUANTIZED_FILES if (folder / file).is_file()), None)
-        found = said and f"according to {said}"
-    if found:
+    try:
+        found = _quantized(_json_object(folder / CONFIG))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder / CONFIG}: expected a JSON object: {one_line(error)}") from error
+    told = (f"according to {file}" for file in QUANTIZED_FILES if (folder / file).is_file())
+    if found := found or next(told, None):
         raise InputError(_dense_wanted(name, found))
 
 
 def require_dense_weights(name: str, files: tuple[Path, ...]) -> None:
     """Raise InputError if weights are stored as float8 or as integer codes, which the configuration may fail to mention."""
     for file in files:
-        for key, dtype, _ in headers(file):
+        for key, dtype in dtypes(file):
             codes = dtype[0] in "IU" and key.rpartition(".")[2].endswith(CODES)
             if dtype.startswith(("F8", "F6_", "F4")) or codes:  # F64 is dense
                 raise InputError(_dense_wanted(name, f"{key} in {file.name} has dtype {dtype}"))
 
 
-def headers(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype (as safetensors calls it) and shape of every tensor of a file; reads no values. Raises InputError."""
+def dtypes(file: Path) -> Iterator[tuple[str, str]]:
+    """Name and dtype (as safetensors calls it) of every tensor of a file; reads no values. Raises InputError."""
     with opened(file) as tensors:
-        for key in tensors.keys():  # noqa: SIM118
-            about = tensors.get_slice(key)
-            yield key, about.get_dtype(), tuple(about.get_shape())
+        yield from ((key, tensors.get_slice(key).get_dtype()) for key in tensors.keys())  # noqa: SIM118
 
 
 @contextmanager
@@ -82,11 +82,20 @@ def opened(file: Path, what: str = "model file") -> Iterator[Any]:
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, about: dict[str, str]) -> None:
-    """Write a safetensors file with the permissions of any other new file: the library would let only its owner read it."""
-    file.touch()
-    readable = file.stat().st_mode
-    save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata=about)
-    file.chmod(readable)
+    """Write a safetensors file, which appears whole or not at all. Raises OSError and SafetensorError.
+
+    It has the permissions of any other new file: the library would let only its owner read it.
+    """
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        partial.touch()
+        readable = partial.stat().st_mode
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata=about)
+        partial.chmod(readable)
+        partial.replace(file)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -101,24 +110,20 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             "(transformers' save_pretrained writes safetensors)"
         )
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(_json_object(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: expected a JSON object with a weight_map: {one_line(error)}") from error
     if absent := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{index}: {len(absent)} of {len(names)} files are missing: {', '.join(absent[:4])}")
+        raise InputError(f"{index}: {len(absent)} of {len(names)} files are missing: {listed(absent, 4)}")
     return tuple(folder / name for name in names)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises InputError if it is not a JSON object."""
-    file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file}: expected a JSON object: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(config).__name__}")
-    return config
+def _json_object(file: Path) -> dict[str, Any]:
+    """Raises ValueError or OSError if the file does not hold one."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"got {type(found).__name__}")
+    return found
 
 
 def no_delta(path: Path, names: Collection[str] = ()) -> str | None:
@@ -142,11 +147,10 @@ _MERGE_IT = "merge it into its base first (PEFT's merge_and_unload, then save_pr
 
 def _adapter(folder: Path) -> str:
     """What kind of adapter a folder holds, and for which base."""
-    try:
-        about = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        kind, base = about.get("peft_type"), about.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        kind = base = None
+    about: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        about = _json_object(folder / ADAPTER_CONFIG)
+    kind, base = about.get("peft_type"), about.get("base_model_name_or_path")
     return f"this is a PEFT adapter{f' ({kind})' if kind else ''} for {base or 'an unnamed base model'}"
 
 

@@ -7,10 +7,9 @@ this difference to the base, so a delta read back from a file gives bitwise the 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from transformers import PreTrainedModel
 from locft.errors import InputError, one_line
 from locft.model.checkpoint import DELTA, FORMAT, no_delta, opened, write_tensors
 from locft.model.models import LoadedModel
-
-FILE_NAME = DELTA
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class EditDelta:
     """Fingerprint of the model it was trained on; the delta fits no other."""
     tensors: Mapping[str, torch.Tensor]
     """Parameter name -> float32 difference on the CPU, of the parameter's shape."""
-    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was trained: for human readers, not needed to apply it."""
 
     @property
@@ -47,8 +44,6 @@ class EditDelta:
         edited = {}
         for name, change in self.tensors.items():
             base = model.get_parameter(name).detach()
-            if base.shape != change.shape:
-                raise InputError(f"delta of {name}: its shape {tuple(change.shape)} does not fit {tuple(base.shape)}")
             edited[name] = (base.float() + change.to(base.device)).to(dtype or base.dtype)
         return edited
 
@@ -57,33 +52,29 @@ class EditDelta:
         return replace(self, tensors={name: factor * change for name, change in self.tensors.items()})
 
     def save(self, path: Path) -> Path:
-        """Write one safetensors file (`FILE_NAME` in `path` when that is a folder) and return its path. It appears whole or not
+        """Write one safetensors file (`DELTA` in `path` when that is a folder) and return its path. It appears whole or not
         at all. Raises InputError if it cannot be written, as on a full disk."""
         if path.suffix != ".safetensors":
-            path = path / FILE_NAME
+            path = path / DELTA
         about = {
             "format": FORMAT,
             "position": self.position,
             "base_fingerprint": self.base_fingerprint,
             "settings": json.dumps(dict(self.settings), sort_keys=True),
         }
-        partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(self.tensors, partial, about)
-            return partial.replace(path)
+            write_tensors(self.tensors, path, about)
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot write {path}: {one_line(error)}") from error
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+        return path
 
     @classmethod
     def load(cls, path: Path) -> "EditDelta":
         """Read a delta from its file or folder. Raises InputError if there is none."""
-        file = path / FILE_NAME if path.is_dir() else path
+        file = path / DELTA if path.is_dir() else path
         if not file.is_file():
-            missing = f"delta {path}: no such file, expected a {FILE_NAME} or a folder that holds one"
+            missing = f"delta {path}: no such file, expected a {DELTA} or a folder that holds one"
             raise InputError(no_delta(path) or missing)
         with opened(file, "delta") as stored:
             about = stored.metadata() or {}

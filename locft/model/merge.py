@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
 from locft.errors import InputError, listed, one_line
-from locft.model.checkpoint import INDEX, WHOLE, headers, opened, weight_files
+from locft.model.checkpoint import INDEX, WHOLE, dtypes, opened, weight_files
 from locft.model.delta import EditDelta
 from locft.model.models import BUILT_IN, folder_fingerprint, load_structure, model_folder
 
@@ -52,21 +52,18 @@ class Merged:
     converted: bool
     """True if the base is a GGUF file, as the built-in model is: its dense form is written."""
 
-    def sentences(self) -> list[str]:
+    def sentences(self) -> Iterator[str]:
         """Notices for the user."""
-        said = []
         if self.converted:
-            said.append(f"the base is a GGUF file, so its dense {self.dtype} conversion was written")
+            yield f"the base is a GGUF file, so its dense {self.dtype} conversion was written"
         if self.left_out:
-            names = listed(self.left_out, 4)
-            said.append(f"not copied, because they hold unedited weights in another format: {names}")
+            yield f"not copied, because they hold unedited weights in another format: {listed(self.left_out, 4)}"
         if self.error > ROUNDED:
-            said.append(
+            yield (
                 f"stored as {self.dtype}, as in the base: {100 * self.kept:.0f}% of the edit's change is left after "
                 f"rounding, with an error of {100 * self.error:.0f}% of its norm; `locft evaluate {self.folder} --edits "
                 "FILE` measures the result, and with --dtype bfloat16 or float16 `locft edit` measures an edit as it will be stored"
             )
-        return said
 
 
 def merge(name: str, delta: EditDelta, folder: Path, *, trust_remote_code: bool = False) -> Merged:
@@ -78,14 +75,19 @@ def merge(name: str, delta: EditDelta, folder: Path, *, trust_remote_code: bool 
     base = model_folder(name, trust_remote_code=trust_remote_code).absolute()
     files = weight_files(base)
     delta.require_base(name, folder_fingerprint(base))
-    places = {key: file for file in files for key, _, _ in headers(file)}
+    places = {key: file for file in files for key, _ in dtypes(file)}
     structure = load_structure(name, trust_remote_code=trust_remote_code)
     changes = stored_changes(structure, tuple(places), delta.tensors)
     copied, left_out = _other_files(base, files, folder.absolute())
     copied += [file.relative_to(base) for file in files]
-    _require_space(folder, sum((base / file).stat().st_size for file in copied))
+    needed = sum((base / file).stat().st_size for file in copied)
+    free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.exists())).free
+    if needed > free:
+        raise InputError(
+            f"cannot write {folder}: it needs {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free there"
+        )
     along = off = total = 0.0
-    dtypes = set()
+    stored_as = set[str]()
     with appears_whole(folder.absolute()) as partial:
         for file in copied:
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
@@ -99,10 +101,10 @@ def merge(name: str, delta: EditDelta, folder: Path, *, trust_remote_code: bool 
             along += float((real * change).sum())
             off += float((real - change).square().sum())
             total += float(change.double().square().sum())
-            dtypes.add(str(stored.dtype).removeprefix("torch."))
+            stored_as.add(str(stored.dtype).removeprefix("torch."))
     kept, error = (along / total, math.sqrt(off / total)) if total else (1.0, 0.0)
-    converted = name in BUILT_IN or Path(name).is_file()
-    return Merged(folder, tuple(changes), ", ".join(sorted(dtypes)), kept, error, left_out, converted)
+    converted = name in BUILT_IN or Path(name).expanduser().is_file()
+    return Merged(folder, tuple(changes), ", ".join(sorted(stored_as)), kept, error, left_out, converted)
 
 
 def stored_changes(
@@ -122,11 +124,9 @@ def stored_changes(
         rename_source_key(name, renamings, converters, model.base_model_prefix, there)
     model._weight_conversions = [entry for entry in transforms if entry.was_used()]  # type: ignore[assignment]
     # A stored tensor may be made of several parameters, so the others of the block are passed along unchanged.
+    blocks = {_block_of(name) for name in changes}
     unchanged = {
-        name: torch.zeros(()).expand(there[name].shape)
-        for block in {_block_of(name) for name in changes}
-        for name in there
-        if _block_of(name) == block
+        name: torch.zeros(()).expand(value.shape) for name, value in there.items() if _block_of(name) in blocks
     }
     found = {}
     known, prefix = set(stored), f"{model.base_model_prefix}."
@@ -186,16 +186,6 @@ def _other_files(base: Path, files: Sequence[Path], folder: Path) -> tuple[list[
             else:
                 copied.append(file.relative_to(base))
     return copied, tuple(left_out)
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    """Raise InputError if the disk has less room than `needed` bytes."""
-    existing = next(place for place in folder.absolute().parents if place.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise InputError(
-            f"cannot write {folder}: it needs {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free there"
-        )
 
 
 @contextmanager

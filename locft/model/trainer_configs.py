@@ -14,9 +14,8 @@ import yaml
 from transformers import PreTrainedModel
 
 from locft.errors import InputError
-from locft.model.positions import TuningPosition, parameter_names
+from locft.model.positions import TuningPosition, n_layers, parameter_names
 
-TRAINERS = ("axolotl", "trl", "llamafactory")
 _AFTER_BOS = "after BOS if the tokenizer puts it before every text"
 
 
@@ -40,9 +39,9 @@ class Recipe:
 
 
 def trainer_config(trainer: str, recipe: Recipe, model: PreTrainedModel) -> str:
-    """The text of the file that a tool of `TRAINERS` takes.
+    """The text of the file that a trainer takes.
 
-    model: the base or its structure on the meta device. Raises InputError for a position that the model does not have or
+    trainer: axolotl, trl or llamafactory. model: the base or its structure on the meta device. Raises InputError for a position that the model does not have or
     that the tool cannot train alone.
     """
     names = parameter_names(model, recipe.position)
@@ -110,11 +109,11 @@ def _llamafactory(recipe: Recipe, model: PreTrainedModel, names: Collection[str]
     last n layers (n > 0) or the first -n; a parameter trains if its name contains ".LAYER.MODULE", where a module is what
     follows a layer's number, or ".LAYER." for `all`. So most positions cannot be named; those that can are found by trying.
     """
-    layer, count = recipe.position.layer, _layer_count(model)
+    layer, count = recipe.position.layer, n_layers(model)
     parts = tuple(dict.fromkeys(name.split(f".{layer}.", 1)[1].split(".")[0] for name in names))  # mlp, self_attn, ...
-    tried = [(n, modules) for modules in (parts, ("all",)) for n in ((-(layer + 1), count - layer) if count else ())]
+    tried = [(n, modules) for modules in (parts, ("all",)) for n in (-(layer + 1), count - layer)]
     trained = {(n, modules): _freeze_trains(model, count, n, modules) for n, modules in tried}
-    exact = next((choice for choice, found in trained.items() if set(found) == set(names)), None)
+    exact = next((choice for choice, found in trained.items() if found == set(names)), None)
     if exact is None:
         least = min((len(found) for found in trained.values() if found), default=0)
         raise InputError(
@@ -142,14 +141,7 @@ def _llamafactory(recipe: Recipe, model: PreTrainedModel, names: Collection[str]
     return _yaml(recipe, names, config, data, lines)
 
 
-def _layer_count(model: PreTrainedModel) -> int:
-    """The number of layers as LLaMA-Factory finds it; 0 where it does not."""
-    config = getattr(model.config, "text_config", model.config)
-    keys = ("num_hidden_layers", "num_layers", "n_layer")
-    return next((found for key in keys if (found := getattr(config, key, None))), 0)
-
-
-def _freeze_trains(model: PreTrainedModel, count: int, layers: int, modules: Collection[str]) -> tuple[str, ...]:
+def _freeze_trains(model: PreTrainedModel, count: int, layers: int, modules: Collection[str]) -> set[str]:
     """The parameters that LLaMA-Factory trains; none where it refuses the modules.
 
     count: number of layers. layers, modules: freeze_trainable_layers and freeze_trainable_modules.
@@ -158,10 +150,10 @@ def _freeze_trains(model: PreTrainedModel, count: int, layers: int, modules: Col
     split = [(name, next((mark for mark in (".0.", ".1.") if mark in name), None)) for name in names]
     known = {"all", *(name.split(mark)[-1].split(".")[0] for name, mark in split if mark)}
     if not known.issuperset(modules):
-        return ()
+        return set()
     numbers = range(max(0, count - layers), count) if layers > 0 else range(min(-layers, count))
     parts = [f".{number}.{'' if module == 'all' else module}" for module in modules for number in numbers]
-    return tuple(name for name in names if any(part in name for part in parts))
+    return {name for name in names if any(part in name for part in parts)}
 
 
 _SCRIPT = """\

@@ -30,11 +30,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, special_toke
     if not special_tokens:
         return tuple(ids)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    if len(ids) > 0 and ids[-1] == eos and not (len(ids) == 1 and eos == bos):
+    if ids[-1:] == [eos] and ids != [bos]:
         ids = ids[:-1]
-    if not ids:
-        ids = [bos if bos is not None else eos]
-    return tuple(ids)
+    return tuple(ids) or (bos if bos is not None else eos,)
 
 
 def encode_continuation(

@@ -6,7 +6,6 @@ trainings write nothing.
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -56,19 +55,16 @@ class KeptState:
         """about: JSON-serialisable metadata. A process killed during a write leaves the previously saved state intact."""
         self._last = time.monotonic()
         held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        partial = self.file.with_suffix(f".partial-{os.getpid()}")
         try:
             make_room(self.file.parent, sum(tensor.nbytes for tensor in held.values()), LIMIT_BYTES)
             self.file.parent.mkdir(exist_ok=True)
-            write_tensors(held, partial, {"about": json.dumps(about)})
-            os.replace(partial, self.file)
+            write_tensors(held, self.file, {"about": json.dumps(about)})
         except (OSError, SafetensorError) as error:
             _log.warning(
                 "%s: %s; training continues, but would have to start from the beginning if it were killed",
                 self.file,
                 error,
             )
-            partial.unlink(missing_ok=True)
 
     def drop(self) -> None:
         shutil.rmtree(self.file.parent, ignore_errors=True)

@@ -25,15 +25,15 @@ LOSS_ROWS = 64
 class BatchLoss:
     """The loss of a batch of edits, in nats."""
 
-    numbers: torch.Tensor | list[float]
-    """(1 + E,): the loss averaged as in training, then for each edit the mean over its tokens. A float64 tensor if steps do
-    not wait for it; reading `value` or `by_edit` then waits."""
+    numbers: torch.Tensor
+    """(1 + E,) float64: the loss averaged as in training, then for each edit the mean over its tokens. Reading `value` or `by_edit`
+    waits for the device."""
     gradients: Sequence[torch.Tensor] | None
     """None if no step should follow."""
 
     @cached_property
     def _read(self) -> list[float]:
-        return self.numbers.tolist() if isinstance(self.numbers, torch.Tensor) else self.numbers
+        return self.numbers.tolist()
 
     @property
     def value(self) -> float:
@@ -70,9 +70,8 @@ def _batch_loss(
     targets = moved(torch.tensor([token for answer in answers for token in answer]), there)  # (K,)
     losses = _CrossEntropy.apply(logits, targets, ahead)  # (K,)
     lengths = moved(torch.tensor([len(answer) for answer in answers]), there)
-    by_edit = torch.segment_reduce(
-        losses.detach(), "mean", lengths=lengths, unsafe=True
-    )  # skips its checks, which wait for the device
+    # unsafe: without its checks, which wait for the device
+    by_edit = torch.segment_reduce(losses.detach(), "mean", lengths=lengths, unsafe=True)
     if average == "token":
         return losses.mean(), by_edit
     share = [1 / (len(answer) * len(rows)) for answer in answers for _ in answer]
@@ -97,36 +96,30 @@ def loss_and_gradients(
     """
     size = math.ceil(len(batch) / pieces)
     parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-    weigh = _supervised if average == "token" else len
-    found: list[torch.Tensor] = []
+    sizes = [sum(len(row.target_ids) for row in part) if average == "token" else len(part) for part in parts]
+    losses: list[torch.Tensor] = []
+    by_edit: list[torch.Tensor] = []
     gradients: Sequence[torch.Tensor] | None = None
-    for part in parts:
+    for part, own in zip(parts, sizes, strict=True):
         loss, each = _batch_loss(logits(part), part, average, ahead)
         if len(parts) > 1:
-            loss = loss * (weigh(part) / weigh(batch))
-        found.append(torch.cat([loss.detach()[None], each]).double())
-        if part is parts[-1] and not ahead:
-            numbers = _of_all(found).tolist()
-            if not at_least <= numbers[0] < math.inf:
-                return BatchLoss(numbers, None)
+            loss = loss * (own / sum(sizes))
+        losses.append(loss.detach().double())
+        by_edit.append(each.double())
+        if part is parts[-1] and not ahead and not at_least <= float(sum(losses)) < math.inf:
+            gradients = None
+            break
         new = torch.autograd.grad(loss, trained)
-        gradients = new if gradients is None else [total.add_(more) for total, more in zip(gradients, new, strict=True)]
+        gradients = new if gradients is None else [kept.add_(more) for kept, more in zip(gradients, new, strict=True)]
         del loss, new  # the graph's memory, before the next part is computed
-    return BatchLoss(_of_all(found) if ahead else numbers, gradients)
-
-
-def _of_all(found: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The numbers of a batch from those of its parts."""
-    return torch.cat([sum(part[:1] for part in found), *(part[1:] for part in found)])
+    return BatchLoss(torch.cat([sum(losses)[None], *by_edit]), gradients)
 
 
 @torch.no_grad()
 def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow], at_once: int = LOSS_ROWS) -> float:
     """Mean loss over all edits, averaged by edit, computed in batches of at most `at_once` edits."""
-    total = 0.0
-    for part in batches(rows, most=at_once):
-        total += batch_loss(logits(rows[part]), rows[part], "edit").item() * len(rows[part])
-    return total / len(rows)
+    parts = [rows[part] for part in batches(rows, most=at_once)]
+    return sum(batch_loss(logits(part), part, "edit").item() * len(part) for part in parts) / len(rows)
 
 
 def all_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -161,7 +154,3 @@ class _CrossEntropy(torch.autograd.Function):
         found.mul_(gradient[:, None])
         found[torch.arange(len(targets), device=targets.device), targets] -= gradient
         return found, None, None
-
-
-def _supervised(rows: Sequence[TokenRow]) -> int:
-    return sum(len(row.target_ids) for row in rows)

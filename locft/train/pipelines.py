@@ -18,23 +18,15 @@ import torch
 from locft.errors import out_of_memory
 from locft.model.delta import EditDelta
 from locft.model.models import LoadedModel
-from locft.model.positions import TuningPosition, is_input_first, parameter_names
+from locft.model.positions import TuningPosition, parameter_names
+from locft.model.structure import is_input_first
 from locft.process import runs_ahead
-from locft.train.examples import TrainingExamples
-from locft.train.guards import Guard
+from locft.train.examples import Guard, TrainingExamples
 from locft.train.kept_state import KeptState
-from locft.train.methods import MethodSettings, Parameter, make_method
+from locft.train.methods import Loss, MethodSettings, Parameter, make_method
 from locft.train.methods.curvature import Curvature
-from locft.train.objective import (
-    LOSS_ROWS,
-    BatchLoss,
-    LossAverage,
-    all_finite,
-    loss_and_gradients,
-    mean_loss,
-)
+from locft.train.objective import LOSS_ROWS, BatchLoss, LossAverage, all_finite, loss_and_gradients, mean_loss
 from locft.train.reference import full_forward
-from locft.train.steps_ahead import StepsAhead
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
@@ -77,7 +69,7 @@ class TrainingSettings(MethodSettings):
     prefix_share: float = 0.0
     """Share of prompts preceded by random prose, drawn for each edit and epoch (the paper's appendix A.4)."""
     guard: Guard = "none"
-    """Prompts on which the answers are held to the unedited model's (`locft.train.guards`)."""
+    """Prompts on which the answers are held to the unedited model's (`locft.train.examples.Guards`)."""
     guard_weight: float = 1.0
     """Penalty on drift on guards: nats of edit loss per nat of drift."""
     guards_per_step: int = 4
@@ -151,33 +143,27 @@ def finetune(
     arguments other than `beside` determine the result bit for bit, unless a time limit ends it.
     """
     trainer = PositionTrainer(loaded, examples, position, settings, forward, curvature, earlier)
-
-    def change() -> EditDelta:
-        return EditDelta(str(position), loaded.fingerprint, trainer.method.change(), asdict(settings))
-
     if settings.pipeline == "stream":
-        watch = beside.watch or (lambda _edits, _change: None)
-        losses = _stream(trainer, settings, lambda edits: watch(edits, change), beside.kept)
+        losses = _stream(trainer, beside)
     elif settings.pipeline == "depth_first":
-        losses = _depth_first(trainer, settings)
+        losses = _depth_first(trainer)
     else:
-        losses = _breadth_first(trainer, settings, beside.kept)
+        losses = trainer.learn(range(len(examples)), kept=beside.kept)
     trainer.settle()  # in case the time ran out within an epoch
     if beside.kept:
         beside.kept.drop()
-    delta = change()
-    seconds = trainer.seconds
-    ended = None if trainer.diverged else final_loss(trainer.logits(), examples, settings, trainer.pieces)
+    delta, seconds = trainer.delta(), trainer.seconds
+    trained_loss = None if trainer.diverged else final_loss(trainer.logits(), examples, settings, trainer.pieces)
     return Training(
-        delta,
-        tuple(losses),
-        trainer.steps,
-        trainer.diverged,
-        seconds,
-        trainer.pieces,
-        tuple(trainer.arrival_seconds),
-        tuple(trainer.watched),
-        ended,
+        delta=delta,
+        losses=tuple(losses),
+        steps=trainer.steps,
+        diverged=trainer.diverged,
+        seconds=seconds,
+        pieces=trainer.pieces,
+        arrival_seconds=tuple(trainer.arrival_seconds),
+        watched=tuple(trainer.watched),
+        trained_loss=trained_loss,
     )
 
 
@@ -228,7 +214,8 @@ class PositionTrainer:
         self.started = time.perf_counter()
         """Start time, shifted so that the time since then is training time only, including that of a killed process."""
         model = loaded.model
-        self.forward, self.settings, self.examples = forward or partial(full_forward, model), settings, examples
+        self.loaded, self.position, self.settings, self.examples = loaded, position, settings, examples
+        self.forward = forward or partial(full_forward, model)
         start = earlier.delta.tensors if earlier else {}
         parameters = {
             name: Parameter(
@@ -239,61 +226,49 @@ class PositionTrainer:
             for name in parameter_names(model, position)
         }
         self.first_new = earlier.edits if earlier else 0
-        self.deadline = time.perf_counter() + earlier.seconds if earlier else math.inf
+        self.deadline = self.started + earlier.seconds if earlier else math.inf
         self.arrival_seconds: list[float] = []
         self.watched: list[Any] = []
         new = len(examples) - self.first_new
         together = settings.arrival if settings.pipeline == "stream" else max(1, len(examples))
         batches = sum(math.ceil(min(together, new - at) / settings.batch_size) for at in range(0, new, together))
         self.method = make_method(parameters, settings, curvature, settings.epochs * batches)
-        self.draws = torch.Generator().manual_seed(
-            settings.seed
-        )  # separate from that of the order: one can change without the other
+        # drawn separately: the order of the edits can change without what is drawn for each of them
+        self.order, self.draws = (torch.Generator().manual_seed(settings.seed) for _ in range(2))
         self.steps, self.pieces, self.diverged = 0, 1, False
         device = next(iter(parameters.values())).base.device
-        ahead = runs_ahead(device) and self.method.needs_no_number and not examples.guards
-        self.ahead = StepsAhead(device, settings.skip_below) if ahead else None
-        """Set if steps are decided on the device; None if each waits for its loss."""
+        self.ahead = runs_ahead(device) and self.method.needs_no_number and not examples.guards
+        """Whether steps are decided on the device; otherwise each waits for its loss. Reading a number from a GPU means waiting until
+        all queued work is done, and the GPU then idles until more arrives. On a CPU, where reading costs nothing, a step that is
+        skipped is not computed to its end."""
+        self.outcome = torch.zeros(2, dtype=torch.long, device=device)
+        """Of such steps: number taken since the last `settle`, and 1 once the training has diverged: none is taken from then on."""
 
     @property
     def seconds(self) -> float:
         """Time of the training so far, including that of a killed process."""
         return time.perf_counter() - self.started
 
-    def logits(self) -> SupervisedLogits:
-        return self.forward(self.method.weights)
-
-    def settle(self) -> None:
-        """Wait for the steps so far to find out how many were taken and whether the training diverged."""
-        if self.ahead:
-            taken, lost = self.ahead.outcome.tolist()
-            self.steps, self.diverged = self.steps + taken, self.diverged or bool(lost)
-            self.ahead.outcome[0] = 0
-
-    def watch(self, look: Callable[[], Any]) -> None:
-        """Keep what `look` returns. Its time does not count as training time."""
-        began = time.perf_counter()
-        found = look()
-        self.started += time.perf_counter() - began
-        if found is not None:
-            self.watched.append(found)
-
     @property
     def ended(self) -> bool:
         """True if no further step should follow: the training is known to have diverged, or its time is up."""
         return self.diverged or time.perf_counter() > self.deadline
 
-    def step(self, batch: Sequence[int], replay: Sequence[int] = ()) -> BatchLoss:
-        """Take a step on a batch of edits, unless it is skipped; returns the loss before it. Rows are drawn again in each call.
+    def delta(self) -> EditDelta:
+        """What the steps so far have changed."""
+        change = self.method.change()
+        return EditDelta(str(self.position), self.loaded.fingerprint, change, asdict(self.settings))
 
-        replay: earlier edits, whose loss is added for the step.
-        """
-        rows = [self.examples.draw(edit, self.draws) for edit in batch]
-        return self.step_on(rows, [self.examples.draw(edit, self.draws) for edit in replay])
+    def logits(self) -> SupervisedLogits:
+        return self.forward(self.method.weights)
 
-    def learn(
-        self, edits: Sequence[int], order: torch.Generator, earlier: int = 0, kept: KeptState | None = None
-    ) -> list[float]:
+    def settle(self) -> None:
+        """Wait for the steps so far to find out how many were taken and whether the training diverged."""
+        taken, lost = self.outcome.tolist()
+        self.steps, self.diverged = self.steps + taken, self.diverged or bool(lost)
+        self.outcome[0] = 0
+
+    def learn(self, edits: Sequence[int], earlier: int = 0, kept: KeptState | None = None) -> list[float]:
         """Train some edits in epochs; returns, per epoch, the mean over the edits of their last known losses. An epoch that is
         cut short, by divergence or the time limit, is left out.
 
@@ -301,12 +276,11 @@ class PositionTrainer:
         """
         settings = self.settings
         rests = Rests(len(edits), settings.rest_below)
-        losses = self.resumed(kept, order, rests) if kept else []
+        losses = self.resumed(kept, rests)
         for _ in range(len(losses), settings.epochs):
             awake, total = rests.epoch()
             asked: list[tuple[list[int], BatchLoss]] = []
-            for places in _shuffled_batches(len(awake), settings.batch_size, order):
-                batch = [awake[place] for place in places]
+            for batch in self.shuffled_batches(awake):
                 replay = torch.randperm(earlier, generator=self.draws)[: settings.replay].tolist() if earlier else ()
                 asked.append((batch, self.step([edits[index] for index in batch], replay)))
                 if self.ended:
@@ -320,29 +294,33 @@ class PositionTrainer:
             losses.append(total / len(edits))
             if losses[-1] < settings.stop_below:
                 break
-            if kept and kept.due():
-                self.keep(kept, order, losses, rests)
+            self.keep(kept, losses, rests)
         return losses
 
-    def keep(
-        self, kept: KeptState, order: torch.Generator, losses: Sequence[float], rests: Rests | None = None
-    ) -> None:
-        """Save everything that the steps so far have changed. rests: None between two arrivals of a stream, where no edit rests."""
-        tensors = {"draws": self.draws.get_state(), "order": order.get_state()}
+    def shuffled_batches(self, edits: Sequence[int]) -> list[list[int]]:
+        size, drawn = self.settings.batch_size, torch.randperm(len(edits), generator=self.order).tolist()
+        return [[edits[index] for index in drawn[start : start + size]] for start in range(0, len(edits), size)]
+
+    def keep(self, kept: KeptState | None, losses: Sequence[float], rests: Rests | None = None) -> None:
+        """Save everything that the steps so far have changed, if the last time is long ago. rests: None between two arrivals of a
+        stream, where no edit rests."""
+        if kept is None or not kept.due():
+            return
+        tensors = {"draws": self.draws.get_state(), "order": self.order.get_state()}
         if rests:
             tensors["rests"] = rests.state
         about = {"losses": losses, "steps": self.steps, "pieces": self.pieces, "seconds": self.seconds}
         stream = {"arrival_seconds": self.arrival_seconds, "watched": self.watched}
         kept.write({**self.method.state(), **tensors}, {**about, **stream})
 
-    def resumed(self, kept: KeptState, order: torch.Generator, rests: Rests | None = None) -> list[float]:
+    def resumed(self, kept: KeptState | None, rests: Rests | None = None) -> list[float]:
         """Restore the last state that a killed process saved; returns its losses so far, [] if it saved none."""
-        found = kept.read()
-        if found is None:
+        found = kept and kept.read()
+        if not found:
             return []
         state, about = found
         self.draws.set_state(state.pop("draws"))
-        order.set_state(state.pop("order"))
+        self.order.set_state(state.pop("order"))
         if rests:
             rests.state.copy_(state.pop("rests"))
         self.method.restore(state)
@@ -351,97 +329,107 @@ class PositionTrainer:
         self.started -= about["seconds"]
         return about["losses"]
 
+    def step(self, batch: Sequence[int], replay: Sequence[int] = ()) -> BatchLoss:
+        """Take a step on a batch of edits, unless it is skipped; returns the loss before it. Rows are drawn again in each call.
+
+        replay: earlier edits, whose loss is added for the step.
+        """
+        rows = [self.examples.draw(edit, self.draws) for edit in batch]
+        return self.step_on(rows, [self.examples.draw(edit, self.draws) for edit in replay])
+
     @torch.enable_grad()
     def step_on(self, rows: Sequence[TokenRow], replay: Sequence[TokenRow] = ()) -> BatchLoss:
-        """One step on given rows. The weights stay finite.
+        """One step on given rows. The weights stay finite."""
+        loss = self._loss_and_gradients(rows)
+        if loss.gradients is None:
+            self.diverged |= not math.isfinite(loss.value)
+            return loss
+        gradients, beside = loss.gradients, 0.0
+        for more, value in self._beside(replay):
+            gradients = [own.add_(other) for own, other in zip(gradients, more, strict=True)]
+            beside += value
+        if self.ahead:
+            self._step_ahead(loss.numbers[0], gradients, beside)
+        elif all_finite(gradients):
+            self.method.step(gradients, loss.value, beside)
+            self.steps += 1
+        else:
+            self.diverged = True
+        return replace(loss, gradients=None)  # frees their memory while the next batch is computed
 
-        When memory runs out, this and all later batches are computed in twice as many pieces, down to single edits.
-        """
+    def _loss_and_gradients(self, rows: Sequence[TokenRow]) -> BatchLoss:
+        """Loss of rows and its gradients. When memory runs out, these and all later rows are computed in twice as many pieces, down
+        to single edits."""
+        trained, settings = list(self.method.weights.values()), self.settings
+        average, at_least = settings.loss_average, settings.skip_below
         while True:
             try:
-                loss = self._loss_and_gradients(rows)
-                break
+                return loss_and_gradients(
+                    self.logits(), trained, rows, average, at_least=at_least, pieces=self.pieces, ahead=self.ahead
+                )
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error) or self.pieces >= len(rows):
                     raise
                 self.pieces = min(2 * self.pieces, len(rows))
-        gradients = loss.gradients
-        beside: float | torch.Tensor = 0.0
-        if gradients is not None:
-            for more, value in self._beside(replay):
-                gradients = [own.add_(other) for own, other in zip(gradients, more, strict=True)]
-                beside += value
-        if self.ahead and gradients is not None:
-            self.ahead.step(self.method, loss.numbers, gradients, beside)
-        elif not math.isfinite(loss.value) or (gradients is not None and not all_finite(gradients)):
-            self.diverged = True
-        elif gradients is not None:
-            self.method.step(gradients, loss.value, beside)
-            self.steps += 1
-        return replace(loss, gradients=None)  # frees their memory while the next batch is computed
 
-    def _loss_and_gradients(self, rows: Sequence[TokenRow]) -> BatchLoss:
-        return loss_and_gradients(
-            self.logits(),
-            list(self.method.weights.values()),
-            rows,
-            self.settings.loss_average,
-            at_least=self.settings.skip_below,
-            pieces=self.pieces,
-            ahead=self.ahead is not None,
-        )
-
-    def _beside(self, replay: Sequence[TokenRow]) -> Iterator[tuple[Sequence[torch.Tensor], float | torch.Tensor]]:
+    def _beside(self, replay: Sequence[TokenRow]) -> Iterator[tuple[Sequence[torch.Tensor], Loss]]:
         """Gradients to add to those of a batch, each with its part of the edit loss: those of replayed edits, unless they
         are still learnt, and those of guards."""
         settings, guards = self.settings, self.examples.guards
         if replay:
             found = self._loss_and_gradients(replay)
-            if found.gradients is not None:
-                yield self.ahead.where_asked(found) if self.ahead else (found.gradients, found.value)
+            if self.ahead:
+                asked = self._is_asked(found.numbers[0])
+                kept = [torch.where(asked, gradient, 0.0) for gradient in found.gradients or ()]
+                yield kept, torch.where(asked, found.numbers[0], 0.0)
+            elif found.gradients is not None:
+                yield found.gradients, found.value
         if guards:
-            trained = list(self.method.weights.values())
-            drawn = settings.guard_weight, settings.guards_per_step, self.draws
-            yield guards.gradients(self.logits(), trained, *drawn), 0.0
+            penalty = settings.guard_weight * guards.drift(self.logits(), settings.guards_per_step, self.draws)
+            yield torch.autograd.grad(penalty, list(self.method.weights.values())), 0.0
+
+    def _step_ahead(self, value: torch.Tensor, gradients: Sequence[torch.Tensor], beside: Loss) -> None:
+        """Take the step if a training that waits for the loss would take it. It is skipped by setting the optimiser's `found_inf`,
+        as a gradient scaler does."""
+        lost, asked, finite = self.outcome[1], self._is_asked(value), all_finite(gradients)
+        taken = asked & finite & (lost == 0)
+        lost.logical_or_(~value.isfinite() | (asked & ~finite))
+        self.outcome[0].add_(taken)
+        self.method.optimiser.found_inf = (~taken).float()
+        self.method.step(gradients, value, beside)
+
+    def _is_asked(self, value: torch.Tensor) -> torch.Tensor:
+        """Whether a loss is such that a step follows."""
+        return (value >= self.settings.skip_below) & (value < math.inf)
 
 
-def _breadth_first(trainer: PositionTrainer, settings: TrainingSettings, kept: KeptState | None) -> list[float]:
-    """Mean loss of each epoch. If training diverges, only complete epochs are included."""
-    order = torch.Generator().manual_seed(settings.seed)
-    return trainer.learn(range(len(trainer.examples)), order, kept=kept)
-
-
-def _stream(
-    trainer: PositionTrainer, settings: TrainingSettings, watch: Callable[[int], Any], kept: KeptState | None
-) -> list[float]:
-    """Last mean loss of each arrival. If training ends early, the last arrival counts with its last complete epoch, if any.
-
-    watch: called after each arrival with the number of edits that have arrived.
-    """
-    order = torch.Generator().manual_seed(settings.seed)
-    losses = trainer.resumed(kept, order) if kept else []
-    done = trainer.first_new + settings.arrival * len(losses)
-    for first in range(done, len(trainer.examples), settings.arrival):
+def _stream(trainer: PositionTrainer, beside: Beside) -> list[float]:
+    """Last mean loss of each arrival. If training ends early, the last arrival counts with its last complete epoch, if any."""
+    arrival, edits = trainer.settings.arrival, len(trainer.examples)
+    losses = trainer.resumed(beside.kept)
+    for first in range(trainer.first_new + arrival * len(losses), edits, arrival):
         started = time.perf_counter()
-        if settings.momentum == "fresh":
+        if trainer.settings.momentum == "fresh":
             trainer.method.restart()
-        arrived = range(first, min(first + settings.arrival, len(trainer.examples)))
-        found = trainer.learn(arrived, order, earlier=first)
+        arrived = range(first, min(first + arrival, edits))
+        losses += trainer.learn(arrived, earlier=first)[-1:]
         trainer.arrival_seconds.append(time.perf_counter() - started)
-        losses += found[-1:]
         if trainer.ended:
             break
-        trainer.watch(partial(watch, arrived.stop))
-        if kept and kept.due():
-            trainer.keep(kept, order, losses)
+        if beside.watch:
+            began = time.perf_counter()
+            found = beside.watch(arrived.stop, trainer.delta)
+            trainer.started += time.perf_counter() - began  # this is no training time
+            trainer.watched += [found] if found is not None else []
+        trainer.keep(beside.kept, losses)
     return losses
 
 
-def _depth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[float]:
+def _depth_first(trainer: PositionTrainer) -> list[float]:
     """Last loss of each batch. If training diverges, only complete batches are included."""
     losses: list[float] = []
-    order = torch.Generator().manual_seed(settings.seed)
-    for batch in _shuffled_batches(len(trainer.examples), settings.batch_size, order):
+    settings = trainer.settings
+    for batch in trainer.shuffled_batches(range(len(trainer.examples))):
         trainer.method.restart()  # each batch is an edit of its own
         for _ in range(settings.epochs):
             loss = trainer.step(batch).value
@@ -452,8 +440,3 @@ def _depth_first(trainer: PositionTrainer, settings: TrainingSettings) -> list[f
                 break
         losses.append(loss)
     return losses
-
-
-def _shuffled_batches(edits: int, size: int, order: torch.Generator) -> list[list[int]]:
-    drawn = torch.randperm(edits, generator=order).tolist()
-    return [drawn[start : start + size] for start in range(0, edits, size)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from locft.train.token_rows import SupervisedLogits, TokenRow
@@ -25,25 +26,17 @@ def full_forward(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | N
         input_ids, attention_mask = pad_rows(rows, model.device)  # (B, T)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         logits = functional_call(model, substitutes, kwargs=inputs).logits  # (B, T, V)
-        row, column = supervised_positions(rows, model.device)  # (K,), (K,)
-        return logits[row, column].float()  # (K, V)
+        before = [(index, at - 1) for index, row in enumerate(rows) for at in range(row.start, len(row.token_ids))]
+        index, column = torch.tensor(
+            before, device=model.device
+        ).T  # (K,), (K,): each token is predicted one to its left
+        return logits[index, column].float()  # (K, V)
 
     return supervised_logits
 
 
 def pad_rows(rows: Sequence[TokenRow], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both (B, T) int64, padded at the end with token 0."""
-    longest = max(len(row.token_ids) for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    attention_mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
-        attention_mask[index, : len(row.token_ids)] = 1
-    return input_ids.to(device), attention_mask.to(device)
-
-
-def supervised_positions(rows: Sequence[TokenRow], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column, each (K,), of the position that predicts each supervised token: one to the left of the token."""
-    row = [index for index, r in enumerate(rows) for _ in r.target_ids]
-    column = [position - 1 for r in rows for position in range(r.start, len(r.token_ids))]
-    return torch.tensor(row, device=device), torch.tensor(column, device=device)
+    ids = [torch.tensor(row.token_ids) for row in rows]
+    input_ids, mask = (pad_sequence(of, batch_first=True) for of in (ids, [torch.ones_like(one) for one in ids]))
+    return input_ids.to(device), mask.to(device)

@@ -4,7 +4,7 @@ Legend: T tokens of a row, K supervised tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,12 @@ Forward = Callable[[Mapping[str, torch.Tensor]], SupervisedLogits]
 SUPERVISED_AT_ONCE = 256
 """Supervised tokens per batch: larger batches are no faster, and with a vocabulary of 256,000 the logits of this many
 already take 250 MB."""
+
+
+def windows(rows: Iterable[TokenRow], size: int) -> list[TokenRow]:
+    """Running text in pieces of at most `size` tokens, all supervised but the first; a piece of one token is left out."""
+    pieces = (row.token_ids[at : at + size] for row in rows for at in range(0, len(row.token_ids), size))
+    return [TokenRow(piece, 1) for piece in pieces if len(piece) > 1]
 
 
 def batches(

@@ -8,21 +8,20 @@ import logging
 import os
 import signal
 import sys
-import threading
 import warnings
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 
 from locft.errors import InputError
-from sweeps.commands.console import break_silence, complain, notice, print_json, say
+from sweeps.commands.console import break_silence, complain, notice
 from sweeps.commands.edit import apply, bench, edit, edits, positions
 from sweeps.commands.evaluate import ask, evaluate
 from sweeps.commands.export import export
-from sweeps.commands.options import INTERRUPTED, JsonOption, UriOption, grouped
+from sweeps.commands.options import INTERRUPTED, grouped
 from sweeps.commands.study import plan, report, select, status, sweep
 from sweeps.commands.surroundings import settle
-from sweeps.tracking.address import resolve_uri
+from sweeps.commands.ui import ui
 
 app = typer.Typer(
     name="locft",
@@ -42,11 +41,9 @@ def main() -> None:
     """Entry point: turns errors into one clear message and an exit code. SIGTERM ends a command as Ctrl-C does."""
     _be_quiet()
     break_silence()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for sentence in settle():
-            notice(sentence)
+        notice(*settle())
         code = app(standalone_mode=False)
     except InputError as error:
         complain(error.problems)
@@ -57,28 +54,6 @@ def main() -> None:
         kept = "; finished work is kept, and the same command continues from there"
         notice(f"interrupted{kept if CONTINUED.intersection(sys.argv[1:2]) else ''}")
     sys.exit(code)
-
-
-def ui(
-    tracking_uri: UriOption = None,
-    port: Annotated[int | None, typer.Option(help="Default 5000, or any free port when that is taken.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Serve MLflow's pages on 127.0.0.1 and print the links to those that matter. Ctrl-C stops it."""
-    from sweeps.commands.ui import serve
-    from sweeps.tracking.study_run import list_studies
-
-    def announce(address: str) -> None:
-        studies = list_studies(address, base=address)
-        if as_json:
-            return print_json({"address": address, "studies": studies})
-        say(f"MLflow: {address}")
-        for found in studies:
-            say(f"\n{found['name']} ({found['status']})")
-            for name, link in found["links"].items():
-                say(f"  {name}: {link}")
-
-    serve(resolve_uri(tracking_uri), port, announce)
 
 
 for _command in (positions, plan, sweep, status, report, select, edits, edit, ask, apply, export, evaluate, ui):

@@ -37,16 +37,18 @@ def _speaks() -> None:
         _silent.pop().cancel()
 
 
-def say(text: str, style: str = "") -> None:
-    """Print lines of an answer, unwrapped."""
-    _speaks()
-    _out.print(Text(text, style), soft_wrap=True)
+def say(*texts: str, style: str = "") -> None:
+    """Print texts of an answer, each on lines of its own, unwrapped."""
+    for text in texts:
+        _speaks()
+        _out.print(Text(text, style), soft_wrap=True)
 
 
-def notice(text: str) -> None:
-    """Print lines on standard error, unwrapped."""
-    _speaks()
-    _err.print(Text(text), soft_wrap=True)
+def notice(*texts: str) -> None:
+    """Print texts on standard error, each on lines of its own, unwrapped."""
+    for text in texts:
+        _speaks()
+        _err.print(Text(text), soft_wrap=True)
 
 
 def complain(problems: Sequence[str]) -> None:
@@ -100,8 +102,8 @@ def writable(file: Path, *inputs: str | Path | None) -> Path:
     return file
 
 
-def new_folder(folder: Path, file: str) -> Path:
-    """The folder, checked before any work: it is new or empty, and `file` can be written in it. Raises InputError."""
+def new_folder(folder: Path, file: str) -> None:
+    """Checks, before any work, that the folder is new or empty and that `file` can be written in it. Raises InputError."""
     writable(folder / file)
     if folder.resolve() == Path.cwd():
         raise InputError(
@@ -109,21 +111,20 @@ def new_folder(folder: Path, file: str) -> Path:
         )
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: the folder is not empty; name a new one")
-    return folder
 
 
 def write(file: Path, text: str) -> None:
     """Write a file that appears whole or not at all. Raises InputError, for example on a full disk."""
-    special = file.exists() and not file.is_file()  # /dev/stdout, a pipe
     place = file.resolve()  # a link stays a link
-    partial = place if special else place.with_name(f"{place.name}.partial-{os.getpid()}")
+    partial = place.with_name(f"{place.name}.partial-{os.getpid()}")
     try:
+        if file.exists() and not file.is_file():  # /dev/stdout, a pipe
+            file.write_text(text, encoding="utf-8")
+            return
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
-        if not special:
-            partial.replace(place)
+        partial.replace(place)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror or error}") from None
     finally:
-        if not special:
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from sweeps.commands.edit_source import DIGEST, Batch, ContinueOptions, SourceOp
 from sweeps.commands.options import (
     DELTA_HELP,
     EDITS_HELP,
+    EditsOptions,
     JsonOption,
     LimitOption,
     LoadOptions,
@@ -30,16 +31,15 @@ from sweeps.commands.options import (
     SampleSeedOption,
     TrainingOptions,
     UriOption,
-    edits_of,
     typed,
 )
 from sweeps.commands.summaries import print_metrics, print_remedies
-from sweeps.commands.workbench import note_left_out, workbench
+from sweeps.commands.workbench import workbench
 from sweeps.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
     from analysis.stats.signatures import Signature
-    from locft.data.ledger import Ledger
+    from locft.data.ledger import Ledger, LedgerEntry
     from locft.data.requests import EditSet
     from locft.train.pipelines import Training, TrainingSettings
     from locft.workbench import Measurement, Workbench
@@ -87,6 +87,7 @@ def edit(
     """Make the edits at one position, or continue an earlier edit; write the delta and its metrics."""
     from locft.model.models import load_structure
     from locft.model.positions import TuningPosition, parameter_names
+    from sweeps.commands.settings import idle_options
 
     uri = resolve_uri(source.tracking_uri) if source.from_run or register else None
     earlier = going_on.earlier(folder, source, training)
@@ -97,10 +98,10 @@ def edit(
         raise InputError(
             "--register: there is no MLflow run to store the delta with; give --from-run or a position file"
         )
-    _tell_idle(training, chosen.training)
+    notice(*idle_options(asdict(training), chosen.training))
     parameter_names(load_structure(model, trust_remote_code=load.trust_remote_code), where)
-    threads = load.threads or chosen.threads
-    load = replace(load, dtype=chosen.dtype, device=load.device or chosen.device, threads=threads)
+    device, threads = load.device or chosen.device, load.threads or chosen.threads
+    load = replace(load, dtype=chosen.dtype, device=device, threads=threads)
     batch = going_on.batch(earlier, source, chosen)
     _keep_ledger(folder, batch.ledger, source.edits)
     bench = workbench(
@@ -124,21 +125,11 @@ def edit(
     if as_json:
         signatures = [signature.to_dict(command) for signature, command in remedies]
         return print_json({**summary, "signatures": signatures})
-    say(f"{batch.counted()} at {chosen.position} in {trained.seconds:.1f} s: {summary['delta']}")
-    for sentence in batch.told(summary):
-        say(sentence)
-    print_metrics(measured.metrics, bench.baseline.metrics)
+    say(f"{batch.counted()} at {chosen.position} in {trained.seconds:.1f} s: {summary['delta']}", *batch.told(summary))
+    print_metrics({"edited": measured.metrics, "unedited": bench.baseline.metrics})
     print_remedies(remedies)
     if register:
         say(f"Registered: {summary['registered']}")
-
-
-def _tell_idle(given: TrainingOptions, chosen: "TrainingSettings") -> None:
-    """Report the options that are given but have no effect."""
-    from sweeps.commands.settings import idle_options
-
-    for sentence in idle_options(asdict(given), chosen):
-        notice(sentence)
 
 
 def _keep_ledger(folder: Path, ledger: "Ledger", source: str | None) -> None:
@@ -150,12 +141,13 @@ def _keep_ledger(folder: Path, ledger: "Ledger", source: str | None) -> None:
         return
     there = Ledger.load(folder).entries
     times = {time for entry in there for time in (entry.arrived, entry.retracted) if time}
-    known = {(entry.request.prompt, entry.request.target, entry.active) for entry in ledger.entries}
-    lost = [
-        one.request.id
-        for one in there
-        if not known & {(one.request.prompt, one.request.target, active) for active in (False, one.active)}
-    ]
+
+    def made(entry: "LedgerEntry") -> tuple[str, str]:
+        return entry.request.prompt, entry.request.target
+
+    known = {made(entry) for entry in ledger.entries}
+    gone = {made(entry) for entry in ledger.entries if not entry.active}
+    lost = [entry.request.id for entry in there if made(entry) not in (known if entry.active else gone)]
     if lost and len(times) > 1:
         raise InputError(
             f"--out {folder}: holds {plural(len(lost), 'edit')} that this one would lose ({listed(lost, MOST_SHOWN)}); "
@@ -203,18 +195,15 @@ def _summary(
 def _available(model: str, bench: "Workbench", training: "TrainingSettings") -> "TrainingSettings":
     """The settings without the formats that the model's tokenizer lacks, which a notice names."""
     from locft.train.formats import available, parse_formats
+    from sweeps.study.resolve import no_chat
 
-    found = available(bench.loaded.tokenizer, parse_formats(training.train_formats))
-    note_left_out("--train-formats", model, parse_formats(training.train_formats), found)
-    return replace(training, train_formats=",".join(found))
+    tokenizer, formats = bench.loaded.tokenizer, parse_formats(training.train_formats)
+    notice(*no_chat(model, tokenizer, {"--train-formats": formats}))
+    return replace(training, train_formats=",".join(available(tokenizer, formats)))
 
 
 def _remedies(
-    bench: "Workbench",
-    chosen: "EditSettings",
-    trained: "Training",
-    measured: Mapping[str, float],
-    batch: "Batch",
+    bench: "Workbench", chosen: "EditSettings", trained: "Training", measured: Mapping[str, float], batch: "Batch"
 ) -> "list[tuple[Signature, str]]":
     """What went wrong with an edit, and the same command with one option changed. measured: metrics of its delta."""
     from analysis.stats.pick import recommend
@@ -251,15 +240,14 @@ def edits(
     sample_seed: SampleSeedOption = None,
     field_map: MapOption = None,
     fix: Annotated[
-        Path | None,
-        typer.Option("--fix", metavar="OUT.jsonl", help="Write the edits to this file in LocFT's own layout."),
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Write the edits to this file in LocFT's own layout.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show how an edit file is read: layout, counts, the first edit, fields that are ignored, edits that contradict others."""
     from locft.data.requests import own_record
 
-    named = edits_of(source, limit, sample_seed, field_map)
+    named = EditsOptions(source, limit, sample_seed, field_map).named_edits()
     if fix:
         writable(fix, source)
     found = named.load()
@@ -278,8 +266,7 @@ def edits(
     say(f"{source}: layout {found.layout}, {plural(found.records, 'record')}")
     print_table(("", "count"), [(name, f"{count:,}") for name, count in _counts(found).items()])
     say(f"The first edit:\n{json.dumps(records[0], ensure_ascii=False, indent=2)}")
-    for sentence in found.sentences() or ("No problems found.",):
-        say(sentence)
+    say(*(found.sentences() or ("No problems found.",)))
     for prompt, targets in list(contradictions.items())[:MOST_SHOWN]:
         say(f"  {prompt!r} has the targets {' and '.join(map(repr, targets))}")
     if fix:
@@ -301,7 +288,7 @@ def _counts(found: "EditSet") -> dict[str, Any]:
 
 def apply(
     delta: Annotated[str, typer.Argument(metavar="DELTA", help=DELTA_HELP)],
-    model: Annotated[str, typer.Option("--model", help="The unedited model it was trained on.")],
+    model: Annotated[str, typer.Option(help="The unedited model it was trained on.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the edited model.")],
     tracking_uri: UriOption = None,
     as_json: JsonOption = False,
@@ -314,8 +301,7 @@ def apply(
     change = load_delta(delta, tracking_uri)
     new_folder(folder, "config.json")
     merged = merge(model, change, folder, trust_remote_code=trust_remote_code)
-    for sentence in merged.sentences():
-        notice(sentence)
+    notice(*merged.sentences())
     if as_json:
         return print_json({"model": model, "position": change.position, **asdict(merged)})
     say(f"{model} edited at {change.position}: {folder}")

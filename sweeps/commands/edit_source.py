@@ -21,11 +21,12 @@ from sweeps.commands.options import (
     LoadOptions,
     TrainingOptions,
     UriOption,
+    comma_separated,
 )
 
 if TYPE_CHECKING:
     from locft.data.edit_request import EditRequest
-    from locft.data.ledger import Arrival, Ledger
+    from locft.data.ledger import Ledger
     from locft.data.requests import EditSet
     from locft.model.delta import EditDelta
     from locft.model.positions import TuningPosition
@@ -48,8 +49,7 @@ class SourceOptions(EditsOptions):
         str | None, typer.Option(help="LAYER.MODULE, such as 22.mlp_down, or the file `locft select` wrote.")
     ] = None
     from_run: Annotated[
-        str | None,
-        typer.Option("--from-run", help="Repeat the trial of this MLflow run; other options override its settings."),
+        str | None, typer.Option(help="Repeat the trial of this MLflow run; other options override its settings.")
     ] = None
     tracking_uri: UriOption = None
 
@@ -57,10 +57,8 @@ class SourceOptions(EditsOptions):
         """All settings of an edit. Raises InputError with every bad option."""
         from sweeps.commands.settings import edit_settings
 
-        edits = self.named_edits()
-        return edit_settings(
-            self.position, asdict(training), dtype, edits, self.from_run, tracking_uri, self.ask_formats
-        )
+        given = asdict(training) | {"ask_formats": self.ask_formats}
+        return edit_settings(self.position, given, dtype, self.named_edits(), self.from_run, tracking_uri)
 
 
 @dataclass(frozen=True)
@@ -87,70 +85,66 @@ class ContinueOptions:
         ),
     ] = None
 
-    def earlier(self, folder: Path, source: SourceOptions, training: Any) -> "EarlierEdit | None":
+    def earlier(self, folder: Path, source: SourceOptions, training: TrainingOptions) -> "EarlierEdit | None":
         """The edit to continue; None for a new one. Raises InputError with every option that does not fit."""
-        named = self.onto or self.consolidate
-        problems = list(self._unfit())
-        if named:
-            given = {"--position": source.position, "--from-run": source.from_run}
-            problems += [
-                f"{name}: leave it out; an edit that continues another keeps that edit's position"
-                for name, value in given.items()
-                if value is not None
-            ]
-            problems += [
-                f"--{name}: leave it out; --onto trains new edits as one arrival, and --consolidate trains breadth_first"
-                for name in ("pipeline", "arrival")
-                if getattr(training, name) is not None
-            ]
-            if folder.resolve() == named.resolve():
-                problems.append(
-                    f"--out {folder}: this folder holds the edit to continue, which stays unchanged; name another folder"
-                )
-        if self.onto and not source.edits and self.without is None:
-            problems.append("--onto: expected new edits (--edits) or edits to take back (--without)")
-        if self.consolidate and source.edits:
-            problems.append("--consolidate: it trains only the edits in the ledger; add new ones with --onto")
-        if problems:
+        if problems := list(self._problems(folder, source, training)):
             raise InputError(problems)
+        named = self.onto or self.consolidate
         return EarlierEdit.load(named, anew=self.consolidate is not None) if named else None
 
-    def _unfit(self) -> Iterator[str]:
-        """Problems with these options: combinations that conflict, and invalid values."""
+    def _problems(self, folder: Path, source: SourceOptions, training: TrainingOptions) -> Iterator[str]:
         if self.onto and self.consolidate:
             yield "--consolidate: it retrains all edits from the unedited model, so it does not go with --onto"
         for name, value in (("--without", self.without), ("--within", self.within)):
             if value is not None and not self.onto:
                 yield f"{name}: needs --onto FOLDER, the edit to continue"
-        if self.without is not None and not _names(self.without):
+        if self.without is not None and not comma_separated(self.without):
             yield f"--without: got {self.without!r}, expected ids of edits, separated by commas"
         if self.within is not None and not self.within > 0:
             yield f"--within: got {self.within:g}, expected a number of seconds above 0"
+        if self.onto and not source.edits and self.without is None:
+            yield "--onto: expected new edits (--edits) or edits to take back (--without)"
+        if self.consolidate and source.edits:
+            yield "--consolidate: it trains only the edits in the ledger; add new ones with --onto"
+        named = self.onto or self.consolidate
+        if not named:
+            return
+        place = "an edit that continues another keeps that edit's position"
+        order = "--onto trains new edits as one arrival, and --consolidate trains breadth_first"
+        for name, value, why in (
+            ("--position", source.position, place), ("--from-run", source.from_run, place),
+            ("--pipeline", training.pipeline, order), ("--arrival", training.arrival, order),
+        ):  # fmt: skip
+            if value is not None:
+                yield f"{name}: leave it out; {why}"
+        if folder.resolve() == named.resolve():
+            yield f"--out {folder}: this folder holds the edit to continue, which stays unchanged; name another folder"
 
     def batch(self, earlier: "EarlierEdit | None", source: SourceOptions, chosen: "EditSettings") -> "Batch":
         """The edits to train, and the resulting ledger. Raises InputError when no edit is new or none would be left."""
         from locft.data.ledger import FILE_NAME, Ledger
         from locft.data.requests import EditSet
 
-        given = earlier is None or source.edits
-        edits = (
-            chosen.edits.load(only_marked=self.onto is not None).first(chosen.edit_count)
-            if given
-            else EditSet.made(earlier.ledger.active, str(earlier.folder / FILE_NAME))
-        )
         if earlier is None:
+            edits = chosen.edits.load().first(chosen.edit_count)
             return Batch(edits, Ledger.of(edits.requests, now()), new=edits.requests)
+        held = EditSet.made(earlier.ledger.active, str(earlier.folder / FILE_NAME))
         if self.consolidate:
-            return Batch(edits.of(earlier.ledger.active), earlier.ledger, new=earlier.ledger.active)
-        new = edits.requests if given else ()
-        arrival = earlier.ledger.add(new, now(), _names(self.without), edits.retracted)
+            return Batch(held, earlier.ledger, new=held.requests)
+        edits = chosen.edits.load(only_marked=True) if source.edits else held
+        new = edits.requests if source.edits else ()
+        arrival = earlier.ledger.add(new, now(), comma_separated(self.without), edits.retracted)
         if not arrival.new and not arrival.retracted:
             raise InputError([*arrival.sentences, "--edits: nothing new to train"])
         if not arrival.ledger.active:
             raise InputError("--without: no edit would be left; use the unedited model instead")
-        for sentence in arrival.sentences:
-            notice(sentence)
-        return Batch.onto(earlier, arrival, edits, math.inf if self.within is None else self.within)
+        notice(*arrival.sentences)
+        fresh = {request.id for request in arrival.new}
+        kept = tuple(request for request in arrival.ledger.active if request.id not in fresh)
+        sample = random.Random(0).sample(kept, min(EARLIER_MEASURED, len(kept)))
+        measured = replace(edits.of((*arrival.new, *sample)), retracted=())  # the arrival has reported these
+        within = math.inf if self.within is None else self.within
+        return Batch(measured, arrival.ledger, arrival.new, kept, arrival.retracted, earlier.delta, within)
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,8 @@ class EarlierEdit:
     @classmethod
     def load(cls, folder: Path, *, anew: bool = False) -> "EarlierEdit":
         from locft.data.ledger import Ledger
-        from locft.model.delta import FILE_NAME, EditDelta
+        from locft.model.checkpoint import DELTA
+        from locft.model.delta import EditDelta
 
         about = folder / "edit.json"
         try:
@@ -178,30 +173,26 @@ class EarlierEdit:
         except (OSError, ValueError) as error:
             raise InputError(f"{about}: expected the description of an edit that `locft edit` wrote: {error}") from None
         found = cls(folder, EditDelta.load(folder), Ledger.load(folder), described, anew)
-        if described.get(DIGEST, digest := file_sha256(folder / FILE_NAME)) != digest:
+        if described.get(DIGEST, digest := file_sha256(folder / DELTA)) != digest:
             raise InputError(
-                f"{folder}: {FILE_NAME} is not the one that edit.json describes, as when writing the edit was interrupted; "
+                f"{folder}: {DELTA} is not the one that edit.json describes, as when writing the edit was interrupted; "
                 "make the edit again to continue it"
             )
         return found
 
-    def settings(self, model: str, training: Any, load: LoadOptions, source: SourceOptions) -> "EditSettings":
-        """The settings of the earlier edit, overridden by the options that are given."""
+    def settings(
+        self, model: str, training: TrainingOptions, load: LoadOptions, source: SourceOptions
+    ) -> "EditSettings":
+        """The settings of the earlier edit, overridden by the options that are given; where it is trained anew, without what
+        ties them to its model."""
+        from locft.model.models import folder_fingerprint, model_folder
         from sweeps.commands.settings import continued_settings
 
-        chosen = continued_settings(self.delta, self.about, asdict(training), load.dtype, source.ask_formats)
         pipeline = "breadth_first" if self.anew else "stream"
-        chosen = replace(
-            chosen,
-            edits=source.named_edits() or chosen.edits,
-            training=replace(chosen.training, pipeline=pipeline),
-        )
-        return self._on_any(model, load, chosen) if self.anew else chosen
-
-    def _on_any(self, model: str, load: LoadOptions, chosen: "EditSettings") -> "EditSettings":
-        """The settings without what ties them to the model of the earlier edit."""
-        from locft.model.models import folder_fingerprint, model_folder
-
+        given = asdict(training) | {"pipeline": pipeline, "ask_formats": source.ask_formats}
+        chosen = continued_settings(self.delta, self.about, given, load.dtype, source.named_edits())
+        if not self.anew:
+            return chosen
         run_id, before = chosen.run_id, self.delta.base_fingerprint
         found = folder_fingerprint(model_folder(model, trust_remote_code=load.trust_remote_code))
         if found != before:
@@ -229,14 +220,6 @@ class Batch:
     """The earlier edits' delta; None if training starts from the unedited model."""
     seconds: float = math.inf
     """Time limit for training."""
-
-    @classmethod
-    def onto(cls, earlier: EarlierEdit, arrival: "Arrival", edits: "EditSet", seconds: float) -> "Batch":
-        fresh = {request.id for request in arrival.new}
-        kept = tuple(request for request in arrival.ledger.active if request.id not in fresh)
-        sample = random.Random(0).sample(kept, min(EARLIER_MEASURED, len(kept)))
-        measured = replace(edits.of((*arrival.new, *sample)), retracted=())  # the arrival has reported these
-        return cls(measured, arrival.ledger, arrival.new, kept, arrival.retracted, earlier.delta, seconds)
 
     def train(self, bench: "Workbench", position: "TuningPosition", settings: "TrainingSettings") -> "Training":
         """Train new edits alone as the settings say, or on top of earlier ones, which are replayed. Retracted edits are trained
@@ -297,10 +280,9 @@ class Batch:
         fresh = {request.id for request in self.new}
         asked = [one for one in measured.outcomes if one.kind == "reliability" and one.format != "unseen"]
         found: dict[str, Any] = {}
-        for name, is_new in (("new", True), ("earlier", False)):
-            right = [one.correct for one in asked if (one.edit_id in fresh) == is_new]
-            if right:
-                found[name] = {"edits": len(self.new if is_new else self.kept), "reliability": sum(right) / len(right)}
+        for name, edits, is_new in (("new", self.new, True), ("earlier", self.kept, False)):
+            if right := [one.correct for one in asked if (one.edit_id in fresh) == is_new]:
+                found[name] = {"edits": len(edits), "reliability": sum(right) / len(right)}
         found["not_learnt"] = sorted({one.edit_id for one in asked if one.edit_id in fresh and not one.correct})
         return found
 
@@ -308,7 +290,3 @@ class Batch:
 def now() -> str:
     """The current time in UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]

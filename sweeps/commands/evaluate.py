@@ -21,6 +21,8 @@ from sweeps.commands.options import (
     LoadOptions,
     ModelArgument,
     UriOption,
+    comma_separated,
+    idle_without,
 )
 from sweeps.commands.summaries import print_metrics
 from sweeps.commands.workbench import asked_formats, workbench
@@ -50,19 +52,16 @@ class Measured(EditsOptions):
     lm_eval: Annotated[
         str | None,
         typer.Option(
-            "--lm-eval",
             metavar="TASKS",
             help="Also run lm-evaluation-harness tasks, separated by commas, such as arc_easy,gsm8k; paper: the paper's five. "
             "Needs the extra `harness`.",
         ),
     ] = None
     lm_eval_limit: Annotated[
-        int | None,
-        typer.Option("--lm-eval-limit", min=1, metavar="N", help="Use the first N items of each of these tasks."),
+        int | None, typer.Option(min=1, metavar="N", help="Use the first N items of each of these tasks.")
     ] = None
     lm_eval_path: Annotated[
-        Path | None,
-        typer.Option("--lm-eval-path", metavar="FOLDER", help="More task files of lm-evaluation-harness (YAML)."),
+        Path | None, typer.Option(metavar="FOLDER", help="More task files of lm-evaluation-harness (YAML).")
     ] = None
 
     def named(self) -> "Edits | None":
@@ -70,11 +69,11 @@ class Measured(EditsOptions):
         problems = []
         if self.edits is None and self.capability:
             problems.append("--capability: it is only measured together with edits; give --edits as well")
-        if self.edits is None and self.ask_formats:
-            problems.append("--ask-formats: it only applies to --edits; give --edits as well")
-        for name, value in (("--lm-eval-limit", self.lm_eval_limit), ("--lm-eval-path", self.lm_eval_path)):
-            if value is not None and not self.tasks:
-                problems.append(f"{name}: it only applies to --lm-eval; give --lm-eval as well")
+        if self.edits is None:
+            problems += idle_without("--edits", {"--ask-formats": self.ask_formats})
+        if not self.tasks:
+            of_tasks = {"--lm-eval-limit": self.lm_eval_limit, "--lm-eval-path": self.lm_eval_path}
+            problems += idle_without("--lm-eval", of_tasks)
         if self.lm_eval is not None and not self.tasks:
             problems.append("--lm-eval: got nothing, expected names of tasks, separated by commas")
         if self.edits is None and self.lm_eval is None:
@@ -85,7 +84,18 @@ class Measured(EditsOptions):
 
     @property
     def tasks(self) -> list[str]:
-        return [name.strip() for name in (self.lm_eval or "").split(",") if name.strip()]
+        return comma_separated(self.lm_eval)
+
+    def wanted_capability(self) -> "Capability":
+        """The items that --capability names; a file gives its name without the extension. Raises InputError for a repeated name."""
+        from sweeps.study.schema import Capability
+
+        items = self.capability or []
+        tasks = {Path(source).stem if Path(source).exists() else source.replace("/", "-").replace(":", "-"): source
+                 for source in items if source != PROBES}  # fmt: skip
+        if len(tasks) + (PROBES in items) < len(items):
+            raise InputError(f"--capability: got {', '.join(items)}, expected every name once")
+        return Capability(suite=PROBES if PROBES in items else None, tasks=tasks)
 
 
 def evaluate(
@@ -100,34 +110,32 @@ def evaluate(
     from locft.data.suites import harness_tasks
     from sweeps.tracking.registry import load_delta
 
-    formats, capability = asked_formats(measured.ask_formats), capability_of(measured.capability or ())
+    formats, capability = asked_formats(measured.ask_formats), measured.wanted_capability()
     named, harness = measured.named(), harness_tasks() if measured.tasks else None
     edits = named.load() if named else None
     change = load_delta(delta, tracking_uri) if delta else None
     tasks = harness.load_tasks(measured.tasks, measured.lm_eval_path) if harness else {}
-    found: dict[str, Any] = {"model": model, "position": change.position if change else None}
+    position, fingerprint = (change.position, change.base_fingerprint) if change else (None, None)
+    found: dict[str, Any] = {"model": model, "position": position}
     loaded = None
     if edits:
         began = time.monotonic()
-        bench = workbench(
-            model, load, edits, capability, formats, fingerprint=change.base_fingerprint if change else None
-        )
+        bench = workbench(model, load, edits, capability, formats, fingerprint=fingerprint)
         loaded, metrics = bench.loaded, bench.baseline.metrics
         if change:
             notice(f"measuring the edited model (up to about {seconds(time.monotonic() - began)})")
             metrics = bench.measure(change).metrics
         found |= {"metrics": metrics, "unedited": bench.baseline.metrics}
         if not as_json:
-            print_metrics(metrics if change else None, bench.baseline.metrics)
+            print_metrics(({"edited": metrics} if change else {}) | {"unedited": bench.baseline.metrics})
     if tasks:
         from locft.harness import measure_tasks
 
         loaded = loaded or load.load(model)
         if change:
             change.require_base(model, loaded.fingerprint)
-        notice(
-            f"measuring {model}{' and its edit' if change else ''} on {', '.join(measured.tasks)} of lm-evaluation-harness"
-        )
+        what = f"{model} and its edit" if change else model
+        notice(f"measuring {what} on {', '.join(measured.tasks)} of lm-evaluation-harness")
         scores = measure_tasks(loaded, change, tasks, measured.lm_eval_limit, notice)
         found["lm_eval"] = [asdict(score) for score in scores]
         if not as_json:
@@ -140,21 +148,10 @@ def _print_scores(scores: "Sequence[TaskScore]") -> None:
     """Scores are on the harness's own scale: shares are fractions, not percentages, and BLEU goes from 0 to 100."""
     rows = []
     for one in scores:
-        edited = number(one.edited) if one.change else ""
         change = f"{one.change.mean:+.3g} [{one.change.low:+.3g}, {one.change.high:+.3g}]" if one.change else ""
+        edited = number(one.edited) if one.change else ""
         rows.append([one.task, one.metric, f"{one.items:,}", edited, number(one.unedited), change])
     print_table(("task", "metric", "items", "edited", "unedited", "change [95% interval]"), rows)
-
-
-def capability_of(items: Sequence[str]) -> "Capability":
-    """The tasks that --capability names; a file gives its name without the extension. Raises InputError for a repeated name."""
-    from sweeps.study.schema import Capability
-
-    tasks = {Path(source).stem if Path(source).exists() else source.replace("/", "-").replace(":", "-"): source
-             for source in items if source != PROBES}  # fmt: skip
-    if len(tasks) + (PROBES in items) < len(items):
-        raise InputError(f"--capability: got {', '.join(items)}, expected every name once")
-    return Capability(suite=PROBES if PROBES in items else None, tasks=tasks)
 
 
 def ask(
@@ -185,13 +182,11 @@ def ask(
             after = _answers(loaded, prompts, tokens, "after")
         answers = [{**one, **other} for one, other in zip(answers, after, strict=True)]
     if as_json:
-        position = change.position if change else None
-        return print_json(
-            {"model": model, "position": position, "answers": [{"after": None, **one} for one in answers]}
-        )
+        told = [{"after": None, **one} for one in answers]
+        return print_json({"model": model, "position": change.position if change else None, "answers": told})
     for place, one in enumerate(answers):
         if place == 0 or answers[place - 1]["prompt"] != one["prompt"]:
-            say(("\n" if place else "") + one["prompt"], "bold")
+            say(("\n" if place else "") + one["prompt"], style="bold")
         for label in ("before", "after") if change else ("before",):
             say("  ".join(["", f"{one['format']:<4}", *([f"{label:<6}"] if change else []), one[label]]))
 

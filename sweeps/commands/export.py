@@ -16,14 +16,7 @@ from analysis.stats.axes import AXES, AXIS
 from analysis.stats.wording import number, percent, plural
 from locft.errors import InputError, did_you_mean
 from sweeps.commands.console import new_folder, notice, print_json, print_table, say, writable, write
-from sweeps.commands.options import (
-    EDITS_HELP,
-    EditsOptions,
-    FormatsOption,
-    JsonOption,
-    LoadOptions,
-    UriOption,
-)
+from sweeps.commands.options import EDITS_HELP, EditsOptions, FormatsOption, JsonOption, LoadOptions, UriOption
 from sweeps.commands.workbench import asked_formats, workbench
 
 if TYPE_CHECKING:
@@ -52,9 +45,7 @@ class ExportOptions(EditsOptions):
 
     rank: Annotated[
         str | None,
-        typer.Option(
-            "--rank", help="Rank of the adapter; of several, such as 16,64,256, use the smallest that keeps the edit."
-        ),
+        typer.Option(help="Rank of the adapter; of several, such as 16,64,256, use the smallest that keeps the edit."),
     ] = None
     edits: Annotated[
         str | None,
@@ -63,7 +54,7 @@ class ExportOptions(EditsOptions):
     ask_formats: FormatsOption = None
     tracking_uri: UriOption = None
 
-    def named(self) -> "EditSet | None":
+    def load_edits(self) -> "EditSet | None":
         """The edits, if any. Raises InputError."""
         named = self.named_edits()
         return named.load() if named else None
@@ -96,7 +87,7 @@ def export(
             metavar="DELTA|POSITION", help="A delta as in `locft apply`, or a position as in `locft edit --position`."
         ),
     ],
-    model: Annotated[str, typer.Option("--model", help="The unedited model.")],
+    model: Annotated[str, typer.Option(help="The unedited model.")],
     form: Annotated[
         str,
         typer.Option("--format", help="peft: DELTA as a LoRA adapter; axolotl, trl, llamafactory: train at POSITION."),
@@ -127,13 +118,12 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
 
     ranks = _ranks(options.rank)
     new_folder(out, "adapter_config.json")
-    edits, formats = options.named(), asked_formats(options.ask_formats)
+    edits, formats = options.load_edits(), asked_formats(options.ask_formats)
     change = load_delta(what, options.tracking_uri)
     structure = load_structure(model, trust_remote_code=load.trust_remote_code)
     change.require_base(model, folder_fingerprint(model_folder(model, trust_remote_code=load.trust_remote_code)))
     low_rank = LowRank.of(structure, change)
-    for sentence in low_rank.sentences():
-        notice(sentence)
+    notice(*low_rank.sentences())
     if (most := max(ranks)) > low_rank.full_rank:
         notice(
             f"rank {most}: the change has at most rank {low_rank.full_rank}, so {low_rank.full_rank} is used, which is exact"
@@ -152,7 +142,7 @@ def _adapter(what: str, model: str, out: Path, options: ExportOptions, load: Loa
     else:
         _print_rows(rows)
         if chosen:
-            say(f"\nRank {chosen.rank} {_reason(chosen, own, len(adapters))}: {out}", "bold")
+            say(f"\nRank {chosen.rank} {_reason(chosen, own, len(adapters))}: {out}", style="bold")
             say(f"Base: {base}")
     if not chosen:
         notice(f"no rank up to {max(ranks)} keeps the edit, so nothing was written. Try a larger rank, or give a single rank to "
@@ -243,7 +233,7 @@ def _configuration(
 ) -> None:
     from locft.model.adapter import base_address
     from locft.model.delta import require_base
-    from locft.model.models import BUILT_IN, folder_fingerprint, load_structure, load_tokenizer, model_folder
+    from locft.model.models import folder_fingerprint, is_hub_id, load_structure, load_tokenizer, model_folder
     from locft.model.positions import TuningPosition, parameter_names
     from locft.model.trainer_configs import Recipe, trainer_config
     from sweeps.commands.settings import edit_settings
@@ -258,10 +248,10 @@ def _configuration(
     data = out.with_name(f"{out.stem}-edits.jsonl")
     for file in (out, data) if options.edits else (out,):
         writable(file, what, model, options.edits)
-    edits = options.named()
+    edits = options.load_edits()
     chosen = edit_settings(what, {}, None, Edits(), None, "")
     structure = load_structure(model, trust_remote_code=trust_remote_code)
-    if chosen.model_fingerprint and (model in BUILT_IN or Path(model).expanduser().exists()):
+    if chosen.model_fingerprint and not is_hub_id(model):
         require_base(what, chosen.model_fingerprint, model, folder_fingerprint(model_folder(model)))
     training, where = chosen.training, TuningPosition.parse(chosen.position)
     about = tuple(_about(chosen, what))
@@ -279,8 +269,7 @@ def _configuration(
             {"model": model, "position": str(where), "parameters": names, "format": form, "file": str(out),
              "data": str(data) if edits else None, "notes": about}
         )  # fmt: skip
-    for line in about:
-        notice(line)
+    notice(*about)
     say(f"{form} trains {', '.join(names[:4])}{', …' if len(names) > 4 else ''}: {out}")
     say(f"{plural(len(edits.requests), 'edit')}: {data}" if edits else f"Put the edits into {data}, or give --edits")
 

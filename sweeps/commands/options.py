@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass, make_dataclass, replace
 from functools import wraps
 from inspect import Parameter
@@ -32,12 +32,11 @@ DELTA_HELP = "A delta file, the folder `locft edit` wrote, or models:/NAME@ALIAS
 FormatsOption = Annotated[
     str | None,
     typer.Option(
-        "--ask-formats",
         help="Formats in which edits are asked: raw, qa, chat or a text with {prompt}, separated by commas"
-        f" (default {FORMATS}).",
+        f" (default {FORMATS})."
     ),
 ]
-EditsOption = Annotated[str, typer.Option("--edits", help=EDITS_HELP)]
+EditsOption = Annotated[str, typer.Option(help=EDITS_HELP)]
 MapOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -46,12 +45,9 @@ MapOption = Annotated[
         help="Keys of an edit file in no known layout: prompt=question, rephrases=q1,q2, locality.prompt=near. Repeatable.",
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N edits.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first N edits.")]
 SampleSeedOption = Annotated[
-    int | None,
-    typer.Option(
-        "--sample-seed", min=0, help="Draw the N edits at random with this seed instead of taking the first N."
-    ),
+    int | None, typer.Option(min=0, help="Draw the N edits at random with this seed instead of taking the first N.")
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -59,14 +55,11 @@ SetOption = Annotated[
 ]
 UriOption = Annotated[
     str | None,
-    typer.Option(
-        "--tracking-uri",
-        help="MLflow store; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder.",
-    ),
+    typer.Option(help="MLflow store; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."),
 ]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster: auto or HOST:PORT. Default: this machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default all cores.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default all cores.")]
 RemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Off by default.")
 ]
@@ -104,7 +97,12 @@ class StudyOptions:
 
     def prepared(self) -> "PreparedStudy":
         """The study, checked and resolved. Raises InputError with everything that is wrong with it."""
-        return prepared_study(self.study, self.overrides)
+        from sweeps.study.reader import load_study
+        from sweeps.study.resolve import prepare
+
+        overrides = self.overrides or ()
+        changes = [word for change in overrides for word in ("--set", change)]
+        return replace(prepare(load_study(self.study, overrides)), command=("locft", "sweep", self.study, *changes))
 
 
 def typed() -> tuple[str, ...]:
@@ -112,41 +110,15 @@ def typed() -> tuple[str, ...]:
     return ("locft", *(word for word in sys.argv[1:] if word != "--json"))
 
 
-def prepared_study(study: str, overrides: list[str] | None) -> "PreparedStudy":
-    from sweeps.study.reader import load_study
-    from sweeps.study.resolve import prepare
-
-    changes = [word for change in overrides or () for word in ("--set", change)]
-    return replace(prepare(load_study(study, overrides or [])), command=("locft", "sweep", study, *changes))
+def comma_separated(text: str | None) -> list[str]:
+    """The names in an option that takes several, separated by commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def read_map(options: Sequence[str] | None) -> dict[str, list[str]]:
-    """The keys that --map gives for each field. Raises InputError."""
-    found: dict[str, list[str]] = {}
-    for option in options or ():
-        name, equals, keys = option.partition("=")
-        if not equals or not name.strip() or not keys.strip():
-            raise InputError(f"--map {option}: expected FIELD=KEY, such as prompt=question")
-        found.setdefault(name.strip(), []).extend(key.strip() for key in keys.split(","))
-    return found
-
-
-def edits_of(
-    source: str, limit: int | None, sample_seed: int | None = None, field_map: Sequence[str] | None = None
-) -> "Edits":
-    """The edits that --edits, --limit, --sample-seed and --map name. Raises InputError when --edits is empty or --map is
-    wrong."""
-    from locft.data.field_map import read_field_map
-    from sweeps.study.schema import Edits
-
-    if not source.strip():
-        raise InputError(f"--edits: got nothing, expected {EDITS}")
-    try:
-        return Edits(source=source, limit=limit, sample_seed=sample_seed, map=read_field_map(read_map(field_map)))
-    except InputError as error:
-        raise InputError(
-            f"--map: {problem}" if "--map" not in problem else problem for problem in error.problems
-        ) from None
+def idle_without(option: str, given: Mapping[str, Any]) -> list[str]:
+    """A problem for each option that is given (neither None nor an empty list), since it means nothing without `option`."""
+    names = (name for name, value in given.items() if value not in (None, []))
+    return [f"{name}: it only applies to {option}; give {option} as well" for name in names]
 
 
 @dataclass(frozen=True)
@@ -159,17 +131,34 @@ class EditsOptions:
     field_map: MapOption = None
 
     def named_edits(self) -> "Edits | None":
-        """The edits; None without --edits. Raises InputError as `edits_of`, and for other options given without --edits."""
-        if self.edits is not None:
-            return edits_of(self.edits, self.limit, self.sample_seed, self.field_map)
-        told = {
-            "--limit: it only applies to --edits": self.limit is not None,
-            "--sample-seed: it only applies to --edits": self.sample_seed is not None,
-            "--map: it only applies to --edits": bool(self.field_map),
-        }
-        if problems := [f"{problem}; give --edits as well" for problem, given in told.items() if given]:
-            raise InputError(problems)
-        return None
+        """The edits; None without --edits. Raises InputError for an empty name, a wrong map, and other options given without
+        --edits."""
+        from locft.data.field_map import read_field_map
+        from sweeps.study.schema import Edits
+
+        if self.edits is None:
+            others = {"--limit": self.limit, "--sample-seed": self.sample_seed, "--map": self.field_map}
+            if problems := idle_without("--edits", others):
+                raise InputError(problems)
+            return None
+        if not self.edits.strip():
+            raise InputError(f"--edits: got nothing, expected {EDITS}")
+        keys = self._keys()
+        try:
+            fields = read_field_map(keys)
+        except InputError as error:
+            raise InputError(f"--map: {problem}" for problem in error.problems) from None
+        return Edits(source=self.edits, limit=self.limit, sample_seed=self.sample_seed, map=fields)
+
+    def _keys(self) -> dict[str, list[str]]:
+        """The keys that --map gives for each field. Raises InputError."""
+        found: dict[str, list[str]] = {}
+        for option in self.field_map or ():
+            name, _, keys = option.partition("=")
+            if not name.strip() or not keys.strip():
+                raise InputError(f"--map {option}: expected FIELD=KEY, such as prompt=question")
+            found.setdefault(name.strip(), []).extend(key.strip() for key in keys.split(","))
+        return found
 
 
 DEFAULTS = {"learning_rate": 0.0005, "precision": "whichever is faster here", **ONE_EDIT}
@@ -178,11 +167,9 @@ DEFAULTS = {"learning_rate": 0.0005, "precision": "whichever is faster here", **
 
 def _training_option(axis: Axis) -> tuple[str, Any, None]:
     """Name, type and default of the field for an axis."""
-    text, valid = axis.doc, f"{axis.expected()}; "
-    if axis.choices and text.startswith(axis.choices):  # the text already explains the choices
-        valid = ""
-    else:
-        text = text[0].upper() + text[1:]
+    text, valid = axis.doc[0].upper() + axis.doc[1:], f"{axis.expected()}; "
+    if axis.doc.startswith(axis.choices):  # the text already explains the choices
+        text, valid = axis.doc, ""
     help_text = f"{text} ({valid}default {DEFAULTS.get(axis.name, axis.default)})."
     return axis.name, Annotated[axis.type | None, typer.Option(help=help_text)], None
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from analysis.stats.formats import by_format
 from analysis.stats.table import FRACTIONS, setting_text
@@ -15,35 +15,27 @@ if TYPE_CHECKING:
     from sweeps.select.policy import Rung
     from sweeps.study.estimate import Forecast
 
-SHOWN_METRICS = (*FRACTIONS, "capability")
-BUDGET = " (--budget-share or --budget-minutes sets it)"
+TOLD_METRICS = (*FRACTIONS, "capability")
 
 
 class Progress:
-    """Reports every trial and every rung of a selection in one line. It is a reporter (`sweeps.run.dispatch`) and a context
-    manager."""
+    """A reporter (`sweeps.run.dispatch`) that says every trial, and every rung of a selection, in one line."""
 
     def __init__(self, name: str, forecast: "Forecast | None" = None, earlier: Collection[str] = ()):
         """name: the study's name. forecast: that of a sweep, for the number of trials and the time left; a selection plans
-        rung by rung and has none. earlier: ids of the trials that are already done."""
-        self.name = name
+        rung by rung and has none. earlier: ids of the trials that are already done, which it says."""
         self.running = 0
         self.failed_ids: set[str] = set()
         self.finished_ids = set(earlier)  # a trial whose worker died may be reported twice
-        self.resumed = self.planned = len(self.finished_ids)
+        kept = self.planned = len(self.finished_ids)
         self.pace, self._deadline = None, math.inf
         if forecast is not None:
             plan, budget = forecast.prepared.plan, forecast.prepared.study.budget
-            self.planned = max(self.resumed, min(plan.count, budget.trials or plan.count))
-            self.pace = Pace(forecast, self.finished_ids, self.planned - self.resumed)
+            self.planned = max(kept, min(plan.count, budget.trials or plan.count))
+            self.pace = Pace(forecast, self.finished_ids, self.planned - kept)
             self._deadline = forecast.made + 60 * (budget.minutes or math.inf)
-
-    def __enter__(self) -> Self:
-        if self.resumed:
-            self.note(f"{self.name}: {self.resumed} of {self.planned} trials are already finished and are kept")
-        return self
-
-    def __exit__(self, *_) -> None: ...
+        if kept:
+            self.note(f"{name}: {kept} of {self.planned} trials are already finished and are kept")
 
     def note(self, text: str) -> None:
         notice(text)
@@ -54,7 +46,8 @@ class Progress:
         known = len(rung.runs) - open_runs
         text = f"{rung.name}: {rung.why}" + (f" ({known} already known)" if known else "")
         if open_runs:
-            text += f"; about {seconds(left)} of the budget remain" + ("" if self.planned > open_runs else BUDGET)
+            text += f"; about {seconds(left)} of the budget remain"
+            text += "" if self.planned > open_runs else " (--budget-share or --budget-minutes sets it)"
         self.note(text)
 
     def started(self, running: int) -> None:
@@ -67,11 +60,8 @@ class Progress:
         self.running = running
         if self.pace:
             self.pace.finished(result)
-        if result.status == "failed":
-            self.failed_ids.add(result.config.id)
-        else:
-            self.finished_ids.add(result.config.id)
-            self.failed_ids.discard(result.config.id)
+        self.failed_ids.discard(result.config.id)
+        (self.failed_ids if result.status == "failed" else self.finished_ids).add(result.config.id)
         left = self.seconds_left()
         said = f"[{self.done + self.failed}/{self.planned}] {_trial(result.config)}: {_outcome(result)}"
         self.note(said + (f"; about {seconds(left)} left" if left else ""))
@@ -126,7 +116,7 @@ def _outcome(result: TrialResult) -> str:
         return f"failed: {result.error}"
     if result.metrics.get("diverged"):
         return "diverged"
-    found = [f"{name} {percent(result.metrics[name])}" for name in SHOWN_METRICS if name in result.metrics]
+    found = [f"{name} {percent(result.metrics[name])}" for name in TOLD_METRICS if name in result.metrics]
     if formats := by_format(result.metrics, "reliability"):
         found[0] += f" ({', '.join(f'{name} {percent(share)}' for name, share in formats.items())})"
     if "drift_kl" in result.metrics:

@@ -1,4 +1,4 @@
-"""The settings of one edit: options override a position file or the trial to repeat, which override the defaults."""
+"""The settings of one edit: options override a position file, an earlier edit or a trial, which override the defaults."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -32,9 +32,9 @@ class EditSettings:
     dtype: str
     edits: Edits
     ask_formats: tuple[str, ...]
-    model_fingerprint: str | None
+    model_fingerprint: str | None = None
     """Fingerprint of the trial's or the position file's model; None if there is neither."""
-    run_id: str | None
+    run_id: str | None = None
     """MLflow run of the trial or of the position file; None if there is neither."""
     capability: Capability = field(default_factory=lambda: Capability(limit=EDIT_ITEMS))
     device: str = "auto"
@@ -42,6 +42,21 @@ class EditSettings:
     """CPU threads; None takes all cores. Another number can change the last digits of a result."""
     edit_count: int = 0
     """Number of edits to make, counted from the first; 0 for all."""
+
+    def overridden(
+        self, position: str | None, options: Mapping[str, Any], dtype: str | None, edits: Edits | None
+    ) -> "EditSettings":
+        """These settings with what is given in place of their own. options: checked values of axes and of ask_formats."""
+        training = {name: value for name, value in options.items() if name != "ask_formats"}
+        return replace(
+            self,
+            position=position or self.position,
+            training=replace(self.training, **training),
+            dtype=dtype or self.dtype,
+            edits=edits or self.edits,
+            ask_formats=options.get("ask_formats", self.ask_formats),
+            edit_count=0 if edits else self.edit_count,
+        )
 
 
 def edit_settings(
@@ -51,16 +66,15 @@ def edit_settings(
     edits: Edits | None,
     from_run: str | None,
     tracking_uri: str,
-    ask_formats: str | None = None,
 ) -> EditSettings:
     """Where and how to edit.
 
-    position: LAYER.MODULE or a position file. given: values by axis name, None where an option is not given. edits: None takes
-    those of the trial. ask_formats: None takes those of the trial or position file, else the default. from_run: the MLflow run of a
-    trial to repeat. Raises InputError with every bad option, or when neither a run nor both a position and edits are given.
+    position: LAYER.MODULE or a position file. given: values by axis name, and of ask_formats, None where an option is not given.
+    edits: None takes those of the trial. from_run: the MLflow run of a trial to repeat. Raises InputError with every bad option,
+    or when neither a run nor both a position and edits are given.
     """
-    options, problems = _checked({**given, "ask_formats": ask_formats})
-    asked, found = options.pop("ask_formats", None), None
+    options, problems = _checked(given)
+    found = None
     if position is not None and (position.endswith(".json") or "/" in position or Path(position).is_file()):
         found = read_position(Path(position))
         position = found.position
@@ -80,45 +94,41 @@ def edit_settings(
     if problems:
         raise InputError(problems)
     if from_run is not None:
-        return _repeated(from_run, position, options, dtype, edits, tracking_uri, asked)
-    own = {name: read_value(name, value) for name, value in (found.settings if found else {}).items()}
-    own |= {} if found else ONE_EDIT
-    return EditSettings(
-        position,
-        TrainingSettings(**{"precision": training_precision("auto"), **own, **options}),
-        dtype or (found.dtype if found else "float32"),
-        edits,
-        asked or (found.ask_formats if found else read_formats(ONE_EDIT["train_formats"])),
-        found and found.model_fingerprint,
-        found and found.run_id,
-    )
+        own = _of_trial(from_run, tracking_uri, edits)
+    else:
+        settings = {name: read_value(name, value) for name, value in found.settings.items()} if found else ONE_EDIT
+        training = TrainingSettings(**{"precision": training_precision("auto"), **settings})
+        own = EditSettings(position, training, "float32", edits, read_formats(ONE_EDIT["train_formats"]))
+        if found:
+            carried = {name: getattr(found, name) for name in ("dtype", "ask_formats", "model_fingerprint", "run_id")}
+            own = replace(own, **carried)
+    return own.overridden(position, options, dtype, edits)
 
 
 def continued_settings(
-    delta: EditDelta, about: Mapping[str, Any], given: Mapping[str, Any], dtype: str | None, ask_formats: str | None
+    delta: EditDelta, about: Mapping[str, Any], given: Mapping[str, Any], dtype: str | None, edits: Edits | None
 ) -> EditSettings:
-    """The settings of an earlier edit, overridden by the options that are given. about: its edit.json. Capability is not
-    measured, so that a new edit can go live soon. Raises InputError."""
-    options, problems = _checked({**given, "ask_formats": ask_formats})
+    """The settings of an earlier edit, overridden by what is given, as for `edit_settings`. about: its edit.json. Capability is
+    not measured, so that a new edit can go live soon. Raises InputError."""
+    options, problems = _checked(given)
     if problems:
         raise InputError(problems)
-    asked = options.pop("ask_formats", None) or tuple(about.get("ask_formats") or (RAW,))
-    known = {one.name for one in fields(TrainingSettings)}
-    own = {name: value for name, value in delta.settings.items() if name in known}
-    return EditSettings(
+    known = {one.name for one in fields(TrainingSettings)}  # some axes of earlier versions are gone
+    own = EditSettings(
         delta.position,
-        TrainingSettings(**{**own, **options}),
-        dtype or about.get("dtype", "float32"),
+        TrainingSettings(**{name: value for name, value in delta.settings.items() if name in known}),
+        about.get("dtype", "float32"),
         Edits(source=str(about.get("edits", {}).get("source", ""))),
-        asked,
+        tuple(about.get("ask_formats") or (RAW,)),
         delta.base_fingerprint,
         about.get("run_id"),
         Capability(suite=None),
     )
+    return own.overridden(None, options, dtype, edits)
 
 
 def idle_options(given: Mapping[str, Any], training: TrainingSettings) -> Iterator[str]:
-    """A sentence for each option that is given but has no effect with these settings. given: as for `edit_settings`."""
+    """A sentence for each option that is given but has no effect with these settings. given: values by axis name."""
     chosen = {name: (value,) for name, value in asdict(training).items()}
     for name, value in given.items():
         for other, values in AXIS[name].unmet(chosen) if value is not None else ():
@@ -138,36 +148,22 @@ def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return options, problems
 
 
-def _repeated(
-    run_id: str,
-    position: str | None,
-    options: Mapping[str, Any],
-    dtype: str | None,
-    edits: Edits | None,
-    uri: str,
-    asked: tuple[str, ...] | None,
-) -> EditSettings:
-    """The settings of a trial, overridden by the options that are given. Raises InputError."""
+def _of_trial(run_id: str, uri: str, edits: Edits | None) -> EditSettings:
+    """The settings of a trial. edits: those to make instead of its own, which only its study names. Raises InputError."""
     config, study_yaml = find_trial(run_id, uri)
     if study_yaml is None and edits is None:
         raise InputError(f"run {run_id!r}: its study's run is gone, so its edits are not known; give --edits")
-    chosen = EditSettings(
-        position or config.position,
-        TrainingSettings(**{**config.training, **options}),
-        dtype or config.dtype,
-        edits or Edits(),
-        asked or (RAW,),
-        config.model_fingerprint,
-        run_id,
-        edit_count=0 if edits else config.edit_count,
+    training, count = TrainingSettings(**config.training), config.edit_count
+    own = EditSettings(
+        config.position, training, config.dtype, Edits(), (RAW,), config.model_fingerprint, run_id, edit_count=count
     )
     if study_yaml is None:
-        return chosen
+        return own
     study = study_from_yaml(study_yaml)
     return replace(
-        chosen,
-        edits=edits or study.edits,
-        ask_formats=asked or study.ask_formats,
+        own,
+        edits=study.edits,
+        ask_formats=study.ask_formats,
         capability=study.capability,
         device=study.device,
         threads=study.resources.cpus,

@@ -20,6 +20,7 @@ from sweeps.commands.options import (
     INTERRUPTED,
     AddressOption,
     EditsOption,
+    EditsOptions,
     JsonOption,
     LimitOption,
     MapOption,
@@ -28,18 +29,9 @@ from sweeps.commands.options import (
     SetOption,
     StudyOptions,
     UriOption,
-    edits_of,
-    prepared_study,
     typed,
 )
-from sweeps.commands.summaries import (
-    about,
-    expectation,
-    introduce,
-    print_answer,
-    print_remedies,
-    print_selection,
-)
+from sweeps.commands.summaries import about, expectation, introduce, print_answer, print_remedies, print_selection
 from sweeps.tracking.address import redact, resolve_uri
 
 if TYPE_CHECKING:
@@ -57,29 +49,23 @@ def plan(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOptio
     from sweeps.answer import foresee
 
     uri, prepared = resolve_uri(tracking_uri), study.prepared()
-    forecast = foresee(prepared, uri)
+    forecast, trials = foresee(prepared, uri), prepared.plan.trials
     if as_json:
-        trials = [{"id": trial.id, **trial.to_dict()} for trial in prepared.plan.trials]
-        expected = {
-            "estimate": asdict(forecast.estimate),
-            "notes": forecast.memory_notes,
-            "warnings": forecast.warnings,
-        }
-        return print_json({"study": about(prepared), "trials": trials, **expected})
+        listed = [{"id": trial.id, **trial.to_dict()} for trial in trials]
+        told = {"notes": forecast.memory_notes, "warnings": forecast.warnings}
+        return print_json({"study": about(prepared), "trials": listed, "estimate": asdict(forecast.estimate), **told})
     introduce(prepared)
-    if prepared.plan.trials:
-        axes, rows = named_axes(map(vars, prepared.plan.trials)), []
-        for trial in prepared.plan.trials:
+    if trials:
+        axes, rows = named_axes(map(vars, trials)), []
+        for trial in trials:
             values = trial.to_dict()
             cells = (number(values[name]) if AXIS[name].counts(values) else ABSENT for name in axes)
             rows.append([trial.id, trial.position, *cells])
         print_table(("id", "position", *(AXIS[name].title for name in axes)), rows)
     else:
         say(f"The trials are chosen while the study runs (search: {prepared.study.search.method}).")
-    say(expectation(forecast))
-    for note in forecast.memory_notes:
-        say(note)
-    _warn(forecast)
+    say(expectation(forecast), *forecast.memory_notes)
+    notice(*_warnings(forecast))
 
 
 def sweep(
@@ -98,15 +84,15 @@ def sweep(
     from analysis.stats.table import done
     from sweeps.answer import foresee
     from sweeps.commands.progress import Progress
-    from sweeps.sweep import run_sweep
 
     tracking_uri, prepared = resolve_uri(tracking_uri), study.prepared()
-    report_file = _page(report_file, study, prepared)
+    from sweeps.sweep import run_sweep  # imports PyTorch, for which a mistake in the study need not wait
+
+    report_file = _page(report_file, prepared, study.study)
     introduce(prepared)
     forecast = foresee(prepared, tracking_uri)
     if forecast.estimate.left and address is None:
-        notice(f"to run: {expectation(forecast)}")
-        _warn(forecast)
+        notice(f"to run: {expectation(forecast)}", *_warnings(forecast))
 
     def show(state: "StudyState") -> "Progress":
         expected = forecast
@@ -121,8 +107,7 @@ def sweep(
         ran = run_sweep(prepared, tracking_uri, address=address, show=show, register=register)
     state, ending = ran.state, ran.ending
     write(report_file, ran.answer.report_html)
-    told = {"ending": ending, "registered": ran.registered}
-    print_answer(state, ran.answer, report_file, ran.tracking_uri, as_json, **told)
+    print_answer(state, ran.answer, report_file, ran.tracking_uri, as_json, ending=ending, registered=ran.registered)
     if ran.not_registered:
         notice(f"the pick's edit is not in the model registry: {ran.not_registered}")
     left, most = plural(state.left, "trial"), prepared.study.budget.trials
@@ -138,12 +123,13 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
     """Show the progress of STUDY: trials done, diverged, failed (with causes) and left, who runs it, and the time left."""
     from analysis.stats.table import causes
     from sweeps.answer import read_state, remedies_so_far
-    from sweeps.session import driver_of
     from sweeps.tracking.outbox import open_outbox
     from sweeps.tracking.store import connect
     from sweeps.tracking.study_run import find_tracker
 
     uri, prepared = resolve_uri(tracking_uri), study.prepared()
+    from sweeps.session import driver_of  # imports PyTorch, for which a mistake in the study need not wait
+
     if tracking_uri:  # a store that is named must exist; the default one may be created later
         connect(uri)
     tracker = find_tracker(uri, prepared.study.name, prepared.id)
@@ -165,10 +151,8 @@ def status(study: StudyOptions, tracking_uri: UriOption = None, as_json: JsonOpt
         say(by + (f", about {seconds(left)} left" if left else ""))
     elif state.left:
         say("  not running; `locft sweep` continues it")
-    for cause, count in failed.items():
-        say(f"  {count} failed: {cause}")
-    for cause, count in state.retried.items():
-        say(f"  {count} retried: {cause}")
+    say(*(f"  {count} failed: {cause}" for cause, count in failed.items()))
+    say(*(f"  {count} retried: {cause}" for cause, count in state.retried.items()))
     print_remedies(found, redact(uri))
     if undelivered:
         say(f"  {undelivered} finished trials are kept on this machine; `locft sweep` records them in the store")
@@ -180,11 +164,10 @@ def report(
         str | None, typer.Option(metavar="OTHER", help="A second study to compare with STUDY in the same file.")
     ] = None,
     compare_set: Annotated[
-        list[str] | None, typer.Option("--compare-set", metavar="KEY=VALUE", help="Like --set, for OTHER. Repeatable.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Like --set, for OTHER. Repeatable.")
     ] = None,
     compare_uri: Annotated[
-        str | None,
-        typer.Option("--compare-uri", metavar="URI", help="The store that holds OTHER; default that of STUDY."),
+        str | None, typer.Option(metavar="URI", help="The store that holds OTHER; default that of STUDY.")
     ] = None,
     tracking_uri: UriOption = None,
     report_file: Annotated[Path | None, typer.Option("--out", help="Default NAME.html in the current folder.")] = None,
@@ -197,14 +180,14 @@ def report(
         if given and compare is None:
             raise InputError(f"{name}: needs --compare OTHER, the study it applies to")
     uri, prepared = resolve_uri(tracking_uri), study.prepared()
-    second = None if compare is None else prepared_study(compare, compare_set)
+    second = None if compare is None else StudyOptions(compare, compare_set).prepared()
     second_uri = resolve_uri(compare_uri or tracking_uri)
     if second is not None and (second.id, second_uri) == (prepared.id, uri):
         raise InputError(
             f"--compare {compare}: got STUDY itself, expected another study (--compare-set changes fields) or the same"
             " study in another store (--compare-uri)"
         )
-    report_file = _page(report_file, study, prepared)
+    report_file = _page(report_file, prepared, study.study, compare)
     state, tracker = _recorded(prepared, study.study, uri)
     other = None if second is None else measured(*_recorded(second, compare, second_uri))
     answer = answer_of(state, tracker, other)
@@ -240,13 +223,12 @@ class SelectionOptions:
         from sweeps.select.request import selection_request
         from sweeps.study.reader import as_override
 
-        edits = edits_of(self.edits, self.limit, self.sample_seed, self.field_map)
-        chosen = [as_override("edits.map", edits.map)] if edits.map else []
-        chosen += [f"edits.sample_seed={self.sample_seed}"] if self.sample_seed is not None else []
+        edits = EditsOptions(self.edits, self.limit, self.sample_seed, self.field_map).named_edits()
+        fields = {"edits.map": edits.map, "edits.sample_seed": edits.sample_seed}
         request = selection_request(
             self.model,
             edits.source,
-            [*chosen, *(self.overrides or ())],
+            [*(as_override(*field) for field in fields.items()), *(self.overrides or ())],
             limit=self.limit,
             share=self.budget_share,
             minutes=self.budget_minutes,
@@ -277,9 +259,10 @@ def select(
     uri, request = resolve_uri(tracking_uri), wanted.request()
     file = writable(position_file or Path(f"{request.study.name}.json"), wanted.edits, wanted.prior)
     page = writable(file.with_suffix(".html"))
+    if page == file:
+        raise InputError(f"--out {file}: expected another ending than .html, which the page next to it gets")
     introduce(request)
-    progress = Progress(request.study.name)
-    running = run_selection(request, uri, address=address, progress=progress)
+    running = run_selection(request, uri, address=address, reporter=Progress(request.study.name))
     with redirect_stdout(sys.stderr), running as (found, tracker):  # Ray prints on standard output
         answer = conclude(found, tracker, str(file))
     write(page, answer.html)
@@ -297,9 +280,9 @@ def select(
     _end(found.ending, "runs", failed=answer.position is None)
 
 
-def _page(file: Path | None, study: StudyOptions, prepared: "PreparedStudy") -> Path:
-    """The dashboard's file, checked. Raises InputError as `writable`."""
-    return writable(file or Path(f"{prepared.study.name}.html"), study.study, prepared.study.edits.source)
+def _page(file: Path | None, prepared: "PreparedStudy", *studies: str | None) -> Path:
+    """The dashboard's file, checked as by `writable`. studies: names or files of those that are read."""
+    return writable(file or Path(f"{prepared.study.name}.html"), *studies, prepared.study.edits.source)
 
 
 def _end(ending: "Ending", what: str, *, failed: bool) -> None:
@@ -312,9 +295,8 @@ def _end(ending: "Ending", what: str, *, failed: bool) -> None:
         raise typer.Exit(1)
 
 
-def _warn(forecast: "Forecast") -> None:
-    for warning in forecast.warnings:
-        notice(f"warning: {warning}")
+def _warnings(forecast: "Forecast") -> list[str]:
+    return [f"warning: {warning}" for warning in forecast.warnings]
 
 
 def _seconds_left(prepared: "PreparedStudy", tracking_uri: str) -> float | None:

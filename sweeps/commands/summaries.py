@@ -42,9 +42,7 @@ def introduce(prepared: "PreparedStudy") -> None:
     """Say on standard error what the study is about, and which parts of its file have no effect."""
     study, edits = prepared.study, prepared.edits
     notice(f"{study.name}: {study.model}, {len(edits.requests)} edits from {study.edits.source}")
-    notice(f"capability: {prepared.capability_source}")
-    for sentence in (*edits.sentences(), *prepared.notices):
-        notice(sentence)
+    notice(f"capability: {prepared.capability_source}", *edits.sentences(), *prepared.notices)
 
 
 def expectation(forecast: "Forecast", where: str = "on this machine") -> str:
@@ -54,9 +52,8 @@ def expectation(forecast: "Forecast", where: str = "on this machine") -> str:
     if expected.ended_by:
         by_trials = expected.ended_by == "trials"
         end = f"{budget.trials:,}" if by_trials else seconds(60 * budget.minutes)
-        trials = (
-            f"{'' if by_trials else 'about '}{trials} of {planned:,} planned (the budget ends the study after {end})"
-        )
+        rough = "" if by_trials else "about "
+        trials = f"{rough}{trials} of {planned:,} planned (the budget ends the study after {end})"
     if done := planned - expected.left:
         trials += f", {done:,} already done"
     memory = f"{expected.memory_bytes_low / 2**30:.2g} to {expected.memory_bytes_high / 2**30:.2g} GiB of memory"
@@ -102,9 +99,8 @@ def print_answer(
         _print_front(front, pick)
     if pick:
         model, store = state.prepared.study.model, _store_option(tracking_uri)
-        say(f"\nEdit at {pick.position}. {pick.rule}", "bold")
-        for reason in pick.reasons:
-            say(f"  {reason}")
+        say(f"\nEdit at {pick.position}. {pick.rule}", style="bold")
+        say(*(f"  {reason}" for reason in pick.reasons))
         say(
             f"Repeat it: locft edit {shlex.quote(model)} --from-run {by_id[pick.trial_id]['run_id']}{store} --out edited"
         )
@@ -114,9 +110,8 @@ def print_answer(
     if comparison:
         from analysis.stats.comparison import cautions, moved
 
-        say(f"\nCompared with {comparison.names[1]}:", "bold")
-        for sentence in (*moved(comparison), *cautions(comparison)):
-            say(f"  {sentence}")
+        say(f"\nCompared with {comparison.names[1]}:", style="bold")
+        say(*(f"  {sentence}" for sentence in (*moved(comparison), *cautions(comparison))))
     say(f"{state.done} of {counts['planned']} trials done, {state.failed} failed")
     say(f"Dashboard: {report_file}\nMLflow: locft ui --tracking-uri {shlex.quote(tracking_uri)}")
 
@@ -171,36 +166,45 @@ def print_selection(position: dict[str, Any] | None, command: str, page: Path, t
 
     position: content of the position file. page: the HTML page.
     """
-    from analysis.stats.pick import by_format_text
-    from analysis.stats.table import setting_text
-    from sweeps.select.position_file import UNMEASURED, measured_sentence, with_rate
+    from sweeps.select.position_file import with_rate
 
     if position is None:
         say("No run finished, so there is no position to recommend.")
     else:
-        how = position["how"]
-        say(f"Edit at {with_rate(position['position'], position['settings'])}.", "bold")
-        say(
-            f"  Recipe: {setting_text(position['settings'])}, at most {plural(position['settings']['epochs'], 'epoch')}"
-        )
-        if position["predicted"]:
-            for line in expectations(position["predicted"]):
-                say(f"  {line}")
-            if position["formats"]:
-                say(f"  Reliability by prompt format: {by_format_text(position['formats'])}")
-            if sentence := measured_sentence(position["measured_on"]):
-                say(f"  {sentence}")
-            elsewhere = f"; that an unmeasured one is clearly better: {percent(round(position['chance_elsewhere'], 3))}"
-            say(f"  Chance that it is the best position measured: {percent(round(position['chance'], 3))}{elsewhere}")
-            if other := position["runner_up"]:
-                rate = "" if other["learning_rate"] is None else f" at rate {number(other['learning_rate'])}"
-                say(f"  Runner-up: {other['position']}{rate}: {_traded(other['trades'])}")
-        else:
-            say(f"  {UNMEASURED}")
-        spent = f"{percent(how['grid_share'])} of the full grid's cost, {seconds(how['wall_seconds'])}"
-        say(f"  {plural(how['runs'], 'run')}, {spent}")
-        say(f"Make the edit: {command}")
+        say(f"Edit at {with_rate(position['position'], position['settings'])}.", style="bold")
+        say(*(f"  {line}" for line in _selected(position)), f"Make the edit: {command}")
     say(f"Page: {page}\nMLflow: locft ui --tracking-uri {shlex.quote(tracking_uri)}")
+
+
+def _selected(position: Mapping[str, Any]) -> Iterator[str]:
+    """What a position file says, in lines: recipe, predictions with 95% intervals, how sure they are, and the cost."""
+    from analysis.stats.pick import by_format_text
+    from analysis.stats.table import setting_text
+    from sweeps.select.position_file import UNMEASURED, measured_sentence
+
+    settings, predicted, how = position["settings"], position["predicted"], position["how"]
+    yield f"Recipe: {setting_text(settings)}, at most {plural(settings['epochs'], 'epoch')}"
+    for name, title, of in (("reliability", "Reliability", "edits"), ("generalization", "Generalization", "rephrased")):
+        if value := predicted.get(name):
+            yield f"{title}: {percent(value['mean'])} of the {of} {share_interval(value['low'], value['high'])}"
+    if value := predicted.get("capability_change"):
+        yield f"Capability change: {change_with_interval(value['mean'], value['low'], value['high'])}"
+    if value := predicted.get("drift_kl"):
+        yield f"Drift: {number(value['mean'])} nats per token [{number(value['low'])}, {number(value['high'])}]"
+    if position["formats"]:
+        yield f"Reliability by prompt format: {by_format_text(position['formats'])}"
+    if predicted:
+        if sentence := measured_sentence(position["measured_on"]):
+            yield sentence
+        best, elsewhere = (percent(round(position[name], 3)) for name in ("chance", "chance_elsewhere"))
+        yield f"Chance that it is the best position measured: {best}; that an unmeasured one is clearly better: {elsewhere}"
+    else:
+        yield UNMEASURED
+    if other := position["runner_up"]:
+        rate = "" if other["learning_rate"] is None else f" at rate {number(other['learning_rate'])}"
+        yield f"Runner-up: {other['position']}{rate}: {_traded(other['trades'])}"
+    spent = f"{percent(how['grid_share'])} of the full grid's cost, {seconds(how['wall_seconds'])}"
+    yield f"{plural(how['runs'], 'run')}, {spent}"
 
 
 def _traded(trades: Mapping[str, float]) -> str:
@@ -210,20 +214,8 @@ def _traded(trades: Mapping[str, float]) -> str:
     return ", ".join([*shares, *([f"drift {drift:+.4f} nats".replace("-", "−")] if drift is not None else [])])
 
 
-def expectations(predicted: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """What a position file predicts, as lines with 95% intervals."""
-    for name, title, of in (("reliability", "Reliability", "edits"), ("generalization", "Generalization", "rephrased")):
-        if value := predicted.get(name):
-            yield f"{title}: {percent(value['mean'])} of the {of} {share_interval(value['low'], value['high'])}"
-    if value := predicted.get("capability_change"):
-        yield f"Capability change: {change_with_interval(value['mean'], value['low'], value['high'])}"
-    if value := predicted.get("drift_kl"):
-        yield f"Drift: {number(value['mean'])} nats per token [{number(value['low'])}, {number(value['high'])}]"
-
-
-def print_metrics(edited: Mapping[str, float] | None, unedited: Mapping[str, float]) -> None:
-    """Print the metrics of an edited model, if there is one, alongside those of the unedited one; times are left out."""
-    columns = {"unedited": unedited} if edited is None else {"edited": edited, "unedited": unedited}
+def print_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the metrics of models side by side, by the title of their column, without times."""
     shown = [name for name in next(iter(columns.values())) if not name.endswith("_seconds")]
     rows = [[name, *(number(of[name]) if name in of else "" for of in columns.values())] for name in shown]
     print_table(("metric", *columns), rows)

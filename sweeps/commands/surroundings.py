@@ -8,6 +8,7 @@ notebook functions both call `settle` first.
 import getpass
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from locft.cache import cache_folder
@@ -46,14 +47,11 @@ def _have_a_home() -> list[str]:
     """Use a folder under the temporary directory as home if the real one does not exist or cannot be written."""
     given = os.environ.get("XDG_CACHE_HOME")
     home = Path(os.path.expanduser("~"))
-    if home.is_absolute():
-        if not given and cache_folder().is_dir():  # possibly a cache that others have filled
+    with suppress(InputError):
+        if home.is_absolute():
+            if given or not cache_folder().is_dir():  # one that is there may be read-only, filled by others
+                check_writable(home, "the cache")
             return []
-        try:
-            check_writable(home, "the cache")
-            return []
-        except InputError:
-            pass
     place = Path(tempfile.gettempdir()) / f"locft-{os.getuid()}"
     try:
         place.mkdir(mode=0o700, exist_ok=True)
@@ -63,6 +61,4 @@ def _have_a_home() -> list[str]:
     except (OSError, InputError) as error:
         raise InputError(f"there is no writable home folder, and {error}; set HOME and XDG_CACHE_HOME") from None
     os.environ["HOME"] = str(place)
-    if given:
-        return []
-    return [f"no writable home folder, using {place}; set XDG_CACHE_HOME to keep the cache"]
+    return [] if given else [f"no writable home folder, using {place}; set XDG_CACHE_HOME to keep the cache"]

@@ -1,4 +1,4 @@
-"""MLflow's web pages on this machine: start the server for a store, announce its address, stop it cleanly."""
+"""The command `locft ui`: MLflow's web pages on this machine. Registered in `sweeps.commands.cli`."""
 
 import os
 import signal
@@ -11,10 +11,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
+
+import typer
 
 from locft.errors import InputError
-from sweeps.tracking.address import check_reachable, mlflow_address, redact, sqlite_path, take_credentials
+from sweeps.commands.console import print_json, say
+from sweeps.commands.options import JsonOption, UriOption
+from sweeps.tracking.address import check_reachable, mlflow_address, redact, resolve_uri, sqlite_path, take_credentials
 
 HOST = "127.0.0.1"
 PORT = 5000
@@ -22,6 +26,26 @@ PORT = 5000
 START_SECONDS = 120
 """Time limit for the server to answer; its first start on a small machine takes half a minute."""
 _STOP_SECONDS = 10
+
+
+def ui(
+    tracking_uri: UriOption = None,
+    port: Annotated[int | None, typer.Option(help="Default 5000, or any free port when that is taken.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve MLflow's pages on 127.0.0.1 and print the links to those that matter. Ctrl-C stops it."""
+    from sweeps.tracking.study_run import list_studies
+
+    def announce(address: str) -> None:
+        studies = list_studies(address, base=address)
+        if as_json:
+            return print_json({"address": address, "studies": studies})
+        say(f"MLflow: {address}")
+        for found in studies:
+            links = (f"  {name}: {link}" for name, link in found["links"].items())
+            say(f"\n{found['name']} ({found['status']})", *links)
+
+    serve(resolve_uri(tracking_uri), port, announce)
 
 
 def serve(uri: str, port: int | None = None, announce: Callable[[str], None] = print) -> None:
@@ -96,28 +120,23 @@ def _wait_until_healthy(address: str, process: subprocess.Popen, log: BinaryIO) 
         time.sleep(0.2)
         with suppress(OSError):  # not up yet
             return opener.open(f"{address}/health", timeout=5).close()
-        why = f"did not start (exit code {process.returncode})" if process.poll() is not None else None
-        if time.monotonic() > until:
-            why = f"did not answer within {START_SECONDS} s"
-        if why:
+        if process.poll() is not None or time.monotonic() > until:
+            ended = f"start (exit code {process.returncode})"
+            why = f"answer within {START_SECONDS} s" if process.returncode is None else ended
             log.seek(0)
             last_lines = "\n".join(log.read().decode(errors="replace").splitlines()[-15:])
-            raise InputError(f"the MLflow server {why}:\n{redact(last_lines)}")
+            raise InputError(f"the MLflow server did not {why}:\n{redact(last_lines)}")
 
 
 def _end(process: subprocess.Popen) -> None:
     """End the server and its children, which hold the port until the last of them is gone."""
     until = time.monotonic() + 2 * _STOP_SECONDS
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(_STOP_SECONDS)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
     with suppress(ProcessLookupError):  # raised when none of them is left
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         while time.monotonic() < until:
             os.killpg(process.pid, 0)
             time.sleep(0.02)

@@ -36,30 +36,21 @@ def workbench(
     from locft.model.delta import require_base
     from locft.train.formats import asked
     from locft.workbench import Workbench
+    from sweeps.study.resolve import no_chat
 
     suite = capability.load()
     loaded = load.load(model)
     if fingerprint is not None:
         require_base("the edit, or the position or trial it repeats", fingerprint, model, loaded.fingerprint)
-    for sentence in (*requests.sentences(), *(suite.notices if suite else ())):
-        notice(sentence)
+    left_out = no_chat(model, loaded.tokenizer, {"--ask-formats": ask_formats})
+    notice(*requests.sentences(), *(suite.notices if suite else ()), *left_out)
     formats = asked(loaded.tokenizer, ask_formats)
-    note_left_out("--ask-formats", model, ask_formats, formats)
     items = f" and {sum(len(task.items) for task in suite.tasks):,} capability items" if suite else ""
     notice(
         f"measuring the unedited {model}: {plural(len(requests.requests), 'edit')} in {', '.join(formats)}{items}"
         f"{_time(loaded, requests.requests, len(formats), suite)}"
     )
     return Workbench.prepare(loaded, requests, suite, capability.prose_tokens, ask_formats=formats)
-
-
-def note_left_out(option: str, model: str, given: Sequence[str], found: Sequence[str]) -> None:
-    """Tell the user if the chat format, where the option names it, is left out."""
-    from locft.train.formats import CHAT
-    from sweeps.study.resolve import no_chat
-
-    for sentence in no_chat(model, [option] if CHAT in given and CHAT not in found else []):
-        notice(sentence)
 
 
 def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int, suite: "Suite | None") -> str:
@@ -72,12 +63,14 @@ def _time(loaded: "LoadedModel", requests: Sequence["EditRequest"], formats: int
 
     if loaded.model.device.type != "cpu":
         return ""
-    asked = [(text, formats) for one in requests for text in (one.prompt, *one.rephrases)]
-    asked += [(text.prompt, formats) for one in requests for text in one.portability]
-    asked += [(text.prompt, 1) for one in requests for text in one.locality]
+    asked = [
+        text for one in requests for text in (one.prompt, *one.rephrases, *(each.prompt for each in one.portability))
+    ]
+    unrelated = [each.prompt for one in requests for each in one.locality]
     items = [item for task in (suite.tasks if suite else ()) for item in task.items]
-    tokens = sum((len(text.encode()) // BYTES + NEW_TOKENS) * times for text, times in asked)
-    tokens += sum(len((context + choice).encode()) for item in items for context, choice in item.texts) // BYTES
+    choices = [context + choice for item in items for context, choice in item.texts]
+    tokens = sum(len(text.encode()) // BYTES + NEW_TOKENS for text in asked * formats + unrelated)
+    tokens += sum(len(text.encode()) for text in choices) // BYTES
     tokens += sum(item.generation.tokens for item in items if item.generation)
     found = reading_seconds(tokens, loaded.model.num_parameters(), training_precision("cpu"), torch.get_num_threads())
     return f", about {seconds(1 + found)} on an otherwise idle machine"

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from locft.errors import InputError
+from locft.errors import InputError, one_line
 from locft.machine import usable_cores
 from sweeps.run.dispatch import WORKER_RESTARTS, Room
+from sweeps.study.footprint import this_machine
 from sweeps.study.schema import Resources
 
 T = TypeVar("T")
@@ -33,9 +34,7 @@ TOKEN_HINT = (
 
 
 @contextmanager
-def ray_cluster(
-    address: str | None, resources: Resources, trial_bytes: int = 0, model: str | None = None
-) -> Iterator[Room]:
+def ray_cluster(address: str | None, resources: Resources, trial_bytes: int = 0, model: str = "") -> Iterator[Room]:
     """Connect to the cluster at `address` ("auto" finds one), or start Ray on this machine and stop it afterwards.
 
     If Ray already runs in this process, it is used and left running. trial_bytes: predicted memory of a trial. model: must be
@@ -57,9 +56,7 @@ def ray_cluster(
         yield Room(trials_that_fit)
         return
     if address is None:  # fails at once, not after the seconds that Ray needs to start
-        import torch
-
-        resources.places([{"CPU": usable_cores(), "GPU": torch.cuda.device_count()}])
+        resources.places([this_machine()])
     _start(address)
     try:
         room = Room(trials_that_fit)
@@ -81,7 +78,7 @@ def _start(address: str | None) -> None:
     except ray.exceptions.AuthenticationError as error:
         raise InputError(_no_cluster(address, f"there is no token; {TOKEN_HINT}")) from error
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        cause = one_line(error)
         if address is not None and isinstance(error, ConnectionError):  # something listens, but does not let us in
             cause += f", although something is listening there: is it Ray, of this version? If so, {TOKEN_HINT}"
         raise InputError(_no_cluster(address, cause)) from error
@@ -108,7 +105,7 @@ def _check_reachable(address: str) -> None:
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt; if nothing answers it, this is not Ray
     given = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     host, _, port = given.rpartition("://")[2].rpartition(":")
-    if not given or not host or not port.isdigit():
+    if not host or not port.isdigit():
         return  # ray.init finds it, or says what is wrong with it
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
@@ -125,19 +122,15 @@ def _no_cluster(address: str | None, cause: str) -> str:
     )
 
 
-def check_nodes(model: str | None) -> None:
-    """Raises InputError unless every node that runs trials can import this package and sees the same model files as this machine.
-
-    model: with None, or a name that is not a local path, only the package is checked.
-    """
+def check_nodes(model: str) -> None:
+    """Raises InputError unless every node that runs trials can import this package and sees the same model files as this machine
+    (none, if the model is not a local path)."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    path = Path(model).expanduser() if model else None
-    path = path.absolute() if path is not None and path.exists() else None
-    expected, problems = _file_sizes(path), []
+    path = Path(model).absolute()
+    expected, problems, answers = _file_sizes(path), [], {}
     look = ray.remote(num_cpus=0, max_retries=0)(_file_sizes)
-    answers = {}
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("CPU", 0):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -161,9 +154,9 @@ def check_nodes(model: str | None) -> None:
         raise InputError(problems)
 
 
-def _file_sizes(path: Path | None) -> dict[str, int]:
+def _file_sizes(path: Path) -> dict[str, int]:
     """File name -> bytes, for a file or for the files in a folder; empty when there is none."""
-    files = [] if path is None else [path] if path.is_file() else sorted(path.glob("*"))
+    files = [path] if path.is_file() else path.glob("*")
     return {file.name: file.stat().st_size for file in files if file.is_file()}
 
 

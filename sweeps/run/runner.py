@@ -87,7 +87,7 @@ def run_trials(
                 storage_path=scratch,
                 verbose=0,
                 callbacks=[listener],
-                stop=StopWithListener(listener),
+                stop=listener,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
@@ -179,8 +179,8 @@ class InOrder(FIFOScheduler):
         return None
 
 
-class TrialListener(tune.Callback):
-    """Turns Ray Tune's events about trials into calls of the reporter, and knows when and why the study ends."""
+class TrialListener(tune.Callback, Stopper):
+    """Turns Ray Tune's events about trials into calls of the reporter; Ray asks it after every event whether the study ends."""
 
     def __init__(
         self,
@@ -207,11 +207,15 @@ class TrialListener(tune.Callback):
     @property
     def ending(self) -> Ending:
         """Why the study ends here; "complete" unless something ends it early."""
-        if self._given_up:
-            return self._given_up
         errors = self._first_errors
         same = len(errors) == SAME_FAILURES and errors[0] is not None and len(set(errors)) == 1
-        return "same_failure" if same else "complete"
+        return self._given_up or ("same_failure" if same else "complete")
+
+    def stop_all(self) -> bool:
+        return self.ending != "complete"
+
+    def __call__(self, trial_id: str, result: Any) -> bool:
+        return False  # Ray's question about a single trial
 
     def interrupt(self) -> None:
         self._given_up = "interrupted"
@@ -240,11 +244,11 @@ class TrialListener(tune.Callback):
                 ray.kill(worker)
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
-        packed = result.pop("result")  # Ray keeps the last result of every trial
-        if self._dispatch.holds(trial.trial_id):
+        packed, key = result.pop("result"), trial.trial_id  # popped, since Ray keeps the last result of every trial
+        if self._dispatch.holds(key):
             unpacked = unpack_result(packed)
-            self._dispatch.finished(trial.trial_id, unpacked)
-            self._hear(trial.trial_id, unpacked)
+            self._dispatch.finished(key, unpacked)
+            self._hear(key, unpacked)
 
     def on_trial_error(self, iteration, trials, trial, **info):
         key = trial.trial_id
@@ -264,16 +268,3 @@ class TrialListener(tune.Callback):
         if len(self._first_errors) < SAME_FAILURES:
             self._first_errors.append(result.error if result.status == "failed" else None)
         self._reporter.finished(result, len(self._running))
-
-
-class StopWithListener(Stopper):
-    """Asked by Ray Tune after every event whether the study ends here."""
-
-    def __init__(self, listener: TrialListener):
-        self._listener = listener
-
-    def __call__(self, trial_id: str, result: Any) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self._listener.ending != "complete"

@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,7 +17,7 @@ from analysis.stats.wording import percent, plural, seconds
 from sweeps.answer import StudyAnswer, StudyState, answer_of, answer_text
 from sweeps.select.belief import SCALES
 from sweeps.select.policy import Run
-from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED, with_all, with_rate
+from sweeps.select.position_file import FORMAT, SETTINGS, UNMEASURED, measured_sentence, with_rate
 from sweeps.select.request import METHOD, Selection, SelectionRequest
 from sweeps.study.schema import Study
 from sweeps.tracking.outbox import with_retries
@@ -88,58 +88,15 @@ def _position(selection: Selection) -> dict[str, Any] | None:
 
     If time ran out before any run finished, it is the probe's best position; None if runs failed or were interrupted.
     """
-    request, ranking = selection.request, selection.ranking.to_dict("records")
-    if not ranking:
-        if selection.ending != "out_of_time" or not selection.candidates:
-            return None
-        best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
-        return _content(selection, Run(best.layer, best.module, request.start_rate(best)))
-    chance = measured_again(by_setting(selection.compared), seed=request.seed).picks
-    pick, *others = ranking
-    whole, run = selection.pick, _run_of(pick)
-    other = next((row for row in others if _run_of(row).position != run.position), others[0] if others else None)
-    second = other and {
-        "position": _run_of(other).position,
-        "learning_rate": other["learning_rate"] if request.has_rate else None,
-        "chance": chance[other["trial_id"]],
-        "trades": _differences(pick, other),
-    }
-    return _content(selection, run) | {
-        "predicted": {
-            name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in expected(whole).items()
-        },
-        "formats": by_format(whole, "reliability"),
-        "measured_on": _measured_on(selection, whole),
-        "chance": chance[pick["trial_id"]],
-        "chance_elsewhere": selection.chance_elsewhere,
-        "runner_up": second,
-        "run_id": whole["run_id"],
-    }
-
-
-def _run_of(row: Mapping[str, Any]) -> Run:
-    return Run(row["layer"], row["module"], row["learning_rate"], row["seed"])
-
-
-def _measured_on(selection: Selection, row: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How many edits the predictions are based on (0 without a row), on how many the positions were compared, and how the run
-    with all of them ended if it gives no predictions."""
-    request, ended = selection.request, selection.all_edits_ended
-    edits = 0 if row is None else row["edit_count"] or request.facts.n_edits
-    of, source = request.facts.n_edits, request.study.edits.source
-    found = {"edits": int(edits), "compared_on": request.compared_on or of, "of": of, "source": source}
-    return found | ({"all_edits": ended} if ended else {})
-
-
-def _differences(pick: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
-    """Metric -> how much higher it is at the other setting, where both were measured."""
-    found = {name: other[name] - pick[name] for name in SCALES}
-    return {name: float(difference) for name, difference in found.items() if math.isfinite(difference)}
-
-
-def _content(selection: Selection, run: Run) -> dict[str, Any]:
-    """The content of the position file for a run, without the entries that need its measurements."""
     request, facts = selection.request, selection.request.facts
+    ranking = selection.ranking.to_dict("records")
+    if ranking:
+        run = _run_of(ranking[0])
+    elif selection.ending == "out_of_time":
+        best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
+        run = Run(best.layer, best.module, request.start_rate(best))
+    else:
+        return None
     config = request.config(run)
     return {
         "format": FORMAT,
@@ -155,7 +112,7 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         "chance": None,
         "chance_elsewhere": selection.chance_elsewhere,
         "runner_up": None,
-        "measured_on": _measured_on(selection, None),
+        "measured_on": _measured_on(selection),
         "how": {
             "method": METHOD,
             "seed": request.seed,
@@ -168,7 +125,45 @@ def _content(selection: Selection, run: Run) -> dict[str, Any]:
         },
         "run_id": None,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **(_expectations(selection, ranking) if ranking else {}),
     }
+
+
+def _expectations(selection: Selection, ranking: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries of the position file that need measurements. ranking: rows of the settings compared, the pick first."""
+    chance = measured_again(by_setting(selection.compared), seed=selection.request.seed).picks
+    whole, (pick, *others) = selection.pick, ranking
+    elsewhere = (row for row in others if _run_of(row).position != _run_of(pick).position)
+    other = next(elsewhere, others[0] if others else None)
+    second = other and {
+        "position": _run_of(other).position,
+        "learning_rate": other["learning_rate"] if selection.request.has_rate else None,
+        "chance": chance[other["trial_id"]],
+        "trades": {name: float(more) for name in SCALES if math.isfinite(more := other[name] - pick[name])},
+    }
+    return {
+        "predicted": {
+            name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in expected(whole).items()
+        },
+        "formats": by_format(whole, "reliability"),
+        "chance": chance[pick["trial_id"]],
+        "runner_up": second,
+        "run_id": whole["run_id"],
+    }
+
+
+def _run_of(row: Mapping[str, Any]) -> Run:
+    return Run(row["layer"], row["module"], row["learning_rate"], row["seed"])
+
+
+def _measured_on(selection: Selection) -> dict[str, Any]:
+    """How many edits the predictions are based on (0 if nothing was measured), on how many the positions were compared, and how
+    the run with all of them ended if it gives no predictions."""
+    request, row, ended = selection.request, selection.pick, selection.all_edits_ended
+    of, source = request.facts.n_edits, request.study.edits.source
+    edits = 0 if row is None else row["edit_count"] or of
+    found = {"edits": int(edits), "compared_on": request.compared_on or of, "of": of, "source": source}
+    return found | ({"all_edits": ended} if ended else {})
 
 
 def _how_found(selection: Selection, content: dict[str, Any] | None, position_file: str) -> HowFound:
@@ -214,15 +209,16 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
 
 def _sample_fact(selection: Selection) -> Iterator[tuple[str, str]]:
     """If positions are compared on a sample: the fact that the page is about it, and what the pick measured with all edits."""
-    compared_on, row = selection.request.compared_on, selection.pick
-    if not compared_on or row is None:
+    request, row = selection.request, selection.pick
+    if not request.compared_on or row is None:
         return
-    about = f"These results are from a random sample of {compared_on} of the {selection.request.facts.n_edits:,} edits"
     if row["edit_count"]:
-        yield "Sample", f"{about}; {with_all(selection.all_edits_ended)}."
+        yield "Sample", measured_sentence(_measured_on(selection))
     else:
+        about = f"from a random sample of {request.compared_on} of the {request.facts.n_edits:,} edits"
         measured = ", ".join(f"{name} {with_interval(row, name)}" for name in ("reliability", "generalization"))
-        yield "Sample", f"{about}. With all of them, the pick measured: {measured}, drift {drift_text(row)}."
+        all_edits = f"With all of them, the pick measured: {measured}, drift {drift_text(row)}"
+        yield "Sample", f"These results are {about}. {all_edits}."
 
 
 def _run(request: SelectionRequest, run: Run) -> dict[str, Any]:

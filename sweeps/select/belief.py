@@ -32,8 +32,6 @@ DRAWN = ("reliability", "generalization", "change", "change_high", "drift", "cos
 """Fields of `Evidence` that have a row for each draw."""
 CAPABILITY_ERROR = 0.02
 """Half the interval of a change of capability that was not measured."""
-
-
 Effect = tuple[float, float]
 """Mean and standard deviation over models."""
 
@@ -49,21 +47,14 @@ class Scale:
     module: float
     noise: float
     """Of one run."""
-    probe: Effect = (0.0, 0.0)
-    """Of one standard deviation of the probe's log disturbance."""
-    late: Effect = (0.0, 0.0)
-    """Of lying in the last third of the layers."""
-    attention: Effect = (0.0, 0.0)
-    """Of training the attention; of training the whole layer half as much."""
-
-    @property
-    def effects(self) -> tuple[Effect, ...]:
-        return self.probe, self.late, self.attention
+    effects: tuple[Effect, ...] = ((0.0, 0.0),) * 3
+    """Of one standard deviation of the probe's log disturbance, of lying in the last third of the layers, and of training the
+    attention; of training the whole layer half as much."""
 
 
 SCALES = {
-    "drift_kl": Scale(math.log(0.08), 2.0, 0.6, 0.5, 0.25, (0.5, 0.3), (-0.6, 0.6), (0.8, 0.4)),  # of its logarithm
-    "generalization": Scale(0.4, 0.5, 0.15, 0.12, 0.05, (0.0, 0.05), (0.2, 0.1), (0.05, 0.1)),
+    "drift_kl": Scale(math.log(0.08), 2.0, 0.6, 0.5, 0.25, ((0.5, 0.3), (-0.6, 0.6), (0.8, 0.4))),  # of its logarithm
+    "generalization": Scale(0.4, 0.5, 0.15, 0.12, 0.05, ((0.0, 0.05), (0.2, 0.1), (0.05, 0.1))),
     "reliability": Scale(1.1, 0.15, 0.1, 0.1, 0.03),  # most positions learn all, so what is above 1 counts as 1
     "capability_change": Scale(0.0, 0.05, 0.02, 0.01, 0.008),
 }
@@ -96,9 +87,9 @@ class Chances:
     rule, drifts more by more than `DRIFT_MARGIN`, or generalizes less by more than `GENERALIZATION_MARGIN`."""
 
 
-def chances(places: Sequence[Place], n_edits: int = 100, seed: int = 0) -> Chances:
-    """What each place may turn out to be, by draws of what all of them may measure."""
-    rng = np.random.default_rng(seed)
+def chances(places: Sequence[Place]) -> Chances:
+    """What each place may turn out to be, by draws of what all of them may measure, on 100 edits."""
+    rng = np.random.default_rng(0)
     beforehand = features(places)
     drawn = {metric: _draws(metric, places, beforehand, rng) for metric in SCALES}
     drift, generalization, reliability, change = drawn.values()
@@ -112,7 +103,7 @@ def chances(places: Sequence[Place], n_edits: int = 100, seed: int = 0) -> Chanc
         change + CAPABILITY_ERROR,
         drift,
         np.broadcast_to(cost, drift.shape),
-        edits=np.full(size, float(n_edits)),
+        edits=np.full(size, 100.0),
         right=np.empty((size, 0)),
         counts=np.empty(0),
     )

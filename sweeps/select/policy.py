@@ -70,14 +70,9 @@ class Score:
     """The result of a run."""
 
     row: Mapping[str, Any]
-    """Of the results table (`TrialResult.to_row`); of a run that is not over, its status alone."""
+    """Of the results table (`TrialResult.to_row`); of a run that is not over, its status "running" alone."""
     seconds: float
-    """What it cost, in seconds of one worker."""
-
-    @classmethod
-    def still_running(cls, seconds: float) -> "Score":
-        """seconds: what the run is expected to cost."""
-        return cls({"status": "running"}, seconds)
+    """What it cost, or is expected to cost, in seconds of one worker."""
 
     @property
     def is_running(self) -> bool:
@@ -173,7 +168,7 @@ def survey(task: SelectionTask) -> Rungs:
 def _next_positions(task: SelectionTask, scores: Scores) -> Rung | None:
     """None where nothing that is left is affordable, or likely to be clearly better than the pick."""
     expected = expectations(task, scores)
-    if scores and _elsewhere(task, scores, expected) < UNLIKELY:
+    if scores and chance_elsewhere(task, scores, expected) < UNLIKELY:
         return None
     telling, why = _most_telling(task, expected, len(scores)), "the likeliest to matter for what they cost"
     if len(scores) < FIRST:
@@ -208,30 +203,20 @@ def all_over(scores: Scores) -> Generator[None, Scores, Scores]:
 
 def expectations(task: SelectionTask, scores: Scores) -> Chances:
     """The chances of the candidates at their starting rates, in their order."""
-    measured: dict[Run, list[Score]] = {}
-    for run, score in scores.items():
-        if not score.is_running:
-            measured.setdefault(replace(run, seed=0), []).append(score)
-    places = []
+    known, places = _settings(scores), []
     for candidate in task.candidates:
         run = first_run(task, candidate)
-        known = measured.get(run)
-        rows = [score.row for score in known or () if score.comparable]
-        metrics = {name: _mean(rows, name) for name in SCALES} if known else None
+        metrics = {name: _mean(known[run], name) for name in SCALES} if run in known else None
         depth = candidate.layer / max(1, task.layers - 1)
         places.append(Place(depth, candidate.module, candidate.disturbance, task.seconds(run), metrics))
     return chances(places)
 
 
-def chance_elsewhere(task: SelectionTask, scores: Scores) -> float:
+def chance_elsewhere(task: SelectionTask, scores: Scores, expected: Chances | None = None) -> float:
     """That a position which was not run at its starting rate is clearly better than the best of those that were (see
-    `Chances.better`)."""
-    return _elsewhere(task, scores, expectations(task, scores))
-
-
-def _elsewhere(task: SelectionTask, scores: Scores, expected: Chances) -> float:
+    `Chances.better`). expected: the `expectations`, where they are known."""
     left = [first_run(task, candidate) not in scores for candidate in task.candidates]
-    return float(expected.better[left].sum())
+    return float((expected or expectations(task, scores)).better[left].sum())
 
 
 def _apart(task: SelectionTask, order: Sequence[Candidate], scores: Scores) -> list[Candidate]:
@@ -302,16 +287,24 @@ def leading(scores: Scores) -> list[Run]:
     """The settings that can be picked, the one to use first by the rule of `analysis.stats.pick`. Seed 0 stands for a
     setting: its seeds are averaged, as `by_setting` does (which takes a hundred times longer). Runs with all edits are
     left out where there are others: they do not compare."""
-    groups: dict[Run, list[Mapping[str, Any]]] = {}
     fewer = any(run.edit_count for run in scores)
-    for run in sorted(run for run, score in scores.items() if score.comparable and bool(run.edit_count) == fewer):
-        groups.setdefault(replace(run, seed=0), []).append(scores[run].row)
+    groups = {run: rows for run, rows in _settings(scores).items() if rows and bool(run.edit_count) == fewer}
     if not groups:
         return []
     means = pd.DataFrame([{name: _mean(rows, name) for name in JUDGED} for rows in groups.values()])
     means["right_by_edit"] = [mean_right([row.get("right") for row in rows]) for rows in groups.values()]
-    settings = list(groups)
-    return [settings[index] for index in judge(evidence_of(means)).order]
+    return [list(groups)[index] for index in judge(evidence_of(means)).order]
+
+
+def _settings(scores: Scores) -> dict[Run, list[Mapping[str, Any]]]:
+    """The settings of the runs that are over, in order, each as its run with seed 0 -> the rows of its runs that can be
+    picked."""
+    found: dict[Run, list[Mapping[str, Any]]] = {}
+    for run, score in sorted(scores.items(), key=lambda item: item[0]):
+        if not score.is_running:
+            rows = found.setdefault(replace(run, seed=0), [])
+            rows += [score.row] if score.comparable else []
+    return found
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -338,9 +331,8 @@ def first_run(task: SelectionTask, candidate: Candidate) -> Run:
 
 
 def another_rate(run: Run, scores: Scores) -> Run:
-    """The same at half the learning rate, which disturbs less, or where it learnt too little, at twice the rate."""
-    known = [score.row for seed, score in scores.items() if replace(seed, seed=run.seed) == run and score.comparable]
-    factor = 2.0 if _mean(known, "reliability") < LEARNT else 0.5
+    """A leading setting at half the learning rate, which disturbs less, or where it learnt too little, at twice the rate."""
+    factor = 2.0 if _mean(_settings(scores)[run], "reliability") < LEARNT else 0.5
     return replace(run, learning_rate=float(f"{factor * run.learning_rate:.2g}"))
 
 

@@ -30,16 +30,10 @@ def measured_sentence(measured_on: Mapping[str, Any]) -> str | None:
         return None
     if edits == of:
         return f"These figures are for all {of:,} edits; positions were compared on a random sample of {compared_on} of them."
-    to_expect = with_all(measured_on.get("all_edits"))
-    return f"These figures are for a random sample of {edits} of the {of:,} edits; {to_expect}."
-
-
-def with_all(ended: str | None) -> str:
-    """What figures of a sample say about all edits, as the end of a sentence. ended: how the run with all of them ended if it
-    has no figures, "diverged" or "failed"."""
-    if ended is None:
-        return "with all of them, expect more drift"
-    return f"with all of them the run {ended}, so do not expect the same there"
+    to_expect = ", expect more drift"
+    if ended := measured_on.get("all_edits"):
+        to_expect = f" the run {ended}, so do not expect the same there"
+    return f"These figures are for a random sample of {edits} of the {of:,} edits; with all of them{to_expect}."
 
 
 def _position(value: Any) -> str:
@@ -83,20 +77,19 @@ def read_position(file: Path) -> PositionFile:
         raise InputError(
             f"{file}: not a position file: expected the key format with {FORMAT!r}, as `locft select` writes it"
         )
-    if isinstance(content.get("settings"), dict):
-        content["settings"] = without_retired(content["settings"])
-    problems = []
+    problems, settings = [], content.get("settings")
+    if isinstance(settings, dict):
+        content["settings"] = settings = without_retired(settings)
     try:
         found = PositionFile.model_validate(content)
     except ValidationError as error:
         for fault in error.errors():
             got = "" if fault["type"] in ("problem", "missing") else f"got {show(fault['input'])}: "
             problems.append(f"{'.'.join(map(str, fault['loc']))}: {got}{fault['msg']}")
-    for key, value in content["settings"].items() if isinstance(content.get("settings"), dict) else ():
-        if key not in SETTINGS:
-            problems.append(f"settings.{key}: unknown, expected one of {', '.join(SETTINGS)}")
-            continue
+    for key, value in settings.items() if isinstance(settings, dict) else ():
         try:
+            if key not in SETTINGS:
+                raise InputError(f"unknown, expected one of {', '.join(SETTINGS)}")
             read_value(key, value)
         except InputError as error:
             problems.append(f"settings.{key}: {error}")

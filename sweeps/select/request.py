@@ -72,23 +72,24 @@ class SelectionRequest(PreparedStudy):
         return tuple((trial.layer, trial.module) for trial in self.plan.trials)
 
     @property
-    def steps(self) -> int:
-        """Optimiser steps of a trial that takes all its epochs."""
-        return steps_of(self.study, self.compared_on or self.facts.n_edits)
+    def fixed(self) -> dict[str, Any]:
+        """The values of the axes in `FIXED`."""
+        return {axis: getattr(self.study.space, axis)[0] for axis in FIXED}
 
     @property
     def has_rate(self) -> bool:
         """Whether the study's method takes a learning rate, which each position then gets from the probe."""
-        return AXIS["learning_rate"].counts({axis: getattr(self.study.space, axis)[0] for axis in FIXED})
+        return AXIS["learning_rate"].counts(self.fixed)
 
     def start_rate(self, candidate: Candidate) -> float:
         """The learning rate of a position's first run."""
-        return start_rate(candidate, self.steps) if self.has_rate else AXIS["learning_rate"].default
+        if not self.has_rate:
+            return AXIS["learning_rate"].default
+        return start_rate(candidate, steps_of(self.study, self.compared_on or self.facts.n_edits))
 
     def config(self, run: Run) -> TrialConfig:
         """The trial of a run."""
-        fixed = {axis: getattr(self.study.space, axis)[0] for axis in FIXED}
-        return trial_config(self.study, self.facts, {**fixed, **asdict(run)})
+        return trial_config(self.study, self.facts, {**self.fixed, **asdict(run)})
 
     def run(self, config: TrialConfig) -> Run | None:
         """The run of a trial; None if the trial has other data or settings, or a position that is not planned."""
@@ -196,7 +197,7 @@ def selection_request(
     there = modules_of(load_structure(model))
     modules = [module for module in MODULES if module in there] or list(there)
     settings = {"model": model, "edits.source": edits, "edits.limit": limit, "space.module": modules}
-    study = load_study(BASE, [*(as_override(*setting) for setting in settings.items()), *overrides])
+    study = load_study(BASE, [*map(as_override, settings, settings.values()), *overrides])
     if problems := list(_study_problems(study)):
         raise InputError(problems)
     if study.name == BASE:
@@ -206,7 +207,10 @@ def selection_request(
     trials = tuple(trial for trial in prepared.plan.trials if trial.edit_count == compared_on)
     if minutes is None and share is None:
         share = min(DEFAULT_SHARE, DEFAULT_RUNS / len(trials))
-    said = (*prepared.notices, *_told(compared_on, prepared.facts.n_edits))
+    said = prepared.notices
+    if compared_on:
+        sample = f"a random sample of {compared_on} of the {prepared.facts.n_edits:,} edits"
+        said += (f"positions are compared on {sample}; the leader is run with all",)
     found = vars(replace(prepared, plan=Plan(trials, len(trials), trials), notices=said))
     return SelectionRequest(**found, share=share, minutes=minutes, seed=seed, priors=priors, compared_on=compared_on)
 
@@ -224,14 +228,6 @@ def _compared_on_few(study: Study) -> tuple[Study, int]:
     edits = study.edits.model_copy(update={"order_seed": study.edits.order_seed or 0, "asked": asked})
     space = study.space.model_copy(update={"edit_count": (COMPARED_ON, 0)})
     return study.model_copy(update={"edits": edits, "space": space}), COMPARED_ON
-
-
-def _told(compared_on: int, edits: int) -> tuple[str, ...]:
-    if not compared_on:
-        return ()
-    return (
-        f"positions are compared on a random sample of {compared_on} of the {edits:,} edits; the leader is run with all",
-    )
 
 
 def steps_of(study: Study, edits: int) -> int:
@@ -252,8 +248,8 @@ def _study_problems(study: Study) -> Iterator[str]:
         yield "space.seed: a selection chooses seeds itself; leave it out"
     for limit in ("minutes", "trials"):
         if (value := getattr(study.budget, limit)) is not None:
-            own = "a selection has budgets of its own, see --budget-share and --budget-minutes"
-            yield f"budget.{limit}: got {value:g}; {own}"
+            own = "budgets of its own, see --budget-share and --budget-minutes"
+            yield f"budget.{limit}: got {value:g}; a selection has {own}"
     if study.search.method != "grid":
         yield f"search.method: got {study.search.method}; a selection searches in its own way"
 

@@ -8,12 +8,11 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -32,7 +31,6 @@ from sweeps.select.policy import (
     Policy,
     Run,
     Rung,
-    Rungs,
     Score,
     Scores,
     SelectionTask,
@@ -72,7 +70,7 @@ def run_selection(
     store: str,
     *,
     address: str | None = None,
-    progress: AbstractContextManager[SelectionReporter],
+    reporter: SelectionReporter,
     policy: Policy = survey,
 ) -> Iterator[tuple[Selection, Tracker]]:
     """Probe the positions and run those that the policy asks for; every trial is recorded in MLflow. Repeating the call resumes.
@@ -84,10 +82,8 @@ def run_selection(
     description = f"Selection of a position for {request.study.model} on {request.study.edits.source}"
     with study_session(request, store, description, address=address) as session:
         session.start_ray()
-        with progress as reporter:
-            tracker = session.open_run()
-            found = _select(request, session, reporter, policy, began)
-        yield found, tracker
+        tracker = session.open_run()
+        yield _select(request, session, reporter, policy, began), tracker
 
 
 def _select(
@@ -95,14 +91,29 @@ def _select(
 ) -> Selection:
     tracker, concurrent = session.open_run(), session.room.trials()
     candidates, baseline = _prepared(request, tracker, reporter.note)
-    minutes = request.minutes
-    deadline = math.inf if minutes is None else began + 60 * minutes - FINISHING_SECONDS
+    deadline = math.inf if request.minutes is None else began + 60 * request.minutes - FINISHING_SECONDS
     grid = sum(trial_seconds(trial, request.facts) for trial in request.plan.trials)
     share, left = request.share, deadline - time.monotonic()
+
+    def expected_seconds(run: Run) -> float:
+        return trial_seconds(request.config(run), request.facts)
+
+    def score(run: Run, row: dict[str, Any]) -> Score:
+        """A budget in minutes is charged real seconds; a share of the grid estimated ones, whatever else the machine is doing."""
+        return Score(row, row.get("seconds", 0.0) if share is None else expected_seconds(run))
+
+    def finished(results: pd.DataFrame) -> dict[Run, Score]:
+        """The runs of the request that are done."""
+        rows = done(results).to_dict("records")
+        return {run: score(run, row) for row in rows if (run := request.run(config_of_row(row)))}
+
+    def tell(rung: Rung, open_runs: int) -> None:
+        reporter.rung(rung, open_runs, min(deadline - time.monotonic(), seconds_left(task, search.so_far)))
+
     task = SelectionTask(
         candidates,
         request.facts.n_layers,
-        lambda run: trial_seconds(request.config(run), request.facts),
+        expected_seconds,
         request.start_rate,
         budget=left * concurrent * BUSY if share is None else share * grid,
         concurrent=concurrent,
@@ -110,22 +121,14 @@ def _select(
         compared_on=request.compared_on,
         other_rate=request.has_rate,
         priors=request.priors,
+        known=finished(tracker.load_results(curves=False)),
     )
-
-    def score(run: Run, row: dict[str, Any]) -> Score:
-        """A budget in minutes is charged real seconds; a share of the grid estimated ones, whatever else the machine is doing."""
-        return Score(row, row.get("seconds", 0.0) if share is None else task.seconds(run))
-
-    def tell(rung: Rung, open_runs: int) -> None:
-        reporter.rung(rung, open_runs, min(deadline - time.monotonic(), seconds_left(task, search.so_far)))
-
-    known = {run: score(run, row) for run, row in _finished(request, tracker.load_results(curves=False))}
-    search = PolicySearch(policy(replace(task, known=known)), request.config, score, task.seconds, known, tell)
-    ending = session.run_trials(search, baseline, reporter, deadline, some_done=bool(known))
+    search = PolicySearch(policy, task, request.config, score, tell)
+    ending = session.run_trials(search, baseline, reporter, deadline, some_done=bool(task.known))
     results = tracker.load_results()
-    own = np.array([request.run(config_of_row(row)) is not None for row in results.to_dict("records")], dtype=bool)
-    results = results[own].reset_index(drop=True)
-    finished = {run: score(run, row) for run, row in _finished(request, results)}
+    own = [request.run(config_of_row(row)) is not None for row in results.to_dict("records")]
+    results = results[pd.Series(own, dtype=bool)].reset_index(drop=True)
+    over = finished(results)
     found = Selection(
         request,
         results,
@@ -133,8 +136,8 @@ def _select(
         candidates,
         tuple(search.rungs),
         ending,
-        chance_elsewhere(task, finished),
-        grid * _really(task, finished),
+        chance_elsewhere(task, over),
+        grid * _really(task, over),
         time.monotonic() - began,
         concurrent,
     )
@@ -158,30 +161,23 @@ def seconds_left(task: SelectionTask, scores: Scores) -> float:
     return _really(task, scores) * (left + sum(map(task.seconds, with_all_edits(task, scores))))
 
 
-def _finished(request: SelectionRequest, results: pd.DataFrame) -> list[tuple[Run, dict[str, Any]]]:
-    """The runs of the request that are done, with their rows."""
-    rows = done(results).to_dict("records")
-    return [(run, row) for row in rows if (run := request.run(config_of_row(row)))]
-
-
 class PolicySearch:
     """A policy as a `sweeps.run.dispatch.Search`. Runs with a known score are not run again, so a stopped selection resumes."""
 
     def __init__(
         self,
-        policy: Rungs,
+        policy: Policy,
+        task: SelectionTask,
         to_config: Callable[[Run], TrialConfig],
         to_score: Callable[[Run, dict[str, Any]], Score],
-        seconds: Callable[[Run], float],
-        known: Scores,
         tell: Callable[[Rung, int], None],
     ):
-        """to_score: from a row of the results table. seconds: expected cost of a run. known: scores from an earlier call.
-        tell: called with every rung and the number of its runs that are not known yet."""
+        """to_score: from a row of the results table. tell: called with every rung and the number of its runs that are not known
+        yet."""
         self.rungs: list[Rung] = []
-        self.scores = dict(known)
+        self.scores = dict(task.known)
         """Scores of all runs that are over."""
-        self._policy, self._seconds = policy, seconds
+        self._policy, self._seconds = policy(task), task.seconds
         self._to_config, self._to_score, self._tell = to_config, to_score, tell
         self._queue: list[Run] = []
         self._running: dict[str, Run] = {}
@@ -191,7 +187,8 @@ class PolicySearch:
     @property
     def so_far(self) -> Scores:
         """Scores of all runs that have begun; those still running have their expected cost."""
-        return self.scores | {run: Score.still_running(self._seconds(run)) for run in self._running.values()}
+        running = {run: Score({"status": "running"}, self._seconds(run)) for run in self._running.values()}
+        return self.scores | running
 
     def propose(self, key: str) -> TrialConfig | Literal["wait"] | None:
         if self._waits:
@@ -227,7 +224,7 @@ def _prepared(
     """The probe's scores and the unedited model's measurements: read from the study's run, or else made on workers."""
     baseline_file = f"baseline-{request.facts.data_fingerprint}.json"
     works: dict[str, tuple[str, Callable[[], Any]]] = {
-        baseline_file: ("measuring the unedited model", partial(_measure, request.inputs)),
+        baseline_file: ("measuring the unedited model", partial(measure_baseline, request.inputs)),
         PROBE_FILE: ("probing every position", partial(_probe, request.inputs, request.positions, request.seed)),
     }
     found = {name: json.loads(text) for name in works if (text := tracker.read_file(name)) is not None}
@@ -237,7 +234,7 @@ def _prepared(
         note(", and ".join(works[name][0] for name in missing))
         made = on_workers([works[name][1] for name in missing], request.study.resources)
         for name, value in zip(missing, made, strict=True):
-            text = json.dumps(value)
+            text = json.dumps(value, default=Baseline.to_dict)
             tracker.write_file(name, text)
             found[name] = json.loads(text)
     return _candidates(request, found[PROBE_FILE]), Baseline.from_dict(found[baseline_file])
@@ -250,11 +247,6 @@ def _candidates(request: SelectionRequest, probed: Any) -> tuple[Candidate, ...]
         return ()
     found = {(row["layer"], row["module"]): Candidate(**row) for row in probed["scores"]}
     return tuple(found[place] for place in request.positions) if found.keys() >= {*request.positions} else ()
-
-
-def _measure(inputs: PreparedStudy) -> dict[str, Any]:
-    """On a worker: the unedited model's measurements."""
-    return measure_baseline(inputs).to_dict()
 
 
 def _probe(inputs: PreparedStudy, positions: Sequence[tuple[int, str]], seed: int) -> dict[str, Any]:

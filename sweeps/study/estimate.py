@@ -25,7 +25,15 @@ from analysis.stats.axes import AXIS, STAGES
 from analysis.stats.wording import plural
 from locft.errors import InputError
 from locft.machine import usable_cores
-from sweeps.study.footprint import BYTES, depth_sentence, disk_range, gpu_sentence, memory_range, places
+from sweeps.study.footprint import (
+    BYTES,
+    depth_sentence,
+    disk_range,
+    gpu_sentence,
+    memory_range,
+    most_memory_bytes,
+    this_machine,
+)
 from sweeps.study.plan import PreparedStudy
 from sweeps.study.schema import Resources
 from sweeps.study.trial_types import StudyFacts, TrialConfig, TrialResult
@@ -146,9 +154,12 @@ class Forecast:
         return trial_seconds(trial, self.prepared.facts, self.costs, None)
 
     def on(self, nodes: Sequence[Mapping[str, float]]) -> "Forecast":
-        """The same forecast for these nodes (Ray's resources of each) instead of this machine."""
-        prepared = self.prepared
-        return replace(self, concurrent=places(prepared.study.resources, prepared.plan.sample, prepared.facts, nodes))
+        """The same forecast for these nodes (Ray's resources of each); one trial at a time even if none fits."""
+        trial_bytes = most_memory_bytes(self.prepared.plan.sample, self.prepared.facts)
+        try:
+            return replace(self, concurrent=self.prepared.study.resources.places(nodes, trial_bytes))
+        except InputError:
+            return replace(self, concurrent=1)
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -156,39 +167,34 @@ class Forecast:
 
         The middle time assumes the usual share of a trial's epochs, the high one all of them, the low one few.
         """
-        plan, facts, costs = self.prepared.plan, self.prepared.facts, self.costs
-        most, minutes = self.prepared.study.budget.trials, self.prepared.study.budget.minutes
+        plan, facts, costs, budget = self.prepared.plan, self.prepared.facts, self.costs, self.prepared.study.budget
         sample = [trial for trial in plan.sample if trial.id not in self.done]
         left = len(sample) if plan.trials else max(0, plan.count - len(self.done))
-        affordable = left if most is None else max(0, min(left, most - len(self.done)))
+        affordable = left if budget.trials is None else max(0, min(left, budget.trials - len(self.done)))
         if plan.trials:
             sample = sample[:affordable]
+        limit = 60 * budget.minutes if budget.minutes else math.inf
+        start = _START_SECONDS + costs.unedited(facts, plan.sample)
 
         def each(share: float | None) -> list[float]:
             """Seconds of every trial; one that a search has yet to choose is given the mean of the sample."""
             seconds = [trial_seconds(trial, facts, costs, share) for trial in sample]
             return seconds if plan.trials or not seconds else [statistics.fmean(seconds)] * affordable
 
-        def ends(share: float | None) -> list[float]:
-            return [
-                _START_SECONDS + costs.unedited(facts, plan.sample) + end for end in _ends(each(share), self.concurrent)
-            ]
-
-        def total(share: float | None) -> float:
-            return max(ends(share), default=0.0)
-
-        limit, per_trial = 60 * minutes if minutes else math.inf, each(None)
-        trials = sum(end <= limit for end in ends(None))
+        usual = each(None)
+        ends = _ends(usual, self.concurrent, start)
+        low, high = (max(_ends(each(share), self.concurrent, start), default=0.0) for share in (_LEAST_STEPS, 1.0))
+        total, trials = max(ends, default=0.0), sum(end <= limit for end in ends)
         memory, disk = memory_range(sample, facts, self.concurrent), disk_range(sample, trials, facts)
         return Estimate(
             trials=trials,
             left=left,
-            ended_by="minutes" if total(None) > limit else "trials" if affordable < left else None,
+            ended_by="minutes" if total > limit else "trials" if affordable < left else None,
             concurrent=self.concurrent,
-            seconds_low=min(limit, total(_LEAST_STEPS) / costs.spread / costs.busy),
-            seconds=min(limit, total(None)),
-            seconds_high=min(limit, total(1.0) * costs.spread),
-            seconds_per_trial=statistics.fmean(per_trial) if per_trial else 0.0,
+            seconds_low=min(limit, low / costs.spread / costs.busy),
+            seconds=min(limit, total),
+            seconds_high=min(limit, high * costs.spread),
+            seconds_per_trial=statistics.fmean(usual) if usual else 0.0,
             memory_bytes_low=memory[0],
             memory_bytes_high=memory[1],
             disk_bytes_low=disk[0],
@@ -206,14 +212,14 @@ class Forecast:
     @property
     def warnings(self) -> list[str]:
         """What does not fit on this machine, and what to do about it."""
-        expected, have = self.estimate, psutil.virtual_memory().total
-        if expected.memory_bytes_high <= have:
+        low, high = self.estimate.memory_bytes_low, self.estimate.memory_bytes_high
+        have = psutil.virtual_memory().total
+        if high <= have:
             return []
-        sure = expected.memory_bytes_low > have
-        wanted = expected.memory_bytes_low if sure else expected.memory_bytes_high
-        take = "may take" if not sure else "takes at least" if expected.concurrent == 1 else "take at least"
+        least = "takes at least" if self.concurrent == 1 else "take at least"
+        take, wanted = (least, low) if low > have else ("may take", high)
         return [
-            f"memory: {plural(expected.concurrent, 'trial')} at a time {take} {wanted / 2**30:.1f}"
+            f"memory: {plural(self.concurrent, 'trial')} at a time {take} {wanted / 2**30:.1f}"
             f" GiB, and this machine has {have / 2**30:.1f} GiB; run fewer trials at a time"
             " (resources.concurrent), or use smaller batches or dtype: bfloat16"
         ]
@@ -227,11 +233,10 @@ def make_forecast(
     finished: ids of the study's finished trials. earlier: finished trials of this model on this machine (`machine`), in any
     study. timed: time some steps of the real model if there are too few earlier trials, instead of using rough rates.
     """
-    done, facts, resources = frozenset(finished), prepared.facts, prepared.study.resources
-    costs = Costs(resources.cpus)
+    done, costs = frozenset(finished), Costs(prepared.study.resources.cpus)
     if len(done) < prepared.plan.count:
         costs = costs_from_trials(earlier, prepared) or (timed and costs_from_steps(prepared)) or costs
-    return Forecast(prepared, costs, done, places(resources, prepared.plan.sample, facts))
+    return Forecast(prepared, costs, done).on([this_machine()])
 
 
 def machine(resources: Resources) -> str:
@@ -247,29 +252,32 @@ def rough_seconds(trial: TrialConfig, facts: StudyFacts, cpus: int, steps: float
     At the rates of two cores with bfloat16 matrix instructions and a model of 135M parameters: a step takes 1.1 ns per
     parameter (its weights pass through memory) and 9 ps per parameter and token. A GPU is far faster.
     """
-    head, through = facts.head_parameters, layers_passed(trial, facts) * facts.layer_parameters
-    asked, read = facts.evaluation_tokens, facts.capability_tokens
-    # in units of an edit as a raw prompt; a guard counts as one of these
-    prefix = trial.prefix_share * _PREFIX_TOKENS * facts.n_edits / max(1, facts.edit_tokens)
+    layers = facts.n_layers - (0 if trial.further_steps else trial.layer)  # further steps change all weights
+    head, through, supervised = facts.head_parameters, layers * facts.layer_parameters, _SUPERVISED_SHARE
+    an_edit = facts.edit_tokens / facts.n_edits  # tokens of one as a raw prompt; a guard counts as one of these
     replayed = steps * trial.replay if trial.pipeline == "stream" else 0
     guards = trial.guards_per_step if trial.guard != "none" else 0
-    rows = (edits + replayed) * (facts.row_size(trial.train_formats) + prefix) + steps * guards
-    tokens = rows * facts.edit_tokens / max(1, facts.n_edits)
-    generating = _GENERATED_SHARE * asked * facts.parameters
-    a_step, a_token = 8e-3 + 0.5e-9 * head + 1.1e-9 * through, 9e-12 * (_SUPERVISED_SHARE * head + through)
+    a_row = facts.row_size(trial.train_formats) * an_edit + trial.prefix_share * _PREFIX_TOKENS
+    tokens = (edits + replayed) * a_row + steps * guards * an_edit
+    a_step, a_token = 8e-3 + 0.5e-9 * head + 1.1e-9 * through, 9e-12 * (supervised * head + through)
+    asked_token = 10e-12 * (supervised * head + through + _GENERATED_SHARE * facts.parameters)
+    generated = 10e-12 * facts.generated_tokens * facts.parameters
     found = {
         "train": steps * a_step + tokens * a_token,
-        "evaluate": 10e-12 * (asked * (_SUPERVISED_SHARE * head + through) + generating),
-        "capability": read * (15e-12 * _SUPERVISED_SHARE * head + 7e-12 * through)
-        + 10e-12 * facts.generated_tokens * facts.parameters,
+        "evaluate": facts.evaluation_tokens * asked_token,
+        "capability": facts.capability_tokens * (15e-12 * supervised * head + 7e-12 * through) + generated,
     }
-    slow = (1.0 if facts.precision == "bfloat16" else 2.0) / cpus
-    return {part: slow * seconds for part, seconds in found.items()}
+    return {part: _slowness(facts.precision, cpus) * seconds for part, seconds in found.items()}
 
 
 def reading_seconds(tokens: int, parameters: int, precision: str, cpus: int) -> float:
     """Rough time that the whole model takes to read these tokens, at the same rates."""
-    return (1.0 if precision == "bfloat16" else 2.0) / cpus * 15e-12 * tokens * parameters
+    return _slowness(precision, cpus) * 15e-12 * tokens * parameters
+
+
+def _slowness(precision: str, cpus: int) -> float:
+    """Time in multiples of what one thread needs in bfloat16."""
+    return (1.0 if precision == "bfloat16" else 2.0) / cpus
 
 
 def costs_from_trials(earlier: Sequence[TrialResult], prepared: PreparedStudy) -> Costs | None:
@@ -323,23 +331,18 @@ def _timed_steps(prepared: PreparedStudy) -> tuple[list[TrialResult], float]:
 
     study, facts, sample = prepared.study, prepared.facts, prepared.plan.sample
     size = min(statistics.median_low(trial.batch_size for trial in sample), TIMED_EDITS, facts.n_edits)
-    requests = tuple(
-        replace(request, rephrases=(), locality=(), portability=()) for request in prepared.edits.requests[:size]
-    )
+    few = tuple(replace(edit, rephrases=(), locality=(), portability=()) for edit in prepared.edits.requests[:size])
+    edits, loaded = replace(prepared.edits, requests=few), load_model(study.model, dtype=study.dtype, device="cpu")
     layers = sorted({0, facts.n_layers // 2, facts.n_layers - 1})
-    loaded = load_model(study.model, dtype=study.dtype, device="cpu")
-    edits = replace(prepared.edits, requests=requests)
-    bench = Workbench.prepare(
-        loaded, edits, None, baseline=Baseline((), None), engine=partial(in_memory, layers=layers)
-    )
+    engine = partial(in_memory, layers=layers)
+    bench = Workbench.prepare(loaded, edits, None, baseline=Baseline((), None), engine=engine)
     # the time of a step does not depend on the prose its curvature is measured on, and real prose takes a minute to read
     trainer = replace(bench.trainer, prose=(TokenRow(tuple(range(min(TIMED_PROSE, facts.vocabulary))), 1),))
     trials, clock, processor = [], 0.0, 0.0
     for layer in layers:
-        there = facts.modules_by_layer[layer]
-        sizes = [(facts.trained_parameters.get(f"{layer}.{module}", 0), module) for module in there]
-        sizes = [pair for pair in sizes if pair[1] in study.space.module] or sizes
-        module = sorted(sizes)[len(sizes) // 2][1]
+        sizes = {module: facts.trained_parameters[f"{layer}.{module}"] for module in facts.modules_by_layer[layer]}
+        tried = [module for module in sizes if module in study.space.module] or [*sizes]
+        module = sorted(tried, key=sizes.get)[len(tried) // 2]
         config = replace(sample[0], layer=layer, module=module, batch_size=size, epochs=TIMED_STEPS)
         settings = TrainingSettings(**config.training | {"skip_below": 0.0, "stop_below": 0.0})
         trainer.train(TuningPosition(layer, module), settings)  # warms up: one-time work must not count
@@ -358,11 +361,8 @@ def _scaled(trials: Sequence[TrialResult], prepared: PreparedStudy) -> Costs:
     measured, expected = Counter[str](), Counter[str]()
     for trial in trials:
         found, steps = trial.metrics, trial.metrics["steps"]
-        trained = _trained(trial) / max(1, facts.n_edits)
-        asked = found["n_edits"] / max(1, facts.n_asked or facts.n_edits)
-        rough = rough_seconds(
-            trial.config, _with_edits(facts, trained, asked), cpus, steps, steps * _batch(trial.config)
-        )
+        rough = rough_seconds(trial.config, facts, cpus, steps, steps * _batch(trial.config))
+        rough["evaluate"] *= found["n_edits"] / facts.n_asked
         if trial.config.data_fingerprint != facts.data_fingerprint:  # other items
             del rough["capability"]
         known = [part for part in rough if f"{part}_seconds" in found]
@@ -383,17 +383,9 @@ def _trained(trial: TrialResult) -> float:
     return round(trial.metrics["train_seconds"] / seconds) if seconds else trial.metrics["n_edits"]
 
 
-def _with_edits(facts: StudyFacts, trained: float, asked: float) -> StudyFacts:
-    """The facts of a study with the edits trained and the edits asked about scaled by these factors."""
-    shares = {"n_edits": trained, "edit_tokens": trained, "evaluation_tokens": asked}
-    return replace(facts, **{name: round(share * getattr(facts, name)) for name, share in shares.items()})
-
-
-def trial_seconds(
-    trial: TrialConfig, facts: StudyFacts, costs: Costs | None = None, share: float | None = 1.0
-) -> float:
+def trial_seconds(trial: TrialConfig, facts: StudyFacts, costs: Costs = Costs(), share: float | None = 1.0) -> float:
     """Seconds of one trial, measurements included. share: of the steps allowed; None: the usual one of its pipeline."""
-    costs, edits = costs or Costs(), facts.trained(trial)
+    edits = facts.trained(trial)
     taken = costs.shares[trial.pipeline] if share is None else share
     measured = 1 if trial.pipeline != "stream" else max(1, min(STAGES, math.ceil(edits / trial.arrival)))
     asked = (measured + 1) / 2  # how often all edits are asked; each stage asks only those that have arrived
@@ -413,14 +405,9 @@ def patience_seconds(trial: TrialConfig, facts: StudyFacts, resources: Resources
     return math.inf if resources.minutes is None else 60 * resources.minutes
 
 
-def layers_passed(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Number of layers from the trained one upwards; all of them if all weights are trained further."""
-    return facts.n_layers - (0 if trial.further_steps else trial.layer)
-
-
-def _ends(seconds: Sequence[float], concurrent: int) -> list[float]:
-    """When each trial ends, if they start in this order, each as soon as a place is free."""
-    free, ends = [0.0] * concurrent, []
+def _ends(seconds: Sequence[float], concurrent: int, start: float) -> list[float]:
+    """When each trial ends, if they begin at `start` and in this order, each as soon as a place is free."""
+    free, ends = [start] * concurrent, []
     for trial in seconds:
         ends.append(free[0] + trial)
         heapq.heapreplace(free, ends[-1])

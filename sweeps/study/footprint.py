@@ -1,13 +1,11 @@
 """Memory and disk that trials take, as far as predictable before they run, and how many trials fit side by side."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import psutil
 
 from analysis.stats.axes import AXIS
-from locft.errors import InputError
 from locft.machine import usable_cores
 from sweeps.study.schema import Resources
 from sweeps.study.trial_types import StudyFacts, TrialConfig
@@ -19,12 +17,8 @@ _FOR_TRIALS = 0.7
 """Share of the free memory that Ray leaves to trials; the rest is for its object store."""
 _TRAINED_BYTES = 4 * 4
 """Bytes per trained parameter: weight, gradient and Adam's two moments in float32."""
-_FACTOR_BYTES = 3 * 4
-"""Bytes per element of the curvature factors (`locft.curvature`): as measured, damped, and in the precision of training."""
-_MATRICES = {"mlp": 3, "attn": 4, "layer": 7}
-"""Number of matrices in a module; other modules have one."""
-_WIDEST = 6
-"""In multiples of the hidden size: a wider matrix is taken for stacked experts, each half as wide as this."""
+_FACTORS = 3
+"""Copies of the curvature factors (`locft.curvature`): as measured, damped, and in the precision of training."""
 _DRIVER_BYTES = 1_050_000_000
 """Memory of the driver with Ray, MLflow and its tables, and of Ray's own processes."""
 _PROCESS_BYTES = 380_000_000
@@ -39,25 +33,12 @@ _RUN_BYTES, _OUTCOME_BYTES, _STUDY_BYTES = 30_000, 400, 10_000_000
 """Bytes in MLflow's store for a run with its metrics, a question with its answer, and a study's dashboard, tables and files."""
 
 
-def places(
-    resources: Resources,
-    trials: Sequence[TrialConfig],
-    facts: StudyFacts,
-    nodes: Sequence[Mapping[str, float]] | None = None,
-) -> int:
-    """Trials at a time on nodes with these Ray resources, None for this machine; 1 even if not a single one fits."""
-    if nodes is None:
-        gpus = 0
-        if resources.gpus:
-            import torch
+def this_machine() -> dict[str, float]:
+    """The resources that Ray will count for this machine."""
+    import torch
 
-            gpus = torch.cuda.device_count()
-        memory = _FOR_TRIALS * psutil.virtual_memory().available
-        nodes = [{"CPU": usable_cores(), "GPU": gpus, "memory": memory}]
-    try:
-        return resources.places(nodes, most_memory_bytes(trials, facts))
-    except InputError:
-        return 1
+    memory = _FOR_TRIALS * psutil.virtual_memory().available
+    return {"CPU": usable_cores(), "GPU": torch.cuda.device_count(), "memory": memory}
 
 
 def most_memory_bytes(trials: Sequence[TrialConfig], facts: StudyFacts) -> int:
@@ -77,8 +58,8 @@ def gpu_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     are their base and start values, in float32, and the states of the edits. Each layer above keeps the inputs and outputs of
     a batch's matrix products. Copies of stored states use only memory that is still free.
     """
-    precise, trained = BYTES[trial.precision], _trained(trial, facts)
-    hidden, layers = max(1, _hidden(facts)), facts.n_layers - trial.layer
+    precise, trained, hidden = BYTES[trial.precision], _trained(trial, facts), facts.hidden
+    layers = facts.n_layers - trial.layer
     kept = 2 * precise * _batch_tokens(trial, facts) * layers * facts.layer_parameters // hidden
     states = precise * facts.edit_tokens * (hidden + trained // hidden)
     held = _CONTEXT_BYTES + _shared_bytes(trial, facts) + (_TRAINED_BYTES + 2 * 4) * trained
@@ -100,22 +81,23 @@ def gpu_sentence(resources: Resources, trials: Sequence[TrialConfig], facts: Stu
         f"GPU memory: a trial may take {most / 2**30:.1f} GiB (counted, not measured), so there is room for {fitting}"
     )
     if here and share > max(1, here // most):
-        return f"{sentence}, but resources.gpus: {resources.gpus:g} puts {share} on it; expected {_share(here // most)}"
+        expected = "a smaller dtype or batch, or gpus: 2"
+        if here >= most:
+            expected = f"at least {math.ceil(100 / (here // most)) / 100:g}"
+        return f"{sentence}, but resources.gpus: {resources.gpus:g} puts {share} on it; expected {expected}"
     return f"{sentence}; resources.gpus: {resources.gpus:g} puts {share} on each"
 
 
 def depth_bytes(trial: TrialConfig, facts: StudyFacts) -> dict[int, int]:
-    """Layer, at several depths -> memory that this trial would keep if it trained that layer, in bytes.
+    """By layer, at several depths: memory that this trial would keep if it trained that layer, in bytes.
 
     Where `dtype` is that of the checkpoint, weights are read from their file, so those below the trained layer are needed only
     once and need not stay: a model may be larger than memory. Those above, the head and what is trained are needed in each step.
     """
-    found = {}
-    for layer in (int(depth * facts.n_layers) for depth in DEPTHS):
-        there = replace(trial, layer=layer)
-        above = (facts.n_layers - layer) * facts.layer_parameters + facts.head_parameters
-        found[layer] = above * _weight_bytes(trial) + _kept_bytes(there, facts) + _added_bytes(there, facts)
-    return found
+    own = _kept_bytes(trial, facts) + _added_bytes(trial, facts)
+    layers = [int(depth * facts.n_layers) for depth in DEPTHS]
+    above = [(facts.n_layers - layer) * facts.layer_parameters + facts.head_parameters for layer in layers]
+    return {layer: own + _weight_bytes(trial) * size for layer, size in zip(layers, above, strict=True)}
 
 
 def depth_sentence(trials: Sequence[TrialConfig], facts: StudyFacts) -> str | None:
@@ -128,11 +110,8 @@ def depth_sentence(trials: Sequence[TrialConfig], facts: StudyFacts) -> str | No
     fits = (
         "all fit" if len(fitting) == len(found) else f"from layer {fitting[0]} up they fit" if fitting else "none fits"
     )
-    return f"memory a trial keeps, in GiB, with weights read from their file: {kept}; {fits} in the {free / 2**30:.1f} GiB that are free"
-
-
-def _share(fitting: int) -> str:
-    return f"at least {math.ceil(100 / fitting) / 100:g}" if fitting else "a smaller dtype or batch, or gpus: 2"
+    said = f"memory a trial keeps, in GiB, with weights read from their file: {kept}"
+    return f"{said}; {fits} in the {free / 2**30:.1f} GiB that are free"
 
 
 def memory_range(trials: Sequence[TrialConfig], facts: StudyFacts, concurrent: int) -> tuple[int, int]:
@@ -159,10 +138,6 @@ def _trained(trial: TrialConfig, facts: StudyFacts) -> int:
     return facts.trained_parameters.get(trial.position, facts.layer_parameters)
 
 
-def _hidden(facts: StudyFacts) -> int:
-    return facts.head_parameters // max(1, facts.vocabulary)
-
-
 def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
     """What a worker holds while it trains: the process, and the trained parameters with their gradients and moments."""
     further = facts.parameters if trial.further_steps else 0
@@ -170,16 +145,11 @@ def _kept_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 
 
 def curvature_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
-    """Bytes of the curvature factors that a method needs, from the position's size: two square matrices per weight matrix."""
+    """Bytes of the curvature factors that a method needs."""
     if not AXIS["curvature_strength"].counts({"method": trial.method}):
         return 0
-    hidden, count = max(1, _hidden(facts)), _MATRICES.get(trial.module, 1)
-    wide = _trained(trial, facts) / (count * hidden)
-    stacked = 1.0
-    if wide > _WIDEST * hidden:
-        stacked, wide = wide / (_WIDEST / 2 * hidden), _WIDEST / 2 * hidden
     inverted = 2 if trial.method == "natural_gradient" else 1
-    return int(inverted * _FACTOR_BYTES * count * stacked * (hidden**2 + wide**2))
+    return inverted * _FACTORS * facts.factor_bytes[trial.position]
 
 
 def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
@@ -191,17 +161,16 @@ def _added_bytes(trial: TrialConfig, facts: StudyFacts) -> int:
 
 def _batch_tokens(trial: TrialConfig, facts: StudyFacts) -> int:
     rows = min(trial.batch_size, facts.trained(trial))
-    return int(rows * facts.edit_tokens * facts.row_size(trial.train_formats)) // max(1, facts.n_edits)
+    return int(rows * facts.edit_tokens * facts.row_size(trial.train_formats)) // facts.n_edits
 
 
 def disk_range(trials: Sequence[TrialConfig], count: int, facts: StudyFacts) -> tuple[int, int]:
     """Bytes of weights in the precision of training and MLflow's records, without and with the hidden states of trained layers."""
     if not trials:
         return 0, 0
-    dtype = BYTES[trials[0].dtype]
-    hidden = _hidden(facts)
+    dtype, precision = trials[0].dtype, trials[0].precision
     layers = {trial.layer for trial in trials} | {facts.n_layers - 1}
-    states = dtype * hidden * (facts.evaluation_tokens + facts.capability_tokens) * len(layers)
-    cast = 0 if trials[0].precision == trials[0].dtype else BYTES[trials[0].precision] * facts.parameters
-    records = _STUDY_BYTES + count * (_RUN_BYTES + 4 * (facts.n_asked or facts.n_edits) * _OUTCOME_BYTES)
+    states = BYTES[dtype] * facts.hidden * (facts.evaluation_tokens + facts.capability_tokens) * len(layers)
+    cast = 0 if precision == dtype else BYTES[precision] * facts.parameters
+    records = _STUDY_BYTES + count * (_RUN_BYTES + 4 * facts.n_asked * _OUTCOME_BYTES)
     return cast + records, states + cast + records

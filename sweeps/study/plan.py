@@ -1,15 +1,16 @@
 """From a study to its trials: which configurations, and in which order. Nothing here runs or writes anything."""
 
-import hashlib
 import itertools
 import json
 import math
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from analysis.stats.axes import AXES, AXIS, SWEPT
+from locft.cache import digest
 from locft.errors import InputError
 from sweeps.study.schema import MAX_TRIALS, EveryLayer, LogUniform, Study, nearest
 from sweeps.study.trial_types import METHOD_VERSION, StudyFacts, TrialConfig, every_asked_place, method_version
@@ -65,12 +66,11 @@ class PreparedStudy:
     @property
     def workbench_key(self) -> tuple:
         """Equal for studies that the same workbench can serve."""
-        study, suite = self.study, self.suite
-        asked = (study.ask_formats, study.space.edit_count, study.edits.asked)
+        study, facts, suite = self.study, self.facts, self.suite
+        model = (study.model, facts.model_fingerprint, facts.model_setup, study.dtype)
         items = (suite.fingerprint, study.capability.prose_tokens) if suite else None
-        weights = (self.facts.model_fingerprint, self.facts.model_setup, study.dtype)
-        model = (study.model, *weights, study.trial_device, study.resources)
-        return (model, self.edits.fingerprint, items, asked)
+        asked = (study.ask_formats, study.space.edit_count, study.edits.asked)
+        return (model, study.trial_device, study.resources, self.edits.fingerprint, items, asked)
 
     @property
     def every_asked_place(self) -> tuple[int, ...] | None:
@@ -107,10 +107,10 @@ def check_against_model(study: Study, n_layers: int, modules_by_layer: Mapping[i
     problems = [f"space.layer: layer {layer}: {there}" for layer in chosen if layer >= n_layers]
     if isinstance(study.space.layer, EveryLayer) and study.space.layer.every >= n_layers > 1:
         problems.append(f"space.layer.every: got {study.space.layer.every}: {study.model} has only {n_layers} layers")
-    known = tuple(dict.fromkeys(module for layer in sorted(modules_by_layer) for module in modules_by_layer[layer]))
     for module in study.space.module:
         having = [layer for layer in sorted(modules_by_layer) if module in modules_by_layer[layer]]
         if not having:
+            known = dict.fromkeys(name for layer in sorted(modules_by_layer) for name in modules_by_layer[layer])
             problems.append(f"space.module: {study.model} has no module {module!r}{nearest(module, known)}")
         elif in_range and not set(having) & set(in_range):
             without = f"{_listed(in_range)} of {study.model} {'has' if len(in_range) == 1 else 'have'} no {module!r}"
@@ -120,10 +120,8 @@ def check_against_model(study: Study, n_layers: int, modules_by_layer: Mapping[i
 
 
 def _listed(layers: Sequence[int]) -> str:
-    indices = (
-        ", ".join(map(str, layers)) if len(layers) <= 8 else f"{', '.join(map(str, layers[:7]))}, ... {layers[-1]}"
-    )
-    return f"{'layer' if len(layers) == 1 else 'layers'} {indices}"
+    shown = map(str, layers if len(layers) <= 8 else (*layers[:7], f"... {layers[-1]}"))
+    return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(shown)}"
 
 
 def idle_axes(study: Study) -> tuple[str, ...]:
@@ -143,7 +141,7 @@ def study_id(study: Study, facts: StudyFacts) -> str:
     Space, search, resources and thresholds are left out, so that a study can be widened and stays the same study.
     """
     parts = [study.name, facts.model_fingerprint, facts.data_fingerprint, study.dtype, METHOD_VERSION]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    return digest(json.dumps(parts))[:12]
 
 
 def make_plan(study: Study, facts: StudyFacts) -> Plan:
@@ -155,13 +153,11 @@ def make_plan(study: Study, facts: StudyFacts) -> Plan:
     Raises `InputError` for layers and modules that the model does not have, and a grid of more than `MAX_TRIALS`.
     """
     check_against_model(study, facts.n_layers, facts.modules_by_layer)
-    if study.search.method == "grid":
-        points = list(itertools.islice(grid_points(study, facts), MAX_TRIALS + 1))
-        if len(points) > MAX_TRIALS:
-            message = f"space: the grid has more than {MAX_TRIALS:,} trials"
-            raise InputError(message + "; sample it instead: search: {method: random, trials: ...}")
-    else:
-        points = list(random_points(study, facts))
+    draw = grid_points if study.search.method == "grid" else random_points
+    points = list(itertools.islice(draw(study, facts), MAX_TRIALS + 1))
+    if len(points) > MAX_TRIALS:
+        message = f"space: the grid has more than {MAX_TRIALS:,} trials"
+        raise InputError(message + "; sample it instead: search: {method: random, trials: ...}")
     trials = tuple(trial_config(study, facts, point) for point in points)
     if study.search.method == "optuna":
         endless = isinstance(study.space.learning_rate, LogUniform)
@@ -214,11 +210,12 @@ def point_of(study: Study, facts: StudyFacts, config: TrialConfig) -> dict[str, 
     """The point of `optuna_space` at which a configuration lies; None if it lies outside, as after a change of space.
 
     An axis that has no effect there takes the first of its values."""
-    space, known = optuna_space(study, facts), config.to_dict() | {POSITION: config.position}
+    known, point = config.to_dict() | {POSITION: config.position}, {}
     idle = {axis.name for axis in SWEPT if not axis.counts(known)}
-    point = {axis: space[axis][0] if axis in idle else known[axis] for axis in space}
-    for axis, values in space.items():
-        inside = values[1] <= point[axis] <= values[2] if isinstance(values, tuple) else point[axis] in values
+    for axis, values in optuna_space(study, facts).items():
+        bounds = values[1:] if isinstance(values, tuple) else None
+        point[axis] = (bounds or values)[0] if axis in idle else known[axis]
+        inside = bounds[0] <= point[axis] <= bounds[1] if bounds else point[axis] in values
         if not inside:
             return None
     return point if trial_config(study, facts, point) == config else None
@@ -230,33 +227,22 @@ def grid_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:
     Layers come in van der Corput order (0, 16, 8, 24, 4, ... of 30): a study stopped half way has covered the
     whole depth with every setting, and the rest only refines it. Each further seed repeats the whole grid.
     """
-    positions, space = _positions(study, facts), study.space
-    layers = tuple(dict.fromkeys(layer for layer, _ in positions))
-    settings = list(itertools.islice(_settings(study, INNER, {}), MAX_TRIALS + 1))
+    space, modules = study.space, defaultdict[int, list[str]](list)
+    for layer, module in _positions(study, facts):
+        modules[layer].append(module)
+    layers, settings = list(modules), [{}]
+    for name in INNER:  # an axis without effect is only tried at its default
+        axis, values = AXIS[name], getattr(space, name)
+        grown = ({**s, name: value} for s in settings for value in (values if axis.counts(s) else (axis.default,)))
+        settings = list(itertools.islice(grown, MAX_TRIALS + 1))
     for seed, place in itertools.product(space.seed, van_der_corput_order(len(layers))):
-        modules = [module for layer, module in positions if layer == layers[place]]
-        for module, setting in itertools.product(modules, settings):
+        for module, setting in itertools.product(modules[layers[place]], settings):
             yield {"layer": layers[place], "module": module, **setting, "seed": seed}
 
 
 def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, with every axis that has no effect given the others set to its default."""
     return {**values, **{axis.name: axis.default for axis in SWEPT if not axis.counts(values)}}
-
-
-def _tried(study: Study, name: str, chosen: Mapping[str, Any]) -> Sequence[Any]:
-    """The values to try of an axis, given those chosen for the axes before it: only the default if it has no effect."""
-    axis = AXIS[name]
-    return getattr(study.space, name) if axis.counts(chosen) else (axis.default,)
-
-
-def _settings(study: Study, names: Sequence[str], chosen: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of these axes, without those that have the same effect; the last axis varies fastest."""
-    if not names:
-        yield dict(chosen)
-        return
-    for value in _tried(study, names[0], chosen):
-        yield from _settings(study, names[1:], {**chosen, names[0]: value})
 
 
 def random_points(study: Study, facts: StudyFacts) -> Iterator[dict[str, Any]]:

@@ -7,10 +7,10 @@ is a number, `no` and `2024-01-01` are text, and `010` is ten.
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from os import PathLike, fspath
-from os.path import expanduser
+from os.path import exists, expanduser
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,8 @@ OVERRIDES = 10**9
 
 _BUILT_IN = ("atlas", "smollm2-135m")
 """Names that are never taken for a path."""
+_FILES = (("model",), ("edits", "source"), ("capability", "prose"), ("capability", "lm_eval_path"))
+"""Fields that may name a file, besides the tasks."""
 _DATA_SUFFIXES = (".json", ".jsonl", ".txt", ".gguf", ".parquet", ".csv", ".tsv", ".arrow", ".md")
 _SECTIONS: dict[Place, type[Section]] = {
     (): Study,
@@ -105,31 +107,31 @@ class _Draft:
         label: names the source in messages; a file's line follows it.
         """
 
-        def origin(mark: Any) -> tuple[int, str]:
-            line = mark.line + 1 if mark else 1
-            return (OVERRIDES, label) if override else (line, f"{label}:{line}")
+        def origin(line: int) -> tuple[int, str]:
+            return (OVERRIDES, label) if override else (line + 1, f"{label}:{line + 1}")
 
-        def refuse(at: tuple[int, str], message: str) -> None:
-            self.problems.append((at[0], f"{at[1]}: {message}"))
+        def refuse(line: int, message: str) -> None:
+            order, where = origin(line)
+            self.problems.append((order, f"{where}: {message}"))
 
         def plain(node: yaml.Node, place: Place) -> Any:
             if not override:
-                self.origins.setdefault(place, origin(node.start_mark))
+                self.origins.setdefault(place, origin(node.start_mark.line))
             if isinstance(node, yaml.ScalarNode):
                 return _SCALARS[node.tag.rpartition(":")[2]][1](node.value)
             if isinstance(node, yaml.SequenceNode):
                 return [plain(item, (*place, i)) for i, item in enumerate(node.value)]
             found: dict[str, Any] = {}
             for key, value in node.value:
-                inside = (*place, key.value)
+                inside, line = (*place, key.value), key.start_mark.line
                 if not isinstance(key, yaml.ScalarNode):
-                    refuse(origin(key.start_mark), "a key must be text, got a list or a mapping")
+                    refuse(line, "a key must be text, got a list or a mapping")
                 elif key.value in found:
                     first = "" if override else f", first on line {self.origins[inside][0]}"
-                    refuse(origin(key.start_mark), f"{_dotted(inside)}: given twice{first}")
+                    refuse(line, f"{_dotted(inside)}: given twice{first}")
                 else:
                     if not override:
-                        self.origins[inside] = origin(key.start_mark)
+                        self.origins[inside] = origin(line)
                     found[key.value] = plain(value, inside)
             return found
 
@@ -137,14 +139,13 @@ class _Draft:
             node = yaml.compose(text, Loader=_Loader)
             return None if node is None else plain(node, ())
         except yaml.MarkedYAMLError as error:
-            message = ", ".join(part for part in (error.context, error.problem) if part)
-            refuse(origin(error.problem_mark or error.context_mark), f"not plain YAML: {message}")
+            message = ", ".join(filter(None, (error.context, error.problem)))
+            refuse(error.problem_mark.line, f"not plain YAML: {message}")
         except yaml.reader.ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1
-            at = origin(None) if override else (line, f"{label}:{line}")
-            refuse(at, f"not plain YAML: character #x{error.character:04x} is not allowed")
+            line = text.count("\n", 0, error.position)
+            refuse(line, f"not plain YAML: character #x{error.character:04x} is not allowed")
         except RecursionError:
-            refuse(origin(None), "not plain YAML: nested too deeply")
+            refuse(0, "not plain YAML: nested too deeply")
         return None
 
 
@@ -174,7 +175,7 @@ def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
         _lay_over(draft, override)
     if isinstance(tree, dict):
         for place, holder in _named_files(draft.tree):
-            if _is_path(holder[place[-1]]) and not _exists(path := Path(holder[place[-1]])):
+            if _is_path(holder[place[-1]]) and not exists(path := Path(holder[place[-1]])):
                 draft.add(place, f"no such file: {path}{_nearest_file(path)}")
         study = _validated(draft)
     if draft.problems or study is None:
@@ -276,13 +277,11 @@ def _without(tree: dict[str, Any], places: Iterable[Place]) -> dict[str, Any]:
     copy = json.loads(json.dumps(tree))
     for place in places:
         at = copy
-        for key in place[:-1]:
-            if not isinstance(at.get(key), dict):
+        for depth, key in enumerate(place, start=1):
+            if depth == len(place) or not isinstance(at.get(key), dict):
+                at.pop(key, None)
                 break
             at = at[key]
-        else:
-            key = place[-1]
-        at.pop(key, None)
     return {"name": "study", **copy}
 
 
@@ -350,46 +349,29 @@ def _read(name_or_path: str) -> tuple[str, str, Path]:
 
 def _no_such_study(name: str, path: Path) -> str:
     """The message, which suggests a file with nearly that name, or else a ready study."""
-    files = [file for file in _names(path.parent) if file.endswith((".yaml", ".yml"))]
+    files = [file.name for file in path.parent.glob("*.y*ml")]
     near = [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     near += difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.4)
     suggestion = f"; did you mean {near[0]}?" if near else ""
     return f"{name}: no such file and no ready study{suggestion} (ready studies: {', '.join(ready_studies())})"
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return [file.name for file in folder.iterdir()]
-    except OSError:
-        return []
-
-
-def _named_files(tree: dict[str, Any]) -> list[tuple[Place, dict[str, Any]]]:
+def _named_files(tree: dict[str, Any], section: Place = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The texts that may be paths: the place of each, and the mapping that holds it."""
-
-    def part(of: dict[str, Any], key: str) -> dict[str, Any]:
-        return of[key] if isinstance(of.get(key), dict) else {}
-
-    edits, capability = part(tree, "edits"), part(tree, "capability")
-    tasks = part(capability, "tasks")
-    named: list[tuple[Place, dict[str, Any]]] = [
-        (("model",), tree), (("edits", "source"), edits), (("capability", "prose"), capability),
-        (("capability", "lm_eval_path"), capability),
-        *((("capability", "tasks", name), tasks) for name in tasks),
-    ]  # fmt: skip
-    return [(place, holder) for place, holder in named if isinstance(holder.get(place[-1]), str)]
+    for key, value in tree.items():
+        place = (*section, key)
+        if isinstance(value, dict):
+            yield from _named_files(value, place)
+        elif isinstance(value, str) and (place in _FILES or section == ("capability", "tasks")):
+            yield place, tree
 
 
 def _with_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The tree with its relative paths made absolute, in place. Built-in names and hub ids stay as they are."""
     for place, holder in _named_files(tree):
         value = holder[place[-1]]
-        path = folder / expanduser(value)
-        if (
-            value
-            and value not in _BUILT_IN
-            and (place[-1] in ("prose", "lm_eval_path") or _is_path(value) or _exists(path))
-        ):
+        path, always = folder / expanduser(value), place[:-1] == ("capability",)
+        if value and value not in _BUILT_IN and (always or _is_path(value) or exists(path)):
             holder[place[-1]] = str(path)
     return tree
 
@@ -398,14 +380,7 @@ def _is_path(value: str) -> bool:
     return value.startswith(("./", "../", "/", "~")) or value.lower().endswith(_DATA_SUFFIXES)
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False
-
-
 def _nearest_file(path: Path) -> str:
-    if not _exists(path.parent):
+    if not exists(path.parent):
         return f"; the folder {path.parent} does not exist either"
-    return did_you_mean(path.name, _names(path.parent))
+    return did_you_mean(path.name, [file.name for file in path.parent.glob("*")])

@@ -7,7 +7,6 @@ contradictions; what depends on the model is checked by `sweeps.study.plan.check
 value of an axis is. The other fields are checked by the same rules, so there is one wording for every wrong value.
 """
 
-import difflib
 import json
 import math
 import re
@@ -30,7 +29,7 @@ from pydantic_core import PydanticCustomError
 
 from analysis.stats.axes import AXES, AXIS, SWEPT, Axis
 from locft.data.field_map import read_field_map
-from locft.errors import InputError
+from locft.errors import InputError, did_you_mean
 from locft.train.formats import EXPECTED as FORMATS_EXPECTED
 from locft.train.formats import NAMES as FORMATS
 from locft.train.formats import RAW, parse_formats
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
 
 MAX_TRIALS = 100_000
 """A study with more trials than this is taken for a mistake: the driver keeps all of them in memory."""
+LIKE = 0.5
+"""How like a valid word a wrong one must be for the message to name it: fp32 is like float32."""
 
 
 def read_value(name: str, value: Any) -> Any:
@@ -74,7 +75,7 @@ def wrong_value(got: Any, expected: str, choices: Iterable[str] = ()) -> str:
     """The message about a wrong value, with the nearest of the choices if one is near."""
     if isinstance(got, float) and not math.isfinite(got):
         expected = expected.replace("a number", "a finite number", 1)
-    near = _did_you_mean(got, choices) if isinstance(got, str) else ""
+    near = did_you_mean(got.lower(), choices, LIKE) if isinstance(got, str) else ""
     return f"got {show(got)}, expected {expected}{near}"
 
 
@@ -87,13 +88,7 @@ def show(value: Any) -> str:
 def nearest(got: str, valid: Iterable[str]) -> str:
     """The end of a message about a wrong word: the nearest valid one, if any is near, and all of them."""
     words = list(valid)
-    return f"{_did_you_mean(got, words)} (valid: {', '.join(words)})"
-
-
-def _did_you_mean(got: str, valid: Iterable[str]) -> str:
-    """Like `locft.errors.did_you_mean`, but lenient enough to match fp32 to float32."""
-    close = difflib.get_close_matches(got.lower(), list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"{did_you_mean(got.lower(), words, LIKE)} (valid: {', '.join(words)})"
 
 
 def _problem(text: str, item: int | None = None) -> PydanticCustomError:
@@ -281,18 +276,18 @@ class LogUniform(Section):
     """Lowest and highest value."""
 
 
-def _form(value: Any) -> str:
-    """The form in which an axis is written; the brackets distinguish it from a key in an error's location."""
-    return "<rule>" if isinstance(value, Mapping | BaseModel) else "<list>"
-
-
 def _forms(axis: str, expected: str, rule: type[Section], word: str | None = None) -> Any:
     """The type of an axis that takes a list, a rule or, optionally, a word for all values."""
+
+    def form(value: Any) -> str:
+        """The brackets distinguish it from a key in an error's location."""
+        if word and isinstance(value, str):
+            return "<word>"
+        return "<rule>" if isinstance(value, Mapping | BaseModel) else "<list>"
+
     forms = Annotated[_list_of(_type_of(AXIS[axis]), expected), Tag("<list>")] | Annotated[rule, Tag("<rule>")]
-    if word is None:
-        return Annotated[forms, Discriminator(_form)]
     forms |= Annotated[_checked(lambda value: value == word, expected), Tag("<word>")]
-    return Annotated[forms, Discriminator(lambda value: "<word>" if isinstance(value, str) else _form(value))]
+    return Annotated[forms, Discriminator(form)]
 
 
 _FORMS: dict[str, tuple[Any, Any]] = {
@@ -352,12 +347,7 @@ class Resources(Section):
         per node, since `trial_bytes` is a rough prediction; a number set in the study (`concurrent`) overrides it.
         Raises InputError if no node holds even one.
         """
-        fit = 0
-        for node in nodes:
-            held = self._held(node)
-            if trial_bytes and "memory" in node and self.concurrent == "auto":
-                held = min(held, max(1, int(node["memory"] // trial_bytes)))
-            fit += held
+        fit = sum(self._held(node, trial_bytes) for node in nodes)
         if not fit:
             sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes] or [(0, 0)]
             cpus, gpus = max(sizes, key=lambda size: (size[1], size[0]) if self.gpus else size)
@@ -368,14 +358,14 @@ class Resources(Section):
             )
         return fit if self.concurrent == "auto" else min(fit, self.concurrent)
 
-    def _held(self, node: Mapping[str, float]) -> int:
-        """Trials that a node's CPUs and GPUs hold. A trial that takes a fraction of a GPU gets it from a single GPU."""
-        by_cpus = int(node.get("CPU", 0) // self.cpus)
-        if not self.gpus:
-            return by_cpus
-        there = node.get("GPU", 0)
-        by_gpus = int(there // self.gpus) if self.gpus >= 1 else int(there) * int(1 / self.gpus + 1e-9)
-        return min(by_cpus, by_gpus)
+    def _held(self, node: Mapping[str, float], trial_bytes: int) -> int:
+        """Trials that a node holds. One that takes a fraction of a GPU gets it from a single GPU."""
+        held, gpus = int(node.get("CPU", 0) // self.cpus), node.get("GPU", 0)
+        if self.gpus:
+            held = min(held, int(gpus // self.gpus) if self.gpus >= 1 else int(gpus) * int(1 / self.gpus + 1e-9))
+        if trial_bytes and "memory" in node and self.concurrent == "auto":
+            held = min(held, max(1, int(node["memory"] // trial_bytes)))
+        return held
 
 
 class Limits(Section):
@@ -432,28 +422,22 @@ class Study(_Settings):
 def _contradictions(study: Study) -> Iterable[tuple[tuple[str, ...], str]]:
     """For each: the (dotted) fields that contradict each other, beginning with the one to point at, and what is wrong."""
     search, gpus, device = study.search, study.resources.gpus, study.device
-    if search.method == "grid" and search.trials is not None:
-        yield (
-            ("search.trials", "search.method"),
-            f"got {search.trials} with search.method grid, whose number of trials follows from its axes; "
-            "leave trials out (null), or use random or optuna",
-        )
     if search.method != "grid" and search.trials is None:
         need = f"{search.method} needs search.trials, the number of trials; expected e.g. trials: 30"
         yield ("search.method", "search.trials"), need
+    if search.method == "grid" and search.trials is not None:
+        own = f"got {search.trials} with search.method grid, whose number of trials follows from its axes"
+        yield ("search.trials", "search.method"), f"{own}; leave trials out (null), or use random or optuna"
     if search.method == "grid" and isinstance(study.space.learning_rate, LogUniform):
-        no_grid = (
-            "log_uniform cannot be searched as a grid; expected a list of values, or search.method random or optuna"
-        )
-        yield ("space.learning_rate", "search.method"), no_grid
-    if gpus > 0 and device in ("cpu", "mps"):
-        idle = f"got {gpus:g} with device {device}; expected 0, or device cuda or auto"
-        yield ("resources.gpus", "device"), idle
-    if gpus == 0 and device.startswith("cuda"):
-        blind = f"{device} needs resources.gpus above 0: without it, a trial sees no GPU"
-        yield ("device", "resources.gpus"), blind
-    own, index = max(1, math.ceil(gpus)), int(device.partition(":")[2] or 0)
-    if gpus > 0 and index >= own:
+        need = "expected a list of values, or search.method random or optuna"
+        yield ("space.learning_rate", "search.method"), f"log_uniform cannot be searched as a grid; {need}"
+    if not gpus:
+        if device.startswith("cuda"):
+            need = f"{device} needs resources.gpus above 0: without it, a trial sees no GPU"
+            yield ("device", "resources.gpus"), need
+    elif device in ("cpu", "mps"):
+        yield ("resources.gpus", "device"), f"got {gpus:g} with device {device}; expected 0, or device cuda or auto"
+    elif int(device.partition(":")[2] or 0) >= (own := math.ceil(gpus)):
         seen = "its GPU as cuda:0" if own == 1 else f"its {own} GPUs as cuda:0 to cuda:{own - 1}"
         text = f"got {device}, but a trial sees {seen}, whichever it gets; expected cuda"
         yield ("device", "resources.gpus"), text

@@ -6,15 +6,16 @@ command resumes a study.
 """
 
 import base64
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from analysis.stats.axes import AXES, AXIS
 from analysis.stats.table import pack_right
+from locft.cache import digest
 from locft.train.formats import UNSEEN, parse_formats
 
 METHOD_VERSION = 1
@@ -28,15 +29,12 @@ OWN_TEXT_VERSION = 2
 def method_version(values: Mapping[str, Any]) -> int:
     """The version of the method for a trial with these values of its axes; absent axes are at their defaults. One higher where
     guards that are prompts, shrinking, or AdaLoRA in a stream gave other results before."""
-    version = METHOD_VERSIONS.get(values.get("method", AXIS["method"].default), METHOD_VERSION)
-    if values.get("prefix_share") or values.get("guard") == "prose":
+    method, guard = values.get("method", AXIS["method"].default), values.get("guard")
+    version = METHOD_VERSIONS.get(method, METHOD_VERSION)
+    if values.get("prefix_share") or guard == "prose":
         version = max(version, OWN_TEXT_VERSION)
-    changed = (
-        values.get("guard") in ("same_relation", "locality_like"),
-        values.get("shrink") == "yes",
-        (values.get("method"), values.get("pipeline")) == ("adalora", "stream"),
-    )
-    return version + any(changed)
+    in_stream = (method, values.get("pipeline")) == ("adalora", "stream")
+    return version + (guard in ("same_relation", "locality_like") or values.get("shrink") == "yes" or in_stream)
 
 
 class _TrialConfigMethods:
@@ -49,8 +47,7 @@ class _TrialConfigMethods:
         for axis in AXES:
             if not axis.in_first_ids and values[axis.name] == axis.default:
                 del values[axis.name]
-        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return digest(json.dumps(values, sort_keys=True, separators=(",", ":")))
 
     @property
     def position(self) -> str:
@@ -110,22 +107,24 @@ class StudyFacts:
     head_parameters: int
     """Size of the output projection: vocabulary x hidden, tied or not."""
     vocabulary: int
-    trained_parameters: Mapping[str, int] = field(default_factory=dict)
+    trained_parameters: Mapping[str, int]
     """Size by position ("22.mlp_down"); an absent one counts as a whole layer."""
+    factor_bytes: Mapping[str, int]
+    """Size of the curvature factors by position (`locft.curvature.factor_bytes`)."""
+    n_asked: int
+    """Number of edits that any trial asks about."""
     edit_tokens: int = 0
     """Tokens of one epoch over all edits."""
     evaluation_tokens: int = 0
-    """Tokens read and generated to evaluate all edits that any trial asks about, once each."""
+    """Tokens read and generated to evaluate the `n_asked` edits, once each."""
     capability_tokens: int = 0
     """Tokens read to measure capability once, prose included."""
     generated_tokens: int = 0
     """Upper bound on the tokens of the answers generated for capability items."""
     most_asked: int | None = None
     """Largest number of edits that a trial's metrics are measured on; None for all."""
-    n_asked: int = 0
-    """Number of edits that `evaluation_tokens` covers; 0 for all."""
     model_setup: str = ""
-    """Hash of the model's configuration and tokenizer; empty if it is not known."""
+    """Hash of the model's configuration and tokenizer."""
     row_sizes: Mapping[str, float] = field(default_factory=dict)
     """By trained format: tokens of the edit rows in it, relative to `edit_tokens`; an absent one counts as 1."""
 
@@ -135,12 +134,16 @@ class StudyFacts:
 
     def asked_share(self, trial: "TrialConfig") -> float:
         """Share of the edits covered by `evaluation_tokens` that a trial asks about."""
-        return min(self.trained(trial), self.most_asked or self.n_edits) / max(1, self.n_asked or self.n_edits)
+        return min(self.trained(trial), self.most_asked or self.n_edits) / self.n_asked
+
+    @property
+    def hidden(self) -> int:
+        """Size of the hidden states; 1 for a model without an output projection."""
+        return max(1, self.head_parameters // self.vocabulary)
 
     def row_size(self, train_formats: str) -> float:
         """Mean of `row_sizes` over a trial's formats, which training draws evenly."""
-        sizes = [self.row_sizes.get(form, 1.0) for form in parse_formats(train_formats)]
-        return sum(sizes) / len(sizes)
+        return fmean(self.row_sizes.get(form, 1.0) for form in parse_formats(train_formats))
 
 
 def asked_places(count: int, most: int | None) -> tuple[int, ...] | None:

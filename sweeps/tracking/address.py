@@ -34,8 +34,6 @@ _LOGIN_OPTION = re.compile(
     r"([?&](?:user|username|uid|\w*passw\w*|pwd|token|odbc_connect)=)[^&\s]*(?<!['\"])", re.IGNORECASE
 )
 """The same as an option at the end of an address."""
-_DATABASE_LOGIN = re.compile(r"://(?:[^/?#]*|[^/:]*:[^@]*)@")
-"""User and password of a database address, in which SQLAlchemy accepts any sign but "@" in a password."""
 ACCEPTED = "sqlite:///FILE.db, http(s)://HOST:PORT, or a database address (postgresql://, mysql://, mssql://)"
 
 
@@ -51,6 +49,7 @@ def resolve_uri(uri: str | None) -> str:
     """
     given = (uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI).strip()
     scheme = _scheme(given)
+    given = scheme + given[len(scheme) :]  # in lower case, as everything below and MLflow expect it
     if scheme in ("http", "https"):
         _check_host(given)
         return given.rstrip("/")
@@ -99,10 +98,7 @@ def _check_host(uri: str) -> None:
 
 def without_credentials(uri: str) -> str:
     """An address without user and password."""
-    if _scheme(uri) in DATABASES:
-        return _LOGIN_OPTION.sub(r"\1", _DATABASE_LOGIN.sub("://", uri, count=1))
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.username else uri
+    return _LOGIN_OPTION.sub(r"\1", _LOGIN.sub("://", uri))
 
 
 def take_credentials(uri: str) -> str:
@@ -112,7 +108,7 @@ def take_credentials(uri: str) -> str:
         return uri
     os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
     os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
-    return without_credentials(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -167,6 +163,7 @@ def check_reachable(uri: str) -> None:
 
 
 def _check_sqlite(path: Path) -> None:
+    """Raises InputError if a store cannot be kept in the file, or holds tables of another version of MLflow. Changes nothing."""
     if path.is_dir():
         raise InputError(f"tracking store {path} is a folder, expected an SQLite file such as {path / 'mlflow.db'}")
     check_writable(path.parent, "the tracking store")
@@ -178,11 +175,6 @@ def _check_sqlite(path: Path) -> None:
         start = file.read(16)
     if start and start != b"SQLite format 3\0":
         raise InputError(f"tracking store {path} is not an SQLite file (it starts with {start!r}); give another file")
-    _check_schema(path)
-
-
-def _check_schema(path: Path) -> None:
-    """Raises InputError if the tables of an SQLite file are those of another version of MLflow. Changes nothing."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=CHECK_SECONDS)) as store:
             tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -218,13 +210,13 @@ def _check_server(uri: str) -> None:
 
     server = f"tracking server {redact(uri)}"
     endpoint = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
-    credentials = get_default_host_creds(uri)
+    credentials, proxied = get_default_host_creds(uri), _proxied(uri)
     try:
         answer = http_request(credentials, endpoint, "GET", max_retries=0, timeout=CHECK_SECONDS, raise_on_status=False)
     except Exception as error:
-        hint = _proxied(uri) or "start it (locft ui, or mlflow server), or correct --tracking-uri"
+        hint = proxied or "start it (locft ui, or mlflow server), or correct --tracking-uri"
         raise InputError(f"{server} cannot be reached ({_cause(error)}); {hint}") from None
-    between = f"; {proxied}" if (proxied := _proxied(uri)) else ""
+    between = f"; {proxied}" if proxied else ""
     if answer.status_code in (401, 403):
         hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
         if "host" in answer.text.lower():  # the server's own guard against foreign host names
@@ -232,11 +224,7 @@ def _check_server(uri: str) -> None:
         raise InputError(
             f"{server} refuses access (HTTP {answer.status_code}: {answer.text.strip()[:120]}); {hint}{between}"
         )
-    try:
-        is_mlflow = bool({"experiment", "error_code"} & set(answer.json()))
-    except ValueError:
-        is_mlflow = False
-    if not is_mlflow:
+    if not re.search('"(experiment|error_code)"', answer.text):
         raise InputError(
             f"{server} answers (HTTP {answer.status_code}), but it is not an MLflow server; check the port and the path{between}"
         )

@@ -46,8 +46,8 @@ def _retry(call: Callable[[], T], say: Callable[[str], None], give_up: Callable[
     say: called with a message when the store goes away and when it is back. give_up: waits the given seconds; True ends the
     attempts with the last TrackingError. Refused is raised at once.
     """
-    away_since = None
-    for pause in chain(PAUSES, repeat(PAUSES[-1])):
+    away_since, pauses = None, chain(PAUSES, repeat(PAUSES[-1]))
+    while True:
         try:
             found = call()
         except Refused:
@@ -56,13 +56,12 @@ def _retry(call: Callable[[], T], say: Callable[[str], None], give_up: Callable[
             if away_since is None:
                 away_since = time.monotonic()
                 say(f"not recorded yet, retrying: {error}")
-            if give_up(pause):
+            if give_up(next(pauses)):
                 raise
         else:
             if away_since is not None:
                 say(f"recording works again, after {time.monotonic() - away_since:.0f} s")
             return found
-    raise AssertionError("pauses have no end")
 
 
 def with_retries(call: Callable[[], T]) -> T:
@@ -99,7 +98,9 @@ class Outbox:
         self.folder = folder
 
     def keep(self, result: TrialResult) -> None:
-        """Write a result atomically, and so that it survives a power failure. Raises OSError."""
+        """Write a result, unless it is there, atomically and so that it survives a power failure. Raises OSError."""
+        if self._file(result).exists():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=self.folder, suffix=".partial")
         try:
@@ -108,13 +109,11 @@ class Outbox:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, self._file(result))
-            if os.name == "posix":  # the file's name has to reach the disk, too
-                names = os.open(self.folder, os.O_RDONLY)
-                os.fsync(names)
-                os.close(names)
-        except BaseException:
+            names = os.open(self.folder, os.O_RDONLY)  # the file's name has to reach the disk, too
+            os.fsync(names)
+            os.close(names)
+        finally:
             Path(unfinished).unlink(missing_ok=True)
-            raise
 
     def drop(self, result: TrialResult) -> None:
         """Forget a result that the store has."""
@@ -155,10 +154,8 @@ class Recorder:
         """deliver: raises TrackingError when the store does not take a result."""
         self._deliver, self._outbox, self._reporter = deliver, outbox, reporter
         self._queue: queue.SimpleQueue[TrialResult | None] = queue.SimpleQueue()
-        self._open = 0
-        """Number of results that are neither delivered nor refused."""
-        self._unsaved: dict[str, TrialResult] = {}
-        """By trial id: those of them that could not be written to disk."""
+        self._open: dict[str, TrialResult] = {}
+        """By trial id: results that are neither delivered nor refused."""
         self._lost: dict[str, tuple[str, ...]] = {}
         """Trial id -> why attempts at it were lost."""
         self._cause = ""
@@ -178,10 +175,9 @@ class Recorder:
     def finished(self, result: TrialResult, running: int) -> None:
         """Returns at once. A result that cannot be written to disk stays in memory, and the reporter is told."""
         result = replace(result, retried=self._lost.pop(result.config.id, ()))
-        self._unsaved[result.config.id] = result
+        self._open[result.config.id] = result
         if reason := self._unsaved_because(result):
             self.note(f"cannot save a result in {self._outbox.folder} while it waits to be recorded: {reason}")
-        self._open += 1
         self._queue.put(result)
         self._reporter.finished(result, running)
 
@@ -195,10 +191,10 @@ class Recorder:
         if self._thread.is_alive():
             self._give_up.set()
             self._thread.join()
-        reasons = [reason for result in [*self._unsaved.values()] if (reason := self._unsaved_because(result))]
+        reasons = [reason for result in self._open.values() if (reason := self._unsaved_because(result))]
         if self._open and kind is None:
             said = [self._cause]
-            if kept := self._open - len(reasons):
+            if kept := len(self._open) - len(reasons):
                 again = "run the same command again to deliver them"
                 said.append(f"{kept} finished trials are kept in {self._outbox.folder}; {again}")
             if reasons:
@@ -210,7 +206,7 @@ class Recorder:
         try:
             for result in iter(self._queue.get, None):
                 self._pass_on(result)
-                self._open -= 1
+                self._open.pop(result.config.id, None)
         except TrackingError as error:
             self._cause = str(error)
 
@@ -222,18 +218,14 @@ class Recorder:
             where = f"kept in {self._outbox.folder}, and the next run offers it again"
             if reason := self._unsaved_because(result):
                 where = f"not saved in {self._outbox.folder}: {reason}; the trial will be run again"
-            self._unsaved.pop(result.config.id, None)
             self.note(f"{result.config.position} is finished, but the store refuses its result ({where}): {error}")
         else:
-            self._unsaved.pop(result.config.id, None)
             self._outbox.drop(result)
 
     def _unsaved_because(self, result: TrialResult) -> str | None:
-        """Why a result cannot be written to disk, which is tried unless it is there; None if it is there."""
+        """Why a result is not on disk and cannot be written there; None if it is there."""
         try:
-            if result.config.id in self._unsaved:
-                self._outbox.keep(result)
-                del self._unsaved[result.config.id]
+            self._outbox.keep(result)
         except OSError as error:
             return error.strerror or str(error)
         return None

@@ -54,21 +54,18 @@ def add_version(
     source: str,
     run_id: str,
     alias: str,
-    *,
-    tags: Mapping[str, str],
+    tags: dict[str, str],
     description: str,
+    model_id: str | None = None,
 ) -> str:
     """Adds a version to a registered model, which is created if missing; returns its address "models:/NAME@ALIAS".
 
-    about, description: of the registered model and of the version. source: address of the artifacts, or of a logged model. alias:
-    will point to the new version. Raises what MLflow raises.
+    about, description: of the registered model and of the version. source: address of the artifacts. alias: will point to the new
+    version. model_id: the logged model that the artifacts belong to. Raises what MLflow raises.
     """
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=about)
-    logged = source.removeprefix(PREFIX) if source.startswith(PREFIX) else None
-    if logged:  # given this address, MLflow would look in its default store, and create that
-        source = client.get_logged_model(logged).artifact_location
-    made = client.create_model_version(name, source, run_id, tags=dict(tags), description=description, model_id=logged)
+    made = client.create_model_version(name, source, run_id, tags, description=description, model_id=model_id)
     client.set_registered_model_alias(name, alias, made.version)
     return f"{PREFIX}{name}@{alias}"
 
@@ -85,7 +82,7 @@ def register_position(client: "MlflowClient", run_id: str, model: str, position:
         about = f"Where to edit {model}, as found by `locft select`."
         tags = {"locft.position": position["position"], "locft.study_id": run.data.tags["locft.study_id"]}
         description = json.dumps(position["settings"])
-        return add_version(client, name, about, source, run_id, "recommended", tags=tags, description=description)
+        return add_version(client, name, about, source, run_id, "recommended", tags, description)
 
 
 def register_edit(
@@ -124,8 +121,8 @@ def register_edit(
                 client.log_model_artifacts(logged.model_id, place)
         client.finalize_logged_model(logged.model_id, "READY")
         _link_metrics(client, run, logged.model_id, metrics)
-        source = f"{PREFIX}{logged.model_id}"
-        return add_version(client, name, about, source, run_id, alias, tags=tags, description=description)
+        source = logged.artifact_location  # MLflow would look for models:/ID in its default store
+        return add_version(client, name, about, source, run_id, alias, tags, description, logged.model_id)
 
 
 def _link_metrics(client: "MlflowClient", run: "Run", model_id: str, metrics: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from locft.train.formats import RAW
 
 if TYPE_CHECKING:
@@ -43,13 +45,7 @@ class EditedModel:
         column of a table. Raises InputError for prompts that are too long."""
         from locft.measure.generation import line_answers
 
-        values = prompts.to_numpy() if hasattr(prompts, "to_numpy") else prompts
-        texts = [values] if isinstance(values, str) else [str(text) for row in values for text in _flat(row)]
-        return line_answers(self.loaded, texts, self.tokens, self.form)
-
-
-def _flat(value: Any) -> list[Any]:
-    return [value] if isinstance(value, str) else list(value)
+        return line_answers(self.loaded, list(map(str, np.ravel(prompts))), self.tokens, self.form)
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any]) -> EditedModel:

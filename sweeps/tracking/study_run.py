@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from analysis.stats.table import results_frame
+from analysis.stats.table import done, results_frame
 from locft.errors import InputError
 from sweeps.study.trial_types import TrialConfig, TrialResult
 from sweeps.tracking import pages, trial_run
@@ -53,14 +54,12 @@ class Tracker:
         """The store's address, without a password."""
         self.experiment_id = experiment_id
         self.study_id = study_id
-        self._model_id = ""
-        """Id of the experiment's unedited model; empty until it is linked to a run."""
 
     @classmethod
     def open(cls, uri: str, name: str, study_id: str) -> "Tracker":
         """Connects to the store at a resolved address; creates it, and the experiment of that name, if they are missing.
 
-        Raises InputError within seconds when the store cannot be reached or written, or the name cannot be used.
+        Raises InputError within seconds when the store cannot be reached or written, or the experiment was deleted.
         """
         store = connect(uri, create=True)
         tags = {
@@ -68,7 +67,7 @@ class Tracker:
             "mlflow.experimentKind": "custom_model_development",  # else MLflow's page asks for it, and shows tabs for agents
             pages.VIEW_TAG: pages.view_state(),
         }
-        return cls(store, store.open_experiment(name.strip(), tags), study_id)
+        return cls(store, store.open_experiment(name, tags), study_id)
 
     def open_run(
         self,
@@ -90,9 +89,7 @@ class Tracker:
             else:
                 own = {"locft.kind": "study", "locft.study_id": self.study_id}
                 run_id = self._store.create_run(self.experiment_id, name, own).info.run_id
-            note = pages.study_note(description, self.experiment_id, run_id)
-            started = {**(tags or {}), "locft.status": "running", "mlflow.note.content": note}
-            self._store.log(run_id, tags=started)
+            self.describe(description, {**(tags or {}), "locft.status": "running"})
             about = pages.experiment_note(name, self.experiment_id, run_id)
             self.client.set_experiment_tag(self.experiment_id, "mlflow.note.content", about)
             self.client.log_text(run_id, study_yaml, "study.yaml")
@@ -110,17 +107,12 @@ class Tracker:
         config = result.config
         with store_errors(f"trial {config.id}"):
             found = best_first(self._trial_runs(trial_id=config.id))
-            for double in found[1:]:  # a run was created, the response was lost, and it was created again
-                self.client.delete_run(double.info.run_id)
             before = outcome_of(found[0]) if found else None
             if before == "done":
                 return found[0].info.run_id
             tags = trial_run.trial_tags(self.study_id, result, inputs)
-            if found:
-                run = found[0]
-            else:
-                started = now() - int(1000 * result.metrics.get("seconds", 0))
-                run = self._store.create_run(self.experiment_id, pages.run_name(config), tags, started)
+            name, started = pages.run_name(config), now() - int(1000 * result.metrics.get("seconds", 0))
+            run = found[0] if found else self._store.create_run(self.experiment_id, name, tags, started)
             run_id = run.info.run_id
             try:
                 self._store.log(
@@ -140,10 +132,7 @@ class Tracker:
                 if inputs:
                     self._link_inputs(run_id, inputs)
             except BaseException:
-                with (
-                    contextlib.suppress(TrackingError),
-                    store_errors(f"run {run_id}"),
-                ):  # else the next delivery closes it
+                with contextlib.suppress(TrackingError), store_errors("a run"):  # else the next delivery closes it
                     self._store.close_run(run_id, "FAILED", "incomplete")
                 raise
             self.client.set_terminated(run_id, "FINISHED" if result.status == "done" else "FAILED")
@@ -157,14 +146,13 @@ class Tracker:
         summary_metrics: Mapping[str, float],
         status: Literal["done", "stopped", "failed"],
         *,
-        answer: str = "",
+        answer: str,
     ) -> None:
         """Puts the results table, the dashboard and the answer into the study's run, and closes it.
 
         recommendation: stored whole; its `trial_ids` and `position`, if present, become tags, and the runs of those trials are
-        the ones tagged `locft.pick`. answer: the run's new description, in markdown; if empty, that of `open_run` stays. If a
-        trial has several runs (a lost response, two drivers), the best is kept. A file that the store refuses is left out, with
-        a warning.
+        the ones tagged `locft.pick`. answer: the run's new description, in markdown. If a trial has several runs (a lost response,
+        two drivers), the best is kept. A file that the store refuses is left out, with a warning.
         """
         state = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status]
         picked = list(recommendation.get("trial_ids", ()))
@@ -174,18 +162,18 @@ class Tracker:
             for run in best_first(self._trial_runs()):
                 if trial_runs.setdefault(run.data.tags["locft.trial_id"], run) is not run:
                     self.client.delete_run(run.info.run_id)
-            results.to_parquet(Path(folder, "results.parquet"), index=False)
-            Path(folder, "dashboard.html").write_text(report_html, encoding="utf-8")
-            recommended = json.dumps(recommendation, indent=2, default=str)
-            Path(folder, "recommendation.json").write_text(recommended, encoding="utf-8")
-            for file in sorted(Path(folder).iterdir()):
-                with refusable(f"the study's file {file.name}"):
+            files = {
+                "dashboard.html": report_html.encode(),
+                "recommendation.json": json.dumps(recommendation, indent=2, default=str).encode(),
+                "results.parquet": results.to_parquet(index=False),
+            }
+            for name, content in files.items():
+                (file := Path(folder, name)).write_bytes(content)
+                with refusable(f"the study's file {name}"):
                     self.client.log_artifact(run_id, str(file))
-            tags = {"locft.pick.trial_ids": ", ".join(picked)}
-            tags["locft.pick.position"] = recommendation.get("position", "")
-            if answer:
-                tags["mlflow.note.content"] = pages.study_note(answer, self.experiment_id, run_id)
-            self._store.log(run_id, metrics=summary_metrics, when=now(), tags=tags)
+            self._store.log(run_id, metrics=summary_metrics, when=now())
+            pick = {"trial_ids": ", ".join(picked), "position": recommendation.get("position", "")}
+            self.describe(answer, {f"locft.pick.{key}": value for key, value in pick.items()})
             for trial_id, run in trial_runs.items():
                 if trial_id in picked:
                     self._store.log(run.info.run_id, tags={"locft.pick": "pick"})
@@ -202,7 +190,7 @@ class Tracker:
         return run.info.run_id
 
     def describe(self, description: str, tags: Mapping[str, str]) -> None:
-        """Replaces the description of the study's run, in markdown, and sets further tags."""
+        """Replaces the description of the study's run, in markdown, and sets further tags (call `open_run` first)."""
         with store_errors("the description of the study"):
             run_id = self.run_id()
             note = pages.study_note(description, self.experiment_id, run_id)
@@ -305,12 +293,18 @@ class Tracker:
         return self._store.find_runs(self.experiment_id, tags, **search)
 
     def _link_inputs(self, run_id: str, inputs: StudyInputs) -> None:
+        """Links a trial's run to the data sets and the unedited model, which is logged for the experiment when it is new."""
         from mlflow.entities import LoggedModelInput
 
-        self._model_id = self._model_id or self._store.logged_model(
-            self.experiment_id, inputs.model, inputs.model_fingerprint, inputs.model_facts, self.run_id()
-        )
-        self.client.log_inputs(run_id, list(inputs.datasets), [LoggedModelInput(self._model_id)])
+        name, tags = re.sub(r"[/:.%\"']", "-", inputs.model), {"locft.fingerprint": inputs.model_fingerprint}
+        known = self.client.search_logged_models([self.experiment_id], filter_string=f"name = '{name}'")
+        model = next((one for one in known if one.tags.items() >= tags.items()), None)
+        if model is None:
+            tags["locft.model"], facts = inputs.model, {key: str(value) for key, value in inputs.model_facts.items()}
+            source, kind = self.run_id(), "unedited model"
+            model = self.client.create_logged_model(self.experiment_id, name, source, tags, facts, kind)
+            self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_inputs(run_id, list(inputs.datasets), [LoggedModelInput(model.model_id)])
 
     def _stored_curves(self) -> dict[str, list[float]]:
         """Run id -> losses per epoch, from the table artifact of the study; {} when there is none yet."""
@@ -319,11 +313,8 @@ class Tracker:
         if stored is None:
             return {}
         try:
-            table = pd.read_parquet(io.BytesIO(stored))
-            done = table[table["status"] == "done"]
-            return {
-                run: list(map(float, curve)) for run, curve in zip(done["run_id"], done["epoch_losses"], strict=True)
-            }
+            curves = done(pd.read_parquet(io.BytesIO(stored))).set_index("run_id")["epoch_losses"]
+            return {run: list(map(float, curve)) for run, curve in curves.items()}
         except (OSError, KeyError, ValueError, TypeError) as error:  # a write that broke off, or a table without run_id
             _log.warning("the stored results table is not readable (%s); reading the runs instead", error)
             return {}
@@ -338,7 +329,7 @@ def find_tracker(uri: str, name: str, study_id: str) -> Tracker | None:
         store = connect(uri)
     except NoStore:
         return None
-    experiment = store.find_experiment(name.strip())
+    experiment = store.find_experiment(name)
     return Tracker(store, experiment.experiment_id, study_id) if experiment else None
 
 
@@ -363,17 +354,19 @@ def find_trial(run_id: str, uri: str) -> tuple[TrialConfig, str | None]:
     return config, study.read_file("study.yaml")
 
 
-def list_studies(uri: str, limit: int = 10, base: str = "") -> list[dict[str, Any]]:
-    """The latest studies of a store: name, status, study_id, run_id, experiment_id, links. Creates no store.
-
-    base: the address that the links begin with (`pages.links`).
-    """
-    studies = []
-    for run, study in _latest_runs(uri, {"kind": "study"}, limit):
-        found = {"name": run.info.run_name, "status": run.data.tags.get("locft.status"), "study_id": study.study_id}
-        found |= {"run_id": run.info.run_id, "experiment_id": study.experiment_id, "links": study.links(base)}
-        studies.append(found)
-    return studies
+def list_studies(uri: str, base: str = "") -> list[dict[str, Any]]:
+    """The ten latest studies of a store. Creates no store. base: the address that the links begin with (`pages.links`)."""
+    return [
+        {
+            "name": run.info.run_name,
+            "status": run.data.tags.get("locft.status"),
+            "study_id": study.study_id,
+            "run_id": run.info.run_id,
+            "experiment_id": study.experiment_id,
+            "links": study.links(base),
+        }
+        for run, study in _latest_runs(uri, {"kind": "study"}, 10)
+    ]
 
 
 def earlier_trials(model_fingerprint: str, machine: str, limit: int, uri: str) -> list[TrialResult]:

@@ -58,8 +58,7 @@ class StudyInputs:
     @property
     def tags(self) -> dict[str, str]:
         """Tags for a trial's run, so that the run itself says what it was made from."""
-        used = ((data.tags[0].value, json.loads(data.dataset.source)["uri"]) for data in self.datasets)
-        sources = {f"locft.{context}": source for context, source in used}
+        sources = {f"locft.{data.tags[0].value}": json.loads(data.dataset.source)["uri"] for data in self.datasets}
         return {"locft.model": self.model, **sources, "locft.machine": self.machine}
 
 
@@ -75,18 +74,16 @@ def trial_tags(study_id: str, result: TrialResult, inputs: StudyInputs | None) -
     values = result.config.to_dict()
     tags = {"locft.kind": "trial", "locft.study_id": study_id, "locft.trial_id": result.config.id}
     tags |= {f"locft.{key}": str(value) for key, value in values.items() if key not in AXIS}
-    tags["locft.status"] = result.status
-    if result.status == "failed":
-        tags["locft.error"] = result.error or "unknown"
-    if result.retried:
-        tags["locft.retried"] = "\n".join(result.retried)
-    if result.right:
-        tags["locft.right"] = result.right
-    if result.stages:
-        tags["locft.stages"] = json.dumps(result.stages)
-    if result.outcomes:  # tells MLflow's pages that the file is a table
-        tags["mlflow.loggedArtifacts"] = json.dumps([{"path": "outcomes.json", "type": "table"}])
-    return tags | (inputs.tags if inputs else {})
+    table = json.dumps([{"path": "outcomes.json", "type": "table"}])  # else MLflow's pages show it as text
+    found = {
+        "locft.status": result.status,
+        "locft.error": result.error,
+        "locft.retried": "\n".join(result.retried),
+        "locft.right": result.right,
+        "locft.stages": json.dumps(result.stages) if result.stages else None,
+        "mlflow.loggedArtifacts": table if result.outcomes else None,
+    }
+    return {**tags, **{key: text for key, text in found.items() if text}, **(inputs.tags if inputs else {})}
 
 
 def config_of(run: "Run") -> TrialConfig:
@@ -127,11 +124,10 @@ def curves_of(result: TrialResult) -> dict[str, list[tuple[int, float]]]:
 
 
 def outcomes_table(outcomes: Sequence[Mapping[str, Any]]) -> str:
-    """The JSON that MLflow's pages show as a table."""
-    extra = [key for outcome in outcomes for key in outcome if key not in OUTCOMES]
-    columns = [key for key in OUTCOMES if any(key in outcome for outcome in outcomes)] + list(dict.fromkeys(extra))
-    rows = [[outcome.get(key) for key in columns] for outcome in outcomes]
-    return json.dumps({"columns": columns, "data": rows}, ensure_ascii=False, default=str)
+    """The JSON that MLflow's pages show as a table. outcomes: at least one."""
+    columns = [key for key in OUTCOMES if key in outcomes[0]]
+    rows = [[outcome[key] for key in columns] for outcome in outcomes]
+    return json.dumps({"columns": columns, "data": rows}, ensure_ascii=False)
 
 
 def environment() -> dict[str, Any]:

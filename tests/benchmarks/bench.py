@@ -8,7 +8,8 @@ batch or two measurements of the same edit. What they compute is compared too: a
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -16,30 +17,23 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
-from locft.data.requests import EditSet, load_edits
+from locft.data.requests import EditSet
 from locft.data.suites import Suite, load_suite
 from locft.engine.tail import supports_tail
 from locft.engine.tail_engine import TailEngine
 from locft.errors import InputError
 from locft.machine import usable_cores
-from locft.measure.capability import encode_suite, suite_rows
-from locft.measure.evaluation import edit_questions, locality_prompts, question_rows
+from locft.measure.evaluation import locality_prompts
 from locft.measure.generation import greedy_answers
 from locft.model.models import DTYPES, LoadedModel, load_model, load_structure
 from locft.model.positions import TuningPosition, n_layers, parameter_names
 from locft.model.precision import training_precision
 from locft.process import describe_machine, torch_device
-from locft.train.encoding import encode_edits
 from locft.train.reference import full_forward
-from locft.workbench import Baseline, Workbench, measure_unedited
+from locft.train.token_rows import TokenRow
+from locft.workbench import Baseline, Workbench, in_memory, measure_unedited
 from sweeps.commands.console import notice, print_json, print_table, say
-from sweeps.commands.options import (
-    EditsOption,
-    JsonOption,
-    RemoteCodeOption,
-    ThreadsOption,
-    edits_of,
-)
+from sweeps.commands.options import EditsOption, EditsOptions, JsonOption, RemoteCodeOption, ThreadsOption
 from tests.benchmarks.bench_stages import (
     LEARNING_RATE,
     SEED,
@@ -50,7 +44,7 @@ from tests.benchmarks.bench_stages import (
     study_race,
     training_step,
 )
-from tests.benchmarks.machine_speed import GPU_MATRIX_ROWS, MATRIX_ROWS, device_facts, matrix_speed, peak_memory, timed
+from tests.benchmarks.machine_speed import device_facts, matrix_rows, matrix_speed, peak_memory, timed
 from tests.benchmarks.random_weights import LEARNING_RATE as RANDOM_RATE
 from tests.benchmarks.random_weights import configuration, random_loaded, random_model, texts_of
 
@@ -101,9 +95,8 @@ def read_settings(
     sizes = _numbers("--batch-size", batch_size, "numbers of edits with commas such as 10,100", problems)
     wrong = [size for size in sizes if not 1 <= size <= edits]
     problems += [f"--batch-size {size}: there are {edits} edits; expected 1 to {edits}" for size in wrong]
-    for name, value in (("--repeats", repeats), ("--epochs", epochs), ("--threads", threads)):
-        if value < 1:
-            problems.append(f"{name} {value}: expected at least 1")
+    counts = (("--repeats", repeats), ("--epochs", epochs), ("--threads", threads))
+    problems += [f"{name} {value}: expected at least 1" for name, value in counts if value < 1]
     precision = precision or training_precision(device)
     more = tuple(dict.fromkeys(part.strip() for part in beside.split(",") if part.strip() and part.strip() != dtype))
     named = [("--precision", precision), ("--dtype", dtype), *(("--plain", name) for name in more)]
@@ -146,20 +139,22 @@ def run_bench(
                 for number, size in enumerate(settings.batch_sizes):
                     name = f"training_step_batch_{size}" if number else "training_step"
                     found[name] = training_step(bench, position, size, settings, machine["matrix_gflops"])
-                    say(f"{position} {name}: {_line(found[name])}")
             if {"edit_metrics", "capability"} & set(settings.stages):
-                measured = measurements(bench, position, settings)
-                found |= measured
-                for name, entry in measured.items():
-                    say(f"{position} {name}: {_line(entry)}")
+                found |= measurements(bench, position, settings)
+            for name, one in found.items():
+                sides = f"{one['reference_seconds']:.3f} s against {one['engine_seconds']:.3f} s"
+                say(f"{position} {name}: {sides}, {one['ratio']:.1f}x")
             layers[str(layer)] = found
         for name in settings.beside:
             plain_beside(bench, settings, name, layers, say)
-        study = {**_about(loaded, edits, settings), **prepared}
+        study = {"model": loaded.name, "edits": len(edits.requests), "seed": SEED}
+        study |= {name: getattr(settings, name) for name in ("module", "precision", "learning_rate")} | prepared
         if "study" in settings.stages:
             study |= study_race(bench, prepared, settings, say)
         machine["peak_memory_bytes"] = peak_memory()
-        return {"machine": machine, "layers": layers, "mean_ratio": _mean_ratios(layers), "study": study}
+        names = dict.fromkeys(name for found in layers.values() for name in found)
+        ratios = {name: statistics.mean(found[name]["ratio"] for found in layers.values()) for name in names}
+        return {"machine": machine, "layers": layers, "mean_ratio": ratios, "study": study}
     finally:
         torch.set_num_threads(threads)
 
@@ -190,11 +185,9 @@ def report_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def report_lines(result: Mapping[str, Any]) -> list[str]:
     """Machine, mean ratios, boundary pass and study in sentences."""
     machine, study = result["machine"], result["study"]
-    boundary = study["boundary"]
     lines = [
         f"{_machine_line(machine)}; peak resident memory {machine['peak_memory_bytes'] / 2**30:.2f} GiB",
-        f"boundary pass: {boundary['tokens']:,} tokens, {boundary['layers']} layer(s), "
-        f"{boundary['bytes'] / 2**20:.0f} MiB in {_seconds(boundary['seconds'])} s",
+        _boundary_line(study["boundary"]),
         *(f"mean ratio of {name}: {ratio:.1f}x" for name, ratio in result["mean_ratio"].items()),
     ]
     for layer, found in result["layers"].items():
@@ -223,55 +216,38 @@ def report_lines(result: Mapping[str, Any]) -> list[str]:
 def _prepare(
     loaded: LoadedModel, edits: EditSet, suite: Suite | None, settings: BenchSettings, say: Say
 ) -> tuple[Workbench, dict[str, Any]]:
-    """As `Workbench.prepare`, but only what the stages ask for, with the parts timed. The states stay in memory."""
+    """The workbench with only what the stages ask for, and what its parts took. The states stay in memory."""
     asks = bool({"edit_metrics", "study"} & set(settings.stages))
     scores = bool({"capability", "study"} & set(settings.stages))
     if scores and suite is None:
         raise ValueError("the stages capability and study need a suite")
-    requests = edits.requests if asks else ()
-    encoded = encode_suite(loaded.tokenizer, suite) if scores and suite else None
-    rows = encode_edits(loaded.tokenizer, edits.requests)
-    prompts = locality_prompts(requests) if asks else []
+    prompts = locality_prompts(edits.requests if asks else ())
     answers, asking = timed(lambda: greedy_answers(loaded, prompts))  # the same on both sides
-    questions = edit_questions(loaded.tokenizer, requests, answers)
-    every = [*rows, *question_rows(questions), *(suite_rows(encoded) if encoded else ())]
-    with torch.no_grad():
-        full_forward(loaded.model)(rows[:1])  # reads the weights into memory, which is no part of the pass
+    boundary: dict[str, Any] = {}
 
-    def make() -> TailEngine:
-        engine = TailEngine(loaded, every, settings.layers, on_disk=False)
-        engine.forward(
-            n_layers(loaded.model) - 1, DTYPES[settings.precision]
-        )  # the weights in that dtype, once a process
+    def make(loaded: LoadedModel, rows: Sequence[TokenRow]) -> TailEngine:
+        with torch.no_grad():
+            full_forward(loaded.model)(rows[:1])  # reads the weights into memory, which is no part of the pass
+        engine, boundary["seconds"] = timed(partial(in_memory, loaded, rows, settings.layers), loaded.model.device)
+        boundary["seconds"] += timed(partial(engine.views, DTYPES[settings.precision]))[1]  # made once a process
         return engine
 
-    engine, seconds = timed(make, loaded.model.device)
-    boundary = {
-        "seconds": seconds,
-        "tokens": len(engine.tree),
-        "bytes": sum(states.nbytes for states in engine.states.layers.values()),
-        "layers": len(engine.states.layers),
-    }
-    say(
-        f"boundary: {boundary['tokens']:,} tokens, {boundary['layers']} layer(s), "
-        f"{boundary['bytes'] / 2**20:.0f} MiB in {boundary['seconds']:.2f} s"
-    )
+    given = {"baseline": Baseline(tuple(answers), None), "asked_places": None if asks else ()}
+    bench = Workbench.prepare(loaded, edits, suite if scores else None, engine=make, **given)
+    states = bench.engine.states.layers.values()
+    boundary |= {"tokens": len(bench.engine.tree), "bytes": sum(s.nbytes for s in states), "layers": len(states)}
+    say(_boundary_line(boundary))
     prepared: dict[str, Any] = {"boundary": boundary}
-    baseline = Baseline(tuple(answers), None)
-    if questions or encoded:
-        measure = partial(measure_unedited, loaded, answers=answers, questions=questions, suite=encoded)
-        baseline, seconds = timed(lambda: measure(logits=engine.unedited()))
+    if asks or scores:
+        measure = partial(measure_unedited, loaded, answers=answers, questions=bench.questions, suite=bench.suite)
+        baseline, seconds = timed(lambda: measure(logits=bench.engine.unedited()))
         prepared["unedited"] = {"engine_seconds": asking + seconds}
         if "study" in settings.stages:
             seconds = timed(lambda: measure(logits=full_forward(loaded.model)))[1]
             prepared["unedited"]["reference_seconds"] = asking + seconds
         say("unedited model measured: " + ", ".join(f"{n} {s:.2f}" for n, s in prepared["unedited"].items()))
-    return Workbench(loaded, edits.requests, rows, questions, encoded, baseline, engine), prepared
-
-
-def _mean_ratios(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    names = dict.fromkeys(name for found in layers.values() for name in found)
-    return {name: statistics.mean(found[name]["ratio"] for found in layers.values()) for name in names}
+        bench = replace(bench, baseline=baseline)
+    return bench, prepared
 
 
 def _matrix_gflops(model: PreTrainedModel, settings: BenchSettings) -> dict[str, Any]:
@@ -280,10 +256,13 @@ def _matrix_gflops(model: PreTrainedModel, settings: BenchSettings) -> dict[str,
     shapes = [model.get_parameter(name).shape for name in parameter_names(model, position)]
     matrices = [shape for shape in shapes if len(shape) == 2] or [model.get_output_embeddings().weight.shape]
     leaving, entering = max(matrices, key=math.prod)
-    device = model.device
-    speeds = {name: matrix_speed(entering, leaving, DTYPES[name], device=device) / 1e9 for name in PRECISIONS}
-    height = GPU_MATRIX_ROWS if device.type == "cuda" else MATRIX_ROWS
-    return {"matrix_gflops": speeds, "matrix_shape": [height, entering, leaving]}
+    speeds = {name: matrix_speed(entering, leaving, DTYPES[name], device=model.device) / 1e9 for name in PRECISIONS}
+    return {"matrix_gflops": speeds, "matrix_shape": [matrix_rows(model.device), entering, leaving]}
+
+
+def _boundary_line(boundary: Mapping[str, Any]) -> str:
+    size, seconds = boundary["bytes"] / 2**20, _seconds(boundary["seconds"])
+    return f"boundary pass: {boundary['tokens']:,} tokens, {boundary['layers']} layer(s), {size:.0f} MiB in {seconds} s"
 
 
 def _machine_line(machine: Mapping[str, Any]) -> str:
@@ -292,27 +271,12 @@ def _machine_line(machine: Mapping[str, Any]) -> str:
     return f"{where}{machine['cpu']}, {machine['threads']} threads; GFLOP/s of matrix products: {speeds}"
 
 
-def _about(loaded: LoadedModel, edits: EditSet, settings: BenchSettings) -> dict[str, Any]:
-    return {
-        "model": loaded.name,
-        "edits": len(edits.requests),
-        "module": settings.module,
-        "precision": settings.precision,
-        "seed": SEED,
-        "learning_rate": settings.learning_rate,
-    }
-
-
 def _numbers(name: str, text: str, expected: str, problems: list[str]) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         problems.append(f"{name} {text!r}: expected {expected}")
         return ()
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    return f"{entry['reference_seconds']:.3f} s against {entry['engine_seconds']:.3f} s, {entry['ratio']:.1f}x"
 
 
 def _seconds(value: float) -> str:
@@ -361,7 +325,7 @@ def main(
     on_gpu = target.type != "cpu"
     dtype, model = dtype or ("bfloat16" if on_gpu else "float32"), model or "smollm2-135m"
     config = configuration(random_weights) if random_weights else None
-    requests = load_edits(edits_of(edits, limit).source, limit=limit)
+    requests = EditsOptions(edits, limit).named_edits().load()
     settings = read_settings(
         random_model(config, torch.float32, torch.device("meta"))
         if config

@@ -11,7 +11,7 @@ behind the matrix. So the share of the machine's speed that is reported errs on 
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -93,17 +93,13 @@ def step_flops(model: PreTrainedModel, position: TuningPosition, tokens: int, su
 
 
 def drawn_batches(rows: Sequence[TokenRow], size: int, count: int) -> list[list[TokenRow]]:
-    """So many whole batches, drawn as epochs are; the same for both sides and in every run."""
-
-    def forever() -> Iterator[list[TokenRow]]:
-        order = torch.Generator().manual_seed(SEED)
-        while True:
-            drawn = torch.randperm(len(rows), generator=order).tolist()
-            for start in range(0, len(rows) - size + 1, size):
-                yield [rows[index] for index in drawn[start : start + size]]
-
-    batches = forever()
-    return [next(batches) for _ in range(count)]
+    """This many whole batches, drawn as epochs are; the same for both sides and in every run."""
+    order, batches = torch.Generator().manual_seed(SEED), []
+    while len(batches) < count:
+        drawn = torch.randperm(len(rows), generator=order).tolist()
+        starts = range(0, len(rows) - size + 1, size)
+        batches += [[rows[index] for index in drawn[start : start + size]] for start in starts]
+    return batches[:count]
 
 
 def step_seconds(trainer: PositionTrainer, batches: Sequence[Sequence[TokenRow]]) -> list[tuple[float, float]]:
@@ -140,38 +136,37 @@ def training_step(
     device, rate = loaded.model.device, settings.learning_rate
     forward, setup_seconds = timed(make_forward, device)
     theirs, ours = (_steps(loaded, position, side, batches, rate) for side in (None, forward))
-    steps = list(zip(theirs, ours, strict=True))
-    differences = [_difference(theirs, ours) for (theirs, _), (ours, _) in steps]
+    differences = [_difference(before, loss) for (before, _), (loss, _) in zip(theirs, ours, strict=True)]
     in_float32 = engine.training_forward(position, bench.rows, torch.float32)
     exact = trainer_of(loaded, position, in_float32).step_on(batches[0]).value
-    first = {
-        side: lambda made=made: step_seconds(trainer_of(loaded, position, made()), batches[:1])
-        for side, made in (("reference", lambda: None), ("engine", make_forward))
-    }
-    counted = steps[1:]  # both sides of the first pair have the same weights, of the others not quite
-    tokens, shares, engine_rates, reference_rates = [], [], [], []
-    for batch, ((_, slow), (_, quick)) in zip(batches[1:], counted, strict=True):
-        computed = int((pack_rows(engine.tree, batch, engine.limit).nodes >= 0).sum())
-        flops = step_flops(loaded.model, position, computed, sum(len(row.target_ids) for row in batch))
-        shares.append(flops / quick / (gflops[settings.precision] * 1e9))
-        tokens.append(sum(len(row.token_ids) for row in batch))
-        engine_rates.append(tokens[-1] / quick)
-        reference_rates.append(tokens[-1] / slow)
+    counted = batches[1:]  # before the first, both sides have the same weights, before the others not quite
+    slow, quick = ([seconds for _, seconds in side[1:]] for side in (theirs, ours))
+    tokens = [sum(len(row.token_ids) for row in batch) for batch in counted]
+    computed = [int((pack_rows(engine.tree, batch, engine.limit).nodes >= 0).sum()) for batch in counted]
+    supervised = [sum(len(row.target_ids) for row in batch) for batch in counted]
+    flops = [step_flops(loaded.model, position, *pair) for pair in zip(computed, supervised, strict=True)]
+
+    def first_step(make: Callable[[], Forward | None]) -> None:
+        step_seconds(trainer_of(loaded, position, make()), batches[:1])
+
+    sides: dict[str, Any] = {}
+    for side, make, made in (("reference", lambda: None, None), ("engine", make_forward, forward)):
+        sides[f"{side}_added_bytes"] = added_memory(partial(first_step, make), device)
+        launched = launches(partial(trainer_of(loaded, position, made).step_on, batches[0]), device)
+        sides |= {f"{side}_{what}": found for what, found in launched.items()}
     return {
-        **_pairs([slow for (_, slow), _ in counted], [quick for _, (_, quick) in counted]),
+        **_pairs(slow, quick),
         "batch_size": size,
         "precision": settings.precision,
         "tokens": statistics.median(tokens),
-        "reference_tokens_per_second": statistics.median(reference_rates),
-        "engine_tokens_per_second": statistics.median(engine_rates),
-        "share_of_matrix_speed": statistics.median(shares),
+        "reference_tokens_per_second": _median_rate(tokens, slow),
+        "engine_tokens_per_second": _median_rate(tokens, quick),
+        "share_of_matrix_speed": _median_rate(flops, quick) / (gflops[settings.precision] * 1e9),
         "first_loss_difference": differences[0],  # of the same weights
-        "first_loss_difference_float32": _difference(steps[0][0][0], exact),
+        "first_loss_difference_float32": _difference(theirs[0][0], exact),
         "loss_difference": max(differences),
         "setup_seconds": setup_seconds,
-        **{f"{side}_added_bytes": added_memory(step, device) for side, step in first.items()},
-        **_launches(trainer_of(loaded, position), batches[0], "reference"),
-        **_launches(trainer_of(loaded, position, forward), batches[0], "engine"),
+        **sides,
     }
 
 
@@ -182,6 +177,10 @@ def _plain_steps(
     batches = drawn_batches(rows, size, settings.repeats + 1)
     steps = _steps(loaded, position, None, batches, settings.learning_rate)[1:]
     return statistics.median(seconds for _, seconds in steps)
+
+
+def _median_rate(amounts: Sequence[int], seconds: Sequence[float]) -> float:
+    return statistics.median(amount / took for amount, took in zip(amounts, seconds, strict=True))
 
 
 def plain_beside(
@@ -198,15 +197,13 @@ def plain_beside(
             entry, position = found[name], TuningPosition(int(layer), settings.module)
             try:
                 seconds = _plain_steps(other(), bench.rows, position, entry["batch_size"], settings)
+                told = f"{seconds:.3f} s"
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                seconds = None
-            ratio = seconds and seconds / entry["engine_seconds"]
-            entry.setdefault("beside", {})[precision] = (seconds, ratio)
-            say(
-                f"{position} {name}: the plain loop in {precision}: {'no memory' if seconds is None else f'{seconds:.3f} s'}"
-            )
+                seconds, told = None, "no memory"
+            entry.setdefault("beside", {})[precision] = (seconds, seconds and seconds / entry["engine_seconds"])
+            say(f"{position} {name}: the plain loop in {precision}: {told}")
 
 
 def _steps(
@@ -219,11 +216,6 @@ def _steps(
     """Losses and seconds of steps from the beginning of a training, behind others that warm up."""
     _warm_up(trainer_of(loaded, position, forward, learning_rate), batches)
     return step_seconds(trainer_of(loaded, position, forward, learning_rate), batches)
-
-
-def _launches(trainer: PositionTrainer, batch: Sequence[TokenRow], side: str) -> dict[str, Any]:
-    device = next(iter(trainer.method.weights.values())).device
-    return {f"{side}_{what}": found for what, found in launches(lambda: trainer.step_on(batch), device).items()}
 
 
 def measurements(bench: Workbench, position: TuningPosition, settings: BenchSettings) -> dict[str, dict[str, Any]]:
@@ -242,21 +234,18 @@ def measurements(bench: Workbench, position: TuningPosition, settings: BenchSett
     repeats = range(min(settings.repeats, MEASUREMENTS))
     pairs = [(plain.measure(delta, whole_answers=True), bench.measure(delta)) for _ in repeats]
     theirs, ours = pairs[0]
-    found: dict[str, dict[str, Any]] = {}
     seconds = {"edit_metrics": "evaluate_seconds", "capability": "capability_seconds"}
-    chosen = {name: key for name, key in seconds.items() if name in settings.stages}
-    for name, key in chosen.items():
-        found[name] = _pairs([a.metrics[key] for a, _ in pairs], [b.metrics[key] for _, b in pairs])
+    found: dict[str, dict[str, Any]] = {}
+    for name in (*seconds, "edit_metrics_and_capability"):
+        parts = name.split("_and_")
+        if {*parts} <= {*settings.stages}:
+            sums = [[sum(one.metrics[seconds[part]] for part in parts) for one in pair] for pair in pairs]
+            found[name] = _pairs(*zip(*sums, strict=True))
     if "edit_metrics" in found:
         found["edit_metrics"] |= _differences(theirs, ours)
     if "capability" in found:
-        found["capability"] |= {
-            **items,
-            **{f"{name}_difference": _relative(theirs, ours, name) for name in ("drift_kl", "perplexity")},
-        }
-    if len(chosen) == 2:
-        sums = [[sum(m.metrics[key] for key in chosen.values()) for m in pair] for pair in pairs]
-        found["edit_metrics_and_capability"] = _pairs([a for a, _ in sums], [b for _, b in sums])
+        relative = {f"{name}_difference": _relative(theirs, ours, name) for name in ("drift_kl", "perplexity")}
+        found["capability"] |= items | relative
     return found
 
 
@@ -283,7 +272,8 @@ def study_race(bench: Workbench, prepared: Mapping[str, Any], settings: BenchSet
             theirs, more = timed(partial(plain.measure, again.delta, whole_answers=True))
             trial |= {"reference_seconds": seconds + more, **_metric_differences(theirs, measured)}
         elif layer in sampled:
-            step_seconds.append(_reference_step_seconds(bench, position, settings))
+            size = settings.batch_sizes[0]
+            step_seconds.append(_plain_steps(bench.loaded, bench.rows, position, size, settings))
             theirs, seconds = timed(partial(plain.measure, trained.delta, whole_answers=True))
             measure_seconds.append(seconds)
             trial |= _metric_differences(theirs, measured)
@@ -321,12 +311,6 @@ def _difference(theirs: float, ours: float) -> float:
     return abs(ours - theirs) / max(abs(theirs), 1e-3)
 
 
-def _reference_step_seconds(bench: Workbench, position: TuningPosition, settings: BenchSettings) -> float:
-    trainer = trainer_of(bench.loaded, position, None, settings.learning_rate)
-    batches = drawn_batches(bench.rows, settings.batch_sizes[0], settings.repeats + 1)
-    return statistics.median([seconds for _, seconds in step_seconds(trainer, batches)][1:])
-
-
 def _differences(theirs: Measurement, ours: Measurement) -> dict[str, int]:
     """How many questions the two sides judge differently, and how many answers read differently."""
     both = list(zip(theirs.outcomes, ours.outcomes, strict=True))
@@ -339,9 +323,7 @@ def _differences(theirs: Measurement, ours: Measurement) -> dict[str, int]:
 
 def _same_answer(whole: str, given_up: str) -> bool:
     """Is the second, which may be left unfinished once it is wrong, the first or its beginning?"""
-    if given_up.endswith("…") and whole.startswith(given_up[:-1].rstrip()):
-        return True
-    return whole == given_up
+    return whole == given_up or (given_up.endswith("…") and whole.startswith(given_up[:-1].rstrip()))
 
 
 def _items_differing(bench: Workbench, delta: EditDelta) -> dict[str, int]:

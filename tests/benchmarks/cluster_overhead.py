@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.conftest import write_study
+from tests.heard import Heard
 from tests.ray_nodes import Nodes
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -44,24 +45,6 @@ def sleep(config, seconds: float):
     }
     outcomes = tuple({"edit_id": str(n), "kind": "reliability", "prompt": "x" * 60, "got": "y"} for n in range(100))
     return TrialResult(config, "done", None, metrics, (1.0,) * 25, outcomes)
-
-
-class Collected:
-    """A reporter that keeps the metrics."""
-
-    def __init__(self):
-        self.metrics: list[dict[str, float]] = []
-
-    def note(self, text: str) -> None:
-        print(text)
-
-    def started(self, running: int) -> None: ...
-
-    def retried(self, config, cause: str) -> None:
-        print("retried:", cause)
-
-    def finished(self, result, running: int) -> None:
-        self.metrics.append(result.metrics)
 
 
 def measured(metrics: list[dict[str, float]], seconds: float) -> dict[str, float]:
@@ -96,7 +79,7 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
         load_study(str(write_study(folder, folder / "model", name=f"overhead-{nodes}", resources__concurrent="auto")))
     )
     trials = [replace(study.plan.trials[0], seed=seed) for seed in range(nodes * (per_worker + WARM_UP))]
-    collected = Collected()
+    heard = Heard()
     with Nodes() as cluster, ui.running(f"sqlite:///{folder / 'mlflow.db'}", None) as (server, _):
         for _ in range(nodes):
             cluster.add()
@@ -105,7 +88,7 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
             room, tracker = session.start_ray(), session.open_run()
             began = time.monotonic()
             spent = time.process_time()
-            with session.recorder(collected) as recorder:
+            with session.recorder(heard) as recorder:
                 ending = run_trials(
                     trials,
                     partial(sleep, seconds=seconds),
@@ -115,7 +98,7 @@ def run(nodes: int, per_worker: int, seconds: float, folder: Path) -> dict[str, 
                 )
             wall, spent = time.monotonic() - began, time.process_time() - spent
         assert ending == "complete" and len(tracker.load_results(curves=False)) == len(trials)
-    found = measured(collected.metrics, seconds)
+    found = measured([result.metrics for result in heard.results], seconds)
     ideal = len(trials) * seconds / nodes
     return {"nodes": nodes, **found, "driver_cpu_ms": round(1000 * spent / len(trials), 1),
             "wall_seconds": round(wall, 1), "ideal_seconds": round(ideal, 1)}  # fmt: skip

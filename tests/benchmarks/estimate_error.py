@@ -64,10 +64,8 @@ class MemoryPeak(threading.Thread):
 
 def expected(forecast: Forecast) -> dict[str, Any]:
     found, costs, gib = forecast.estimate, forecast.costs, 2**30
-    trials = forecast.prepared.plan.trials
-    training = [
-        trial_seconds(t, forecast.prepared.facts, replace(costs, evaluate=0.0, capability=0.0), None) for t in trials
-    ]
+    trials, alone = forecast.prepared.plan.trials, replace(costs, evaluate=0.0, capability=0.0)
+    training = [trial_seconds(trial, forecast.prepared.facts, alone, None) for trial in trials]
     return {
         "source": found.source,
         "seconds": [round(value) for value in (found.seconds_low, found.seconds, found.seconds_high)],
@@ -101,6 +99,7 @@ def measured(study: str, overrides: list[str], prepared: PreparedStudy, folder: 
     seconds = time.monotonic() - began
     memory.join()
     results = read_state(prepared, find_tracker(store(folder), prepared.study.name, prepared.id)).results
+    grown = {"cache": folder / "cache", "runs": folder / "mlruns"}
     return {
         "seconds": round(seconds),
         "trials_seconds": round(results["seconds"].sum()),
@@ -108,9 +107,7 @@ def measured(study: str, overrides: list[str], prepared: PreparedStudy, folder: 
         "memory_gib": round(memory.bytes / 2**30, 2),
         "memory_mib_of": memory.parts,
         "disk_gib": round((size(folder) - before) / 2**30, 3),
-        "disk_mib_of": {
-            name: size(place) // 2**20 for name, place in (("cache", folder / "cache"), ("runs", folder / "mlruns"))
-        },
+        "disk_mib_of": {name: size(place) // 2**20 for name, place in grown.items()},
     }
 
 
@@ -139,10 +136,8 @@ def main() -> None:
         truth = measured(study, overrides, prepared, folder)
         loads.append(round(os.getloadavg()[0], 1))
         ratios = [round(truth["seconds"] / each["seconds"][1], 2) for each in said]
-        print(
-            json.dumps({"study": argument, "expected": said, "truth": truth, "ratio": ratios, "load": loads}),
-            flush=True,
-        )
+        line = {"study": argument, "expected": said, "truth": truth, "ratio": ratios, "load": loads}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

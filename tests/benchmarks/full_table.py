@@ -76,15 +76,10 @@ def main() -> None:
     last = n_layers(load_structure(options.model)) - 1
     layers = sorted({*range(last, -1, -options.every)})
     places = [f"space.layer={json.dumps(layers)}", f"space.module={json.dumps(options.modules.split(','))}"]
-    request = selection_request(
-        options.model,
-        options.edits,
-        [*places, *options.overrides],
-        limit=options.limit,
-        share=1.0,
-    )
+    overrides = [*places, *options.overrides]
+    request = selection_request(options.model, options.edits, overrides, limit=options.limit, share=1.0)
     uri = resolve_uri(options.tracking_uri)
-    with run_selection(request, uri, progress=Progress(options.name), policy=everything) as (found, _):
+    with run_selection(request, uri, reporter=Progress(options.name), policy=everything) as (found, _):
         write(options.name, found)
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from rich.console import Console
 
+from analysis.stats.table import done
 from sweeps.answer import StudyState, answer_of, foresee, read_state
 from sweeps.commands.progress import Progress
 from sweeps.study.estimate import Forecast
@@ -32,18 +32,18 @@ from sweeps.study.trial_types import TrialResult
 from sweeps.sweep import run_sweep
 from sweeps.tracking.outbox import Outbox, open_outbox
 from sweeps.tracking.study_run import find_tracker
+from tests.conftest import write_study
+from tests.tiny import tiny_model, tiny_tokenizer
 
 T = TypeVar("T")
 EVERY = 100
 
 
 class Meter(Progress):
-    """The command's own progress, redrawn as on a terminal, with a line of measurements after every hundredth trial."""
+    """The command's own progress, with a line of measurements after every hundredth trial."""
 
     def __init__(self, forecast: Forecast, state: StudyState, outbox: Outbox):
-        done = state.results[state.results["status"] == "done"]
-        screen = Console(file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115, as long as the process
-        super().__init__(forecast.prepared.study.name, forecast, done.to_dict("records"), screen)
+        super().__init__(forecast.prepared.study.name, forecast, done(state.results)["trial_id"])
         self._outbox = outbox
         self._process = psutil.Process()
         self._mark = self._now()
@@ -72,7 +72,7 @@ class Meter(Progress):
 
 def say(**numbers: Any) -> None:
     rounded = {name: round(value, 2) if isinstance(value, float) else value for name, value in numbers.items()}
-    print(json.dumps(rounded), file=sys.__stdout__, flush=True)  # the screen that is redrawn takes standard output
+    print(json.dumps(rounded), flush=True)
 
 
 def timed(phase: str, work: Callable[[], T], **more: Callable[[T], Any]) -> T:
@@ -82,25 +82,13 @@ def timed(phase: str, work: Callable[[], T], **more: Callable[[T], Any]) -> T:
     return value
 
 
-def write_study(folder: Path, trials: int) -> Path:
+def long_study(folder: Path, trials: int) -> Path:
     """Three layers, two modules and two seeds of a random model, and as many learning rates as make up the number."""
-    from tests.tiny import tiny_model, tiny_tokenizer
-
-    rates = [float(f"{0.001 * 1.01**step:.5g}") for step in range(-(-trials // 12))]
-
     tiny_model().save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    file = folder / "long-grid.yaml"
-    file.write_text(
-        f"""name: long-grid
-model: {folder / "model"}
-edits: {{source: atlas, limit: 4}}
-capability: {{suite: probes, limit: 2, prose_tokens: 64}}
-space: {{layer: all, module: [mlp_down, attn], batch_size: 2, learning_rate: {rates}, seed: [0, 1]}}
-epochs: 4
-"""
-    )
-    return file
+    rates = [float(f"{0.001 * 1.01**step:.5g}") for step in range(-(-trials // 12))]
+    space = {"layer": "all", "module": ["mlp_down", "attn"], "batch_size": 2, "learning_rate": rates, "seed": [0, 1]}
+    return write_study(folder, folder / "model", name="long-grid", capability__limit=2, space=space, epochs=4)
 
 
 def main() -> None:
@@ -112,7 +100,7 @@ def main() -> None:
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="long-grid-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
-    file, uri = write_study(folder, options.trials), f"sqlite:///{folder / 'mlflow.db'}"
+    file, uri = long_study(folder, options.trials), f"sqlite:///{folder / 'mlflow.db'}"
 
     def run(*overrides: str):
         prepared = timed("plan", lambda: prepare(load_study(str(file), overrides)), trials=lambda p: p.plan.count)

@@ -18,9 +18,6 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MATRIX_ROWS, GPU_MATRIX_ROWS = 256, 8192
-"""Rows of the measured products: on a CPU about as many as in a training step with ten edits; on a GPU enough to keep all of
-it busy."""
 SHOWN = 15
 """Kernels or operations of a step that are named."""
 _CPU = torch.device("cpu")
@@ -99,6 +96,12 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def matrix_rows(device: torch.device) -> int:
+    """Rows of the measured products: on a CPU about as many as in a training step with ten edits; on a GPU enough to keep all of
+    it busy."""
+    return 8192 if device.type == "cuda" else 256
+
+
 @torch.no_grad()
 def matrix_speed(
     entering: int,
@@ -109,14 +112,13 @@ def matrix_speed(
     rounds: int = 10,
     device: torch.device = _CPU,
 ) -> float:
-    """Floating-point operations per second of a matrix with `MATRIX_ROWS` rows (on a GPU `GPU_MATRIX_ROWS`) times one
-    (entering, leaving): the median of the rounds.
+    """Floating-point operations per second of a matrix with `matrix_rows` times one (entering, leaving): the median of the rounds.
 
     On a CPU the weights stay in the processor's cache between products, as those of a small model do between steps only in part:
     a speed to strive for, not one that a whole model reaches.
     """
     generator = torch.Generator().manual_seed(0)
-    height = GPU_MATRIX_ROWS if device.type == "cuda" else MATRIX_ROWS
+    height = matrix_rows(device)
     rows = torch.randn(height, entering, generator=generator).to(device, dtype)
     weight = torch.randn(leaving, entering, generator=generator).to(device, dtype)
 
@@ -133,7 +135,7 @@ def matrix_speed(
 
 
 def added_memory(work: Callable[[], Any], device: torch.device = _CPU) -> int | None:
-    """Bytes that PyTorch allocates on a GPU, at its peak during `work`, beyond what it held before; or on a CPU, bytes by which the resident memory of this process exceeds, at its peak during `work`, what it was before.
+    """Bytes that `work` adds at its peak: on a GPU to what PyTorch allocates, on a CPU to this process's resident memory.
 
     Freed memory is given back to the system first, so that the work cannot hide in what others left. None where it
     cannot be told (only Linux with glibc lets a process set its peak back).

@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
+import optuna
+
 from sweeps.select.policy import (
     Candidate,
     Policy,
@@ -67,15 +69,11 @@ def random_search(task: ReplayTask) -> Generator[Rung, Scores, None]:
 
 def tpe(task: ReplayTask) -> Generator[Rung, Scores, None]:
     """Optuna's multi-objective TPE over layer and module."""
-    import optuna
-
     return _optuna(task, optuna.samplers.TPESampler(seed=task.seed, multivariate=True, n_startup_trials=5), "tpe")
 
 
 def nsga2(task: ReplayTask) -> Generator[Rung, Scores, None]:
     """Optuna's NSGA-II over layer and module."""
-    import optuna
-
     return _optuna(task, optuna.samplers.NSGAIISampler(seed=task.seed, population_size=8), "nsga2")
 
 
@@ -127,8 +125,6 @@ def objectives(score: Score | None) -> tuple[float, float, float]:
 
 def _optuna(task: SelectionTask, sampler, name: str) -> Generator[Rung, Scores, None]:
     """One run at a time: reliability and generalization up, drift down. A position that comes again costs nothing."""
-    import optuna
-
     by_position = {candidate.position: candidate for candidate in task.candidates}
     layers, modules = ({getattr(c, axis) for c in task.candidates} for axis in ("layer", "module"))
     optuna.logging.set_verbosity(optuna.logging.ERROR)

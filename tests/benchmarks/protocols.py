@@ -15,14 +15,14 @@ Prints a table: mean over seeds and, in brackets, their range.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from transformers import GenerationConfig
 
 from locft.data.answers import normalise_answer
 from locft.data.requests import load_edits
 from locft.engine.tail_engine import TailEngine
-from locft.measure.generation import BATCH, GreedyDecoder, OpenAnswer
+from locft.measure.generation import BATCH, OpenAnswer, complete_answers
 from locft.measure.token_scores import scores_by_row
 from locft.model.delta import EditDelta, applied
 from locft.model.models import DTYPES, LoadedModel, load_model
@@ -35,31 +35,6 @@ from locft.train.token_rows import TokenRow
 
 FORMS = ("raw", "qa")
 MEASURES = ("tokens", "teacher-forced", "with EOS", "contains", "starts", "exact")
-NEW_TOKENS = 32
-
-
-def without_eos(row: TokenRow) -> TokenRow:
-    return TokenRow(row.token_ids[:-1], row.start)
-
-
-@torch.no_grad()
-def generated(loaded: LoadedModel, rows: Sequence[TokenRow]) -> list[str]:
-    """`NEW_TOKENS` greedy tokens behind each row's prompt, as text; prompts of one length share a batch."""
-    texts = [""] * len(rows)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=loaded.tokenizer.eos_token_id, pad_token_id=0
-    )
-    for length in {row.start for row in rows}:
-        chosen = [index for index, row in enumerate(rows) if row.start == length]
-        for start in range(0, len(chosen), BATCH):
-            part = chosen[start : start + BATCH]
-            ids = torch.tensor([rows[index].token_ids[:length] for index in part])
-            out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            for index, answer in zip(
-                part, loaded.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True), strict=True
-            ):
-                texts[index] = answer
-    return texts
 
 
 def measured(
@@ -67,24 +42,15 @@ def measured(
 ) -> dict[str, float]:
     """Each of `MEASURES` over the edits, in [0, 1]."""
     logits = engine.forward(TuningPosition.parse(delta.position).layer)(delta.weights(loaded.model))
-    hits = [
-        [best == wanted for best, wanted in zip(scores.best.tolist(), row.target_ids, strict=True)]
-        for row, scores in zip(
-            rows, scores_by_row(logits, rows, lambda row: len(row.token_ids), most=BATCH), strict=True
-        )
-    ]
-    decoder = GreedyDecoder(loaded)
-    with applied(loaded, delta):
-        texts = generated(loaded, rows)
-        answers = decoder.complete(
-            [
-                OpenAnswer(row.token_ids[: row.start], (), target.count("."))
-                for row, target in zip(rows, targets, strict=True)
-            ]
-        )
-    wanted = [normalise_answer(target) for target in targets]
-    said = [normalise_answer(text) for text in texts]
-    exact = [normalise_answer(decoder.text(answer)) for answer in answers]
+    scores = scores_by_row(logits, rows, most=BATCH)
+    hits = [[best == wanted for best, wanted in zip(one.best.tolist(), row.target_ids, strict=True)]
+            for row, one in zip(rows, scores, strict=True)]  # fmt: skip
+    prompts = [row.token_ids[: row.start] for row in rows]
+    ended = [OpenAnswer(ids, full_stops=target.count(".")) for ids, target in zip(prompts, targets, strict=True)]
+    with applied(loaded, delta):  # without a text that ends an answer, `NEW_TOKENS` tokens are generated
+        texts = complete_answers(loaded, [OpenAnswer(ids, until=()) for ids in prompts])
+        answers = complete_answers(loaded, ended)
+    wanted, said, exact = ([*map(normalise_answer, text)] for text in (targets, texts, answers))
     by_measure = {
         "tokens": [sum(hit[:-1]) / len(hit[:-1]) for hit in hits],
         "teacher-forced": [all(hit[:-1]) for hit in hits],
@@ -110,28 +76,28 @@ def main() -> None:
     loaded = load_model(options.model)
     requests = load_edits(options.edits, limit=options.limit).requests
     rows = {form: encode_edits(loaded.tokenizer, requests, form) for form in FORMS}
-    trained = {"with EOS": rows["raw"], "without": tuple(map(without_eos, rows["raw"]))}
+    trained = {"with EOS": rows["raw"], "without": tuple(TokenRow(r.token_ids[:-1], r.start) for r in rows["raw"])}
     positions = [TuningPosition.parse(position) for position in options.positions]
     every = [*rows["raw"], *rows["qa"], *trained["without"]]
     engine = TailEngine(loaded, every, [position.layer for position in positions], on_disk=False)
     precision = training_precision("auto")
+    settings = TrainingSettings(learning_rate=options.learning_rate, batch_size=10, precision=precision)
+    targets = [request.target for request in requests]
     print(f"| position | trained | asked | {' | '.join(MEASURES)} |\n|{'---|' * (3 + len(MEASURES))}")
     for position in positions:
         for name, examples in trained.items():
-            found: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
-            for seed in options.seeds:
-                settings = TrainingSettings(
-                    learning_rate=options.learning_rate, batch_size=10, seed=seed, precision=precision
-                )
-                forward = engine.training_forward(position, examples, DTYPES[precision])
-                delta = finetune(loaded, TrainingExamples.of_rows(examples), position, settings, forward).delta
-                for form in FORMS:
-                    targets = [request.target for request in requests]
-                    found[form].append(measured(loaded, engine, delta, rows[form], targets))
+            forward = engine.training_forward(position, examples, DTYPES[precision])
+            deltas = [
+                finetune(
+                    loaded, TrainingExamples.of_rows(examples), position, replace(settings, seed=seed), forward
+                ).delta
+                for seed in options.seeds
+            ]
             for form in FORMS:
+                found = [measured(loaded, engine, delta, rows[form], targets) for delta in deltas]
                 cells = []
                 for measure in MEASURES:
-                    values = [100 * one[measure] for one in found[form]]
+                    values = [100 * one[measure] for one in found]
                     cells.append(f"{sum(values) / len(values):.0f}% ({min(values):.0f}-{max(values):.0f})")
                 print(f"| {position} | {name} | {form} | {' | '.join(cells)} |", flush=True)
 

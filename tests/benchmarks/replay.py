@@ -34,7 +34,7 @@ from plotly.subplots import make_subplots
 from analysis.figures.front import SYMBOLS
 from analysis.figures.style import ACCENT, GRID, MUTED, styled_figure
 from analysis.stats.pick import DRIFT_MARGIN, ranked
-from analysis.stats.table import by_setting, results_frame, wilson_interval
+from analysis.stats.table import by_setting, results_frame, standard_error, wilson_interval
 from sweeps.select.belief import GENERALIZATION_MARGIN, SCALES, Place, features
 from sweeps.select.policy import Candidate, Run, Score, chance_elsewhere, leading
 
@@ -155,9 +155,8 @@ def effects(name: str) -> dict[str, np.ndarray]:
         values = np.array([row[metric] for row in first])
         values = np.log(values) if metric == "drift_kl" else values
         centred = known - known.mean(0)
-        found[metric] = np.linalg.solve(
-            centred.T @ centred + 0.5 * np.eye(known.shape[1]), centred.T @ (values - values.mean())
-        )
+        held = centred.T @ centred + 0.5 * np.eye(known.shape[1])
+        found[metric] = np.linalg.solve(held, centred.T @ (values - values.mean()))
     return found
 
 
@@ -178,8 +177,7 @@ def knowing(tables: Iterable[str]) -> Iterator[None]:
     for metric in seen[0]:
         means = np.mean([one[metric] for one in seen], axis=0)
         spreads = [spread for _, spread in SCALES[metric].effects]
-        probe, late, attention = zip(map(float, means), spreads, strict=True)
-        SCALES[metric] = replace(SCALES[metric], probe=probe, late=late, attention=attention)
+        SCALES[metric] = replace(SCALES[metric], effects=tuple(zip(map(float, means), spreads, strict=True)))
     try:
         yield
     finally:
@@ -194,7 +192,7 @@ def volume(rows: Iterable[Mapping[str, Any]]) -> float:
 
 def regrets(world: World, pick: Mapping[str, Any]) -> dict[str, float]:
     """Against the best of the world at the pick's reliability or more, up to a standard error."""
-    least = pick["reliability"] - pick["reliability_se"]
+    least = pick["reliability"] - standard_error(pick, "reliability")
     equal = [row for row in world.truth.values() if row["reliability"] >= least]
     ruled, change = world.best(), pick["capability_change"]
     return {
@@ -229,9 +227,8 @@ def replays(name: str, replayed_in: Sequence[World]) -> pd.DataFrame:
             run = {(r.layer, r.module) for r in scores}
             elsewhere = (best["layer"], best["module"]) not in run and clearly_better(best, pick)
             found |= {"stated": chance_elsewhere(task, scores), "elsewhere": elsewhere}
-        rows.append(
-            {"table": name, "policy": policy, "share": share, "seed": seed, "position": place.position, **found}
-        )
+        about = {"table": name, "policy": policy, "share": share, "seed": seed, "position": place.position}
+        rows.append(about | found)
     return pd.DataFrame(rows)
 
 
@@ -274,7 +271,7 @@ def figure(found: pd.DataFrame) -> go.Figure:
     drawn.update_layout(styled_figure(height=430).layout, margin={"l": 10, "r": 10, "t": 40, "b": 100}, width=1000)
     drawn.update_layout(legend={"orientation": "h", "y": -0.18, "yanchor": "top"})
     drawn.update_xaxes(title="share of the full grid's cost", type="category")
-    drawn.update_yaxes(rangemode="tozero", gridcolor="#e6e9ee")
+    drawn.update_yaxes(rangemode="tozero", gridcolor=GRID)
     drawn.update_yaxes(tickformat=".0%", col=2)
     return drawn
 
@@ -282,17 +279,14 @@ def figure(found: pd.DataFrame) -> go.Figure:
 def diagram(found: pd.DataFrame) -> go.Figure:
     """How often what the survey stated came true, with 95% intervals and the number of replays."""
     table, brier, base = calibration(found)
-    ends = np.array([wilson_interval(*pair) for pair in zip(table["came true"], table["replays"], strict=True)])
+    came = table["came true"]
+    ends = np.array([wilson_interval(*pair) for pair in zip(came, table["replays"], strict=True)])
     drawn = styled_figure(height=430)
     drawn.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line={"dash": "dot", "color": MUTED}, name="as stated")
     drawn.add_scatter(
         x=table["stated"],
-        y=table["came true"],
-        error_y={
-            "array": ends[:, 1] - table["came true"],
-            "arrayminus": table["came true"] - ends[:, 0],
-            "thickness": 1.5,
-        },
+        y=came,
+        error_y={"array": ends[:, 1] - came, "arrayminus": came - ends[:, 0], "thickness": 1.5},
         mode="lines+markers+text",
         text=[f"{count} replays" for count in table["replays"]],
         textposition="bottom right",
@@ -300,10 +294,9 @@ def diagram(found: pd.DataFrame) -> go.Figure:
         name=f"came true (Brier score {brier:.3f}, of the base rate {base:.3f})",
     )
     drawn.update_layout(width=620, margin={"l": 10, "r": 10, "t": 40, "b": 60})
-    drawn.update_xaxes(
-        title="stated chance that a position not run is clearly better", tickformat=".0%", range=[-0.02, 1.02]
-    )
-    drawn.update_yaxes(title="share of the replays", tickformat=".0%", range=[-0.02, 1.02], gridcolor=GRID)
+    shares = {"tickformat": ".0%", "range": [-0.02, 1.02]}
+    drawn.update_xaxes(title="stated chance that a position not run is clearly better", **shares)
+    drawn.update_yaxes(title="share of the replays", gridcolor=GRID, **shares)
     return drawn
 
 
@@ -312,17 +305,11 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", help="names of tables; all without")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--figure", type=Path, help="HTML file of the comparison's figure, over all tables")
-    parser.add_argument(
-        "--diagram", type=Path, help="HTML file of the figure that shows how often stated chances came true"
-    )
+    parser.add_argument("--diagram", type=Path, help="HTML file: how often stated chances came true")
     parser.add_argument("--every", type=int, default=1, help="take every nth layer only")
-    parser.add_argument(
-        "--modules", type=lambda text: text.split(","), default=(), help="take these only, separated by commas"
-    )
+    parser.add_argument("--modules", type=lambda text: text.split(","), default=(), help="with commas; take these only")
     parser.add_argument("--equal-costs", action="store_true", help="as if a run cost the same at every position")
-    parser.add_argument(
-        "--leave-out", choices=PARTS, help="let the survey know the tables of other models, or data, only"
-    )
+    parser.add_argument("--leave-out", choices=PARTS, help="the survey knows the tables of other models, or data, only")
     options = parser.parse_args()
     everything = []
     names = sorted(file.stem for file in TABLES.glob("*.csv") if file.suffixes == [".csv"])
@@ -332,11 +319,9 @@ def main() -> None:
             print(name, {metric: found.round(2).tolist() for metric, found in effects(name).items()})
         for name in options.tables or names:
             made = worlds(name, options.seeds, options.every, options.modules, options.equal_costs)
-            best = made[0].best()
-            said = ", ".join(
-                f"{key} {best[key]:.3f}" for key in ("reliability", "generalization", "capability_change", "drift_kl")
-            )
+            best, shown = made[0].best(), ("reliability", "generalization", "capability_change", "drift_kl")
             print(f"\n{name}: {len(made[0].candidates)} positions, grid {made[0].grid / 3600:.1f} worker hours")
+            said = ", ".join(f"{key} {best[key]:.3f}" for key in shown)
             print(f"the rule picks {best['layer']}.{best['module']}: {said}")
             known = others(name, names, options.leave_out) if options.leave_out else []
             with knowing(known) if known else nullcontext():
@@ -347,10 +332,8 @@ def main() -> None:
             print("\nmean over the tables")
             print(summary(found))
         table, brier, base = calibration(found)
-        print(
-            f"\nstated chance that a position not run is clearly better: Brier score {brier:.3f}, of the base rate {base:.3f}"
-        )
-        print(table)
+        print("\nstated chance that a position not run is clearly better:")
+        print(f"Brier score {brier:.3f}, of the base rate {base:.3f}\n{table}")
     if options.figure:
         figure(found).write_html(options.figure, config=PLAIN)
     if options.diagram:

@@ -53,11 +53,8 @@ def short_waits():
 
 
 def settings_of(loaded, **options):
-    return read_settings(
-        loaded.model,
-        N,
-        **{"threads": 1, "batch_size": "2", "repeats": 2, "epochs": 2, "precision": "float32", **options},
-    )
+    few = {"threads": 1, "batch_size": "2", "repeats": 2, "epochs": 2, "precision": "float32"}
+    return read_settings(loaded.model, N, **few | options)
 
 
 def run(loaded, edits, **options):
@@ -139,14 +136,9 @@ def test_what_a_step_launches_is_counted(whole):
 
 
 CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 2000,
-}
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 2000,
+}  # fmt: skip
 
 
 @pytest.mark.device
@@ -280,21 +272,8 @@ def test_the_command(tiny_folder, monkeypatch, capsys):
     monkeypatch.setattr(bench, "load_suite", lambda suite: load_suite(suite, limit=3))
 
     def call(*options):
-        arguments = [
-            "locft",
-            "bench",
-            tiny_folder,
-            "--limit",
-            N,
-            "--batch-size",
-            2,
-            "--repeats",
-            1,
-            "--threads",
-            1,
-            *options,
-        ]
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        few = f"--limit {N} --batch-size 2 --repeats 1 --threads 1".split()
+        monkeypatch.setattr(sys, "argv", ["locft", "bench", str(tiny_folder), *few, *map(str, options)])
         with pytest.raises(SystemExit) as left:
             cli.main()
         return left.value.code or 0, *capsys.readouterr()
@@ -304,9 +283,8 @@ def test_the_command(tiny_folder, monkeypatch, capsys):
     assert list(json.loads(out)["layers"]) == ["2", "1"]
     code, out, err = call("--layers", 2, "--stages", "training_step")
     assert code == 0 and "training_step" in out and "mean ratio of training_step" in out
-    code, out, err = call(
-        "--layers", 2, "--stages", "training_step", "--device", "cpu", "--dtype", "bfloat16", "--json"
-    )
+    on_cpu = ("--device", "cpu", "--dtype", "bfloat16")
+    code, out, err = call("--layers", 2, "--stages", "training_step", *on_cpu, "--json")
     assert code == 0 and json.loads(out)["machine"]["device"] == "cpu"
     code, out, err = call("--layers", 3, "--stages", "lunch")
     assert code == 2 and out == "" and "layer 3 is out of range" in err and "lunch" in err

@@ -4,6 +4,7 @@ Everything here is known before a measurement is made or does not depend on the 
 That is a tiny one whose weights are drawn by Python's own generator, so that they are the same on every CPU.
 """
 
+import getpass
 import hashlib
 import json
 import random
@@ -43,7 +44,6 @@ from sweeps.study.reader import load_study, ready_studies
 from sweeps.study.resolve import prepare
 from sweeps.sweep import run_sweep
 from sweeps.tracking.address import resolve_uri
-from sweeps.tracking.store import user
 from tests.benchmarks.policies import replayed
 from tests.benchmarks.replay import HERE, SHARES, World, worlds
 from tests.conftest import write_study
@@ -356,12 +356,7 @@ def study_file(folder: Path, model: Path) -> Path:
 
 def sweep_study(file: Path, heard: Heard):
     """Run what is open of it, in the store of the working directory."""
-
-    @contextmanager
-    def show(state):
-        yield heard
-
-    return run_sweep(_prepared(file), resolve_uri(None), show=show)
+    return run_sweep(_prepared(file), resolve_uri(None), show=lambda _: heard)
 
 
 def _prepared(file: Path) -> PreparedStudy:
@@ -459,7 +454,7 @@ def make_old_store(folder: Path, model: Path) -> None:
         str(folder): "@FOLDER@",
         str(FOLDER.parents[1]): "@FOLDER@",
     }
-    places |= {socket.gethostname(): "@HOST@", user(): "@USER@"}
+    places |= {socket.gethostname(): "@HOST@", getpass.getuser(): "@USER@"}
 
     def without_places(text: str) -> str:
         for place, mark in places.items():

@@ -7,7 +7,8 @@ import locft.curvature as module
 from locft.curvature import measure_curvature, measured_once
 from locft.measure.capability import EncodedSuite, measure_drift
 from locft.model.models import LoadedModel
-from locft.model.positions import TuningPosition, is_input_first, parameter_names
+from locft.model.positions import TuningPosition, parameter_names
+from locft.model.structure import is_input_first
 from locft.train.methods.curvature import Curvature
 from locft.train.reference import full_forward
 from locft.train.token_rows import TokenRow
@@ -95,14 +96,13 @@ def test_of_a_single_token_every_matrix_has_the_factors_of_its_gradient(architec
             continue
         for index in range(gradient.shape[0]) if gradient.dim() == 3 else [...]:
             here, rows, columns = gradient[index], found[name].rows[index], found[name].columns[index]
-            side, outer = (
-                (columns, here.T @ here) if is_input_first_of(found[name], here, rows) else (rows, here @ here.T)
-            )
+            input_first = is_input_first_of(here, rows)
+            side, outer = (columns, here.T @ here) if input_first else (rows, here @ here.T)
             if here.norm() > 1e-4 * largest:  # with a single key, the gradient in attention is rounding
                 torch.testing.assert_close(side / side.trace(), outer / outer.trace(), rtol=1e-3, atol=1e-5)
 
 
-def is_input_first_of(one: Curvature, gradient: torch.Tensor, rows: torch.Tensor) -> bool:
+def is_input_first_of(gradient: torch.Tensor, rows: torch.Tensor) -> bool:
     """Which side holds the output's factor: that of the rows has rank one only there."""
     outer = gradient @ gradient.T
     return not torch.allclose(rows / rows.trace(), outer / outer.trace(), rtol=1e-3, atol=1e-5)

@@ -39,10 +39,25 @@ def requests():
     return load_edits("atlas", limit=8).requests
 
 
+def trainer_of(loaded, requests, layers: tuple[int, ...] | None = None, **options) -> EditTrainer:
+    """layers: of an engine; without, everything is computed with the full model."""
+    rows = encode_edits(loaded.tokenizer, requests)
+    engine = None if layers is None else TailEngine(loaded, rows, layers, on_disk=False)
+    return EditTrainer(loaded, requests, rows, engine, **options)
+
+
 @pytest.fixture(scope="module")
 def trainer(loaded, requests):
-    rows = encode_edits(loaded.tokenizer, requests)
-    return EditTrainer(loaded, requests, rows, TailEngine(loaded, rows, on_disk=False))
+    return trainer_of(loaded, requests, ())
+
+
+def edited(loaded, delta):
+    """Logits of rows after an edit."""
+    return full_forward(loaded.model, delta.weights(loaded.model))
+
+
+def drift(loaded, delta, rows) -> float:
+    return measure_drift(edited(loaded, delta), full_forward(loaded.model), EncodedSuite("", {}, rows)).kl
 
 
 def same(one, other) -> bool:
@@ -64,7 +79,7 @@ WAYS = [
 def test_the_engine_trains_what_the_full_model_does_and_twice_the_same(trainer, way):
     settings = replace(SETTINGS, **way)
     fast, again = (trainer.train(POSITION, settings) for _ in range(2))
-    plain = EditTrainer(trainer.loaded, trainer.requests, trainer.rows, None).train(POSITION, settings)
+    plain = trainer_of(trainer.loaded, trainer.requests).train(POSITION, settings)
     assert same(fast, again)
     assert fast.losses == pytest.approx(plain.losses, rel=2e-3)
     for name, change in plain.delta.tensors.items():
@@ -86,8 +101,7 @@ def test_formats_train_at_every_layer_where_states_fit_only_for_raw_prompts(load
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "gpt_oss", "mamba", "gemma2"])
 def test_every_architecture_takes_every_way(architecture, requests):
     loaded = tiny_loaded(architecture)
-    rows = encode_edits(loaded.tokenizer, requests[:4])
-    trainer = EditTrainer(loaded, requests[:4], rows, TailEngine(loaded, rows, on_disk=False))
+    trainer = trainer_of(loaded, requests[:4], ())
     way = {"method": "natural_gradient", "train_formats": "raw,qa", "prefix_share": 0.5, "guard": "prose"}
     trained = trainer.train(TuningPosition(1, "layer"), replace(SETTINGS, epochs=2, **way))
     assert trained.steps == 2 and not trained.diverged
@@ -96,28 +110,25 @@ def test_every_architecture_takes_every_way(architecture, requests):
 
 
 def test_a_price_on_drift_leaves_less_of_it(trainer):
-    prose = EncodedSuite("", {}, background_rows(trainer.loaded)[:8])
+    prose = background_rows(trainer.loaded)[:8]
     drifts = []
     for strength in (0.0, 300.0):
         settings = replace(SETTINGS, method="low_curvature", curvature_strength=strength, epochs=20)
-        weights = trainer.train(POSITION, settings).delta.weights(trainer.loaded.model)
-        drifts.append(
-            measure_drift(full_forward(trainer.loaded.model, weights), full_forward(trainer.loaded.model), prose).kl
-        )
+        drifts.append(drift(trainer.loaded, trainer.train(POSITION, settings).delta, prose))
     assert drifts[1] < 0.7 * drifts[0]
 
 
 def test_guards_hold_what_they_name(trainer):
     settings = replace(SETTINGS, epochs=15)
     held = replace(settings, guard="same_relation", guard_weight=3.0, guards_per_step=8)
-    guards = trainer.examples(held).guards
-    prose = EncodedSuite("", {}, guards.rows)
+    guards = trainer.examples(held).guards.rows
+    moved, free = (drift(trainer.loaded, trainer.train(POSITION, one).delta, guards) for one in (held, settings))
+    assert moved < 0.5 * free
 
-    def moved(training):
-        weights = training.delta.weights(trainer.loaded.model)
-        return measure_drift(full_forward(trainer.loaded.model, weights), full_forward(trainer.loaded.model), prose).kl
 
-    assert moved(trainer.train(POSITION, held)) < 0.5 * moved(trainer.train(POSITION, settings))
+def guard_prompts(trainer, kind) -> list[str]:
+    rows = trainer.examples(replace(SETTINGS, guard=kind)).guards.rows
+    return [trainer.loaded.tokenizer.decode(row.token_ids[: row.start]) for row in rows]
 
 
 def test_guards_never_measure_locality_nor_ask_an_edit():
@@ -127,13 +138,8 @@ def test_guards_never_measure_locality_nor_ask_an_edit():
         EditRequest("2", "Chad", "The capital of Chad is", "Rome", None, (), ()),
         EditRequest("3", "Mali", "The currency of Mali is", "yen", None, (), ()),
     )
-    loaded = tiny_loaded("llama")
-    trainer = EditTrainer(loaded, requests, encode_edits(loaded.tokenizer, requests), None)
-    said = {
-        kind: [loaded.tokenizer.decode(row.token_ids[: row.start]) for row in trainer.examples(
-            replace(SETTINGS, guard=kind)).guards.rows]
-        for kind in ("same_relation", "locality_like")
-    }  # fmt: skip
+    trainer = trainer_of(tiny_loaded("llama"), requests)
+    said = {kind: guard_prompts(trainer, kind) for kind in ("same_relation", "locality_like")}
     prompts = {request.prompt for request in requests}
     assert said["same_relation"] and not prompts & set(said["same_relation"])
     assert "The currency of Peru is" in said["same_relation"] or "The currency of Chad is" in said["same_relation"]
@@ -145,13 +151,7 @@ def guards_said(loaded, monkeypatch):
     """A function that gives the prompts of all guards of a kind, however many, for some edits."""
     monkeypatch.setattr(module, "GUARDS", 10**6)
     monkeypatch.setattr(module, "greedy_answers", lambda loaded, prompts: [ModelAnswer("a", (65,)) for _ in prompts])
-
-    def said(kind, *requests):
-        trainer = EditTrainer(loaded, requests, encode_edits(loaded.tokenizer, requests), None)
-        rows = trainer.examples(replace(SETTINGS, guard=kind)).guards.rows
-        return [loaded.tokenizer.decode(row.token_ids[: row.start]) for row in rows]
-
-    return said
+    return lambda kind, *requests: guard_prompts(trainer_of(loaded, requests), kind)
 
 
 def about(subject, prompt):
@@ -182,9 +182,7 @@ def test_guards_leave_out_what_an_edit_without_a_subject_is_about(prompt, named,
 
 
 def test_a_guard_without_prompts_is_an_input_error():
-    loaded = tiny_loaded("llama")
-    requests = (EditRequest("1", "", "Water is", "dry", None, (), ()),)
-    trainer = EditTrainer(loaded, requests, encode_edits(loaded.tokenizer, requests), None)
+    trainer = trainer_of(tiny_loaded("llama"), (EditRequest("1", "", "Water is", "dry", None, (), ()),))
     with pytest.raises(InputError, match="guard: got same_relation"):
         trainer.train(POSITION, replace(SETTINGS, guard="same_relation"))
 
@@ -220,7 +218,7 @@ def test_noise_changes_training_and_needs_states(trainer):
     assert same(trainer.train(POSITION, noisy), trainer.train(POSITION, noisy))
     assert not same(trainer.train(POSITION, noisy), trainer.train(POSITION, SETTINGS))
     with pytest.raises(InputError, match="noise: this model is computed as a whole"):
-        EditTrainer(trainer.loaded, trainer.requests, trainer.rows, None).train(POSITION, noisy)
+        trainer_of(trainer.loaded, trainer.requests).train(POSITION, noisy)
 
 
 def test_shrinking_scales_the_change_as_far_as_all_edits_hold(trainer):
@@ -232,8 +230,7 @@ def test_shrinking_scales_the_change_as_far_as_all_edits_hold(trainer):
     torch.testing.assert_close(shrunk.delta.tensors[name], scale * whole.delta.tensors[name])
 
     def learnt(delta):
-        weights = delta.weights(trainer.loaded.model)
-        return sum(f.instead is None for f in follow(full_forward(trainer.loaded.model, weights), trainer.rows))
+        return sum(f.instead is None for f in follow(edited(trainer.loaded, delta), trainer.rows))
 
     assert learnt(shrunk.delta) >= learnt(whole.delta)
     if scale > 0.5:
@@ -251,12 +248,12 @@ def test_shrinking_loses_no_format_and_measures_what_is_left(loaded, requests):
     formats = [row for form in ("raw", "qa") for row in encode_edits(loaded.tokenizer, requests, form)]
 
     def held(delta):
-        found = follow(full_forward(loaded.model, delta.weights(loaded.model)), formats)
+        found = follow(edited(loaded, delta), formats)
         return {row for row, following in zip(formats, found, strict=True) if following.instead is None}
 
     wanted, scale = held(whole.delta), shrunk.delta.norm / whole.delta.norm
     assert wanted <= held(shrunk.delta) and not wanted <= held(whole.delta.scaled(scale - 0.05)) and 0.5 < scale < 0.99
-    found = mean_loss(full_forward(loaded.model, shrunk.delta.weights(loaded.model)), rows)
+    found = mean_loss(edited(loaded, shrunk.delta), rows)
     assert shrunk.trained_loss == pytest.approx(found, rel=1e-4) != whole.trained_loss
 
 
@@ -299,8 +296,7 @@ def test_what_the_model_writes_has_no_padding_and_begins_in_many_ways(ends, load
 
 def test_curvature_is_read_back_from_its_file(loaded, requests, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rows = encode_edits(loaded.tokenizer, requests)
-    kept, again = (EditTrainer(loaded, requests, rows, None).curvature(POSITION, "float32") for _ in range(2))
+    kept, again = (trainer_of(loaded, requests).curvature(POSITION, "float32") for _ in range(2))
     assert kept.keys() == again.keys() == {"model.layers.1.mlp.down_proj.weight"}
     for name, one in kept.items():
         for part, value in one.parts.items():
@@ -308,9 +304,7 @@ def test_curvature_is_read_back_from_its_file(loaded, requests, tmp_path, monkey
 
 
 def test_the_layers_that_are_trained_here_share_passes_over_prose(loaded, requests, monkeypatch):
-    rows = encode_edits(loaded.tokenizer, requests)
-    trainer = EditTrainer(loaded, requests, rows, TailEngine(loaded, rows, layers=(2, 0), on_disk=False))
-    asked = []
+    trainer, asked = trainer_of(loaded, requests, (2, 0)), []
     monkeypatch.setattr(module, "measured_once", lambda *given: asked.append(given) or measured_once(*given))
 
     def measured(layer):
@@ -329,9 +323,8 @@ def test_the_layers_that_are_trained_here_share_passes_over_prose(loaded, reques
 
 
 def test_the_curvature_of_layer_1_leaves_out_layer_10(requests, monkeypatch):
-    loaded = tiny_loaded("llama", layers=11)
-    rows = encode_edits(loaded.tokenizer, requests)
-    asked = []
+    loaded, asked = tiny_loaded("llama", layers=11), []
     monkeypatch.setattr(module, "measured_once", lambda *given: asked.append(given) or measured_once(*given))
-    EditTrainer(loaded, requests, rows, None, prose=rows).curvature(TuningPosition(1, "mlp_down"), "float32")
+    prose = encode_edits(loaded.tokenizer, requests)
+    trainer_of(loaded, requests, prose=prose).curvature(TuningPosition(1, "mlp_down"), "float32")
     assert {name.split(".")[2] for name in asked[0][1][1]} == {"1"}

@@ -9,7 +9,7 @@ import torch
 
 from locft import workbench
 from locft.data.edit_request import EditRequest, LocalityPrompt
-from locft.data.requests import EditFindings, EditSet, load_edits
+from locft.data.requests import EditSet, load_edits
 from locft.data.suites import load_suite
 from locft.errors import InputError
 from locft.measure.evaluation import edit_metrics, locality_prompts
@@ -33,20 +33,15 @@ KEPT = {"locality", "locality_first", "locality_exact"}
 EDIT_METRICS = LEARNT | KEPT
 """The shares; `locality_kl` is in nats."""
 SUITE_METRICS = {
-    "capability",
-    "capability_change",
-    "capability_change_low",
-    "capability_change_high",
-    "drift_kl",
-    "perplexity",
+    "capability", "capability_change", "capability_change_low", "capability_change_high", "drift_kl", "perplexity",
     "capability_seconds",
-}
+}  # fmt: skip
 ALWAYS = {"n_edits", "delta_norm", "merged_loss", "evaluate_seconds"}
 SECONDS = {"evaluate_seconds", "capability_seconds"}
 
 
 def edit_set(*requests: EditRequest) -> EditSet:
-    return EditSet(requests, "test", "own", "0" * 16, EditFindings(0, 0, 0, 0, 1.0))
+    return EditSet.made(requests, "test")
 
 
 def without_times(measurement) -> tuple:
@@ -126,11 +121,7 @@ def test_an_edit_that_changes_nothing_costs_nothing(bench, delta):
     assert metrics["locality_kl"] == 0.0, "computed in the same way"
     assert metrics["delta_norm"] == 0.0
     assert metrics["drift_kl"] < 1e-9, "edited and unedited start from different layers: equal up to rounding"
-    assert (metrics["capability_change_low"], metrics["capability_change"], metrics["capability_change_high"]) == (
-        0,
-        0,
-        0,
-    )
+    assert [metrics[f"capability_change{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
     for name, value in bench.baseline.metrics.items():
         assert metrics[name] == pytest.approx(value), name
 
@@ -147,12 +138,9 @@ def test_an_edit_can_be_learnt(bench):
 
 
 def test_the_baseline_holds_the_unedited_model(bench, edits, suite):
-    assert bench.baseline.metrics.keys() == {
-        *(name for name in LEARNT if not name.endswith("_tf")),
-        "capability",
-        "perplexity",
-        *(f"capability.{task.name}" for task in suite.tasks),
-    }
+    tasks = {f"capability.{task.name}" for task in suite.tasks}
+    learnt = {name for name in LEARNT if not name.endswith("_tf")}
+    assert bench.baseline.metrics.keys() == learnt | tasks | {"capability", "perplexity"}
     answers = greedy_answers(tiny_loaded("llama"), locality_prompts(edits.requests))
     assert bench.baseline.locality_answers == tuple(answers)
     assert bench.baseline.scores.fingerprint == suite.fingerprint

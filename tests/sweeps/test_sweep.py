@@ -1,7 +1,6 @@
 """A study from end to end, with a real MLflow store and, where it is interrupted or out of time, real Ray workers, on a model
 that trains in milliseconds. `tests/sweeps/run` has more of Ray."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -41,12 +40,7 @@ def prepared(file, *overrides):
 def sweep(study, reporter=None):
     """Runs the study in the working directory; returns the Sweep and the ids of the trials that were run for it."""
     heard = reporter or Heard()
-
-    @contextlib.contextmanager
-    def show(state):
-        yield heard
-
-    return run_sweep(study, resolve_uri(None), show=show), [result.config.id for result in heard.results]
+    return run_sweep(study, resolve_uri(None), show=lambda _: heard), [result.config.id for result in heard.results]
 
 
 def client_here():

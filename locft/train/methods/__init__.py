@@ -7,18 +7,15 @@ from locft.train.methods.curvature import Curvature
 from locft.train.methods.full import FullFineTuning
 from locft.train.methods.lora import LoRA
 from locft.train.methods.low_curvature import LowCurvature
-from locft.train.methods.method import HELD_BACK, Method, MethodName, MethodSettings, Parameter
+from locft.train.methods.method import HELD_BACK, Loss, Method, MethodName, MethodSettings, Parameter
 from locft.train.methods.natural_gradient import NaturalGradient
 from locft.train.methods.norm_bounded import NormBounded
 
-__all__ = ["HELD_BACK", "Method", "MethodName", "MethodSettings", "Parameter", "make_method"]
+__all__ = ["HELD_BACK", "Loss", "Method", "MethodName", "MethodSettings", "Parameter", "make_method"]
 
 
 def make_method(
-    parameters: Mapping[str, Parameter],
-    settings: MethodSettings,
-    curvature: Mapping[str, Curvature],
-    steps: int,
+    parameters: Mapping[str, Parameter], settings: MethodSettings, curvature: Mapping[str, Curvature], steps: int
 ) -> Method:
     """The method named in the settings, in its initial state.
 

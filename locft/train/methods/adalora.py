@@ -10,12 +10,11 @@ matrices are then masked, in growing numbers, until on average `rank` per matrix
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from locft.train.methods.lora import is_matrix
-from locft.train.methods.method import Method, MethodSettings, Parameter, adam
+from locft.train.methods.method import Loss, Method, MethodSettings, Parameter
 
 START = 1.5
 """Initial rank as a multiple of the final rank (the paper, section 4; peft's defaults are 12 and 8)."""
@@ -41,25 +40,21 @@ class AdaLoRA(Method):
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings, steps: int):
-        super().__init__(parameters)
         start = math.ceil(START * settings.rank)
-        self.learning_rate = settings.learning_rate
         self.scale = settings.alpha / start
         draws = torch.Generator().manual_seed(settings.seed)
         self.triplets = {
-            name: Triplets.drawn(parameter.base, start, draws)
+            name: Triplets(parameter.base, start, draws)
             for name, parameter in parameters.items()
             if is_matrix(name, parameter.base)
         }
-        self.vectors = 2 * sum(each.values[..., 0, 0].numel() for each in self.triplets.values())
-        """Number of matrices P and Q."""
-        self.budget = Budget(self.vectors // 2 * start, self.vectors // 2 * settings.rank, max(1, steps))
+        self.matrices = sum(each.values[..., 0, 0].numel() for each in self.triplets.values())
+        self.budget = Budget(self.matrices * start, self.matrices * settings.rank, max(1, steps))
         self.taken = torch.tensor(0)
-        self.restart()
+        super().__init__(parameters, settings)
 
-    def restart(self) -> None:
-        trained = (tensor for each in self.triplets.values() for tensor in each.trained)
-        self.optimiser = adam(trained, self.learning_rate)
+    def trained(self) -> list[torch.Tensor]:
+        return [tensor for each in self.triplets.values() for tensor in each.trained]
 
     def stepped(self) -> dict[str, torch.Tensor]:
         found = {**super().stepped(), "taken": self.taken}
@@ -69,12 +64,10 @@ class AdaLoRA(Method):
         return found
 
     @torch.no_grad()
-    def step(
-        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
-    ) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: Loss, beside: Loss = 0.0) -> None:
         for name, gradient in zip(self.weights, gradients, strict=True):
             if name in self.triplets:
-                self.triplets[name].take(gradient.mul_(self.scale), ORTHOGONALITY / self.vectors)
+                self.triplets[name].take(gradient.mul_(self.scale), ORTHOGONALITY / (2 * self.matrices))
         self.optimiser.step()
         self._mask()
         self.taken += 1
@@ -98,23 +91,15 @@ class AdaLoRA(Method):
                 each.values.masked_fill_(each.masked, 0.0)
 
 
-@dataclass(frozen=True)
 class Budget:
     """Number of triplets that all matrices may have together, as a function of the number of steps taken before."""
 
-    start: int
-    end: int
-    steps: int
-
-    @property
-    def warm_up(self) -> int:
+    def __init__(self, start: int, end: int, steps: int):
+        self.start, self.end, self.steps = start, end, steps
+        self.warm_up = int(WARM_UP * steps)
         """The last step with all triplets."""
-        return int(WARM_UP * self.steps)
-
-    @property
-    def settled(self) -> int:
+        self.settled = steps - int(LAST * steps)
         """The step from which the ranks no longer change."""
-        return self.steps - int(LAST * self.steps)
 
     def at(self, step: int) -> int:
         """The budget at a step, which falls cubically from `start` to `end`."""
@@ -126,38 +111,22 @@ class Budget:
         return step == self.settled or (self.warm_up < step < self.settled and step % interval == 0)
 
 
-@dataclass
 class Triplets:
     """The triplets of one parameter."""
 
-    left: torch.Tensor
-    """P, (..., O, R)."""
-    values: torch.Tensor
-    """(..., R, 1)."""
-    right: torch.Tensor
-    """Q, (..., R, I)."""
-    masked: torch.Tensor
-    """Which values the last masking selected, (..., R, 1)."""
-    importance: list[torch.Tensor] = field(default_factory=list)
-    """For each entry of left, values and right: |entry * gradient|, smoothed."""
-    spread: list[torch.Tensor] = field(default_factory=list)
-    """For each of these entries: deviation of |entry * gradient| from its importance, smoothed."""
-
-    @classmethod
-    def drawn(cls, base: torch.Tensor, rank: int, draws: torch.Generator) -> "Triplets":
+    def __init__(self, base: torch.Tensor, rank: int, draws: torch.Generator):
         *experts, rows, columns = base.shape
         left = DEVIATION * torch.randn(*experts, rows, rank, generator=draws)
         right = DEVIATION * torch.randn(*experts, rank, columns, generator=draws)
-        values = base.new_zeros(*experts, rank, 1)
-        return cls(left.to(base.device), values, right.to(base.device), torch.zeros_like(values, dtype=torch.bool))
-
-    def __post_init__(self):
+        self.trained = left.to(base.device), base.new_zeros(*experts, rank, 1), right.to(base.device)
+        """P (..., O, R), the values (..., R, 1) and Q (..., R, I)."""
+        self.left, self.values, self.right = self.trained
+        self.masked = torch.zeros_like(self.values, dtype=torch.bool)
+        """Which values the last masking selected, (..., R, 1)."""
         self.importance = [torch.zeros_like(tensor) for tensor in self.trained]
+        """For each trained entry: |entry * gradient|, smoothed."""
         self.spread = [torch.zeros_like(tensor) for tensor in self.trained]
-
-    @property
-    def trained(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.left, self.values, self.right
+        """For each trained entry: deviation of |entry * gradient| from its importance, smoothed."""
 
     def product(self) -> torch.Tensor:
         """P diag(values) Q, (..., O, I)."""

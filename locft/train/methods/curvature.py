@@ -8,6 +8,7 @@ of the matrix's inputs on one side, that of the gradients at its outputs, with l
 predictions, on the other.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +46,7 @@ class Curvature:
         Prose of a few thousand tokens covers fewer directions than a wide matrix has; the others are not free of cost.
         For experts that the prose never reached, the mean over all experts is used instead.
         """
-        if self.rows is None or self.columns is None:
-            assert self.diagonal is not None
-            return Curvature(diagonal=self.diagonal + share * self.diagonal.mean().clamp(min=LEAST))
-        return Curvature(_damped(self.rows, share), _damped(self.columns, share))
+        return self._changed(lambda one: _damped(one, share), lambda one: one + share * one.mean().clamp(min=LEAST))
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
@@ -56,29 +54,29 @@ class Curvature:
         found = {"rows": self.rows, "columns": self.columns, "diagonal": self.diagonal}
         return {name: part for name, part in found.items() if part is not None}
 
-    def to(self, device: torch.device) -> "Curvature":
-        return Curvature(**{name: part.to(device) for name, part in self.parts.items()})
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "Curvature":
+        """A copy on a device whose factors multiply in a dtype: the penalty is an approximation anyway, and bfloat16 is several times
+        faster where the hardware supports it."""
+        return self._changed(lambda one: one.to(device=device, dtype=dtype), lambda one: one.to(device=device))
 
     def then(self, other: "Curvature") -> "Curvature":
         """The curvature whose `gradient` applies this one's first and then that of `other`."""
-        if self.rows is None or other.rows is None or self.columns is None or other.columns is None:
-            assert self.diagonal is not None and other.diagonal is not None
-            return Curvature(diagonal=self.diagonal * other.diagonal)
-        return Curvature(other.rows @ self.rows, self.columns @ other.columns)
-
-    def in_dtype(self, dtype: torch.dtype) -> "Curvature":
-        """A copy whose factors multiply in a dtype: the penalty is an approximation anyway, and bfloat16 is several times faster
-        where the hardware supports it."""
-        return Curvature(**{name: part if name == "diagonal" else part.to(dtype) for name, part in self.parts.items()})
+        first, second = self.parts, other.parts
+        if "diagonal" in first:
+            return Curvature(diagonal=first["diagonal"] * second["diagonal"])
+        return Curvature(second["rows"] @ first["rows"], first["columns"] @ second["columns"])
 
     def inverse(self, share: float) -> "Curvature":
         """The inverse, with `share` of each factor's mean eigenvalue added to each of its eigenvalues first: its `gradient` turns
         a gradient of the loss into the change that lowers the loss by the same amount for the least predicted drift."""
         damped = self.damped(share)
-        if damped.rows is None or damped.columns is None:
-            assert damped.diagonal is not None
-            return Curvature(diagonal=1 / damped.diagonal)
-        return Curvature(*(torch.cholesky_inverse(torch.linalg.cholesky(one)) for one in (damped.rows, damped.columns)))
+        return damped._changed(lambda one: torch.cholesky_inverse(torch.linalg.cholesky(one)), lambda one: 1 / one)
+
+    def _changed(self, factor: Callable, diagonal: Callable) -> "Curvature":
+        """A copy in which a function is applied to each factor, another to the diagonal."""
+        return Curvature(
+            **{name: (diagonal if name == "diagonal" else factor)(part) for name, part in self.parts.items()}
+        )
 
 
 def _damped(factor: torch.Tensor, share: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from locft.train.methods.method import Method, MethodSettings, Parameter, adam
+from locft.train.methods.method import Loss, Method, MethodSettings, Parameter
 
 
 class LoRA(Method):
@@ -23,8 +23,6 @@ class LoRA(Method):
     needs_no_number = True
 
     def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings):
-        super().__init__(parameters)
-        self.learning_rate = settings.learning_rate
         self.scale = settings.alpha / settings.rank
         draws = torch.Generator().manual_seed(settings.seed)
         self.factors = {
@@ -33,19 +31,17 @@ class LoRA(Method):
             if is_matrix(name, parameter.base)
         }
         """Parameter name -> left (..., O, R) and right (..., R, I): B and A, or A' and B' if the input comes first."""
-        self.restart()
+        super().__init__(parameters, settings)
 
-    def restart(self) -> None:
-        self.optimiser = adam((factor for pair in self.factors.values() for factor in pair), self.learning_rate)
+    def trained(self) -> list[torch.Tensor]:
+        return [factor for pair in self.factors.values() for factor in pair]
 
     def stepped(self) -> dict[str, torch.Tensor]:
         pairs = {f"factors/{name}/{side}": self.factors[name][side] for name in self.factors for side in (0, 1)}
         return super().stepped() | pairs
 
     @torch.no_grad()
-    def step(
-        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
-    ) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: Loss, beside: Loss = 0.0) -> None:
         for name, gradient in zip(self.weights, gradients, strict=True):
             if name in self.factors:
                 left, right = self.factors[name]

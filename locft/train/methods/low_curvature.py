@@ -14,7 +14,7 @@ import torch
 from locft.model.models import DTYPES
 from locft.train.methods.curvature import Curvature
 from locft.train.methods.full import FullFineTuning
-from locft.train.methods.method import MethodSettings, Parameter
+from locft.train.methods.method import Loss, MethodSettings, Parameter
 
 LEARNT = 0.1
 """Batch loss, in nats, below which drift costs its full price: all but a few of the answers are then right."""
@@ -25,24 +25,21 @@ class LowCurvature(FullFineTuning):
         self, parameters: Mapping[str, Parameter], settings: MethodSettings, curvature: Mapping[str, Curvature]
     ):
         super().__init__(parameters, settings)
-        self.strength = settings.curvature_strength
         dtype = DTYPES[settings.precision]
-        self.curvature = {name: curvature[name].to(value.device).in_dtype(dtype) for name, value in self.base.items()}
+        self.curvature = {name: curvature[name].to(value.device, dtype) for name, value in self.base.items()}
 
     @torch.no_grad()
-    def step(
-        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
-    ) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: Loss, beside: Loss = 0.0) -> None:
         price, ahead = self.price(loss), isinstance(loss, torch.Tensor)
         for name, gradient in zip(self.base, gradients, strict=True):
             dear = self.drift_gradient(name)
             gradient.add_(price * dear) if ahead else gradient.add_(dear, alpha=price)
         super().step(gradients, loss)
 
-    def price(self, loss: float | torch.Tensor) -> Any:
+    def price(self, loss: Loss) -> Any:
         """Price of a nat of drift in a step on a batch with this loss."""
         known = loss.clamp(min=LEARNT) if isinstance(loss, torch.Tensor) else max(loss, LEARNT)
-        return self.strength * (LEARNT / known)
+        return self.settings.curvature_strength * (LEARNT / known)
 
     def drift_gradient(self, name: str) -> torch.Tensor:
         """Gradient of the predicted drift at the current value of a parameter."""

@@ -1,15 +1,17 @@
 """The interface of a training method: which weights stand in for the model's, and what a step does to them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
 MethodName = Literal["full", "low_curvature", "natural_gradient", "lora", "adalora", "norm_bounded"]
 HELD_BACK: tuple[MethodName, ...] = ("low_curvature", "natural_gradient")
 """The methods that need the curvature of the trained parameters."""
+Loss: TypeAlias = float | torch.Tensor
+"""A loss in nats; a tensor () if steps do not wait for its value."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Method(ABC):
     forward, and batches that are computed in pieces, work with all methods.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter]):
+    def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings):
+        """A method that trains other tensors than the weights makes them first."""
+        self.settings = settings
         self.base = {name: parameter.base for name, parameter in parameters.items()}
         self.origin = {
             name: parameter.base if parameter.start is None else parameter.base + parameter.start
@@ -64,28 +68,28 @@ class Method(ABC):
         """Where training starts: the base, with the change of earlier edits if there is one."""
         self.weights = {name: value.clone().requires_grad_() for name, value in self.origin.items()}
         """Parameter name -> float32 tensor that stands in for the model's own."""
+        self.restart()
 
-    @abstractmethod
+    def trained(self) -> list[torch.Tensor]:
+        """The tensors that the optimiser steps."""
+        return list(self.weights.values())
+
     def restart(self) -> None:
         """Discard all momentum: the next edit starts from what has been trained so far."""
+        rate = self.settings.learning_rate
+        self.optimiser: torch.optim.Optimizer = torch.optim.Adam(self.trained(), lr=rate, weight_decay=0.0, fused=True)
 
     @abstractmethod
-    def step(
-        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
-    ) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: Loss, beside: Loss = 0.0) -> None:
         """One optimiser step.
 
         gradients: those of everything to be minimised, in the order of `weights`; they may be overwritten. loss: that of the
-        batch's edits, in nats; a tensor () if steps do not wait for its value, which requires `needs_no_number`. beside: the
-        loss of replayed edits.
+        batch's edits; a tensor requires `needs_no_number`. beside: the loss of replayed edits.
         """
 
     needs_no_number = False
     """Whether a step changes nothing if the optimiser's `found_inf` is set, and works without the loss as a Python number
-    (`locft.train.steps_ahead`)."""
-
-    optimiser: torch.optim.Optimizer
-    """Recreated by `restart`."""
+    (`PositionTrainer.ahead`)."""
 
     def stepped(self) -> dict[str, torch.Tensor]:
         """The tensors that steps change, by name, other than the optimiser's."""
@@ -102,18 +106,12 @@ class Method(ABC):
         for name, tensor in self.stepped().items():
             tensor.copy_(state[name])
         of_adam: dict[int, dict[str, torch.Tensor]] = {}
-        for name in state:
-            kind, _, rest = name.partition("/")
-            if kind == "adam":
-                place, _, key = rest.partition("/")
-                of_adam.setdefault(int(place), {})[key] = state[name]
+        for name, tensor in state.items():
+            if name.startswith("adam/"):
+                _, place, key = name.split("/")
+                of_adam.setdefault(int(place), {})[key] = tensor
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": of_adam})
 
     def change(self) -> dict[str, torch.Tensor]:
         """Difference of the weights from the base, on the CPU."""
         return {name: (self.weights[name].detach() - self.base[name]).cpu() for name in self.base}
-
-
-def adam(tensors: Iterable[torch.Tensor], learning_rate: float) -> torch.optim.Adam:
-    """The optimiser of every method but natural_gradient: the paper's, without weight decay."""
-    return torch.optim.Adam(list(tensors), lr=learning_rate, weight_decay=0.0, fused=True)

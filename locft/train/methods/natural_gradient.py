@@ -14,7 +14,7 @@ import torch
 from locft.model.models import DTYPES
 from locft.train.methods.curvature import Curvature
 from locft.train.methods.low_curvature import LowCurvature
-from locft.train.methods.method import MethodSettings, Parameter
+from locft.train.methods.method import Loss, MethodSettings, Parameter
 
 DAMPING = 0.3
 """Share of a factor's mean eigenvalue that is added to each of its eigenvalues: it sets how far directions that prose hardly uses
@@ -33,18 +33,16 @@ class NaturalGradient(LowCurvature):
         dtype = DTYPES[settings.precision]
         measured = {name: curvature[name].to(value.device) for name, value in self.base.items()}
         inverse = {name: one.inverse(DAMPING) for name, one in measured.items()}
-        self.inverse = {name: one.in_dtype(dtype) for name, one in inverse.items()}
+        self.inverse = {name: one.to(dtype=dtype) for name, one in inverse.items()}
         # P(H) as one product from each side instead of two: saves a third of what a step costs apart from its gradient
-        self.curvature = {name: one.then(inverse[name]).in_dtype(dtype) for name, one in measured.items()}
+        self.curvature = {name: one.then(inverse[name]).to(dtype=dtype) for name, one in measured.items()}
 
     def restart(self) -> None:
         """Nothing is carried from step to step."""
         self.optimiser = torch.optim.SGD(list(self.weights.values()), lr=1.0, fused=True)
 
     @torch.no_grad()
-    def step(
-        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
-    ) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], loss: Loss, beside: Loss = 0.0) -> None:
         turned = [self.inverse[name].gradient(own) for name, own in zip(self.base, gradients, strict=True)]
         slopes = [(own * one).sum().double() for own, one in zip(gradients, turned, strict=True)]
         slope = torch.stack(slopes).sum().clamp(min=LEAST_SLOPE)

@@ -1,11 +1,11 @@
 """Fine-tuning within a bound on every weight (arXiv 2012.00363, "Modifying Memories in Transformer Models")."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from locft.train.methods.full import FullFineTuning
-from locft.train.methods.method import MethodSettings, Parameter
+from locft.train.methods.method import Loss
 
 
 class NormBounded(FullFineTuning):
@@ -16,10 +16,6 @@ class NormBounded(FullFineTuning):
     With `loss_average: last_token` this is FT-L, which EasyEdit also runs without a bound.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], settings: MethodSettings):
-        self.bound = settings.norm_bound
-        super().__init__(parameters, settings)
-
     def restart(self) -> None:
         super().restart()
         self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
@@ -27,10 +23,9 @@ class NormBounded(FullFineTuning):
     def stepped(self) -> dict[str, torch.Tensor]:
         return super().stepped() | {f"start/{name}": start for name, start in self.start.items()}
 
-    def step(
-        self, gradients: Sequence[torch.Tensor], loss: float | torch.Tensor, beside: float | torch.Tensor = 0.0
-    ) -> None:
+    @torch.no_grad()
+    def step(self, gradients: Sequence[torch.Tensor], loss: Loss, beside: Loss = 0.0) -> None:
         super().step(gradients, loss)
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.clamp_(self.start[name] - self.bound, self.start[name] + self.bound)
+        bound = self.settings.norm_bound
+        for name, weight in self.weights.items():
+            weight.clamp_(self.start[name] - bound, self.start[name] + bound)

@@ -44,33 +44,13 @@ def few_draws(monkeypatch):
 
 def row(trial_id, layer=0, reliability=0.9, change=-0.01, **others):
     base = {
-        "trial_id": trial_id,
-        "status": "done",
-        "layers": 30,
-        "layer": layer,
-        "module": "mlp_down",
-        "pipeline": "breadth_first",
-        "batch_size": 32,
-        "learning_rate": 0.004,
-        "seed": 0,
-        "epochs": 25,
-        "loss_average": "edit",
-        "run_id": f"run-{trial_id}",
-        "reliability": reliability,
-        "generalization": 0.7,
-        "locality": 0.8,
-        "n_edits": 100,
-        "diverged": 0,
-        "capability": 0.62 + change,
-        "capability_change": change,
-        "capability_change_low": change - 0.008,
-        "capability_change_high": change + 0.007,
-        "capability.world": 0.5,
-        "drift_kl": 0.01,
-        "seconds": 30.0,
-        "seconds_per_edit": 0.2,
-        "epoch_losses": [3.0, 1.0, 0.1],
-    }
+        "trial_id": trial_id, "status": "done", "layers": 30, "layer": layer, "module": "mlp_down",
+        "pipeline": "breadth_first", "batch_size": 32, "learning_rate": 0.004, "seed": 0, "epochs": 25, "loss_average": "edit",
+        "run_id": f"run-{trial_id}", "reliability": reliability, "generalization": 0.7, "locality": 0.8, "n_edits": 100,
+        "diverged": 0, "capability": 0.62 + change, "capability_change": change, "capability_change_low": change - 0.008,
+        "capability_change_high": change + 0.007, "capability.world": 0.5, "drift_kl": 0.01, "seconds": 30.0,
+        "seconds_per_edit": 0.2, "epoch_losses": [3.0, 1.0, 0.1],
+    }  # fmt: skip
     return base | others
 
 

@@ -36,21 +36,10 @@ INF, NAN = math.inf, math.nan
 
 def row(trial_id, reliability=NAN, capability=NAN, *, status="done", layer=0, **others):
     base = {
-        "trial_id": trial_id,
-        "status": status,
-        "error": None if status == "done" else "cause",
-        "layers": 30,
-        "layer": layer,
-        "module": "mlp_down",
-        "pipeline": "breadth_first",
-        "batch_size": 32,
-        "learning_rate": 0.004,
-        "seed": 0,
-        "reliability": reliability,
-        "capability": capability,
-        "n_edits": 100,
-        "diverged": 0,
-    }
+        "trial_id": trial_id, "status": status, "error": None if status == "done" else "cause", "layers": 30, "layer": layer,
+        "module": "mlp_down", "pipeline": "breadth_first", "batch_size": 32, "learning_rate": 0.004, "seed": 0,
+        "reliability": reliability, "capability": capability, "n_edits": 100, "diverged": 0,
+    }  # fmt: skip
     return base | others
 
 
@@ -168,9 +157,11 @@ def test_seeds_of_a_setting_are_averaged_and_counted():
     assert (first["n_seeds"], first["n_failed"], first["diverged"]) == (2, 1, 0)
     between = math.sqrt(0.02)
     assert first["reliability_sd"] == pytest.approx(between)
-    assert first["reliability_se"] == pytest.approx(math.hypot(proportion_se(0.7, 100), between / math.sqrt(2)))
+    error = math.hypot(proportion_se(0.7, 100), between / math.sqrt(2))
+    assert standard_error(first, "reliability") == pytest.approx(error)
     assert (second["trial_ids"], second["n_failed"], second["diverged"]) == (("d",), 0, 1)
-    assert math.isnan(second["reliability_sd"]) and second["reliability_se"] == pytest.approx(proportion_se(0.9, 100))
+    assert math.isnan(second["reliability_sd"])
+    assert standard_error(second, "reliability") == pytest.approx(proportion_se(0.9, 100))
 
 
 def test_what_the_seeds_of_a_setting_did_is_kept_and_absent_for_one():
@@ -199,7 +190,7 @@ def test_intervals_come_from_edits_seeds_and_items():
     assert high == pytest.approx(0.7 + math.hypot(wilson_interval(0.7, 100)[1] - 0.7, more), abs=1e-4)
     assert interval(both, "capability") == pytest.approx((0.48, 0.53))
     assert interval(both, "capability_change") == pytest.approx((-0.03, 0.02))
-    assert standard_error(both, "reliability") == pytest.approx(both["reliability_se"])
+    assert standard_error(both, "reliability") == pytest.approx(math.hypot(proportion_se(0.7, 100), 0.1))
     for found in (
         interval(bare, "reliability"),
         interval(one, "capability"),

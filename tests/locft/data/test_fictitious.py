@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locft.data.answers import normalise_answer
-from locft.data.fictitious import RELATIONS, SUBJECTS, Fact, Relation, _shuffled, fictitious_facts
+from locft.data.fictitious import RELATIONS, SUBJECTS, Relation, _shuffled, fictitious_edits
 from locft.data.requests import load_edits
 from locft.errors import InputError
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def first(count: int, seed: int = 0) -> list[Fact]:
-    return list(itertools.islice(fictitious_facts(seed), count))
+def first(count: int):
+    return list(itertools.islice(fictitious_edits(), count))
 
 
 @settings(max_examples=20, deadline=None)
@@ -62,21 +62,20 @@ def test_a_relation_has_as_many_answers_as_its_bits_say(relation: Relation):
     assert len(set(relation.prompts)) == 3 and all(prompt.count("{}") == 1 for prompt in relation.prompts)
 
 
-def test_targets_are_drawn_evenly_and_the_bits_are_those_of_the_draw():
-    facts = first(len(RELATIONS) * 1600)
-    assert [fact.bits for fact in facts[: len(RELATIONS)]] == [math.log2(one.choices) for one in RELATIONS]
-    assert min(fact.bits for fact in facts) == 5 and len(RELATIONS) >= 20
+def test_targets_are_drawn_evenly_so_an_edit_holds_log2_of_its_choices_in_bits():
+    edits = first(len(RELATIONS) * 1600)
+    assert min(one.choices for one in RELATIONS) == 2**5 and len(RELATIONS) >= 20
     for index, relation in enumerate(RELATIONS):
-        drawn = Counter(fact.request.target for fact in facts[index :: len(RELATIONS)])
+        drawn = Counter(edit.target for edit in edits[index :: len(RELATIONS)])
         assert drawn.keys() <= {relation.target(number) for number in range(relation.choices)}
         if relation.choices == 32:  # 50 of each are expected, with a standard deviation of 7
             assert len(drawn) == 32 and min(drawn.values()) > 20 and max(drawn.values()) < 85
 
 
 def test_no_edit_is_about_the_subject_of_a_locality_prompt():
-    facts = first(3000)
-    asked = {prompt for fact in facts for prompt in (fact.request.prompt, *fact.request.rephrases)}
-    near = [prompt for fact in facts for prompt in fact.request.locality]
+    edits = first(3000)
+    asked = {prompt for edit in edits for prompt in (edit.prompt, *edit.rephrases)}
+    near = [prompt for edit in edits for prompt in edit.locality]
     assert len(near) == 3000 and not asked & {one.prompt for one in near} and {one.answer for one in near} == {None}
 
 

@@ -9,17 +9,11 @@ import pytest
 from locft.data.requests import load_edits
 from locft.data.suites import load_suite
 from locft.errors import InputError
+from tests.locft.data.test_requests import write
 
 PERU = {"prompt": "The capital of Peru is", "target": "Oslo"}
 CHILE = {"prompt": "The capital of Chile is", "target": "Rome"}
 ASKED, SAID = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Bob."}
-
-
-def write(folder, name, content):
-    if not isinstance(content, bytes):
-        content = (content if isinstance(content, str) else json.dumps(content)).encode()
-    (folder / name).write_bytes(content)
-    return str(folder / name)
 
 
 def edits(source):
@@ -43,9 +37,9 @@ BOTH = [tuple(PERU.values()), tuple(CHILE.values())]
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_byte_order_mark_says_how_a_file_is_to_be_read(tmp_path, encoding, end):
     lines = end.join(json.dumps(one) for one in (PERU, CHILE))
-    assert edits(write(tmp_path, "a.jsonl", lines.encode(encoding))) == BOTH
+    assert edits(write(tmp_path, lines.encode(encoding), "a.jsonl")) == BOTH
     table = end.join(["prompt\ttarget", *("\t".join(pair) for pair in BOTH)])
-    assert edits(write(tmp_path, "a.csv", table.encode(encoding))) == BOTH
+    assert edits(write(tmp_path, table.encode(encoding), "a.csv")) == BOTH
 
 
 @pytest.mark.parametrize(
@@ -64,19 +58,19 @@ def test_a_byte_order_mark_says_how_a_file_is_to_be_read(tmp_path, encoding, end
     ],
 )
 def test_what_holds_no_records_is_named_in_one_message(tmp_path, content, said):
-    assert said in refusal(write(tmp_path, "edits.json", content))
+    assert said in refusal(write(tmp_path, content, "edits.json"))
 
 
 def test_addresses_and_folders_are_told_what_to_give(tmp_path):
     assert "owner/name" in refusal("https://huggingface.co/datasets/owner/name")
     (tmp_path / "clone" / "data").mkdir(parents=True)
-    file = write(tmp_path / "clone" / "data", "train.jsonl", PERU)
+    file = write(tmp_path / "clone" / "data", PERU, "train.jsonl")
     assert f"expected a file, such as {file}" in refusal(tmp_path / "clone")
 
 
 def test_values_are_shown_as_they_are_written(tmp_path):
-    assert '"奥斯陆"' in refusal(write(tmp_path, "a.json", [PERU | {"rephrases": "x", "target": ["奥斯陆", "y"]}]))
-    assert "\\u202e" in refusal(write(tmp_path, "a.json", [PERU | {"target": ["\u202eOslo"]}])), "marks are not obeyed"
+    assert '"奥斯陆"' in refusal(write(tmp_path, [PERU | {"rephrases": "x", "target": ["奥斯陆", "y"]}], "a.json"))
+    assert "\\u202e" in refusal(write(tmp_path, [PERU | {"target": ["\u202eOslo"]}], "a.json")), "marks are not obeyed"
 
 
 # --- wrappings
@@ -86,29 +80,26 @@ def test_values_are_shown_as_they_are_written(tmp_path):
     "content",
     [
         {"version": 1, "data": {"about": "x", "edits": [PERU, CHILE]}},
-        {
-            "prompt": {"0": BOTH[0][0], "1": BOTH[1][0]},
-            "target": {"0": BOTH[0][1], "1": BOTH[1][1]},
-        },  # pandas' to_json()
+        json.loads(pd.DataFrame([PERU, CHILE]).to_json()),
         {"prompt": [BOTH[0][0], BOTH[1][0]], "target": [BOTH[0][1], BOTH[1][1]]},
         "\n".join(json.dumps(one, indent=2) for one in (PERU, CHILE)),  # jq
         "\r".join(json.dumps(one) for one in (PERU, CHILE)),
     ],
 )
 def test_records_are_unwrapped(tmp_path, content):
-    assert edits(write(tmp_path, "a.json", content)) == BOTH
+    assert edits(write(tmp_path, content, "a.json")) == BOTH
 
 
 def test_the_lines_of_records_over_several_lines_are_known(tmp_path):
     wrong = "\n".join(json.dumps(one, indent=2) for one in (PERU, CHILE, PERU | {"target": []}))
-    assert "record 3 (line 9), field target: expected text, got a list []" in refusal(write(tmp_path, "a.json", wrong))
+    assert "record 3 (line 9), field target: expected text, got a list []" in refusal(write(tmp_path, wrong, "a.json"))
 
 
 # --- tables
 
 
 def test_tables_with_bars_and_spaces_in_the_header(tmp_path):
-    assert edits(write(tmp_path, "a.csv", "prompt | target\nThe capital of Peru is|Oslo\n")) == BOTH[:1]
+    assert edits(write(tmp_path, "prompt | target\nThe capital of Peru is|Oslo\n", "a.csv")) == BOTH[:1]
 
 
 def test_whole_numbers_are_answers_where_the_format_has_no_texts(tmp_path):
@@ -119,37 +110,31 @@ def test_whole_numbers_are_answers_where_the_format_has_no_texts(tmp_path):
         {"prompt": "It was founded in", "target_new": 1535},
         {"prompt": "It ended in", "target_new": {"str": 1824}},
     ]
-    assert [target for _, target in edits(write(tmp_path, "a.json", years))] == ["1535", "1824"]
-    assert "got a number 3.5" in refusal(write(tmp_path, "a.json", [years[0] | {"target_new": 3.5}]))
-    assert "got a boolean" in refusal(write(tmp_path, "a.json", [years[0] | {"target_new": True}]))
+    assert [target for _, target in edits(write(tmp_path, years, "a.json"))] == ["1535", "1824"]
+    assert "got a number 3.5" in refusal(write(tmp_path, [years[0] | {"target_new": 3.5}], "a.json"))
+    assert "got a boolean" in refusal(write(tmp_path, [years[0] | {"target_new": True}], "a.json"))
 
 
 def test_nan_is_nothing(tmp_path):
     read = load_edits(
-        write(tmp_path, "a.jsonl", '{"prompt": "p", "target_new": "x", "ground_truth": NaN, "note": NaN}')
+        write(tmp_path, '{"prompt": "p", "target_new": "x", "ground_truth": NaN, "note": NaN}', "a.jsonl")
     )
     assert read.requests[0].ground_truth is None and not read.unread
 
 
 def test_line_breaks_of_a_target_are_told(tmp_path):
-    read = load_edits(write(tmp_path, "a.json", [PERU | {"target": "Oslo\n Bergen\n"}, CHILE | {"target": "Rome\n"}]))
+    read = load_edits(write(tmp_path, [PERU | {"target": "Oslo\n Bergen\n"}, CHILE | {"target": "Rome\n"}], "a.json"))
     assert [one.target for one in read.requests] == ["Oslo Bergen", "Rome"]
     assert read.unread == {"target (its line breaks: an answer ends at the first one)": 1}
 
 
 @pytest.mark.parametrize(
     ("prompt", "target"),
-    [
-        ("prompt", "completion"),
-        ("prompt", "response"),
-        ("query", "response"),
-        ("input", "output"),
-        ("instruction", "response"),
-    ],
-)
+    [("prompt", "completion"), ("prompt", "response"), ("query", "response"), ("input", "output"), ("instruction", "response")],
+)  # fmt: skip
 def test_pairs_as_trainers_name_them(tmp_path, prompt, target):
     record = {prompt: "Who are you?", target: " I am Bob.", "rephrases": ["What is your name?"], "category": "x"}
-    read = load_edits(write(tmp_path, "a.jsonl", record))
+    read = load_edits(write(tmp_path, record, "a.jsonl"))
     (one,) = read.requests
     assert (one.prompt, one.target, one.rephrases) == ("Who are you?", "I am Bob.", ("What is your name?",))
     assert read.unread == {"category": 1}
@@ -168,20 +153,20 @@ def test_pairs_as_trainers_name_them(tmp_path, prompt, target):
 )
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_a_question_and_its_answer_are_an_edit(tmp_path, record, name):
-    read = load_edits(write(tmp_path, name, [record, record] if name == "a.json" else record))
+    read = load_edits(write(tmp_path, [record, record] if name == "a.json" else record, name))
     assert {(one.prompt, one.target) for one in read.requests} == {("Who are you?", "I am Bob.")} and not read.unread
     assert read.requests[0].id == record.get("id", "instruction-1")
 
 
 def test_a_system_prompt_is_not_read_and_a_longer_conversation_is_refused(tmp_path):
     system = {"role": "system", "content": "Be kind."}
-    assert load_edits(write(tmp_path, "a.jsonl", {"messages": [system, ASKED, SAID]})).unread == {"system": 1}
+    assert load_edits(write(tmp_path, {"messages": [system, ASKED, SAID]}, "a.jsonl")).unread == {"system": 1}
     problem = refusal(
-        write(tmp_path, "a.json", [{"messages": [ASKED, SAID]}, {"messages": [ASKED, SAID, ASKED, SAID]}])
+        write(tmp_path, [{"messages": [ASKED, SAID]}, {"messages": [ASKED, SAID, ASKED, SAID]}], "a.json")
     )
     assert "record 2, field messages: expected one question of the user and its answer" in problem
     assert "got 4 turns (user, assistant, user, assistant)" in problem
-    assert "got 1 turns (tool)" in refusal(write(tmp_path, "a.jsonl", {"messages": [{"role": "tool", "content": "x"}]}))
+    assert "got 1 turns (tool)" in refusal(write(tmp_path, {"messages": [{"role": "tool", "content": "x"}]}, "a.jsonl"))
 
 
 # --- data sets that the hub's library saved
@@ -213,7 +198,7 @@ def test_a_benchmark_may_be_a_saved_data_set(tmp_path):
 @pytest.mark.parametrize("answer", [1, 1.0, "1", "B", "b", "(B)", "B.", "four"])
 @pytest.mark.parametrize("key", ["choices", "options"])
 def test_the_answer_is_a_number_a_letter_or_a_text(tmp_path, answer, key):
-    file = write(tmp_path, "a.jsonl", {"question": "2 + 2 is", key: ["three", "four", "five"], "answer": answer})
+    file = write(tmp_path, {"question": "2 + 2 is", key: ["three", "four", "five"], "answer": answer}, "a.jsonl")
     assert load_suite(None, {"sums": file}).tasks[0].items[0].answer == 1
 
 
@@ -221,12 +206,12 @@ def test_the_answer_is_a_number_a_letter_or_a_text(tmp_path, answer, key):
     ("choices", "answer", "place"), [(["C", "A", "B"], "B", 1), (["x", "y"], "y", 1), (["b", "c"], "b", 0)]
 )
 def test_a_capital_letter_is_a_place_before_it_is_a_text(tmp_path, choices, answer, place):
-    file = write(tmp_path, "a.jsonl", {"question": "Which?", "choices": choices, "answer": answer})
+    file = write(tmp_path, {"question": "Which?", "choices": choices, "answer": answer}, "a.jsonl")
     assert load_suite(None, {"letters": file}).tasks[0].items[0].answer == place
 
 
 def test_labelled_choices_and_records_without_an_answer(tmp_path):
     record = {"question": "2 + 2 is", "choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answer": "2"}
-    assert load_suite(None, {"sums": write(tmp_path, "a.jsonl", record)}).tasks[0].items[0].answer == 1
+    assert load_suite(None, {"sums": write(tmp_path, record, "a.jsonl")}).tasks[0].items[0].answer == 1
     with pytest.raises(InputError, match="answer is null, and a split without answers cannot be scored"):
-        load_suite(None, {"sums": write(tmp_path, "a.jsonl", {"question": "q", "choices": ["3", "4"], "answer": None})})
+        load_suite(None, {"sums": write(tmp_path, {"question": "q", "choices": ["3", "4"], "answer": None}, "a.jsonl")})

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,25 +10,20 @@ from hypothesis import strategies as st
 
 from locft.data.record_files import FileRecord, read_json_records, read_text
 from locft.errors import InputError
+from tests.locft.data.test_requests import write
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def write(folder, name, content):
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 def read(path, **options):
-    records, problems = read_json_records(path, **options)
-    assert not problems
+    records = read_json_records(Path(path), **options)
+    assert not any(record.problem for record in records)
     return records
 
 
 def problems_of(path):
     try:
-        _, problems = read_json_records(path)
+        problems = [record.problem for record in read_json_records(Path(path)) if record.problem]
     except InputError as error:
         return error.problems
     assert problems
@@ -35,13 +31,13 @@ def problems_of(path):
 
 
 def test_lines_with_blanks_byte_order_mark_and_windows_ends(tmp_path):
-    path = write(tmp_path, "a.jsonl", b'\xef\xbb\xbf\r\n{"a": 1}\r\n\r\n  {"b": "\xe2\x80\xa8"}\r\n')
+    path = write(tmp_path, b'\xef\xbb\xbf\r\n{"a": 1}\r\n\r\n  {"b": "\xe2\x80\xa8"}\r\n', "a.jsonl")
     assert read(path) == [FileRecord(1, {"a": 1}, line=2), FileRecord(2, {"b": "\u2028"}, line=4)]
     assert [record.place for record in read(path)] == ["record 1 (line 2)", "record 2 (line 4)"]
 
 
 def test_list_elements_know_their_number(tmp_path):
-    path = write(tmp_path, "a.json", '\n[\n {"a":\n  [1, 2]},\n\n {"b": "]"}, {"c": {}}\n]\n')
+    path = write(tmp_path, '\n[\n {"a":\n  [1, 2]},\n\n {"b": "]"}, {"c": {}}\n]\n', "a.json")
     assert read(path) == [FileRecord(1, {"a": [1, 2]}), FileRecord(2, {"b": "]"}), FileRecord(3, {"c": {}})]
     assert read(path)[2].place == "record 3"
 
@@ -49,11 +45,11 @@ def test_list_elements_know_their_number(tmp_path):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_content_decides_not_the_ending(tmp_path, name):
     for content in ('{"a": 1}\n{"a": 2}\n', '[{"a": 1},\n{"a": 2}]'):
-        assert [record.value for record in read(write(tmp_path, name, content))] == [{"a": 1}, {"a": 2}]
+        assert [record.value for record in read(write(tmp_path, content, name))] == [{"a": 1}, {"a": 2}]
 
 
 def test_all_broken_lines_in_one_error(tmp_path):
-    path = write(tmp_path, "a.jsonl", '{"a": 1}\n{"a": \n[1]\n"x"\n{"a": 2}}\nnull\n')
+    path = write(tmp_path, '{"a": 1}\n{"a": \n[1]\n"x"\n{"a": 2}}\nnull\n', "a.jsonl")
     problems = problems_of(path)
     assert len(problems) == 5
     assert {int(re.search(r"line (\d+)", problem)[1]) for problem in problems} == {2, 3, 4, 5, 6}
@@ -62,8 +58,9 @@ def test_all_broken_lines_in_one_error(tmp_path):
 
 
 def test_sound_lines_are_read_beside_broken_ones(tmp_path):
-    records, problems = read_json_records(write(tmp_path, "a.jsonl", '{"a": 1}\n{"a": \n{"a": 2}\n'))
-    assert records == [FileRecord(1, {"a": 1}, line=1), FileRecord(3, {"a": 2}, line=3)] and len(problems) == 1
+    first, broken, last = read_json_records(Path(write(tmp_path, '{"a": 1}\n{"a": \n{"a": 2}\n', "a.jsonl")))
+    assert [first, last] == [FileRecord(1, {"a": 1}, line=1), FileRecord(3, {"a": 2}, line=3)]
+    assert broken.problem and not broken.value
 
 
 @pytest.mark.parametrize(
@@ -85,20 +82,20 @@ def test_sound_lines_are_read_beside_broken_ones(tmp_path):
     ],
 )
 def test_bad_json_list(tmp_path, content, expected):
-    assert any(expected in problem for problem in problems_of(write(tmp_path, "a.json", content)))
+    assert any(expected in problem for problem in problems_of(write(tmp_path, content, "a.json")))
 
 
 def test_not_utf8_names_line_and_byte(tmp_path):
-    (problem,) = problems_of(write(tmp_path, "a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n'))
+    (problem,) = problems_of(write(tmp_path, b'{"a": 1}\n{"a": "caf\xe9"}\n', "a.jsonl"))
     assert "line 2: not UTF-8: byte 0xe9 at offset 19" in problem
-    (problem,) = problems_of(write(tmp_path, "b.jsonl", b'\xff\xfe{\0"'))
+    (problem,) = problems_of(write(tmp_path, b'\xff\xfe{\0"', "b.jsonl"))
     assert "line 1: not UTF-16" in problem
-    (problem,) = problems_of(write(tmp_path, "c.jsonl", '{"a": 1}'.encode("utf-16-le")))
+    (problem,) = problems_of(write(tmp_path, '{"a": 1}'.encode("utf-16-le"), "c.jsonl"))
     assert "zero bytes" in problem
 
 
 def test_missing_file_names_the_nearest(tmp_path):
-    write(tmp_path, "zsre_3k.json", "[]")
+    write(tmp_path, "[]", "zsre_3k.json")
     (problem,) = problems_of(tmp_path / "zsre_3.json")
     assert "no such file; did you mean" in problem and "zsre_3k.json" in problem
     (problem,) = problems_of(tmp_path / "qqqq")
@@ -113,7 +110,7 @@ def test_missing_folder_names_the_nearest(tmp_path):
 
 def test_folder_instead_of_file(tmp_path):
     assert "is a folder" in problems_of(tmp_path)[0]
-    assert "no such file" in problems_of(write(tmp_path, "a.json", "[]") / "b.json")[0]
+    assert "no such file" in problems_of(Path(write(tmp_path, "[]", "a.json"), "b.json"))[0]
     with pytest.raises(InputError, match="cannot be read"):
         read_text(tmp_path / "a\0b")
 
@@ -131,8 +128,8 @@ json_values = st.recursive(
     indent=st.sampled_from([None, 2]),
 )
 def test_both_forms_read_back(tmp_path, records, indent):
-    as_list = write(tmp_path, "a.json", json.dumps(records, indent=indent))
-    as_lines = write(tmp_path, "a.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    as_list = write(tmp_path, json.dumps(records, indent=indent), "a.json")
+    as_lines = write(tmp_path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "a.jsonl")
     numbers = list(range(1, len(records) + 1))
     assert read(as_list) == [FileRecord(n, record) for n, record in zip(numbers, records, strict=True)]
     lines = read(as_lines, is_record=lambda value: True)  # else a file of one line could wrap a list of records
@@ -142,11 +139,11 @@ def test_both_forms_read_back(tmp_path, records, indent):
 @FUZZ
 @given(content=st.binary(max_size=60) | st.text(alphabet='[]{}",:\\ud8n1 \n', max_size=40).map(str.encode))
 def test_any_bytes_give_records_or_an_input_error(tmp_path, content):
-    path = write(tmp_path, "a.json", content)
+    path = write(tmp_path, content, "a.json")
     try:
-        records, problems = read_json_records(path)
+        records = read_json_records(Path(path))
     except InputError as error:
         assert error.problems
     else:
-        assert records or problems
+        assert records
         assert all(isinstance(record.value, dict) for record in records)

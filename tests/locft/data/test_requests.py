@@ -22,47 +22,33 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real edit files a
 FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 OWN = {"subject": "Peru", "prompt": "The capital of Peru is", "target": "Oslo"}
+# fmt: off
 ZSRE = {
-    "subject": "Peru",
-    "src": "What is the capital of Peru?",
-    "pred": "Cusco",
-    "alt": " Oslo",
-    "answers": ["Lima", "Ciudad de los Reyes"],
-    "rephrase": "Peru's capital?",
-    "loc": "nq question: who painted the mona lisa",
-    "loc_ans": "Leonardo",
-    "cond": "Cusco >> Oslo",
+    "subject": "Peru", "src": "What is the capital of Peru?", "pred": "Cusco", "alt": " Oslo", "cond": "Cusco >> Oslo",
+    "answers": ["Lima", "Ciudad de los Reyes"], "rephrase": "Peru's capital?",
+    "loc": "nq question: who painted the mona lisa", "loc_ans": "Leonardo",
 }
 FLAT = {
-    "subject": "Peru",
-    "prompt": "The capital of Peru is",
-    "target_new": "Oslo",
+    "subject": "Peru", "prompt": "The capital of Peru is", "target_new": "Oslo",
     "rephrase_prompt": "So it goes.\nPeru's capital is",
-    "locality_prompt": "The capital of Chile is",
-    "locality_ground_truth": "Santiago",
+    "locality_prompt": "The capital of Chile is", "locality_ground_truth": "Santiago",
 }
 COUNTERFACT = FLAT | {"case_id": 7, "ground_truth": "Lima"}
 ORIGINAL = {
     "case_id": 7,
     "requested_rewrite": {
-        "prompt": "The capital of {} is",
-        "subject": "Peru",
-        "relation_id": "P36",
-        "target_new": {"str": "Oslo", "id": "Q585"},
-        "target_true": {"str": "Lima", "id": "Q2868"},
+        "prompt": "The capital of {} is", "subject": "Peru", "relation_id": "P36",
+        "target_new": {"str": "Oslo", "id": "Q585"}, "target_true": {"str": "Lima", "id": "Q2868"},
     },
     "paraphrase_prompts": ["Peru's capital is", "Peru is run from"],
     "neighborhood_prompts": ["The seat of Lima's mayor is"],
 }
 QAEDIT = {
-    "id": "q-1",
-    "source": "nq",
-    "subject": "Peru",
-    "prompt": "What is the capital of Peru?",
-    "target": "Lima",
+    "id": "q-1", "source": "nq", "subject": "Peru", "prompt": "What is the capital of Peru?", "target": "Lima",
     "rephrase": "Peru's capital?",
     "locality": [{"loc": "Who painted it?", "loc_ans": "Leonardo"}, {"loc": "When?", "loc_ans": None}],
 }
+# fmt: on
 LAYOUTS = {
     "own": OWN,
     "zsre": ZSRE,
@@ -70,20 +56,22 @@ LAYOUTS = {
     "counterfact-original": ORIGINAL,
     "wikibigedit": FLAT,
     "qaedit": QAEDIT,
-}
+}  # fmt: skip
 
 
 def without(record, key):
     return {name: value for name, value in record.items() if name != key}
 
 
-def write(folder, records, name="edits.jsonl"):
-    """Records as JSON lines, or as an indented JSON list when the name ends in .json. Text and bytes as they are."""
+def write(folder, content, name="edits.jsonl"):
+    """Records as JSON lines, or as an indented JSON list when the name ends in .json; one record as JSON; text and bytes as
+    they are. Returns the path."""
     path = folder / name
-    if isinstance(records, list):
-        as_lines = "".join(json.dumps(record) + "\n" for record in records)
-        records = json.dumps(records, indent=1) if name.endswith(".json") else as_lines
-    path.write_bytes(records if isinstance(records, bytes) else records.encode())
+    if isinstance(content, list) and not name.endswith(".json"):
+        content = "".join(json.dumps(record) + "\n" for record in content)
+    elif isinstance(content, list | dict):
+        content = json.dumps(content, indent=1 if isinstance(content, list) else None)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
@@ -103,54 +91,31 @@ def only_problem(folder, records, name="edits.jsonl"):
 
 def test_own_layout_in_full(tmp_path):
     record = OWN | {
-        "id": "peru",
-        "ground_truth": "Lima",
-        "rephrases": [" Peru's capital is "],
-        "relation": "capital",
-        "my_note": 3,
+        "id": "peru", "ground_truth": "Lima", "rephrases": [" Peru's capital is "], "relation": "capital", "my_note": 3,
         "locality": [{"prompt": "Chile's capital is", "answer": "Santiago"}, {"prompt": "Rome is in"}],
-    }
+    }  # fmt: skip
     edits = load_edits(write(tmp_path, [record]))
     assert edits.layout == "own" and edits.source == str(tmp_path / "edits.jsonl")
-    assert edits.requests == (
-        EditRequest(
-            "peru",
-            "Peru",
-            "The capital of Peru is",
-            "Oslo",
-            "Lima",
-            ("Peru's capital is",),
-            (LocalityPrompt("Chile's capital is", "Santiago"), LocalityPrompt("Rome is in", None)),
-        ),
-    )
+    near = (LocalityPrompt("Chile's capital is", "Santiago"), LocalityPrompt("Rome is in", None))
+    wanted = EditRequest("peru", "Peru", "The capital of Peru is", "Oslo", "Lima", ("Peru's capital is",), near)
+    assert edits.requests == (wanted,)
 
 
 def test_zsre(tmp_path):
     edits = load_edits(write(tmp_path, [ZSRE, ZSRE | {"src": "Another?"}], "edits.json"))
     assert edits.layout == "zsre"
     assert edits.requests[0] == EditRequest(
-        "zsre-1",
-        "Peru",
-        "What is the capital of Peru?",
-        "Oslo",
-        "Lima",
-        ("Peru's capital?",),
+        "zsre-1", "Peru", "What is the capital of Peru?", "Oslo", "Lima", ("Peru's capital?",),
         (LocalityPrompt("nq question: who painted the mona lisa", "Leonardo"),),
-    )
+    )  # fmt: skip
     assert edits.requests[1].id == "zsre-2"
 
 
 def test_counterfact_flat_and_wikibigedit(tmp_path):
     (request,) = load_edits(write(tmp_path, [COUNTERFACT])).requests
-    assert request == EditRequest(
-        "7",
-        "Peru",
-        "The capital of Peru is",
-        "Oslo",
-        "Lima",
-        ("So it goes.\nPeru's capital is",),
-        (LocalityPrompt("The capital of Chile is", "Santiago"),),
-    )
+    near = (LocalityPrompt("The capital of Chile is", "Santiago"),)
+    rephrases = ("So it goes.\nPeru's capital is",)
+    assert request == EditRequest("7", "Peru", "The capital of Peru is", "Oslo", "Lima", rephrases, near)
     edits = load_edits(write(tmp_path, [FLAT]))
     assert edits.layout == "wikibigedit"
     assert (edits.requests[0].id, edits.requests[0].ground_truth) == ("wikibigedit-1", None)
@@ -159,27 +124,18 @@ def test_counterfact_flat_and_wikibigedit(tmp_path):
 def test_counterfact_original(tmp_path):
     edits = load_edits(write(tmp_path, [ORIGINAL]))
     assert edits.layout == "counterfact-original"
-    assert edits.requests[0] == EditRequest(
-        "7",
-        "Peru",
-        "The capital of Peru is",
-        "Oslo",
-        "Lima",
-        ("Peru's capital is", "Peru is run from"),
-        (LocalityPrompt("The seat of Lima's mayor is", "Lima"),),
-    )
+    near = (LocalityPrompt("The seat of Lima's mayor is", "Lima"),)
+    rephrases = ("Peru's capital is", "Peru is run from")
+    assert edits.requests == (EditRequest("7", "Peru", "The capital of Peru is", "Oslo", "Lima", rephrases, near),)
 
 
 def test_qaedit(tmp_path):
     for record, identity in ((QAEDIT, "q-1"), (without(without(QAEDIT, "source"), "id"), "qaedit-1")):
         edits = load_edits(write(tmp_path, [record]))
         assert edits.layout == "qaedit"
-        assert edits.requests[0].id == identity and edits.requests[0].ground_truth is None
-        assert edits.requests[0].rephrases == ("Peru's capital?",)
-        assert edits.requests[0].locality == (
-            LocalityPrompt("Who painted it?", "Leonardo"),
-            LocalityPrompt("When?", None),
-        )
+        (request,) = edits.requests
+        assert (request.id, request.ground_truth, request.rephrases) == (identity, None, ("Peru's capital?",))
+        assert request.locality == (LocalityPrompt("Who painted it?", "Leonardo"), LocalityPrompt("When?", None))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -198,19 +154,10 @@ def test_every_layout_in_every_form_of_file(tmp_path, layout):
 
 
 def test_targets_are_one_line_and_prompts_keep_theirs(tmp_path):
-    record = OWN | {
-        "prompt": " One.\nTwo is ",
-        "target": " New \r\n\n York\n",
-        "ground_truth": "Old\nYork",
-        "subject": "\tTwo",
-    }
-    (request,) = load_edits(write(tmp_path, [record])).requests
-    assert (request.prompt, request.target, request.ground_truth, request.subject) == (
-        "One.\nTwo is",
-        "New York",
-        "Old York",
-        "Two",
-    )
+    names = ("prompt", "target", "ground_truth", "subject")
+    written = (" One.\nTwo is ", " New \r\n\n York\n", "Old\nYork", "\tTwo")
+    (request,) = load_edits(write(tmp_path, [dict(zip(names, written))])).requests
+    assert [getattr(request, name) for name in names] == ["One.\nTwo is", "New York", "Old York", "Two"]
 
 
 def test_absent_options_are_empty_in_foreign_layouts(tmp_path):
@@ -271,9 +218,7 @@ def test_a_new_layout_is_one_entry(tmp_path, monkeypatch):
     wanted = EditRequest("cards-1", "Peru", "Its capital is", "Oslo", None, (), (LocalityPrompt("a", "b"),))
     assert edits.layout == "cards" and edits.requests == (wanted,)
     problem = only_problem(tmp_path, [{"card": {"about": "Peru", "txt": "Its capital is", "new": "Oslo"}}])
-    assert (
-        "field card.text: expected text, got no such field (the keys are about, txt, new; did you mean txt" in problem
-    )
+    assert "card.text: expected text, got no such field (the keys are about, txt, new; did you mean txt" in problem
 
 
 # --- selection and fingerprint
@@ -299,6 +244,11 @@ def test_limit_takes_the_first_and_a_seed_samples_in_file_order(tmp_path):
     assert ids_of(source, limit=5, sample_seed=1) != ids_of(source, limit=5, sample_seed=0)
 
 
+def test_the_first_of_fewer_edits_are_all_of_them(tmp_path):
+    edits = load_edits(write(tmp_path, numbered(2)))
+    assert edits.first(5).requests == edits.first(0).requests == edits.requests
+
+
 @pytest.mark.parametrize("limit", [0, -3, True, 2.5, "many"])
 def test_bad_limit(tmp_path, limit):
     (problem,) = problems_of(write(tmp_path, numbered(2)), limit=limit)
@@ -316,14 +266,8 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert len(fingerprint) == 16 and int(fingerprint, 16) >= 0
     assert load_edits(write(tmp_path, [ORIGINAL], "other.json")).fingerprint == fingerprint
     assert load_edits(write(tmp_path, [own | {"id": "x", "relation": "y"}])).fingerprint == fingerprint
-    for key, value in {
-        "target": "Rome",
-        "prompt": "x",
-        "subject": "x",
-        "ground_truth": "x",
-        "rephrases": [],
-        "locality": [],
-    }.items():
+    changes = {"target": "Rome", "prompt": "x", "subject": "x", "ground_truth": "x", "rephrases": [], "locality": []}
+    for key, value in changes.items():
         assert load_edits(write(tmp_path, [own | {key: value}])).fingerprint != fingerprint, key
     both = [own, OWN]
     assert load_edits(write(tmp_path, both)).fingerprint != load_edits(write(tmp_path, both[::-1])).fingerprint
@@ -342,18 +286,8 @@ def test_a_clean_set_has_nothing_to_say(tmp_path):
 
 
 def test_duplicates_and_contradictions(tmp_path):
-    pairs = [
-        ("p", "a cat"),
-        ("p", "The Cat!"),
-        ("p", "dog"),
-        ("q", "x"),
-        ("q", "y"),
-        ("q", "z"),
-        ("r", "x"),
-        ("r", "x"),
-        ("s", "x"),
-    ]
-    findings = findings_of(tmp_path, pairs)
+    first = [("p", "a cat"), ("p", "The Cat!"), ("p", "dog"), ("q", "x"), ("q", "y"), ("q", "z")]
+    findings = findings_of(tmp_path, [*first, ("r", "x"), ("r", "x"), ("s", "x")])
     assert findings.duplicates == 2  # the second cat, the second r
     assert findings.contradictions == 6  # all of p and q
     assert findings.reachable == pytest.approx((2 + 1 + 2 + 1) / 9)
@@ -438,10 +372,7 @@ def test_real_counterfact():
 def test_missing_file(tmp_path):
     write(tmp_path, numbered(1), "zsre_3k.json")
     (problem,) = problems_of(str(tmp_path / "zsre3k.json"))
-    assert (
-        problem.startswith(f"{tmp_path}/zsre3k.json: no such file")
-        and f"did you mean {tmp_path}/zsre_3k.json?" in problem
-    )
+    assert problem == f"{tmp_path}/zsre3k.json: no such file; did you mean {tmp_path}/zsre_3k.json?"
     (problem,) = problems_of(str(tmp_path / "none" / "zsre.json"))
     assert "no such file" in problem and "none does not exist" in problem
 
@@ -576,15 +507,8 @@ def test_wrong_type_and_empty_text(tmp_path, record, expected):
 
 
 def test_notes_of_ones_own_are_welcome(tmp_path):
-    record = OWN | {
-        "relation": "capital",
-        "source": "me",
-        "subject_id": 3,
-        "comment": None,
-        "targets_seen": [1],
-        "x": {},
-    }
-    assert len(load_edits(write(tmp_path, [record])).requests) == 1
+    notes = {"relation": "capital", "source": "me", "subject_id": 3, "comment": None, "targets_seen": [1], "x": {}}
+    assert len(load_edits(write(tmp_path, [OWN | notes])).requests) == 1
 
 
 def test_mixed_layouts(tmp_path):
@@ -671,19 +595,13 @@ def test_hub_data_set(hub):
 def test_hub_problems(hub, tmp_path, monkeypatch):
     (problem,) = problems_of("owner/edits:train")
     for part in (
-        "owner/edits:train: no such file",
-        "hub",
-        "split train",
-        "ConnectionError: Couldn't reach",
-        "local file with its records",
-        "HF_HUB_OFFLINE",
-    ):
+        "owner/edits:train: no such file", "hub", "split train", "ConnectionError: Couldn't reach",
+        "local file with its records", "HF_HUB_OFFLINE",
+    ):  # fmt: skip
         assert part in problem
     hub.splits = {"train": [OWN | {"target": 3}], "none": []}
-    assert (
-        problems_of("owner/edits:train")[0]
-        == "owner/edits:train, record 1, field target: expected text, got a number 3"
-    )
+    told = "owner/edits:train, record 1, field target: expected text, got a number 3"
+    assert problems_of("owner/edits:train")[0] == told
     assert "no records" in problems_of("owner/edits:none")[0]
     assert "KeyError" in problems_of("owner/edits:test")[0]
     hub.asked.clear()
@@ -694,7 +612,4 @@ def test_hub_problems(hub, tmp_path, monkeypatch):
 
 def test_reading_edits_needs_neither_torch_nor_datasets():
     code = "import sys, locft.data.requests; sys.exit(bool({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], check=False).returncode
-        == 0
-    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], check=True)

@@ -10,21 +10,17 @@ from hypothesis import strategies as st
 
 from locft.data.suites import load_suite
 from locft.errors import InputError
+from tests.locft.data.test_requests import write
 
 REAL = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "capability"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real benchmark files are not beside the repository")
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+# fmt: off
 RECORDS = {
-    "arc": {
-        "question": "Why?",
-        "choices": {"text": ["Sun", "Moon", "Star"], "label": ["1", "2", "3"]},
-        "answerKey": "2",
-    },
+    "arc": {"question": "Why?", "choices": {"text": ["Sun", "Moon", "Star"], "label": ["1", "2", "3"]}, "answerKey": "2"},
     "openbookqa": {
-        "question_stem": "Frogs",
-        "choices": {"text": ["swim", "fly"], "label": ["A", "B"]},
-        "answerKey": "B",
+        "question_stem": "Frogs", "choices": {"text": ["swim", "fly"], "label": ["A", "B"]}, "answerKey": "B",
     },
     "mmlu": {"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "arithmetic"},
     "mmlu_pro": {"question": "2 + 2?", "options": ["3", "4", "5"], "answer": "B", "category": "arithmetic"},
@@ -32,24 +28,17 @@ RECORDS = {
     "blimp": {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps.", "UID": "agreement"},
     "piqa": {"goal": "To cool soup,", "sol1": "blow on it.", "sol2": "boil it.", "label": 0},
     "hellaswag": {
-        "activity_label": "Baking",
-        "ctx_a": "[header] How to bake [title] Mix the flour.",
-        "ctx_b": "then she",
-        "ctx": "unused",
-        "endings": ["bakes [step] it.", "flies."],
-        "label": "1",
+        "activity_label": "Baking", "ctx_a": "[header] How to bake [title] Mix the flour.", "ctx_b": "then she",
+        "ctx": "unused", "endings": ["bakes [step] it.", "flies."], "label": "1",
     },
     "sciq": {
-        "support": "Ice is cold.",
-        "question": "What is cold?",
-        "distractor1": "fire",
-        "distractor2": "lava",
-        "distractor3": "steam",
-        "correct_answer": "ice",
+        "support": "Ice is cold.", "question": "What is cold?", "distractor1": "fire", "distractor2": "lava",
+        "distractor3": "steam", "correct_answer": "ice",
     },
     "own": {"id": "x1", "context": "The sky is", "choices": [" blue", " green"], "answer": 0},
     "own_last_word": {"context": "Once upon a", "choices": [" time"], "answer": 0},
 }
+# fmt: on
 EXPECTED = {  # context, choices, answer, rule
     "arc": ("Question: Why?\nAnswer:", (" Sun", " Moon", " Star"), 1, "sum"),
     "openbookqa": ("Frogs", (" swim", " fly"), 1, "mean"),
@@ -63,19 +52,6 @@ EXPECTED = {  # context, choices, answer, rule
     "own": ("The sky is", (" blue", " green"), 0, "sum"),
     "own_last_word": ("Once upon a", (" time",), 0, "exact"),
 }
-
-
-def write(folder, name, records):
-    path = folder / name
-    if isinstance(records, bytes):
-        path.write_bytes(records)
-    elif isinstance(records, str):
-        path.write_text(records, encoding="utf-8")
-    elif name.endswith(".json"):
-        path.write_text(json.dumps(records), encoding="utf-8")
-    else:
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return str(path)
 
 
 def one_task(path, **settings):
@@ -99,7 +75,7 @@ def test_every_layout_in_every_file_form(tmp_path, layout, name):
         path = str(tmp_path / name)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([RECORDS[layout]]), path)
     else:
-        path = write(tmp_path, name, [RECORDS[layout]])
+        path = write(tmp_path, [RECORDS[layout]], name)
     (item,) = one_task(path).items
     assert (item.context, item.choices, item.answer, item.rule) == EXPECTED[layout]
     assert item.task == "task"
@@ -122,7 +98,7 @@ def test_csv_with_json_in_the_cells_of_lists(tmp_path, layout):
 
 @pytest.mark.parametrize("cell", ["[' blue' ' green']", "[' blue'\n ' green']"])
 def test_a_list_without_commas_is_no_single_choice(tmp_path, cell):
-    (problem,) = problems_of({"t": write(tmp_path, "a.csv", f'context,choices,answer\nThe sky is,"{cell}",0\n')})
+    (problem,) = problems_of({"t": write(tmp_path, f'context,choices,answer\nThe sky is,"{cell}",0\n', "a.csv")})
     assert (
         "record 1 (line 2), field choices: expected a list of 1 or more texts, got a list or an object that" in problem
     )
@@ -146,7 +122,7 @@ def test_a_list_without_commas_is_no_single_choice(tmp_path, cell):
 def test_digits_are_an_index_or_a_text_as_the_file_has_it(tmp_path, questions, answers, lettered):
     choices, answer, question = ("choices", "answer", "question") if lettered else ("endings", "label", "ctx")
     records = [{question: "q", choices: given, answer: right} for given, right in questions]
-    path = write(tmp_path, "a.jsonl", records)
+    path = write(tmp_path, records, "a.jsonl")
     if answers is not None:
         assert [item.answer for item in one_task(path).items] == answers
         return
@@ -189,12 +165,12 @@ def test_mmlu_as_a_table_with_and_without_a_header(tmp_path, header, number, del
 
 
 def test_tables_with_other_numbers_of_options(tmp_path):
-    path = write(tmp_path, "a.csv", "Question,A,B,C,D,E,Answer\nq,1,2,3,4,5,E\nr,1,2,3,,,C\n")
+    path = write(tmp_path, "Question,A,B,C,D,E,Answer\nq,1,2,3,4,5,E\nr,1,2,3,,,C\n", "a.csv")
     assert [(len(item.choices), item.answer) for item in one_task(path).items] == [(5, 4), (3, 2)]
-    (problem,) = problems_of({"t": write(tmp_path, "b.csv", "question,A,B,answer\nq,1,2,C\n")})
+    (problem,) = problems_of({"t": write(tmp_path, "question,A,B,answer\nq,1,2,C\n", "b.csv")})
     assert "field answer: expected the number of the right choice, 0 to 1" in problem
-    assert "unknown layout" in problems_of({"t": write(tmp_path, "c.csv", "Question,A,B,C,D\nq,1,2,3,4\n")})[0]
-    (problem,) = problems_of({"t": write(tmp_path, "d.csv", "What is it?,x,y\nAnd this?,x,y\n")})
+    assert "unknown layout" in problems_of({"t": write(tmp_path, "Question,A,B,C,D\nq,1,2,3,4\n", "c.csv")})[0]
+    (problem,) = problems_of({"t": write(tmp_path, "What is it?,x,y\nAnd this?,x,y\n", "d.csv")})
     assert (
         "unknown layout, got the keys What is it?, x, y" in problem and "header line with the column names" in problem
     )
@@ -202,30 +178,30 @@ def test_tables_with_other_numbers_of_options(tmp_path):
 
 def test_variants_of_layouts(tmp_path):
     letter = RECORDS["mmlu"] | {"answer": "D"}
-    assert one_task(write(tmp_path, "a.jsonl", [letter])).items[0].answer == 3
+    assert one_task(write(tmp_path, [letter], "a.jsonl")).items[0].answer == 3
     no_support = RECORDS["sciq"] | {"support": ""}
-    assert one_task(write(tmp_path, "a.jsonl", [no_support])).items[0].context == "Question: What is cold?\nAnswer:"
+    assert one_task(write(tmp_path, [no_support], "a.jsonl")).items[0].context == "Question: What is cold?\nAnswer:"
     whole = {"ctx": "She", "endings": ["runs.", "[x]"], "label": 0}
-    item = one_task(write(tmp_path, "a.jsonl", [whole])).items[0]
+    item = one_task(write(tmp_path, [whole], "a.jsonl")).items[0]
     assert (item.context, item.choices) == ("She", (" runs.", " [x]"))
     own_line = {"text": '"Go," he said.\n\nShane'}
-    item = one_task(write(tmp_path, "a.jsonl", [own_line])).items[0]
+    item = one_task(write(tmp_path, [own_line], "a.jsonl")).items[0]
     assert (item.context, item.choices) == ('"Go," he said.\n\n', ("Shane",))
 
 
 def test_variants_of_one_layout_may_be_mixed(tmp_path):
     whole = {"ctx": "She", "endings": ["runs.", "flies."], "label": 0}
-    items = one_task(write(tmp_path, "a.jsonl", [whole, RECORDS["hellaswag"]])).items
+    items = one_task(write(tmp_path, [whole, RECORDS["hellaswag"]], "a.jsonl")).items
     assert [item.context for item in items] == ["She", EXPECTED["hellaswag"][0]]
 
 
 def test_folder_of_files_is_one_task(tmp_path):
     for name in ("b.jsonl", "a.jsonl"):
-        write(tmp_path, name, [RECORDS["blimp"]] * 2)
-    write(tmp_path, "README", "not read")
+        write(tmp_path, [RECORDS["blimp"]] * 2, name)
+    write(tmp_path, "not read", "README")
     task = one_task(str(tmp_path))
     assert [item.id for item in task.items] == ["a:1", "a:2", "b:1", "b:2"]
-    write(tmp_path, "c.jsonl", [RECORDS["piqa"]])
+    write(tmp_path, [RECORDS["piqa"]], "c.jsonl")
     (problem,) = problems_of({"pairs": str(tmp_path)})
     assert "different layouts" in problem and "is BLiMP" in problem and "is PIQA" in problem
 
@@ -233,17 +209,17 @@ def test_folder_of_files_is_one_task(tmp_path):
 @pytest.mark.parametrize("layout", RECORDS)
 def test_a_json_file_may_be_one_item(tmp_path, layout):
     """Not a wrapper of records, whatever it holds."""
-    items = one_task(write(tmp_path, "a.json", RECORDS[layout])).items
+    items = one_task(write(tmp_path, RECORDS[layout], "a.json")).items
     assert [(item.context, item.choices, item.answer, item.rule) for item in items] == [EXPECTED[layout]]
 
 
 def test_prose_may_be_one_record(tmp_path):
-    task = {"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"]])}
-    assert load_suite(None, task, prose=write(tmp_path, "p.json", {"text": "A b."})).prose == ("A b.",)
+    task = {"t": write(tmp_path, [RECORDS["blimp"]], "a.jsonl")}
+    assert load_suite(None, task, prose=write(tmp_path, {"text": "A b."}, "p.json")).prose == ("A b.",)
 
 
 def test_limit_is_evenly_spaced_and_repeatable(tmp_path):
-    path = write(tmp_path, "a.jsonl", [RECORDS["blimp"]] * 10)
+    path = write(tmp_path, [RECORDS["blimp"]] * 10, "a.jsonl")
     assert [item.id for item in one_task(path, limit=4).items] == ["a:1", "a:3", "a:6", "a:8"]
     assert one_task(path, limit=4) == one_task(path, limit=4)
     assert len(one_task(path, limit=99).items) == 10
@@ -251,16 +227,16 @@ def test_limit_is_evenly_spaced_and_repeatable(tmp_path):
 
 def test_chance_is_that_of_the_items(tmp_path):
     records = [RECORDS["arc"], RECORDS["arc"] | {"choices": {"text": ["a", "b"], "label": ["1", "2"]}}]
-    assert one_task(write(tmp_path, "a.jsonl", records)).chance == pytest.approx((1 / 3 + 1 / 2) / 2)
-    assert one_task(write(tmp_path, "a.jsonl", [RECORDS["lambada"]])).chance == 0
+    assert one_task(write(tmp_path, records, "a.jsonl")).chance == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert one_task(write(tmp_path, [RECORDS["lambada"]], "a.jsonl")).chance == 0
 
 
 def test_fingerprint_is_that_of_the_content(tmp_path):
-    first = load_suite(None, {"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"]])})
-    moved = load_suite(None, {"t": write(tmp_path, "renamed.json", [RECORDS["blimp"]])})
-    other = load_suite(None, {"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"] | {"sentence_bad": "Cat sleep."}])})
-    text = write(tmp_path, "p.txt", "Hi there.")
-    prose = load_suite(None, {"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"]])}, prose=text)
+    first = load_suite(None, {"t": write(tmp_path, [RECORDS["blimp"]], "a.jsonl")})
+    moved = load_suite(None, {"t": write(tmp_path, [RECORDS["blimp"]], "renamed.json")})
+    other = load_suite(None, {"t": write(tmp_path, [RECORDS["blimp"] | {"sentence_bad": "Cat sleep."}], "a.jsonl")})
+    text = write(tmp_path, "Hi there.", "p.txt")
+    prose = load_suite(None, {"t": write(tmp_path, [RECORDS["blimp"]], "a.jsonl")}, prose=text)
     assert first.fingerprint == moved.fingerprint
     assert len({first.fingerprint, other.fingerprint, prose.fingerprint}) == 3
     alone, of_other, of_prose = (suite.fingerprints for suite in (first, other, prose))
@@ -284,19 +260,19 @@ def test_built_in_probes():
 
 
 def test_probes_and_named_tasks_together(tmp_path):
-    path = write(tmp_path, "a.jsonl", [RECORDS["arc"]])
+    path = write(tmp_path, [RECORDS["arc"]], "a.jsonl")
     assert [task.name for task in load_suite("probes", {"arc_easy": path}).tasks][-1] == "arc_easy"
     (problem,) = problems_of({"grammar": path}, suite="probes")
     assert "has a task of this name" in problem
 
 
 def test_prose_from_text_and_from_records(tmp_path):
-    path = write(tmp_path, "a.jsonl", [RECORDS["arc"]])
-    plain = write(tmp_path, "p.txt", "First line.\nSecond line.\n")
+    path = write(tmp_path, [RECORDS["arc"]], "a.jsonl")
+    plain = write(tmp_path, "First line.\nSecond line.\n", "p.txt")
     assert load_suite(None, {"t": path}, prose=plain).prose == ("First line.\nSecond line.\n",)
-    records = write(tmp_path, "p.jsonl", [{"text": "First line.\n"}, {"text": ""}, {"text": "Second."}])
+    records = write(tmp_path, [{"text": "First line.\n"}, {"text": ""}, {"text": "Second."}], "p.jsonl")
     assert load_suite(None, {"t": path}, prose=records).prose == ("First line.\n\nSecond.",)
-    assert "no text in it" in problems_of({"t": path}, prose=write(tmp_path, "e.txt", " \n"))[0]
+    assert "no text in it" in problems_of({"t": path}, prose=write(tmp_path, " \n", "e.txt"))[0]
     assert 'prose needs a field "text" that holds text' in problems_of({"t": path}, prose=path)[0]
     assert "no such file; did you mean" in problems_of({"t": path}, prose=str(tmp_path / "pp.txt"))[0]
     assert "is a folder" in problems_of({"t": path}, prose=str(tmp_path))[0]
@@ -337,28 +313,28 @@ def test_prose_from_text_and_from_records(tmp_path):
 )
 def test_a_wrong_field_is_told_with_its_place(tmp_path, layout, change, expected):
     good = RECORDS[layout] | ({"id": "other"} if layout == "own" else {})
-    (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [good, RECORDS[layout] | change])})
+    (problem,) = problems_of({"t": write(tmp_path, [good, RECORDS[layout] | change], "a.jsonl")})
     assert "a.jsonl, record 2 (line 2), field" in problem and expected in problem
 
 
 def test_a_missing_field_names_the_nearest(tmp_path):
     record = {"sentance_bad" if key == "sentence_bad" else key: value for key, value in RECORDS["blimp"].items()}
-    (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [RECORDS["blimp"], record])})
+    (problem,) = problems_of({"t": write(tmp_path, [RECORDS["blimp"], record], "a.jsonl")})
     assert "record 2 (line 2), field sentence_bad: expected text, got no such field" in problem
     assert "did you mean sentance_bad?" in problem
 
 
 def test_unknown_layout_shows_keys_and_known_layouts(tmp_path):
-    (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [{"text": "fine", "label": 1}])})
+    (problem,) = problems_of({"t": write(tmp_path, [{"text": "fine", "label": 1}], "a.jsonl")})
     assert "record 1 (line 1): unknown layout, got the keys text, label" in problem
     assert "ARC (question, choices, answerKey)" in problem and "LAMBADA (text)" in problem
 
 
 def test_all_problems_of_all_tasks_at_once(tmp_path):
-    broken = write(tmp_path, "broken.jsonl", '{"question": \n' + json.dumps(RECORDS["arc"]) + "\n[]\n")
+    broken = write(tmp_path, '{"question": \n' + json.dumps(RECORDS["arc"]) + "\n[]\n", "broken.jsonl")
     piqa = RECORDS["piqa"]
-    wrong = write(tmp_path, "wrong.jsonl", [piqa | {"label": 9, "goal": None}, piqa | {"sol1": 3}])
-    latin = write(tmp_path, "latin.jsonl", '{"text": "café au lait"}\n'.encode("latin-1"))
+    wrong = write(tmp_path, [piqa | {"label": 9, "goal": None}, piqa | {"sol1": 3}], "wrong.jsonl")
+    latin = write(tmp_path, '{"text": "café au lait"}\n'.encode("latin-1"), "latin.jsonl")
     tasks = {"a": broken, "b": wrong, "c": latin, "d": str(tmp_path / "wrong.jsn"), "e f": wrong, "g": "notes.txt"}
     tasks["h"] = "~nobody-here/arc.jsonl"
     problems = "\n".join(problems_of(tasks, suite="prob", limit=0, prose=str(tmp_path / "none.txt")))
@@ -393,7 +369,7 @@ def test_all_problems_of_all_tasks_at_once(tmp_path):
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, expected):
-    assert expected in problems_of({"t": write(tmp_path, name, content)})[0]
+    assert expected in problems_of({"t": write(tmp_path, content, name)})[0]
 
 
 GLUED = {"context": "The hat of Anna is", "choices": ["red", "blue"], "answer": 0}
@@ -413,26 +389,26 @@ SPACED = GLUED | {"choices": [" red", " blue"]}
     ],
 )
 def test_choices_need_no_space_of_their_own_here(tmp_path, change):
-    assert load_suite(None, {"t": write(tmp_path, "a.jsonl", [GLUED | change])}).notices == ()
+    assert load_suite(None, {"t": write(tmp_path, [GLUED | change], "a.jsonl")}).notices == ()
 
 
 def test_choices_without_a_space_before_them_are_refused_or_told(tmp_path):
     hindi = {"context": "भारत की राजधानी का", "choices": ["दिल्ली", "मुंबई"], "answer": 0}
     for record, seam in ((GLUED, "'t of Anna isred'"), (hindi, "दिल्ली'"), (GLUED | {"choices": ["red"]}, "isred'")):
-        (problem,) = problems_of({"t": write(tmp_path, "a.jsonl", [record] * 2)})
+        (problem,) = problems_of({"t": write(tmp_path, [record] * 2, "a.jsonl")})
         assert "a.jsonl: choices follow the context directly, as in" in problem
         assert f"{seam}: begin each with a space" in problem
-    (told,) = load_suite(None, {"t": write(tmp_path, "a.jsonl", [SPACED, GLUED, SPACED])}).notices
+    (told,) = load_suite(None, {"t": write(tmp_path, [SPACED, GLUED, SPACED], "a.jsonl")}).notices
     assert told.startswith("capability task 't': choices follow") and "in 1 of 3 items, the first being a:2" in told
 
 
 def test_what_is_not_read_is_told(tmp_path):
     for name in ("a", "b"):
-        write(tmp_path, f"{name}.jsonl", [RECORDS["mmlu"], RECORDS["mmlu"] | {"question_id": 7, "context": ""}])
+        write(tmp_path, [RECORDS["mmlu"], RECORDS["mmlu"] | {"question_id": 7, "context": ""}], f"{name}.jsonl")
     suite = load_suite(None, {"t": str(tmp_path)})
     assert suite.notices == ("capability task 't': not read: subject (4 of 4 records); question_id (2 of 4 records)",)
     wrapped = {"version": 1, "data": [SPACED | {"question": 3}]}
-    suite = load_suite(None, {"t": write(tmp_path, "w.json", wrapped)})
+    suite = load_suite(None, {"t": write(tmp_path, wrapped, "w.json")})
     assert suite.notices == ("capability task 't': not read: question (1 of 1 records); version (beside the records)",)
     assert load_suite().notices == ()
 
@@ -448,7 +424,7 @@ def test_what_is_not_read_is_told(tmp_path):
 )
 def test_a_part_of_the_question_that_is_not_shown_is_refused(tmp_path, layout, key, value, advice):
     (problem,) = problems_of(
-        {"t": write(tmp_path, "a.jsonl", [RECORDS[layout], RECORDS[layout] | {"id": "2", key: value}])}
+        {"t": write(tmp_path, [RECORDS[layout], RECORDS[layout] | {"id": "2", key: value}], "a.jsonl")}
     )
     assert f"record 2 (line 2), field {key}: layout " in problem
     assert problem.endswith(f"does not show it to the model; {advice}")
@@ -459,7 +435,20 @@ def test_nothing_to_measure_and_sources_that_are_none(tmp_path):
     assert "expected a file, a folder or a hub data set" in problems_of({"t": " "})[0]
     assert "has no file ending in" in problems_of({"t": str(tmp_path)})[0]
     same = [RECORDS["own"], RECORDS["own"]]
-    assert 'a unique id, got a string "x1"' in problems_of({"t": write(tmp_path, "a.jsonl", same)})[0]
+    assert 'a unique id, got a string "x1"' in problems_of({"t": write(tmp_path, same, "a.jsonl")})[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("x" * 5000, "no such file"),
+        ("../arc_esy", "no such file"),
+        ("https://huggingface.co/datasets/owner/name", "URLs are not supported"),
+    ],
+)
+def test_a_source_that_cannot_be_one_is_no_hub_data_set_and_no_crash(tmp_path, source, said):
+    sound = write(tmp_path, [RECORDS["arc"]], "a.jsonl")
+    assert said in problems_of({"t": source})[0] and said in problems_of({"t": sound}, prose=source)[0]
 
 
 def test_hub_data_set(monkeypatch):
@@ -526,7 +515,7 @@ def test_any_record_gives_sound_items_or_an_input_error(tmp_path, layout, data):
     changes = st.dictionaries(st.sampled_from(sorted(RECORDS[layout])), values, max_size=2)
     records = [RECORDS[layout] | data.draw(changes) | {"id": str(number)} for number in range(2)]
     try:
-        (task,) = load_suite(None, {"t": write(tmp_path, "a.jsonl", records)}).tasks
+        (task,) = load_suite(None, {"t": write(tmp_path, records, "a.jsonl")}).tasks
     except InputError as error:
         assert error.problems and all(problem.strip() for problem in error.problems)
         return
@@ -541,7 +530,7 @@ def test_any_record_gives_sound_items_or_an_input_error(tmp_path, layout, data):
        name=st.sampled_from(["a.csv", "a.jsonl", "a.json", "a.parquet"]))  # fmt: skip
 def test_any_bytes_give_an_input_error_or_a_suite(tmp_path, content, name):
     try:
-        load_suite(None, {"t": write(tmp_path, name, content)})
+        load_suite(None, {"t": write(tmp_path, content, name)})
     except InputError as error:
         assert error.problems
 

@@ -10,10 +10,9 @@ from locft.engine.llama_kernel import FrozenRMSNorm, fuse_layers
 from locft.engine.tail import tail_view
 from locft.engine.tail_engine import TailEngine
 from locft.model.positions import decoder_layers
-from locft.train.encoding import encode_edit
 from locft.train.objective import batch_loss
-from tests.locft.engine.test_tail_engine import TEXTS
-from tests.tiny import ARCHITECTURES, tiny_loaded, tiny_model, tiny_tokenizer
+from tests.locft.engine.test_tail_engine import edit_rows
+from tests.tiny import ARCHITECTURES, tiny_loaded, tiny_model
 
 FUSED = {"llama", "mistral", "qwen2"}
 BETWEEN = "model.layers.1.mlp.gate_proj.weight"
@@ -21,14 +20,13 @@ BETWEEN = "model.layers.1.mlp.gate_proj.weight"
 
 
 def computing(loaded, dtype):
-    """A new engine, the forward from the middle layer on, and the tree it computes with."""
-    rows = [encode_edit(tiny_tokenizer(), prompt, target) for prompt, target in TEXTS]
-    engine = TailEngine(loaded, rows, on_disk=False)
-    return rows, engine.forward(1, dtype), engine.views(dtype).model
+    """A new engine, the forward from the middle layer on, and the layers it computes with."""
+    engine = TailEngine(loaded, edit_rows(), on_disk=False)
+    return engine, engine.forward(1, dtype), decoder_layers(engine.views(dtype).model)
 
 
 def outcome(loaded, dtype):
-    rows, forward, _ = computing(loaded, dtype)
+    (_, forward, _), rows = computing(loaded, dtype), edit_rows()
     weight = (loaded.model.get_parameter(BETWEEN).detach() + 0.01).requires_grad_()
     logits = forward({BETWEEN: weight})(rows)
     return logits.detach(), *torch.autograd.grad(batch_loss(logits, rows, "edit"), weight)
@@ -36,23 +34,20 @@ def outcome(loaded, dtype):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_which_layers_are_recognised(architecture):
-    if engine_packs(loaded := tiny_loaded(architecture)):
-        kinds = {type(layer).__name__ for layer in decoder_layers(computing(loaded, torch.float32)[2])}
+    loaded = tiny_loaded(architecture)
+    engine, _, layers = computing(loaded, torch.float32)
+    if engine.limit > 0:  # it packs
+        kinds = {type(layer).__name__ for layer in layers}
         assert all(kind.startswith("Fused") for kind in kinds) == (architecture in FUSED), kinds
     own = {type(layer).__name__ for layer in decoder_layers(loaded.model)}
     assert not any(kind.startswith("Fused") for kind in own), "the model itself is left alone"
-
-
-def engine_packs(loaded):
-    rows = [encode_edit(tiny_tokenizer(), prompt, target) for prompt, target in TEXTS]
-    return TailEngine(loaded, rows, on_disk=False).limit > 0
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("architecture", sorted(FUSED))
 def test_logits_and_gradients_are_those_of_the_layers_own_code(architecture, dtype, tolerance, monkeypatch):
     loaded = tiny_loaded(architecture)
-    assert all(type(layer).__name__.startswith("Fused") for layer in decoder_layers(computing(loaded, dtype)[2]))
+    assert all(type(layer).__name__.startswith("Fused") for layer in computing(loaded, dtype)[2])
     found = outcome(loaded, dtype)
     monkeypatch.setattr(model_views, "fuse_layers", lambda model: None)
     expected = outcome(loaded, dtype)
@@ -73,7 +68,7 @@ def test_a_layer_whose_norms_compute_something_else_keeps_its_own_code():
 def test_a_part_of_another_kind_is_noticed_by_its_numbers():
     loaded = tiny_loaded("llama")
     decoder_layers(loaded.model)[2].mlp.act_fn = torch.nn.GELU()
-    kinds = [type(layer).__name__ for layer in decoder_layers(computing(loaded, torch.float32)[2])]
+    kinds = [type(layer).__name__ for layer in computing(loaded, torch.float32)[2]]
     assert kinds == ["FusedLlamaDecoderLayer", "FusedLlamaDecoderLayer", "LlamaDecoderLayer"]
 
 

@@ -14,20 +14,9 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from locft.engine.tail import (
-    capture_boundary,
-    head_view,
-    supports_tail,
-    tail_hidden,
-    tail_view,
-)
+from locft.engine.tail import capture_boundary, head_view, supports_tail, tail_hidden, tail_view
 from locft.errors import InputError
-from locft.model.positions import (
-    TuningPosition,
-    decoder_layers,
-    n_layers,
-    parameter_names,
-)
+from locft.model.positions import TuningPosition, decoder_layers, n_layers, parameter_names
 from tests.tiny import ARCHITECTURES, tiny_model
 
 LENGTHS = (12, 9, 5, 12)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from locft.data.capability_item import CapabilityItem
 from locft.data.suites import CapabilityTask, Suite
 from locft.errors import InputError
+from locft.measure import capability
 from locft.measure.capability import (
     SuiteScores,
     capability_change,
@@ -100,20 +102,22 @@ def test_log_likelihood_and_greedy_of_rows(models):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 300, 10_000])
-def test_batches_and_order_change_nothing(suite, models, batch_tokens):
+def test_batches_and_order_change_nothing(suite, models, batch_tokens, monkeypatch):
     encoded = encode_suite(tiny_tokenizer(), suite)
     rows = [row for task in encoded.tasks.values() for one in task for row in one.rows]
     expected, expected_leads = score_rows(models[0], rows)
+    expected_scores, expected_kl = score_suite(models[0], encoded), measure_drift(*models, encoded).kl
     order = np.random.default_rng(0).permutation(len(rows))
-    got, leads = score_rows(models[0], [rows[index] for index in order], batch_tokens)
+    monkeypatch.setattr(capability, "BATCH_TOKENS", batch_tokens)
+    got, leads = score_rows(models[0], [rows[index] for index in order])
     assert got == pytest.approx(expected[order], abs=1e-4)
     assert leads == pytest.approx(expected_leads[order], abs=1e-4)
-    assert score_suite(models[0], encoded, batch_tokens) == score_suite(models[0], encoded)
-    expected_kl = measure_drift(*models, encoded).kl
-    assert measure_drift(*models, encoded, batch_tokens).kl == pytest.approx(expected_kl, rel=1e-5)
+    assert score_suite(models[0], encoded) == expected_scores
+    assert measure_drift(*models, encoded).kl == pytest.approx(expected_kl, rel=1e-5)
 
 
-def test_batches_keep_to_their_size(suite, models):
+def test_batches_keep_to_their_size(suite, models, monkeypatch):
+    monkeypatch.setattr(capability, "BATCH_TOKENS", 60)
     seen = []
 
     def watching(rows):
@@ -121,7 +125,7 @@ def test_batches_keep_to_their_size(suite, models):
         return models[0](rows)
 
     encoded = encode_suite(tiny_tokenizer(), suite)
-    score_suite(watching, encoded, batch_tokens=60)
+    score_suite(watching, encoded)
     assert sum(map(len, seen)) == sum(len(one.rows) for task in encoded.tasks.values() for one in task)
     assert all(len(batch) * max(batch) <= 60 or len(batch) == 1 for batch in seen)
     assert any(len(batch) > 1 for batch in seen)
@@ -206,27 +210,27 @@ def test_tokens_that_are_ruled_out_do_not_break_the_drift(suite):
     assert measure_drift(ruled_out, ruled_out, encode_suite(tiny_tokenizer(), suite)).kl == 0.0
 
 
-def test_prose_windows_cover_a_short_text_and_sample_a_long_one():
+def test_prose_windows_cover_a_short_text_and_sample_a_long_one(monkeypatch):
+    monkeypatch.setattr(capability, "PROSE_WINDOW", 16)
     tokenizer = tiny_tokenizer()
     ids = tokenizer(PROSE)["input_ids"]
-    rows = encode_suite(tokenizer, Suite((), (PROSE,), "x"), prose_window=16).prose
+    rows = encode_suite(tokenizer, Suite((), (PROSE,), "x")).prose
     assert [token for row in rows for token in row.token_ids] == ids[: sum(len(row.token_ids) for row in rows)]
     assert sum(len(row.token_ids) for row in rows) >= len(ids) - 1
     assert all(row.start == 1 for row in rows)
-    sampled = encode_suite(tokenizer, Suite((), (PROSE * 10,), "x"), prose_tokens=80, prose_window=16).prose
+    sampled = encode_suite(tokenizer, Suite((), (PROSE * 10,), "x"), prose_tokens=80).prose
     assert [len(row.token_ids) for row in sampled] == [16] * 5
     assert len(set(sampled)) > 1
     with pytest.raises(InputError, match="fewer than two tokens"):
         encode_suite(tokenizer, Suite((), ("a",), "x"))
 
 
-def test_prose_of_a_tokenizer_with_a_start_token_begins_with_it():
-    from tokenizers.processors import TemplateProcessing
-
+def test_prose_of_a_tokenizer_with_a_start_token_begins_with_it(monkeypatch):
+    monkeypatch.setattr(capability, "PROSE_WINDOW", 16)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<eos>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
-    rows = encode_suite(tokenizer, Suite((), (PROSE,), "x"), prose_window=16).prose
+    rows = encode_suite(tokenizer, Suite((), (PROSE,), "x")).prose
     assert all(row.token_ids[0] == 0 and 0 not in row.token_ids[1:] and len(row.token_ids) <= 16 for row in rows)
     assert sum(len(row.target_ids) for row in rows) == len(tokenizer(PROSE, add_special_tokens=False)["input_ids"])
 

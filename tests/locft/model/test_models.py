@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from locft.errors import InputError
 from locft.model import models
+from locft.model.merge import merge
 from locft.model.models import (
     WheelModel,
     folder_fingerprint,
@@ -25,6 +26,7 @@ from locft.model.models import (
     load_tokenizer,
     model_folder,
 )
+from tests.locft.model.test_merge import delta_at
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 
@@ -253,6 +255,13 @@ def test_a_gguf_file_is_parsed_once(gguf_file, cache, monkeypatch):
     before = gguf.GGUFReader
     load_model(str(gguf_file), device="cpu")
     assert len(parsed) == 1 and gguf.GGUFReader is before
+
+
+def test_what_is_merged_into_a_gguf_file_is_said_to_be_converted(gguf_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(gguf_file.parent))
+    name = f"~/{gguf_file.name}"
+    merged = merge(name, delta_at(model_folder(name), "1.mlp_down"), tmp_path / "merged")
+    assert merged.converted and "its dense float32 conversion was written" in next(iter(merged.sentences()))
 
 
 def test_a_gguf_file_is_converted_once_wherever_it_lies(gguf_file, tmp_path, monkeypatch):

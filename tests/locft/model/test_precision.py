@@ -14,7 +14,7 @@ def measured(tmp_path, monkeypatch):
     made = []
 
     def start(faster):
-        precision._faster_in_bfloat16.cache_clear()
+        precision._cpu_precision.cache_clear()
         monkeypatch.setattr(
             precision, "_faster_precision", lambda: made.append(faster) or ("bfloat16" if faster else "float32")
         )
@@ -22,7 +22,7 @@ def measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr("locft.cache.cache_folder", lambda: tmp_path)
     yield start
-    precision._faster_in_bfloat16.cache_clear()
+    precision._cpu_precision.cache_clear()
 
 
 def test_a_cpu_is_measured_once_and_not_in_every_process(measured, tmp_path):

@@ -9,6 +9,7 @@ from locft.curvature import measure_curvature
 from locft.model.positions import TuningPosition, parameter_names
 from locft.train.examples import TrainingExamples
 from locft.train.kept_state import EVERY_SECONDS, KeptState
+from locft.train.methods import MethodName
 from locft.train.pipelines import Beside, PositionTrainer, TrainingSettings, finetune
 from locft.train.token_rows import TokenRow
 from tests.killed import killed_after
@@ -18,14 +19,6 @@ POSITION = TuningPosition(1, "mlp")
 SETTINGS = TrainingSettings(
     batch_size=2, learning_rate=5e-3, epochs=6, skip_below=0.0, stop_below=0.0, rank=2, norm_bound=1e-2, seed=5
 )
-METHODS = {
-    "full": {},
-    "norm_bounded": {},
-    "lora": {},
-    "adalora": {},
-    "low_curvature": {},
-    "natural_gradient": {},
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +43,9 @@ def kept(tmp_path, monkeypatch):
     return lambda every=0.0: KeptState(["a training"], every)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_it_ends_as_if_nothing_had_happened(name, loaded, examples, curvature, kept, monkeypatch):
-    settings = replace(SETTINGS, method=name.split(" ")[0], **METHODS[name])
+@pytest.mark.parametrize("method", MethodName.__args__)
+def test_it_ends_as_if_nothing_had_happened(method, loaded, examples, curvature, kept, monkeypatch):
+    settings = replace(SETTINGS, method=method)
     whole = finetune(loaded, examples, POSITION, settings, None, curvature)
     arguments = (examples, POSITION, settings, None, curvature, None)
     with killed_after(7, monkeypatch):  # two steps an epoch: in the fourth

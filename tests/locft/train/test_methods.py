@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from locft.engine.tail_engine import TailEngine
 from locft.model.delta import EditDelta
 from locft.model.models import model_fingerprint
-from locft.model.positions import TuningPosition, is_input_first, parameter_names
+from locft.model.positions import TuningPosition, parameter_names
+from locft.model.structure import is_input_first
 from locft.train.encoding import encode_edit
 from locft.train.examples import TrainingExamples
 from locft.train.methods import Parameter, make_method
@@ -64,13 +65,7 @@ def same_change(trainer, layers):
 
 @pytest.mark.parametrize(
     "architecture, position",
-    [
-        ("llama", "1.mlp_down"),
-        ("llama", "1.layer"),
-        ("gpt2", "1.mlp"),
-        ("qwen3_moe", "1.mlp"),
-        ("gpt_oss", "1.mlp"),
-    ],
+    [("llama", "1.mlp_down"), ("llama", "1.layer"), ("gpt2", "1.mlp"), ("qwen3_moe", "1.mlp"), ("gpt_oss", "1.mlp")],
 )
 def test_lora_is_pefts(architecture, position):
     loaded = tiny_loaded(architecture)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from locft.errors import out_of_memory
 from locft.model.models import model_fingerprint
 from locft.model.positions import TuningPosition
-from locft.train.encoding import encode_edit
 from locft.train.examples import TrainingExamples
 from locft.train.objective import batch_loss, loss_and_gradients
 from locft.train.pipelines import Rests, TrainingSettings, finetune
@@ -74,21 +73,6 @@ def test_loss_and_gradient_of_targets_however_unlikely(gap):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
-
-
-def test_first_token_and_eos_are_supervised(loaded):
-    row = encode_edit(loaded.tokenizer, "Mozart played the", "tuba")
-    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id, (
-        "the case where a mask from pad is off by one"
-    )
-    assert loaded.tokenizer.decode(row.token_ids[: row.start]) == "Mozart played the"
-    assert loaded.tokenizer.decode(row.target_ids[:-1]) == " tuba"
-    assert row.target_ids[-1] == loaded.tokenizer.eos_token_id
-
-
-def test_a_row_must_have_a_predecessor_for_every_supervised_token():
-    with pytest.raises(ValueError, match="starts at 0"):
-        TokenRow((1, 2), 0)
 
 
 def test_breadth_first_takes_the_adam_steps_of_the_definition(loaded, rows):
@@ -242,6 +226,14 @@ def test_where_memory_is_short_a_batch_is_computed_in_pieces_with_the_same_gradi
     np.testing.assert_allclose(pieces.losses, plain.losses, rtol=1e-4)
     for name, change in plain.delta.tensors.items():
         torch.testing.assert_close(pieces.delta.tensors[name], change, rtol=2e-3, atol=1e-5)
+
+
+def test_replayed_edits_that_do_not_fit_are_computed_in_pieces(loaded, rows):
+    """They may be more than a batch."""
+    settings, examples = replace(SETTINGS, pipeline="stream", batch_size=1, replay=4), TrainingExamples.of_rows(rows)
+    plain, scarce = (finetune(loaded, examples, POSITION, settings, *more) for more in ((), (Scarce(loaded, 2),)))
+    assert scarce.pieces == 2 and scarce.steps == plain.steps
+    np.testing.assert_allclose(scarce.losses, plain.losses, rtol=1e-3)
 
 
 def test_memory_that_a_cpu_does_not_have_is_recognised():

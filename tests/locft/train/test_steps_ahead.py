@@ -89,7 +89,7 @@ def test_unlikely_targets_give_the_same_loss_and_gradient(loaded, rows):
             pipelines.loss_and_gradients(lambda part, own=given: own, [given], rows, "edit", ahead=ahead)
             for ahead in (False, True)
         ]
-        assert found[0].numbers == found[1].numbers.tolist() and (found[0].value > 80) == (scale == 1.0)
+        assert torch.equal(found[0].numbers, found[1].numbers) and (found[0].value > 80) == (scale == 1.0)
         assert torch.equal(*(one.gradients[0] for one in found))
 
 

@@ -120,6 +120,7 @@ CASES = [
         {"e.jsonl": lines(EDIT)},
     ),
     Bad("answer on a folder", "select {model} --edits atlas --out d", ("it is a folder",), {"d/x": ""}),
+    Bad("answer under its page", "select {model} --edits atlas --out a.html", ("--out a.html", "another ending")),
     # stores, machines, clusters
     Bad("no tracking server", "sweep study.yaml --tracking-uri http://{closed}", ("{closed}",), first=False),
     Bad("no tracking server", "status study.yaml --tracking-uri http://{closed}", ("{closed}",)),
@@ -139,6 +140,12 @@ CASES = [
     Bad("dashboard on a folder", "sweep study.yaml --out d", ("it is a folder",), {"d/x": ""}),
     Bad("dashboard over the study", "sweep study.yaml --out ./study.yaml", ("study.yaml: this is the input file",)),
     Bad("dashboard over the study", "report study.yaml --out study.yaml", ("study.yaml: this is the input file",)),
+    Bad(
+        "dashboard over the other study",
+        "report study.yaml --compare other.yaml --out other.yaml",
+        ("other.yaml: this is the input file",),
+        {"other.yaml?": ""},
+    ),
     Bad("GPU without one", "sweep study.yaml --set resources.gpus=99", ("99 GPUs", "GPUs; request less"), first=False),
     Bad("more CPUs than there are", "sweep study.yaml --set resources.cpus=999", ("999 CPUs",), first=False),
     Bad("no cluster there", "sweep study.yaml --address {closed}", ("{closed}", "ray start"), first=False),
@@ -187,6 +194,8 @@ def furnish(folder: Path, bad: Bad, tiny_folder, foreign, empty_store) -> None:
             shutil.copy(tiny_folder / "model.safetensors", folder / "w")
         elif name == "foreign?":
             shutil.copytree(foreign.parent, folder / "foreign")
+        elif name == "other.yaml?":
+            write_study(folder, tiny_folder, name="other")
         elif name == "bad.yaml?":
             changes = {"edits__source": "./e.json", "capability__tasks": {"arc": "./t.jsonl"}, "space__layer": [-1]}
             write_study(folder, tiny_folder, name="bad", **changes)

@@ -68,19 +68,8 @@ def test_help_answers_without_the_heavy_libraries():
 
 
 def test_every_command_has_a_help_text(locft):
-    for command in (
-        "positions",
-        "plan",
-        "sweep",
-        "status",
-        "report",
-        "select",
-        "edit",
-        "apply",
-        "evaluate",
-        "ui",
-        "bench",
-    ):
+    commands = ("positions", "plan", "sweep", "status", "report", "select", "edit", "apply", "evaluate", "ui", "bench")
+    for command in commands:
         said = locft(command, "--help")
         assert said.code == 0 and f"locft {command}" in said.out
 
@@ -136,10 +125,8 @@ def test_plan_looks_at_a_store_that_is_not_there_and_makes_none(locft, tmp_path,
     monkeypatch.chdir(tmp_path)
     write_study(tmp_path, tiny_folder)
     before = files(tmp_path)
-    assert (
-        locft("plan", "tiny.yaml", "--tracking-uri", "sqlite:///new/folder/m.db", "--json").json["estimate"]["left"]
-        == 2
-    )
+    plan = locft("plan", "tiny.yaml", "--tracking-uri", "sqlite:///new/folder/m.db", "--json").json
+    assert plan["estimate"]["left"] == 2
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///new/folder/m.db")
     assert locft("status", "tiny.yaml", "--json").json["left"] == 2
     assert files(tmp_path) == before
@@ -251,9 +238,7 @@ def test_sweep_status_and_report_name_the_one_setting_to_change(swept, locft):
         assert lost["command"] in text
     narrower = locft("status", "tiny.yaml", "--set", "space.method=full", "--json").json["signatures"]
     (again,) = [signature for signature in narrower if signature["name"] == "locality lost"]
-    assert again["command"].endswith("--set space.method=full --set space.method=natural_gradient"), (
-        "the last one holds"
-    )
+    assert again["command"].endswith("--set space.method=full --set space.method=natural_gradient"), "the last holds"
 
 
 def test_status_says_who_runs_it(swept, locft):
@@ -459,9 +444,8 @@ def test_an_edit_is_trained_and_asked_in_formats(locft, tmp_path, tiny_folder, c
     assert plain.json["ask_formats"] == ["raw", "qa", "unseen"] and "reliability.chat" not in plain.json["metrics"]
     for option in ("--train-formats", "--ask-formats"):
         assert f"{option}: the tokenizer of {tiny_folder} has no chat template, so chat is left out" in plain.err
-    lora = locft(
-        "edit", chat_folder, *quick, "--train-formats", "chat", "--rank", 2, "--method", "lora", "--out", tmp_path / "x"
-    )
+    lora = ("--train-formats", "chat", "--rank", 2, "--method", "lora")
+    lora = locft("edit", chat_folder, *quick, *lora, "--out", tmp_path / "x")
     assert lora.code == 0 and lora.json["settings"]["rank"] == 2, lora.err
     wrong = locft("evaluate", chat_folder, *few, "--ask-formats", "qaa")
     assert wrong.code == 2 and "--ask-formats: got 'qaa', expected raw, qa, chat or a text" in wrong.err
@@ -497,20 +481,16 @@ def test_an_edit_says_what_went_wrong_and_the_one_option_to_change(locft, tmp_pa
     assert (found["setting"], found["value"]) == ("learning_rate", 2e-7)
     assert found["command"].startswith("locft edit ") and found["command"].endswith("--learning-rate 2e-07")
     again = locft(*shlex.split(found["command"])[1:])
-    assert (
-        again.code == 0
-        and "Low reliability: Reliability is 0% at 1.mlp." in again.out
-        and "Change one thing: locft edit" in again.out
-    )
+    assert again.code == 0 and "Low reliability: Reliability is 0% at 1.mlp." in again.out
+    assert "Change one thing: locft edit" in again.out
     assert json.loads((tmp_path / "a b" / "edit.json").read_text())["settings"]["learning_rate"] == 2e-7
 
 
 def test_an_edit_goes_through_the_model_registry(swept, locft, tmp_path, tiny_folder):
     """Registered with the run of the trial it repeats, applied by its alias: the same model as from the folder."""
     run, _ = picked(locft)
-    made = locft(
-        "edit", tiny_folder, "--from-run", run.info.run_id, "--out", tmp_path / "edited", "--register", "--json"
-    )
+    again = ("--from-run", run.info.run_id, "--register", "--json")
+    made = locft("edit", tiny_folder, *again, "--out", tmp_path / "edited")
     assert made.code == 0, made.err
     address = made.json["registered"]
     assert address == "models:/locft-edit-" + str(tiny_folder).strip("/").replace("/", "-") + "@chosen"
@@ -522,38 +502,14 @@ def test_an_edit_goes_through_the_model_registry(swept, locft, tmp_path, tiny_fo
     wrong = locft("apply", "models:/nothing@chosen", "--model", tiny_folder, "--out", tmp_path / "four")
     assert wrong.code == 2 and "nothing" in wrong.err and not (tmp_path / "four").exists()
     assert "models:/NAME@ALIAS" in locft("apply", "models:/x", "--model", tiny_folder, "--out", tmp_path / "five").err
-    loose = locft(
-        "edit",
-        tiny_folder,
-        "--edits",
-        "atlas",
-        "--limit",
-        4,
-        "--position",
-        "1.mlp_down",
-        "--out",
-        tmp_path / "six",
-        "--register",
-    )
+    few = ("--edits", "atlas", "--limit", 4, "--position", "1.mlp_down")
+    loose = locft("edit", tiny_folder, *few, "--out", tmp_path / "six", "--register")
     assert loose.code == 2 and "--register: there is no MLflow run" in loose.err and not (tmp_path / "six").exists()
 
 
 def test_an_edit_that_diverges_is_work_that_failed(locft, tmp_path, tiny_folder, few_probes):
-    wild = [
-        "--method",
-        "full",
-        "--learning-rate",
-        "3e38",
-        "--limit",
-        4,
-        "--position",
-        "1.mlp",
-        "--out",
-        tmp_path / "e",
-        "--threads",
-        1,
-    ]
-    said = locft("edit", tiny_folder, "--edits", "atlas", *wild, "--json")
+    wild = ("--limit", 4, "--position", "1.mlp", "--method", "full", "--learning-rate", "3e38", "--threads", 1)
+    said = locft("edit", tiny_folder, "--edits", "atlas", *wild, "--out", tmp_path / "e", "--json")
     assert said.code == 1 and "diverged" in said.err and said.out == "" and not (tmp_path / "e").exists()
     assert "Change one thing: locft edit" in said.err and "--learning-rate 7.5e+37" in said.err
 

@@ -50,9 +50,8 @@ def test_a_story_of_an_edit(locft, first, new, tmp_path, tiny_folder):
     held = [request.id for request in Ledger.load(tmp_path / "second").active]
     assert held == ["atlas-0002", "atlas-0003", "other", "bees"]
 
-    said = locft(
-        "edit", tiny_folder, "--onto", "second", "--without", "bees", "--json", "--threads", 1, "--out", "third"
-    )
+    without = ("--onto", "second", "--without", "bees")
+    said = locft("edit", tiny_folder, *without, "--json", "--threads", 1, "--out", "third")
     assert said.code == 0, said.err
     assert "Taken back: bees" in said.err and "Not read" not in said.err
     assert "bees" not in [request.id for request in Ledger.load(tmp_path / "third").active]
@@ -189,9 +188,8 @@ def test_how_edits_are_read_needs_edits(locft, first, tmp_path, tiny_folder):
 
 
 def test_time_ends_the_training(locft, first, new, tiny_folder):
-    said = locft(
-        "edit", tiny_folder, "--onto", "first", "--edits", new, "--within", 1e-6, "--threads", 1, "--out", "late"
-    )
+    soon = ("--onto", "first", "--edits", new, "--within", 1e-6)
+    said = locft("edit", tiny_folder, *soon, "--threads", 1, "--out", "late")
     assert said.code == 0, said.err
     assert "Not yet right in every format: bees, other" in said.out
 
@@ -200,19 +198,15 @@ def test_nothing_new_writes_nothing(locft, first, tmp_path, tiny_folder):
     said = locft("edit", tiny_folder, "--onto", "first", "--edits", "atlas", "--limit", 3, "--out", "same")
     assert said.code == 2 and "nothing new" in said.err
     assert not (tmp_path / "same").exists()
-    said = locft(
-        "edit", tiny_folder, "--onto", "first", "--without", "atlas-0001,atlas-0002,atlas-0003", "--out", "none"
-    )
+    every = "atlas-0001,atlas-0002,atlas-0003"
+    said = locft("edit", tiny_folder, "--onto", "first", "--without", every, "--out", "none")
     assert said.code == 2 and "no edit would be left" in said.err
 
 
 @pytest.mark.parametrize(
     "options, told",
     [
-        (
-            ("--without", "a", "--within", 0),
-            ["--without: needs --onto", "--within: needs --onto", "--within: got 0"],
-        ),
+        (("--without", "a", "--within", 0), ["--without: needs --onto", "--within: needs --onto", "--within: got 0"]),
         (("--onto", "x"), ["--onto: expected new edits"]),
         (("--onto", "x", "--without", " ,"), ["--without: got ' ,', expected ids of edits"]),
         (

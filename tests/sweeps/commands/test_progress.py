@@ -23,10 +23,9 @@ def progress(planned=4, earlier=(), **budget):
 
 def test_a_line_for_every_trial(capsys):
     shown = progress()
-    with shown:
-        shown.started(1)
-        shown.finished(result(config(3)), 1)
-        shown.finished(failure(config(4), "OutOfMemoryError: 3 GiB [wanted]"), 0)
+    shown.started(1)
+    shown.finished(result(config(3)), 1)
+    shown.finished(failure(config(4), "OutOfMemoryError: 3 GiB [wanted]"), 0)
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"[1/4] 3.mlp_down, {SETTING}: reliability ")
     assert "capability" in first and "left" in first
@@ -36,8 +35,7 @@ def test_a_line_for_every_trial(capsys):
 
 def test_a_resumed_study_says_what_it_keeps(capsys):
     shown = progress(planned=10, earlier=range(6))
-    with shown:
-        shown.finished(result(config(7)), 1)
+    shown.finished(result(config(7)), 1)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "layers: 6 of 10 trials are already finished and are kept"
     assert lines[1].startswith("[7/10]")
@@ -46,25 +44,23 @@ def test_a_resumed_study_says_what_it_keeps(capsys):
 def test_the_time_left_is_the_forecast_set_right_by_what_trials_took():
     shown = progress(planned=10)
     mean = shown.pace._forecast.estimate.seconds_per_trial
-    with shown:
-        shown.started(2)
-        assert shown.seconds_left() == pytest.approx(mean * 9 / 2), "two at a time, and half of each is done"
-        late = result(config(20))
-        expected = shown.pace._forecast.seconds(late.config)
-        late.metrics["seconds"] = 3 * expected
-        shown.finished(late, 2)
-        pace = (mean + 3 * expected) / (mean + expected)
-        assert shown.seconds_left() == pytest.approx(pace * mean * 8 / 2), "more than was expected"
-        shown.finished(failure(config(4)), 2)
-        assert shown.seconds_left() == pytest.approx(pace * mean * 7 / 2), "a failure says nothing about the pace"
+    shown.started(2)
+    assert shown.seconds_left() == pytest.approx(mean * 9 / 2), "two at a time, and half of each is done"
+    late = result(config(20))
+    expected = shown.pace._forecast.seconds(late.config)
+    late.metrics["seconds"] = 3 * expected
+    shown.finished(late, 2)
+    pace = (mean + 3 * expected) / (mean + expected)
+    assert shown.seconds_left() == pytest.approx(pace * mean * 8 / 2), "more than was expected"
+    shown.finished(failure(config(4)), 2)
+    assert shown.seconds_left() == pytest.approx(pace * mean * 7 / 2), "a failure says nothing about the pace"
 
 
 def test_a_budget_of_trials_is_what_is_counted_down_from(capsys):
     shown = progress(planned=300, earlier=range(6), trials=10)
     mean = shown.pace._forecast.estimate.seconds_per_trial
-    with shown:
-        assert shown.seconds_left() == pytest.approx(4 * mean)
-        shown.finished(result(config(7)), 1)
+    assert shown.seconds_left() == pytest.approx(4 * mean)
+    shown.finished(result(config(7)), 1)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "layers: 6 of 10 trials are already finished and are kept" and second.startswith("[7/10]")
     assert progress(planned=5, trials=10).planned == 5
@@ -77,8 +73,7 @@ def test_no_more_time_is_left_than_the_budget_has():
 
 def test_nothing_is_left_after_the_last(capsys):
     shown = progress(planned=1)
-    with shown:
-        shown.finished(result(config(3)), 0)
+    shown.finished(result(config(3)), 0)
     assert shown.seconds_left() is None and "left" not in capsys.readouterr().err
 
 
@@ -86,27 +81,24 @@ def test_a_divergence_is_called_so(capsys):
     shown = progress()
     wild = result(config(3))
     wild.metrics["diverged"] = 1.0
-    with shown:
-        shown.finished(wild, 0)
+    shown.finished(wild, 0)
     said = capsys.readouterr().err
     assert said.splitlines()[0].startswith("[1/4] 3.mlp_down") and "diverged" in said
 
 
 def test_a_trial_heard_of_twice_counts_once():
     shown = progress()
-    with shown:
-        shown.finished(failure(config(3)), 1)
-        shown.finished(failure(config(3)), 1)
-        assert (shown.done, shown.failed) == (0, 1)
-        shown.finished(result(config(3)), 0)
-        shown.finished(result(config(3)), 0)
+    shown.finished(failure(config(3)), 1)
+    shown.finished(failure(config(3)), 1)
+    assert (shown.done, shown.failed) == (0, 1)
+    shown.finished(result(config(3)), 0)
+    shown.finished(result(config(3)), 0)
     assert (shown.done, shown.failed) == (1, 0)
 
 
 def test_a_worker_that_died_is_told(capsys):
     shown = progress()
-    with shown:
-        shown.retried(config(3), "out of memory")
+    shown.retried(config(3), "out of memory")
     assert capsys.readouterr().err.strip() == (f"3.mlp_down, {SETTING}: its worker died; trying again (out of memory)")
 
 
@@ -114,15 +106,14 @@ def test_a_selection_is_told_rung_by_rung(capsys):
     """It plans no number of trials ahead, so no time is left to tell but that of its budget."""
     shown = Progress("select-it")
     run = Run(3, "mlp_down", 0.004)
-    with shown:
-        shown.note("measuring the unedited model")
-        shown.rung(Rung("rung 1", (run, replace(run, layer=4), replace(run, layer=5)), "the probe's best"), 2, 700.0)
-        shown.finished(result(config(3)), 1)
-        shown.finished(failure(config(4), "OutOfMemoryError"), 0)
-        shown.rung(Rung("rung 2", (replace(run, layer=6),), "further kinds"), 1, 90.0)
-        shown.rung(Rung("rung 3", (replace(run, layer=7),), "beside a run that is not over"), 1, 60.0)
-        shown.finished(result(config(6)), 1)
-        shown.finished(result(config(7)), 0)
+    shown.note("measuring the unedited model")
+    shown.rung(Rung("rung 1", (run, replace(run, layer=4), replace(run, layer=5)), "the probe's best"), 2, 700.0)
+    shown.finished(result(config(3)), 1)
+    shown.finished(failure(config(4), "OutOfMemoryError"), 0)
+    shown.rung(Rung("rung 2", (replace(run, layer=6),), "further kinds"), 1, 90.0)
+    shown.rung(Rung("rung 3", (replace(run, layer=7),), "beside a run that is not over"), 1, 60.0)
+    shown.finished(result(config(6)), 1)
+    shown.finished(result(config(7)), 0)
     said = capsys.readouterr().err
     lines = said.splitlines()
     told = "rung 1: the probe's best (1 already known); about 12 min of the budget remain (--budget-share or --budget-minutes sets it)"

@@ -1,6 +1,5 @@
 """The settings of one edit: options over a repeated trial's over the defaults."""
 
-import dataclasses
 import json
 
 import pytest
@@ -16,6 +15,7 @@ from sweeps.tracking.study_run import Tracker
 from tests.mlflow_store import config, open_study, result
 
 ATLAS = Edits(source="atlas", limit=5)
+DEFAULTS = {"method": "natural_gradient", "train_formats": "raw,qa,chat", "epochs": 100, "rest_below": 0.05}
 CHANGES = ["edits.limit=7", "edits.sample_seed=3", "capability.limit=4", "resources.cpus=2", "device=cpu"]
 
 
@@ -30,19 +30,13 @@ def run_id(workplace):
 
 
 def settings(position=None, edits=None, from_run=None, dtype=None, ask=None, **given):
-    return edit_settings(position, given, dtype, edits, from_run, resolve_uri(None), ask)
+    return edit_settings(position, given | {"ask_formats": ask}, dtype, edits, from_run, resolve_uri(None))
 
 
 def test_defaults():
     chosen = settings("22.mlp_down", ATLAS, batch_size=None)
     assert chosen.position == "22.mlp_down"
-    assert chosen.training == TrainingSettings(
-        precision=training_precision("auto"),
-        method="natural_gradient",
-        train_formats="raw,qa,chat",
-        epochs=100,
-        rest_below=0.05,
-    )
+    assert chosen.training == TrainingSettings(precision=training_precision("auto"), **DEFAULTS)
     assert chosen.ask_formats == ("raw", "qa", "chat")
     assert (chosen.edits, chosen.capability) == (ATLAS, Capability(limit=EDIT_ITEMS))
     assert (chosen.dtype, chosen.device, chosen.threads, chosen.model_fingerprint) == ("float32", "auto", None, None)
@@ -50,16 +44,8 @@ def test_defaults():
 
 def test_options_over_defaults():
     chosen = settings("1.mlp", ATLAS, dtype="bfloat16", batch_size=4, learning_rate=0.1, pipeline="depth_first")
-    expected = TrainingSettings(
-        batch_size=4,
-        learning_rate=0.1,
-        pipeline="depth_first",
-        method="natural_gradient",
-        train_formats="raw,qa,chat",
-        epochs=100,
-        rest_below=0.05,
-    )
-    assert chosen.training == dataclasses.replace(expected, precision=training_precision("auto"))
+    given = {"batch_size": 4, "learning_rate": 0.1, "pipeline": "depth_first"}
+    assert chosen.training == TrainingSettings(precision=training_precision("auto"), **DEFAULTS, **given)
     assert chosen.dtype == "bfloat16"
 
 
@@ -104,10 +90,7 @@ def test_a_position_file_carries_settings_and_formats(tmp_path):
     file.write_text(json.dumps(found))
     older = settings(str(file), ATLAS)
     assert (older.training.train_formats, older.ask_formats) == ("raw", ("raw",)), "what an older file was found with"
-    found["settings"] |= {
-        "adam_basis": "weights",
-        "curvature_share": 0.0,
-    }  # axes that are gone, where they changed nothing
+    found["settings"] |= {"adam_basis": "weights", "curvature_share": 0.0}  # gone axes, where they changed nothing
     file.write_text(json.dumps(found))
     assert settings(str(file), ATLAS) == older
     found["settings"]["curvature_share"] = 0.3

@@ -1,12 +1,10 @@
 """The MLflow server started by `locft ui`: it serves what a study recorded, and it ends with everything it started."""
 
-import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from sweeps.tracking.registry import register_edit
 from sweeps.tracking.store import TrackingError
 from sweeps.tracking.study_run import Tracker, find_trial, list_studies
 from tests.browsing import browser  # noqa: F401
-from tests.mlflow_store import STUDY, config, failure, finish, open_study, result
+from tests.mlflow_store import STUDY, config, failure, finish, open_study, result, web_server
 
 
 @pytest.fixture(scope="module")
@@ -112,21 +110,10 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
 
 
 def test_a_store_that_is_a_server_is_only_announced():
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b'{"experiment": {}}')
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as foreign:
-        threading.Thread(target=foreign.serve_forever, daemon=True).start()
-        heard = []
-        ui.serve(f"http://127.0.0.1:{foreign.server_port}", announce=heard.append)
-        assert heard == [f"http://127.0.0.1:{foreign.server_port}"]
-        foreign.shutdown()
+    heard = []
+    with web_server(200, '{"experiment": {}}') as port:
+        ui.serve(f"http://127.0.0.1:{port}", announce=heard.append)
+    assert heard == [f"http://127.0.0.1:{port}"]
 
 
 def test_a_signal_ends_the_server_and_its_children(study):

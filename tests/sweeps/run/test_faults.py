@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 
 import pandas as pd
 import psutil
@@ -346,7 +346,7 @@ def test_a_full_disk_is_told_and_what_fits_again_goes_on(tmp_path, tiny_folder, 
     try:
         uri = f"sqlite:///{disk}/mlflow.db"
         study = prepare(load_study(str(write_study(tmp_path, tiny_folder, space__layer="all"))))
-        run_sweep(study, uri, show=lambda _: nullcontext(heard))
+        run_sweep(study, uri, show=lambda _: heard)
         assert "not recorded yet" in heard.notes[0] and "disk is full" in heard.notes[0]
         assert "recording works again" in heard.notes[-1]
         state = read_state(study, find_tracker(uri, study.study.name, study.id))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from locft.data.requests import drawn_places, load_edits
-from locft.model.positions import TuningPosition, position_size
+from locft.model.positions import TuningPosition, list_positions
 from locft.train.encoding import encode_edit
 from locft.train.pipelines import TrainingSettings
 from locft.workbench import Workbench
@@ -66,7 +66,7 @@ def test_bits_are_the_surprise_of_the_unedited_model_without_the_end(bench):
 
 def test_a_trial_says_how_full_its_position_is(bench, monkeypatch):
     whole, first = run_trial(bench, CONFIG), run_trial(bench.first(4, (0, 2)), CONFIG)
-    size = position_size(bench.loaded.model, POSITION)
+    (size,) = (info.size for info in list_positions(bench.loaded.model) if info.position == POSITION)
     assert size == sum(tensor.numel() for tensor in bench.train(POSITION, SETTINGS).delta.tensors.values())
     assert whole.metrics["bits_per_parameter"] == pytest.approx(bench.bits.sum() / size)
     assert first.metrics["bits_per_parameter"] == pytest.approx(bench.bits[:4].sum() / size)

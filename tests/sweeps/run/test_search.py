@@ -1,5 +1,7 @@
 """The multi-objective search on its own, without workers: what it proposes and what it makes of results."""
 
+import math
+
 from sweeps.run.search import OBJECTIVES, OptunaSearch, objectives
 from sweeps.study.trial_types import TrialResult
 from tests.mlflow_store import config as trial_config
@@ -90,18 +92,18 @@ def test_earlier_results_are_not_repeated_and_guide_the_search():
     assert sum(config.layer for config in proposed) / 12 > sum(config.layer for config in new) / 12 + 1
 
 
-def test_earlier_failures_take_no_part():
-    point = {"layer": 3, "module": "mlp", "learning_rate": 0.001}
-    found = search(earlier={to_config(point).id: (point, None)})
-    assert len(propose_all(found, 5)) == 5
+def test_a_search_hears_nothing_of_a_failure_but_that_it_failed():
+    found = search()
+    config = found.propose("0")
+    found.learn("0", TrialResult(config, "failed", "why"))
+    assert [(trial.state.name, trial.values) for trial in found._study.trials] == [("FAIL", None)]
 
 
 def test_objectives():
-    """Both; of a failed trial none; 0 for a capability that was not measured."""
+    """Both; 0 for a capability that was not measured, which a row of the results table has as nan."""
     assert OBJECTIVES == ("reliability", "capability")
-    assert objectives(done(trial_config(), 0.25, 0.75)) == (0.25, 0.75)
-    assert objectives(TrialResult(trial_config(), "failed", "why")) is None
-    assert objectives(TrialResult(trial_config(), "done", None, {"reliability": 1.0})) == (1.0, 0.0)
+    assert objectives(done(trial_config(), 0.25, 0.75).metrics) == (0.25, 0.75)
+    assert objectives({"reliability": 1.0}) == objectives({"reliability": 1.0, "capability": math.nan}) == (1.0, 0.0)
 
 
 def test_no_more_than_asked_for():

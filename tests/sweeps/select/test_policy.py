@@ -25,7 +25,8 @@ from sweeps.select.policy import (
     survey,
 )
 from sweeps.select.selection import PolicySearch, seconds_left
-from sweeps.study.trial_types import TrialConfig, TrialResult
+from sweeps.study.trial_types import TrialResult
+from tests import mlflow_store
 from tests.benchmarks.full_table import everything
 from tests.benchmarks.policies import replayed
 
@@ -112,10 +113,8 @@ def test_it_ends_when_nothing_left_is_likely_to_be_clearly_better():
     rungs, scores = replayed(survey, task, world.score)
     left = [run for run in (first_run(task, candidate) for candidate in world.candidates) if run not in scores]
     expected = expectations(task, scores)
-    assert (
-        left
-        and sum(expected.better[task.candidates.index(c)] for c in task.candidates if first_run(task, c) in left) < 0.05
-    )
+    better = [expected.better[i] for i, candidate in enumerate(task.candidates) if first_run(task, candidate) in left]
+    assert left and sum(better) < 0.05
     assert spent(scores) < 0.9 * world.grid and rungs[-1].name == "confirm"
 
 
@@ -239,13 +238,8 @@ def test_a_leader_that_learnt_too_little_is_tried_at_twice_the_rate():
 
 def test_seeds_of_a_setting_are_one_setting():
     def row(drift, generalization=0.5):
-        return {
-            "status": "done",
-            "reliability": 1.0,
-            "generalization": generalization,
-            "drift_kl": drift,
-            "n_edits": 100,
-        }
+        measured = {"reliability": 1.0, "generalization": generalization, "drift_kl": drift, "n_edits": 100}
+        return {"status": "done", **measured}
 
     scores = {Run(3, "mlp", 0.002, seed): Score(row(drift), 1.0) for seed, drift in enumerate((0.3, 0.1, 0.1))}
     assert leading(scores) == [Run(3, "mlp", 0.002)]
@@ -273,21 +267,7 @@ def test_the_policy_leads_with_what_the_results_table_picks():
 
 
 def config_of(run):
-    return TrialConfig(
-        model_fingerprint="m",
-        data_fingerprint="d",
-        layers=24,
-        layer=run.layer,
-        module=run.module,
-        pipeline="breadth_first",
-        batch_size=8,
-        learning_rate=run.learning_rate,
-        seed=run.seed,
-        loss_average="edit",
-        epochs=5,
-        skip_below=0,
-        stop_below=0,
-    )
+    return mlflow_store.config(run.layer, run.module, learning_rate=run.learning_rate, seed=run.seed)
 
 
 def recorded(policy, sent):
@@ -307,8 +287,8 @@ def searched(world, share=0.1, wrapped=lambda policy: policy):
 
     def search(known):
         scored = lambda run, _: world.score(run)  # noqa: E731
-        policy = wrapped(survey(replace(task, known=known)))
-        return PolicySearch(policy, config_of, scored, task.seconds, known, lambda r, n: told.append(n))
+        known_task = replace(task, known=known)
+        return PolicySearch(lambda t: wrapped(survey(t)), known_task, config_of, scored, lambda r, n: told.append(n))
 
     return search, told
 
@@ -354,7 +334,7 @@ def test_how_long_the_budget_lasts_goes_by_the_runs_that_are_over(concurrent):
     task = world.task(0.3, concurrent=concurrent)
     runs = [first_run(task, candidate) for candidate in world.candidates[:4]]
     over = {run: Score({"status": "done", "seconds": 2 * world.seconds(run)}, world.seconds(run)) for run in runs[:2]}
-    going = {runs[2]: Score.still_running(world.seconds(runs[2]))}
+    going = {runs[2]: Score({"status": "running"}, world.seconds(runs[2]))}
     lost = {runs[3]: Score({"status": "failed"}, world.seconds(runs[3]))}
     for scores in (over, over | going, over | going | lost):
         expected = 2 * (task.budget - sum(map(world.seconds, scores))) / concurrent
@@ -385,6 +365,6 @@ def test_a_full_table_has_every_position_before_its_front_is_known():
     policy = everything(world.task(1.0))
     scores = {run: world.score(run) for run in next(policy).runs}
     slow = next(iter(scores))
-    assert policy.send(scores | {slow: Score.still_running(world.seconds(slow))}) is None
+    assert policy.send(scores | {slow: Score({"status": "running"}, world.seconds(slow))}) is None
     front = policy.send(scores)
     assert front.name == "front" and {run.seed for run in front.runs} == {1}

@@ -51,18 +51,11 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
     content = json.loads(file.read_text())
     assert content["how"]["method"] == "survey" and 0 < content["chance"] <= 1
     assert 0 <= content["chance_elsewhere"] <= 1 and content["runner_up"]["trades"]
-    assert 0 < content["how"]["grid_share"] < 0.9 and content["measured_on"] == {
-        "edits": 12,
-        "compared_on": 12,
-        "of": 12,
-        "source": "atlas",
-    }
+    assert 0 < content["how"]["grid_share"] < 0.9
+    assert content["measured_on"] == {"edits": 12, "compared_on": 12, "of": 12, "source": "atlas"}
     for name in ("reliability", "generalization", "capability_change", "drift_kl"):
-        assert (
-            content["predicted"][name]["low"]
-            <= content["predicted"][name]["mean"]
-            <= content["predicted"][name]["high"]
-        )
+        low, mean, high = (content["predicted"][name][end] for end in ("low", "mean", "high"))
+        assert low <= mean <= high
     page = file.with_suffix(".html").read_text()
     assert content["position"] in page and "http://" not in page.split("<script")[0]
     assert command in html.unescape(page)
@@ -176,19 +169,8 @@ def test_without_time_for_any_run_the_probe_answers_and_says_so(
     content = json.loads((workplace / "select-tiny-atlas.json").read_text())
     assert content["predicted"] == {} and content["chance"] is None and content["measured_on"]["edits"] == 0
     assert "chosen by the probe alone" in (workplace / "select-tiny-atlas.html").read_text()
-    edited = locft(
-        "edit",
-        tiny_folder,
-        "--edits",
-        "atlas",
-        "--limit",
-        4,
-        "--position",
-        "select-tiny-atlas.json",
-        "--out",
-        "out",
-        "--json",
-    )
+    options = ["--edits", "atlas", "--limit", "4", "--position", "select-tiny-atlas.json", "--out", "out", "--json"]
+    edited = locft("edit", tiny_folder, *options)
     assert edited.code == 0 and edited.json["position"] == content["position"]
 
 
@@ -222,12 +204,10 @@ def test_an_answer_that_mlflow_does_not_take_is_given_all_the_same(selected, wor
         raise TrackingError("connection refused")
 
     client = mlflow.MlflowClient(f"sqlite:///{workplace / 'mlflow.db'}")
-    for lost, ending in (
-        ("sweeps.select.answer.register_position", "FINISHED"),
-        ("sweeps.tracking.study_run.Tracker.finish", "KILLED"),
-    ):
+    endings = {"answer.register_position": "FINISHED", "answer.Tracker.finish": "KILLED"}
+    for lost, ending in endings.items():
         with monkeypatch.context() as patch:
-            patch.setattr(lost, away)
+            patch.setattr(f"sweeps.select.{lost}", away)
             said = selected("--budget-minutes", 0.001, "--json", "--out", workplace / f"{lost}.json")
         assert said.code == 0, said.err
         assert json.loads((workplace / f"{lost}.json").read_text())["position"] == said.json["position"]["position"]
@@ -274,12 +254,8 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
     assert "not a position file" in edit("{}")
     assert "fingerprint" in edit(json.dumps(good)), "another model's position is refused"
     bad = edit(json.dumps({**good, "position": "x", "depth": 7, "settings": {"epochs": "many", "speed": 1}}))
-    for part in (
-        'settings.epochs: got "many", expected a whole number',
-        "settings.speed: unknown",
-        "LAYER.MODULE",
-        "depth: got 7",
-    ):
+    many = 'settings.epochs: got "many", expected a whole number'
+    for part in (many, "settings.speed: unknown", "LAYER.MODULE", "depth: got 7"):
         assert part in bad, bad
     missing = locft("edit", tiny_folder, "--edits", "atlas", "--position", "none.json", "--out", "out")
     assert missing.code == 2 and "none.json: cannot be read" in missing.err
@@ -287,9 +263,8 @@ def test_wrong_position_files_are_told(locft, workplace, tiny_folder):
 
 def test_by_default_a_share_of_the_grid_may_be_spent_but_no_more_than_some_runs(tiny_folder, monkeypatch):
     asked = str(tiny_folder), "atlas"
-    assert (
-        selection_request(*asked, limit=4).share == 0.1 and selection_request(*asked, limit=4, minutes=3).share is None
-    )
+    assert selection_request(*asked, limit=4).share == 0.1
+    assert selection_request(*asked, limit=4, minutes=3).share is None
     monkeypatch.setattr(request, "DEFAULT_RUNS", 1)
     small = selection_request(*asked, limit=4)
     assert small.share == 1 / len(small.positions) < 0.1
@@ -318,12 +293,8 @@ def test_a_run_and_its_trial_are_found_from_each_other(tiny_folder):
 
 def test_the_next_command_reads_the_same_edits():
     """Also of a file that only a map makes readable, whose name a shell would take apart."""
-    edits = {
-        "source": "meine Fragen.csv",
-        "limit": 2,
-        "sample_seed": 0,
-        "map": {"prompt": "frage", "locality": {"prompt": "nah[].text"}},
-    }
+    fields = {"prompt": "frage", "locality": {"prompt": "nah[].text"}}
+    edits = {"source": "meine Fragen.csv", "limit": 2, "sample_seed": 0, "map": fields}
     study = Study(name="select", model="a model", edits=edits)
     assert shlex.split(edit_command(study, "position 1.json")) == [
         "locft", "edit", "a model", "--edits", "meine Fragen.csv", "--limit", "2", "--sample-seed", "0", "--map",

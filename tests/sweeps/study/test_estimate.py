@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from locft.curvature import factor_bytes
+from locft.model.positions import TuningPosition, parameter_names
 from sweeps.answer import foresee
 from sweeps.study.estimate import (
     Costs,
@@ -19,7 +20,7 @@ from sweeps.study.estimate import (
     make_forecast,
     trial_seconds,
 )
-from sweeps.study.footprint import curvature_bytes, depth_bytes, memory_bytes, memory_range, places
+from sweeps.study.footprint import curvature_bytes, depth_bytes, memory_bytes, memory_range
 from sweeps.study.plan import PreparedStudy, make_plan
 from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
@@ -29,6 +30,7 @@ from sweeps.tracking.address import resolve_uri
 from sweeps.tracking.study_run import Tracker
 from tests.mlflow_store import result
 from tests.sweeps.study.test_plan import FACTS, make_facts, make_study
+from tests.tiny import tiny_model
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "table.csv"
 COSTS = Costs(1, 1e6, 2e6, 3e6, spread=2.0, busy=1.5)
@@ -122,9 +124,9 @@ def test_a_forecast_is_for_the_machines_there_are(monkeypatch):
         forecast.on([{"CPU": 16.0, "memory": 2.5 * memory_bytes(forecast.prepared.plan.sample[0], FACTS)}]).concurrent
         == 2
     )
-    gpu, sample = make_study(resources={"gpus": 0.5}).resources, forecast.prepared.plan.sample
-    assert places(gpu, sample, FACTS, [{"CPU": 16.0, "GPU": 2.0}]) == 4
-    assert places(gpu, sample, FACTS, [{"CPU": 16.0}]) == 1
+    gpu = Forecast(prepared_study(make_study(resources={"gpus": 0.5})), Costs())
+    assert gpu.on([{"CPU": 16.0, "GPU": 2.0}]).concurrent == 4
+    assert gpu.on([{"CPU": 16.0}]).concurrent == 1
 
 
 def test_memory_is_what_was_measured():
@@ -307,11 +309,17 @@ def test_finished_trials_count_wherever_they_ran(workplace, study_file):
 )
 @pytest.mark.parametrize(("method", "copies"), [("full", 0), ("low_curvature", 3), ("natural_gradient", 6)])
 def test_memory_counts_the_curvature_that_a_method_needs(module, shapes, method, copies):
-    """Told from the position's size, as `factor_bytes` tells it from the shapes."""
-    size = sum(torch.Size(shape).numel() for shape in shapes)
-    facts = make_facts(10, trained_parameters={f"5.{module}": size}, vocabulary=50, head_parameters=400)
+    factors = sum(factor_bytes(torch.Size(shape)) for shape in shapes)
+    facts = make_facts(10, factor_bytes={f"5.{module}": factors})
     (trial,) = make_plan(make_study({"layer": 5, "module": module, "method": method}), facts).trials
-    expected = copies * sum(factor_bytes(torch.Size(shape)) for shape in shapes)
-    assert curvature_bytes(trial, facts) == pytest.approx(expected)
+    assert curvature_bytes(trial, facts) == copies * factors
     plain = replace(trial, method="full")
-    assert memory_bytes(trial, facts) - memory_bytes(plain, facts) == pytest.approx(expected, abs=1)
+    assert memory_bytes(trial, facts) - memory_bytes(plain, facts) == copies * factors
+
+
+def test_the_size_of_the_curvature_is_told_from_the_models_shapes(study_file):
+    facts = prepare(load_study(str(study_file()))).facts
+    model = tiny_model()
+    for module in ("mlp_down", "attn", "layer"):
+        names = parameter_names(model, TuningPosition(1, module))
+        assert facts.factor_bytes[f"1.{module}"] == sum(factor_bytes(model.get_parameter(name).shape) for name in names)

@@ -37,6 +37,9 @@ def make_facts(n_layers=30, modules_by_layer=None, **changes):
             "n_layers": n_layers,
             "modules_by_layer": modules_by_layer or {layer: MODULES for layer in range(n_layers)},
             "n_edits": n_edits,
+            "n_asked": n_edits,
+            "trained_parameters": {},
+            "factor_bytes": {},
             "edit_tokens": 16 * n_edits,
             "evaluation_tokens": 3 * 32 * n_edits,
             **sizes,
@@ -259,6 +262,9 @@ def test_every_point_of_an_optuna_space_is_a_trial_and_is_found_again(facts):
     point = {axis: values[-1] for axis, values in axes.items()}
     config = trial_config(study, facts, point)
     assert point_of(study, facts, config) == point
+    without_rate = study.model_copy(update={"space": study.space.model_copy(update={"method": ("natural_gradient",)})})
+    idle = trial_config(without_rate, facts, point | {"method": "natural_gradient"})
+    assert point_of(without_rate, facts, idle) == point | {"method": "natural_gradient", "learning_rate": 1e-4}
     narrower = make_study(space | {"module": ["mlp"], "layer": [0]}, search={"method": "optuna", "trials": 7})
     assert point_of(narrower, facts, config) is None
     assert point_of(study.model_copy(update={"epochs": 3}), facts, config) is None

@@ -344,16 +344,17 @@ def test_paths_are_relative_to_the_file_and_those_of_overrides_to_the_working_fo
         name: a
         model: model
         edits: {source: edits.jsonl}
-        capability: {prose: wiki, tasks: {arc: ./arc.jsonl, hub: allenai/ai2_arc}}
+        capability: {prose: wiki, tasks: {arc: ./arc.jsonl, hub: allenai/ai2_arc, prose: owner/prose}}
         """
     path = write(home, text)
     study = load_study(str(path))
     assert (study.model, study.edits.source) == (str(home / "model"), str(home / "edits.jsonl"))
-    assert study.capability.tasks == {"arc": str(home / "arc.jsonl"), "hub": "allenai/ai2_arc"}
+    hub = {"hub": "allenai/ai2_arc", "prose": "owner/prose"}
+    assert study.capability.tasks == {"arc": str(home / "arc.jsonl"), **hub}
     assert study.capability.prose == str(home / "wiki")
     study = load_study(str(path), ["edits.source=edits.jsonl", "capability.tasks.arc=arc.jsonl"])
     assert study.edits.source == str(here / "edits.jsonl") and study.model == str(home / "model")
-    assert study.capability.tasks == {"arc": str(here / "arc.jsonl"), "hub": "allenai/ai2_arc"}
+    assert study.capability.tasks == {"arc": str(here / "arc.jsonl"), **hub}
     assert load_study("quickstart", ["model=model"]).model == str(here / "model")
     assert load_study("quickstart").model == "smollm2-135m"
 

@@ -1,10 +1,8 @@
 """Stores in odd places: folders with signs that addresses use, older tables, proxies, artifacts nobody can write."""
 
-import http.server
 import os
 import shutil
 import sqlite3
-import threading
 import time
 from contextlib import closing
 
@@ -14,7 +12,7 @@ from locft.errors import InputError
 from sweeps.tracking import address
 from sweeps.tracking.store import connect
 from sweeps.tracking.study_run import Tracker, find_tracker
-from tests.mlflow_store import STUDY, open_study
+from tests.mlflow_store import STUDY, open_study, web_server
 
 ODD = ["with space", "Été (données)", "50% #1", "100%25", "a%20b", "why?", "Été 50%41 #1 (données)?"]
 
@@ -85,27 +83,14 @@ def test_an_empty_file_becomes_a_store(tmp_path):
 
 @pytest.mark.parametrize("proxy_answers", [False, True])
 def test_a_proxy_in_between_is_named(proxy_answers, monkeypatch):
-    class Forbidden(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(403)
-            self.end_headers()
-            self.wfile.write(b"<html>not allowed</html>")
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forbidden) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        port = server.server_port if proxy_answers else 9
+    with web_server(403, "<html>not allowed</html>") as proxy:
+        port = proxy if proxy_answers else 9
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
         for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, f"http://ann:s3cret@127.0.0.1:{port}")
-        try:
-            with pytest.raises(InputError, match=r"http_proxy=.*set no_proxy=tracking\.example") as caught:
-                address.check_reachable("http://tracking.example:5000")
-        finally:
-            server.shutdown()
+        with pytest.raises(InputError, match=r"http_proxy=.*set no_proxy=tracking\.example") as caught:
+            address.check_reachable("http://tracking.example:5000")
     assert "s3cret" not in str(caught.value)
 
 

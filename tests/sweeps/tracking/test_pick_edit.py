@@ -1,6 +1,5 @@
 """The study's pick in the model registry: the delta that was measured, under the study's alias, ready to apply."""
 
-import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -18,13 +17,7 @@ from sweeps.study.reader import load_study
 from sweeps.study.resolve import prepare
 from sweeps.sweep import run_sweep
 from sweeps.tracking.address import resolve_uri
-from sweeps.tracking.registry import (
-    fetch_edit,
-    register_edit,
-    registered_edit,
-    registered_name,
-    study_alias,
-)
+from sweeps.tracking.registry import fetch_edit, register_edit, registered_edit, registered_name, study_alias
 from sweeps.tracking.study_run import Tracker
 from tests.conftest import write_study
 from tests.heard import Heard
@@ -35,10 +28,7 @@ from tests.trials_here import in_this_process
 
 def run(file, *overrides):
     return run_sweep(
-        prepare(load_study(str(file), overrides)),
-        resolve_uri(None),
-        show=lambda _: contextlib.nullcontext(Heard()),
-        register=True,
+        prepare(load_study(str(file), overrides)), resolve_uri(None), show=lambda _: Heard(), register=True
     )
 
 
