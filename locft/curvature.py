@@ -54,8 +54,11 @@ SEED = 0
 """Seed for sampling the labels."""
 LIMIT_BYTES = 8 * 2**30
 """Disk space for all kept files. The least recently used are removed first."""
-VERSION = 3
+VERSION = 4
 """Version of the files. Raise it when the same key would hold other numbers."""
+
+ROUNDING = 1e-9
+"""Share of the squared gradients below which those at first tokens are rounding: a first token's query has no effect."""
 
 _Run = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Maps token ids and mask (B, T) to what predicts the tokens (the states (K, D) that the head takes or, for a whole model, logits
@@ -72,10 +75,16 @@ class _Products:
     inputs: torch.Tensor  # (E, I, I)
     outputs: torch.Tensor  # (E, O, O)
     weight: torch.Tensor  # (E,) squared output gradients, by which the inputs are weighted
+    first: torch.Tensor  # (E, I) sum of the inputs at the first tokens of windows, weighted likewise
+    first_weight: torch.Tensor  # (E,)
 
     def curvature(self, tokens: int, shape: torch.Size) -> Curvature:
-        weight = torch.where(self.weight > 0, self.weight, 1)[:, None, None]
-        inputs, outputs = self.inputs / weight, self.outputs / tokens
+        weight = torch.where(self.weight > 0, self.weight, 1)
+        inputs, outputs = self.inputs / weight[:, None, None], self.outputs / tokens
+        counts = self.first_weight > ROUNDING * weight
+        first = self.first / torch.where(counts, self.first_weight, torch.inf)[:, None]
+        others = 1 - self.first_weight / weight
+        inputs += others[:, None, None] * first[:, :, None] * first[:, None, :]
         rows, columns = (inputs, outputs) if self.input_first else (outputs, inputs)
         if len(shape) == 2:
             rows, columns = rows[0], columns[0]
@@ -91,6 +100,10 @@ class _Watch(TorchFunctionMode):
     (arXiv 2311.00636 has both extremes). Elsewhere the gradients of different tokens have nothing in common, which leaves the
     sum over single inputs, weighted by their squared gradients. Rows that do not match the batch, such as an expert's, are
     counted one by one.
+
+    What the inputs at the first tokens of all windows have in common counts as if every token had it. Most models keep a huge
+    activation there that every later token attends to (arXiv 2402.17762). It has few gradients of its own, so that averages over
+    all tokens hide what it costs to disturb it.
     """
 
     def __init__(self, watched: Mapping[str, torch.Tensor]):
@@ -119,7 +132,7 @@ class _Watch(TorchFunctionMode):
             input_first = not input_first
         rows, columns = self.shapes[name][-2:]
         experts = self.shapes[name].numel() // (rows * columns)
-        first = matrix.storage_offset() // (rows * columns)
+        expert = matrix.storage_offset() // (rows * columns)
         here = matrix.numel() // (rows * columns)
         width_in, width_out = (rows, columns) if input_first else (columns, rows)
         if name not in self.found:
@@ -129,9 +142,11 @@ class _Watch(TorchFunctionMode):
                 new((experts, width_in, width_in), dtype=torch.float32),
                 new((experts, width_out, width_out), dtype=torch.float32),
                 new((experts,), dtype=torch.float32),
+                new((experts, width_in), dtype=torch.float32),
+                new((experts,), dtype=torch.float32),
             )
         sums = self.found[name]
-        part = slice(first, first + here)
+        part = slice(expert, expert + here)
         given = inputs.detach()  # needed when the gradient arrives; not cast, since float32 takes twice the memory
 
         def add(gradient: torch.Tensor) -> None:
@@ -143,6 +158,10 @@ class _Watch(TorchFunctionMode):
             of_window = g.reshape(here, windows, tokens, width_out)
             together = of_window @ of_window.mT @ x.reshape(here, windows, tokens, width_in)
             sums.inputs[part].baddbmm_(x.mT, together.reshape(x.shape))
+            if tokens > 1:
+                weight = of_window[:, :, 0].square().sum(-1)  # (E, B)
+                sums.first[part] += (weight[:, None] @ x.reshape(here, windows, tokens, width_in)[:, :, 0])[:, 0]
+                sums.first_weight[part] += weight.sum(1)
 
         output.register_hook(add)
 

@@ -20,7 +20,7 @@ from locft.train.formats import UNSEEN, parse_formats
 
 METHOD_VERSION = 1
 """Raised whenever the same configuration would give another result, so that old results are not taken for new ones."""
-METHOD_VERSIONS = {"natural_gradient": 3, "low_curvature": 2}
+METHOD_VERSIONS = {"natural_gradient": 4, "low_curvature": 3}
 """The same for single values of the axis `method`, if only their results changed."""
 OWN_TEXT_VERSION = 2
 """The lowest version of trials that put text written by the model before prompts, or use it as guards."""

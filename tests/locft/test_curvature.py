@@ -35,7 +35,7 @@ def layer_names(loaded) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma2"])
 def test_factors_are_second_moments_of_output_gradients_and_of_inputs_weighted_by_them(architecture, likeliest):
-    """With the gradient G'X of a window as autograd has it, the traces are those of its square."""
+    """With the gradient G'X of a window as autograd has it, the traces are no less than those of its square."""
     loaded = tiny_loaded(architecture)
     model = loaded.model
     found = curvature_of(loaded, LAYER, layer_names(loaded), WINDOWS)
@@ -67,13 +67,17 @@ def test_factors_are_second_moments_of_output_gradients_and_of_inputs_weighted_b
     for name in matrices:
         g = torch.cat(gradients[name])
         together = [g.T @ x for x, g in zip(inputs[name], gradients[name], strict=True)]
-        first = sum(gradient.T @ gradient for gradient in together) / g.square().sum()
-        second = (g.T @ g) / predicted
-        rows, columns = (first, second) if is_input_first(model, name) else (second, first)
+        of_inputs = sum(gradient.T @ gradient for gradient in together) / g.square().sum()
+        weight = torch.stack([g[0].square().sum() for g in gradients[name]])
+        if weight.sum() > 1e-9 * g.square().sum():
+            first = sum(w * x[0] for w, x in zip(weight, inputs[name], strict=True)) / weight.sum()
+            of_inputs += (1 - weight.sum() / g.square().sum()) * torch.outer(first, first)
+        of_outputs = (g.T @ g) / predicted
+        rows, columns = (of_inputs, of_outputs) if is_input_first(model, name) else (of_outputs, of_inputs)
         torch.testing.assert_close(found[name].rows, rows, rtol=1e-3, atol=1e-5 * float(rows.abs().max()))
         torch.testing.assert_close(found[name].columns, columns, rtol=1e-3, atol=1e-5 * float(columns.abs().max()))
         traces = float(found[name].rows.trace() * found[name].columns.trace())
-        assert traces == pytest.approx(squared[name] / predicted, rel=1e-3)
+        assert traces >= squared[name] / predicted * (1 - 1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "bloom", "mamba"])

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 LEAST = 1e-15
-"""Floor on the mean eigenvalue, for what prose never reached at all."""
-DAMPING = 0.01
-"""Share of a factor's mean eigenvalue that is added to each of its eigenvalues."""
+"""Floor on what damping is a share of, for what prose never reached at all."""
+DAMPING = 0.02
+"""Share of the median of a factor's diagonal that is added to each of its eigenvalues."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Curvature:
         return 0.5 * float((self.gradient(change) * change).sum())
 
     def damped(self, share: float = DAMPING) -> "Curvature":
-        """A copy with `share` of each factor's mean eigenvalue added to each of its eigenvalues.
+        """A copy with `share` of the median of each factor's diagonal added to each of its eigenvalues.
 
         Prose of a few thousand tokens covers fewer directions than a wide matrix has; the others are not free of cost.
-        For experts that the prose never reached, the mean over all experts is used instead.
+        The median, since a few channels may be thousands of times larger than the rest and would decide the mean alone.
         """
-        return self._changed(lambda one: _damped(one, share), lambda one: one + share * one.mean().clamp(min=LEAST))
+        return self._changed(lambda one: _damped(one, share), lambda one: one + share * _usual(one.flatten()))
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
@@ -67,8 +67,8 @@ class Curvature:
         return Curvature(second["rows"] @ first["rows"], first["columns"] @ second["columns"])
 
     def inverse(self, share: float) -> "Curvature":
-        """The inverse, with `share` of each factor's mean eigenvalue added to each of its eigenvalues first: its `gradient` turns
-        a gradient of the loss into the change that lowers the loss by the same amount for the least predicted drift."""
+        """The inverse of the damped curvature: its `gradient` turns a gradient of the loss into the change that lowers the loss
+        by the same amount for the least predicted drift."""
         damped = self.damped(share)
         return damped._changed(lambda one: torch.cholesky_inverse(torch.linalg.cholesky(one)), lambda one: 1 / one)
 
@@ -80,6 +80,13 @@ class Curvature:
 
 
 def _damped(factor: torch.Tensor, share: float) -> torch.Tensor:
-    mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean = torch.where(mean > 0, mean, mean.mean()).clamp(min=LEAST)
-    return factor + share * mean[..., None, None] * torch.eye(factor.shape[-1], device=factor.device)
+    usual = _usual(factor.diagonal(dim1=-2, dim2=-1))
+    return factor + share * usual[..., None, None] * torch.eye(factor.shape[-1], device=factor.device)
+
+
+def _usual(diagonals: torch.Tensor) -> torch.Tensor:
+    """(..., N) -> (...), the median of the entries above 0; where there are none, as for experts that the prose never reached,
+    that of all matrices."""
+    reached = torch.where(diagonals > 0, diagonals, torch.nan)
+    usual = reached.nanmedian(-1).values
+    return torch.where(usual.isnan(), reached.flatten().nanmedian(), usual).nan_to_num(LEAST).clamp(min=LEAST)

@@ -16,9 +16,9 @@ from locft.train.methods.curvature import Curvature
 from locft.train.methods.low_curvature import LowCurvature
 from locft.train.methods.method import Loss, MethodSettings, Parameter
 
-DAMPING = 0.3
-"""Share of a factor's mean eigenvalue that is added to each of its eigenvalues: it sets how far directions that prose hardly uses
-are trusted to be free."""
+DAMPING = 0.5
+"""Share of the median of a factor's diagonal that is added to each of its eigenvalues: it sets how far directions that prose
+hardly uses are trusted to be free."""
 MOST_DRIFT = 0.01
 """Maximum predicted drift of a single step, in nats: where the loss hardly depends on the weights, the forecast says nothing."""
 LEAST_SLOPE = 1e-30
