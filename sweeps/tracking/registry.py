@@ -54,18 +54,16 @@ def add_version(
     source: str,
     run_id: str,
     alias: str,
-    tags: dict[str, str],
-    description: str,
-    model_id: str | None = None,
+    **version: Any,
 ) -> str:
     """Adds a version to a registered model, which is created if missing; returns its address "models:/NAME@ALIAS".
 
-    about, description: of the registered model and of the version. source: address of the artifacts. alias: will point to the new
-    version. model_id: the logged model that the artifacts belong to. Raises what MLflow raises.
+    about: description of the registered model. source: address of the artifacts. alias: will point to the new version. version:
+    its tags, description and, if the artifacts belong to a logged model, model_id. Raises what MLflow raises.
     """
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=about)
-    made = client.create_model_version(name, source, run_id, tags, description=description, model_id=model_id)
+    made = client.create_model_version(name, source, run_id, **version)
     client.set_registered_model_alias(name, alias, made.version)
     return f"{PREFIX}{name}@{alias}"
 
@@ -82,7 +80,7 @@ def register_position(client: "MlflowClient", run_id: str, model: str, position:
         about = f"Where to edit {model}, as found by `locft select`."
         tags = {"locft.position": position["position"], "locft.study_id": run.data.tags["locft.study_id"]}
         description = json.dumps(position["settings"])
-        return add_version(client, name, about, source, run_id, "recommended", tags, description)
+        return add_version(client, name, about, source, run_id, "recommended", tags=tags, description=description)
 
 
 def register_edit(
@@ -122,7 +120,8 @@ def register_edit(
         client.finalize_logged_model(logged.model_id, "READY")
         _link_metrics(client, run, logged.model_id, metrics)
         source = logged.artifact_location  # MLflow would look for models:/ID in its default store
-        return add_version(client, name, about, source, run_id, alias, tags, description, logged.model_id)
+        version = {"tags": tags, "description": description, "model_id": logged.model_id}
+        return add_version(client, name, about, source, run_id, alias, **version)
 
 
 def _link_metrics(client: "MlflowClient", run: "Run", model_id: str, metrics: Mapping[str, Any]) -> None:
