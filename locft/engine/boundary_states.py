@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from locft.cache import cache_folder, content_key, lock_of, make_room
 from locft.engine.packing import STEP, PrefixTree, pack_rows
 from locft.engine.tail import capture_boundary
-from locft.model.models import settings_of
+from locft.model.models import computed_with
 from locft.model.positions import n_layers
-from locft.process import describe_machine, moved, runs_ahead
+from locft.process import moved, runs_ahead
 from locft.train.token_rows import batches
 
 VERSION = 3
@@ -128,12 +128,8 @@ def boundary_states(
 
 def _key(model: PreTrainedModel, fingerprint: str, tree: PrefixTree, limit: int) -> str:
     """Hash of everything that decides the bits of the states: weights, rows in their order, and what computes them."""
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
-    parts = [
-        *(VERSION, TOKENS_AT_ONCE, limit, STEP, fingerprint, settings_of(model.config.to_dict())),
-        *(str(model.dtype), describe_machine(), device),
-        [row.token_ids for row in tree.rows],
-    ]
+    rows = [row.token_ids for row in tree.rows]
+    parts = [VERSION, TOKENS_AT_ONCE, limit, STEP, fingerprint, *computed_with(model), rows]
     return content_key(parts)
 
 

@@ -262,7 +262,8 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def computed_with(model: PreTrainedModel) -> list[Any]:
     """What decides, beside the weights, the bits that a model computes on this machine; JSON-able."""
-    return [settings_of(model.config.to_dict()), str(model.dtype), str(model.device), describe_machine()]
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    return [settings_of(model.config.to_dict()), str(model.dtype), device, describe_machine()]
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
