@@ -1,6 +1,8 @@
-"""Text that the model writes itself, used to measure curvature, as prefixes to prompts and for guards.
+"""Text on which curvature is measured, and that prefixes to prompts and guards are taken from; drift never is.
 
-It needs no data, is in the model's own languages and styles, and is never the prose that drift is measured on.
+A part of it the model writes itself, in its own languages and styles. The rest is the same for every model: short passages of many
+kinds (`locft/data/passages.txt`), since a small or specialised model left to itself writes little that resembles what it is used
+on, and what curvature has not seen is not protected (docs/methods.md, "What curvature is measured on").
 
 Legend: B samples, T tokens.
 """
@@ -16,16 +18,19 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from locft.cache import content_key, made_once
+from locft.data.capability_item import spread
+from locft.data.suites import DATA_FOLDER
 from locft.errors import InputError
 from locft.measure.generation import ONE_BY_ONE, drawn_tokens, end_tokens, with_settings
 from locft.model.models import LoadedModel, computed_with
 from locft.process import every_core
-from locft.train.encoding import encode_prompt
+from locft.train.encoding import encode_prompt, text_windows
 from locft.train.token_rows import TokenRow
 
-SAMPLES = 64
+SAMPLES, PASSAGES = 32, 64
+"""Texts that the model writes, and windows of the passages, if all are of the full length."""
 TOKENS = 128
-"""Maximum number of tokens in a sample."""
+"""Maximum number of tokens in one of them."""
 MOST = 4
 """Limit on the samples drawn from a model that ends them early, as a multiple of `SAMPLES`."""
 MOST_CUT = 32
@@ -35,11 +40,18 @@ PREFIX_TOKENS = 10
 FILE_NAME = "samples.json"
 SEED = 0
 _log = logging.getLogger(__name__)
-VERSION = 5
+VERSION = 6
 """Version of the files. Raise it when the same model would write something else."""
 
 
 def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
+    """What the model writes, then the passages, in rows of up to `TOKENS` tokens. Always the same on one machine."""
+    text = (DATA_FOLDER / "passages.txt").read_text(encoding="utf-8")
+    size = min(TOKENS, longest_text(loaded))
+    return (*own_rows(loaded), *spread(text_windows(loaded.tokenizer, [text], size), PASSAGES))
+
+
+def own_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
     """Texts of up to `TOKENS` tokens, sampled from the model at temperature 1 after its start token: `SAMPLES` of them, or more
     if the model ends some of them early.
 
@@ -79,11 +91,11 @@ def prefix_texts(loaded: LoadedModel, rows: Sequence[TokenRow]) -> tuple[str, ..
 def _written(loaded: LoadedModel) -> list[list[int]]:
     model, ends = loaded.model, end_tokens(loaded)
     start, before_text = _starts(loaded)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
+    longest = longest_text(loaded)
     width = min(TOKENS, longest)
     config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=min(TOKENS + MOST_CUT, longest) - len(start),
+        max_new_tokens=longest - len(start),
         eos_token_id=ends,
         pad_token_id=0,
     )
@@ -103,6 +115,12 @@ def _written(loaded: LoadedModel) -> list[list[int]]:
                 samples.append([*before_text, *text[cut:]][:width])
         made += batch
     return samples
+
+
+def longest_text(loaded: LoadedModel) -> int:
+    """Tokens of the longest text that the model can read, at most as many as are ever written."""
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    return min(longest or TOKENS, TOKENS + MOST_CUT)
 
 
 def _starts(loaded: LoadedModel) -> tuple[tuple[int, ...], tuple[int, ...]]:

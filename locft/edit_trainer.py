@@ -168,7 +168,7 @@ class EditTrainer:
         return self._kept[key]
 
     def background(self, precision: str) -> tuple[TokenRow, ...]:
-        """Text that the model writes itself, computing in that precision."""
+        """Text on which nothing is measured (`locft.background`), written in that precision."""
         return self._once(self._background, precision)
 
     def _background(self, precision: str) -> tuple[TokenRow, ...]:

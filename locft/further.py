@@ -20,7 +20,7 @@ WINDOWS, TOKENS = 8, 64
 RATE, CLIP = 5e-5, 1.0
 """AdamW's learning rate, decaying linearly to 0, and the gradient norm's limit; like B, defaults of transformers' `Trainer`."""
 ENOUGH = 64
-"""Windows of prose that suffice; if there are fewer, texts that the model writes itself are added."""
+"""Windows of prose that suffice; if there are fewer, background text is added."""
 
 
 def further_trained(

@@ -20,7 +20,7 @@ from locft.data.suites import Suite, harness_tasks
 from locft.errors import InputError
 from locft.measure.generation import OpenAnswer
 from locft.measure.token_scores import divergence, retake, scores_by_row, slices, targets
-from locft.train.encoding import encode_continuation, encode_prompt
+from locft.train.encoding import encode_continuation, encode_prompt, text_windows
 from locft.train.token_rows import SupervisedLogits, TokenRow, batches
 
 PROSE_WINDOW = 128
@@ -255,15 +255,7 @@ def _prose_rows(
     tokenizer: PreTrainedTokenizerBase, prose: Sequence[str], prose_tokens: int
 ) -> tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]]:
     """Windows that are measured, and the others."""
-    # A model trained with a start token does badly without it; the start token is then the one without a predecessor.
-    starts = tokenizer("a")["input_ids"][:1]
-    prefix = (tokenizer.bos_token_id,) if starts == [tokenizer.bos_token_id] else ()
-    step = PROSE_WINDOW - len(prefix)
-    windows: list[tuple[int, ...]] = []
-    for text in prose:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        windows += [prefix + tuple(ids[at : at + step]) for at in range(0, len(ids), step)]
-    every = [TokenRow(ids, 1) for ids in windows if len(ids) > 1]
+    every = text_windows(tokenizer, prose, PROSE_WINDOW)
     if not every:
         raise InputError("prose: fewer than two tokens; drift and perplexity need some running text")
     wanted, whole = max(1, prose_tokens // PROSE_WINDOW), [row for row in every if len(row.token_ids) == PROSE_WINDOW]

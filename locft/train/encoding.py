@@ -8,7 +8,7 @@ supervised span starts. The span is never derived from pad tokens: if pad is EOS
 first token of the answer is silently never trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -107,3 +107,16 @@ def _continuation_ids(
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def text_windows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], size: int) -> list[TokenRow]:
+    """Texts in windows of at most `size` tokens, every token supervised but the first. Each begins with the start token if the
+    tokenizer puts one before texts: a model trained with it does badly without."""
+    start = tokenizer("a")["input_ids"][:1]
+    before = (tokenizer.bos_token_id,) if start == [tokenizer.bos_token_id] else ()
+    step = size - len(before)
+    found = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        found += [TokenRow((*before, *ids[at : at + step]), 1) for at in range(0, len(ids), step)]
+    return [row for row in found if len(row.token_ids) > 1]

@@ -122,6 +122,15 @@ def mean_loss(logits: SupervisedLogits, rows: Sequence[TokenRow], at_once: int =
     return sum(batch_loss(logits(part), part, "edit").item() * len(part) for part in parts) / len(rows)
 
 
+@torch.no_grad()
+def edit_losses(
+    logits: SupervisedLogits, rows: Sequence[TokenRow], average: LossAverage, at_once: int = LOSS_ROWS
+) -> torch.Tensor:
+    """(E,) float64 on the CPU: for each edit, the mean loss over its tokens."""
+    parts = [rows[part] for part in batches(rows, most=at_once)]
+    return torch.cat([_batch_loss(logits(part), part, average)[1].double().cpu() for part in parts])
+
+
 def all_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """True if no entry is infinite or NaN: a sum shows it in one pass without a buffer."""
     return torch.stack([tensor.sum() for tensor in tensors]).isfinite().all()

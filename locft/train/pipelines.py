@@ -25,7 +25,15 @@ from locft.train.examples import Guard, TrainingExamples
 from locft.train.kept_state import KeptState
 from locft.train.methods import Loss, MethodSettings, Parameter, make_method
 from locft.train.methods.curvature import Curvature
-from locft.train.objective import LOSS_ROWS, BatchLoss, LossAverage, all_finite, loss_and_gradients, mean_loss
+from locft.train.objective import (
+    LOSS_ROWS,
+    BatchLoss,
+    LossAverage,
+    all_finite,
+    edit_losses,
+    loss_and_gradients,
+    mean_loss,
+)
 from locft.train.reference import full_forward
 from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 
@@ -169,7 +177,11 @@ def finetune(
 
 def final_loss(logits: SupervisedLogits, examples: TrainingExamples, settings: TrainingSettings, pieces: int) -> float:
     """Mean loss of all edits as raw prompts, in nats. pieces: number of parts that a batch of the training was computed in."""
-    return mean_loss(logits, examples.raw, LOSS_ROWS if pieces == 1 else max(1, settings.batch_size // pieces))
+    return mean_loss(logits, examples.raw, _rows_at_once(settings, pieces))
+
+
+def _rows_at_once(settings: TrainingSettings, pieces: int) -> int:
+    return LOSS_ROWS if pieces == 1 else max(1, settings.batch_size // pieces)
 
 
 class Rests:
@@ -196,6 +208,10 @@ class Rests:
         longer = (2 * self.state[1, edits]).clamp(1, LONGEST_REST)
         length = torch.where(found < self.below, longer, 0.0)
         self.state[:, edits] = torch.stack([length, length, found])
+
+    def wake(self, losses: torch.Tensor) -> None:
+        """End the rests of edits that are not learnt after all. losses: (E,), of every edit in the format it is learnt worst in."""
+        self.state[:2, losses >= self.below] = 0.0
 
 
 class PositionTrainer:
@@ -292,10 +308,23 @@ class PositionTrainer:
                 total += loss.value * len(batch)
                 rests.asked(batch, loss.by_edit)
             losses.append(total / len(edits))
-            if losses[-1] < settings.stop_below:
+            if losses[-1] < settings.stop_below and self.learnt_in_all_formats(edits, settings.stop_below, rests):
                 break
             self.keep(kept, losses, rests)
         return losses
+
+    def learnt_in_all_formats(self, edits: Sequence[int], below: float, rests: Rests | None = None) -> bool:
+        """Whether the mean loss of edits over all trained formats is below a threshold. Each step draws one format for each edit,
+        so that the loss of a few steps may be that of one format. If it is not, edits of which a format is not learnt rest no
+        longer."""
+        rows = [row for edit in edits for row in self.examples.plain[edit]]
+        if len(rows) == len(edits):
+            return True  # one format: the loss of the steps is that of all
+        settings = self.settings
+        losses = edit_losses(self.logits(), rows, settings.loss_average, _rows_at_once(settings, self.pieces))
+        if rests:
+            rests.wake(losses.reshape(len(edits), -1).amax(1))
+        return float(losses.mean()) < below
 
     def shuffled_batches(self, edits: Sequence[int]) -> list[list[int]]:
         size, drawn = self.settings.batch_size, torch.randperm(len(edits), generator=self.order).tolist()
@@ -429,6 +458,7 @@ def _depth_first(trainer: PositionTrainer) -> list[float]:
     """Last loss of each batch. If training diverges, only complete batches are included."""
     losses: list[float] = []
     settings = trainer.settings
+    learnt = max(settings.stop_below, settings.skip_below)  # below skip_below nothing would change any more
     for batch in trainer.shuffled_batches(range(len(trainer.examples))):
         trainer.method.restart()  # each batch is an edit of its own
         for _ in range(settings.epochs):
@@ -436,7 +466,7 @@ def _depth_first(trainer: PositionTrainer) -> list[float]:
             trainer.settle()
             if trainer.diverged:
                 return losses
-            if loss < max(settings.stop_below, settings.skip_below):  # below skip_below nothing would change any more
+            if loss < learnt and trainer.learnt_in_all_formats(batch, learnt):
                 break
         losses.append(loss)
     return losses

@@ -52,7 +52,7 @@ _SUPERVISED_SHARE = 0.3
 """Share of the tokens read whose logits are computed."""
 _GENERATED_SHARE = 0.3
 """Share of the evaluation's tokens that are read again, through all layers, to generate undecided answers."""
-_CURVATURE_TOKENS = 4 * 64 * 128
+_CURVATURE_TOKENS = 4 * 32 * 128 + 3 * 64 * 128
 """Cost of generating the text and measuring curvature on it, in tokens read, on all cores (`locft.background`)."""
 _FURTHER_TOKENS = 8 * 64
 """Tokens of a step of ordinary fine-tuning (`locft.further`)."""

@@ -20,10 +20,10 @@ from locft.train.formats import UNSEEN, parse_formats
 
 METHOD_VERSION = 1
 """Raised whenever the same configuration would give another result, so that old results are not taken for new ones."""
-METHOD_VERSIONS = {"natural_gradient": 4, "low_curvature": 3}
+METHOD_VERSIONS = {"natural_gradient": 5, "low_curvature": 4}
 """The same for single values of the axis `method`, if only their results changed."""
-OWN_TEXT_VERSION = 2
-"""The lowest version of trials that put text written by the model before prompts, or use it as guards."""
+BACKGROUND_VERSION = 3
+"""The lowest version of trials that put background text before prompts, use it as guards or train the model on it."""
 
 
 def method_version(values: Mapping[str, Any]) -> int:
@@ -31,8 +31,8 @@ def method_version(values: Mapping[str, Any]) -> int:
     guards that are prompts, shrinking, or AdaLoRA in a stream gave other results before."""
     method, guard = values.get("method", AXIS["method"].default), values.get("guard")
     version = METHOD_VERSIONS.get(method, METHOD_VERSION)
-    if values.get("prefix_share") or guard == "prose":
-        version = max(version, OWN_TEXT_VERSION)
+    if values.get("prefix_share") or guard == "prose" or values.get("further_steps"):
+        version = max(version, BACKGROUND_VERSION)
     in_stream = (method, values.get("pipeline")) == ("adalora", "stream")
     return version + (guard in ("same_relation", "locality_like") or values.get("shrink") == "yes" or in_stream)
 

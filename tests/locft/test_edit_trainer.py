@@ -7,10 +7,11 @@ import torch
 
 from locft import background
 from locft import edit_trainer as module
-from locft.background import MOST, SAMPLES, TOKENS, background_rows, prefix_texts
+from locft.background import MOST, PASSAGES, SAMPLES, TOKENS, background_rows, own_rows, prefix_texts
 from locft.curvature import measured_once
 from locft.data.edit_request import EditRequest, LocalityPrompt, PortabilityPrompt
 from locft.data.requests import load_edits
+from locft.data.suites import DATA_FOLDER
 from locft.edit_trainer import EditTrainer
 from locft.engine import boundary_states
 from locft.engine.tail_engine import TailEngine
@@ -262,18 +263,18 @@ def test_what_the_model_writes_is_kept_and_the_same_without_a_file(loaded, tmp_p
     torch.manual_seed(123)
     drawn = torch.rand(2)
     torch.manual_seed(123)
-    rows = background_rows(loaded)
+    rows = own_rows(loaded)
     assert torch.equal(torch.rand(2), drawn), "nobody else's draws are touched"
     assert SAMPLES <= len(rows) <= MOST * SAMPLES and len({row.token_ids for row in rows}) > SAMPLES // 2
     assert sum(len(row.token_ids) for row in rows) >= SAMPLES * TOKENS
-    assert background_rows(loaded) == rows
+    assert own_rows(loaded) == rows
     other_end = tiny_tokenizer()
     other_end.eos_token = other_end.convert_ids_to_tokens(300)
     for changed in (turned_faster(loaded), replace(loaded, tokenizer=other_end)):
-        assert changed.fingerprint == loaded.fingerprint and background_rows(changed) != rows
+        assert changed.fingerprint == loaded.fingerprint and own_rows(changed) != rows
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     monkeypatch.setattr(loaded.model.generation_config, "repetition_penalty", 1.5)  # as many models ship
-    assert background_rows(loaded) == rows
+    assert own_rows(loaded) == rows
     assert all(text.endswith(".") for text in prefix_texts(loaded, rows))
 
 
@@ -282,7 +283,7 @@ def test_what_the_model_writes_has_no_padding_and_begins_in_many_ways(ends, load
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     likely = [loaded.tokenizer.eos_token_id, *range(100, 180)] if ends == "soon" else [10**6]
     monkeypatch.setattr(background, "end_tokens", lambda loaded: likely)
-    texts = [row.token_ids for row in background_rows(loaded)]
+    texts = [row.token_ids for row in own_rows(loaded)]
     ended = [text for text in texts if text[-1] in likely]
     assert not any(set(text[1:-1]) & set(likely) for text in texts), "nothing behind an end"
     assert all(len(text) == TOKENS for text in texts if text not in ended)
@@ -292,6 +293,20 @@ def test_what_the_model_writes_has_no_padding_and_begins_in_many_ways(ends, load
         assert SAMPLES < len(texts) == len(ended) <= MOST * SAMPLES
     else:
         assert len(texts) == SAMPLES and not ended
+
+
+def test_background_is_half_the_models_own_and_passages_of_many_kinds_that_it_can_read(loaded):
+    rows = background_rows(loaded)
+    own = own_rows(loaded)
+    passages = rows[len(own) :]
+    assert rows[: len(own)] == own and len(passages) == len(set(passages)) == PASSAGES
+    text = (DATA_FOLDER / "passages.txt").read_text(encoding="utf-8")
+    places = [text.find(loaded.tokenizer.decode(row.token_ids[1:-1]).strip()) for row in passages]
+    found = [place for place in places if place >= 0]  # a window may begin or end within a character
+    assert len(found) > 0.8 * PASSAGES and found == sorted(found)
+    assert found[0] < 0.05 * len(text) and found[-1] > 0.9 * len(text)
+    short = tiny_loaded("llama", max_position_embeddings=40)
+    assert max(len(row.token_ids) for row in background_rows(short)) <= 40
 
 
 def test_curvature_is_read_back_from_its_file(loaded, requests, tmp_path, monkeypatch):

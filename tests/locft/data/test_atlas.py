@@ -148,3 +148,23 @@ def test_loads_without_findings():
     assert edits.findings.already_true == 0
     assert edits.findings.repeated_subjects == 0
     assert edits.findings.reachable == 1.0
+
+
+def test_the_passages_state_nothing_that_is_edited_or_asked():
+    """Curvature is measured on them, so that an edit of what they state would be held back."""
+    text = (FILE.parent / "passages.txt").read_text(encoding="utf-8")
+    asked = [
+        prompt for record in RECORDS for prompt in (*prompts(record), *(one["prompt"] for one in record["locality"]))
+    ]
+    assert not [prompt for prompt in asked if prompt in text]
+    for sentence in re.split(r"(?<=[.?!])\s+|\n", text):
+        stated = {subject.casefold() for subject in EDITED.findall(sentence)}
+        assert not [r for r in RECORDS if r["subject"].casefold() in stated and r["ground_truth"] in sentence], sentence
+
+
+def test_the_passages_are_other_text_than_drift_is_measured_on():
+    def runs(name):
+        told = words((FILE.parent / name).read_text(encoding="utf-8"))
+        return {tuple(told[at : at + 6]) for at in range(len(told) - 5)}
+
+    assert not runs("passages.txt") & runs("prose.txt")

@@ -8,7 +8,7 @@ import torch
 from locft.model.positions import TuningPosition
 from locft.train.examples import TrainingExamples
 from locft.train.methods import HELD_BACK, MethodSettings
-from locft.train.objective import mean_loss
+from locft.train.objective import edit_losses, mean_loss
 from locft.train.pipelines import Beside, Earlier, TrainingSettings, finetune
 from locft.train.reference import full_forward
 from tests.tiny import EDITS, edit_rows
@@ -48,6 +48,21 @@ def test_each_arrival_ends_when_its_edits_are_learnt(loaded, rows):
     assert max(training.losses) < EASY["stop_below"]
     assert training.steps < 200 * len(rows)
     assert [len(trained(loaded, rows, arrival=size, epochs=1).losses) for size in (1, 4, 6)] == [6, 2, 1]
+
+
+@pytest.mark.parametrize("rest_below", [0.0, 1.5])
+@pytest.mark.parametrize("pipeline", ["stream", "breadth_first", "depth_first"])
+def test_few_edits_are_trained_until_they_are_learnt_in_all_formats(loaded, pipeline, rest_below):
+    """An epoch draws one format for each edit, so the loss of one epoch may be that of a single format."""
+    forms = edit_rows(
+        loaded, [(wording, "Mars") for wording in ("Largest planet:", "Q: largest? A:", "Tell me: largest?")]
+    )
+    for seed in range(4):
+        settings = replace(SETTINGS, pipeline=pipeline, epochs=300, seed=seed, rest_below=rest_below, **EASY)
+        training = finetune(loaded, TrainingExamples(forms[:1], (forms,)), POSITION, settings)
+        weights = training.delta.weights(loaded.model)
+        losses = edit_losses(full_forward(loaded.model, weights), forms, "edit")
+        assert float(losses.mean()) < EASY["stop_below"], f"{losses} after {training.steps} steps"
 
 
 def test_replay_keeps_what_came_first(loaded, rows):
