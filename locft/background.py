@@ -12,6 +12,7 @@ import logging
 import math
 import random
 from collections.abc import Collection, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from locft.cache import content_key, made_once
 from locft.data.capability_item import spread
-from locft.data.suites import DATA_FOLDER
 from locft.errors import InputError
 from locft.measure.generation import ONE_BY_ONE, drawn_tokens, end_tokens, with_settings
 from locft.model.models import LoadedModel, computed_with
@@ -46,7 +46,7 @@ VERSION = 6
 
 def background_rows(loaded: LoadedModel) -> tuple[TokenRow, ...]:
     """What the model writes, then the passages, in rows of up to `TOKENS` tokens. Always the same on one machine."""
-    text = (DATA_FOLDER / "passages.txt").read_text(encoding="utf-8")
+    text = files("locft.data").joinpath("passages.txt").read_text(encoding="utf-8")
     size = min(TOKENS, longest_text(loaded))
     return (*own_rows(loaded), *spread(text_windows(loaded.tokenizer, [text], size), PASSAGES))
 
