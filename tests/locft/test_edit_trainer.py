@@ -295,7 +295,7 @@ def test_what_the_model_writes_has_no_padding_and_begins_in_many_ways(ends, load
         assert len(texts) == SAMPLES and not ended
 
 
-def test_background_is_half_the_models_own_and_passages_of_many_kinds_that_it_can_read(loaded):
+def test_background_is_the_models_own_text_and_the_passages_as_long_as_it_can_read(loaded):
     rows = background_rows(loaded)
     own = own_rows(loaded)
     passages = rows[len(own) :]
