@@ -58,8 +58,6 @@ class TrainingSettings(MethodSettings):
     """stream: number of earlier edits drawn for each step. Their loss is added to that of the new ones."""
     momentum: Literal["fresh", "kept"] = "fresh"
     """stream: whether the optimiser starts from scratch at each arrival or keeps its state."""
-    batch_size: int = 32
-    """Edits per optimiser step."""
     epochs: int = 25
     """Maximum number of epochs (breadth_first) or of steps per batch (depth_first)."""
     loss_average: LossAverage = "edit"

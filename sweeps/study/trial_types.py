@@ -20,7 +20,7 @@ from locft.train.formats import UNSEEN, parse_formats
 
 METHOD_VERSION = 1
 """Raised whenever the same configuration would give another result, so that old results are not taken for new ones."""
-METHOD_VERSIONS = {"natural_gradient": 5, "low_curvature": 4}
+METHOD_VERSIONS = {"natural_gradient": 6, "low_curvature": 4}
 """The same for single values of the axis `method`, if only their results changed."""
 BACKGROUND_VERSION = 3
 """The lowest version of trials that put background text before prompts, use it as guards or train the model on it."""

@@ -30,6 +30,8 @@ class MethodSettings:
     """lora, adalora: the change is scaled by alpha / rank (adalora: the rank it starts with)."""
     norm_bound: float = 5e-4
     """norm_bounded: largest change of a single weight; depth_first: by each batch; stream with fresh momentum: by each arrival."""
+    batch_size: int = 32
+    """Edits per optimiser step."""
     precision: str = "float32"
     """The dtype that training computes in: float32 or bfloat16. The trained weights are always float32, and the full
     forward computes in the model's own dtype."""

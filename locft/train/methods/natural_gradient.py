@@ -19,8 +19,9 @@ from locft.train.methods.method import Loss, MethodSettings, Parameter
 DAMPING = 0.5
 """Share of the median of a factor's diagonal that is added to each of its eigenvalues: it sets how far directions that prose
 hardly uses are trusted to be free."""
-MOST_DRIFT = 0.01
-"""Maximum predicted drift of a single step, in nats: where the loss hardly depends on the weights, the forecast says nothing."""
+MOST_DRIFT = 1e-4
+"""Maximum predicted drift of a single step, in nats per edit of a batch: where the loss hardly depends on the weights, the
+forecast says nothing. The drift that a step needs grows with the edits that it teaches."""
 LEAST_SLOPE = 1e-30
 """Floor on the slope, for a loss that depends on no weight."""
 
@@ -46,7 +47,8 @@ class NaturalGradient(LowCurvature):
         turned = [self.inverse[name].gradient(own) for name, own in zip(self.base, gradients, strict=True)]
         slopes = [(own * one).sum().double() for own, one in zip(gradients, turned, strict=True)]
         slope = torch.stack(slopes).sum().clamp(min=LEAST_SLOPE)
-        length = torch.minimum((loss + beside) / slope, (2 * MOST_DRIFT / slope).sqrt())
+        most = MOST_DRIFT * self.settings.batch_size
+        length = torch.minimum((loss + beside) / slope, (2 * most / slope).sqrt())
         price = self.price(loss)
         for (name, weight), one in zip(self.weights.items(), turned, strict=True):
             weight.grad = one.add_(price * self.drift_gradient(name)).mul_(length)

@@ -204,7 +204,7 @@ def test_a_method_with_other_results_than_before_has_trials_of_its_own():
     }
     space = {"method": ["full", "natural_gradient"], "prefix_share": [0, 0.5], "guard": ["none", "prose"]}
     trials = make_plan(make_study(space), FACTS).trials
-    assert {trial.method_version for trial in trials if trial.method == "natural_gradient"} == {5}
+    assert {trial.method_version for trial in trials if trial.method == "natural_gradient"} == {6}
     plain = {(trial.prefix_share, trial.guard): trial.method_version for trial in trials if trial.method == "full"}
     assert plain == {(0, "none"): 1, (0, "prose"): 3, (0.5, "none"): 3, (0.5, "prose"): 3}
 
@@ -215,7 +215,7 @@ def test_a_method_with_other_results_than_before_has_trials_of_its_own():
         ({"guard": "same_relation"}, 2),
         ({"guard": "locality_like", "prefix_share": 0.5}, 4),
         ({"further_steps": 10}, 3),
-        ({"shrink": "yes", "method": "natural_gradient"}, 6),
+        ({"shrink": "yes", "method": "natural_gradient"}, 7),
         ({"method": "adalora", "pipeline": "stream"}, 2),
         ({"method": "adalora", "pipeline": "breadth_first"}, 1),
         ({"method": "full", "pipeline": "stream"}, 1),
