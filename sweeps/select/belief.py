@@ -30,6 +30,9 @@ GENERALIZATION_MARGIN = 0.03
 """Of generalization, that is worth another run."""
 DRAWN = ("reliability", "generalization", "change", "change_high", "drift", "cost")
 """Fields of `Evidence` that have a row for each draw."""
+USUAL_DRIFT = {"natural_gradient": 0.01}
+"""Method -> nats per token by which its edits usually drift, where that is not the centre of `SCALES`: expected until a run
+tells more. Where all drift little, what decides is how well positions generalize."""
 CAPABILITY_ERROR = 0.02
 """Half the interval of a change of capability that was not measured."""
 Effect = tuple[float, float]
@@ -87,11 +90,14 @@ class Chances:
     rule, drifts more by more than `DRIFT_MARGIN`, or generalizes less by more than `GENERALIZATION_MARGIN`."""
 
 
-def chances(places: Sequence[Place]) -> Chances:
-    """What each place may turn out to be, by draws of what all of them may measure, on 100 edits."""
+def chances(places: Sequence[Place], method: str = "") -> Chances:
+    """What each place may turn out to be, by draws of what all of them may measure, on 100 edits. method: that all train with."""
     rng = np.random.default_rng(0)
     beforehand = features(places)
-    drawn = {metric: _draws(metric, places, beforehand, rng) for metric in SCALES}
+    scales = dict(SCALES)
+    if method in USUAL_DRIFT:
+        scales["drift_kl"] = replace(scales["drift_kl"], centre=math.log(USUAL_DRIFT[method]))
+    drawn = {metric: _draws(metric, scale, places, beforehand, rng) for metric, scale in scales.items()}
     drift, generalization, reliability, change = drawn.values()
     cost, size = np.array([place.cost for place in places]), len(places)
     barred = np.array([_barred(place) for place in places])
@@ -137,10 +143,12 @@ def _barred(place: Place) -> bool:
     return place.measured is not None and math.isnan(place.measured["reliability"])
 
 
-def _draws(metric: str, places: Sequence[Place], beforehand: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _draws(
+    metric: str, scale: Scale, places: Sequence[Place], beforehand: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """(S, C): what the places may measure. NaN everywhere for a metric that the runs so far do not have. beforehand: the
     `features` of the places."""
-    scale, log = SCALES[metric], metric == "drift_kl"
+    log = metric == "drift_kl"
     values = np.array([place.measured[metric] if place.measured else math.nan for place in places])
     known = np.flatnonzero(np.isfinite(values))
     if not len(known) and any(place.measured and not _barred(place) for place in places):

@@ -114,6 +114,8 @@ class SelectionTask:
     """The learning rate that a position starts with."""
     budget: float
     """Seconds of one worker that all runs together may cost."""
+    method: str = ""
+    """Value of the axis `method`, the same for all runs; "" if nothing is known of it."""
     concurrent: int = 1
     """Runs at a time."""
     timed: bool = False
@@ -209,7 +211,7 @@ def expectations(task: SelectionTask, scores: Scores) -> Chances:
         metrics = {name: _mean(known[run], name) for name in SCALES} if run in known else None
         depth = candidate.layer / max(1, task.layers - 1)
         places.append(Place(depth, candidate.module, candidate.disturbance, task.seconds(run), metrics))
-    return chances(places)
+    return chances(places, task.method)
 
 
 def chance_elsewhere(task: SelectionTask, scores: Scores, expected: Chances | None = None) -> float:

@@ -116,6 +116,7 @@ def _select(
         expected_seconds,
         request.start_rate,
         budget=left * concurrent * BUSY if share is None else share * grid,
+        method=request.fixed["method"],
         concurrent=concurrent,
         timed=share is None,
         compared_on=request.compared_on,

@@ -62,8 +62,9 @@ BINS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)
 class World:
     """Some positions of a table, in which policies run."""
 
-    def __init__(self, rows: pd.DataFrame, probe: pd.DataFrame, equal_costs: bool = False):
-        """rows: of full runs. probe: one draw. Only positions of both are there."""
+    def __init__(self, rows: pd.DataFrame, probe: pd.DataFrame, equal_costs: bool = False, method: str = ""):
+        """rows: of full runs. probe: one draw. Only positions of both are there. method: of the runs, "" if nothing is known."""
+        self.method = method
         rows = probe[["layer", "module", "disturbance", "gain"]].merge(rows, on=["layer", "module"])
         rows = rows.assign(status="done")
         rows["trial_id"] = [f"{r.layer}.{r.module} rate {r.learning_rate:g} seed {r.seed}" for r in rows.itertuples()]
@@ -112,6 +113,7 @@ class World:
             self.seconds,
             lambda candidate: self.rates[candidate.layer, candidate.module],
             share * self.grid,
+            method=self.method,
             concurrent=2,
             other_rate=False,
             seed=seed,
@@ -134,12 +136,13 @@ def worlds(
     """One for each replay of a table. every, modules: take every nth layer only, and these modules; all without."""
     rows, draws = read_table(name)
     rows = rows[(rows.layer % every == 0) & rows.module.isin(modules or rows.module.unique())]
+    method = "natural_gradient" if name.endswith("-natural") else ""
     if len(draws) > 1:
-        made = [World(rows, draw, equal_costs) for draw in draws[:seeds]]
+        made = [World(rows, draw, equal_costs, method) for draw in draws[:seeds]]
         return [made[seed % len(made)] for seed in range(seeds)]
     places = draws[0].merge(rows[["layer", "module"]].drop_duplicates())
     drawn = (places.sample(frac=KEPT, random_state=seed) for seed in range(seeds))
-    return [World(rows, some, equal_costs) for some in drawn]
+    return [World(rows, some, equal_costs, method) for some in drawn]
 
 
 def effects(name: str) -> dict[str, np.ndarray]:
