@@ -291,7 +291,7 @@ def diagram(found: pd.DataFrame) -> go.Figure:
         y=came,
         error_y={"array": ends[:, 1] - came, "arrayminus": came - ends[:, 0], "thickness": 1.5},
         mode="lines+markers+text",
-        text=[f"{count} replays" for count in table["replays"]],
+        text=[str(count) for count in table["replays"]],
         textposition="bottom right",
         marker={"size": 10, "color": ACCENT},
         name=f"came true (Brier score {brier:.3f}, of the base rate {base:.3f})",
@@ -299,7 +299,7 @@ def diagram(found: pd.DataFrame) -> go.Figure:
     drawn.update_layout(width=620, margin={"l": 10, "r": 10, "t": 40, "b": 60})
     shares = {"tickformat": ".0%", "range": [-0.02, 1.02]}
     drawn.update_xaxes(title="stated chance that a position not run is clearly better", **shares)
-    drawn.update_yaxes(title="share of the replays", gridcolor=GRID, **shares)
+    drawn.update_yaxes(title="share of the replays, with their number", gridcolor=GRID, **shares)
     return drawn
 
 
