@@ -126,9 +126,7 @@ def _select(
     )
     search = PolicySearch(policy, task, request.config, score, tell)
     ending = session.run_trials(search, baseline, reporter, deadline, some_done=bool(task.known))
-    results = tracker.load_results()
-    own = [request.run(config_of_row(row)) is not None for row in results.to_dict("records")]
-    results = results[pd.Series(own, dtype=bool)].reset_index(drop=True)
+    results = _of_request(request, tracker.load_results())
     over = finished(results)
     found = Selection(
         request,
@@ -147,6 +145,12 @@ def _select(
             f"the leader's run with all edits {found.all_edits_ended}; the answer's figures are of the sample"
         )
     return found
+
+
+def _of_request(request: SelectionRequest, results: pd.DataFrame) -> pd.DataFrame:
+    """The trials that are runs of the request."""
+    own = [request.run(config_of_row(row)) is not None for row in results.to_dict("records")]
+    return results[pd.Series(own, dtype=bool)].reset_index(drop=True)
 
 
 def _really(task: SelectionTask, scores: Scores) -> float:

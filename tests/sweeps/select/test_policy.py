@@ -370,8 +370,8 @@ def test_a_full_table_has_every_position_before_its_front_is_known():
     assert front.name == "front" and {run.seed for run in front.runs} == {1}
 
 
-def test_where_edits_drift_little_a_run_that_generalizes_badly_is_worth_less():
-    """Late layers usually generalize better. They count more, the less drift there is to lose."""
+def test_where_edits_usually_drift_little_late_layers_count_more():
+    """They usually generalize better, and there is little drift to lose."""
     places = [Place(depth, "mlp", 1.0 + depth, 10.0) for depth in (0.1, 0.3, 0.6, 0.9)]
     assert chances(places, "natural_gradient").pick[3] > chances(places, "full").pick[3]
     assert (chances(places, "full").pick == chances(places).pick).all()
