@@ -43,11 +43,11 @@ class HowFound:
     facts: tuple[tuple[str, str], ...]
     """(name, value) of what was asked and what it cost, such as ("Budget", "40 minutes"); shown after those of the study."""
     probe: tuple[tuple[int, str, float], ...]
-    """(layer, module, disturbance) of every position; a low disturbance is good."""
+    """(layer, module, disturbance) of every position, if there was a probe; a low disturbance is good."""
     rungs: tuple[tuple[str, str, Sequence[Mapping[str, Any]]], ...]
     """(name, why, runs) of each group started together: why is a sentence, a run has trial_id, position, learning_rate, seed."""
     unmeasured: str | None = None
-    """Where no run finished in time: what the probe alone recommends, in sentences."""
+    """Where no run finished in time: the best guess, in sentences."""
 
 
 def render_report(

@@ -31,8 +31,8 @@ class SelectionAnswer:
     """What a selection says."""
 
     position: dict[str, Any] | None
-    """Content of the position file; None when there is nothing to recommend. Without any finished run it comes from the
-    probe alone (`predicted` is empty)."""
+    """Content of the position file; None when there is nothing to recommend. Without any finished run it is a
+    guess (`predicted` is empty)."""
     html: str
     """The report."""
     command: str
@@ -86,15 +86,15 @@ def _record(selection: Selection, tracker: Tracker, content: dict[str, Any] | No
 def _position(selection: Selection) -> dict[str, Any] | None:
     """The content of the position file.
 
-    If time ran out before any run finished, it is the probe's best position; None if runs failed or were interrupted.
+    If time ran out before any run finished, it is the best guess; None if runs failed or were interrupted.
     """
     request, facts = selection.request, selection.request.facts
     ranking = selection.ranking.to_dict("records")
     if ranking:
         run = _run_of(ranking[0])
     elif selection.ending == "out_of_time":
-        best = min(selection.candidates, key=lambda candidate: candidate.disturbance)
-        run = Run(best.layer, best.module, request.start_rate(best))
+        guess = selection.best_guess
+        run = Run(guess.layer, guess.module, request.start_rate(guess))
     else:
         return None
     config = request.config(run)
@@ -178,16 +178,13 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
     cost = f"{plural(selection.done, 'run')} in {seconds(selection.wall_seconds)}, {spent} of the full grid's cost"
     run = {(row["layer"], row["module"]) for row in done(selection.results).to_dict("records")}
     not_run, chance = len(selection.candidates) - len(run), percent(selection.chance_elsewhere)
-    rate_set = ", and sets each position's learning rate" if request.has_rate else ""
     rate_tried = " and a run at another rate: half, or double if it learnt too little" if request.has_rate else ""
     unmeasured = None
     if content and not content["predicted"]:
         unmeasured = f"Edit {with_rate(content['position'], content['settings'])}, {UNMEASURED}."
     return HowFound(
         how=(
-            f"The probe computes gradients of the unedited model on some edits and some prose. It ranks all {positions} by"
-            f" how much training there would disturb the model{rate_set}. As in earlier models, late layers are expected to"
-            " drift less and generalize more, and attention to drift more. The first two runs are at different depths."
+            f"{_beforehand(request, positions)} The first two runs are at different depths."
             " Positions behave like their neighbours in depth and like others with the same module, so every run also says"
             " something about positions that were not run, and about how far the expectations hold. The next runs are always"
             " those with the best chance, for their cost, of being the pick or on the front. Some of the budget is kept for a"
@@ -201,9 +198,20 @@ def _how_found(selection: Selection, content: dict[str, Any] | None, position_fi
             *_sample_fact(selection),
             ("Method", f"{METHOD}, seed {request.seed}"),
         ),
-        probe=tuple((c.layer, c.module, c.disturbance) for c in selection.candidates),
+        probe=tuple((c.layer, c.module, c.disturbance) for c in selection.candidates) if request.has_rate else (),
         rungs=tuple((rung.name, rung.why, [_run(request, run) for run in rung.runs]) for rung in selection.rungs),
         unmeasured=unmeasured,
+    )
+
+
+def _beforehand(request: SelectionRequest, positions: str) -> str:
+    """What is expected before anything is run, in sentences."""
+    if not request.has_rate:
+        return "As in earlier models, late layers are expected to generalize more."
+    return (
+        f"The probe computes gradients of the unedited model on some edits and some prose. It ranks all {positions} by how much"
+        " training there would disturb the model, and sets each position's learning rate. As in earlier models, late layers are"
+        " expected to drift less and generalize more, and attention to drift more."
     )
 
 

@@ -3,10 +3,10 @@
 Legend: C candidates, S draws.
 
 Each metric is a Gaussian process (Rasmussen and Williams, 2006, chapter 2) over relative depth and kind of module, and on
-three things known beforehand: the probe's log disturbance, lying in the last third of the layers, and training attention. What
-these do was much the same in the tables of two models (docs/measurements.md, "Selection"): it is what is expected of a new one,
-and every run corrects it. The scales are wide, and nothing is fitted to the model at hand. A position that was measured is
-what was measured.
+three things known beforehand: the probe's log disturbance, if there was a probe, lying in the last third of the layers, and
+training attention. What these do was much the same in the tables of two models (docs/measurements.md, "Selection"): it is what
+is expected of a new one, and every run corrects it. Nothing is fitted to the model at hand. A position that was measured is what
+was measured.
 """
 
 import math
@@ -30,9 +30,6 @@ GENERALIZATION_MARGIN = 0.03
 """Of generalization, that is worth another run."""
 DRAWN = ("reliability", "generalization", "change", "change_high", "drift", "cost")
 """Fields of `Evidence` that have a row for each draw."""
-USUAL_DRIFT = {"natural_gradient": 0.01}
-"""Method -> nats per token by which its edits usually drift, where that is not the centre of `SCALES`: expected until a run
-tells more. Where all drift little, what decides is how well positions generalize."""
 CAPABILITY_ERROR = 0.02
 """Half the interval of a change of capability that was not measured."""
 Effect = tuple[float, float]
@@ -57,10 +54,13 @@ class Scale:
 
 SCALES = {
     "drift_kl": Scale(math.log(0.08), 2.0, 0.6, 0.5, 0.25, ((0.5, 0.3), (-0.6, 0.6), (0.8, 0.4))),  # of its logarithm
-    "generalization": Scale(0.4, 0.5, 0.15, 0.12, 0.05, ((0.0, 0.05), (0.2, 0.1), (0.05, 0.1))),
+    "generalization": Scale(0.4, 0.5, 0.12, 0.05, 0.05, ((0.0, 0.05), (0.2, 0.1), (0.05, 0.1))),
     "reliability": Scale(1.1, 0.15, 0.1, 0.1, 0.03),  # most positions learn all, so what is above 1 counts as 1
     "capability_change": Scale(0.0, 0.05, 0.02, 0.01, 0.008),
 }
+DRIFT = {"natural_gradient": Scale(math.log(0.01), 2.0, 0.6, 0.5, 0.25)}
+"""Method -> the scale of the logarithm of its drift, where that of `SCALES`, which is Adam's, does not fit. Natural gradients
+drift little, and nothing known beforehand tells where."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Place:
     """Relative: 0 for the first layer, 1 for the last."""
     module: str
     disturbance: float
+    """As the probe has it; infinite if it is not known, or if the position cannot learn."""
     cost: float
     """In seconds."""
     measured: dict[str, float] | None = None
@@ -94,9 +95,7 @@ def chances(places: Sequence[Place], method: str = "") -> Chances:
     """What each place may turn out to be, by draws of what all of them may measure, on 100 edits. method: that all train with."""
     rng = np.random.default_rng(0)
     beforehand = features(places)
-    scales = dict(SCALES)
-    if method in USUAL_DRIFT:
-        scales["drift_kl"] = replace(scales["drift_kl"], centre=math.log(USUAL_DRIFT[method]))
+    scales = SCALES | {"drift_kl": DRIFT.get(method, SCALES["drift_kl"])}
     drawn = {metric: _draws(metric, scale, places, beforehand, rng) for metric, scale in scales.items()}
     drift, generalization, reliability, change = drawn.values()
     cost, size = np.array([place.cost for place in places]), len(places)
@@ -195,7 +194,8 @@ def features(places: Sequence[Place]) -> np.ndarray:
 
 
 def standardised(disturbances: Sequence[float]) -> np.ndarray:
-    """Logarithms with mean 0 and standard deviation 1. A position that cannot learn is taken for the worst."""
+    """Logarithms with mean 0 and standard deviation 1. A position that cannot learn is taken for the worst; all are 0 if none is
+    known."""
     given = np.array(disturbances)
     usable = np.isfinite(given) & (given > 0)
     if not usable.any():

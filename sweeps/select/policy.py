@@ -1,8 +1,8 @@
 """The survey: which positions to run when only a share of the grid can be paid for.
 
-Before anything runs, the probe's order and what earlier models showed is all that is known. Each run then tells something of
-its position, its neighbours and its kind of module, and of how far the probe can be trusted on this model
-(`sweeps.select.belief`). The next runs are those most likely to matter for what they cost. `tests/benchmarks/replay.py`
+Before anything runs, what earlier models showed is all that is known, and where the method needs a probe, its order. Each run
+then tells something of its position, its neighbours and its kind of module, and of how far the probe can be trusted on this
+model (`sweeps.select.belief`). The next runs are those most likely to matter for what they cost. `tests/benchmarks/replay.py`
 compares this with other policies.
 
 A policy is a generator: it yields rungs of runs and is sent the scores of all runs so far, those that are still running
@@ -87,13 +87,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A position and what the probe says about it (`locft.probe`)."""
+    """A position and what the probe says about it (`locft.probe`), if there was one."""
 
     layer: int
     module: str
-    disturbance: float
+    disturbance: float = math.inf
     """How much of the model an edit here would disturb; low is good."""
-    gain: float
+    gain: float = 0.0
     """How much one step learns here; the learning rate is proportional to its inverse."""
 
     @property
@@ -201,6 +201,11 @@ def all_over(scores: Scores) -> Generator[None, Scores, Scores]:
     while running(scores):
         scores = yield None
     return scores
+
+
+def best_guess(task: SelectionTask) -> Candidate:
+    """The position that is the most likely pick before anything was run."""
+    return task.candidates[int(expectations(task, {}).pick.argmax())]
 
 
 def expectations(task: SelectionTask, scores: Scores) -> Chances:

@@ -17,7 +17,7 @@ from locft.train.formats import RAW
 from sweeps.study.schema import Formats, Text, read_by, read_value, show
 
 FORMAT = "locft-position/1"
-UNMEASURED = "chosen by the probe alone: the budget ended before any run finished, so nothing was measured there"
+UNMEASURED = "the best guess from other models: the budget ended before any run finished, so nothing was measured there"
 """How a position without predicted metrics was found."""
 SETTINGS = tuple(axis.name for axis in AXES if axis.trained)
 """What the file repeats of a trial's configuration besides the position: the fields of `TrainingSettings`."""

@@ -107,6 +107,8 @@ class Selection:
     baseline: dict[str, float]
     """Metrics of the unedited model."""
     candidates: tuple[Candidate, ...]
+    best_guess: Candidate
+    """The most likely pick before anything was run."""
     rungs: tuple[Rung, ...]
     """Of this call, in order."""
     ending: Ending

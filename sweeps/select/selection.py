@@ -1,7 +1,8 @@
 """Auto-selection: find the position to edit in a model that nobody has swept, within a budget.
 
-The probe orders all positions, the survey runs some of them, and the rule of the pick ranks what was measured. All trials
-are runs of one MLflow study, so the same command resumes, and nothing runs twice.
+The survey runs some of all positions, and the rule of the pick ranks what was measured. A method that takes a learning rate
+gets it from a probe of all positions. All trials are runs of one MLflow study, so the same command resumes, and nothing runs
+twice.
 """
 
 import json
@@ -34,6 +35,7 @@ from sweeps.select.policy import (
     Score,
     Scores,
     SelectionTask,
+    best_guess,
     budget_left,
     chance_elsewhere,
     slowness,
@@ -73,7 +75,7 @@ def run_selection(
     reporter: SelectionReporter,
     policy: Policy = survey,
 ) -> Iterator[tuple[Selection, Tracker]]:
-    """Probe the positions and run those that the policy asks for; every trial is recorded in MLflow. Repeating the call resumes.
+    """Run the positions that the policy asks for; every trial is recorded in MLflow. Repeating the call resumes.
 
     The study's run stays open while the `with` block runs, so that `sweeps.select.answer.conclude` can write the answer
     into it. Raises InputError before anything is written when the store or the cluster cannot be used.
@@ -133,6 +135,7 @@ def _select(
         results,
         baseline.metrics,
         candidates,
+        best_guess(task),
         tuple(search.rungs),
         ending,
         chance_elsewhere(task, over),
@@ -226,14 +229,17 @@ class PolicySearch:
 def _prepared(
     request: SelectionRequest, tracker: Tracker, note: Callable[[str], None]
 ) -> tuple[tuple[Candidate, ...], Baseline]:
-    """The probe's scores and the unedited model's measurements: read from the study's run, or else made on workers."""
+    """The positions, with the probe's scores if the method takes a learning rate, and the unedited model's measurements: read
+    from the study's run, or else made on workers."""
     baseline_file = f"baseline-{request.facts.data_fingerprint}.json"
     works: dict[str, tuple[str, Callable[[], Any]]] = {
         baseline_file: ("measuring the unedited model", partial(measure_baseline, request.inputs)),
-        PROBE_FILE: ("probing every position", partial(_probe, request.inputs, request.positions, request.seed)),
     }
+    if request.has_rate:
+        probe = partial(probe_scores, request.inputs, request.positions, request.seed)
+        works[PROBE_FILE] = "probing every position", probe
     found = {name: json.loads(text) for name in works if (text := tracker.read_file(name)) is not None}
-    if not _candidates(request, found.get(PROBE_FILE)):
+    if not _probed(request, found.get(PROBE_FILE)):
         found.pop(PROBE_FILE, None)
     if missing := [name for name in works if name not in found]:
         note(", and ".join(works[name][0] for name in missing))
@@ -242,10 +248,11 @@ def _prepared(
             text = json.dumps(value, default=Baseline.to_dict)
             tracker.write_file(name, text)
             found[name] = json.loads(text)
-    return _candidates(request, found[PROBE_FILE]), Baseline.from_dict(found[baseline_file])
+    probed, unprobed = _probed(request, found.get(PROBE_FILE)), tuple(Candidate(*place) for place in request.positions)
+    return probed or unprobed, Baseline.from_dict(found[baseline_file])
 
 
-def _candidates(request: SelectionRequest, probed: Any) -> tuple[Candidate, ...]:
+def _probed(request: SelectionRequest, probed: Any) -> tuple[Candidate, ...]:
     """The planned positions in their order. probed: content of the probe's file; where it has another version or seed, or
     lacks a position, there are none."""
     if not isinstance(probed, dict) or (probed["version"], probed["seed"]) != (PROBE_VERSION, request.seed):
@@ -254,7 +261,7 @@ def _candidates(request: SelectionRequest, probed: Any) -> tuple[Candidate, ...]
     return tuple(found[place] for place in request.positions) if found.keys() >= {*request.positions} else ()
 
 
-def _probe(inputs: PreparedStudy, positions: Sequence[tuple[int, str]], seed: int) -> dict[str, Any]:
+def probe_scores(inputs: PreparedStudy, positions: Sequence[tuple[int, str]], seed: int) -> dict[str, Any]:
     """On a worker: the content of the probe's file, with the fields of a `Candidate` for every position."""
     torch.set_num_threads(inputs.study.resources.cpus)
     loaded, prose_tokens = planned_model(inputs), inputs.study.capability.prose_tokens

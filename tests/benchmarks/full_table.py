@@ -3,14 +3,14 @@
     python tests/benchmarks/full_table.py MODEL --edits counterfact.json --name smollm2-counterfact --every 2 \\
         --modules mlp_down,mlp,attn [--limit 40] [--set KEY=VALUE ...]
 
-Everything is as `locft select` would do it (recipe, probe, rate of every position), but for the budget. One seed everywhere,
+Everything is as `locft select` would do it (recipe, rate of every position), but for the budget, and there always is a probe. One seed everywhere,
 a second one for what the first left on the front. Runs are kept in MLflow, so the same command goes on where it stopped;
 when it ends, or is interrupted, what is done goes to tables/NAME.csv, the probe's scores to tables/NAME.probe.csv.
 """
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import moocore
@@ -23,7 +23,7 @@ from locft.model.positions import n_layers
 from sweeps.commands.progress import Progress
 from sweeps.select.policy import Rung, Rungs, SelectionTask, all_over, first_run
 from sweeps.select.request import Selection, selection_request
-from sweeps.select.selection import run_selection
+from sweeps.select.selection import probe_scores, run_selection
 from sweeps.tracking.address import resolve_uri
 
 TABLES = Path(__file__).parent / "tables"
@@ -54,7 +54,9 @@ def scattered(layer: int) -> float:
 
 def write(name: str, found: Selection) -> None:
     rows = done(found.results).sort_values(["layer", "module", "seed"])
-    probe = pd.DataFrame([{"sample": 0, **asdict(candidate)} for candidate in found.candidates])
+    request = found.request
+    scores = probe_scores(request.inputs, request.positions, request.seed)["scores"]
+    probe = pd.DataFrame([{"sample": 0, **score} for score in scores])
     TABLES.mkdir(exist_ok=True)
     for table, end in ((rows[[column for column in COLUMNS if column in rows]], ""), (probe, ".probe")):
         partial = TABLES / f"{name}.partial"

@@ -35,13 +35,13 @@ class ReplayTask(SelectionTask):
     """What the compared policies are given besides."""
 
     seed: int = 0
+    probed: tuple[Candidate, ...]
+    """The candidates with the probe's scores, which the survey has only if the method takes a learning rate."""
 
 
 def unprobed(task: ReplayTask) -> Generator[Rung, Scores, None]:
-    """The survey, told a random order in the place of the probe's."""
-    order = random.Random(task.seed).sample(range(len(task.candidates)), len(task.candidates))
-    shuffled = (replace(c, disturbance=float(place)) for c, place in zip(task.candidates, order, strict=True))
-    return survey(replace(task, candidates=tuple(shuffled)))
+    """The survey without the probe's scores."""
+    return survey(replace(task, candidates=tuple(Candidate(c.layer, c.module) for c in task.candidates)))
 
 
 def proportional(task: SelectionTask) -> Generator[Rung, Scores, None]:
@@ -55,9 +55,9 @@ def late(task: SelectionTask) -> Generator[Rung, Scores, None]:
     return full_runs(task, [nearest(task, LATE, "mlp_down")], "late", "the down projection of a late layer")
 
 
-def probe_alone(task: SelectionTask) -> Generator[Rung, Scores, None]:
+def probe_alone(task: ReplayTask) -> Generator[Rung, Scores, None]:
     """The probe's best positions, across all kinds of modules."""
-    order = sorted(task.candidates, key=lambda c: (c.disturbance, c.layer, c.module))
+    order = sorted(task.probed, key=lambda c: (c.disturbance, c.layer, c.module))
     return full_runs(task, order, "probe", "in the probe's order")
 
 

@@ -63,7 +63,8 @@ class World:
     """Some positions of a table, in which policies run."""
 
     def __init__(self, rows: pd.DataFrame, probe: pd.DataFrame, equal_costs: bool = False, method: str = ""):
-        """rows: of full runs. probe: one draw. Only positions of both are there. method: of the runs, "" if nothing is known."""
+        """rows: of full runs. probe: one draw. Only positions of both are there. method: of the runs, "" for those with Adam, whose
+        learning rate needs the probe."""
         self.method = method
         rows = probe[["layer", "module", "disturbance", "gain"]].merge(rows, on=["layer", "module"])
         rows = rows.assign(status="done")
@@ -108,7 +109,7 @@ class World:
 
     def task(self, share: float, seed: int) -> ReplayTask:
         return ReplayTask(
-            self.candidates,
+            tuple(Candidate(c.layer, c.module) for c in self.candidates) if self.method else self.candidates,
             self.layers,
             self.seconds,
             lambda candidate: self.rates[candidate.layer, candidate.module],
@@ -117,6 +118,7 @@ class World:
             concurrent=2,
             other_rate=False,
             seed=seed,
+            probed=self.candidates,
         )
 
     def best(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tests.sweeps.select.test_policy import World
 
 
 def task_of(world, share):
-    return ReplayTask(**vars(world.task(share)), seed=3)
+    return ReplayTask(**vars(world.task(share)), seed=3, probed=world.candidates)
 
 
 @pytest.mark.parametrize("name", POLICIES)

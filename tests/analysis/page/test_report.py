@@ -404,8 +404,8 @@ def test_a_selection_tells_how_it_found_its_answer():
     ):
         assert part in told, part
     assert told.count("diverged") == 1 and told.count("the pick") == 1 + 1, "in the caption and at the run"
-    nothing = page(results_frame([]), found=dataclasses.replace(found, unmeasured="Edit 3.mlp by the probe alone."))
-    assert "Edit 3.mlp by the probe alone." in nothing["Which position"]
+    nothing = page(results_frame([]), found=dataclasses.replace(found, unmeasured="Edit 3.mlp as a guess."))
+    assert "Edit 3.mlp as a guess." in nothing["Which position"]
 
 
 def test_a_comparison_has_both_studies_in_one_report():

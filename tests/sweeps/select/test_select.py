@@ -69,7 +69,7 @@ def test_a_selection_answers_runs_nothing_again_and_with_a_larger_budget_only_wh
     assert len(trials) == content["how"]["runs"] and all(run.info.status == "FINISHED" for run in trials)
     assert studies[0].data.tags["locft.pick.position"] == content["position"]
     kept = {item.path for item in client.list_artifacts(studies[0].info.run_id)}
-    assert {"position.json", "dashboard.html", "probe.json", "results.parquet"} <= kept
+    assert {"position.json", "dashboard.html", "results.parquet"} <= kept and "probe.json" not in kept
     name = client.search_registered_models()[0].name
     version = client.get_model_version_by_alias(name, "recommended")
     assert version.tags["locft.position"] == content["position"] and version.run_id == studies[0].info.run_id
@@ -161,14 +161,14 @@ def probed_here(monkeypatch):
     monkeypatch.setattr("sweeps.run.runner.run_trials", lambda *_, **__: "out_of_time")
 
 
-def test_without_time_for_any_run_the_probe_answers_and_says_so(
+def test_without_time_for_any_run_a_guess_is_given_and_told(
     selected, workplace, locft, tiny_folder, probed_here, few_probes
 ):
     said = selected("--budget-minutes", 0.001)
-    assert said.code == 0 and "chosen by the probe alone" in said.out
+    assert said.code == 0 and "the best guess from other models" in said.out
     content = json.loads((workplace / "select-tiny-atlas.json").read_text())
     assert content["predicted"] == {} and content["chance"] is None and content["measured_on"]["edits"] == 0
-    assert "chosen by the probe alone" in (workplace / "select-tiny-atlas.html").read_text()
+    assert "the best guess from other models" in (workplace / "select-tiny-atlas.html").read_text()
     options = ["--edits", "atlas", "--limit", "4", "--position", "select-tiny-atlas.json", "--out", "out", "--json"]
     edited = locft("edit", tiny_folder, *options)
     assert edited.code == 0 and edited.json["position"] == content["position"]
@@ -178,7 +178,8 @@ def test_positions_and_seed_of_another_call_are_not_those_of_this_one(selected, 
     """Of all positions that were probed, a call with the same seed takes its own; otherwise it probes anew."""
 
     def asked(*arguments):
-        said = selected("--budget-minutes", 0.001, "--json", *arguments)
+        with_rate = ("--set", "space.method=full")
+        said = selected("--budget-minutes", 0.001, "--json", *with_rate, *arguments)
         (total,) = re.findall(r"(\d+) positions; the chance", (workplace / "select-tiny-atlas.html").read_text())
         return said.json["position"]["position"], int(total), "probing every position" in said.err
 
