@@ -10,10 +10,12 @@ states, since one forward pass is cheaper than shipping gigabytes.
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ TOKENS_AT_ONCE = 2048
 """Tokens per forward pass when states are computed."""
 LIMIT_BYTES = int(os.environ.get("LOCFT_STATES_BYTES", 16 * 2**30))
 """Disk space for all stored states together. The least recently used are removed first."""
+SCRATCH_BYTES = 2**27
+"""States of a single training that take more than this are in a file."""
 KEPT_NEAR, NEAR_SHARE = 2, 0.1
 """Number of layers whose states are also kept on a GPU (a trial's and the last), and the share of its free memory for each."""
 
@@ -126,6 +130,23 @@ def boundary_states(
     return BoundaryStates(states, stride)
 
 
+def scratch(count: int, like: torch.Tensor, *, on_disk: bool) -> torch.Tensor:
+    """An empty tensor (count, D) for states of a single training, with the width D, dtype and device of `like`, (..., D).
+
+    If it is large and on a CPU, it is mapped from a file without a name, which goes when the tensor does: the operating system can
+    then drop its pages. on_disk: False keeps it in memory; so does a disk without enough space, with a warning.
+    """
+    shape, size = (count, like.shape[-1]), count * like.shape[-1] * like.element_size()
+    if on_disk and like.device.type == "cpu" and size > SCRATCH_BYTES:
+        try:
+            with tempfile.TemporaryFile(dir=cache_folder()) as file:
+                _reserve(file, size)
+                return torch.from_numpy(np.memmap(file, _STORED[like.dtype], "r+", shape=shape)).view(like.dtype)
+        except OSError as error:
+            _log.warning("%s: %s; keeping the states of a training in memory", cache_folder(), error.strerror or error)
+    return like.new_empty(shape)
+
+
 def _key(model: PreTrainedModel, fingerprint: str, tree: PrefixTree, limit: int) -> str:
     """Hash of everything that decides the bits of the states: weights, rows in their order, and what computes them."""
     rows = [row.token_ids for row in tree.rows]
@@ -167,10 +188,16 @@ def _file(folder: Path, layer: int) -> Path:
 def _empty(shape: tuple[int, int], dtype: torch.dtype, file: Path) -> np.memmap:
     """A mapped file with its space on disk reserved: writing to a page without space would kill the process."""
     array = np.lib.format.open_memmap(file, mode="w+", dtype=_STORED[dtype], shape=shape)
-    if hasattr(os, "posix_fallocate"):
-        with file.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    with file.open("r+b") as stream:
+        _reserve(stream, file.stat().st_size)
     return array
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Give an open file this many bytes of the disk. Raises OSError if there is no space."""
+    file.truncate(size)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _read(file: Path, shape: tuple[int, ...]) -> torch.Tensor:

@@ -10,13 +10,14 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from locft.engine.boundary_states import TOKENS_AT_ONCE, BoundaryStates, boundary_states
+from locft.engine.boundary_states import TOKENS_AT_ONCE, BoundaryStates, boundary_states, scratch
 from locft.engine.model_views import ModelViews, linear_change
 from locft.engine.packing import Pack, PrefixTree, pack_rows
 from locft.engine.tail import NoTailView, capture_boundary, require_only_states, supports_tail
@@ -194,7 +195,8 @@ class TailEngine:
                 tolerance = 1e-3 if views.dtype == torch.float32 else 5e-2
                 if added.shape != moved.shape or (moved - added)[inside].norm() > tolerance * added[inside].norm():
                     return None
-                found = after.new_empty(len(nodes), after.shape[-1]), inputs.new_empty(len(nodes), inputs.shape[-1])
+                kept = partial(scratch, len(nodes), on_disk=self.on_disk)
+                found = kept(after), kept(inputs)
             places = torch.from_numpy(np.searchsorted(nodes, pack.nodes[inside].numpy()))
             for states, here in zip(found, (after, inputs), strict=True):
                 states[places] = here[inside]

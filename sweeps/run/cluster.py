@@ -77,7 +77,7 @@ def _start(address: str | None) -> None:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except ray.exceptions.AuthenticationError as error:
         raise InputError(_no_cluster(address, f"there is no token; {TOKEN_HINT}")) from error
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except Exception as error:  # a node that is too busy to start in time is a bare one
         cause = one_line(error)
         if address is not None and isinstance(error, ConnectionError):  # something listens, but does not let us in
             cause += f", although something is listening there: is it Ray, of this version? If so, {TOKEN_HINT}"

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -296,6 +297,35 @@ def test_states_are_kept_in_memory_where_the_disk_is_full(tmp_path, monkeypatch,
     assert torch.equal(TailEngine(loaded, rows, [1]).states.layers[1], expected)
     assert "No space left on device; keeping hidden states in memory instead" in caplog.text
     assert not [*tmp_path.rglob("*.npy"), *tmp_path.rglob("*.partial")]
+
+
+def test_large_states_of_one_training_are_in_a_file_without_a_name(tmp_path, monkeypatch, caplog):
+    """And in memory where the disk is full. Training takes the same steps in all three cases."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded, rows, position = tiny_loaded("llama"), edit_rows(), TuningPosition(1, "mlp_down")
+
+    def trained(on_disk):
+        engine = TailEngine(loaded, rows, [1], on_disk=on_disk)
+        forward = engine.training_forward(position, rows, torch.float32)
+        return finetune(loaded, TrainingExamples.of_rows(rows), position, TrainingSettings(epochs=2), forward)
+
+    in_memory, before = trained(False), set(tmp_path.rglob("*"))
+    assert not before
+    monkeypatch.setattr(prefix, "SCRATCH_BYTES", 0)
+    opened, unnamed = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **given: opened.append(unnamed(**given)) or opened[-1])
+    on_disk, files = trained(True), [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(opened) == 2 and all(file.suffix in {".npy", ".lock"} for file in files), "nothing is left behind"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    without_space = trained(True)
+    assert len(opened) == 4 and "No space left on device; keeping the states of a training in memory" in caplog.text
+    for other in (on_disk, without_space):
+        assert other.losses == in_memory.losses
+        assert all(torch.equal(change, other.delta.tensors[name]) for name, change in in_memory.delta.tensors.items())
 
 
 def test_rows_whose_tokens_and_depths_are_alike_are_told_apart(tmp_path, monkeypatch):

@@ -25,6 +25,17 @@ def test_a_cluster_that_does_not_answer_is_told_within_seconds():
     assert time.monotonic() - began < 10
 
 
+def test_a_machine_too_busy_to_start_ray_is_told(monkeypatch):
+    def init(**_):
+        raise Exception("The current node timed out during startup.")  # as Ray has it
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(InputError, match="could not be started on this machine: .*The current node timed out"):
+        with ray_cluster(None, Resources()):
+            pytest.fail("there is no Ray")
+
+
 @pytest.mark.parametrize(
     ("resources", "have", "expected"),
     [
