@@ -18,7 +18,7 @@ from locft.cache import cache_folder, content_key, make_room
 from locft.errors import InputError
 from locft.model.checkpoint import opened, write_tensors
 
-VERSION = 8
+VERSION = 9
 """Version of the files. Raise it when the same training would take different steps or save different things."""
 EVERY_SECONDS = 120.0
 """Minimum time between two writes."""

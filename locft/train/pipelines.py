@@ -40,6 +40,8 @@ from locft.train.token_rows import Forward, SupervisedLogits, TokenRow
 Pipeline = Literal["breadth_first", "depth_first", "stream"]
 LONGEST_REST = 2
 """Maximum number of consecutive epochs that an edit is left out of."""
+REVIEWS, REVIEWED = 2, 20
+"""How often earlier edits are reviewed after an arrival of a stream that replays, and how many of them each time."""
 Watch = Callable[[int, Callable[[], EditDelta]], Any]
 """Called after each arrival of a stream, with the number of edits that have arrived and a function that makes their delta. Its
 return value (JSON-serialisable, None for nothing) is kept with the training."""
@@ -55,7 +57,8 @@ class TrainingSettings(MethodSettings):
     arrival: int = 1
     """stream: number of edits that arrive together. They are trained in epochs, as breadth_first trains all edits."""
     replay: int = 8
-    """stream: number of earlier edits drawn for each step. Their loss is added to that of the new ones."""
+    """stream: number of earlier edits drawn for each step. Their loss is added to that of the new ones. Unless it is 0, earlier
+    edits are also reviewed after each arrival (`PositionTrainer.review`)."""
     momentum: Literal["fresh", "kept"] = "fresh"
     """stream: whether the optimiser starts from scratch at each arrival or keeps its state."""
     epochs: int = 25
@@ -324,6 +327,24 @@ class PositionTrainer:
             rests.wake(losses.reshape(len(edits), -1).amax(1))
         return float(losses.mean()) < below
 
+    def review(self, earlier: int) -> None:
+        """Find what a stream has forgotten, and train it: of `REVIEWED` earlier edits, drawn from the first `earlier`, the prompts
+        in trained formats that are no longer learnt, in one step on the worst of them; this `REVIEWS` times, or until all are
+        learnt."""
+        settings = self.settings
+        learnt = max(settings.rest_below, settings.stop_below)
+        for _ in range(REVIEWS):
+            drawn = torch.randperm(earlier, generator=self.draws)[:REVIEWED].tolist()
+            rows = [row for edit in drawn for row in self.examples.plain[edit]]
+            at_once = _rows_at_once(settings, self.pieces)
+            losses = edit_losses(self.logits(), rows, settings.loss_average, at_once).tolist() if rows else ()
+            worst = sorted(zip(losses, rows, strict=True), key=lambda pair: -pair[0])[:REVIEWED]
+            forgotten = [row for loss, row in worst if loss >= learnt]
+            if self.ended or not forgotten:
+                break
+            self.step_on(forgotten)
+            self.settle()
+
     def shuffled_batches(self, edits: Sequence[int]) -> list[list[int]]:
         size, drawn = self.settings.batch_size, torch.randperm(len(edits), generator=self.order).tolist()
         return [[edits[index] for index in drawn[start : start + size]] for start in range(0, len(edits), size)]
@@ -440,6 +461,8 @@ def _stream(trainer: PositionTrainer, beside: Beside) -> list[float]:
             trainer.method.restart()
         arrived = range(first, min(first + arrival, edits))
         losses += trainer.learn(arrived, earlier=first)[-1:]
+        if trainer.settings.replay and not trainer.ended:
+            trainer.review(first)
         trainer.arrival_seconds.append(time.perf_counter() - started)
         if trainer.ended:
             break

@@ -28,13 +28,19 @@ BACKGROUND_VERSION = 3
 
 def method_version(values: Mapping[str, Any]) -> int:
     """The version of the method for a trial with these values of its axes; absent axes are at their defaults. One higher where
-    guards that are prompts, shrinking, or AdaLoRA in a stream gave other results before."""
+    guards that are prompts, shrinking, AdaLoRA in a stream, or a stream with replay gave other results before."""
     method, guard = values.get("method", AXIS["method"].default), values.get("guard")
     version = METHOD_VERSIONS.get(method, METHOD_VERSION)
     if values.get("prefix_share") or guard == "prose" or values.get("further_steps"):
         version = max(version, BACKGROUND_VERSION)
-    in_stream = (method, values.get("pipeline")) == ("adalora", "stream")
-    return version + (guard in ("same_relation", "locality_like") or values.get("shrink") == "yes" or in_stream)
+    in_stream = values.get("pipeline") == "stream"
+    replays = in_stream and values.get("replay", AXIS["replay"].default) != 0
+    changed = (
+        guard in ("same_relation", "locality_like")
+        or values.get("shrink") == "yes"
+        or (in_stream and method == "adalora")
+    )
+    return version + changed + replays
 
 
 class _TrialConfigMethods:

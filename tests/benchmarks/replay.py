@@ -10,7 +10,8 @@ policies alike; another rate is not tried. Costs are those of the table, smoothe
 decide.
 
 The survey expects of a new model what earlier ones showed: the effects in `sweeps.select.belief.SCALES`. With --leave-out they
-are those of the tables of other models (or data sets) alone, so that it is judged on one that it knows nothing of.
+are those of the tables of other models (or data sets) alone, so that it is judged on one that it knows nothing of. It is told
+the probe's scores where training is with Adam, as in the product.
 """
 
 import argparse
@@ -126,6 +127,11 @@ class World:
         return next(iter(self.truth.values()))
 
 
+def method_of(name: str) -> str:
+    """Of the runs of a table; "" for those with Adam."""
+    return "natural_gradient" if name.endswith("-natural") else ""
+
+
 def read_table(name: str) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
     """The full runs of a table, and the draws of its probe."""
     rows, probe = (pd.read_csv(TABLES / f"{name}{end}.csv") for end in ("", ".probe"))
@@ -138,7 +144,7 @@ def worlds(
     """One for each replay of a table. every, modules: take every nth layer only, and these modules; all without."""
     rows, draws = read_table(name)
     rows = rows[(rows.layer % every == 0) & rows.module.isin(modules or rows.module.unique())]
-    method = "natural_gradient" if name.endswith("-natural") else ""
+    method = method_of(name)
     if len(draws) > 1:
         made = [World(rows, draw, equal_costs, method) for draw in draws[:seeds]]
         return [made[seed % len(made)] for seed in range(seeds)]
@@ -170,9 +176,13 @@ PARTS = {"model": 0, "data": 1}
 
 
 def others(name: str, names: Sequence[str], left_out: str) -> list[str]:
-    """The tables of other models, or of other data sets. left_out: a key of `PARTS`."""
+    """The tables of other models, or of other data sets, with the same method. left_out: a key of `PARTS`."""
     part = PARTS[left_out]
-    return [other for other in names if other.split("-")[part] != name.split("-")[part]]
+    return [
+        other
+        for other in names
+        if other.split("-")[part] != name.split("-")[part] and method_of(other) == method_of(name)
+    ]
 
 
 @contextmanager

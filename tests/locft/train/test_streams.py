@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from locft.model.positions import TuningPosition
+from locft.train import pipelines
 from locft.train.examples import TrainingExamples
 from locft.train.methods import HELD_BACK, MethodSettings
 from locft.train.objective import edit_losses, mean_loss
@@ -69,6 +70,20 @@ def test_replay_keeps_what_came_first(loaded, rows):
     alone, replayed = (trained(loaded, rows, replay=replay, epochs=40) for replay in (0, 4))
     assert loss(loaded, replayed, rows[:3]) < 0.5 * loss(loaded, alone, rows[:3])
     assert not same(alone, replayed)
+
+
+@pytest.mark.parametrize("replay", [1, 4])
+def test_earlier_edits_that_are_forgotten_are_found_and_trained(loaded, rows, replay, monkeypatch):
+    """More than replay alone retains; without replay nothing is reviewed."""
+    settings = {"replay": replay, "epochs": 150, "stop_below": 1.5, "skip_below": 0.4}
+
+    def forgotten():
+        return sum(loss(loaded, trained(loaded, rows, seed=seed, **settings), rows[:-1]) for seed in range(4))
+
+    reviewed, without = forgotten(), trained(loaded, rows, **settings | {"replay": 0})
+    monkeypatch.setattr(pipelines, "REVIEWS", 0)
+    assert reviewed < 0.99 * forgotten()
+    assert same(trained(loaded, rows, **settings | {"replay": 0}), without)
 
 
 def test_watching_a_stream_sees_each_arrival_and_changes_nothing(loaded, rows):

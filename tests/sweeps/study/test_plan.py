@@ -216,9 +216,10 @@ def test_a_method_with_other_results_than_before_has_trials_of_its_own():
         ({"guard": "locality_like", "prefix_share": 0.5}, 4),
         ({"further_steps": 10}, 3),
         ({"shrink": "yes", "method": "natural_gradient"}, 7),
-        ({"method": "adalora", "pipeline": "stream"}, 2),
+        ({"method": "adalora", "pipeline": "stream"}, 3),
         ({"method": "adalora", "pipeline": "breadth_first"}, 1),
-        ({"method": "full", "pipeline": "stream"}, 1),
+        ({"method": "full", "pipeline": "stream"}, 2),
+        ({"method": "full", "pipeline": "stream", "replay": 0}, 1),
     ],
 )
 def test_trials_that_gave_other_results_before_have_another_version(axes, version):
