@@ -3,9 +3,9 @@
     python tests/benchmarks/full_table.py MODEL --edits counterfact.json --name smollm2-counterfact --every 2 \\
         --modules mlp_down,mlp,attn [--limit 40] [--set KEY=VALUE ...]
 
-Everything is as `locft select` would do it (recipe, rate of every position), but for the budget, and there always is a probe. One seed everywhere,
-a second one for what the first left on the front. Runs are kept in MLflow, so the same command goes on where it stopped;
-when it ends, or is interrupted, what is done goes to tables/NAME.csv, the probe's scores to tables/NAME.probe.csv.
+Everything is as `locft select` would do it (recipe, rate of every position), but for the budget, and there always is a probe. One
+seed everywhere, a second one for what the first left on the front. Runs are kept in MLflow, so the same command goes on where it
+stopped; when it ends, or is interrupted, what is done goes to tables/NAME.csv, the probe's scores to tables/NAME.probe.csv.
 """
 
 import argparse
